@@ -1,0 +1,12 @@
+.PHONY: check test slow format
+check:
+	ruff format --check .
+	ruff check .
+	mypy
+test:
+	pytest
+slow:
+	pytest -m slow
+format:
+	ruff format .
+	ruff check --fix .

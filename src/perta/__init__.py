@@ -1,0 +1,1 @@
+"""Per-parameter task arithmetic for unlearning."""

@@ -1,0 +1,114 @@
+"""A padded batch of token sequences in which only answers carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised example.
+
+    Attributes:
+        input_ids: all tokens, prompt and answer.
+        labels: same length; the token itself where it carries loss, `IGNORE` elsewhere.
+            Labels are not shifted: the label at position t is predicted at t - 1.
+        row: 1-based row of the example in its file.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64, 1 on real tokens, from true lengths (pad may equal eos).
+        labels: (B, T) int64, `IGNORE` where a position carries no loss; not shifted.
+        index: (B,) int64, place of each example in the list the batch was cut from.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.index.to(device),
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | None = None) -> Batch:
+    """Right-pad examples to the longest of them.
+
+    Args:
+        examples: B tokenised examples, at least one.
+        pad_id: token written after the end; it is masked and carries no loss.
+        index: the examples' places in their list; 0 … B-1 by default.
+
+    Returns:
+        The batch, on the CPU.
+    """
+    length = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
+    labels = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
+    attention_mask = torch.zeros((len(examples), length), dtype=torch.int64)
+    for i, example in enumerate(examples):
+        n = len(example.input_ids)
+        input_ids[i, :n] = torch.tensor(example.input_ids)
+        labels[i, :n] = torch.tensor(example.labels)
+        attention_mask[i, :n] = 1
+    places = torch.tensor(range(len(examples)) if index is None else index, dtype=torch.int64)
+    return Batch(input_ids, attention_mask, labels, places)
+
+
+def bucketed(
+    examples: Sequence[Encoded],
+    batch_size: int,
+    pad_id: int,
+    generator: torch.Generator | None = None,
+) -> list[Batch]:
+    """Cut examples into batches of similar length, so that little is spent on padding.
+
+    With a generator, examples of about one length meet in a random order and the batches
+    come in a random order (training); without one the order is by length (evaluation).
+
+    Args:
+        examples: tokenised examples.
+        batch_size: examples per batch.
+        pad_id: padding token.
+        generator: source of randomness.
+
+    Returns:
+        The batches; `index` of each names the examples' places in `examples`.
+    """
+    order = list(range(len(examples)))
+    if generator is not None:
+        # Stable sort by a coarse length keeps the shuffle among examples of similar length.
+        order = torch.randperm(len(order), generator=generator).tolist()
+        order.sort(key=lambda i: len(examples[i].input_ids) // 8)
+    else:
+        order.sort(key=lambda i: len(examples[i].input_ids))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if generator is not None:
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    return [collate([examples[i] for i in group], pad_id, group) for group in groups]

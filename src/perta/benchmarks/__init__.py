@@ -1,0 +1,1 @@
+"""Standard unlearning benchmarks, one module each: splits, metrics, aggregation."""

@@ -1,0 +1,61 @@
+"""Every error a user can cause, in one tree.
+
+    PertaError
+      ConfigError              unknown method, option out of range, options that contradict
+      DataError                data file missing, undecodable, empty, or with bad rows
+        EmptyDatasetError      no examples
+      CheckpointError          a checkpoint that cannot be used
+        CheckpointNotFoundError
+        CorruptCheckpointError   truncated file, NaN or Inf, pickle instead of safetensors
+        CheckpointMismatchError  a tensor missing on one side, or of another shape
+      OutputExistsError        the output is there already and was made by something else
+      DivergenceError          training or a solve left the finite numbers
+      EngineMismatchError      the fast importance engine disagrees with the example loop
+
+Messages say what is wrong, where, and how to fix it. The command line prints the message
+alone and exits with status 1; a traceback means a defect in this package.
+"""
+
+
+class PertaError(Exception):
+    """Base of all errors with a message written for the user."""
+
+
+class ConfigError(PertaError):
+    """An option is unknown, out of range, or contradicts another."""
+
+
+class DataError(PertaError):
+    """A data file cannot be read, or holds rows that cannot be used."""
+
+
+class EmptyDatasetError(DataError):
+    """A data set has no examples."""
+
+
+class CheckpointError(PertaError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError):
+    """There is no checkpoint at the given place."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is damaged, not finite, or stored in a format that is not loaded."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """Two checkpoints that must agree in tensors and shapes do not."""
+
+
+class OutputExistsError(PertaError):
+    """The output is there already and does not match what would be written."""
+
+
+class DivergenceError(PertaError):
+    """A training run or a solve produced NaN, Inf or an exploding loss."""
+
+
+class EngineMismatchError(PertaError):
+    """The batched importance engine and the example-by-example loop disagree."""
