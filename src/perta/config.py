@@ -1,0 +1,345 @@
+"""Options of every stage, once: the command line, YAML files and the library share them.
+
+Each class is one concern. The text under a field is its help on the command line. Values are
+checked on creation; a wrong one raises `ConfigError` naming the flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from perta.errors import ConfigError
+
+Format = Literal["auto", "qa", "completion", "chat", "text"]
+Granularity = Literal["element", "row", "tensor"]
+Reduction = Literal["mean_of_power", "abs_of_mean"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+_Repeated = Parameter(negative_iterable=())
+_Flat = Parameter(name="*")
+
+
+def _require(condition: bool, flag: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{flag} is {value}; it must be {wanted}.")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How rows become token sequences."""
+
+    format: Format = "auto"
+    """Kind of rows: question/answer, prompt/completion, chat messages or plain text; `auto`
+    decides by the column names."""
+    prompt_column: str | None = None
+    """Column with the question or prompt [default: question, prompt, instruction or input]."""
+    answer_column: str | None = None
+    """Column with the answer [default: answer, completion, response or output]."""
+    messages_column: str = "messages"
+    """Column with a list of chat messages, each with `role` and `content`."""
+    text_column: str = "text"
+    """Column with plain text."""
+    system_prompt: str | None = "You are a helpful assistant."
+    """System message put before questions when the tokenizer has a chat template."""
+    chat_template: bool = True
+    """Use the tokenizer's chat template where it has one."""
+    max_length: int = 2048
+    """Longest example in tokens; plain text is cut into windows of this length."""
+    split: str = "train"
+    """Split of a `datasets` id."""
+    skip_bad_rows: bool = False
+    """Leave out rows with an empty or cut-off answer (they are listed) instead of stopping."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "max-length", self.max_length, "at least 2 tokens")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and how to compute."""
+
+    device: Device = "auto"
+    """Compute device; `auto` takes a GPU when there is one."""
+    dtype: DType = "auto"
+    """Type of weights while computing; `auto` is bfloat16 on GPUs and float32 on CPUs."""
+    threads: int | None = None
+    """CPU threads [default: all cores]."""
+
+    def __post_init__(self) -> None:
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Fine-tuning."""
+
+    epochs: int = 20
+    """Most passes over the data."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    batch_size: int = 4
+    """Examples per forward pass."""
+    accumulation: int = 1
+    """Batches per optimizer step."""
+    weight_decay: float = 0.0
+    """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
+    the task vector would hold that movement."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0 turns it off."""
+    stop_loss: float = 0.05
+    """Stop after an epoch whose mean example loss is at or below this, in nats per token; 0
+    runs every epoch."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
+    lora_alpha: float | None = None
+    """LoRA scale numerator [default: twice the rank]."""
+    lora_targets: Annotated[tuple[str, ...], _Repeated] = ()
+    """Module names that get LoRA [default: all linear layers]."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    seed: int = 0
+    """Seed of the example order and of LoRA's initial values."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.learning_rate > 0, "learning-rate", self.learning_rate, "above 0")
+        _require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
+        _require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        _require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.warmup_ratio < 1, "warmup-ratio", self.warmup_ratio, "in [0, 1)")
+        _require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
+        _require(self.stop_loss >= 0, "stop-loss", self.stop_loss, "0 or more")
+        _require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class EstimatorConfig:
+    """How importance is estimated."""
+
+    reduction: Reduction = "mean_of_power"
+    """`mean_of_power`: mean over examples of |per-example gradient|^p, the method's own.
+    `abs_of_mean`: |mean gradient|^p, cheaper and a different quantity."""
+    importance_samples: str | None = None
+    """Use a seeded sample: a share such as 0.2, or a count such as 500 [default: all]."""
+    importance_batch_size: int = 8
+    """Examples per forward and backward pass; it does not change the result."""
+    importance_seed: int = 0
+    """Seed of the sample."""
+    verify: bool = False
+    """Compare the batched engine with an example-by-example loop on a few rows first."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.importance_batch_size >= 1,
+            "importance-batch-size",
+            self.importance_batch_size,
+            "at least 1",
+        )
+        self.sample_count(1)
+
+    def sample_count(self, examples: int) -> int:
+        """Number of examples to use out of `examples`."""
+        text = self.importance_samples
+        if text is None:
+            return examples
+        try:
+            count = int(text) if text.strip().isdigit() else round(float(text) * examples)
+            valid = count > 0 if text.strip().isdigit() else 0 < float(text) <= 1
+        except ValueError:
+            valid = False
+        wanted = "a share in (0, 1] such as 0.2, or a count such as 500"
+        _require(valid, "importance-samples", repr(text), wanted)
+        return max(1, min(count, examples))
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class WeightingConfig:
+    """Which weights change, and how far."""
+
+    method: str = "perta-grad"
+    """Weighting method; `perta methods` lists them."""
+    scaling_coef: float = 1.0
+    """Global strength alpha of the edit; 0 changes nothing."""
+    order: float | None = None
+    """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
+    the diagonal Fisher information."""
+    rho: float = 1.0
+    """Weight of the retain importance against the forget importance."""
+    granularity: Granularity = "element"
+    """Average the importance over nothing, over rows (output units), or over whole tensors."""
+    constant: float = 0.5
+    """The value of W for the method `constant`."""
+    weighting_seed: int = 0
+    """Seed of the method `random`."""
+    include: Annotated[tuple[str, ...], _Repeated] = ()
+    """Edit only tensors whose name matches one of these patterns, such as `*.mlp.*`."""
+    exclude: Annotated[tuple[str, ...], _Repeated] = ()
+    """Leave tensors whose name matches one of these patterns as they are."""
+
+    def __post_init__(self) -> None:
+        finite = -1e6 < self.scaling_coef < 1e6
+        _require(finite, "scaling-coef", self.scaling_coef, "a finite number")
+        _require(self.order is None or 0 < self.order < 100, "order", self.order, "above 0")
+        _require(0 <= self.rho < float("inf"), "rho", self.rho, "0 or more")
+        _require(0 <= self.constant <= 1, "constant", self.constant, "in [0, 1]")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Inputs and output of `perta finetune`."""
+
+    base: str
+    """Checkpoint to start from: folder, GGUF file, LoRA adapter folder or hub id."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder of the tuned checkpoint."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """Inputs and output of `perta importance`."""
+
+    checkpoint: str
+    """Checkpoint at which gradients are taken; the base model by the method's definition."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder for the importance files, one sub-folder per order."""
+    orders: Annotated[tuple[float, ...], Parameter(name="--order", negative_iterable=())] = (1.0,)
+    """Order p of the importance; give it several times for several orders in one pass."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        _require(len(self.orders) > 0, "order", self.orders, "given at least once")
+        for order in self.orders:
+            _require(0 < order < 100, "order", order, "above 0")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Inputs and output of `perta edit`."""
+
+    full: str
+    """Checkpoint to clean: the base model tuned on forget and retain data."""
+    base: str
+    """Model before it saw the data."""
+    forget_checkpoint: str
+    """The base model tuned on the forget set alone."""
+    output: Path
+    """Folder of the unlearned checkpoint."""
+    forget_importance: Path | None = None
+    """Importance on the forget set, where the method needs it."""
+    retain_importance: Path | None = None
+    """Importance on the retain set, where the method needs it."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    edit_threads: int | None = None
+    """Threads that read, compute and write [default: all cores, at most 8]."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Quick evaluation."""
+
+    max_new_tokens: int = 200
+    """Longest generated answer in tokens."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass."""
+    generate: bool = True
+    """Generate answers and compute ROUGE-L; without it only teacher-forced metrics."""
+    show_samples: int = 0
+    """Print this many answers side by side with the reference."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max-new-tokens", self.max_new_tokens, "at least 1")
+        size = self.evaluation_batch_size
+        _require(size >= 1, "evaluation-batch-size", size, "at least 1")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Inputs and output of `perta evaluate`."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    forget: str | None = None
+    """Examples that should be forgotten."""
+    retain: str | None = None
+    """Examples that should be kept."""
+    holdout: str | None = None
+    """Examples the model has never seen."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        if not (self.forget or self.retain or self.holdout):
+            raise ConfigError("Nothing to evaluate on: give --forget, --retain or --holdout.")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """Inputs and output of `perta unlearn`: every stage in order."""
+
+    base: str
+    """Model before it saw the data: folder, GGUF file, LoRA adapter folder or hub id."""
+    full: str
+    """Checkpoint to clean: the base model tuned on forget and retain data."""
+    forget: str
+    """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    retain: str
+    """Examples to keep."""
+    output: Path
+    """Folder of the unlearned checkpoint."""
+    holdout: str | None = None
+    """Examples the model has never seen, for the evaluation."""
+    work_dir: Path | None = None
+    """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
+    model tuned on the forget set: delete it when you are done."""
+    importance_at: Literal["base", "full"] = "base"
+    """Model at which importance is measured."""
+    evaluate: bool = True
+    """Evaluate before and after the edit."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
