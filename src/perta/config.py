@@ -45,12 +45,14 @@ class DataConfig:
     """Column with a list of chat messages, each with `role` and `content`."""
     text_column: str = "text"
     """Column with plain text."""
-    system_prompt: str | None = "You are a helpful assistant."
-    """System message put before questions when the tokenizer has a chat template."""
+    system_prompt: str = "You are a helpful assistant."
+    """System message put before questions when the tokenizer has a chat template; empty for
+    none."""
     chat_template: bool = True
     """Use the tokenizer's chat template where it has one."""
     max_length: int = 2048
-    """Longest example in tokens; plain text is cut into windows of this length."""
+    """Longest example in tokens, at most what the model takes; plain text is cut into windows of
+    this length."""
     split: str = "train"
     """Split of a `datasets` id."""
     skip_bad_rows: bool = False
@@ -107,6 +109,9 @@ class TuneConfig:
     """LoRA scale numerator [default: twice the rank]."""
     lora_targets: Annotated[tuple[str, ...], _Repeated] = ()
     """Module names that get LoRA [default: all linear layers]."""
+    save_dtype: Literal["float32", "base"] = "float32"
+    """Type the tuned weights are stored in. float32 keeps the small differences from the base
+    that make up a task vector; `base` takes the base checkpoint's own type."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     seed: int = 0

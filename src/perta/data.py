@@ -1,0 +1,564 @@
+"""Examples: from files and `datasets` ids to token sequences in which answers carry loss.
+
+    rows of a file -> `load_examples` -> Example -> `encode_examples` -> Encoded -> batches
+
+A row that cannot be used is reported with its number; none disappears in silence.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perta.batch import IGNORE, Encoded
+from perta.config import DataConfig
+from perta.errors import DataError, EmptyDatasetError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPT_COLUMNS = ("question", "prompt", "instruction", "input")
+ANSWER_COLUMNS = ("answer", "completion", "response", "output")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+# Templates that print today's date would tokenise the same row differently tomorrow.
+TEMPLATE_DATE = "10 Apr 2025"
+_SHOWN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row.
+
+    Attributes:
+        row: 1-based row in its file.
+        kind: `qa`, `completion`, `chat` or `text`.
+        messages: the conversation; `qa` and `completion` hold one user and one assistant turn,
+            `text` one assistant turn and no prompt.
+        fields: every column of the row, for benchmarks that need more than prompt and answer.
+    """
+
+    row: int
+    kind: str
+    messages: tuple[Message, ...]
+    fields: Mapping[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        """Text of the last turn before the answer; empty for plain text."""
+        return self.messages[-2].content if len(self.messages) > 1 else ""
+
+    @property
+    def answer(self) -> str:
+        """Text of the last assistant turn."""
+        return self.messages[-1].content
+
+    def with_answer(self, answer: str) -> Example:
+        """The same prompt with another answer."""
+        last = replace(self.messages[-1], content=answer)
+        return replace(self, messages=(*self.messages[:-1], last))
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples of one source.
+
+    Attributes:
+        source: path or id, as the user gave it.
+        examples: usable rows.
+        skipped: what was left out and why, one line a row.
+        fingerprint: SHA-256 of all rows' content, whatever the file's name or place.
+    """
+
+    source: str
+    examples: tuple[Example, ...]
+    skipped: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """Token sequences of a set; `skipped` as in `ExampleSet`."""
+
+    encoded: tuple[Encoded, ...]
+    skipped: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(label != IGNORE for e in self.encoded for label in e.labels[1:])
+
+
+def load_examples(source: str | Path, config: DataConfig | None = None) -> ExampleSet:
+    """Read every row of a file or `datasets` id.
+
+    Args:
+        source: JSONL, JSON, CSV, TSV or Parquet file, or a `datasets` id.
+        config: column names and kind of rows.
+
+    Returns:
+        The examples in file order.
+
+    Raises:
+        DataError: the source is missing, undecodable, or has rows without a usable answer.
+        EmptyDatasetError: no rows.
+    """
+    config = config or DataConfig()
+    rows = _read_rows(str(source), config.split)
+    if not rows:
+        raise EmptyDatasetError(f"{source} has no rows. Give a file with at least one example.")
+    kind = _detect_kind(str(source), rows, config)
+    examples, bad = [], []
+    for number, row in enumerate(rows, start=1):
+        messages, problem = _messages(row, kind, config, str(source), number)
+        if problem:
+            bad.append(f"row {number}: {problem}")
+        else:
+            examples.append(Example(number, kind, messages, row))
+    _report_bad_rows(str(source), bad, config.skip_bad_rows, left=len(examples))
+    return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
+
+
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows as canonical JSON, one line each."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def encode_examples(
+    examples: ExampleSet,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig | None = None,
+    *,
+    longest: int | None = None,
+) -> EncodedSet:
+    """Tokenise a set.
+
+    Args:
+        examples: what `load_examples` returned.
+        tokenizer: the model's tokenizer.
+        config: chat template, system prompt and length limit.
+        longest: most tokens the model takes.
+
+    Returns:
+        One token sequence per example; for plain text one per window of `max_length` tokens.
+
+    Raises:
+        DataError: answers that are empty or cut off at the length limit (unless skipped).
+        EmptyDatasetError: nothing is left.
+    """
+    config = config or DataConfig()
+    limit = min(config.max_length, longest or config.max_length)
+    encoded: list[Encoded] = []
+    bad: list[str] = []
+    for example in examples.examples:
+        whole = encode_example(example, tokenizer, config)
+        if example.kind == "text":
+            encoded.extend(_windows(whole, limit))
+        elif len(whole.input_ids) > limit:
+            size = len(whole.input_ids)
+            bad.append(f"row {example.row}: answer cut off, {size} tokens and the limit is {limit}")
+        elif not any(label != IGNORE for label in whole.labels[1:]):
+            bad.append(f"row {example.row}: no answer tokens")
+        else:
+            encoded.append(whole)
+    cure = " Raise --max-length if the model takes more." if bad else ""
+    _report_bad_rows(examples.source, bad, config.skip_bad_rows, left=len(encoded), cure=cure)
+    return EncodedSet(tuple(encoded), examples.skipped + tuple(bad))
+
+
+def encode_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> Encoded:
+    """Tokenise one example; every assistant turn carries loss, nothing else does.
+
+    The token that ends the answer is labelled too, and eos is appended where the sequence does
+    not end with it, so that the loss covers stopping.
+
+    Args:
+        example: the example.
+        tokenizer: the model's tokenizer.
+        config: chat template and system prompt.
+
+    Returns:
+        The whole sequence, not truncated.
+    """
+    turns = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
+    ids = _token_ids(_render(example, len(example.messages), False, tokenizer, config), tokenizer)
+    labels = [IGNORE] * len(ids)
+    for turn in turns:
+        start = _common_prefix(ids, encode_prompt(example, tokenizer, config, turn))
+        stop = len(ids)
+        if turn != turns[-1]:
+            end = _token_ids(_render(example, turn + 1, False, tokenizer, config), tokenizer)
+            stop = _common_prefix(ids, end)
+        labels[start:stop] = ids[start:stop]
+    eos = tokenizer.eos_token_id
+    if eos is not None and ids[-1:] != [eos]:
+        ids, labels = [*ids, eos], [*labels, eos]
+    return Encoded(tuple(ids), tuple(labels), example.row)
+
+
+def encode_prompt(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    turn: int = -1,
+) -> list[int]:
+    """Tokens before the assistant turn `turn`, with the generation prompt; empty for text."""
+    stop = turn % len(example.messages)
+    if example.kind == "text":
+        return []
+    return _token_ids(_render(example, stop, True, tokenizer, config), tokenizer)
+
+
+def uses_chat_template(
+    example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> bool:
+    """Whether the example goes through the tokenizer's chat template."""
+    return bool(example.kind in ("qa", "chat") and config.chat_template and tokenizer.chat_template)
+
+
+def _render(
+    example: Example,
+    stop: int,
+    generate: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> tuple[str, bool]:
+    """Text of the first `stop` messages, and whether the tokenizer adds special tokens."""
+    messages = example.messages[:stop]
+    if uses_chat_template(example, tokenizer, config):
+        return _apply_template(messages, generate, tokenizer, config), False
+    if example.kind in ("text", "completion"):
+        return "".join(m.content for m in messages), True
+    # The space belongs to the answer: most tokenizers join it with the first word.
+    lines = [
+        f"Question: {m.content}\nAnswer:"
+        if m.role == "user"
+        else f" {m.content}"
+        if m.role == "assistant"
+        else m.content
+        for m in messages
+    ]
+    return "\n\n".join("".join(pair) for pair in _pairs(lines, messages)), True
+
+
+def _pairs(lines: Sequence[str], messages: Sequence[Message]) -> list[list[str]]:
+    """Group an answer with the question before it."""
+    groups: list[list[str]] = []
+    for line, message in zip(lines, messages, strict=True):
+        if message.role == "assistant" and groups:
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
+
+
+def _apply_template(
+    messages: Sequence[Message],
+    generate: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> str:
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    with_system = chat
+    if config.system_prompt and chat[0]["role"] != "system":
+        with_system = [{"role": "system", "content": config.system_prompt}, *chat]
+    try:
+        text = tokenizer.apply_chat_template(
+            with_system,
+            tokenize=False,
+            add_generation_prompt=generate,
+            date_string=TEMPLATE_DATE,
+        )
+    except Exception as error:
+        # Some templates (Gemma's) refuse a system message; others fail for good reasons.
+        if with_system is chat or "system" not in str(error).lower():
+            raise DataError(f"The tokenizer's chat template refused a row: {error}") from error
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generate, date_string=TEMPLATE_DATE
+        )
+    return str(text)
+
+
+def _token_ids(rendered: tuple[str, bool], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text, special = rendered
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    # A tokenizer that closes every text with eos would put it between prompt and answer.
+    if (
+        special
+        and ids
+        and ids[-1] == tokenizer.eos_token_id
+        and not text.endswith(str(tokenizer.eos_token))
+    ):
+        ids = ids[:-1]
+    return ids
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix: a token that spans prompt and answer is answer."""
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _windows(whole: Encoded, limit: int) -> list[Encoded]:
+    """Cut plain text into windows; a last window of one token has no prediction and is merged.
+
+    Each window after the first repeats the token before it, so that every token but the very
+    first is predicted once.
+    """
+    ids = whole.input_ids
+    windows = []
+    start = 0
+    while start < len(ids) - 1:
+        part = ids[start : start + limit]
+        windows.append(Encoded(part, (IGNORE, *part[1:]), whole.row))
+        start += limit - 1
+    return windows
+
+
+def _messages(
+    row: Mapping[str, Any], kind: str, config: DataConfig, source: str, number: int
+) -> tuple[tuple[Message, ...], str | None]:
+    """The conversation of a row, or what is wrong with it."""
+    if kind == "chat":
+        return _chat_messages(row.get(config.messages_column), config.messages_column)
+    if kind == "text":
+        text = row.get(config.text_column)
+        if not isinstance(text, str) or not text.strip():
+            return (), f"column {config.text_column!r} is empty"
+        return (Message("assistant", text),), None
+    prompt_column, answer_column = _qa_columns(row, config, source, number)
+    prompt, answer = row.get(prompt_column), row.get(answer_column)
+    if not isinstance(prompt, str) or not prompt.strip():
+        return (), f"column {prompt_column!r} is empty"
+    if not isinstance(answer, str) or not answer.strip():
+        return (), f"empty answer (column {answer_column!r})"
+    return (Message("user", prompt), Message("assistant", answer)), None
+
+
+def _chat_messages(value: Any, column: str) -> tuple[tuple[Message, ...], str | None]:
+    if not isinstance(value, (list, tuple)) or not value:
+        return (), f"column {column!r} is not a list of messages"
+    messages = []
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            return (), f"a message in column {column!r} has no text content"
+        messages.append(Message(str(turn.get("role")), turn["content"]))
+    if messages[-1].role != "assistant":
+        return (), "the last message is not the assistant's"
+    if len(messages) < 2:
+        return (), "no message before the assistant's"
+    if any(m.role == "assistant" and not m.content.strip() for m in messages):
+        return (), "empty answer (an assistant message without text)"
+    return tuple(messages), None
+
+
+def _qa_columns(
+    row: Mapping[str, Any], config: DataConfig, source: str, number: int
+) -> tuple[str, str]:
+    prompt = config.prompt_column or _first(PROMPT_COLUMNS, row)
+    answer = config.answer_column or _first(ANSWER_COLUMNS, row)
+    for flag, column in (("prompt-column", prompt), ("answer-column", answer)):
+        if column is None or column not in row:
+            wanted = repr(column) if column else "a known name"
+            raise DataError(
+                f"{source}, row {number}: no column {wanted} for --{flag}; the row has "
+                f"{', '.join(row) or 'no columns'}. Name the column with --{flag}."
+            )
+    return str(prompt), str(answer)
+
+
+def _first(names: Sequence[str], row: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataConfig) -> str:
+    if config.format != "auto":
+        if config.format in ("chat", "text"):
+            column = config.messages_column if config.format == "chat" else config.text_column
+            _require_column(source, rows, column, config.format)
+        return config.format
+    row = rows[0]
+    if config.prompt_column or config.answer_column:
+        return "qa"
+    if config.messages_column in row:
+        return "chat"
+    if "completion" in row and "prompt" in row:
+        return "completion"
+    if _first(PROMPT_COLUMNS, row) and _first(ANSWER_COLUMNS, row):
+        return "qa"
+    if config.text_column in row:
+        return "text"
+    raise DataError(
+        f"{source}: cannot tell what its rows are from the columns {', '.join(row)}. Expected "
+        "question and answer, prompt and completion, messages, or text; name yours with "
+        "--prompt-column and --answer-column, --messages-column or --text-column."
+    )
+
+
+def _require_column(source: str, rows: Sequence[Mapping[str, Any]], column: str, kind: str) -> None:
+    if not any(column in row for row in rows):
+        raise DataError(
+            f"{source} has no column {column!r}, which --format {kind} needs; it has "
+            f"{', '.join(rows[0])}. Name the column with "
+            f"--{'messages' if kind == 'chat' else 'text'}-column."
+        )
+
+
+def _report_bad_rows(
+    source: str, bad: Sequence[str], skip: bool, *, left: int, cure: str = ""
+) -> None:
+    if not bad:
+        return
+    shown = "\n  ".join(bad[:_SHOWN_ROWS])
+    more = f"\n  and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
+    count = f"{len(bad)} row{'s' if len(bad) > 1 else ''}"
+    if skip and left:
+        return
+    if skip:
+        raise EmptyDatasetError(f"{source}: no usable row is left.\n  {shown}{more}")
+    raise DataError(
+        f"{source}: {count} cannot be used:\n  {shown}{more}\n"
+        f"Correct them, or pass --skip-bad-rows to go on without them.{cure}"
+    )
+
+
+def _read_rows(source: str, split: str) -> list[dict[str, Any]]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        raise DataError(f"{source} is a folder; give one data file ({', '.join(SUFFIXES)}).")
+    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")):
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
+        )
+        hint = f" Did you mean {path.parent / near[0]}?" if near else " Check the path."
+        raise DataError(f"There is no data file {source}.{hint}")
+    return _read_hub(source, split)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".jsonl", ".ndjson"):
+            return _read_jsonl(path)
+        if suffix == ".json":
+            return _read_json(path)
+        if suffix in (".csv", ".tsv"):
+            return _read_csv(path, "\t" if suffix == ".tsv" else ",")
+        if suffix == ".parquet":
+            return _read_parquet(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+        ) from error
+    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(SUFFIXES)}.")
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}). "
+                "Each line must be one JSON object."
+            ) from error
+        rows.append(_object(row, path, f"line {number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(path.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}). "
+            "Expected a list of objects; for one object a line name the file .jsonl."
+        ) from error
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
+    return [_object(row, path, f"entry {number}") for number, row in enumerate(value, start=1)]
+
+
+def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}, {where}: expected an object, found {type(value).__name__}.")
+    return value
+
+
+def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter=delimiter))
+    except csv.Error as error:
+        raise DataError(f"{path}: not readable as CSV ({error}).") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise DataError(
+                f"{path}, row {number}: more fields than the header names. "
+                "Quote fields that hold the delimiter."
+            )
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet ({error}).") from error
+    return rows
+
+
+def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    name, _, subset = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, subset or None, split=split)
+    except Exception as error:  # the library raises a dozen unrelated classes here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise DataError(
+            f"{source} is no file here, and could not be loaded as a `datasets` id (split "
+            f"{split!r}): {reason} Check the path; ids are written owner/name or "
+            "owner/name:subset and need the hub."
+        ) from error
+    return [dict(row) for row in table]

@@ -1,0 +1,277 @@
+"""From what the user names to a local checkpoint folder, and from there to a model.
+
+    folder with safetensors ── as it is
+    LoRA adapter folder ────── merged into its base, kept in the cache
+    GGUF file ──────────────── dequantised to float32, kept in the cache
+    hub id ─────────────────── downloaded by huggingface_hub, into its own cache
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perta.checkpoint import atomic_folder, copy_companions, fingerprint, open_index
+from perta.config import ComputeConfig
+from perta.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from perta.progress import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def cache_folder() -> Path:
+    """Where converted and downloaded models are kept: `$PERTA_CACHE` or `~/.cache/perta`."""
+    root = os.environ.get("PERTA_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "perta"
+    )
+    return Path(root).expanduser()
+
+
+def resolve_checkpoint(reference: str | Path, *, base: str | Path | None = None) -> Path:
+    """The local safetensors folder a reference stands for.
+
+    Args:
+        reference: folder, LoRA adapter folder, GGUF file or hub id.
+        base: model an adapter belongs to; by default the one its config names.
+
+    Returns:
+        A folder with config, tokenizer and safetensors files.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there, or the hub cannot be reached.
+        CheckpointError: an adapter that cannot be merged, or a GGUF file that cannot be read.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return _from_gguf(path)
+        raise CheckpointError(
+            f"{text} is a file. Give the folder of a Hugging Face checkpoint, or a .gguf file."
+        )
+    if path.is_dir():
+        return _from_adapter(path, base) if (path / "adapter_config.json").exists() else path
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
+        raise CheckpointNotFoundError(
+            f"There is no checkpoint at {text}. Give a folder with config.json and safetensors "
+            "files, a LoRA adapter folder, a .gguf file, or a hub id such as owner/name."
+        )
+    return _from_hub(text)
+
+
+def load_model(
+    folder: Path, compute: ComputeConfig, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for computing.
+
+    Args:
+        folder: what `resolve_checkpoint` returned.
+        compute: device and type of the weights.
+        dtype: type of the weights, whatever `compute` says.
+
+    Returns:
+        The model on its device, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder holds no model transformers can load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    open_index(folder)
+    _require_config(folder)
+    device = pick_device(compute)
+    with _plain_errors(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
+        )
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    with _plain_errors(folder, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"The tokenizer in {folder} has no end-of-sequence token. Set `eos_token` in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token for padding: the tokenizer's own, else eos (masks come from true lengths)."""
+    chosen = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if chosen is None else chosen)  # type: ignore[arg-type]
+
+
+def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
+    """Most tokens the model has positions for, if its config says."""
+    if isinstance(model_or_folder, Path):
+        config = json.loads((model_or_folder / "config.json").read_text("utf-8"))
+        get = config.get
+    else:
+        settings = model_or_folder.config
+        get = lambda name: getattr(settings, name, None)  # noqa: E731
+    value = get("max_position_embeddings") or get("n_positions")
+    return int(value) if value else None
+
+
+def pick_device(compute: ComputeConfig) -> torch.device:
+    """The device `compute` asks for.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if compute.threads is not None:
+        torch.set_num_threads(compute.threads)
+    name = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[name]:
+        raise ConfigError(f"--device {name}: torch sees no such device here. Use --device auto.")
+    return torch.device(name)
+
+
+def pick_dtype(compute: ComputeConfig) -> torch.dtype:
+    """Type of the weights while computing: bfloat16 on GPUs, float32 on CPUs by default.
+
+    bfloat16 products are some sixty times slower on CPUs without units for them.
+    """
+    if compute.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[compute.dtype]
+    return torch.bfloat16 if pick_device(compute).type == "cuda" else torch.float32
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: Path | None
+) -> None:
+    """Write a model with tokenizer and companions as a plain safetensors checkpoint.
+
+    Args:
+        model: the model; its weights are written in the type they have.
+        tokenizer: written as it is.
+        folder: an existing folder.
+        source: checkpoint whose companion files (tokenizer, chat template, generation config)
+            are carried over byte for byte; config.json is the model's own.
+    """
+    model.config.use_cache = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, max_shard_size="5GB")
+    if source is None:
+        tokenizer.save_pretrained(str(folder))
+        return
+    own_config = (folder / "config.json").read_bytes()
+    copy_companions(source, folder)
+    (folder / "config.json").write_bytes(own_config)
+
+
+def _from_gguf(path: Path) -> Path:
+    target = cache_folder() / "gguf" / fingerprint(path)[:24]
+    if target.is_dir():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"Converting {path.name} to safetensors (once)")
+    place: dict[str, Any] = {"gguf_file": path.name}
+    with _plain_errors(path, "GGUF file"):
+        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **place)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+    # The weights are plain float32 now; a left-over quantisation record would make the saved
+    # model unloadable.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model._weight_conversions = None  # GGUF tensor names are not the ones to save under
+    with atomic_folder(target, overwrite=True) as partial:
+        save_model(model, tokenizer, partial, None)
+    return target
+
+
+def _from_adapter(path: Path, base: str | Path | None) -> Path:
+    settings = json.loads((path / "adapter_config.json").read_text("utf-8"))
+    named = base or settings.get("base_model_name_or_path")
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path} is a {settings.get('peft_type')} adapter; only LoRA adapters can be merged "
+            "into weights."
+        )
+    if not (path / "adapter_model.safetensors").exists():
+        raise CheckpointError(
+            f"{path} has no adapter_model.safetensors. Pickle files are never loaded; save the "
+            "adapter again with safe_serialization."
+        )
+    if not named:
+        raise CheckpointError(f"{path} does not name its base model. Pass it with --base.")
+    base_folder = resolve_checkpoint(named)
+    key = f"{fingerprint(base_folder)[:12]}{fingerprint(path)[:12]}"
+    target = cache_folder() / "merged" / key
+    if not target.is_dir():
+        _merge_adapter(path, base_folder, target)
+    return target
+
+
+def _merge_adapter(path: Path, base_folder: Path, target: Path) -> None:
+    from peft import PeftModel
+
+    say(f"Merging adapter {path.name} into its base (once)")
+    model = load_model(base_folder, ComputeConfig(device="cpu", dtype="float32"))
+    with _plain_errors(path, "adapter"):
+        merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    with atomic_folder(target, overwrite=True) as partial:
+        save_model(merged, load_tokenizer(base_folder), partial, base_folder)
+        # An adapter folder may bring its own tokenizer or chat template.
+        copy_companions(path, partial)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the library raises a dozen unrelated classes here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointNotFoundError(
+            f"{name} is no folder here, and could not be fetched from the hub: {reason} "
+            "Check the name and the network, or give a local folder."
+        ) from error
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise CheckpointNotFoundError(
+            f"{folder} has no config.json. Give the folder that `save_pretrained` wrote."
+        )
+
+
+@contextmanager
+def _plain_errors(place: Path, what: str = "model") -> Iterator[None]:
+    """Turn the libraries' many exceptions on loading into one that names the place."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{place}: no {what} could be loaded from it: {reason}") from error
