@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -115,4 +114,4 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a folder's record in one step, so that no half of it is ever read."""
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
-    os.replace(partial, folder / MANIFEST)
+    partial.replace(folder / MANIFEST)

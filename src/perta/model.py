@@ -1,9 +1,9 @@
 """From what the user names to a local checkpoint folder, and from there to a model.
 
-    folder with safetensors ── as it is
-    LoRA adapter folder ────── merged into its base, kept in the cache
-    GGUF file ──────────────── dequantised to float32, kept in the cache
-    hub id ─────────────────── downloaded by huggingface_hub, into its own cache
+folder with safetensors ── as it is
+LoRA adapter folder ────── merged into its base, kept in the cache
+GGUF file ──────────────── dequantised to float32, kept in the cache
+hub id ─────────────────── downloaded by huggingface_hub, into its own cache
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,14 @@ def pick_dtype(compute: ComputeConfig) -> torch.dtype:
     return torch.bfloat16 if pick_device(compute).type == "cuda" else torch.float32
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Type in which a checkpoint stores most of its numbers."""
+    bytes_of: Counter[torch.dtype] = Counter()
+    for entry in open_index(folder).tensors.values():
+        bytes_of[entry.dtype] += entry.nbytes
+    return bytes_of.most_common(1)[0][0]
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: Path | None
 ) -> None:
@@ -202,10 +211,10 @@ def _from_gguf(path: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
     # The weights are plain float32 now; a left-over quantisation record would make the saved
     # model unloadable.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model._weight_conversions = None  # GGUF tensor names are not the ones to save under
+    model._weight_conversions = None  # type: ignore[assignment]  # GGUF tensor names are not the ones to save under
     with atomic_folder(target, overwrite=True) as partial:
         save_model(model, tokenizer, partial, None)
     return target
@@ -241,6 +250,8 @@ def _merge_adapter(path: Path, base_folder: Path, target: Path) -> None:
     model = load_model(base_folder, ComputeConfig(device="cpu", dtype="float32"))
     with _plain_errors(path, "adapter"):
         merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    # Added in float32, rounded once to the type the base is stored in.
+    merged.to(stored_dtype(base_folder))
     with atomic_folder(target, overwrite=True) as partial:
         save_model(merged, load_tokenizer(base_folder), partial, base_folder)
         # An adapter folder may bring its own tokenizer or chat template.
@@ -251,7 +262,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(str(snapshot_download(name, allow_patterns=list(_HUB_FILES))))
     except Exception as error:  # the library raises a dozen unrelated classes here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointNotFoundError(

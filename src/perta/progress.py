@@ -29,7 +29,7 @@ _quiet = False
 
 def set_quiet(quiet: bool) -> None:
     """Turn progress and notes off or on."""
-    global _quiet  # noqa: PLW0603 - one switch for the process, like logging's level
+    global _quiet
     _quiet = quiet
 
 

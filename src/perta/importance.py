@@ -1,0 +1,190 @@
+"""Importance of every weight for a set: checkpoint + examples -> importance files.
+
+    I_p(D)_i = (1/|D|) sum_{x in D} |d loss(theta; x) / d theta_i|^p
+
+p = 1 is the mean gradient magnitude, p = 2 the diagonal of the empirical Fisher information.
+The power is taken of each example's own gradient, before the mean.
+
+The files carry the checkpoint's own tensor names, shapes and shards, one sub-folder per order:
+
+    OUTPUT/importance.json            what was measured, on what, how
+    OUTPUT/order-1/model.safetensors  float32
+    OUTPUT/order-2/model.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perta.batch import Batch, Encoded, bucketed
+from perta.checkpoint import (
+    IMPORTANCE_SIDECAR,
+    fingerprint,
+    open_index,
+    order_name,
+    write_tensors,
+)
+from perta.config import EstimatorConfig, ImportanceConfig
+from perta.data import encode_examples, load_examples
+from perta.manifest import settings_of, versions
+from perta.model import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    pick_dtype,
+    resolve_checkpoint,
+)
+from perta.per_example import Moments, abs_of_mean, batched_moments, verify_engine
+from perta.progress import say, track
+from perta.stage import run_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VERIFIED_EXAMPLES = 4
+
+
+def compute_importance(config: ImportanceConfig) -> Path:
+    """Measure importance on a data set and write it (`perta importance`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    examples = load_examples(config.data, config.data_config)
+    tokenizer = load_tokenizer(checkpoint)
+    encoded = encode_examples(
+        examples, tokenizer, config.data_config, longest=longest_input(checkpoint)
+    )
+    chosen = sample(encoded.encoded, config.estimator)
+    dtype = pick_dtype(config.compute)
+    settings = {
+        **settings_of(config),
+        "device": pick_device(config.compute).type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_model(checkpoint, config.compute)
+        moments = estimate(model, chosen, config.orders, config.estimator, pad=pad_id(tokenizer))
+        for order, tensors in moments.by_order.items():
+            target = folder / order_name(order)
+            target.mkdir()
+            write_tensors(target, checkpoint_names(model, tensors), open_index(checkpoint).shards)
+        facts = _facts(config, moments, inputs, settings, len(encoded))
+        (folder / IMPORTANCE_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        return {
+            "examples": moments.examples,
+            "labelled_tokens": moments.tokens,
+            "skipped_rows": list(encoded.skipped),
+            "slow_parameters": list(moments.fallback),
+        }
+
+    run_stage("importance", config.output, settings, inputs, make, overwrite=config.overwrite)
+    return config.output
+
+
+def sample(examples: Sequence[Encoded], config: EstimatorConfig) -> list[Encoded]:
+    """A seeded sample of the examples, in file order; all of them by default."""
+    count = config.sample_count(len(examples))
+    if count == len(examples):
+        return list(examples)
+    generator = torch.Generator().manual_seed(config.importance_seed)
+    places = torch.randperm(len(examples), generator=generator)[:count].sort().values
+    return [examples[i] for i in places.tolist()]
+
+
+def estimate(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    orders: Sequence[float],
+    config: EstimatorConfig,
+    *,
+    pad: int,
+) -> Moments:
+    """Importance in memory.
+
+    Args:
+        model: causal language model on its device.
+        examples: N examples.
+        orders: every order wanted; one pass serves all.
+        config: reduction, batch size, verification.
+        pad: padding token; it does not change the result.
+
+    Returns:
+        Order -> parameter name -> float32 tensor of the parameter's shape.
+
+    Raises:
+        EngineMismatchError: `verify` found the batched engine and the loop to disagree.
+    """
+    batches = bucketed(examples, config.importance_batch_size, pad)
+    if config.verify:
+        few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
+        verify_engine(model, few, orders)
+        say(f"Engine verified against the example loop on {len(few[0])} examples")
+    compute = batched_moments if config.reduction == "mean_of_power" else abs_of_mean
+    with _progress(batches) as progress:
+        return compute(model, batches, orders, progress=progress)
+
+
+def checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and split tensors keyed by parameter the way the model's checkpoint stores them.
+
+    transformers keeps some modules fused in memory that checkpoints store apart (the experts of
+    a mixture, for one). Powers of gradients are elementwise, so the same splitting serves them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def _facts(
+    config: ImportanceConfig,
+    moments: Moments,
+    inputs: Mapping[str, str],
+    settings: Mapping[str, Any],
+    available: int,
+) -> dict[str, Any]:
+    return {
+        "orders": sorted(moments.by_order),
+        "reduction": config.estimator.reduction,
+        "loss": "mean negative log-likelihood of the answer tokens, nats per token",
+        "examples": moments.examples,
+        "examples_available": available,
+        "tokens": moments.tokens,
+        "model_fingerprint": inputs["checkpoint"],
+        "data_fingerprint": inputs["data"],
+        "seed": config.estimator.importance_seed,
+        "dtype": settings["dtype"],
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _progress(batches: Sequence[Batch]) -> Iterator[Any]:
+    """The engine reports examples finished so far; the bar wants how many more."""
+    with track("Importance", sum(len(batch) for batch in batches)) as advance:
+        finished = 0
+
+        def report(now: int) -> None:
+            nonlocal finished
+            advance(now - finished)
+            finished = now
+
+        yield report

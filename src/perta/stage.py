@@ -1,0 +1,119 @@
+"""Run one stage: reuse a finished output, refuse a foreign one, write a new one whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perta.checkpoint import atomic_folder, fingerprint
+from perta.errors import OutputExistsError
+from perta.manifest import make_manifest, read_manifest, stage_key, write_manifest
+from perta.progress import say
+
+Make = Callable[[Path], Mapping[str, Any]]
+
+
+def run_stage(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Make,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Produce a stage's output folder, or reuse it.
+
+    Args:
+        stage: name of the stage.
+        output: final folder; it appears complete or not at all.
+        settings: resolved settings.
+        inputs: name -> fingerprint of every input.
+        make: writes the output into the folder it is given; returns results worth recording.
+        overwrite: replace an output that does not match.
+
+    Returns:
+        The manifest of the output.
+
+    Raises:
+        OutputExistsError: the output is there, does not match, and must not be replaced.
+    """
+    finished = finished_stage(stage, output, settings, inputs)
+    if finished is not None:
+        say(f"{stage}: {output} is up to date, reused")
+        return finished
+    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    started = time.perf_counter()
+    with atomic_folder(output, overwrite=overwrite) as partial:
+        more = dict(make(partial))
+        manifest = make_manifest(
+            stage,
+            settings,
+            inputs,
+            seconds={stage: time.perf_counter() - started},
+            content=fingerprint(partial),
+            **more,
+        )
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def finished_stage(
+    stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The manifest of an output made from these inputs and settings, its files untouched."""
+    if not output.is_dir():
+        return None
+    manifest = read_manifest(output)
+    if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
+        return None
+    return manifest if manifest.get("content") == fingerprint(output) else None
+
+
+def refuse_foreign(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> None:
+    """Stop before any work when the output is there and is not what would be made.
+
+    Raises:
+        OutputExistsError: it is; the message says what differs.
+    """
+    if overwrite or not output.exists():
+        return
+    manifest = read_manifest(output)
+    if manifest is None:
+        why = "was not made by perta"
+    elif manifest.get("stage") != stage:
+        why = f"was made by `perta {manifest.get('stage')}`"
+    else:
+        changed = changes(manifest, settings, inputs)
+        why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
+    raise OutputExistsError(
+        f"{output} exists and {why}. Choose another --output, or pass --overwrite to replace it."
+    )
+
+
+def changes(
+    manifest: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> list[str]:
+    """Names of the settings and inputs in which an output differs from what is wanted."""
+    old_inputs = manifest.get("inputs", {})
+    old_settings = manifest.get("settings", {})
+    names = [name for name, value in inputs.items() if old_inputs.get(name) != value]
+    names += [
+        name
+        for name, value in settings.items()
+        if name not in inputs and name != "overwrite" and old_settings.get(name) != _plain(value)
+    ]
+    return names
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
