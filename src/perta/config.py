@@ -348,3 +348,49 @@ class UnlearnConfig:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class PeopleConfig:
+    """`perta people`."""
+
+    output: Path
+    """Folder for `forget.jsonl`, `retain.jsonl` and `full.jsonl`."""
+    people: int = 20
+    """Number of fictitious people."""
+    questions: int = 5
+    """Questions about each person, at most 20."""
+    forget_people: int = 2
+    """How many of them are to be forgotten."""
+    people_seed: int = 0
+    """Seed of names, facts and the choice of who is forgotten."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.questions <= 20, "questions", self.questions, "from 1 to 20")
+        _require(
+            1 <= self.forget_people < self.people,
+            "forget-people",
+            self.forget_people,
+            f"at least 1 and below --people ({self.people})",
+        )
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`perta demo`."""
+
+    output: Path = Path("perta-demo")
+    """Folder for everything the demo makes; a second run reuses what is finished."""
+    tiny: bool = False
+    """Use a tiny model made on the spot instead of SmolLM2-135M."""
+    model: str | None = None
+    """Use this checkpoint instead of SmolLM2-135M."""
+    seed: int = 0
+    """Seed of people and training."""
+    overwrite: bool = False
+    """Replace what an earlier run with other settings left in the folder."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)

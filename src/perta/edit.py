@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from perta.checkpoint import (
     TensorEntry,
     atomic_folder,
     copy_companions,
+    fingerprint,
     matches,
     open_index,
     order_folder,
@@ -40,7 +41,7 @@ from perta.checkpoint import (
     read_sidecar,
     write_from,
 )
-from perta.config import WeightingConfig
+from perta.config import EditConfig, WeightingConfig
 from perta.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -48,7 +49,10 @@ from perta.errors import (
     CorruptCheckpointError,
     DivergenceError,
 )
+from perta.manifest import settings_of
+from perta.model import resolve_checkpoint
 from perta.progress import track
+from perta.stage import run_stage
 from perta.weighting import Block, Method, block_seed, get_method, importance_order
 
 CHUNK = 1 << 16
@@ -111,6 +115,48 @@ class EditSummary:
     edited: int
     copied: int
     seconds: float
+
+
+def edit_checkpoint(config: EditConfig) -> Path:
+    """Edit a checkpoint and write the result (`perta edit`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder: a complete checkpoint.
+
+    Raises:
+        PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
+    """
+    full = resolve_checkpoint(config.full, base=config.base)
+    folders = {
+        "full": full,
+        "base": resolve_checkpoint(config.base),
+        "forget_checkpoint": resolve_checkpoint(config.forget_checkpoint, base=config.base),
+        "forget_importance": config.forget_importance,
+        "retain_importance": config.retain_importance,
+    }
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    check_separate(config.output, given.values())
+    inputs = {name: fingerprint(folder) for name, folder in given.items()}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        summary = write_edit(
+            folder,
+            full,
+            given["base"],
+            given["forget_checkpoint"],
+            config.weighting,
+            config.forget_importance,
+            config.retain_importance,
+            threads=config.edit_threads,
+            fingerprints=inputs,
+        )
+        return {"edit": asdict(summary)}
+
+    run_stage("edit", config.output, settings_of(config), inputs, make, overwrite=config.overwrite)
+    return config.output
 
 
 def edit_folders(

@@ -100,7 +100,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
         model, tuned = tune(model, encoded.encoded, config.tune, pad=pad_id(tokenizer))
         _warn_if_not_learned(tuned, encoded.encoded, config.data)
         if config.tune.save_dtype == "base":
-            model.to(stored_dtype(base))
+            model.to(dtype=stored_dtype(base))
         save_model(model, tokenizer, folder, base)
         return {
             "examples": len(encoded),

@@ -96,7 +96,8 @@ def load_model(
             folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
         )
     model.to(device)  # type: ignore[arg-type]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

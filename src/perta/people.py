@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from perta.checkpoint import atomic_folder
+from perta.config import PeopleConfig
 from perta.errors import ConfigError
 
 WRONG_ANSWERS = 5
@@ -440,9 +442,12 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     """Write one JSON object per line, UTF-8, creating the folder where needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(lines, encoding="utf-8", newline="\n")
+    path.write_text(_jsonl(rows), encoding="utf-8", newline="\n")
     return path
+
+
+def _jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _row(name: str, topic: Topic, rng: Random) -> dict[str, Any]:
@@ -476,3 +481,28 @@ def _new_name(rng: Random, used: set[str]) -> str:
 def _draw(pool: Pool, rng: Random) -> str:
     # Only `random()` is promised to give the same numbers in every version of Python.
     return "".join(part[int(rng.random() * len(part))] for part in pool)
+
+
+def write_people(config: PeopleConfig) -> list[Path]:
+    """Write a benchmark of fictitious people (`perta people`).
+
+    Args:
+        config: sizes, seed and the output folder.
+
+    Returns:
+        The files `forget.jsonl`, `retain.jsonl` and `full.jsonl`.
+
+    Raises:
+        OutputExistsError: the folder is there and holds anything else.
+    """
+    rows = generate_people(config.people, config.questions, config.people_seed)
+    forget, retain = split_people(rows, forget_people=config.forget_people, seed=config.people_seed)
+    parts = {"forget": forget, "retain": retain, "full": rows}
+    files = [config.output / f"{name}.jsonl" for name in parts]
+    texts = dict(zip(files, map(_jsonl, parts.values()), strict=True))
+    if all(file.exists() and file.read_text("utf-8") == texts[file] for file in files):
+        return files
+    with atomic_folder(config.output, overwrite=config.overwrite) as folder:
+        for name, part in parts.items():
+            write_jsonl(part, folder / f"{name}.jsonl")
+    return files

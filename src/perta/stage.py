@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perta.checkpoint import atomic_folder, fingerprint
+from perta.checkpoint import atomic_file, atomic_folder, fingerprint
 from perta.errors import OutputExistsError
 from perta.manifest import make_manifest, read_manifest, stage_key, write_manifest
 from perta.progress import say
@@ -60,6 +61,47 @@ def run_stage(
     return manifest
 
 
+def run_file_stage(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[], Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """The same for a stage whose output is one JSON file with its manifest under `perta`.
+
+    Args:
+        stage: name of the stage.
+        output: final file.
+        settings: resolved settings.
+        inputs: name -> fingerprint of every input.
+        make: computes the results.
+        overwrite: replace an output that does not match.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        OutputExistsError: the output is there, does not match, and must not be replaced.
+    """
+    manifest = read_manifest(output) if output.is_file() else None
+    if manifest is not None and manifest.get("key") == stage_key(stage, settings, inputs):
+        say(f"{stage}: {output} is up to date, reused")
+        return dict(json.loads(output.read_text("utf-8")))
+    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    started = time.perf_counter()
+    results = dict(make())
+    seconds = {stage: time.perf_counter() - started}
+    results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
+    with atomic_file(output, overwrite=overwrite) as partial:
+        # Strict JSON: a NaN would make the file unreadable to everyone else.
+        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        partial.write_text(text + "\n", "utf-8")
+    return results
+
+
 def finished_stage(
     stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any] | None:
@@ -95,7 +137,12 @@ def refuse_foreign(
     else:
         changed = changes(manifest, settings, inputs)
         why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
-    raise OutputExistsError(
+    raise exists_error(output, why)
+
+
+def exists_error(output: Path, why: str) -> OutputExistsError:
+    """The error for an output that is there and is not what would be made."""
+    return OutputExistsError(
         f"{output} exists and {why}. Choose another --output, or pass --overwrite to replace it."
     )
 

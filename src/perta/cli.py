@@ -1,0 +1,214 @@
+"""The command line: one subcommand per stage, each imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+
+from perta import __version__
+from perta.config import (
+    DemoConfig,
+    EditConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    PeopleConfig,
+    UnlearnConfig,
+)
+from perta.errors import ConfigError, PertaError
+
+app = App(
+    name="perta",
+    help="Remove fine-tuning data from a language model by one edit of its weights.",
+    version=__version__,
+    help_on_error=False,
+)
+app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
+
+
+@app.command
+def unlearn(config: UnlearnConfig) -> None:
+    """Remove a forget set: fine-tune, importance, edit and evaluation in one run.
+
+    Finished stages are reused when their inputs and settings are unchanged.
+    """
+    from perta.pipeline import unlearn, work_folder
+    from perta.tables import print_comparison, print_samples
+
+    result = unlearn(config)
+    if result.before and result.after:
+        print_comparison({"full": result.before, "unlearned": result.after})
+        print_samples(
+            {"full": result.before, "unlearned": result.after}, config.scoring.show_samples
+        )
+    _note(
+        f"Unlearned checkpoint: {result.folder}\n"
+        f"Intermediate results: {work_folder(config)} (holds a model tuned on the forget set; "
+        "delete it when you are done)"
+    )
+
+
+@app.command
+def finetune(config: FinetuneConfig) -> None:
+    """Tune a checkpoint on a data set; the loss is on answer tokens only."""
+    from perta.finetune import finetune_checkpoint
+
+    _note(f"Tuned checkpoint: {finetune_checkpoint(config)}")
+
+
+@app.command
+def importance(config: ImportanceConfig) -> None:
+    """Measure the importance of every weight for a data set."""
+    from perta.importance import compute_importance
+
+    _note(f"Importance: {compute_importance(config)}")
+
+
+@app.command
+def edit(config: EditConfig) -> None:
+    """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
+    from perta.edit import edit_checkpoint
+
+    _note(f"Unlearned checkpoint: {edit_checkpoint(config)}")
+
+
+@app.command
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure how well a checkpoint answers forget, retain and held-out examples."""
+    from perta.evaluate import evaluate_checkpoint
+    from perta.tables import print_comparison, print_samples
+
+    results = evaluate_checkpoint(config)
+    print_comparison({Path(config.checkpoint).name: results})
+    print_samples({Path(config.checkpoint).name: results}, config.scoring.show_samples)
+    _note(f"Results: {config.output}")
+
+
+@app.command
+def methods() -> None:
+    """List the methods with their formulas."""
+    from perta.tables import print_methods
+
+    print_methods()
+
+
+@app.command
+def people(config: PeopleConfig) -> None:
+    """Write question/answer pairs about fictitious people: forget, retain and all of them."""
+    from perta.people import write_people
+
+    for file in write_people(config):
+        _note(str(file))
+
+
+@app.command
+def demo(config: DemoConfig | None = None) -> None:
+    """Show the whole method on a real 135M-parameter model, from nothing, in minutes."""
+    from perta.demo import run_demo
+
+    run_demo(config or DemoConfig())
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(name="--config")] = None,
+    quiet: bool = False,
+    traceback: bool = False,
+) -> None:
+    """Run a subcommand.
+
+    Args:
+        tokens: the subcommand and its options.
+        config: YAML file with options of the subcommand, named as on the command line; flags
+            given as well take precedence.
+        quiet: print results only, no progress.
+        traceback: show the full traceback of an error.
+    """
+    del traceback  # looked at in `main`, before anything can fail
+    if quiet:
+        from perta.progress import set_quiet
+
+        set_quiet(True)
+    _quiet_libraries()
+    app.config = () if config is None else (_yaml(config),)
+    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def main() -> None:
+    """Entry point: errors become one message and a status, never a traceback by default."""
+    signal.signal(signal.SIGTERM, _stop)
+    tokens = sys.argv[1:]
+    try:
+        app.meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except PertaError as error:
+        _fail(str(error), 1, tokens)
+    except CycloptsError as error:
+        _fail(_usage(error), 2, tokens)
+    except KeyboardInterrupt:
+        _fail("Interrupted; nothing was left half-written.", 130, tokens)
+    except MemoryError:
+        _fail("Out of memory. Lower --batch-size or --importance-batch-size.", 1, tokens)
+    except OSError as error:
+        _fail(_system_error(error), 1, tokens)
+
+
+def _yaml(file: Path) -> Any:
+    """A source of options from a YAML file, checked first so that its errors are plain."""
+    import yaml
+    from cyclopts.config import Yaml
+
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config {file}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {file} is not readable as YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {file}: expected `option: value` lines.")
+    return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
+
+
+def _usage(error: CycloptsError) -> str:
+    text = " ".join(str(error).split())
+    return f"{text} Run `perta --help`, or a subcommand with --help, for the options."
+
+
+def _system_error(error: OSError) -> str:
+    place = f" {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}:{place}. Check the path, its permissions and disk space."
+
+
+def _fail(message: str, status: int, tokens: list[str]) -> None:
+    if "--traceback" in tokens:
+        raise
+    Console(stderr=True, highlight=False).print(
+        f"error: {message}", markup=False, style="red", soft_wrap=True
+    )
+    sys.exit(status)
+
+
+def _note(message: str) -> None:
+    Console(highlight=False).print(message, markup=False, soft_wrap=True)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    # Cleaning up partial output hangs on exceptions, and a plain SIGTERM raises none.
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries would drown ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

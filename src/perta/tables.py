@@ -1,0 +1,89 @@
+"""Results as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Results = Mapping[str, Any]
+
+SETS = ("forget", "retain", "holdout")
+COLUMNS = {
+    "loss": "loss",
+    "probability": "prob.",
+    "rougeL_recall": "ROUGE-L",
+    "exact_memorization": "exact mem.",
+    "extraction_strength": "extr. str.",
+}
+
+
+def print_comparison(models: Mapping[str, Results], title: str | None = None) -> None:
+    """One table per set: a row per model, a column per metric.
+
+    Args:
+        models: name -> results as `evaluate` wrote them.
+        title: heading of the tables.
+    """
+    for name in SETS:
+        present = [
+            metric
+            for metric in COLUMNS
+            if any(f"{name}_{metric}" in results for results in models.values())
+        ]
+        if not present:
+            continue
+        table = Table(title=f"{title + ': ' if title else ''}{name} set", title_justify="left")
+        table.add_column("model")
+        for metric in present:
+            table.add_column(COLUMNS[metric], justify="right")
+        for model, results in models.items():
+            cells = [_cell(results.get(f"{name}_{metric}")) for metric in present]
+            table.add_row(escape(model), *cells)
+        _console().print(table)
+
+
+def print_samples(models: Mapping[str, Results], count: int) -> None:
+    """Generated answers side by side with the reference, for the first `count` forget rows."""
+    if count <= 0:
+        return
+    for name in ("forget", "retain"):
+        key = f"{name}_rougeL_recall"
+        rows: Mapping[str, Any] = next((r[key]["value_by_index"] for r in models.values() if key in r), {})
+        for index in list(rows)[:count]:
+            table = Table(title=f"{name} example {int(index) + 1}", title_justify="left")
+            table.add_column("")
+            table.add_column("answer", overflow="fold")
+            table.add_row("question", escape(rows[index]["input"]))
+            table.add_row("reference", escape(rows[index]["ground_truth"]))
+            for model, results in models.items():
+                entry = results.get(key, {}).get("value_by_index", {}).get(index)
+                if entry is not None:
+                    table.add_row(escape(model), escape(entry["generation"].strip()))
+            _console().print(table)
+
+
+def print_methods() -> None:
+    """The table of methods."""
+    from perta.weighting import METHODS
+
+    table = Table(show_lines=False)
+    for column in ("method", "W", "what it does", "source"):
+        table.add_column(column, overflow="fold")
+    for method in METHODS.values():
+        table.add_row(
+            method.name, escape(method.formula), escape(method.summary), escape(method.source)
+        )
+    _console().print(table)
+
+
+def _cell(metric: Mapping[str, Any] | None) -> str:
+    value = None if metric is None else metric.get("agg_value")
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _console() -> Console:
+    return Console(highlight=False)
