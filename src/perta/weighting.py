@@ -73,7 +73,7 @@ def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
 
     W = I_f / (I_f + ρ I_r), computed as 1 / (1 + ρ · (I_r / I_f)). Nothing is added before the
     division, so importance near the ends of the float32 range (1e-40 or 1e38; high orders get
-    there) loses no digits.
+    there) loses no digits. Shares too small to move a weight may come out as 0.
 
     Args:
         forget: I_f, float32, non-negative and finite.
