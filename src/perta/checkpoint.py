@@ -11,6 +11,7 @@ Source: https://github.com/huggingface/safetensors, README, section Format.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -541,8 +542,7 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             remove the working or home folder.
     """
     output = output.absolute()
-    _check_output(output, overwrite)
-    partial = _reserve(output)
+    partial = _reserve(output, overwrite)
     try:
         partial.mkdir()
         yield partial
@@ -567,10 +567,9 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: the output is there and `overwrite` is off, or is a folder.
     """
     output = output.absolute()
-    _check_output(output, overwrite)
     if output.is_dir():
         raise OutputExistsError(f"{output} is a folder; give the name of a file.")
-    partial = _reserve(output)
+    partial = _reserve(output, overwrite)
     try:
         yield partial
         _check_output(output, overwrite)
@@ -595,21 +594,21 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise OutputExistsError(f"{output} contains {kept}; it is not replaced.")
 
 
-def _reserve(output: Path) -> Path:
-    """Name for the unfinished output; what dead runs left beside it is cleared away."""
+def _reserve(output: Path, overwrite: bool) -> Path:
+    """Name for the unfinished output; what dead runs left beside it is cleared away first."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     if partial in _active:
         raise OutputExistsError(f"{output} is being written by another part of this program.")
-    for path in output.parent.iterdir():
-        kind, separator, pid = path.name.removeprefix(f".{output.name}.").partition("-")
-        if path.name == f".{output.name}.{kind}-{pid}" and separator and not _is_alive(pid):
-            if kind == "partial":
-                _remove(path)
-            elif kind == "replaced" and not output.exists():
-                path.rename(output)
-            elif kind == "replaced":
-                _remove(path)
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
+        kind, _, pid = path.name.removeprefix(f".{output.name}.").partition("-")
+        if kind not in {"partial", "replaced"} or _is_alive(pid):
+            continue
+        if kind == "replaced" and not output.exists():
+            path.rename(output)
+        else:
+            _remove(path)
+    _check_output(output, overwrite)
     _active.add(partial)
     return partial
 
