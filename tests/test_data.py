@@ -95,7 +95,9 @@ def test_plain_models_see_question_and_answer_lines(
 ) -> None:
     example = load_examples(write(tmp_path / "a.jsonl", QA)).examples[0]
     ids = encode_example(example, plain, DataConfig()).input_ids
-    assert plain.decode(ids[:-1]) == "Question: Who is Ada Reed?\nAnswer: Ada Reed is a potter."
+    assert (
+        plain.decode(list(ids[:-1])) == "Question: Who is Ada Reed?\nAnswer: Ada Reed is a potter."
+    )
 
 
 def test_the_system_prompt_reaches_the_template(
@@ -129,7 +131,7 @@ def test_prompt_and_completion_are_joined_as_they_are(
 ) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "Hello", "completion": " there"}])
     encoded = encode_examples(load_examples(path), chat).encoded[0]
-    assert chat.decode(encoded.input_ids) == "Hello there<|end|>"
+    assert chat.decode(list(encoded.input_ids)) == "Hello there<|end|>"
     assert labelled_text(encoded, chat) == " there<|end|>"
 
 

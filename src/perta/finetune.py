@@ -11,6 +11,7 @@ two AdamW moments, all float32) plus activations.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
         model, tuned = tune(model, encoded.encoded, config.tune, pad=pad_id(tokenizer))
         _warn_if_not_learned(tuned, encoded.encoded, config.data)
         if config.tune.save_dtype == "base":
-            model.to(dtype=stored_dtype(base))
+            nn.Module.to(model, dtype=stored_dtype(base))
         save_model(model, tokenizer, folder, base)
         return {
             "examples": len(encoded),
@@ -142,7 +143,7 @@ def tune(
     torch.manual_seed(config.seed)
     tuned_model: Any = add_lora(model, config) if config.lora_rank else model
     if config.gradient_checkpointing:
-        tuned_model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(tuned_model, True)
     steps = _steps_per_epoch(len(examples), config) * config.epochs
     optimizer, scheduler = _optimizer(tuned_model, config, steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -158,7 +159,7 @@ def tune(
             if loss <= config.stop_loss:
                 break
     if config.gradient_checkpointing:
-        tuned_model.gradient_checkpointing_disable()
+        _checkpointing(tuned_model, False)
     done: Any = tuned_model.merge_and_unload() if config.lora_rank else model
     done.eval()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
@@ -195,6 +196,16 @@ def add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     return get_peft_model(model, settings)
+
+
+def _checkpointing(model: Any, on: bool) -> None:
+    with warnings.catch_warnings():
+        # transformers renames these methods between versions; both names work.
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def _train_epoch(

@@ -95,7 +95,7 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
         )
-    model.to(device)  # type: ignore[arg-type]
+    torch.nn.Module.to(model, device)
     model.eval()
     return model
 

@@ -1,0 +1,50 @@
+"""A tiny base model and a tiny benchmark, made once for all tests that need files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from perta.config import DataConfig, FinetuneConfig, PeopleConfig, TuneConfig
+from perta.data import load_examples
+from perta.finetune import finetune_checkpoint
+from perta.people import write_people
+from perta.tiny import write_tiny_checkpoint
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+torch.set_num_threads(2)
+
+TUNE = TuneConfig(epochs=12, learning_rate=5e-3, batch_size=4)
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders of a small world: people, a base model, and the base tuned on all people."""
+
+    base: Path
+    full: Path
+    forget: Path
+    retain: Path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Four people, one of them to be forgotten."""
+    root = tmp_path_factory.mktemp("world")
+    write_people(PeopleConfig(output=root / "data", people=4, questions=2, forget_people=1))
+    rows = load_examples(root / "data" / "full.jsonl")
+    texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
+    base = root / "base"
+    base.mkdir()
+    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt])
+    full = finetune_checkpoint(
+        FinetuneConfig(
+            base=str(base), data=str(root / "data" / "full.jsonl"), output=root / "full", tune=TUNE
+        )
+    )
+    return World(base, full, root / "data" / "forget.jsonl", root / "data" / "retain.jsonl")
