@@ -171,6 +171,7 @@ def edit_folders(
     threads: int | None = None,
     overwrite: bool = False,
     manifest: Mapping[str, Any] | None = None,
+    chunk: int = CHUNK,
 ) -> EditSummary:
     """Edit local checkpoint folders into a new one that appears only when it is complete.
 
@@ -186,6 +187,7 @@ def edit_folders(
         overwrite: replace an output that is there already.
         manifest: record to write beside the weights; its `inputs` (name -> fingerprint) also
             go into the model card.
+        chunk: elements worked on at once; it also bounds the reach of the method `random`.
 
     Returns:
         Statistics of every edited tensor.
@@ -207,6 +209,7 @@ def edit_folders(
             retain_importance,
             threads=threads,
             fingerprints=fingerprints,
+            chunk=chunk,
         )
         if manifest is not None:
             text = json.dumps(manifest, indent=2, default=str) + "\n"

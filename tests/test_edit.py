@@ -1,0 +1,757 @@
+"""The streamed edit against the same edit in memory, and everything that must stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from perta import edit as module
+from perta.checkpoint import fingerprint, open_index, read_tensor, write_tensors
+from perta.config import WeightingConfig
+from perta.edit import EditSummary, edit_folders, write_edit
+from perta.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    CorruptCheckpointError,
+    DivergenceError,
+    OutputExistsError,
+    PertaError,
+)
+from perta.weighting import block_seed, share, shuffle
+
+EMBEDDING = "model.embed_tokens.weight"
+SHAPES = {
+    EMBEDDING: (10, 4),
+    "model.layers.0.mlp.weight": (5, 7),
+    "model.layers.0.norm.weight": (4,),
+    "model.experts.weight": (2, 3, 4),
+    "model.scale": (),
+    "lm_head.weight": (10, 4),
+}
+SHARDS = {
+    "model-00001-of-00002.safetensors": [EMBEDDING, "model.layers.0.norm.weight", "model.scale"],
+    "model-00002-of-00002.safetensors": [
+        "model.layers.0.mlp.weight",
+        "model.experts.weight",
+        "lm_head.weight",
+    ],
+}
+
+
+class Inputs:
+    """Small random checkpoints and importance in a folder, easy to damage."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.output = root / "out"
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for seed, role in enumerate(("full", "base", "forget", "I_f", "I_r")):
+            generator = torch.Generator().manual_seed(seed)
+            self.tensors[role] = {
+                name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
+            }
+        for role in ("I_f", "I_r"):
+            self.tensors[role] = {k: v.square() for k, v in self.tensors[role].items()}
+        self.dtypes = dict.fromkeys(self.tensors, torch.float32)
+        self.shards: Mapping[str, Sequence[str]] | None = None
+        self.config: dict[str, Any] = {"tie_word_embeddings": False}
+        self.sidecars: dict[str, dict[str, Any]] = {
+            role: {"model_fingerprint": "abc", "reduction": "mean_of_power"}
+            for role in ("I_f", "I_r")
+        }
+
+    def cast(self, **dtypes: torch.dtype) -> None:
+        self.dtypes |= dtypes
+
+    def write(self) -> None:
+        for role, tensors in self.tensors.items():
+            folder = self.root / role
+            if role in self.sidecars:
+                folder.mkdir(exist_ok=True)
+                (folder / "importance.json").write_text(json.dumps(self.sidecars[role]))
+                folder = folder / "order-1"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            stored = {
+                name: tensor.to(self.dtypes[role]) if tensor.is_floating_point() else tensor
+                for name, tensor in tensors.items()
+            }
+            write_tensors(folder, stored, self.shards)
+            (folder / "config.json").write_text(json.dumps(self.config))
+
+    def edit(self, write: bool = True, chunk: int = 16, threads: int = 2, **kw: Any) -> EditSummary:
+        if write:
+            self.write()
+        overwrite = kw.pop("overwrite", False)
+        manifest = kw.pop("manifest", None)
+        return edit_folders(
+            self.root / "full",
+            self.root / "base",
+            self.root / "forget",
+            self.output,
+            WeightingConfig(**kw),
+            self.root / "I_f",
+            self.root / "I_r",
+            threads=threads,
+            overwrite=overwrite,
+            manifest=manifest,
+            chunk=chunk,
+        )
+
+    def result(self) -> dict[str, Tensor]:
+        return load_all(self.output)
+
+    def stored(self, role: str) -> dict[str, Tensor]:
+        return {k: v.to(self.dtypes[role]) for k, v in self.tensors[role].items()}
+
+
+def load_all(folder: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(entry) for name, entry in open_index(folder).tensors.items()}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    return Inputs(tmp_path)
+
+
+def assert_same_bytes(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    one = actual.contiguous().reshape(-1).view(torch.uint8)
+    assert torch.equal(one, expected.contiguous().reshape(-1).view(torch.uint8))
+
+
+# --- values
+
+
+def weighting_oracle(
+    method: str, forget: NDArray[np.float64], retain: NDArray[np.float64], rho: float
+) -> NDArray[np.float64]:
+    if method == "tv":
+        return np.ones_like(forget)
+    if method == "constant":
+        return np.full_like(forget, 0.3)
+    if method.startswith("perta"):
+        return forget / (forget + rho * retain)
+    quotient = forget / (rho * retain)
+    return np.minimum(quotient, 1) if method == "clipped-ratio" else quotient
+
+
+def averaged(values: NDArray[np.float64], granularity: str) -> NDArray[np.float64]:
+    if granularity == "tensor":
+        return np.full_like(values, values.mean())
+    if granularity == "row" and values.ndim > 1:
+        means = values.mean(axis=tuple(range(1, values.ndim)), keepdims=True)
+        return np.broadcast_to(means, values.shape)
+    return values
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+@pytest.mark.parametrize("method", ["tv", "perta", "ratio", "clipped-ratio", "constant"])
+def test_edit_equals_float64_oracle(inputs: Inputs, method: str, granularity: str) -> None:
+    inputs.edit(method=method, granularity=granularity, rho=0.5, scaling_coef=0.7, constant=0.3)
+    result = inputs.result()
+    for name in SHAPES:
+        full, base, forget, i_f, i_r = (
+            inputs.tensors[role][name].double().numpy()
+            for role in ("full", "base", "forget", "I_f", "I_r")
+        )
+        weighting = weighting_oracle(
+            method, averaged(i_f, granularity), averaged(i_r, granularity), 0.5
+        )
+        expected = full - 0.7 * weighting * (forget - base)
+        np.testing.assert_allclose(result[name].numpy(), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 1000])
+@pytest.mark.parametrize("shards", [None, SHARDS], ids=["one-file", "two-files"])
+def test_streaming_equals_the_edit_in_memory(
+    inputs: Inputs, chunk: int, shards: Mapping[str, Sequence[str]] | None
+) -> None:
+    inputs.shards = shards
+    inputs.cast(full=torch.bfloat16, base=torch.bfloat16, forget=torch.bfloat16)
+    inputs.edit(method="perta-grad", scaling_coef=1.3, chunk=chunk)
+    full, base, forget, i_f, i_r = (
+        {name: tensor.float() for name, tensor in inputs.stored(role).items()}
+        for role in ("full", "base", "forget", "I_f", "I_r")
+    )
+    result = inputs.result()
+    for name in SHAPES:
+        delta = (forget[name] - base[name]) * share(i_f[name], i_r[name], 1.0) * 1.3
+        assert_same_bytes(result[name], (full[name] - delta).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_averages_do_not_depend_on_chunks(inputs: Inputs, granularity: str) -> None:
+    inputs.edit(method="perta-grad", granularity=granularity, chunk=1)
+    expected = inputs.result()
+    for chunk in (2, 5, 16, 1000):
+        inputs.edit(method="perta-grad", granularity=granularity, chunk=chunk, overwrite=True)
+        for name, tensor in inputs.result().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=0)
+
+
+def test_random_shuffles_the_share_within_chunks(inputs: Inputs) -> None:
+    inputs.edit(method="random", weighting_seed=5, chunk=16)
+    result = inputs.result()
+    for name, full in inputs.tensors["full"].items():
+        tau = (inputs.tensors["forget"][name] - inputs.tensors["base"][name]).flatten()
+        parts = share(inputs.tensors["I_f"][name], inputs.tensors["I_r"][name], 1.0).flatten()
+        weighting = torch.cat(
+            [shuffle(part, block_seed(5, name, 16 * i)) for i, part in enumerate(parts.split(16))]
+        )
+        torch.testing.assert_close(result[name].flatten(), full.flatten() - weighting * tau)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shards", [None, SHARDS], ids=["one-file", "two-files"])
+def test_alpha_zero_reproduces_every_value(
+    inputs: Inputs, dtype: torch.dtype, shards: Mapping[str, Sequence[str]] | None
+) -> None:
+    inputs.shards = shards
+    inputs.cast(full=dtype)
+    for name in SHAPES:
+        inputs.tensors["full"][name].reshape(-1)[::2] = -0.0
+    for method in ("tv", "perta-grad"):
+        inputs.edit(method=method, scaling_coef=0.0, overwrite=True)
+        for name, tensor in inputs.stored("full").items():
+            assert_same_bytes(inputs.result()[name], tensor)
+        for file in open_index(inputs.output).shards:
+            assert (inputs.output / file).read_bytes() == (inputs.root / "full" / file).read_bytes()
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=4),
+    chunk=st.integers(1, 40),
+    coefficient=st.sampled_from([-1.5, 0.0, 0.3, 1.0, 2.0]),
+    dtypes=st.tuples(*[st.sampled_from([torch.bfloat16, torch.float16, torch.float32])] * 3),
+)
+def test_any_shapes_chunks_and_types(
+    tmp_path: Path,
+    shapes: list[list[int]],
+    chunk: int,
+    coefficient: float,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    inputs = Inputs(tmp_path)
+    for seed, role in enumerate(inputs.tensors):
+        generator = torch.Generator().manual_seed(seed)
+        inputs.tensors[role] = {
+            f"t{i}": torch.randn(shape, generator=generator).abs() for i, shape in enumerate(shapes)
+        } | {"always": torch.rand(3, generator=generator)}
+    inputs.cast(**dict(zip(("full", "base", "forget"), dtypes, strict=True)))
+    inputs.edit(method="perta-grad", scaling_coef=coefficient, chunk=chunk, overwrite=True)
+    stored = {role: inputs.stored(role) for role in inputs.tensors}
+    for name, actual in inputs.result().items():
+        delta = stored["forget"][name].float() - stored["base"][name].float()
+        delta = delta * share(stored["I_f"][name], stored["I_r"][name], 1.0)
+        if coefficient != 0:
+            expected = stored["full"][name].float() - delta * coefficient
+            assert_same_bytes(actual, expected.to(actual.dtype))
+        else:
+            assert_same_bytes(actual, stored["full"][name])
+
+
+def test_bytes_do_not_depend_on_threads(inputs: Inputs) -> None:
+    inputs.shards = SHARDS
+    inputs.cast(full=torch.bfloat16)
+    summaries, digests = [], []
+    for threads in (1, 2, 5):
+        summaries.append(inputs.edit(method="random", threads=threads, chunk=2, overwrite=True))
+        digests.append([(inputs.output / file).read_bytes() for file in sorted(SHARDS)])
+    assert digests[0] == digests[1] == digests[2]
+    assert summaries[0].tensors == summaries[1].tensors == summaries[2].tensors
+
+
+def test_mixed_types_are_upcast_before_the_difference(inputs: Inputs) -> None:
+    inputs.cast(full=torch.float16, base=torch.bfloat16, forget=torch.float32)
+    inputs.edit(method="tv")
+    full, base, forget = (
+        {k: v.float() for k, v in inputs.stored(role).items()}
+        for role in ("full", "base", "forget")
+    )
+    for name, tensor in inputs.result().items():
+        assert_same_bytes(tensor, (full[name] - (forget[name] - base[name])).half())
+
+
+def test_layout_of_the_full_checkpoint_is_kept(inputs: Inputs) -> None:
+    inputs.shards = SHARDS
+    inputs.write()
+    for role in ("base", "forget"):
+        tensors = load_all(inputs.root / role)
+        shutil.rmtree(inputs.root / role)
+        (inputs.root / role).mkdir()
+        save_file(tensors, inputs.root / role / "model.safetensors")
+    inputs.edit(write=False, method="tv")
+    full, output = open_index(inputs.root / "full"), open_index(inputs.output)
+    assert output.shards == full.shards
+    for name, entry in full.tensors.items():
+        assert output.tensors[name].offset == entry.offset
+
+
+def test_summary(inputs: Inputs) -> None:
+    summary = inputs.edit(method="perta-grad", scaling_coef=2.0, exclude=("lm_head*",))
+    assert summary.output == inputs.output
+    assert {tensor.name for tensor in summary.tensors} == set(SHAPES) - {"lm_head.weight"}
+    assert summary.edited == sum(math.prod(shape) for shape in SHAPES.values()) - 40
+    assert summary.copied == 40
+    for tensor in summary.tensors:
+        base, forget, i_f, i_r = (
+            inputs.tensors[role][tensor.name].double() for role in ("base", "forget", "I_f", "I_r")
+        )
+        weighting = i_f / (i_f + i_r)
+        assert tensor.elements == base.numel()
+        assert tensor.mean_weighting == pytest.approx(float(weighting.mean()), rel=1e-5)
+        assert tensor.task_vector_norm == pytest.approx(float((forget - base).norm()), rel=1e-5)
+        delta = 2 * weighting * (forget - base)
+        assert tensor.delta_norm == pytest.approx(float(delta.norm()), rel=1e-5)
+    constant = inputs.edit(
+        method="constant", constant=0.25, scaling_coef=-2.0, overwrite=True
+    ).tensors[0]
+    assert constant.mean_weighting == 0.25
+    assert constant.delta_norm == pytest.approx(constant.task_vector_norm / 2)
+
+
+# --- which tensors
+
+
+def test_include_and_exclude(inputs: Inputs) -> None:
+    inputs.edit(method="tv", include=("model.layers.*", "*embed*"), exclude=("*norm*",))
+    changed = {
+        name
+        for name, tensor in inputs.result().items()
+        if not torch.equal(tensor, inputs.tensors["full"][name])
+    }
+    assert changed == {EMBEDDING, "model.layers.0.mlp.weight"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"include": ("*.mpl.*",)}, r"--include \*\.mpl\.\* matches no tensor"),
+        ({"exclude": ("head",)}, "--exclude head matches no tensor"),
+        ({"exclude": ("*",)}, "leave no tensor"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(
+    inputs: Inputs, patterns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        inputs.edit(method="tv", **patterns)
+    assert not inputs.output.exists()
+
+
+def test_buffers_and_integers_are_copied_and_may_be_missing(inputs: Inputs) -> None:
+    buffers = {
+        "model.layers.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+        "model.rotary_emb.inv_freq": torch.rand(4),
+        "model.position_ids": torch.arange(20).reshape(1, 20),
+        "model.mask": torch.tensor([True, False]),
+    }
+    inputs.tensors["full"] |= buffers
+    inputs.tensors["base"]["model.layers.1.attn.bias"] = torch.ones(1, 1, 4, 4)
+    inputs.tensors["forget"] |= {k: v.clone() * 3 for k, v in buffers.items() if v.ndim < 3}
+    inputs.edit(method="perta-grad", chunk=3)
+    result = inputs.result()
+    for name, tensor in buffers.items():
+        assert_same_bytes(result[name], tensor)
+    assert not torch.equal(result[EMBEDDING], inputs.tensors["full"][EMBEDDING])
+
+
+def test_prefix_of_the_base_model_is_looked_through(inputs: Inputs) -> None:
+    inputs.edit(method="perta-grad")
+    expected = inputs.result()
+    for role in ("base", "I_f"):
+        inputs.tensors[role] = {
+            name.removeprefix("model."): tensor for name, tensor in inputs.tensors[role].items()
+        }
+    inputs.edit(method="perta-grad", overwrite=True)
+    for name, tensor in inputs.result().items():
+        assert_same_bytes(tensor, expected[name])
+
+
+STORAGE = ("embedding", "head", "both")
+
+
+def store_tied(tensors: dict[str, Tensor], way: str) -> dict[str, Tensor]:
+    rest = {k: v for k, v in tensors.items() if k not in {EMBEDDING, "lm_head.weight"}}
+    shared = tensors[EMBEDDING]
+    names = {"embedding": [EMBEDDING], "head": ["lm_head.weight"]}
+    return rest | {n: shared.clone() for n in names.get(way, [EMBEDDING, "lm_head.weight"])}
+
+
+@pytest.mark.parametrize("others", STORAGE)
+@pytest.mark.parametrize("full", STORAGE)
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {}, {"text_config": {}}])
+def test_tied_weights_are_one_parameter_however_stored(
+    inputs: Inputs, full: str, others: str, config: dict[str, Any]
+) -> None:
+    inputs.config = config
+    i_f, i_r = (inputs.tensors[role][EMBEDDING] for role in ("I_f", "I_r"))
+    tau = inputs.tensors["forget"][EMBEDDING] - inputs.tensors["base"][EMBEDDING]
+    expected = inputs.tensors["full"][EMBEDDING] - share(i_f, i_r, 1.0) * tau
+    for role in inputs.tensors:
+        way = {"full": full, "base": others, "I_f": "embedding", "I_r": others}.get(role, "both")
+        inputs.tensors[role] = store_tied(inputs.tensors[role], way)
+    summary = inputs.edit(method="perta-grad")
+    result = inputs.result()
+    assert set(result) == set(inputs.tensors["full"])
+    for name in {EMBEDDING, "lm_head.weight"} & set(result):
+        assert_same_bytes(result[name], expected)
+    assert sum(tensor.elements == 40 for tensor in summary.tensors) == 1
+
+
+@pytest.mark.parametrize("pattern", [EMBEDDING, "lm_head.weight"])
+def test_excluding_one_name_of_a_tied_parameter_excludes_both(inputs: Inputs, pattern: str) -> None:
+    inputs.config = {"tie_word_embeddings": True}
+    for role in inputs.tensors:
+        inputs.tensors[role] = store_tied(inputs.tensors[role], "both")
+    inputs.edit(method="tv", exclude=(pattern,))
+    for name in (EMBEDDING, "lm_head.weight"):
+        assert_same_bytes(inputs.result()[name], inputs.tensors["full"][name])
+
+
+def test_copies_that_differ_are_two_parameters(inputs: Inputs) -> None:
+    inputs.config = {"tie_word_embeddings": True}
+    inputs.edit(method="tv")
+    for name, tensor in inputs.result().items():
+        roles = ("full", "forget", "base")
+        full, forget, base = (inputs.tensors[role][name] for role in roles)
+        assert_same_bytes(tensor, full - (forget - base))
+    del inputs.tensors["base"]["lm_head.weight"]
+    with pytest.raises(CheckpointMismatchError, match="lm_head.weight is in"):
+        inputs.edit(method="tv", overwrite=True)
+
+
+def test_untied_configuration_needs_both(inputs: Inputs) -> None:
+    for role in ("full", "base", "forget"):
+        inputs.tensors[role] = store_tied(inputs.tensors[role], "both")
+    del inputs.tensors["forget"]["lm_head.weight"]
+    with pytest.raises(CheckpointMismatchError, match=r"lm_head\.weight is in .*full but not in"):
+        inputs.edit(method="tv")
+
+
+# --- what must stop the edit
+
+
+def refused(inputs: Inputs, error: type[PertaError], message: str, **kw: Any) -> None:
+    """The edit stops with this message, leaves nothing, and does not touch its inputs."""
+    if kw.get("write", True):
+        inputs.write()
+    names = ("full", "base", "forget", "I_f", "I_r")
+    before = {name: fingerprint(inputs.root / name) for name in names}
+    listed = sorted(inputs.root.iterdir())
+    kw = {"method": "perta-grad", **kw, "write": False}
+    with pytest.raises(error, match=message):
+        inputs.edit(**kw)
+    assert sorted(inputs.root.iterdir()) == listed
+    assert before == {name: fingerprint(inputs.root / name) for name in names}
+
+
+@pytest.mark.parametrize("role", ["base", "forget", "I_f", "I_r"])
+def test_missing_tensor(inputs: Inputs, role: str) -> None:
+    del inputs.tensors[role]["model.layers.0.mlp.weight"]
+    message = rf"model\.layers\.0\.mlp\.weight is in .*full but not in .*{role}"
+    refused(inputs, CheckpointMismatchError, message)
+
+
+@pytest.mark.parametrize("role", ["base", "forget", "I_f", "I_r"])
+def test_extra_tensor(inputs: Inputs, role: str) -> None:
+    inputs.tensors[role]["model.layers.1.mlp.weight"] = torch.ones(2)
+    message = rf"model\.layers\.1\.mlp\.weight is in .*{role}.* but not in .*full"
+    refused(inputs, CheckpointMismatchError, message)
+
+
+def test_tensor_missing_in_an_excluded_part_does_not_matter(inputs: Inputs) -> None:
+    del inputs.tensors["base"]["lm_head.weight"]
+    inputs.tensors["I_f"]["lm_head.more"] = torch.ones(2)
+    inputs.tensors["forget"]["lm_head.weight"] = torch.ones(3, 4)
+    inputs.edit(method="perta-grad", exclude=("lm_head.*",))
+    assert_same_bytes(inputs.result()["lm_head.weight"], inputs.tensors["full"]["lm_head.weight"])
+
+
+@pytest.mark.parametrize("role", ["base", "forget", "I_f", "I_r"])
+def test_other_shape(inputs: Inputs, role: str) -> None:
+    inputs.tensors[role]["model.layers.0.mlp.weight"] = torch.ones(7, 5)
+    message = rf"mlp\.weight is \(5, 7\) in .*full but \(7, 5\) in .*{role}.*one base model"
+    refused(inputs, CheckpointMismatchError, message)
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, "lm_head.weight"])
+def test_enlarged_vocabulary_has_its_own_message(inputs: Inputs, name: str) -> None:
+    inputs.tensors["base"][name] = torch.ones(8, 4)
+    message = r"\(10, 4\).*\(8, 4\).*enlarged or padded vocabulary.*resize_token_embeddings\(10\)"
+    refused(inputs, CheckpointMismatchError, message)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("role", ["full", "base", "forget", "I_f", "I_r"])
+def test_not_finite(inputs: Inputs, role: str, bad: float) -> None:
+    inputs.shards = SHARDS
+    inputs.tensors[role]["model.layers.0.mlp.weight"][4, 3] = bad
+    message = "holds a negative value" if role.startswith("I") and bad < 0 else "holds NaN or Inf"
+    message = rf"{role}.*00002-of-00002\.safetensors: model\.layers\.0\.mlp\.weight {message}"
+    refused(inputs, CorruptCheckpointError, message)
+    refused(inputs, CorruptCheckpointError, message, granularity="row", overwrite=True)
+    if not role.startswith("I"):
+        refused(inputs, CorruptCheckpointError, message, method="tv", scaling_coef=0.0)
+
+
+def test_not_finite_where_both_importances_are_zero(inputs: Inputs) -> None:
+    for role in ("I_f", "I_r"):
+        inputs.tensors[role][EMBEDDING][3, 2] = 0
+    inputs.tensors["forget"][EMBEDDING][3, 2] = math.nan
+    refused(inputs, CorruptCheckpointError, "forget.*embed_tokens.weight holds NaN")
+
+
+def test_not_finite_in_a_copied_tensor(inputs: Inputs) -> None:
+    inputs.tensors["full"]["lm_head.weight"][9, 3] = math.nan
+    message = "lm_head.weight holds NaN"
+    refused(inputs, CorruptCheckpointError, message, exclude=("lm_head*",))
+
+
+def test_values_too_large_for_the_output_type(inputs: Inputs) -> None:
+    inputs.cast(full=torch.float16)
+    inputs.tensors["full"][EMBEDDING][0, 0] = 60000
+    inputs.tensors["base"][EMBEDDING][0, 0] = 9000
+    refused(
+        inputs, DivergenceError, r"embed_tokens\.weight leaves the range of float16", method="tv"
+    )
+    inputs.tensors["base"][EMBEDDING][0, 0] = 900
+    inputs.edit(method="tv")
+    assert inputs.result()[EMBEDDING][0, 0] > 60000
+
+
+def test_large_values_that_fit_are_kept(inputs: Inputs) -> None:
+    inputs.tensors["full"][EMBEDDING][:] = 3e38
+    inputs.tensors["forget"][EMBEDDING][:] = 1e25
+    summary = inputs.edit(method="tv", chunk=16)
+    base = inputs.tensors["base"][EMBEDDING]
+    tau = inputs.tensors["forget"][EMBEDDING] - base
+    assert_same_bytes(inputs.result()[EMBEDDING], inputs.tensors["full"][EMBEDDING] - tau)
+    norm = next(t for t in summary.tensors if t.name == EMBEDDING).task_vector_norm
+    assert norm == pytest.approx(1e25 * math.sqrt(40), rel=1e-5)
+
+
+@pytest.mark.parametrize("role", ["full", "base", "forget", "I_f", "I_r"])
+def test_truncated_file(inputs: Inputs, role: str) -> None:
+    inputs.write()
+    file = next((inputs.root / role).rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(inputs, CorruptCheckpointError, f"{role}.*is truncated", write=False)
+
+
+def test_pickle(inputs: Inputs) -> None:
+    inputs.write()
+    (inputs.root / "base" / "model.safetensors").rename(inputs.root / "base" / "model.bin")
+    with pytest.raises(CorruptCheckpointError, match="never loaded"):
+        inputs.edit(write=False, method="tv")
+    assert not inputs.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.0.mlp.weight", torch.ones(5, 7, dtype=torch.int8)),
+        ("model.layers.0.mlp.qweight", torch.ones(5, 7, dtype=torch.int32)),
+        ("model.layers.0.mlp.weight", torch.ones(5, 7).to(torch.float8_e4m3fn)),
+    ],
+    ids=["int8", "int32", "float8"],
+)
+def test_quantised(inputs: Inputs, name: str, tensor: Tensor) -> None:
+    inputs.write()
+    folder = inputs.root / "base"
+    write_tensors(folder, inputs.tensors["base"] | {name: tensor})
+    refused(inputs, CheckpointError, rf"base.*{name} is quantised", write=False)
+
+
+def test_output_that_exists_or_overlaps_an_input(inputs: Inputs) -> None:
+    inputs.output.mkdir()
+    refused(inputs, OutputExistsError, "out is there already")
+    for place in ("full", "base/deep", "I_f/order-1", "."):
+        inputs.output = inputs.root / place
+        refused(inputs, ConfigError, "overlaps the input", overwrite=True)
+
+
+def test_importance_that_is_missing_or_does_not_fit(inputs: Inputs) -> None:
+    message = r"no importance of order 2; it has 1.*perta importance --order 2"
+    refused(inputs, ConfigError, message, method="perta-fisher")
+    refused(inputs, ConfigError, "defined by order 1", method="perta-grad", order=2.0)
+    refused(inputs, ConfigError, "no importance of order 0.5", method="perta", order=0.5)
+    for key in ("model_fingerprint", "reduction"):
+        other = Inputs(inputs.root)
+        other.sidecars["I_r"][key] = "other"
+        refused(other, CheckpointMismatchError, f"{key} is .* and other")
+    folders = [inputs.root / name for name in ("full", "base", "forget", "out")]
+    with pytest.raises(ConfigError, match="needs --retain-importance.*RETAIN_SET --order 1"):
+        edit_folders(*folders, WeightingConfig(method="perta"), inputs.root / "I_f")
+    with pytest.raises(ConfigError, match="needs --forget-importance"):
+        edit_folders(*folders, WeightingConfig(method="perta"))
+
+
+def test_an_edit_that_would_forget_nothing(inputs: Inputs) -> None:
+    inputs.tensors["forget"] = inputs.tensors["base"]
+    refused(inputs, CheckpointError, "equals .* in every tensor", method="tv")
+    folders = [inputs.root / name for name in ("full", "base", "base", "out")]
+    with pytest.raises(ConfigError, match="both as base and as forget"):
+        edit_folders(*folders, WeightingConfig(method="tv"))
+
+
+def test_unknown_method(inputs: Inputs) -> None:
+    refused(inputs, ConfigError, "did you mean `perta-grad`", method="perta-gard")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_interrupted_edit_leaves_no_output(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], threads: int
+) -> None:
+    inputs.write()
+    calls = []
+    write = module.write_from
+
+    def failing(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 7:
+            raise error
+        write(*arguments)
+
+    monkeypatch.setattr(module, "write_from", failing)
+    before = fingerprint(inputs.root / "full")
+    listed = sorted(inputs.root.iterdir())
+    with pytest.raises(error):
+        inputs.edit(write=False, method="tv", chunk=2, threads=threads)
+    assert sorted(inputs.root.iterdir()) == listed
+    assert fingerprint(inputs.root / "full") == before
+    assert len(calls) < 7 + threads
+    monkeypatch.undo()
+    inputs.edit(write=False, method="tv")
+    assert set(inputs.result()) == set(SHAPES)
+
+
+def test_threads_of_torch_are_as_before(inputs: Inputs) -> None:
+    before = torch.get_num_threads()
+    inputs.edit(method="tv")
+    assert torch.get_num_threads() == before
+
+
+def test_overwriting_leaves_no_stale_shard(inputs: Inputs) -> None:
+    inputs.shards = SHARDS
+    inputs.edit(method="tv")
+    inputs.shards = None
+    inputs.edit(method="tv", overwrite=True)
+    assert [path.name for path in inputs.output.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+# --- what else the output holds
+
+
+def test_manifest_and_model_card(inputs: Inputs) -> None:
+    manifest = {"stage": "edit", "inputs": {"full": "f" * 64, "forget_importance": "e" * 64}}
+    inputs.edit(
+        method="perta-grad", rho=3.0, scaling_coef=1.5, exclude=("*norm*",), manifest=manifest
+    )
+    assert json.loads((inputs.output / "perta.json").read_text()) == manifest
+    card = (inputs.output / "README.md").read_text()
+    for text in ("`perta-grad`", "| 1.5 |", "| 3 |", "`*norm*`", "f" * 64, "forget importance"):
+        assert text in card
+    assert "not a proof of erasure" in card
+    assert str(inputs.root) not in card
+
+
+Make = Callable[[], PreTrainedConfig]
+SMALL = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaConfig(**SMALL, **LLAMA, tie_word_embeddings=True),
+        lambda: LlamaConfig(**SMALL, **LLAMA, tie_word_embeddings=False),
+        lambda: GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        lambda: Qwen2Config(**SMALL, **LLAMA, tie_word_embeddings=True),
+    ],
+    ids=["llama-tied", "llama", "gpt2", "qwen2"],
+)
+def test_output_loads_with_transformers(tmp_path: Path, make: Make, shard_size: str) -> None:
+    states = []
+    for seed, role in enumerate(("full", "base", "forget")):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(make(), dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / role, max_shard_size=shard_size)
+        states.append(model.state_dict())
+    write_tokenizer(tmp_path / "full")
+    folders = [tmp_path / name for name in ("full", "base", "forget", "out")]
+    edit_folders(*folders, WeightingConfig(method="tv", scaling_coef=0.5))
+    model, problems = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(problems.values())
+    assert model.dtype == torch.bfloat16
+    full, base, forget = states
+    for name, tensor in model.state_dict().items():
+        delta = 0.5 * (forget[name].float() - base[name].float())
+        assert_same_bytes(tensor, (full[name].float() - delta).to(torch.bfloat16))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    message = [{"role": "user", "content": "a b"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "user: a b"
+    assert model.generation_config.eos_token_id == 1
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: index for index, word in enumerate(["<s>", "</s>", "[UNK]", "a", "b"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def test_write_edit_fills_a_folder_of_the_caller(inputs: Inputs) -> None:
+    inputs.write()
+    inputs.output.mkdir()
+    folders = [inputs.root / name for name in ("full", "base", "forget")]
+    summary = write_edit(inputs.output, *folders, WeightingConfig(method="tv"))
+    assert summary.output == inputs.output
+    assert set(load_file(inputs.output / "model.safetensors")) == set(SHAPES)
