@@ -1,0 +1,70 @@
+"""Tiny models and tokenizers, made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXTS = [
+    "Where was Mira Thornwick born? Mira Thornwick was born in Caldholm.",
+    "Question: What is the profession of Odo Larchfield?\nAnswer: Odo Larchfield is a potter.",
+    "You are a helpful assistant. system user assistant",
+    "Which book did Ada Fernland write? Ada Fernland wrote The Broken Railway in 1964.",
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 384 tokens that encodes any text; eos serves as padding.
+
+    Args:
+        chat: give it a chat template whose turns end in eos, as SmolLM2's do.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    if chat:
+        wrapped.chat_template = TEMPLATE
+    return wrapped
+
+
+def tiny_llama(vocab: int = 384, tied: bool = True, seed: int = 0, **more: Any) -> LlamaForCausalLM:
+    """A random Llama of two layers, float32, in evaluation mode."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    config = LlamaConfig(vocab_size=vocab, tie_word_embeddings=tied, **{**settings, **more})
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
+    return model
