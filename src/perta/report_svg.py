@@ -1,0 +1,500 @@
+"""Inline SVG for the report: drawn here so that the page is complete without scripts.
+
+Colours come from the page's style sheet by class, so light, dark and print need one drawing.
+Every mark carries its numbers in a `<title>` and in `data-tip`, which the script turns into a
+tooltip that also follows the keyboard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+
+TEXT_WIDTH = 6.5
+"""Mean width of a character of a label, for placing labels without measuring them."""
+LINE = 15
+
+SHAPES = ("circle", "square", "triangle", "diamond", "plus", "down", "cross", "hexagon")
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model looks in every figure.
+
+    Attributes:
+        css: class that gives its colour.
+        shape: form of its mark, so that colour is never the only difference.
+        toggle: class by which the page shows and hides it; empty for references.
+    """
+
+    css: str
+    shape: str
+    toggle: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its label, range and ticks, and which end is wanted."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    better: str = "none"
+
+    def place(self, value: float, start: float, end: float) -> float:
+        """Position of a value, clipped to the axis."""
+        share = (value - self.low) / (self.high - self.low)
+        return start + min(1.0, max(0.0, share)) * (end - start)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in a scatter plot, with the intervals of both coordinates where known."""
+
+    x: float
+    y: float
+    label: str
+    tip: str
+    style: Style
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+    path: str = ""
+    named: bool = True
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One empirical distribution, values in any order."""
+
+    values: tuple[float, ...]
+    label: str
+    tip: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a map; `value` is None where there is nothing."""
+
+    row: int
+    column: int
+    value: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size of a figure and the room around its plot."""
+
+    width: float
+    height: float
+    left: float = 58
+    right: float = 16
+    top: float = 14
+    bottom: float = 50
+
+    @property
+    def x0(self) -> float:
+        """Left end of the plot."""
+        return self.left
+
+    @property
+    def x1(self) -> float:
+        """Right end of the plot."""
+        return self.width - self.right
+
+    @property
+    def y0(self) -> float:
+        """Upper end of the plot."""
+        return self.top
+
+    @property
+    def y1(self) -> float:
+        """Lower end of the plot."""
+        return self.height - self.bottom
+
+
+WIDE = Frame(760, 430)
+NARROW = Frame(360, 360, left=48, right=10)
+
+
+def unit_axis(label: str, better: str = "none") -> Axis:
+    """An axis from 0 to 1."""
+    ticks = tuple((i / 5, f"{i / 5:.1f}".replace("1.0", "1").replace("0.0", "0")) for i in range(6))
+    return Axis(label, 0.0, 1.0, ticks, better)
+
+
+def fitted_axis(label: str, values: Sequence[float], better: str = "none") -> Axis:
+    """An axis that holds the values, with round ticks."""
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
+    start, end = math.floor(low / step - 1e-9) * step, math.ceil(high / step + 1e-9) * step
+    if start == end:
+        end += step
+    count = round((end - start) / step)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    ticks = tuple((start + i * step, f"{start + i * step:.{digits}f}") for i in range(count + 1))
+    return Axis(label, start, end, ticks, better)
+
+
+def log_axis(label: str, values: Sequence[float]) -> Axis:
+    """An axis of base-10 logarithms with ticks at powers of ten and their middles."""
+    low = math.floor(min(values) * 2) / 2
+    high = math.ceil(max(values) * 2) / 2
+    if low == high:
+        high += 0.5
+    steps = round((high - low) * 2)
+    stride = max(1, math.ceil(steps / 8))
+    marks = [low + i / 2 for i in range(0, steps + 1, stride)]
+    return Axis(label, low, high, tuple((mark, _short(10**mark)) for mark in marks))
+
+
+def scatter(
+    points: Sequence[Point], x: Axis, y: Axis, title: str, *, cross: Point | None = None
+) -> str:
+    """Models as points; those of one method and seed are joined in order of strength.
+
+    Args:
+        points: what to draw.
+        x: horizontal axis.
+        y: vertical axis.
+        title: what the figure shows, for readers who cannot see it.
+        cross: point to mark with lines across the plot, the retrained reference.
+    """
+    return _both(lambda frame: _scatter(points, x, y, title, cross, frame))
+
+
+def ecdf(curves: Sequence[Curve], x: Axis, title: str, *, log: bool = False) -> str:
+    """Empirical distribution functions: share of examples at or below each value.
+
+    Args:
+        curves: what to draw.
+        x: horizontal axis, in logarithms if `log`.
+        title: what the figure shows, for readers who cannot see it.
+        log: draw base-10 logarithms of the values.
+    """
+    return _both(lambda frame: _ecdf(curves, x, title, log, frame))
+
+
+def heat_map(
+    cells: Sequence[Cell],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    css: str,
+    legend: str,
+    digits: int = 2,
+) -> str:
+    """A map of one hue: the stronger, the larger the value.
+
+    Args:
+        cells: what to draw; places without a cell stay empty.
+        rows: names of the rows, from the top.
+        columns: names of the columns.
+        title: what the figure shows, for readers who cannot see it.
+        css: class of the hue.
+        legend: what the colour stands for.
+        digits: significant digits of the legend's ends.
+    """
+    values = [cell.value for cell in cells]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    height = max(6.0, min(24.0, 560 / max(1, len(rows))))
+    width = max(18.0, min(44.0, 330 / max(1, len(columns))))
+    left, top = 40.0, 46.0
+    full_width = left + width * len(columns) + 6
+    bottom = top + height * len(rows)
+    full_width = max(full_width, 250)
+    parts = [_open(full_width, bottom + 46, title, f"map {css}", grid=True)]
+    every = max(1, math.ceil(11 / height))
+    for i, name in enumerate(rows):
+        if i % every == 0:
+            y = top + (i + 0.5) * height
+            parts.append(_text(left - 7, y + 4, name, "tick", "end"))
+    for j, name in enumerate(columns):
+        x = left + (j + 0.5) * width
+        turn = f' transform="rotate(-40 {x:.1f} {top - 8})"'
+        parts.append(_text(x, top - 8, name, "tick", "start", turn))
+    for cell in cells:
+        share = (cell.value - low) / (high - low) if high > low else 0.5
+        x, y = left + cell.column * width, top + cell.row * height
+        parts.append(
+            f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
+            f'height="{height - (1 if height > 8 else 0.5):.1f}" '
+            f'fill-opacity="{0.07 + 0.93 * share:.3f}" data-row="{cell.row}" '
+            f'data-col="{cell.column}"{_tip(cell.tip)}</rect>'
+        )
+    parts.append(_ramp(left, bottom + 14, _short(low, digits), _short(high, digits), legend))
+    return "".join([*parts, "</svg>"])
+
+
+def swatch(style: Style, size: int = 16) -> str:
+    """A model's mark on its own, for legends and tables."""
+    middle = size / 2
+    return (
+        f'<svg class="swatch" width="{size}" height="{size}" viewBox="0 0 {size} {size}" '
+        f'aria-hidden="true">{_mark(middle, middle, style, 5)}</svg>'
+    )
+
+
+def _both(draw: object) -> str:
+    """A figure in two sizes; the style sheet shows the one that fits."""
+    assert callable(draw)
+    return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
+
+
+def _open(width: float, height: float, title: str, css: str, *, grid: bool = False) -> str:
+    role = ' data-grid=""' if grid else ""
+    return (
+        f'<svg class="figure {css}" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" role="img" aria-label="{escape(title)}"{role}>'
+    )
+
+
+def _scatter(
+    points: Sequence[Point], x: Axis, y: Axis, title: str, cross: Point | None, frame: Frame
+) -> str:
+    def at(px: float, py: float) -> tuple[float, float]:
+        return x.place(px, frame.x0, frame.x1), y.place(py, frame.y1, frame.y0)
+
+    parts = [_open(frame.width, frame.height, title, "scatter"), _axes(x, y, frame)]
+    if cross is not None:
+        cx, cy = at(cross.x, cross.y)
+        parts.append(
+            f'<line class="cross" x1="{cx:.1f}" y1="{frame.y0}" x2="{cx:.1f}" y2="{frame.y1}"/>'
+            f'<line class="cross" x1="{frame.x0}" y1="{cy:.1f}" x2="{frame.x1}" y2="{cy:.1f}"/>'
+        )
+    parts.append(_better(x, y, frame))
+    for name in dict.fromkeys(point.path for point in points if point.path):
+        group = [point for point in points if point.path == name]
+        if len(group) > 1:
+            line = " ".join("{:.1f},{:.1f}".format(*at(p.x, p.y)) for p in group)
+            parts.append(f'<polyline class="path {_classes(group[0].style)}" points="{line}"/>')
+    parts += [_bars(point, at) for point in points]
+    placed = [at(point.x, point.y) for point in points]
+    for point, (px, py) in zip(points, placed, strict=True):
+        mark = _mark(px, py, point.style, 6)
+        parts.append(
+            f'<g class="mark {point.style.toggle}"{_tip(point.tip)}'
+            f'<circle class="hit" cx="{px:.1f}" cy="{py:.1f}" r="13"/>{mark}</g>'
+        )
+    parts += _labels(points, placed, frame)
+    return "".join([*parts, "</svg>"])
+
+
+def _bars(point: Point, at: object) -> str:
+    assert callable(at)
+    lines = []
+    if point.x_range:
+        (x1, y1), (x2, _) = at(point.x_range[0], point.y), at(point.x_range[1], point.y)
+        lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y1:.1f}"/>')
+    if point.y_range:
+        (x1, y1), (_, y2) = at(point.x, point.y_range[0]), at(point.x, point.y_range[1])
+        lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x1:.1f}" y2="{y2:.1f}"/>')
+    return f'<g class="bar {_classes(point.style)}">{"".join(lines)}</g>' if lines else ""
+
+
+def _labels(
+    points: Sequence[Point], placed: Sequence[tuple[float, float]], frame: Frame
+) -> list[str]:
+    """Names beside the marks, each where it collides least with what is there already."""
+    taken = [(px - 8, py - 8, px + 8, py + 8) for px, py in placed]
+    parts = []
+    for point, (px, py) in zip(points, placed, strict=True):
+        if not point.named:
+            continue
+        width = TEXT_WIDTH * len(point.label)
+        options = (
+            (px + 11, py + 4, "start"),
+            (px - 11, py + 4, "end"),
+            (px, py - 13, "middle"),
+            (px, py + 22, "middle"),
+            (px + 11, py - 10, "start"),
+            (px + 11, py + 18, "start"),
+            (px - 11, py - 10, "end"),
+            (px - 11, py + 18, "end"),
+            (px + 11, py - 24, "start"),
+            (px + 11, py + 32, "start"),
+        )
+        boxes = [_box(option, width) for option in options]
+        costs = [_cost(box, taken, frame) + 0.01 * i for i, box in enumerate(boxes)]
+        best = costs.index(min(costs))
+        tx, ty, anchor = options[best]
+        taken.append(boxes[best])
+        css = f"label {point.style.css} {point.style.toggle}"
+        parts.append(_text(tx, ty, point.label, css, anchor))
+    return parts
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _box(option: tuple[float, float, str], width: float) -> _Box:
+    x, y, anchor = option
+    left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+    return left, y - 11, left + width, y + 4
+
+
+def _cost(box: _Box, taken: Iterable[_Box], frame: Frame) -> float:
+    outside = max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.width)
+    outside += max(0.0, frame.y0 - 12 - box[1]) + max(0.0, box[3] - frame.y1)
+    overlap = 0.0
+    for other in taken:
+        across = min(box[2], other[2]) - max(box[0], other[0])
+        down = min(box[3], other[3]) - max(box[1], other[1])
+        if across > 0 and down > 0:
+            overlap += across * down
+    return overlap + 40 * outside
+
+
+def _better(x: Axis, y: Axis, frame: Frame) -> str:
+    """An arrow into the corner where a perfect model would be."""
+    if "none" in (x.better, y.better):
+        return ""
+    left, up = x.better == "low", y.better == "high"
+    cx = frame.x0 + 10 if left else frame.x1 - 10
+    cy = frame.y0 + 10 if up else frame.y1 - 10
+    dx, dy = (16 if left else -16), (16 if up else -16)
+    head = f"M{cx:.0f} {cy + dy * 0.45:.0f}V{cy:.0f}H{cx + dx * 0.45:.0f}"
+    label = _text(
+        cx + dx * 1.4, cy + dy + (4 if up else 0), "better", "hint", "start" if left else "end"
+    )
+    line = f'<path class="arrow" d="M{cx + dx:.0f} {cy + dy:.0f}L{cx:.0f} {cy:.0f}{head}"/>'
+    return f"{line}{label}"
+
+
+def _ecdf(curves: Sequence[Curve], x: Axis, title: str, log: bool, frame: Frame) -> str:
+    y = replace(unit_axis("share of the removed examples"), better="none")
+    parts = [_open(frame.width, frame.height, title, "ecdf"), _axes(x, y, frame)]
+    for curve in curves:
+        values = sorted(math.log10(max(v, 1e-12)) if log else v for v in curve.values)
+        n = len(values)
+        path = [f"M{frame.x0:.1f} {frame.y1:.1f}"]
+        for i, value in enumerate(values):
+            px = x.place(value, frame.x0, frame.x1)
+            py = y.place((i + 1) / n, frame.y1, frame.y0)
+            path.append(f"H{px:.1f}V{py:.1f}")
+        path.append(f"H{frame.x1:.1f}")
+        line = "".join(path)
+        parts.append(
+            f'<g class="mark {curve.style.toggle}"{_tip(curve.tip)}'
+            f'<path class="hit-line" d="{line}"/>'
+            f'<path class="step {curve.style.css}" d="{line}"/>{_beads(values, x, y, curve, frame)}'
+            "</g>"
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: Frame) -> str:
+    """A few of the model's marks on its curve, so that curves differ in more than colour."""
+    n = len(values)
+    places = sorted({min(n - 1, int(n * share)) for share in (0.2, 0.5, 0.8)})
+    return "".join(
+        _mark(
+            x.place(values[i], frame.x0, frame.x1),
+            y.place((i + 1) / n, frame.y1, frame.y0),
+            curve.style,
+            4.5,
+        )
+        for i in places
+    )
+
+
+def _axes(x: Axis, y: Axis, frame: Frame) -> str:
+    parts = ['<g class="axes" aria-hidden="true">']
+    for value, name in y.ticks:
+        py = y.place(value, frame.y1, frame.y0)
+        parts.append(f'<line class="grid" x1="{frame.x0}" y1="{py:.1f}" x2="{frame.x1}" y2="{py:.1f}"/>')
+        parts.append(_text(frame.x0 - 8, py + 4, name, "tick", "end"))
+    for value, name in x.ticks:
+        px = x.place(value, frame.x0, frame.x1)
+        parts.append(f'<line class="tickline" x1="{px:.1f}" y1="{frame.y1}" x2="{px:.1f}" y2="{frame.y1 + 5}"/>')
+        parts.append(_text(px, frame.y1 + 19, name, "tick", "middle"))
+    parts.append(
+        f'<line class="axis" x1="{frame.x0}" y1="{frame.y1}" x2="{frame.x1}" y2="{frame.y1}"/>'
+    )
+    middle = (frame.x0 + frame.x1) / 2
+    parts.append(_text(middle, frame.height - 8, x.label, "name", "middle"))
+    side = (frame.y0 + frame.y1) / 2
+    turn = f' transform="rotate(-90 14 {side:.1f})"'
+    parts.append(_text(14, side, y.label, "name", "middle", turn))
+    return "".join([*parts, "</g>"])
+
+
+def _ramp(x: float, y: float, low: str, high: str, legend: str) -> str:
+    steps = 24
+    width = 120.0
+    parts = [
+        f'<rect class="cell" x="{x + i * width / steps:.1f}" y="{y:.1f}" '
+        f'width="{width / steps + 0.3:.1f}" height="8" fill-opacity="{0.07 + 0.93 * i / (steps - 1):.3f}"/>'
+        for i in range(steps)
+    ]
+    parts.append(_text(x + width + 8, y + 8, f"{low} to {high}", "tick", "start"))
+    parts.append(_text(x, y + 24, legend, "tick", "start"))
+    return f'<g aria-hidden="true">{"".join(parts)}</g>'
+
+
+def _mark(x: float, y: float, style: Style, r: float) -> str:
+    """One mark; every shape has about the area of a circle of radius r."""
+    css = f'class="shape {style.css}"'
+    if style.shape == "circle":
+        return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
+    return f'<path {css} d="{_outline(style.shape, x, y, r)}"/>'
+
+
+def _outline(shape: str, x: float, y: float, r: float) -> str:
+    if shape == "square":
+        a = 0.89 * r
+        return _closed([(x - a, y - a), (x + a, y - a), (x + a, y + a), (x - a, y + a)])
+    if shape == "star":
+        corners = [
+            (r * (1.5 if i % 2 == 0 else 0.62), math.pi * (i / 5 - 0.5)) for i in range(10)
+        ]
+        return _closed([(x + a * math.cos(t), y + a * math.sin(t)) for a, t in corners])
+    if shape in ("plus", "cross"):
+        a, b = 1.25 * r, 0.42 * r
+        plus = [(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b)]
+        plus += [(b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]
+        if shape == "cross":
+            c = math.sqrt(0.5)
+            plus = [(c * (p - q), c * (p + q)) for p, q in plus]
+        return _closed([(x + p, y + q) for p, q in plus])
+    sides, size, start = {
+        "triangle": (3, 1.4, -0.5),
+        "down": (3, 1.4, 0.5),
+        "diamond": (4, 1.3, 0.0),
+        "hexagon": (6, 1.12, 0.0),
+    }[shape]
+    angles = [math.pi * (start + 2 * i / sides) for i in range(sides)]
+    return _closed([(x + size * r * math.cos(t), y + size * r * math.sin(t)) for t in angles])
+
+
+def _closed(corners: Iterable[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in corners) + "Z"
+
+
+def _text(
+    x: float, y: float, text: str, css: str, anchor: str = "start", more: str = ""
+) -> str:
+    return (
+        f'<text class="{css.strip()}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>'
+        f"{escape(text)}</text>"
+    )
+
+
+def _tip(text: str) -> str:
+    """Attribute, end of the tag and title of a mark."""
+    return f' data-tip="{escape(text)}"><title>{escape(text)}</title>'
+
+
+def _classes(style: Style) -> str:
+    return f"{style.css} {style.toggle}".strip()
+
+
+def _short(value: float, digits: int = 2) -> str:
+    text = f"{value:.{digits}g}"
+    return text.replace("e-0", "e-").replace("e+0", "e+")
