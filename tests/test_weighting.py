@@ -151,7 +151,7 @@ def test_every_row_of_the_table(method: Method) -> None:
         "clipped-ratio": [1 / 6, 0.0, 1.0],
     }
     share_values = [1 / 7, 0.0, 4 / 6]
-    block = Block(forget, retain, rho=2.0, constant=0.25, seed=1)
+    block = Block(forget, retain, rho=2.0, constant=0.25, place=(1, "a", 0))
     weighting = torch.as_tensor(method.weighting(block)).expand(3)
     if method.name == "random":
         assert sorted(weighting.tolist()) == pytest.approx(sorted(share_values))

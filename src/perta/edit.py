@@ -53,7 +53,7 @@ from perta.manifest import settings_of
 from perta.model import resolve_checkpoint
 from perta.progress import track
 from perta.stage import run_stage
-from perta.weighting import Block, Method, block_seed, get_method, importance_order
+from perta.weighting import Block, Method, get_method, importance_order
 
 CHUNK = 1 << 16
 """Elements worked on at once: the buffers of one chunk fit in a core's second-level cache."""
@@ -607,24 +607,33 @@ class _Sums:
 
 
 class _Buffers:
-    """Reused memory of one thread: bytes as read, and the same as float32, for each role."""
+    """Reused memory of one thread: few buffers, so that all of them stay in its cache."""
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
-        self._raw: dict[str, Tensor] = {}
-        self._floats: dict[str, Tensor] = {}
+        self._slots: dict[str, Tensor] = {}
 
-    def raw(self, role: str, dtype: torch.dtype, count: int) -> Tensor:
-        """Room for `count` values of a type."""
-        if role not in self._raw:
-            self._raw[role] = torch.empty(self._chunk * 8, dtype=torch.uint8)
-        return self._raw[role][: count * dtype.itemsize].view(dtype)
+    def raw(self, role: str, dtype: torch.dtype) -> Tensor:
+        """Room for the values of a chunk as stored, (chunk,).
 
-    def floats(self, role: str, count: int) -> Tensor:
-        """Room for `count` float32 values."""
-        if role not in self._floats:
-            self._floats[role] = torch.empty(self._chunk, dtype=torch.float32)
-        return self._floats[role][:count]
+        What is turned into float32 at once can share its room; θ_full's is written from.
+        """
+        converted = role != FULL and dtype != torch.float32
+        slot = "converted" if converted else f"raw {role}"
+        return self._slot(slot, self._chunk * dtype.itemsize).view(dtype)
+
+    def floats(self, role: str) -> Tensor:
+        """Room for a chunk as float32, (chunk,).
+
+        θ_full takes the base's: it is read when the difference has been taken.
+        """
+        slot = f"float32 {BASE if role == FULL else role}"
+        return self._slot(slot, self._chunk * 4).view(torch.float32)
+
+    def _slot(self, name: str, nbytes: int) -> Tensor:
+        if name not in self._slots or self._slots[name].numel() < nbytes:
+            self._slots[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._slots[name][:nbytes]
 
 
 @dataclass(frozen=True)
@@ -664,17 +673,15 @@ class _Editor:
                 if target.sources:
                     sums.add(self._edit(target, readers, begin, count))
                 else:
-                    readers[FULL].copy(begin, count)
-                result = readers[FULL].raw(count).view(torch.uint8).numpy().data
-                itemsize = target.full.dtype.itemsize
-                write_from(output, target.full.offset + begin * itemsize, result)
+                    readers[FULL].read(begin, count)
+                    readers[FULL].check_copy(begin, count)
+                write_from(output, readers[FULL].place(begin), readers[FULL].stored)
         return sums
 
     def _edit(
         self, target: Target, readers: Mapping[str, _Reader], begin: int, count: int
     ) -> _Sums:
         """Turn one chunk of θ_full, in its buffer, into one of θ_u."""
-        full = readers[FULL].read(begin, count)
         task_vector = readers[FORGET].read(begin, count).sub_(readers[BASE].read(begin, count))
         weighting = self.method.weighting(self._block(target, readers, begin, count))
         norm = _square_norm(task_vector)
@@ -684,6 +691,8 @@ class _Editor:
             sums = _Sums(float(weighting.sum()), norm, _square_norm(delta))
         else:
             sums = _Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
+        # Last, because it takes over the buffer of the base.
+        full = readers[FULL].read(begin, count)
         # At alpha 0 the stored bytes stay: 0 - (-0) would turn a stored -0 into 0.
         if scaling_coef != 0:
             full.sub_(delta)
@@ -710,7 +719,7 @@ class _Editor:
             importance.get(RETAIN_IMPORTANCE, nothing),
             settings.rho,
             settings.constant,
-            block_seed(settings.weighting_seed, name, begin),
+            (settings.weighting_seed, name, begin),
         )
 
     def _check(
@@ -732,7 +741,7 @@ class _Editor:
         is_direction_finite = math.isfinite(sums.task_vector)
         if is_direction_finite and _square_norm(result) < limit * limit:
             return
-        stored = readers[FULL].raw(count).to(torch.float32)
+        stored = readers[FULL].raw.to(torch.float32)
         if is_direction_finite and bool(torch.isfinite(stored).all()):
             return
         for reader in readers.values():
@@ -745,42 +754,49 @@ class _Editor:
 
 
 class _Reader:
-    """Chunks of one stored tensor, through reused buffers."""
+    """Chunks of one stored tensor, through reused buffers.
+
+    Attributes:
+        entry: the tensor.
+        raw: the chunk last read, in the stored type, (count,).
+        stored: its bytes.
+    """
 
     def __init__(self, entry: TensorEntry, descriptor: int, role: str, buffers: _Buffers) -> None:
         self.entry = entry
         self._descriptor = descriptor
-        self._role = role
-        self._buffers = buffers
+        self._room = buffers.raw(role, entry.dtype)
+        self._is_kept = entry.dtype == torch.float32 or entry.dtype not in _FLOATS
+        self._float_room = self._room if self._is_kept else buffers.floats(role)
+        self._fit(self._room.numel())
 
-    def raw(self, count: int) -> Tensor:
-        """The chunk as stored."""
-        return self._buffers.raw(self._role, self.entry.dtype, count)
+    def _fit(self, count: int) -> None:
+        """Cut the views to a chunk; only the last chunk of a span has another length."""
+        self._count = count
+        self.raw = self._room[:count]
+        self.stored = self.raw.view(torch.uint8).numpy().data
+        self._floats = self._float_room[:count]
+
+    def place(self, begin: int) -> int:
+        """Where an element lies in the file."""
+        return self.entry.offset + begin * self.entry.dtype.itemsize
 
     def read(self, begin: int, count: int) -> Tensor:
-        """Read a chunk; float32 in a buffer that the next read of this role overwrites."""
-        raw = self.raw(count)
-        offset = self.entry.offset + begin * self.entry.dtype.itemsize
-        read_into(self._descriptor, offset, raw.view(torch.uint8).numpy().data, self.entry)
-        if raw.dtype == torch.float32:
-            return raw
-        return self._buffers.floats(self._role, count).copy_(raw)
-
-    def copy(self, begin: int, count: int) -> None:
-        """Read a chunk that goes to the output as it is."""
-        if self.entry.dtype in _FLOATS:
-            if not math.isfinite(_square_norm(self.read(begin, count))):
-                self.check(begin, count)
-            return
-        offset = self.entry.offset + begin * self.entry.dtype.itemsize
-        raw = self.raw(count).view(torch.uint8).numpy().data
-        read_into(self._descriptor, offset, raw, self.entry)
+        """Read a chunk; as float32 if it is of a floating type, otherwise as stored."""
+        if count != self._count:
+            self._fit(count)
+        read_into(self._descriptor, self.place(begin), self.stored, self.entry)
+        return self._floats if self._is_kept else self._floats.copy_(self.raw)
 
     def store(self, values: Tensor) -> None:
-        """Cast a chunk back to the stored type, in the buffer that is written."""
-        raw = self.raw(values.numel())
-        if raw.dtype != torch.float32:
-            raw.copy_(values)
+        """Cast a chunk back to the stored type, into the buffer that is written."""
+        if not self._is_kept:
+            self.raw.copy_(values)
+
+    def check_copy(self, begin: int, count: int) -> None:
+        """Stop if the chunk last read is not finite."""
+        if self.entry.dtype in _FLOATS and not math.isfinite(_square_norm(self._floats)):
+            self.check(begin, count)
 
     def check(self, begin: int, count: int) -> None:
         """Read a chunk again and stop if it is not finite."""

@@ -33,14 +33,14 @@ class Block:
         retain: importance on the retain set, same shape.
         rho: weight of the retain importance against the forget importance.
         constant: W of the method `constant`.
-        seed: seed of this block, for methods that draw.
+        place: seed, tensor name and first element, for methods that draw: see `block_seed`.
     """
 
     forget: Tensor
     retain: Tensor
     rho: float = 1.0
     constant: float = 0.5
-    seed: int = 0
+    place: tuple[int, str, int] = (0, "", 0)
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,8 @@ METHODS = _table(
         needs_importance=True,
         default_order=1.0,
         any_order=True,
-        weighting=lambda block: shuffle(share(block.forget, block.retain, block.rho), block.seed),
+        weighting=lambda block: shuffle(
+            share(block.forget, block.retain, block.rho), block_seed(*block.place)
+        ),
     ),
 )
