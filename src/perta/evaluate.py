@@ -8,19 +8,14 @@ of every example.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perta import metrics
 from perta.checkpoint import fingerprint
 from perta.config import DataConfig, EvaluateConfig, ScoringConfig
 from perta.data import ExampleSet, encode_examples, encode_prompt, load_examples
-from perta.errors import DivergenceError
 from perta.kv_cache import Masking
 from perta.manifest import settings_of
 from perta.model import (
@@ -36,7 +31,6 @@ from perta.progress import track
 from perta.scoring import Item, Outcome, Score, ScoringOptions, end_tokens, run_items
 from perta.stage import run_file_stage
 
-Results = dict[str, Any]
 Progress = Callable[[], object]
 """Called once per finished example."""
 
@@ -151,8 +145,11 @@ def score_examples(
         One score per example, in order.
     """
     config = data_config or DataConfig()
-    items = make_items(model, tokenizer, examples, config, generate=False)
-    options = _options(model, tokenizer, batch_size, 1, vocabulary_moments)
+    items = [
+        replace(item, moments=vocabulary_moments)
+        for item in make_items(model, tokenizer, examples, config, generate=False)
+    ]
+    options = _options(model, tokenizer, batch_size, 1)
     outcomes = run_items(model, items, options, _each(progress))
     return [outcome.scores[0] for outcome in outcomes]
 
@@ -205,46 +202,6 @@ def make_items(
     return [Item((sequence,), prompts.get(sequence.row) or None) for sequence in encoded.encoded]
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Text of tokens, without special tokens and surrounding space."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
-
-
-def table(rows: Sequence[Mapping[str, Any] | None], key: str) -> Results:
-    """A metric in the form of published logs: the mean of `key`, and every row by index.
-
-    Rows without a value (None) keep their index and stay out of the mean.
-    """
-    values = [
-        metrics.mean(value) if isinstance(value := row[key], list) else value
-        for row in rows
-        if row is not None and row[key] is not None
-    ]
-    mean = metrics.mean(values) if values else None
-    return {"agg_value": mean, "value_by_index": {str(i): row for i, row in enumerate(rows)}}
-
-
-def rouge_row(reference: str, generation: str, prompt: str) -> dict[str, Any]:
-    """Scores of one generated answer, with its texts."""
-    scores = asdict(metrics.rouge(reference, generation))
-    return {**scores, "input": prompt, "ground_truth": reference, "generation": generation}
-
-
-def require_finite(scores: Sequence[Score], source: str) -> None:
-    """Stop at a loss that is NaN or infinite: no metric of such a model means anything."""
-    for i, score in enumerate(scores):
-        if not math.isfinite(score.loss):
-            raise DivergenceError(
-                f"The model's loss on example {i} of {source} is {score.loss}: its weights are "
-                "damaged. With an unlearned model, lower --scaling-coef; else check the checkpoint."
-            )
-
-
-def results_json(results: Mapping[str, Any]) -> str:
-    """Results as strict JSON; NaN and infinity are refused."""
-    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _summary(
     name: str,
     items: Sequence[Item],
@@ -285,14 +242,12 @@ def _options(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     max_new_tokens: int,
-    vocabulary_moments: bool = False,
 ) -> ScoringOptions:
     return ScoringOptions(
         Masking(pad_id(tokenizer)),
         end_tokens(model, tokenizer),
         batch_size,
         max_new_tokens,
-        vocabulary_moments,
         longest_input(model),
     )
 

@@ -30,6 +30,8 @@ from perta.objectives import answer_logits
 
 _CHUNK = 512
 """Rows of logits turned to log-probabilities at a time, to bound memory."""
+_COMPAT_BATCHES = 8
+"""Batches after which compatible runs report what is done."""
 _MOST_LOGITS = 2048
 """Labelled tokens of one pass, unless a single answer has more; likewise."""
 
@@ -67,10 +69,12 @@ class Item:
     Attributes:
         answers: the question with each answer to score, tokenised; at least one.
         prompt: tokens to generate from; None where no answer is to be generated.
+        moments: compute Min-K++ of the first answer, which looks at the whole vocabulary.
     """
 
     answers: tuple[Encoded, ...]
     prompt: tuple[int, ...] | None = None
+    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,16 @@ class ScoringOptions:
         end_ids: tokens that end a generated answer.
         batch_size: rows per forward pass.
         max_new_tokens: longest generated answer.
-        vocabulary_moments: compute Min-K++, which looks at the whole vocabulary.
         longest: most tokens the model has positions for; generation stops there.
+        stop: ends an answer by its tokens so far, in addition to `end_ids`.
     """
 
     masking: Masking
     end_ids: frozenset[int] = frozenset()
     batch_size: int = 16
     max_new_tokens: int = 200
-    vocabulary_moments: bool = False
     longest: int | None = None
+    stop: Callable[[Sequence[int]], bool] | None = None
 
 
 Done = Callable[[int, Outcome], None]
@@ -164,18 +168,20 @@ def run_in_modes(
     hidden = options.masking.hidden_id
     if hidden is None:
         return run_items(model, items, options, done)
-    scored = run_items(model, [Item(item.answers) for item in items], options)
-    generating = [i for i, item in enumerate(items) if item.prompt is not None]
-    masking = replace(options.masking, skip_hidden=True)
-    skipping = replace(options, masking=masking, vocabulary_moments=False)
-    first_only = [Item(items[i].answers[:1], items[i].prompt) for i in generating]
-    texts = dict(zip(generating, run_items(model, first_only, skipping), strict=True))
-    outcomes = []
-    for i, outcome in enumerate(scored):
-        generated = texts[i].generated if i in texts else None
-        outcomes.append(Outcome(outcome.scores, generated))
-        if done:
-            done(i, outcomes[-1])
+    skipping = replace(options, masking=replace(options.masking, skip_hidden=True))
+    outcomes: list[Outcome] = []
+    size = _COMPAT_BATCHES * options.batch_size
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        scored = run_items(model, [replace(item, prompt=None) for item in part], options)
+        generating = [i for i, item in enumerate(part) if item.prompt is not None]
+        drafts = [Item(part[i].answers[:1], part[i].prompt) for i in generating]
+        texts = dict(zip(generating, run_items(model, drafts, skipping), strict=True))
+        for i, outcome in enumerate(scored):
+            generated = texts[i].generated if i in texts else None
+            outcomes.append(replace(outcome, generated=generated))
+            if done:
+                done(start + i, outcomes[-1])
     return outcomes
 
 
@@ -274,7 +280,8 @@ class _Run:
 
     def _store(self, i: int, k: int, logits: Tensor, encoded: Encoded) -> None:
         targets = torch.tensor([t for t in encoded.labels[1:] if t != IGNORE])
-        self.scores[i][k] = score_logits(logits, targets, self.options.vocabulary_moments)
+        moments = self.items[i].moments and k == 0
+        self.scores[i][k] = score_logits(logits, targets, moments)
 
     def _start_answers(
         self, batch: Sequence[int], fed: Extended, guesses: Sequence[Sequence[int]]
@@ -352,7 +359,12 @@ class _Run:
         room = self.options.max_new_tokens
         if self.options.longest is not None:
             room = min(room, self.options.longest - len(self.items[answer.place].prompt or ()))
-        return answer.tokens[-1] in self.options.end_ids or len(answer.tokens) >= room
+        stop = self.options.stop
+        return (
+            answer.tokens[-1] in self.options.end_ids
+            or len(answer.tokens) >= room
+            or (stop is not None and stop(answer.tokens))
+        )
 
     def _complete(self, i: int, generated: Sequence[int] | None) -> None:
         scores = tuple(score for score in self.scores.pop(i) if score is not None)
@@ -418,10 +430,11 @@ def _run_plainly(
         )
     for i, item in enumerate(items):
         scores = []
-        for encoded in item.answers:
+        for k, encoded in enumerate(item.answers):
             batch = collate([encoded], options.masking.pad_id).to(model.device)
             answers = answer_logits(model, batch)
-            scores.append(score_logits(answers.logits, answers.targets, options.vocabulary_moments))
+            moments = item.moments and k == 0
+            scores.append(score_logits(answers.logits, answers.targets, moments))
         generated = None
         if item.prompt is not None:
             generated = plain_generation(model, item.prompt, options)
