@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from perta.model import (
     resolve_checkpoint,
 )
 from perta.progress import track
+from perta.results import Results, decode, require_finite, rouge_row, table
 from perta.scoring import Item, Outcome, Score, ScoringOptions, end_tokens, run_items
 from perta.stage import run_file_stage
 
