@@ -328,10 +328,23 @@ def test_gradient_checkpointing_recomputes() -> None:
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = build(llama_tied), bucketed(examples(), 3, PAD)
     whole = batched_moments(model, batches, (1, 2))
-    monkeypatch.setattr(per_example, "_BLOCK_BYTES", {"cpu": 16 * 4 * 3, "other": 16 * 4 * 3})
+    monkeypatch.setattr(per_example, "_CACHE_BYTES", 1)
     blocks = batched_moments(model, batches, (1, 2))
     for order in (1.0, 2.0):
         assert_close(blocks.by_order[order], whole.by_order[order], 1e-6)
+
+
+@pytest.mark.parametrize("factory", [llama_tied, gpt2, mixtral], ids=lambda f: f.__name__)
+def test_route_of_accelerators_equals_route_of_cpus(
+    factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = build(factory), bucketed(examples(), 3, PAD)
+    cpu = batched_moments(model, batches, (0.5, 1, 2, 3))
+    monkeypatch.setattr(per_example, "_add_products", per_example._add_products_together)
+    monkeypatch.setattr(per_example, "_DEVICE_BYTES", 3 * 16 * 4 * 5)
+    other = batched_moments(model, batches, (0.5, 1, 2, 3))
+    for order, tolerance in ((0.5, 1e-3), (1.0, 1e-5), (2.0, 1e-5), (3.0, 1e-5)):
+        assert_close(other.by_order[order], cpu.by_order[order], tolerance)
 
 
 def test_bfloat16_is_accumulated_in_float32() -> None:

@@ -847,7 +847,8 @@ def _is_elementwise(
     """
     if any(p.shape[0] != x.shape[-1] for p in parameters.values()):
         return False
-    pair = torch.stack((x.flatten(0, -2), x.flatten(0, -2).flip(0)))
+    rows = x.flatten(0, -2)[:8]
+    pair = torch.stack((rows, rows.flip(0)))
     copies = {
         name: torch.stack((p, p.flip(0) * 0.5 + 0.25)).unsqueeze(1)
         for name, p in parameters.items()
@@ -955,8 +956,15 @@ def _checkpointed_layers(model: nn.Module, recorder: _Recorder) -> Iterator[None
 
 # --- sums of powers ---------------------------------------------------------------------------
 
-_BLOCK_BYTES = {"cpu": 4 << 20, "other": 256 << 20}
-"""Size of the buffer that per-example gradients are formed in: cache on a CPU, memory elsewhere."""
+_CACHE_BYTES = 384 << 10
+"""Size per thread of the block that an example's gradient is formed in on a CPU.
+
+A block is written by a matrix product, read back and added to an equal block of each sum. It
+has to fit in a core's second-level cache with them, and be tall enough for the product to run
+at full speed."""
+
+_DEVICE_BYTES = 256 << 20
+"""Size of the block that a whole batch's gradients are formed in on an accelerator."""
 
 
 def _add_pieces(totals: Sums, pieces: Sequence[_Piece]) -> bool:
@@ -1019,43 +1027,76 @@ def _add_rows(totals: Sums, rows: Sequence[_Rows], products: Sequence[_Product])
 
 
 def _add_products(totals: Sums, products: Sequence[_Product]) -> None:
-    """Add the powers of sum_k left_kb^T right_kb of each example b.
+    """Add the powers of sum_k left_kb^T right_kb of each example b."""
+    if products[0].left.device.type == "cpu":
+        _add_products_in_cache(totals, products)
+    else:
+        _add_products_together(totals, products)
 
-    Blocks of the parameter's rows go through all examples in turn, in one reused buffer: the
-    gradients of a block never leave the cache.
-    """
+
+def _add_products_in_cache(totals: Sums, products: Sequence[_Product]) -> None:
+    """Send blocks of the parameter's rows through all examples in turn, in one small buffer."""
     total = next(iter(totals.values()))
     factors = _factors(products, total.dtype)
-    if not factors:
-        return
     height, width = total.shape
-    device = factors[0][0][0].device
-    budget = _BLOCK_BYTES["cpu" if device.type == "cpu" else "other"]
-    block = max(1, min(height, budget // (width * total.element_size())))
+    budget = _CACHE_BYTES * torch.get_num_threads()
+    block = min(height, max(16, budget // (width * total.element_size()) // 16 * 16))
+    buffer = torch.empty(block, width, dtype=total.dtype)
     for low in range(0, height, block):
         high = min(low + block, height)
-        buffer = torch.empty(high - low, width, dtype=total.dtype, device=device)
+        gradient = buffer[: high - low]
         targets = {order: total[low:high] for order, total in totals.items()}
         for example in factors:
             for i, (left, right) in enumerate(example):
-                buffer.addmm_(left[:, low:high].t(), right, beta=1 if i else 0)
-            _add_block(targets, buffer)
+                gradient.addmm_(left[:, low:high].t(), right, beta=1 if i else 0)
+            _add_block(targets, gradient)
 
 
 def _factors(products: Sequence[_Product], dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each example with any rows, the factors of its gradient."""
-    cast_products = [(p.left.to(dtype), p.right.to(dtype), p.segments) for p in products]
-    examples = max(len(segments) for *_, segments in cast_products)
-    by_example = [
-        [
-            (left[start:stop], right[start:stop])
-            for left, right, segments in cast_products
-            for start, stop in segments[b : b + 1]
-            if stop > start
-        ]
-        for b in range(examples)
-    ]
-    return [factors for factors in by_example if factors]
+    """For each example with any rows, the factors (rows, m) and (rows, n) of its gradient."""
+    by_example: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for product in products:
+        left, right = product.left.to(dtype), product.right.to(dtype)
+        for b, (start, stop) in enumerate(product.segments):
+            if stop > start:
+                by_example[b].append((left[start:stop], right[start:stop]))
+    return list(by_example.values())
+
+
+def _add_products_together(totals: Sums, products: Sequence[_Product]) -> None:
+    """Form the gradients of all examples at once, in blocks of rows that fit in memory.
+
+    An accelerator wants few large operations, and its memory is fast enough to do without
+    the cache.
+    """
+    total = next(iter(totals.values()))
+    height, width = total.shape
+    left = torch.cat([_stacked(p.left, p.segments) for p in products], 1).transpose(1, 2)
+    right = torch.cat([_stacked(p.right, p.segments) for p in products], 1)
+    block = max(1, _DEVICE_BYTES // (left.shape[0] * width * total.element_size()))
+    for low in range(0, height, block):
+        high = min(low + block, height)
+        gradients = _batched_product(left[:, low:high], right, total.dtype)
+        for order, total in totals.items():
+            # The norm over examples raises and adds in one pass over memory.
+            powers = torch.linalg.vector_norm(gradients, order, dim=0).pow_(order)
+            total[low:high].add_(powers.to(total.device))
+
+
+def _stacked(rows: Tensor, segments: Segments) -> Tensor:
+    """Rows of each example, padded with zeros: (R, n) -> (B, longest, n)."""
+    return nn.utils.rnn.pad_sequence([rows[start:stop] for start, stop in segments], True)
+
+
+def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, m, T) @ (B, T, n) summed and returned in `dtype`, whatever the inputs'."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        try:
+            return torch.bmm(left, right, out_dtype=dtype)
+        except (TypeError, RuntimeError):
+            # Before torch 2.8, or on a GPU without such a product.
+            pass
+    return torch.bmm(left.to(dtype), right.to(dtype))
 
 
 def _add_block(targets: Sums, gradient: Tensor) -> None:
