@@ -394,3 +394,31 @@ class DemoConfig:
     overwrite: bool = False
     """Replace what an earlier run with other settings left in the folder."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`perta report`."""
+
+    results: tuple[str, ...] = ()
+    """Results files, unlearned checkpoints, outputs of `perta unlearn`, or folders of results,
+    each optionally named as in `full=results/full.json`."""
+    output: Path = Path("report.html")
+    """The page; plots and tables go into a folder beside it, such as `report_files`."""
+    title: str = "Unlearning report"
+    """Heading of the page."""
+    subject: str | None = None
+    """Name of the edited model that the verdict is about [default: the one that forgets and,
+    among those, keeps most]."""
+    samples: int = 3
+    """Examples of each set to show with their answers; 0 quotes nothing."""
+    show_texts: bool = False
+    """Print the texts to be forgotten. By default only their hash and length appear."""
+    figures: bool = True
+    """Write plots as PNG and SVG files as well."""
+    overwrite: bool = False
+    """Replace an output that is not a report."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 0, "samples", self.samples, "0 or more")
