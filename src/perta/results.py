@@ -13,12 +13,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from perta import metrics
-from perta.errors import DivergenceError
+from perta.errors import DataError, DivergenceError
 from perta.scoring import Score
 
 Results = dict[str, Any]
@@ -57,6 +58,28 @@ def require_finite(scores: Sequence[Score], source: str) -> None:
 def results_json(results: Mapping[str, Any]) -> str:
     """Results as strict JSON; NaN and infinity are refused."""
     return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_results(path: str | Path) -> Results:
+    """Read a results file or a published log.
+
+    Raises:
+        DataError: the file is missing or is not a JSON object.
+    """
+    try:
+        results = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise DataError(f"{path} does not hold results: expected a JSON object.")
+    return results
+
+
+def missing(reason: str) -> Results:
+    """Entry of a metric that could not be computed, saying why."""
+    return {"agg_value": None, "missing": reason}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ from perta import metrics
 from perta.batch import IGNORE, Encoded, collate
 from perta.errors import ConfigError
 from perta.kv_cache import Extended, Masking, Prefixes, extend, supports_prefixes
-from perta.objectives import answer_logits
+from perta.objectives import answer_logits, token_losses
 
 _CHUNK = 512
 """Rows of logits turned to log-probabilities at a time, to bound memory."""
@@ -461,6 +461,31 @@ def plain_generation(
     finally:
         model.generation_config = own
     return tuple(output[0, len(prompt) :].tolist())
+
+
+def gradient_norm_score(model: PreTrainedModel, encoded: Encoded, masking: Masking) -> float | None:
+    """Mean norm of the gradient of an answer's loss, its last token left out.
+
+    Args:
+        model: causal language model; its own `.grad` fields are not touched.
+        encoded: prompt and answer.
+        masking: which tokens attention sees.
+
+    Returns:
+        The mean over parameters of each one's gradient norm; None for an answer without tokens.
+    """
+    labels = list(encoded.labels)
+    labels[_last_label(encoded)] = IGNORE
+    if all(label == IGNORE for label in labels[1:]):
+        return None
+    batch = collate([replace(encoded, labels=tuple(labels))], masking.pad_id)
+    if masking.hidden_id is not None:
+        batch = replace(batch, attention_mask=(batch.input_ids != masking.hidden_id).long())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        loss = token_losses(answer_logits(model, batch.to(model.device))).mean()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return metrics.gradient_norm(g for g in gradients if g is not None)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
