@@ -24,23 +24,13 @@ from perta import __version__
 from perta.config import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report_inputs import Collection, Run, collect
-from perta.report_page import (
-    asked,
-    done,
-    edit_maps,
-    limits,
-    newest,
-    probability_curves,
-    provenance,
-    scale,
-    share_text,
-    trade_offs,
-    truth_ratio_curves,
-)
-from perta.report_svg import Style, swatch
+from perta.report_page import asked, done, limits, newest, provenance, scale, share_text
+from perta.report_plots import edit_maps, probability_curves, trade_offs, truth_ratio_curves
+from perta.report_svg import Style, ecdf, heat_map, scatter, swatch
 from perta.report_tables import (
     cost_table,
     costs,
+    duration,
     edit_tables,
     metric_tables,
     seed_table,
@@ -84,7 +74,7 @@ def write_report(config: ReportConfig) -> Path:
     page = build_report(config, collection, verdicts)
     folder = companion_folder(config.output)
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    _write_companions(folder, config, collection)
+    _write_companions(folder, config, collection, verdicts)
     _replace(config.output, page)
     return config.output
 
@@ -127,7 +117,7 @@ def _context(
     looks = styles(runs)
     verdict = verdicts[0] if verdicts else None
     edited = collection.by_role("edited")
-    subject = verdict.run if verdict else (edited[0] if edited else None)
+    subject = _subject(collection, verdicts)
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     maps, more_maps = edit_maps(edited)
@@ -153,11 +143,14 @@ def _context(
         "newest": newest(runs),
         "asked": asked(subject, collection) if subject else [],
         "done": done(subject) if subject else ("", [], [], ""),
-        "trade_offs": [(p.label, Markup(p.figure), p.caption) for p in trade_offs(collection, looks)],
-        "probability": Markup(curves) if curves else None,
-        "truth": (Markup(truth[0]), truth[1]) if truth else None,
+        "trade_offs": [
+            (data.label, Markup(scatter(data)), data.caption)
+            for data in trade_offs(collection, looks)
+        ],
+        "probability": Markup(ecdf(curves)) if curves else None,
+        "truth": (Markup(ecdf(truth[0])), truth[1]) if truth else None,
         "maps": [
-            (m, [(Markup(figure), caption) for figure, caption in m.figures]) for m in maps
+            (m, [(Markup(heat_map(figure)), figure.caption) for figure in m.figures]) for m in maps
         ],
         "more_maps": more_maps,
         "tables": [*metric_tables(runs), *([t] if (t := seed_table(runs)) else [])],
@@ -177,8 +170,15 @@ def _context(
         },
         "companions": companion_folder(config.output).name,
         "number": number,
+        "duration": duration,
         "share_text": share_text,
     }
+
+
+def _subject(collection: Collection, verdicts: list[Verdict]) -> Run | None:
+    """The model that the page is about."""
+    edited = collection.by_role("edited")
+    return verdicts[0].run if verdicts else edited[0] if edited else None
 
 
 def _ordered(verdicts: list[Verdict], subject: str | None) -> list[Verdict]:
@@ -198,7 +198,7 @@ def _samples(config: ReportConfig, subject: Run | None, collection: Collection) 
     others = [
         group[0]
         for role in ("full", "retrained")
-        if (group := [r for r in collection.by_role(role) if r.same_set(subject, "forget")])  # type: ignore[arg-type]
+        if (group := [r for r in collection.by_role(role) if r.same_set(subject, "forget")])
     ]
     return list(sample_sets(subject, others, config.samples, show_forget=config.show_texts))
 
@@ -235,7 +235,9 @@ def _set_notices(subject: Run | None, runs: list[Run]) -> list[str]:
     ]
 
 
-def _write_companions(folder: Path, config: ReportConfig, collection: Collection) -> None:
+def _write_companions(
+    folder: Path, config: ReportConfig, collection: Collection, verdicts: list[Verdict]
+) -> None:
     """Tables and plots, in a new folder that replaces the old one when it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -254,7 +256,7 @@ def _write_companions(folder: Path, config: ReportConfig, collection: Collection
         if config.figures:
             from perta.report_figures import write_figures
 
-            write_figures(collection, styles(list(runs)), partial)
+            write_figures(collection, _subject(collection, verdicts), styles(runs), partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

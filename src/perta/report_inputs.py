@@ -332,30 +332,42 @@ def _make_run(item: _Item, found: _Found) -> Run:
 
 
 def _role_of(item: _Item, record: Record, fingerprint: str | None, found: _Found) -> Role:
-    if item.role is not None:
-        return item.role
-    named = _role_named(item.label) if item.label else None
-    if named is not None:
-        return named
-    if "edit" in record or record.get("stage") == "edit":
-        return "edited"
-    if fingerprint:
-        for other in found.records.values():
-            if "edit" in other:
-                inputs = other.get("inputs", {})
-                for role in ("base", "full"):
-                    if inputs.get(role) == fingerprint:
-                        return role
-                if inputs.get("forget_checkpoint") == fingerprint:
-                    return "forget checkpoint"
-    if record.get("stage") == "finetune":
-        tuned_on = record.get("inputs", {}).get("data")
-        measured = item.results.get("perta", {}).get("inputs", {})
-        if tuned_on and tuned_on == measured.get("retain"):
-            return "retrained"
-        if tuned_on and tuned_on == measured.get("forget"):
-            return "forget checkpoint"
-    return _role_named(item.name) or "edited"
+    """What is said about it, else what happened to it, else what its file name speaks of."""
+    return (
+        item.role
+        or (_role_named(item.label) if item.label else None)
+        or ("edited" if record.get("stage") == "edit" or "edit" in record else None)
+        or _role_as_input(fingerprint, found)
+        or _role_by_data(record, item.results)
+        or _role_named(item.name)
+        or "edited"
+    )
+
+
+def _role_as_input(fingerprint: str | None, found: _Found) -> Role | None:
+    """The part that a model played in an edit."""
+    roles: dict[str, Role] = {
+        "base": "base",
+        "full": "full",
+        "forget_checkpoint": "forget checkpoint",
+    }
+    edits = [record for record in found.records.values() if "edit" in record]
+    for record in edits if fingerprint else ():
+        for name, role in roles.items():
+            if record.get("inputs", {}).get(name) == fingerprint:
+                return role
+    return None
+
+
+def _role_by_data(record: Record, results: Record) -> Role | None:
+    """What a tuned model is, by the set it was tuned on among those it was measured on."""
+    tuned_on = record.get("inputs", {}).get("data")
+    measured = results.get("perta", {}).get("inputs", {})
+    if record.get("stage") != "finetune" or not tuned_on:
+        return None
+    if tuned_on == measured.get("retain"):
+        return "retrained"
+    return "forget checkpoint" if tuned_on == measured.get("forget") else None
 
 
 def _role_named(name: str | None) -> Role | None:

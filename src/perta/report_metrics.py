@@ -54,7 +54,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval over n examples."""
+    """A mean with its 95% bootstrap interval over n examples."""
 
     value: float
     low: float
@@ -307,7 +307,9 @@ def difference_interval(
     return mean_interval([values[i] - reference[i] for i in shared], seed)
 
 
-def unpaired_interval(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> Interval:
+def unpaired_interval(
+    values: Sequence[float], reference: Sequence[float], seed: int = 0
+) -> Interval:
     """Difference of the means of two sets of examples, with its interval."""
     left = bootstrap_means(np.asarray(values, dtype=np.float64), seed)
     right = bootstrap_means(np.asarray(reference, dtype=np.float64), seed + 1)

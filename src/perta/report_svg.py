@@ -8,13 +8,14 @@ tooltip that also follows the keyboard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
 TEXT_WIDTH = 6.5
 """Mean width of a character of a label, for placing labels without measuring them."""
-LINE = 15
+SMALLEST = 1e-12
+"""Values below are drawn here on logarithmic axes."""
 
 SHAPES = ("circle", "square", "triangle", "diamond", "plus", "down", "cross", "hexagon")
 
@@ -77,12 +78,81 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a map; `value` is None where there is nothing."""
+    """One cell of a map."""
 
     row: int
     column: int
     value: float
     tip: str
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Models as points; those of one method and seed are joined in order of strength.
+
+    Attributes:
+        name: stem of its files.
+        label: short name among several.
+        title: what it shows, for readers who cannot see it.
+        caption: how to read it.
+        points: what to draw.
+        x: horizontal axis.
+        y: vertical axis.
+        cross: point to mark with lines across the plot, the retrained reference.
+    """
+
+    name: str
+    label: str
+    title: str
+    caption: str
+    points: tuple[Point, ...]
+    x: Axis
+    y: Axis
+    cross: Point | None = None
+
+
+@dataclass(frozen=True)
+class Ecdf:
+    """Empirical distribution functions: share of examples at or below each value.
+
+    Attributes:
+        name: stem of its files.
+        title: what it shows, for readers who cannot see it.
+        curves: what to draw.
+        x: horizontal axis, in base-10 logarithms if `log`.
+        log: draw logarithms of the values.
+    """
+
+    name: str
+    title: str
+    curves: tuple[Curve, ...]
+    x: Axis
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A map of one hue: the stronger, the larger the value.
+
+    Attributes:
+        name: stem of its files.
+        title: what it shows, for readers who cannot see it.
+        caption: how to read it.
+        cells: what to draw; places without a cell stay empty.
+        rows: names of the rows, from the top.
+        columns: names of the columns.
+        css: class of the hue.
+        legend: what the colour stands for.
+    """
+
+    name: str
+    title: str
+    caption: str
+    cells: tuple[Cell, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    css: str
+    legend: str
 
 
 @dataclass(frozen=True)
@@ -117,8 +187,8 @@ class Frame:
         return self.height - self.bottom
 
 
-WIDE = Frame(760, 430)
-NARROW = Frame(360, 360, left=48, right=10)
+WIDE = Frame(800, 450, top=30)
+NARROW = Frame(360, 370, left=48, right=10, top=30)
 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
@@ -154,82 +224,57 @@ def log_axis(label: str, values: Sequence[float]) -> Axis:
     return Axis(label, low, high, tuple((mark, _short(10**mark)) for mark in marks))
 
 
-def scatter(
-    points: Sequence[Point], x: Axis, y: Axis, title: str, *, cross: Point | None = None
-) -> str:
-    """Models as points; those of one method and seed are joined in order of strength.
-
-    Args:
-        points: what to draw.
-        x: horizontal axis.
-        y: vertical axis.
-        title: what the figure shows, for readers who cannot see it.
-        cross: point to mark with lines across the plot, the retrained reference.
-    """
-    return _both(lambda frame: _scatter(points, x, y, title, cross, frame))
+def scatter(data: Scatter) -> str:
+    """A scatter plot as SVG, in two sizes."""
+    return "".join(
+        f'<div class="{css}">{_scatter(data, frame)}</div>'
+        for css, frame in (("wide", WIDE), ("narrow", NARROW))
+    )
 
 
-def ecdf(curves: Sequence[Curve], x: Axis, title: str, *, log: bool = False) -> str:
-    """Empirical distribution functions: share of examples at or below each value.
-
-    Args:
-        curves: what to draw.
-        x: horizontal axis, in logarithms if `log`.
-        title: what the figure shows, for readers who cannot see it.
-        log: draw base-10 logarithms of the values.
-    """
-    return _both(lambda frame: _ecdf(curves, x, title, log, frame))
+def ecdf(data: Ecdf) -> str:
+    """Distribution functions as SVG, in two sizes."""
+    frames = [replace(frame, top=14, height=frame.height - 40) for frame in (WIDE, NARROW)]
+    return "".join(
+        f'<div class="{css}">{_ecdf(data, frame)}</div>'
+        for css, frame in zip(("wide", "narrow"), frames, strict=True)
+    )
 
 
-def heat_map(
-    cells: Sequence[Cell],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-    css: str,
-    legend: str,
-    digits: int = 2,
-) -> str:
-    """A map of one hue: the stronger, the larger the value.
-
-    Args:
-        cells: what to draw; places without a cell stay empty.
-        rows: names of the rows, from the top.
-        columns: names of the columns.
-        title: what the figure shows, for readers who cannot see it.
-        css: class of the hue.
-        legend: what the colour stands for.
-        digits: significant digits of the legend's ends.
-    """
-    values = [cell.value for cell in cells]
+def heat_map(data: HeatMap) -> str:
+    """A map as SVG; it fits a phone as it is."""
+    values = [cell.value for cell in data.cells]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    height = max(6.0, min(24.0, 560 / max(1, len(rows))))
-    width = max(18.0, min(44.0, 330 / max(1, len(columns))))
+    height = max(6.0, min(24.0, 560 / max(1, len(data.rows))))
+    width = max(18.0, min(44.0, 330 / max(1, len(data.columns))))
     left, top = 40.0, 46.0
-    full_width = left + width * len(columns) + 6
-    bottom = top + height * len(rows)
-    full_width = max(full_width, 250)
-    parts = [_open(full_width, bottom + 46, title, f"map {css}", grid=True)]
+    bottom = top + height * len(data.rows)
+    full_width = max(left + width * len(data.columns) + 6, 250)
+    parts = [_open(full_width, bottom + 46, data.title, f"map {data.css}", grid=True)]
     every = max(1, math.ceil(11 / height))
-    for i, name in enumerate(rows):
+    for i, name in enumerate(data.rows):
         if i % every == 0:
-            y = top + (i + 0.5) * height
-            parts.append(_text(left - 7, y + 4, name, "tick", "end"))
-    for j, name in enumerate(columns):
+            parts.append(_text(left - 7, top + (i + 0.5) * height + 4, name, "tick", "end"))
+    for j, name in enumerate(data.columns):
         x = left + (j + 0.5) * width
         turn = f' transform="rotate(-40 {x:.1f} {top - 8})"'
         parts.append(_text(x, top - 8, name, "tick", "start", turn))
-    for cell in cells:
+    gap = 1 if height > 8 else 0.5
+    for cell in data.cells:
         share = (cell.value - low) / (high - low) if high > low else 0.5
         x, y = left + cell.column * width, top + cell.row * height
         parts.append(
             f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
-            f'height="{height - (1 if height > 8 else 0.5):.1f}" '
-            f'fill-opacity="{0.07 + 0.93 * share:.3f}" data-row="{cell.row}" '
-            f'data-col="{cell.column}"{_tip(cell.tip)}</rect>'
+            f'height="{height - gap:.1f}" fill-opacity="{opacity(share):.3f}" '
+            f'data-row="{cell.row}" data-col="{cell.column}"{_tip(cell.tip)}</rect>'
         )
-    parts.append(_ramp(left, bottom + 14, _short(low, digits), _short(high, digits), legend))
+    parts.append(_ramp(left, bottom + 14, _short(low), _short(high), data.legend))
     return "".join([*parts, "</svg>"])
+
+
+def opacity(share: float) -> float:
+    """Strength of a map's hue for a value's place between smallest and largest."""
+    return 0.07 + 0.93 * share
 
 
 def swatch(style: Style, size: int = 16) -> str:
@@ -241,12 +286,6 @@ def swatch(style: Style, size: int = 16) -> str:
     )
 
 
-def _both(draw: object) -> str:
-    """A figure in two sizes; the style sheet shows the one that fits."""
-    assert callable(draw)
-    return f'<div class="wide">{draw(WIDE)}</div><div class="narrow">{draw(NARROW)}</div>'
-
-
 def _open(width: float, height: float, title: str, css: str, *, grid: bool = False) -> str:
     role = ' data-grid=""' if grid else ""
     return (
@@ -255,13 +294,13 @@ def _open(width: float, height: float, title: str, css: str, *, grid: bool = Fal
     )
 
 
-def _scatter(
-    points: Sequence[Point], x: Axis, y: Axis, title: str, cross: Point | None, frame: Frame
-) -> str:
+def _scatter(data: Scatter, frame: Frame) -> str:
+    points, x, y, cross = data.points, data.x, data.y, data.cross
+
     def at(px: float, py: float) -> tuple[float, float]:
         return x.place(px, frame.x0, frame.x1), y.place(py, frame.y1, frame.y0)
 
-    parts = [_open(frame.width, frame.height, title, "scatter"), _axes(x, y, frame)]
+    parts = [_open(frame.width, frame.height, data.title, "scatter"), _axes(x, y, frame)]
     if cross is not None:
         cx, cy = at(cross.x, cross.y)
         parts.append(
@@ -286,8 +325,7 @@ def _scatter(
     return "".join([*parts, "</svg>"])
 
 
-def _bars(point: Point, at: object) -> str:
-    assert callable(at)
+def _bars(point: Point, at: Callable[[float, float], tuple[float, float]]) -> str:
     lines = []
     if point.x_range:
         (x1, y1), (x2, _) = at(point.x_range[0], point.y), at(point.x_range[1], point.y)
@@ -356,35 +394,30 @@ def _better(x: Axis, y: Axis, frame: Frame) -> str:
     if "none" in (x.better, y.better):
         return ""
     left, up = x.better == "low", y.better == "high"
-    cx = frame.x0 + 10 if left else frame.x1 - 10
-    cy = frame.y0 + 10 if up else frame.y1 - 10
-    dx, dy = (16 if left else -16), (16 if up else -16)
-    head = f"M{cx:.0f} {cy + dy * 0.45:.0f}V{cy:.0f}H{cx + dx * 0.45:.0f}"
-    label = _text(
-        cx + dx * 1.4, cy + dy + (4 if up else 0), "better", "hint", "start" if left else "end"
-    )
-    line = f'<path class="arrow" d="M{cx + dx:.0f} {cy + dy:.0f}L{cx:.0f} {cy:.0f}{head}"/>'
-    return f"{line}{label}"
+    # In the margin, because the best models crowd the corner itself.
+    arrow = {(True, True): "↖ ", (True, False): "↙ "}.get((left, up), "")
+    end = {(False, True): " ↗", (False, False): " ↘"}.get((left, up), "")
+    place = (frame.x0, "start") if left else (frame.x1, "end")
+    return _text(place[0], frame.y0 - 14, f"{arrow}better{end}", "hint", place[1])
 
 
-def _ecdf(curves: Sequence[Curve], x: Axis, title: str, log: bool, frame: Frame) -> str:
-    y = replace(unit_axis("share of the removed examples"), better="none")
-    parts = [_open(frame.width, frame.height, title, "ecdf"), _axes(x, y, frame)]
-    for curve in curves:
-        values = sorted(math.log10(max(v, 1e-12)) if log else v for v in curve.values)
+def _ecdf(data: Ecdf, frame: Frame) -> str:
+    x, y = data.x, unit_axis("share of the removed examples")
+    parts = [_open(frame.width, frame.height, data.title, "ecdf"), _axes(x, y, frame)]
+    for curve in data.curves:
+        values = sorted(math.log10(max(v, SMALLEST)) if data.log else v for v in curve.values)
         n = len(values)
-        path = [f"M{frame.x0:.1f} {frame.y1:.1f}"]
+        path = [f"M{x.place(values[0], frame.x0, frame.x1):.1f} {frame.y1:.1f}"]
         for i, value in enumerate(values):
             px = x.place(value, frame.x0, frame.x1)
             py = y.place((i + 1) / n, frame.y1, frame.y0)
             path.append(f"H{px:.1f}V{py:.1f}")
-        path.append(f"H{frame.x1:.1f}")
         line = "".join(path)
         parts.append(
             f'<g class="mark {curve.style.toggle}"{_tip(curve.tip)}'
             f'<path class="hit-line" d="{line}"/>'
-            f'<path class="step {curve.style.css}" d="{line}"/>{_beads(values, x, y, curve, frame)}'
-            "</g>"
+            f'<path class="step {curve.style.css}" d="{line}"/>'
+            f"{_beads(values, x, y, curve, frame)}</g>"
         )
     return "".join([*parts, "</svg>"])
 
@@ -408,11 +441,16 @@ def _axes(x: Axis, y: Axis, frame: Frame) -> str:
     parts = ['<g class="axes" aria-hidden="true">']
     for value, name in y.ticks:
         py = y.place(value, frame.y1, frame.y0)
-        parts.append(f'<line class="grid" x1="{frame.x0}" y1="{py:.1f}" x2="{frame.x1}" y2="{py:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{frame.x0}" y1="{py:.1f}" x2="{frame.x1}" y2="{py:.1f}"/>'
+        )
         parts.append(_text(frame.x0 - 8, py + 4, name, "tick", "end"))
     for value, name in x.ticks:
         px = x.place(value, frame.x0, frame.x1)
-        parts.append(f'<line class="tickline" x1="{px:.1f}" y1="{frame.y1}" x2="{px:.1f}" y2="{frame.y1 + 5}"/>')
+        end = frame.y1 + 5
+        parts.append(
+            f'<line class="tickline" x1="{px:.1f}" y1="{frame.y1}" x2="{px:.1f}" y2="{end}"/>'
+        )
         parts.append(_text(px, frame.y1 + 19, name, "tick", "middle"))
     parts.append(
         f'<line class="axis" x1="{frame.x0}" y1="{frame.y1}" x2="{frame.x1}" y2="{frame.y1}"/>'
@@ -430,7 +468,8 @@ def _ramp(x: float, y: float, low: str, high: str, legend: str) -> str:
     width = 120.0
     parts = [
         f'<rect class="cell" x="{x + i * width / steps:.1f}" y="{y:.1f}" '
-        f'width="{width / steps + 0.3:.1f}" height="8" fill-opacity="{0.07 + 0.93 * i / (steps - 1):.3f}"/>'
+        f'width="{width / steps + 0.3:.1f}" height="8" '
+        f'fill-opacity="{opacity(i / (steps - 1)):.3f}"/>'
         for i in range(steps)
     ]
     parts.append(_text(x + width + 8, y + 8, f"{low} to {high}", "tick", "start"))
@@ -451,9 +490,7 @@ def _outline(shape: str, x: float, y: float, r: float) -> str:
         a = 0.89 * r
         return _closed([(x - a, y - a), (x + a, y - a), (x + a, y + a), (x - a, y + a)])
     if shape == "star":
-        corners = [
-            (r * (1.5 if i % 2 == 0 else 0.62), math.pi * (i / 5 - 0.5)) for i in range(10)
-        ]
+        corners = [(r * (1.5 if i % 2 == 0 else 0.62), math.pi * (i / 5 - 0.5)) for i in range(10)]
         return _closed([(x + a * math.cos(t), y + a * math.sin(t)) for a, t in corners])
     if shape in ("plus", "cross"):
         a, b = 1.25 * r, 0.42 * r
@@ -477,9 +514,7 @@ def _closed(corners: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in corners) + "Z"
 
 
-def _text(
-    x: float, y: float, text: str, css: str, anchor: str = "start", more: str = ""
-) -> str:
+def _text(x: float, y: float, text: str, css: str, anchor: str = "start", more: str = "") -> str:
     return (
         f'<text class="{css.strip()}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>'
         f"{escape(text)}</text>"

@@ -27,6 +27,12 @@ GROUPS: Mapping[str, tuple[str, str]] = {
     "other": ("Further values in the results", "Kept under the names that the results use."),
 }
 
+ROLES: Mapping[str, str] = {
+    "base": "before any tuning",
+    "full": "before the edit",
+    "retrained": "never saw what was removed",
+    "forget checkpoint": "tuned on the forget set alone",
+}
 STAGES: Mapping[str, str] = {
     "forget_checkpoint": "tuning on the forget set",
     "forget_importance": "importance, forget set",
@@ -91,6 +97,7 @@ class Segment:
     name: str
     seconds: float
     percent: float
+    stage: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def _metric_table(
     rows = [
         Row(
             (
-                Entry(run.label, run.label, "", run.label),
+                Entry(run.label, run.label, ROLES.get(run.role, ""), run.label),
                 *(_entry(measure.key, run.measures.get(measure.key)) for measure in measures),
             ),
             run,
@@ -205,7 +212,7 @@ def _metric_table(
     caption = meaning
     if counts:
         many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-        caption += f" n = {many} examples; small print: 95 % bootstrap interval."
+        caption += f" n = {many} examples; small print: 95% bootstrap interval."
     return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows), group == "other")
 
 
@@ -264,12 +271,13 @@ def costs(collection: Collection) -> tuple[list[Cost], float | None]:
         if stages:
             total = sum(stages.values())
             found.append((run, stages, total))
+    order = {title: i + 1 for i, title in enumerate(STAGES.values())}
     longest = max([total for *_, total in found] + [retraining or 0.0]) or 1.0
     return [
         Cost(
             run,
             run.label,
-            tuple(Segment(name, s, 100 * s / longest) for name, s in stages.items()),
+            tuple(Segment(name, s, 100 * s / longest, order[name]) for name, s in stages.items()),
             total,
             total / retraining if retraining else None,
         )
@@ -292,6 +300,17 @@ def _stages(run: Run, collection: Collection) -> dict[str, float]:
         if seconds is not None:
             stages[title] = float(seconds)
     return stages
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that reads best."""
+    if seconds < 0.1:
+        return "under 0.1 s"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:

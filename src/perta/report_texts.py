@@ -8,7 +8,6 @@ whoever holds the data can still tell which example is meant.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
     "retain": ("retain_rougeL_recall", "retain_Q_A_ROUGE", "retain_knowmem_ROUGE"),
 }
 _DIGEST = 10
-_LONGEST = 600
+_LONGEST = 300
 _SHORTEST_MATCH = 12
 
 
@@ -111,7 +110,9 @@ def sample_sets(
             continue
         key, rows = found
         show = show_forget or name != "forget"
-        models = [(run, _rows_of(run, key)) for run in (*others, subject) if _same(run, subject, name)]
+        models = [
+            (run, _rows_of(run, key)) for run in (*others, subject) if _same(run, subject, name)
+        ]
         indices = list(rows)[:count]
         exposed = _most_exposed(subject, rows) if name == "forget" else None
         if exposed is not None and exposed not in indices:
@@ -205,14 +206,20 @@ def _shared_ends(texts: Sequence[str]) -> tuple[str, str]:
     """What all prompts begin and end with: the system message and the chat's own words."""
     if len(texts) < 2:
         return "", ""
-    prefix = os.path.commonprefix(texts)
+    prefix = _common_start(texts)
     prefix = prefix[: max(prefix.rfind(c) for c in "\n ") + 1]
     # Questions that all begin alike ("Who is …") keep their beginning.
     sentence = max(prefix.rfind(c) for c in "\n.:")
     prefix = prefix[: sentence + 1]
-    suffix = os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    suffix = _common_start([text[::-1] for text in texts])[::-1]
     suffix = suffix[suffix.find("\n") :] if "\n" in suffix else ""
     return prefix, suffix
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    same = next((i for i, c in enumerate(first) if c != last[i : i + 1]), len(first))
+    return first[:same]
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

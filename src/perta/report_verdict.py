@@ -345,7 +345,7 @@ def _forget_numbers(check: Check, calibration: Calibration | None) -> str:
     if check.before is not None:
         text += f"; before the edit it was {number(check.before)}"
     if check.n:
-        text += f" (n = {check.n})"
+        text += f" (n\u00a0=\u00a0{check.n})"
     return text + "."
 
 
@@ -374,12 +374,10 @@ def _retention(run: Run, full: Run | None, retrained: Run | None) -> Statement:
         "not": "Much of what should have been kept is lost.",
         "unknown": "Whether everything else was kept cannot be judged.",
     }
-    numbers = (
-        f"{worst.label}: {number(worst.after)} against {number(worst.before)} before the edit"
-    )
+    numbers = f"{worst.label}: {number(worst.after)} against {number(worst.before)} before the edit"
     if worst.reference is not None:
         numbers += f"; the retrained model has {number(worst.reference)}"
-    numbers += f" (n = {worst.n})." if worst.n else "."
+    numbers += f" (n\u00a0=\u00a0{worst.n})." if worst.n else "."
     return Statement(status, by_status[status], numbers, tuple(checks))
 
 
@@ -490,12 +488,12 @@ def _notes(
             "removed ones is weak evidence of selective forgetting here."
         )
     lead = forgetting.lead
-    if lead and lead.share_high is not None and lead.share_high < 0 and lead.reference:
-        if lead.after < 0.5 * lead.reference:
-            notes.append(
-                "The removed answers are less probable than for the reference. An answer that "
-                "is conspicuously absent can itself show that something was removed."
-            )
+    surely_below = lead is not None and lead.share_high is not None and lead.share_high < 0
+    if lead and surely_below and lead.reference and lead.after < 0.5 * lead.reference:
+        notes.append(
+            "The removed answers are less probable than for the reference. An answer that is "
+            "conspicuously absent can itself show that something was removed."
+        )
     worst = _most_exposed(run, reference, calibration)
     if worst is not None:
         notes.append(worst)
