@@ -17,9 +17,9 @@ from perta.tiny import write_tiny_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
-TUNE = TuneConfig(epochs=12, learning_rate=5e-3, batch_size=4)
+TUNE = TuneConfig(epochs=30, learning_rate=5e-3, batch_size=2)
 
 
 @dataclass(frozen=True)

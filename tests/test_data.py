@@ -202,7 +202,7 @@ def test_column_names_can_be_set_and_are_checked(tmp_path: Path) -> None:
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "forget.jsonl", QA)
-    with pytest.raises(DataError, match="Did you mean .*forget.jsonl"):
+    with pytest.raises(DataError, match=r"Did you mean .*forget\.jsonl"):
         load_examples(tmp_path / "forgt.jsonl")
 
 
@@ -213,7 +213,7 @@ def test_a_dataset_id_without_a_hub_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="could not be loaded as a `datasets` id .*no route"):
+    with pytest.raises(DataError, match=r"could not be loaded as a `datasets` id .*no route"):
         load_examples("someone/something")
 
 

@@ -1,3 +1,86 @@
-"""Per-parameter task arithmetic for unlearning."""
+"""Per-parameter task arithmetic: remove fine-tuning data from a language model by one edit.
+
+    base, full, forget set, retain set
+      -> finetune_checkpoint(base, forget set)    forget checkpoint
+      -> compute_importance(base, each set)       importance files
+      -> edit_checkpoint(full, ...)               unlearned checkpoint
+      -> evaluate_checkpoint(...)                 results
+
+`unlearn` runs all of it. Every function takes one frozen configuration object, with the same
+fields as the command line has flags, and returns the path of what it wrote (`unlearn` and
+`evaluate_checkpoint` also the results).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from perta.config import (
+        ComputeConfig,
+        DataConfig,
+        EditConfig,
+        EstimatorConfig,
+        EvaluateConfig,
+        FinetuneConfig,
+        ImportanceConfig,
+        PeopleConfig,
+        ScoringConfig,
+        TuneConfig,
+        UnlearnConfig,
+        WeightingConfig,
+    )
+    from perta.data import load_examples
+    from perta.edit import edit_checkpoint
+    from perta.errors import PertaError
+    from perta.evaluate import evaluate_checkpoint
+    from perta.finetune import finetune_checkpoint
+    from perta.importance import compute_importance
+    from perta.people import generate_people
+    from perta.pipeline import Unlearned, unlearn
+
+__all__ = [
+    "ComputeConfig",
+    "DataConfig",
+    "EditConfig",
+    "EstimatorConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "ImportanceConfig",
+    "PeopleConfig",
+    "PertaError",
+    "ScoringConfig",
+    "TuneConfig",
+    "UnlearnConfig",
+    "Unlearned",
+    "WeightingConfig",
+    "compute_importance",
+    "edit_checkpoint",
+    "evaluate_checkpoint",
+    "finetune_checkpoint",
+    "generate_people",
+    "load_examples",
+    "unlearn",
+]
+
+_HOME = {
+    "PertaError": "errors",
+    "Unlearned": "pipeline",
+    "compute_importance": "importance",
+    "edit_checkpoint": "edit",
+    "evaluate_checkpoint": "evaluate",
+    "finetune_checkpoint": "finetune",
+    "generate_people": "people",
+    "load_examples": "data",
+    "unlearn": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds, `perta --help` must not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'perta' has no attribute {name!r}")
+    return getattr(import_module(f"perta.{_HOME.get(name, 'config')}"), name)

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from rich.console import Console
 
 from perta import __version__
@@ -30,7 +30,9 @@ app = App(
     help="Remove fine-tuning data from a language model by one edit of its weights.",
     version=__version__,
     help_on_error=False,
+    suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
 
@@ -180,6 +182,10 @@ def _yaml(file: Path) -> Any:
 
 def _usage(error: CycloptsError) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
+        text = f"{error.argument.name} is missing."
+        if error.unused_tokens:
+            text += f" Not understood: {' '.join(error.unused_tokens)}."
     return f"{text} Run `perta --help`, or a subcommand with --help, for the options."
 
 
@@ -212,3 +218,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,9 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     """
     started = time.perf_counter()
     scale = TINY if config.tiny else REAL
+    if config.tiny and config.compute.threads is None:
+        # With tensors this small, threads would mostly wait for each other.
+        config = replace(config, compute=replace(config.compute, threads=1))
     data = _make_people(config, scale)
     base = _base_model(config, data)
     run = _Run(config, scale, base, data)

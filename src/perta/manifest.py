@@ -22,7 +22,7 @@ from perta import __version__
 MANIFEST = "perta.json"
 
 # They decide where and how fast a result appears, not what it is.
-_NOT_IN_KEY = {"output", "overwrite", "work_dir", "threads", "edit_threads", "show_samples"}
+NOT_IN_KEY = {"output", "overwrite", "work_dir", "threads", "edit_threads", "show_samples"}
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
     Returns:
         SHA-256 in hexadecimal.
     """
-    deciding = {k: v for k, v in settings.items() if k not in _NOT_IN_KEY and k not in inputs}
+    deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
     record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
     text = json.dumps(record, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -21,7 +21,7 @@ import torch
 
 from perta.checkpoint import atomic_folder, copy_companions, fingerprint, open_index
 from perta.config import ComputeConfig
-from perta.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from perta.errors import CheckpointError, CheckpointNotFoundError, ConfigError, PertaError
 from perta.progress import say
 
 if TYPE_CHECKING:
@@ -284,6 +284,8 @@ def _plain_errors(place: Path, what: str = "model") -> Iterator[None]:
     """Turn the libraries' many exceptions on loading into one that names the place."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except PertaError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the libraries raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointError(f"{place}: no {what} could be loaded from it: {reason}") from error

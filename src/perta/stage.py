@@ -10,7 +10,7 @@ from typing import Any
 
 from perta.checkpoint import atomic_file, atomic_folder, fingerprint
 from perta.errors import OutputExistsError
-from perta.manifest import make_manifest, read_manifest, stage_key, write_manifest
+from perta.manifest import NOT_IN_KEY, make_manifest, read_manifest, stage_key, write_manifest
 from perta.progress import say
 
 Make = Callable[[Path], Mapping[str, Any]]
@@ -157,7 +157,7 @@ def changes(
     names += [
         name
         for name, value in settings.items()
-        if name not in inputs and name != "overwrite" and old_settings.get(name) != _plain(value)
+        if name not in {*inputs, *NOT_IN_KEY} and old_settings.get(name) != _plain(value)
     ]
     return names
 

@@ -1,0 +1,215 @@
+"""The command line: every subcommand in its help and in one real run; errors as one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from conftest import World
+from perta.cli import main
+from perta.weighting import METHODS
+
+TUNE = ("--epochs", "30", "--learning-rate", "5e-3", "--batch-size", "2")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed, and its status."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def perta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["perta", *map(str, arguments)])
+        before = signal.getsignal(signal.SIGTERM)
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+def test_help_lists_every_command_and_its_options(perta: Run) -> None:
+    commands = (
+        "unlearn", "finetune", "importance", "edit", "evaluate", "methods", "people", "demo",
+    )  # fmt: skip
+    top = perta("--help").out
+    for command in commands:
+        assert command in top
+        assert perta(command, "--help").status == 0
+    assert "--scaling-coef" in perta("unlearn", "--help").out
+    assert perta("--version").out.strip() != ""
+
+
+def test_methods_lists_the_table(perta: Run) -> None:
+    out = perta("methods").out
+    assert all(name in out for name in METHODS)
+
+
+def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: Path) -> None:
+    stages = (
+        ("finetune", "--base", world.base, "--data", world.forget,
+         "--output", tmp_path / "f", *TUNE),
+        *(
+            ("importance", "--checkpoint", world.base, "--data", data, "--order", 1, "--order", 2,
+             "--output", tmp_path / name)
+            for name, data in (("if", world.forget), ("ir", world.retain))
+        ),
+        ("edit", "--full", world.full, "--base", world.base, "--forget-checkpoint", tmp_path / "f",
+         "--forget-importance", tmp_path / "if", "--retain-importance", tmp_path / "ir",
+         "--method", "perta-fisher", "--scaling-coef", 1.5, "--output", tmp_path / "staged"),
+    )  # fmt: skip
+    for stage in stages:
+        assert perta(*stage).status == 0, stage
+    whole = perta(
+        "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
+        "--retain", world.retain, "--method", "perta-fisher", "--scaling-coef", 1.5,
+        "--output", tmp_path / "whole", "--max-new-tokens", 8, "--show-samples", 1, *TUNE,
+    )  # fmt: skip
+    assert whole.status == 0, whole.err
+    assert "forget set" in whole.out
+    assert "reference" in whole.out
+    assert "delete it when you are done" in " ".join(whole.out.split())
+    files = [tmp_path / name / "model.safetensors" for name in ("staged", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    done = perta(
+        "evaluate", "--checkpoint", tmp_path / "whole", "--forget", world.forget,
+        "--holdout", world.retain, "--output", tmp_path / "results.json", "--no-generate",
+    )  # fmt: skip
+    assert done.status == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 0 <= results["holdout_probability"]["agg_value"] <= 1
+    assert "forget_rougeL_recall" not in results
+    assert results["perta"]["inputs"]["checkpoint"]
+
+
+def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"base: {world.base}\ndata: {world.forget}\noutput: {tmp_path / 'f'}\n"
+        "epochs: 2\nlearning-rate: 0.001\nbatch_size: 1\n"
+    )
+    assert perta("finetune", "--config", file, "--epochs", 1).status == 0
+    settings = json.loads((tmp_path / "f" / "perta.json").read_text())["settings"]
+    assert (settings["epochs"], settings["learning_rate"], settings["batch_size"]) == (1, 1e-3, 1)
+    file.write_text("learning_rat: 1\n")
+    failed = perta("finetune", "--config", file, "--base", "b", "--data", "d", "--output", "o")
+    assert failed.status != 0
+    assert "learning" in failed.err
+
+
+def test_people_are_written_and_repeatable(perta: Run, tmp_path: Path) -> None:
+    made = ("people", "--output", tmp_path / "p", "--people", 5, "--questions", 3)
+    assert perta(*made, "--forget-people", 2).status == 0
+    sizes = {p.stem: len(p.read_text("utf-8").splitlines()) for p in (tmp_path / "p").iterdir()}
+    assert sizes == {"forget": 6, "retain": 9, "full": 15}
+    assert perta(*made, "--forget-people", 2).status == 0
+    assert perta(*made, "--forget-people", 1).status == 1
+
+
+def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
+    shown = perta("demo", "--tiny", "--output", tmp_path / "demo")
+    assert shown.status == 0, shown.err
+    for name in ("base", "full", "retrained", "tv", "perta-grad", "perta-fisher"):
+        assert name in shown.out
+    assert "share of retraining" in shown.out
+    results = {
+        p.stem: json.loads(p.read_text("utf-8")) for p in (tmp_path / "demo/results").iterdir()
+    }
+    forget = {name: r["forget_probability"]["agg_value"] for name, r in results.items()}
+    assert forget["full"] > 0.8
+    for name in ("retrained", "tv", "perta-grad", "perta-fisher"):
+        assert forget[name] < 0.5 * forget["full"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("unlern",), 2, "Did you mean"),
+        (("finetune", "--bogus", "1"), 2, "--bogus"),
+        (("finetune", "--base", "B"), 2, "--data is missing"),
+        (("finetune", "--base", "B", "--data", "D", "--output", "O", "--epochs", "many"), 2,
+         "--epochs"),
+        (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{full}",
+          "--method", "perta-gard"), 1, "perta-grad"),
+        (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{full}"), 1,
+         "importance"),
+        (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{base}",
+          "--method", "tv"), 1, "forget checkpoint"),
+        (("finetune", "--base", "./nowhere", "--data", "{forget}"), 1, "There is no checkpoint"),
+        (("finetune", "--base", "{base}", "--data", "./no.jsonl"), 1, "There is no data file"),
+        (("finetune", "--base", "{forget}", "--data", "{forget}"), 1, "is a file"),
+        (("finetune", "--base", "{base}", "--data", "{forget}", "--epochs", "0"), 1, "--epochs"),
+        (("finetune", "--base", "{base}", "--data", "{forget}", "--device", "cuda"), 1, "cuda"),
+        (("importance", "--checkpoint", "{base}", "--data", "{forget}", "--order", "-1"), 1,
+         "--order"),
+        (("evaluate", "--checkpoint", "{base}"), 1, "Nothing to evaluate on"),
+        (("unlearn", "--config", "./none.yaml"), 1, "there is no such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_message(
+    perta: Run,
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    places = {"base": world.base, "full": world.full, "forget": world.forget}
+    filled = [argument.format(**places) for argument in arguments]
+    output = tmp_path / "out"
+    ran = perta(*filled, *(() if status == 2 else ("--output", output)))
+    assert ran.status == status, ran.err
+    assert message in " ".join(ran.err.split())
+    assert "Traceback" not in ran.err
+    assert ran.err.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "perta.cli", "finetune", "--base", str(world.base),
+        "--data", str(world.retain), "--output", str(tmp_path / "f"), "--epochs", "100000",
+        "--stop-loss", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert any(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
