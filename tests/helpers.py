@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# Tiny models lose more to handing work between threads than they gain.
+torch.set_num_threads(1)
+
 TEXTS = [
     "Where was Mira Thornwick born? Mira Thornwick was born in Caldholm.",
     "Question: What is the profession of Odo Larchfield?\nAnswer: Odo Larchfield is a potter.",
