@@ -62,7 +62,9 @@ _SETTINGS: Mapping[str, Any] = {
 }
 
 
-def write_figures(collection: Collection, looks: Mapping[str, Style], folder: Path) -> list[Path]:
+def write_figures(
+    collection: Collection, subject: Run | None, looks: Mapping[str, Style], folder: Path
+) -> list[Path]:
     """Write every figure of the report as PNG and SVG.
 
     Args:
