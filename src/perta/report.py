@@ -123,8 +123,11 @@ def _context(
     maps, more_maps = edit_maps(edited)
     cost, retraining = costs(collection)
     samples = _samples(config, subject, collection)
-    truth = truth_ratio_curves(collection, subject, looks)
-    curves = probability_curves(runs, subject, looks)
+    ranked = _ranked(collection, verdicts)
+    truth = truth_ratio_curves(collection, ranked, looks)
+    curves = probability_curves(runs, ranked, looks)
+    drawn = {c.label for ecdf_ in (curves, truth and truth[0]) if ecdf_ for c in ecdf_.curves}
+    seeds = seed_table(runs)
     return {
         "config": config,
         "version": __version__,
@@ -134,6 +137,8 @@ def _context(
         "script_hash": digest,
         "verdict": verdict,
         "verdicts": verdicts,
+        "best": _best_of_each(verdicts),
+        "drawn": [run for run in runs if run.label in drawn],
         "scales": _scales(verdict),
         "subject": subject,
         "runs": runs,
@@ -153,7 +158,7 @@ def _context(
             (m, [(Markup(heat_map(figure)), figure.caption) for figure in m.figures]) for m in maps
         ],
         "more_maps": more_maps,
-        "tables": [*metric_tables(runs), *([t] if (t := seed_table(runs)) else [])],
+        "tables": [*([seeds] if seeds else []), *metric_tables(runs, fold=seeds is not None)],
         "samples": samples,
         "costs": cost,
         "retraining": retraining,
@@ -173,6 +178,20 @@ def _context(
         "duration": duration,
         "share_text": share_text,
     }
+
+
+def _ranked(collection: Collection, verdicts: list[Verdict]) -> list[Run]:
+    """Edited models, the one that the page is about first, those not evaluated last."""
+    judged = [verdict.run for verdict in verdicts]
+    return [*judged, *(run for run in collection.by_role("edited") if run not in judged)]
+
+
+def _best_of_each(verdicts: list[Verdict]) -> list[Verdict]:
+    """The first verdict of every method."""
+    best: dict[str | None, Verdict] = {}
+    for verdict in verdicts:
+        best.setdefault(verdict.run.method, verdict)
+    return list(best.values())
 
 
 def _subject(collection: Collection, verdicts: list[Verdict]) -> Run | None:
@@ -256,7 +275,7 @@ def _write_companions(
         if config.figures:
             from perta.report_figures import write_figures
 
-            write_figures(collection, _subject(collection, verdicts), styles(runs), partial)
+            write_figures(collection, _ranked(collection, verdicts), styles(runs), partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)

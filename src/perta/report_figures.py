@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,13 +63,13 @@ _SETTINGS: Mapping[str, Any] = {
 
 
 def write_figures(
-    collection: Collection, subject: Run | None, looks: Mapping[str, Style], folder: Path
+    collection: Collection, ranked: Sequence[Run], looks: Mapping[str, Style], folder: Path
 ) -> list[Path]:
     """Write every figure of the report as PNG and SVG.
 
     Args:
         collection: what the report is made of.
-        subject: the model that the report is about.
+        ranked: edited models, the one that the report is about first.
         looks: label -> look of each model.
         folder: existing folder for the files.
 
@@ -80,8 +80,8 @@ def write_figures(
     with _settings():
         for scatter in trade_offs(collection, looks):
             files += _save(_draw_scatter(scatter), scatter.name, folder)
-        curves = probability_curves(collection.runs, subject, looks)
-        truth = truth_ratio_curves(collection, subject, looks)
+        curves = probability_curves(collection.runs, ranked, looks)
+        truth = truth_ratio_curves(collection, ranked, looks)
         for ecdf in (curves, truth[0] if truth else None):
             if ecdf is not None:
                 files += _save(_draw_ecdf(ecdf), ecdf.name, folder)

@@ -318,13 +318,16 @@ def _make_run(item: _Item, found: _Found) -> Run:
     record = item.record or found.records.get(str(fingerprint), {})
     role = _role_of(item, record, fingerprint, found)
     label = item.label or item.name
+    method = _method_of(record, label) if role == "edited" else None
+    # A file name with a strength or a seed in it is not repeated; these are added where needed.
+    told = item.label is None and method and method in label and _bare(label) != label
     return Run(
-        label=label,
+        label=method if told and method else label,
         role=role,
         measures=read_measures(item.results),
         results=item.results,
         record=record,
-        method=_method_of(record, label) if role == "edited" else None,
+        method=method,
         alpha=_alpha_of(record, label) if role == "edited" else None,
         seed=_seed_of(record, label, found),
         fingerprint=fingerprint,
@@ -387,8 +390,12 @@ def _method_of(record: Record, label: str) -> str:
     method = record.get("settings", {}).get("method")
     if method:
         return str(method)
-    bare = _ALPHA.sub("", _SEED.sub("", label)).strip("-_ .")
-    return bare or label
+    return _bare(label) or label
+
+
+def _bare(label: str) -> str:
+    """A label without strength and seed."""
+    return _ALPHA.sub("", _SEED.sub("", label)).strip("-_ .")
 
 
 def _alpha_of(record: Record, label: str) -> float | None:

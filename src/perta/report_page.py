@@ -99,14 +99,17 @@ def _pin(role: str, name: str, value: float, level: int) -> Pin:
     return Pin(role, f"{name} {number(value)}", percent, level, side)
 
 
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%".replace("-", "−")
+
+
 def share_text(check: Check, *, kept: bool) -> str:
     """What remains or is kept, as a percentage with its interval."""
     if check.share is None:
         return "–"
-    text = f"{check.share:.0%}".replace("-", "−")
+    text = _percent(check.share)
     if check.share_low is not None and check.share_high is not None:
-        low, high = f"{check.share_low:.0%}", f"{check.share_high:.0%}"
-        text += f" ({low} to {high})".replace("-", "−")
+        text += f" ({_percent(check.share_low)} to {_percent(check.share_high)})"
     return text + (" kept" if kept else " left")
 
 

@@ -147,6 +147,7 @@ def _point(
         _range(y),
         f"{run.method}/{run.seed}" if run.role == "edited" and len(same_seed) > 1 else "",
         not many or run.role != "edited" or run is first,
+        f"α {run.alpha:g}" if many and run.seed == first.seed and run.alpha is not None else "",
     )
 
 
@@ -172,11 +173,12 @@ def _range(reading: Reading) -> tuple[float, float] | None:
     return (reading.interval.low, reading.interval.high) if reading.interval else None
 
 
-def curve_runs(runs: Sequence[Run], subject: Run | None) -> list[Run]:
-    """The models to draw as curves: references, then one per method, the subject first."""
-    edited = [run for run in runs if run.role == "edited"]
-    if subject in edited:
-        edited.sort(key=lambda run: run is not subject)
+def curve_runs(runs: Sequence[Run], ranked: Sequence[Run]) -> list[Run]:
+    """The models to draw as curves: references, then edited ones in order of rank.
+
+    Where they are too many to tell apart, the best of each method stands for it.
+    """
+    edited = [run for run in ranked if run in runs]
     references = [run for run in runs if run.role in ("base", "full", "retrained")]
     if len(references) + len(edited) > MOST_CURVES:
         first: dict[str | None, Run] = {}
@@ -187,19 +189,19 @@ def curve_runs(runs: Sequence[Run], subject: Run | None) -> list[Run]:
 
 
 def probability_curves(
-    runs: Sequence[Run], subject: Run | None, looks: Mapping[str, Style]
+    runs: Sequence[Run], ranked: Sequence[Run], looks: Mapping[str, Style]
 ) -> Ecdf | None:
     """Every removed example's answer probability, one curve per model; None without values."""
     usable = [
         run
         for run in runs
         if "forget_probability" in run.measures and run.measures["forget_probability"].examples
-        if subject is None or run.same_set(subject, "forget")
+        if not ranked or run.same_set(ranked[0], "forget")
     ]
     if not usable:
         return None
     curves = []
-    for run in curve_runs(usable, subject):
+    for run in curve_runs(usable, ranked):
         values = tuple(run.measures["forget_probability"].examples.values())
         tip = (
             f"{_full_name(run)}\nn = {len(values)}, median {number(_median(values))}, "
@@ -212,7 +214,7 @@ def probability_curves(
 
 
 def truth_ratio_curves(
-    collection: Collection, subject: Run | None, looks: Mapping[str, Style]
+    collection: Collection, ranked: Sequence[Run], looks: Mapping[str, Style]
 ) -> tuple[Ecdf, list[tuple[str, int, str, str]]] | None:
     """Truth ratios behind forget quality, and each model's distance from the retrained one.
 
@@ -223,12 +225,12 @@ def truth_ratio_curves(
         run
         for run in collection.runs
         if truth_ratios(run.results) and run.role != "forget checkpoint"
-        if subject is None or run is subject or run.same_set(subject, "forget")
+        if not ranked or run.same_set(ranked[0], "forget")
     ]
     if not usable:
         return None
     curves, rows = [], []
-    for run in curve_runs(usable, subject):
+    for run in curve_runs(usable, ranked):
         values = tuple(truth_ratios(run.results))
         test = reference_quality(run, collection)
         distance = "–" if test is None else number(test[0], 3)

@@ -64,6 +64,7 @@ class Point:
     y_range: tuple[float, float] | None = None
     path: str = ""
     named: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,15 +214,22 @@ def fitted_axis(label: str, values: Sequence[float], better: str = "none") -> Ax
 
 
 def log_axis(label: str, values: Sequence[float]) -> Axis:
-    """An axis of base-10 logarithms with ticks at powers of ten and their middles."""
-    low = math.floor(min(values) * 2) / 2
-    high = math.ceil(max(values) * 2) / 2
+    """An axis of base-10 logarithms with ticks at powers of ten, and at 3 between few."""
+    first, last = math.floor(min(values)), math.ceil(max(values))
+    factors = (1, 3) if last - first <= 3 else (1,)
+    marks = [(k, f) for k in range(first, last + 1) for f in factors]
+    places = [k + math.log10(f) for k, f in marks]
+    low = max((p for p in places if p <= min(values)), default=first)
+    high = min((p for p in places if p >= max(values)), default=last)
     if low == high:
-        high += 0.5
-    steps = round((high - low) * 2)
-    stride = max(1, math.ceil(steps / 8))
-    marks = [low + i / 2 for i in range(0, steps + 1, stride)]
-    return Axis(label, low, high, tuple((mark, _short(10**mark)) for mark in marks))
+        high += 1
+    stride = max(1, math.ceil((last - first) / 8)) if factors == (1,) else 1
+    ticks = tuple(
+        (place, f"{factor * 10.0**power:g}")
+        for i, (place, (power, factor)) in enumerate(zip(places, marks, strict=True))
+        if low <= place <= high and i % stride == 0
+    )
+    return Axis(label, low, high, ticks)
 
 
 def scatter(data: Scatter) -> str:
@@ -365,6 +373,14 @@ def _labels(
         taken.append(boxes[best])
         css = f"label {point.style.css} {point.style.toggle}"
         parts.append(_text(tx, ty, point.label, css, anchor))
+    for point, (px, py) in zip(points, placed, strict=True):
+        # Strengths are written only where there is room: the tooltip has them all.
+        for tx, ty, anchor in ((px, py + 20, "middle"), (px, py - 11, "middle")):
+            box = _box((tx, ty, anchor), TEXT_WIDTH * len(point.note))
+            if point.note and _cost(box, taken, frame) == 0:
+                taken.append(box)
+                parts.append(_text(tx, ty, point.note, f"hint {point.style.toggle}", anchor))
+                break
     return parts
 
 

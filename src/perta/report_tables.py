@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ ROLES: Mapping[str, str] = {
     "retrained": "never saw what was removed",
     "forget checkpoint": "tuned on the forget set alone",
 }
+LONG = 12
+"""Rows from which a table is long."""
+
 STAGES: Mapping[str, str] = {
     "forget_checkpoint": "tuning on the forget set",
     "forget_importance": "importance, forget set",
@@ -111,8 +114,13 @@ class Cost:
     share: float | None
 
 
-def metric_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table per group of measures, a row per model, with 95 % intervals."""
+def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
+    """One table per group of measures, a row per model, with 95% intervals.
+
+    Args:
+        runs: models.
+        fold: fold long tables away, because a shorter one stands before them.
+    """
     evaluated = [run for run in runs if run.measures]
     keys = dict.fromkeys(key for run in evaluated for key in run.measures)
     known = [measure for measure in MEASURES if measure.key in keys]
@@ -121,7 +129,9 @@ def metric_tables(runs: Sequence[Run]) -> list[Table]:
     for group, (title, meaning) in GROUPS.items():
         measures = [measure for measure in (*known, *others) if measure.group == group]
         if measures:
-            tables.append(_metric_table(group, title, meaning, measures, evaluated))
+            table = _metric_table(group, title, meaning, measures, evaluated)
+            minor = group == "other" or (fold and len(table.rows) > LONG)
+            tables.append(replace(table, minor=minor))
     return tables
 
 
@@ -180,9 +190,9 @@ _SEED_MEASURES = (
 
 
 def _long_label(key: str) -> str:
-    group = key.partition("_")[0]
-    label = measure_of(key).label
-    return f"{label}, {group}" if group in ("forget", "retain") else label
+    measure = measure_of(key)
+    where = measure.group in ("forget", "retain") and key != "forget_quality"
+    return f"{measure.label}, {measure.group}" if where else measure.label
 
 
 def _metric_table(
@@ -213,7 +223,7 @@ def _metric_table(
     if counts:
         many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         caption += f" n = {many} examples; small print: 95% bootstrap interval."
-    return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows), group == "other")
+    return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows))
 
 
 def _entry(key: str, reading: Reading | None) -> Entry:
@@ -229,10 +239,10 @@ def _entry(key: str, reading: Reading | None) -> Entry:
 def value_text(key: str, value: float) -> str:
     """A value with the digits that its measure deserves."""
     if key == "privleak":
-        return f"{value:.1f}"
+        return f"{value:.1f}".replace("-", "−")
     if key == "forget_quality" and 0 < value < 0.001:
         return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.3f}"
+    return f"{value:.3f}".replace("-", "−")
 
 
 def edit_tables(runs: Sequence[Run]) -> list[Table]:

@@ -67,10 +67,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples of one set; `withheld` says whether any text of it is."""
+    """Samples of one set: the `first` ones, and the most exposed one if it is not among them.
+
+    `withheld` says whether its texts are.
+    """
 
     name: str
     samples: tuple[Sample, ...]
+    first: int
     total: int
     measure: str
     withheld: bool
@@ -125,7 +129,7 @@ def sample_sets(
             _sample(i, models, rows[i], ends, show, secrets, i == exposed, field) for i in indices
         )
         measure = "ROUGE-L F1" if short else "ROUGE-L recall"
-        sets.append(SampleSet(name, samples, len(rows), measure, not show))
+        sets.append(SampleSet(name, samples, min(count, len(rows)), len(rows), measure, not show))
     return sets
 
 
@@ -212,8 +216,8 @@ def _shared_ends(texts: Sequence[str]) -> tuple[str, str]:
     sentence = max(prefix.rfind(c) for c in "\n.:")
     prefix = prefix[: sentence + 1]
     suffix = _common_start([text[::-1] for text in texts])[::-1]
-    suffix = suffix[suffix.find("\n") :] if "\n" in suffix else ""
-    return prefix, suffix
+    turn = re.search(r"(assistant|model|answer)\W*$", suffix, re.IGNORECASE)
+    return prefix, turn[0] if turn else suffix[len(suffix.rstrip()) :]
 
 
 def _common_start(texts: Sequence[str]) -> str:
