@@ -228,6 +228,16 @@ def test_folders_that_hold_no_usable_model(world: World, tmp_path: Path) -> None
         load_model(cut, CPU)
 
 
+def test_a_model_with_nan_is_refused_by_name(world: World, tmp_path: Path) -> None:
+    model: Any = load_model(world.base, CPU)
+    for bad in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3, 5] = bad
+        model.save_pretrained(tmp_path / str(bad))
+        with pytest.raises(CorruptCheckpointError, match=r"layers\.1\.mlp\.up_proj.*NaN or Inf"):
+            load_model(tmp_path / str(bad), CPU)
+
+
 def test_loaded_models_compute_what_was_saved(world: World) -> None:
     tokenizer = load_tokenizer(world.full)
     encoded = encode_examples(load_examples(world.retain), tokenizer, DataConfig())

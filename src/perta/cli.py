@@ -20,7 +20,9 @@ from perta.config import (
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
+    MuseConfig,
     PeopleConfig,
+    TofuConfig,
     UnlearnConfig,
 )
 from perta.errors import ConfigError, PertaError
@@ -91,6 +93,30 @@ def evaluate(config: EvaluateConfig) -> None:
     results = evaluate_checkpoint(config)
     print_comparison({Path(config.checkpoint).name: results})
     print_samples({Path(config.checkpoint).name: results}, config.scoring.show_samples)
+    _note(f"Results: {config.output}")
+
+
+bench = App(name="bench", help="Evaluate a checkpoint on a standard benchmark.")
+app.command(bench)
+
+
+@bench.command
+def tofu(config: TofuConfig) -> None:
+    """All TOFU metrics: forget quality, model utility, truth ratios, membership attacks."""
+    from perta.benchmarks.stage import bench_tofu
+    from perta.tables import print_metrics
+
+    print_metrics(bench_tofu(config))
+    _note(f"Results: {config.output}")
+
+
+@bench.command
+def muse(config: MuseConfig) -> None:
+    """The MUSE metrics: knowledge and verbatim memorization, privacy leakage."""
+    from perta.benchmarks.stage import bench_muse
+    from perta.tables import print_metrics
+
+    print_metrics(bench_muse(config))
     _note(f"Results: {config.output}")
 
 

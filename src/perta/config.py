@@ -352,6 +352,59 @@ class UnlearnConfig:
 
 @_Flat
 @dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What all standard benchmarks take."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    reference: Path | None = None
+    """Results of the model retrained without the forget set, own or published, to compare with."""
+    compat: bool = False
+    """Reproduce the behaviour behind published numbers where it differs from the right one."""
+    limit: int | None = None
+    """Look at the first rows of every file only."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass; it does not change the result."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        size = self.evaluation_batch_size
+        _require(size >= 1, "evaluation-batch-size", size, "at least 1")
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class TofuConfig(BenchmarkConfig):
+    """`perta bench tofu`."""
+
+    data: str = "locuslab/TOFU"
+    """Folder with the benchmark's JSONL files, or the hub's `datasets` id."""
+    forget_split: str = "forget10"
+    """Which authors were to be forgotten: forget01, forget05 or forget10."""
+    reference_checkpoint: str | None = None
+    """Model whose loss the reference attack subtracts."""
+    gradient_norms: bool = True
+    """Run the gradient-norm attack, one backward pass per row."""
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class MuseConfig(BenchmarkConfig):
+    """`perta bench muse`."""
+
+    data: str = "muse-bench"
+    """Folder with the benchmark's JSONL files, or the hub's organisation."""
+    corpus: Literal["news", "books"] = "news"
+    """News articles or novels."""
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
 class PeopleConfig:
     """`perta people`."""
 

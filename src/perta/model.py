@@ -21,7 +21,13 @@ import torch
 
 from perta.checkpoint import atomic_folder, copy_companions, fingerprint, open_index
 from perta.config import ComputeConfig
-from perta.errors import CheckpointError, CheckpointNotFoundError, ConfigError, PertaError
+from perta.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    PertaError,
+)
 from perta.progress import say
 
 if TYPE_CHECKING:
@@ -85,6 +91,7 @@ def load_model(
 
     Raises:
         CheckpointError: the folder holds no model transformers can load.
+        CorruptCheckpointError: a file is damaged, or a weight is NaN or Inf.
     """
     from transformers import AutoModelForCausalLM
 
@@ -95,6 +102,7 @@ def load_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
         )
+    _require_finite(model, folder)
     torch.nn.Module.to(model, device)
     model.eval()
     return model
@@ -270,6 +278,16 @@ def _from_hub(name: str) -> Path:
             f"{name} is no folder here, and could not be fetched from the hub: {reason} "
             "Check the name and the network, or give a local folder."
         ) from error
+
+
+def _require_finite(model: PreTrainedModel, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        # One NaN or Inf makes the sum one; finite weights are far too small to overflow it.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise CorruptCheckpointError(
+                f"{folder}: {name} holds NaN or Inf. The checkpoint is damaged or its training "
+                "diverged; use an earlier one."
+            )
 
 
 def _require_config(folder: Path) -> None:

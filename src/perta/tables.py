@@ -52,7 +52,9 @@ def print_samples(models: Mapping[str, Results], count: int) -> None:
         return
     for name in ("forget", "retain"):
         key = f"{name}_rougeL_recall"
-        rows: Mapping[str, Any] = next((r[key]["value_by_index"] for r in models.values() if key in r), {})
+        rows: Mapping[str, Any] = next(
+            (r[key]["value_by_index"] for r in models.values() if key in r), {}
+        )
         for index in list(rows)[:count]:
             table = Table(title=f"{name} example {int(index) + 1}", title_justify="left")
             table.add_column("")
@@ -64,6 +66,19 @@ def print_samples(models: Mapping[str, Results], count: int) -> None:
                 if entry is not None:
                     table.add_row(escape(model), escape(entry["generation"].strip()))
             _console().print(table)
+
+
+def print_metrics(results: Results) -> None:
+    """Every metric of a benchmark, with the reason where one is missing."""
+    table = Table()
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, metric in results.items():
+        if isinstance(metric, Mapping) and "agg_value" in metric:
+            value = metric["agg_value"]
+            reason = f"– ({metric.get('missing', 'no value')})"
+            table.add_row(escape(name), reason if value is None else f"{value:.4g}")
+    _console().print(table)
 
 
 def print_methods() -> None:
