@@ -10,7 +10,7 @@ import perta
 PACKAGE = Path(perta.__file__).parent
 
 STAGES = {"finetune", "importance", "edit", "evaluate", "report", "people"}
-MATHEMATICS = {"weighting", "objectives", "metrics", "per_example", "batch"}
+MATHEMATICS = {"weighting", "objectives", "metrics", "per_example", "batch", "structured"}
 EDGES = {"errors", "config", "progress", "manifest", "checkpoint", "data", "model", "stage"}
 
 

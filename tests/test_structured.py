@@ -1,0 +1,182 @@
+"""Structured directions against brute force in float64, their limits, and their traps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from perta.errors import DivergenceError
+from perta.structured import input_direction, input_direction_from_rows, kron_direction
+from perta.weighting import share
+
+OUT, IN = 4, 6
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def moment(width: int, rows: int, seed: int) -> Tensor:
+    """A second moment of random rows, of rank min(rows, width)."""
+    x = normal(rows, width, seed=seed)
+    return x.T @ x / rows
+
+
+def brute_force(tau: Tensor, forget: Tensor, retain: Tensor, rho: float) -> Tensor:
+    """Minimise ½‖Δ−τ‖²_{F_f} + ½ρ‖Δ‖²_{F_r} by Newton's step on vec(Δ), row by row."""
+
+    def objective(vec: Tensor) -> Tensor:
+        apart = vec - tau.reshape(-1)
+        return 0.5 * (apart @ forget @ apart) + 0.5 * rho * (vec @ retain @ vec)
+
+    start = torch.zeros(tau.numel(), dtype=torch.float64)
+    start.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(start), start)
+    hessian = torch.autograd.functional.hessian(objective, start)
+    return -torch.linalg.solve(hessian, gradient).reshape(tau.shape)
+
+
+@pytest.mark.parametrize("rho", [0.3, 1.0, 40.0])
+def test_input_direction_minimises_the_objective(rho: float) -> None:
+    tau, forget, retain = (
+        normal(OUT, IN, seed=0),
+        moment(IN, 9, seed=1),
+        moment(IN, 4, seed=2),
+    )
+    damping = 0.02
+    lam = damping * (forget + rho * retain).diagonal().mean()
+    eye_in, eye_out = torch.eye(IN).double(), torch.eye(OUT).double()
+    expected = brute_force(
+        tau,
+        torch.kron(eye_out, forget),
+        torch.kron(eye_out, retain + lam / rho * eye_in),
+        rho,
+    )
+    found = input_direction(tau, forget, retain, rho, damping)
+    torch.testing.assert_close(found.delta, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rho", [0.3, 1.0, 40.0])
+def test_kron_direction_minimises_the_objective(rho: float) -> None:
+    tau = normal(OUT, IN, seed=0)
+    c_f, c_r = 3 * moment(IN, 9, seed=1), moment(IN, 4, seed=2)
+    b_f, b_r = 1e-6 * moment(OUT, 7, seed=3), moment(OUT, 3, seed=4)
+    damping = 0.02
+    damped = [m + damping * m.diagonal().mean() * torch.eye(len(m)).double() for m in (b_r, c_r)]
+    # The sizes of 1e-6 and 1 are balanced first: the reference solves one dense system.
+    expected = brute_force(tau, 1e6 * torch.kron(b_f, c_f), torch.kron(*damped), rho * 1e-6 * 1e6)
+    found = kron_direction(tau, c_f, c_r, 1e6 * b_f, b_r, rho, damping)
+    torch.testing.assert_close(found.delta, expected, rtol=1e-8, atol=1e-10)
+    scaled = kron_direction(tau, c_f, c_r, b_f, 1e-6 * b_r, rho, damping)
+    torch.testing.assert_close(scaled.delta, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_kron_with_equal_output_moments_is_the_input_direction() -> None:
+    tau, forget, retain = normal(OUT, IN, seed=0), moment(IN, 9, seed=1), moment(IN, 9, seed=2)
+    b = moment(OUT, 8, seed=3)
+    found = kron_direction(tau, forget, retain, b, b, 2.0, 1e-12)
+    expected = input_direction(tau, forget, retain, 2.0, 1e-12)
+    torch.testing.assert_close(found.delta, expected.delta, rtol=1e-7, atol=1e-9)
+
+
+def test_diagonal_moments_give_the_diagonal_weighting() -> None:
+    tau = normal(OUT, IN, seed=0)
+    c_f, c_r, b_f, b_r = (
+        normal(n, seed=i).square() for i, n in enumerate((IN, IN, OUT, OUT), start=1)
+    )
+    found = input_direction(tau, c_f.diag(), c_r.diag(), 3.0, 0.0)
+    torch.testing.assert_close(found.delta, share(c_f, c_r, 3.0) * tau)
+    both = kron_direction(tau, c_f.diag(), c_r.diag(), b_f.diag(), b_r.diag(), 3.0, 0.0)
+    expected = share(torch.outer(b_f, c_f), torch.outer(b_r, c_r), 3.0) * tau
+    torch.testing.assert_close(both.delta, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_a_retain_set_it_is_the_task_vector_on_the_forget_span() -> None:
+    tau, rows = normal(OUT, IN, seed=0), normal(3, IN, seed=1)
+    found = input_direction(tau, rows.T @ rows, moment(IN, 9, seed=2), 0.0, 1e-10)
+    span = torch.linalg.pinv(rows) @ rows
+    torch.testing.assert_close(found.delta, tau @ span, rtol=1e-4, atol=1e-5)
+
+
+def test_strong_damping_leaves_everything_alone() -> None:
+    tau, c, b = normal(OUT, IN, seed=0), moment(IN, 9, seed=1), moment(OUT, 9, seed=2)
+    assert input_direction(tau, c, c, 1.0, 1e9).delta.norm() < 1e-7 * tau.norm()
+    assert kron_direction(tau, c, c, b, b, 1.0, 1e9).delta.norm() < 1e-7 * tau.norm()
+
+
+def test_a_direction_that_neither_set_uses_is_left_alone() -> None:
+    tau = normal(OUT, IN, seed=0)
+    used = torch.eye(IN).double()
+    used[-1, -1] = 0
+    b = moment(OUT, 9, seed=1)
+    for found in (
+        input_direction(tau, used, used, 1.0, 1e-3),
+        kron_direction(tau, used, used, b, b, 1.0, 1e-3),
+    ):
+        assert float(found.delta[:, -1].abs().max()) == 0
+        assert float(found.delta[:, :-1].abs().min()) > 0
+    empty = torch.zeros(IN, IN).double()
+    assert float(input_direction(tau, empty, empty, 1.0, 0.01).delta.norm()) == 0
+
+
+@pytest.mark.parametrize("rho", [0.5, 10.0])
+def test_rows_give_the_dense_direction(rho: float) -> None:
+    tau, rows, retain = normal(OUT, IN, seed=0), normal(3, IN, seed=1), moment(IN, 2, seed=2)
+    dense = input_direction(tau, rows.T @ rows, retain, rho, 0.01)
+    found = input_direction_from_rows(tau, rows, retain, rho, 0.01)
+    torch.testing.assert_close(found.delta, dense.delta, rtol=1e-10, atol=1e-12)
+    assert found.damping == dense.damping
+
+
+def test_the_condition_is_that_of_the_matrix() -> None:
+    width = 40
+    basis = torch.linalg.qr(normal(width, width, seed=0)).Q
+    values = torch.logspace(-3, 2, width, dtype=torch.float64)
+    matrix = basis @ values.diag() @ basis.T
+    matrix = (matrix + matrix.T) / 2
+    zero = torch.zeros_like(matrix)
+    found = input_direction(normal(OUT, width, seed=1), matrix, zero, 1.0, 0.0)
+    assert found.condition == pytest.approx(1e5, rel=0.05)
+
+
+def test_the_float32_trap_is_guarded() -> None:
+    """Inputs in a quarter of the directions, one feature far above the others, tiny damping."""
+    width = 256
+    tau, plane = normal(OUT, width, seed=0), normal(width // 4, width, seed=1)
+    exact = []
+    for seed in (2, 3):
+        coordinates = normal(400, width // 4, seed=seed)
+        coordinates[:, 0] += 30
+        rows = coordinates @ plane
+        exact.append(rows.T @ rows / len(rows))
+    forget, retain = (m.float() for m in exact)
+    expected = input_direction(tau, *exact, 10.0, 1e-6).delta
+    assert float(expected.norm()) < 0.5 * float(tau.norm())
+
+    total = forget + 10 * retain
+    total.diagonal().add_(1e-6 * total.diagonal().mean())
+    trapped = torch.linalg.solve(total, (tau.float() @ forget).T).T
+    assert float((trapped - expected).norm()) > float(expected.norm())
+
+    found = input_direction(tau, forget, retain, 10.0, 1e-6)
+    assert found.damping == width * torch.finfo(torch.float32).eps
+    wanted = input_direction(tau, *exact, 10.0, found.damping)
+    assert float((found.delta - wanted.delta).norm()) < 0.05 * float(wanted.delta.norm())
+    # A damping above what float32 moments resolve is used as it is.
+    assert input_direction(tau, forget, retain, 10.0, 0.01).damping == 0.01
+
+
+def test_what_is_not_positive_definite_is_refused() -> None:
+    tau = normal(OUT, IN, seed=0)
+    negative = -torch.eye(IN).double()
+    for call in (
+        lambda: input_direction(tau, negative, negative, 1.0, 0.01),
+        lambda: input_direction_from_rows(tau, normal(2, IN, seed=1) * 1e-3, negative, 1.0, 0.01),
+        lambda: kron_direction(
+            tau, torch.eye(IN).double() * float("nan"), negative, negative, negative, 1.0, 0.01
+        ),
+    ):
+        with pytest.raises(DivergenceError, match="--damping"):
+            call()
