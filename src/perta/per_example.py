@@ -1028,7 +1028,8 @@ def _add_rows(totals: Sums, rows: Sequence[_Rows], products: Sequence[_Product])
 
 def _add_products(totals: Sums, products: Sequence[_Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
-    if products[0].left.device.type == "cpu":
+    devices = {products[0].left.device, next(iter(totals.values())).device}
+    if devices == {torch.device("cpu")}:
         _add_products_in_cache(totals, products)
     else:
         _add_products_together(totals, products)
@@ -1037,29 +1038,40 @@ def _add_products(totals: Sums, products: Sequence[_Product]) -> None:
 def _add_products_in_cache(totals: Sums, products: Sequence[_Product]) -> None:
     """Send blocks of the parameter's rows through all examples in turn, in one small buffer."""
     total = next(iter(totals.values()))
-    factors = _factors(products, total.dtype)
     height, width = total.shape
     budget = _CACHE_BYTES * torch.get_num_threads()
     block = min(height, max(16, budget // (width * total.element_size()) // 16 * 16))
+    examples = _factors(products, total.dtype, block)
+    # Everything is cut into views beforehand: thousands of small slices would cost as much
+    # time as the sums.
+    adders = [(_adder(order), total.split(block)) for order, total in totals.items()]
     buffer = torch.empty(block, width, dtype=total.dtype)
-    for low in range(0, height, block):
-        high = min(low + block, height)
-        gradient = buffer[: high - low]
-        targets = {order: total[low:high] for order, total in totals.items()}
-        for example in factors:
-            for i, (left, right) in enumerate(example):
-                gradient.addmm_(left[:, low:high].t(), right, beta=1 if i else 0)
-            _add_block(targets, gradient)
+    for k, first in enumerate(adders[0][1]):
+        gradient = buffer[: len(first)]
+        targets = [(add, blocks[k]) for add, blocks in adders]
+        for factors in examples:
+            for i, (left, right) in enumerate(factors):
+                gradient.addmm_(left[k], right, beta=1 if i else 0)
+            for add, target in targets:
+                add(target, gradient)
 
 
-def _factors(products: Sequence[_Product], dtype: torch.dtype) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each example with any rows, the factors (rows, m) and (rows, n) of its gradient."""
-    by_example: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+def _factors(
+    products: Sequence[_Product], dtype: torch.dtype, block: int
+) -> list[list[tuple[tuple[Tensor, ...], Tensor]]]:
+    """For each example with any rows, the factors of its gradient.
+
+    Returns:
+        Per example a list of left factors, transposed and cut into (block, rows), and right
+        factors (rows, n).
+    """
+    by_example: defaultdict[int, list[tuple[tuple[Tensor, ...], Tensor]]] = defaultdict(list)
     for product in products:
-        left, right = product.left.to(dtype), product.right.to(dtype)
+        left, right = product.left.to(dtype).t(), product.right.to(dtype)
         for b, (start, stop) in enumerate(product.segments):
             if stop > start:
-                by_example[b].append((left[start:stop], right[start:stop]))
+                blocks = left[:, start:stop].split(block)
+                by_example[b].append((blocks, right[start:stop]))
     return list(by_example.values())
 
 
@@ -1099,19 +1111,14 @@ def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(left.to(dtype), right.to(dtype))
 
 
-def _add_block(targets: Sums, gradient: Tensor) -> None:
-    """Add the powers of one example's gradient, which may be overwritten."""
-    for order, target in targets.items():
-        if order == 2:
-            if target.device == gradient.device:
-                target.addcmul_(gradient, gradient)
-            else:
-                target.add_(gradient.square().to(target.device))
-        elif order == 1:
-            # In place: the other orders do not see the sign.
-            target.add_(gradient.abs_().to(target.device))
-        else:
-            target.add_(_power(gradient, order).to(target.device))
+def _adder(order: float) -> Callable[[Tensor, Tensor], object]:
+    """A function that adds |gradient|^order to a sum; it may take the sign off the gradient."""
+    if order == 2:
+        return lambda total, gradient: total.addcmul_(gradient, gradient)
+    if order == 1:
+        # In place, in cache: no other order sees the sign.
+        return lambda total, gradient: total.add_(gradient.abs_())
+    return lambda total, gradient: total.add_(_power(gradient, order))
 
 
 def _power(gradient: Tensor, order: float) -> Tensor:
