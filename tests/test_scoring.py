@@ -11,6 +11,7 @@ import transformers as hf
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta import metrics, scoring
+from perta.answer_score import Score
 from perta.batch import IGNORE, Encoded
 from perta.config import DataConfig
 from perta.data import Example, Message, encode_example, encode_prompt
@@ -20,7 +21,6 @@ from perta.people import generate_people
 from perta.scoring import (
     Item,
     Outcome,
-    Score,
     ScoringOptions,
     plain_generation,
     run_in_modes,

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from perta.answer_score import Score
 from perta.checkpoint import fingerprint
 from perta.config import DataConfig, EvaluateConfig, ScoringConfig
 from perta.data import ExampleSet, encode_examples, encode_prompt, load_examples
@@ -30,7 +31,7 @@ from perta.model import (
 )
 from perta.progress import track
 from perta.results import Results, decode, require_finite, rouge_row, table
-from perta.scoring import Item, Outcome, Score, ScoringOptions, end_tokens, run_items
+from perta.scoring import Item, Outcome, ScoringOptions, end_tokens, run_items
 from perta.stage import run_file_stage
 
 Progress = Callable[[], object]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,6 +114,10 @@ class Extended:
     before: tuple[tuple[int, int], ...]
     tokens: tuple[tuple[int, ...], ...]
     masking: Masking
+
+    def without_logits(self) -> Extended:
+        """The same without the logits, which take the most memory."""
+        return self if not self.logits.numel() else replace(self, logits=self.logits.new_empty(0))
 
     def keep(self, rows: Sequence[int], fed: Sequence[int]) -> Prefixes:
         """Prefixes that end after the first `fed[j]` new tokens of row `rows[j]`."""

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from perta import metrics
+from perta.answer_score import Score
 from perta.errors import DataError, DivergenceError
-from perta.scoring import Score
 
 Results = dict[str, Any]
 

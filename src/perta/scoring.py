@@ -1,8 +1,7 @@
-"""Teacher-forced scores and greedy answers from as few forward passes as possible.
+"""Teacher-forced scores and greedy answers from as few computed tokens as possible.
 
     all sequences  -> their common start (system prompt, in-context pairs)   computed once
-    each question  -> its first answer behind that start                     scores
-                        |-> its other answers behind the question            scores
+    each question  -> a tree of its answers, each shared beginning once      scores
                         `-> greedy generation from the first token where the
                             model departs from the first answer              text
 
@@ -23,43 +22,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from perta import metrics
+from perta.answer_score import Score, score_logits, score_tokens, token_statistics
 from perta.batch import IGNORE, Encoded, collate
 from perta.errors import ConfigError
 from perta.kv_cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.objectives import answer_logits, token_losses
+from perta.token_tree import Segment, grow_tree, path_of
 
-_CHUNK = 512
-"""Rows of logits turned to log-probabilities at a time, to bound memory."""
 _COMPAT_BATCHES = 8
 """Batches after which compatible runs report what is done."""
 _MOST_LOGITS = 2048
-"""Labelled tokens of one pass, unless a single answer has more; likewise."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one teacher-forced pass tells about an answer.
-
-    Attributes:
-        tokens: labelled tokens, the last (which ends the answer) included.
-        loss: mean cross-entropy over them, nats.
-        exact_memorization: see `metrics`; None where the last token is the only one.
-        extraction_strength: likewise.
-        min_k: likewise.
-        min_k_plus_plus: likewise; None also where it was not asked for.
-    """
-
-    tokens: int
-    loss: float
-    exact_memorization: float | None
-    extraction_strength: float | None
-    min_k: float | None
-    min_k_plus_plus: float | None
-
-    @property
-    def probability(self) -> float:
-        """exp(-loss)."""
-        return metrics.probability(self.loss)
+"""New tokens of one pass, unless a single answer has more, to bound the memory of logits."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +173,7 @@ class _Run:
         self, model: PreTrainedModel, items: Sequence[Item], options: ScoringOptions, finish: Done
     ) -> None:
         self.model, self.items, self.options, self.finish = model, items, options, finish
-        self.scores: dict[int, list[Score | None]] = {
-            i: [None] * len(item.answers) for i, item in enumerate(items)
-        }
+        self.scores: dict[int, list[Score]] = {i: [] for i in range(len(items))}
         self.growing: list[_Growing] = []
         self.state: Prefixes | None = None
         self.root: Prefixes | None = None
@@ -218,8 +189,7 @@ class _Run:
         while order or self.growing:
             # Refill once half the rows are done: steps with few rows cost nearly as much.
             if order and len(self.growing) <= size // 2:
-                taken = _rows_that_fit([self.items[i] for i in order[:size]])
-                batch, order = order[:taken], order[taken:]
+                batch, order = order[:size], order[size:]
                 self._begin(batch)
             if self.growing and (not order or len(self.growing) > size // 2):
                 self._step()
@@ -231,87 +201,126 @@ class _Run:
             first = extend(self.model, None, [tokens], [(0, 0)], self.options.masking)
             self.root, self.root_length = first.keep([0], [length]), length
 
-    def _feed(
-        self, sequences: Sequence[Sequence[int]], wanted: Sequence[tuple[int, int]]
-    ) -> Extended:
-        root = self.root.take([0] * len(sequences)) if self.root else None
-        tokens = [sequence[self.root_length :] for sequence in sequences]
-        places = [(row, position - self.root_length) for row, position in wanted]
-        return extend(self.model, root, tokens, places, self.options.masking)
-
     def _begin(self, batch: Sequence[int]) -> None:
-        """Score the first answers, then the others, and start generating."""
-        firsts = [self.items[i].answers[0] for i in batch]
-        wanted, spans = _wanted(firsts)
-        # The last token predicts nothing that is scored.
-        fed = self._feed([e.input_ids[: _last_label(e)] for e in firsts], wanted)
-        predicted = fed.logits.argmax(-1)
-        for i, encoded, span in zip(batch, firsts, spans, strict=True):
-            self._store(i, 0, fed.logits[span], encoded)
-        self._score_others(batch, fed)
-        guesses = [predicted[span].tolist() for span in spans]
-        self._start_answers(batch, fed, guesses)
-        for i in batch:
+        """Score every answer of some items and start generating."""
+        trees = {i: self._tree(i) for i in batch}
+        level = [segment for tops in trees.values() for segment in tops]
+        while level:
+            for part in _rows_that_fit(level, self.options.batch_size):
+                self._feed(part)
+            level = [child for segment in level for child in segment.children]
+        for i, tops in trees.items():
+            for k, encoded in enumerate(self.items[i].answers):
+                self.scores[i].append(_path_score(path_of(tops, k), encoded))
             if self.items[i].prompt is None:
                 self._complete(i, None)
+        self._start_answers(trees)
 
-    def _score_others(self, batch: Sequence[int], fed: Extended) -> None:
-        rest = [
-            (row, i, k) for row, i in enumerate(batch) for k in range(1, len(self.items[i].answers))
+    def _tree(self, i: int) -> list[Segment]:
+        sequences = [
+            (k, encoded.input_ids[self.root_length : _last_label(encoded) + 1])
+            for k, encoded in enumerate(self.items[i].answers)
         ]
-        rest.sort(key=lambda entry: len(self.items[entry[1]].answers[entry[2]].input_ids))
-        for start in range(0, len(rest), self.options.batch_size):
-            part = rest[start : start + self.options.batch_size]
-            answers = [self.items[i].answers[k] for _, i, k in part]
-            shared = [_shared_length(self.items[i].answers) for _, i, _ in part]
-            prefixes = (
-                fed.keep([row for row, _, _ in part], [n - self.root_length for n in shared])
-                if min(shared) > 0
-                else None
-            )
-            if prefixes is None:
-                shared = [0] * len(part)
-            wanted, spans = _wanted(answers)
-            places = [(row, position - shared[row]) for row, position in wanted]
-            tokens = [e.input_ids[n : _last_label(e)] for e, n in zip(answers, shared, strict=True)]
-            logits = extend(self.model, prefixes, tokens, places, self.options.masking).logits
-            for (_, i, k), encoded, span in zip(part, answers, spans, strict=True):
-                self._store(i, k, logits[span], encoded)
+        return grow_tree(i, sequences, self.root_length)
 
-    def _store(self, i: int, k: int, logits: Tensor, encoded: Encoded) -> None:
-        targets = torch.tensor([t for t in encoded.labels[1:] if t != IGNORE])
-        moments = self.items[i].moments and k == 0
-        self.scores[i][k] = score_logits(logits, targets, moments)
+    def _feed(self, segments: Sequence[Segment]) -> None:
+        """Forward pass over segments whose parents have been fed."""
+        segments, prefixes = self._behind_parents(segments)
+        wanted: list[tuple[int, int]] = []
+        predicted: list[tuple[Segment, int]] = []
+        for row, segment in enumerate(segments):
+            for offset in range(len(segment.to_feed)):
+                for target in segment.predicted_by(offset):
+                    if self._labelled(*target):
+                        wanted.append((row, offset))
+                        predicted.append(target)
+        tokens = [segment.to_feed for segment in segments]
+        fed = extend(self.model, prefixes, tokens, wanted, self.options.masking)
+        kept = fed.without_logits()
+        for row, segment in enumerate(segments):
+            segment.fed, segment.row = kept, row
+        self._record(fed.logits, predicted)
 
-    def _start_answers(
-        self, batch: Sequence[int], fed: Extended, guesses: Sequence[Sequence[int]]
-    ) -> None:
+    def _behind_parents(self, segments: Sequence[Segment]) -> tuple[list[Segment], Prefixes | None]:
+        """Segments grouped by the pass their parents were in, and those parents' prefixes."""
+        groups: dict[int, list[Segment]] = {}
+        for segment in segments:
+            groups.setdefault(id(segment.parent and segment.parent.fed), []).append(segment)
+        ordered: list[Segment] = []
+        prefixes: Prefixes | None = None
+        for group in groups.values():
+            ordered += group
+            parents = [segment.parent for segment in group if segment.parent]
+            if parents and parents[0].fed:
+                rows, fed = [p.row for p in parents], [len(p.to_feed) for p in parents]
+                more = parents[0].fed.keep(rows, fed)
+                prefixes = prefixes.join(more) if prefixes else more
+        if prefixes is None and self.root:
+            prefixes = self.root.take([0] * len(ordered))
+        return ordered, prefixes
+
+    def _labelled(self, segment: Segment, offset: int) -> bool:
+        answers = self.items[segment.item].answers
+        position = segment.start + offset
+        return any(answers[k].labels[position] != IGNORE for k in segment.answers)
+
+    def _record(self, logits: Tensor, predicted: Sequence[tuple[Segment, int]]) -> None:
+        """Keep what the passes told about the tokens they predict."""
+        if not predicted:
+            return
+        targets = torch.tensor([s.tokens[offset] for s, offset in predicted])
+        log_probs, _, _ = token_statistics(logits, targets, moments=False)
+        guesses = logits.argmax(-1).tolist()
+        for (segment, offset), value, guess in zip(
+            predicted, log_probs.tolist(), guesses, strict=True
+        ):
+            segment.log_probs[offset], segment.guesses[offset] = value, guess
+        asked = [
+            j for j, (s, _) in enumerate(predicted) if 0 in s.answers and self.items[s.item].moments
+        ]
+        if asked:
+            index = torch.tensor(asked)
+            rows = logits.index_select(0, index.to(logits.device))
+            _, means, variances = token_statistics(rows, targets[index], moments=True)
+            for j, mean, variance in zip(asked, means.tolist(), variances.tolist(), strict=True):
+                segment, offset = predicted[j]
+                segment.moments[offset] = (mean, variance)
+
+    def _start_answers(self, trees: Mapping[int, Sequence[Segment]]) -> None:
         """Follow each first answer as far as greedy generation does, and go on from there."""
-        rows, kept, apart = [], [], []
-        begun: list[_Growing] = []
-        for row, i in enumerate(batch):
+        starts: dict[int, list[tuple[_Growing, Segment, int]]] = {}
+        apart = []
+        for i, tops in trees.items():
             prompt = self.items[i].prompt
             if prompt is None:
                 continue
-            whole = _draft(self.items[i].answers[0], prompt)
-            if not whole:
+            draft = _draft(self.items[i].answers[0], prompt)
+            if not draft:
                 apart.append(i)
                 continue
-            draft = self._cut(whole)
-            answer = _followed(draft, guesses[row][-_labels_from(self.items[i], prompt) :])
-            begun.append(_Growing(i, answer))
-            rows.append(row)
-            kept.append(len(prompt) + len(answer) - 1 - self.root_length)
-        self._add(fed, begun, rows, kept)
+            path = path_of(tops, 0)
+            answer = _followed(self._cut(draft), _guesses(path)[len(prompt) - self.root_length :])
+            cached = len(prompt) + len(answer) - 1
+            last = next(s for s in path if s.start < cached <= s.start + len(s.to_feed))
+            entry = (_Growing(i, answer), last, cached - last.start)
+            starts.setdefault(id(last.fed), []).append(entry)
+        for group in starts.values():
+            fed = group[0][1].fed
+            if fed:
+                rows = [segment.row for _, segment, _ in group]
+                self._add(fed, [g for g, _, _ in group], rows, [n for _, _, n in group])
         if apart:
-            prompts = [self.items[i].prompt or () for i in apart]
-            alone = self._feed(prompts, [(r, len(p) - 1) for r, p in enumerate(prompts)])
-            begun = [
-                _Growing(i, [int(token)])
-                for i, token in zip(apart, alone.logits.argmax(-1).tolist(), strict=True)
-            ]
-            lengths = [len(p) - self.root_length for p in prompts]
-            self._add(alone, begun, list(range(len(apart))), lengths)
+            self._start_apart(apart)
+
+    def _start_apart(self, apart: Sequence[int]) -> None:
+        """Start answers whose prompt is not how their first answer's tokens begin."""
+        prompts = [(self.items[i].prompt or ())[self.root_length :] for i in apart]
+        root = self.root.take([0] * len(apart)) if self.root else None
+        last = [(row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
+        fed = extend(self.model, root, prompts, last, self.options.masking)
+        firsts = zip(apart, fed.logits.argmax(-1).tolist(), strict=True)
+        begun = [_Growing(i, [int(token)]) for i, token in firsts]
+        self._add(fed, begun, list(range(len(apart))), [len(prompt) for prompt in prompts])
 
     def _add(
         self, fed: Extended, begun: Sequence[_Growing], rows: Sequence[int], kept: Sequence[int]
@@ -367,56 +376,44 @@ class _Run:
         )
 
     def _complete(self, i: int, generated: Sequence[int] | None) -> None:
-        scores = tuple(score for score in self.scores.pop(i) if score is not None)
-        self.finish(i, Outcome(scores, None if generated is None else tuple(generated)))
+        answer = None if generated is None else tuple(generated)
+        self.finish(i, Outcome(tuple(self.scores.pop(i)), answer))
 
 
-def score_logits(logits: Tensor, targets: Tensor, moments: bool) -> Score:
-    """Every score of one answer.
-
-    Args:
-        logits: (n, V), any float type, row t predicting token t.
-        targets: (n,) the labelled tokens.
-        moments: compute Min-K++ too.
-
-    Returns:
-        The scores; `log_softmax` in float32, sums in float64.
-    """
-    targets = targets.to(logits.device)
-    log_probs, means, variances = _token_statistics(logits, targets, moments)
-    correct = (logits.argmax(-1) == targets)[:-1].tolist()
-    plus_plus = None
-    if moments:
-        plus_plus = metrics.min_k_plus_plus(log_probs[:-1], means[:-1], variances[:-1])
-    return Score(
-        len(targets),
-        -float(log_probs.double().mean()),
-        metrics.exact_memorization(correct),
-        metrics.extraction_strength(correct),
-        metrics.min_k(log_probs[:-1]),
-        plus_plus,
-    )
+def _path_score(path: Sequence[Segment], encoded: Encoded) -> Score:
+    """Scores of an answer from the segments it runs through."""
+    tokens = [
+        (segment, offset)
+        for segment in path
+        for offset in range(len(segment.tokens))
+        if encoded.labels[segment.start + offset] != IGNORE
+    ]
+    log_probs = torch.tensor([segment.log_probs[offset] for segment, offset in tokens])
+    correct = [segment.guesses[offset] == segment.tokens[offset] for segment, offset in tokens]
+    moments = [segment.moments.get(offset, ()) for segment, offset in tokens]
+    if not all(moments):
+        return score_tokens(log_probs, correct, None)
+    means, variances = torch.tensor(moments).unbind(1)
+    return score_tokens(log_probs, correct, (means, variances))
 
 
-def _token_statistics(
-    logits: Tensor, targets: Tensor, moments: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target, and mean and variance of them over the vocabulary."""
-    log_probs, means, variances = [], [], []
-    for start in range(0, len(targets), _CHUNK):
-        part = logits[start : start + _CHUNK].float().log_softmax(-1)
-        log_probs.append(part.gather(1, targets[start : start + _CHUNK, None])[:, 0].cpu())
-        if moments:
-            weighted = part.exp() * part
-            mean = weighted.sum(-1)
-            means.append(mean.cpu())
-            variances.append(((weighted * part).sum(-1) - mean.square()).cpu())
-    empty = torch.zeros(0)
-    return (
-        torch.cat(log_probs),
-        torch.cat(means) if moments else empty,
-        torch.cat(variances) if moments else empty,
-    )
+def _guesses(path: Sequence[Segment]) -> list[int]:
+    """The model's choice for each token behind the common start; -1 where nothing asked."""
+    return [s.guesses.get(offset, -1) for s in path for offset in range(len(s.tokens))]
+
+
+def _rows_that_fit(segments: Sequence[Segment], batch_size: int) -> list[list[Segment]]:
+    """Batches of segments of similar length, within bounds of rows and logits."""
+    todo = sorted((s for s in segments if s.to_feed), key=lambda s: len(s.to_feed))
+    batches: list[list[Segment]] = []
+    logits = 0
+    for segment in todo:
+        logits += len(segment.to_feed)
+        if not batches or len(batches[-1]) == batch_size or logits > _MOST_LOGITS:
+            batches.append([])
+            logits = len(segment.to_feed)
+        batches[-1].append(segment)
+    return batches
 
 
 def _run_plainly(
@@ -516,23 +513,6 @@ def _last_label(encoded: Encoded) -> int:
     return max(i for i, label in enumerate(encoded.labels) if label != IGNORE)
 
 
-def _wanted(answers: Sequence[Encoded]) -> tuple[list[tuple[int, int]], list[slice]]:
-    """(row, position) that predicts each labelled token, and each row's part of that list."""
-    wanted: list[tuple[int, int]] = []
-    spans = []
-    for row, encoded in enumerate(answers):
-        start = len(wanted)
-        wanted += [(row, t - 1) for t, y in enumerate(encoded.labels) if t and y != IGNORE]
-        spans.append(slice(start, len(wanted)))
-    return wanted, spans
-
-
-def _shared_length(answers: Sequence[Encoded]) -> int:
-    """Leading tokens that all answers share, short of the token that predicts the first label."""
-    limit = min(_first_label(encoded) - 1 for encoded in answers)
-    return _common_length([encoded.input_ids for encoded in answers], limit)
-
-
 def _root_length(items: Sequence[Item]) -> int:
     """Leading tokens that everything shares; at least one more follows in each sequence."""
     answers = [encoded for item in items for encoded in item.answers]
@@ -563,27 +543,12 @@ def _draft(encoded: Encoded, prompt: tuple[int, ...]) -> tuple[int, ...]:
     return () if IGNORE in draft else draft
 
 
-def _labels_from(item: Item, prompt: tuple[int, ...]) -> int:
-    """Labelled tokens of the first answer behind the prompt."""
-    return _last_label(item.answers[0]) + 1 - len(prompt)
-
-
 def _followed(draft: Sequence[int], predicted: Sequence[int]) -> list[int]:
     """Greedy generation as far as it is known: agreed tokens and the first that differs."""
     for j, (token, guess) in enumerate(zip(draft, predicted, strict=False)):
         if token != guess:
             return [*draft[:j], int(guess)]
     return list(draft)
-
-
-def _rows_that_fit(items: Sequence[Item]) -> int:
-    """How many of the first items keep the logits of a pass within `_MOST_LOGITS` rows."""
-    total = 0
-    for row, item in enumerate(items):
-        total += sum(label != IGNORE for label in item.answers[0].labels)
-        if total > _MOST_LOGITS:
-            return max(1, row)
-    return len(items)
 
 
 def _expected_length(item: Item) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta import metrics
+from perta.answer_score import Score
 from perta.batch import IGNORE, Encoded
 from perta.benchmarks.common import (
     Journal,
@@ -40,7 +41,7 @@ from perta.kv_cache import Masking
 from perta.model import longest_input, pad_id
 from perta.progress import track
 from perta.results import Results, decode, missing, rouge_row, table
-from perta.scoring import Item, Outcome, Score, ScoringOptions, end_tokens, gradient_norm_score
+from perta.scoring import Item, Outcome, ScoringOptions, end_tokens, gradient_norm_score
 
 MAX_NEW_TOKENS = 200
 PLAIN_LENGTH = 512
