@@ -24,7 +24,16 @@ from perta import __version__
 from perta.config import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report_inputs import Collection, Run, collect
-from perta.report_page import asked, done, limits, newest, provenance, scale, share_text
+from perta.report_page import (
+    asked,
+    done,
+    limits,
+    newest,
+    not_measured,
+    provenance,
+    scale,
+    share_text,
+)
 from perta.report_plots import edit_maps, probability_curves, trade_offs, truth_ratio_curves
 from perta.report_svg import Style, ecdf, heat_map, scatter, swatch
 from perta.report_tables import (
@@ -164,6 +173,7 @@ def _context(
         "retraining": retraining,
         "longest": max([c.total for c in cost] + [retraining or 0.0]) or 1.0,
         "provenance": provenance(runs),
+        "not_measured": not_measured(subject) if subject else [],
         "limits": limits(verdicts, collection, any(s.withheld for s in samples)),
         "notices": [*collection.notices, *_set_notices(subject, runs)],
         "thresholds": {

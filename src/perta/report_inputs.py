@@ -80,8 +80,14 @@ class Run:
 
     def set_fingerprint(self, name: str) -> str | None:
         """Content of the set it was measured on, where the results say so."""
-        value = self.results.get("perta", {}).get("inputs", {}).get(name)
-        return None if value is None else str(value)
+        made = self.results.get("perta", {})
+        inputs, settings = made.get("inputs", {}), made.get("settings", {})
+        if name in inputs:
+            return str(inputs[name])
+        parts = [settings.get(part) for part in ("forget_split", "corpus", "limit")]
+        if "data" in inputs and any(parts):  # a benchmark names a folder and what it took of it
+            return "/".join(str(part) for part in (inputs["data"], *parts) if part)
+        return None
 
     def set_size(self, name: str) -> int | None:
         """Number of examples it was measured on; None without per-example values."""
@@ -193,6 +199,17 @@ class _Found:
                 "retain_importance",
             ):
                 self._look(record, name, place)
+
+    def sets(self, name: str) -> set[str]:
+        """Fingerprints of what served as forget or retain set, wherever one is recorded."""
+        known = [item.results.get("perta", {}) for item in self.items]
+        known += [record.get("unlearn", {}) for record in self.records.values()]
+        fingerprints = {made.get("inputs", {}).get(name) for made in known}
+        for record in self.records.values():
+            measured = record.get("inputs", {}).get(f"{name}_importance")
+            importance = self.records.get(str(measured), {})
+            fingerprints.add(importance.get("inputs", {}).get("data"))
+        return {str(fingerprint) for fingerprint in fingerprints if fingerprint}
 
     def _look(self, record: Record, name: str, near: Path | None) -> None:
         wanted = record.get("inputs", {}).get(name)
@@ -341,8 +358,8 @@ def _role_of(item: _Item, record: Record, fingerprint: str | None, found: _Found
         or (_role_named(item.label) if item.label else None)
         or ("edited" if record.get("stage") == "edit" or "edit" in record else None)
         or _role_as_input(fingerprint, found)
-        or _role_by_data(record, item.results)
-        or _role_named(item.name)
+        or _role_by_data(record, found)
+        or (_role_named(item.name) if item.label is None else None)
         or "edited"
     )
 
@@ -362,15 +379,14 @@ def _role_as_input(fingerprint: str | None, found: _Found) -> Role | None:
     return None
 
 
-def _role_by_data(record: Record, results: Record) -> Role | None:
-    """What a tuned model is, by the set it was tuned on among those it was measured on."""
+def _role_by_data(record: Record, found: _Found) -> Role | None:
+    """What a tuned model is, by the set it was tuned on."""
     tuned_on = record.get("inputs", {}).get("data")
-    measured = results.get("perta", {}).get("inputs", {})
     if record.get("stage") != "finetune" or not tuned_on:
         return None
-    if tuned_on == measured.get("retain"):
+    if tuned_on in found.sets("retain"):
         return "retrained"
-    return "forget checkpoint" if tuned_on == measured.get("forget") else None
+    return "forget checkpoint" if tuned_on in found.sets("forget") else None
 
 
 def _role_named(name: str | None) -> Role | None:
@@ -452,7 +468,8 @@ def _relabel(runs: Iterable[Run]) -> list[Run]:
     for run in runs:
         alone = sum(other.role == run.role for other in runs) == 1
         label = run.role if run.role in REFERENCE_ROLES and alone else run.label
-        twins = [other for other in runs if other is not run and other.label == run.label]
+        same = [other for other in runs if other is not run and other.role == run.role]
+        twins = [other for other in same if other.label == run.label]
         if twins and not (run.role in REFERENCE_ROLES and alone):
             parts = [label]
             if any(other.alpha != run.alpha for other in twins) and run.alpha is not None:

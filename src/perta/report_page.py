@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.report_inputs import Collection, Run
+from perta.report_metrics import MEASURES
 from perta.report_verdict import Check, Statement, Verdict, number
 
 METHODS: Mapping[str, str] = {
@@ -40,6 +41,9 @@ _INPUT_NAMES: Mapping[str, str] = {
     "retain": "retain set",
     "holdout": "held-out set",
     "content": "edited model",
+}
+_MEASURE_NAMES: Mapping[str, str] = {
+    name: f"{measure.label} ({name})" for measure in MEASURES for name in measure.names
 }
 _SHOWN_SETTINGS = {
     "method": "method",
@@ -122,6 +126,7 @@ def asked(subject: Run, collection: Collection) -> list[Identity]:
         **{name: str(value) for name, value in _settings(subject).items()},
         **{name: str(value) for name, value in made.get("sources", {}).items()},
     }
+    benchmark = sources.get("forget_split") or sources.get("corpus")
     for name, what in (
         ("forget", "to be removed"),
         ("retain", "to be kept"),
@@ -129,9 +134,12 @@ def asked(subject: Run, collection: Collection) -> list[Identity]:
     ):
         size = subject.set_size(name)
         fingerprint = inputs.get(name) or made.get("inputs", {}).get(name, "")
+        if benchmark and not fingerprint:
+            fingerprint = inputs.get("data", "")
         if fingerprint or size:
             more = f"{size} examples" if size else ""
-            items.append(Identity(what, _file(sources.get(name)), str(fingerprint), more))
+            source = sources.get(name) or (benchmark if name == "forget" else "")
+            items.append(Identity(what, _file(source), str(fingerprint), more))
     full = subject.record.get("inputs", {}).get("full")
     if full:
         record = collection.records.get(str(full), {})
@@ -203,6 +211,15 @@ def newest(runs: Sequence[Run]) -> str | None:
         if record.get("created")
     ]
     return max(times) if times else None
+
+
+def not_measured(run: Run) -> list[tuple[str, str]]:
+    """Measures that an evaluation left out, with the reason that it gives."""
+    return [
+        (_MEASURE_NAMES.get(name, name), str(entry["missing"]))
+        for name, entry in run.results.items()
+        if isinstance(entry, Mapping) and entry.get("missing") and entry.get("agg_value") is None
+    ]
 
 
 def limits(verdicts: Sequence[Verdict], collection: Collection, samples_shown: bool) -> list[str]:

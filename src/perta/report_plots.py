@@ -305,7 +305,7 @@ def edit_map(run: Run) -> EditMap:
                 f"{what}_{file_name(run.label)}",
                 title,
                 caption,
-                cells,
+                tuple(sorted(cells, key=lambda cell: (cell.row, cell.column))),
                 tuple(str(row) for row in rows),
                 names,
                 css,
@@ -319,7 +319,7 @@ def edit_map(run: Run) -> EditMap:
             (name, number(place.weighting), f"{_value(place, 'change', relative):.2g}")
             for name, place in outside.items()
         ),
-        tuple(_map_sentences(tensors, total, uniform=len(figures) == 1)),
+        tuple(_map_sentences(tensors, total)),
     )
 
 
@@ -414,11 +414,11 @@ def _shorten(module: str) -> str:
     return re.sub(r"(_proj|\.\*)", "", name)
 
 
-def _map_sentences(tensors: Sequence[Record], total: float, *, uniform: bool) -> list[str]:
+def _map_sentences(tensors: Sequence[Record], total: float) -> list[str]:
     elements = sum(int(t["elements"]) for t in tensors)
     mean = math.fsum(float(t["mean_weighting"]) * int(t["elements"]) for t in tensors) / elements
     sentences = []
-    if uniform:
+    if len({round(float(t["mean_weighting"]), 6) for t in tensors}) == 1:
         sentences.append(f"The weighting is the same for every weight: W = {number(mean)}.")
     else:
         sentences.append(

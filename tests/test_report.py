@@ -1,0 +1,710 @@
+"""The report: roles, verdict, intervals, redaction, and what it says when parts are missing."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from perta.config import ReportConfig
+from perta.errors import ConfigError, DataError, OutputExistsError
+from perta.report import build_report, companion_folder, write_report
+from perta.report_inputs import Collection, Run, collect
+from perta.report_metrics import (
+    auc,
+    difference_interval,
+    ks_test,
+    mean_interval,
+    read_measures,
+    unpaired_interval,
+)
+from perta.report_plots import edit_map, split_layers, truth_ratio_curves
+from perta.report_tables import costs, metric_tables, seed_table, styles, to_csv
+from perta.report_texts import quote, sample_sets
+from perta.report_verdict import Verdict, judge
+from report_cases import (
+    EVIL,
+    PRINTS,
+    SECRET,
+    edit_record,
+    metric,
+    results,
+    tuned,
+    write,
+    write_demo,
+)
+
+LOGS = Path(__file__).parents[2] / "shared" / "data" / "tofu_reference_logs"
+
+
+def page_of(*paths: Path | str, **options: object) -> str:
+    """The page of some results."""
+    config = ReportConfig(results=tuple(str(p) for p in paths))
+    return build_report(replace(config, **options), collect(config.results))  # type: ignore[arg-type]
+
+
+def verdict_of(folder: Path, **models: tuple[float, float]) -> Verdict:
+    """The verdict on the model `edited`, given (forget, retain) answer probabilities."""
+    for name, (forget, retain) in models.items():
+        write(folder / f"{name}.json", results(name, forget, retain))
+    (verdict,) = judge(collect([str(folder)]))
+    return verdict
+
+
+class Text(HTMLParser):
+    """Text of a page, without style and script; counts what could run or load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.tags: dict[str, int] = {}
+        self.loads: list[str] = []
+        self._silent = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self._silent = tag in ("script", "style")
+        self.loads += [
+            str(value)
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action") and not str(value).startswith("#")
+        ]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = self._silent and tag not in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.text += f" {data}"
+
+
+# --- intervals -------------------------------------------------------------------------------
+
+
+def test_interval_of_ten_coin_flips_is_the_binomial_one() -> None:
+    # Five of ten: a resampled mean is Binomial(10, 1/2)/10, with P(X <= 1) = .011 < .025 <
+    # P(X <= 2) = .055, so its 2.5 % quantile is 0.2, and by symmetry the other one 0.8.
+    interval = mean_interval([0.0] * 5 + [1.0] * 5)
+    assert (interval.value, interval.low, interval.high, interval.n) == (0.5, 0.2, 0.8, 10)
+
+
+def test_interval_of_equal_values_has_no_width() -> None:
+    interval = mean_interval([0.25] * 7)
+    assert interval.low == pytest.approx(0.25)
+    assert interval.high == pytest.approx(0.25)
+
+
+def test_interval_of_many_values_is_the_normal_one() -> None:
+    n = 5000  # more than fit in one table of draws
+    interval = mean_interval([i % 2 for i in range(n)])
+    half = 1.96 * 0.5 / n**0.5
+    assert interval.low == pytest.approx(0.5 - half, abs=0.1 * half)
+    assert interval.high == pytest.approx(0.5 + half, abs=0.1 * half)
+
+
+def test_intervals_are_the_same_every_time() -> None:
+    values = [0.1, 0.5, 0.9, 0.3]
+    assert mean_interval(values) == mean_interval(values)
+
+
+def test_paired_difference_cancels_how_hard_examples_are() -> None:
+    reference = {str(i): i / 10 for i in range(10)}
+    shifted = {i: value + 0.05 for i, value in reference.items()}
+    paired = difference_interval(shifted, reference)
+    assert paired is not None
+    assert paired.high - paired.low == pytest.approx(0, abs=1e-12)
+    apart = unpaired_interval(list(shifted.values()), list(reference.values()))
+    assert apart.high - apart.low > 0.3
+    assert difference_interval({"0": 1.0}, {"1": 1.0}) is None
+
+
+def test_no_interval_around_a_number_that_the_values_do_not_give() -> None:
+    entry = metric([0.2, 0.4])
+    assert read_measures({"forget_probability": entry})["forget_probability"].interval
+    entry["agg_value"] = 0.9
+    assert read_measures({"forget_probability": entry})["forget_probability"].interval is None
+
+
+def test_aggregates_of_truth_ratios_are_recognised() -> None:
+    rows = {"0": {"score": 2.0}, "1": {"score": 0.5}}
+    symmetric = {"agg_value": 0.5, "value_by_index": rows}
+    reading = read_measures({"forget_truth_ratio": symmetric})["forget_truth"]
+    assert reading.interval is not None
+    assert reading.examples == pytest.approx({"0": 0.5, "1": 0.5})
+    margin = {"agg_value": 0.25, "value_by_index": rows}
+    assert read_measures({"ra_Truth_Ratio": margin})["ra_truth"].examples == {"0": 0.0, "1": 0.5}
+
+
+def test_values_that_are_missing_or_not_finite_stay_out() -> None:
+    rows = {"0": {"score": 0.5}, "1": None, "2": {"score": None}}
+    entry = {"agg_value": 0.5, "value_by_index": rows}
+    assert read_measures({"forget_exact_memorization": entry})["forget_exact"].interval
+    assert read_measures({"forget_quality": {"agg_value": None}}) == {}
+    assert read_measures({"forget_quality": {"agg_value": float("nan")}}) == {}
+
+
+def test_auc_counts_ties_half() -> None:
+    import numpy as np
+
+    assert auc(np.array([1.0, 2.0]), np.array([2.0, 3.0])) == 0.875
+
+
+def test_published_logs_are_read_in_full() -> None:
+    if not LOGS.is_dir():
+        pytest.skip(f"published logs are not at {LOGS}")
+    runs = collect([str(LOGS)]).runs
+    assert sorted(run.role for run in runs) == ["full", "full", "retrained", "retrained"]
+    for run in runs:
+        without = {key for key, r in run.measures.items() if r.interval is None}
+        assert without <= {"forget_quality", "privleak"}
+        for reading in run.measures.values():
+            if reading.interval:
+                assert reading.interval.low <= reading.value <= reading.interval.high
+
+
+def test_forget_quality_of_published_logs_is_recomputed() -> None:
+    if not LOGS.is_dir():
+        pytest.skip(f"published logs are not at {LOGS}")
+    full = LOGS / "llama-3.2-1b-instruct_full_forget01.json"
+    retrained = LOGS / "llama-3.2-1b-instruct_retain99.json"
+    collection = collect([f"method={full}", str(retrained)])
+    looks = styles(collection.runs)
+    found = truth_ratio_curves(collection, collection.by_role("edited"), looks)
+    assert found is not None
+    row = next(row for row in found[1] if row[0] == "method")
+    assert (row[1], row[3]) == (40, "0.007")
+
+
+def test_ks_distance_of_two_small_samples() -> None:
+    assert ks_test([1, 2, 3, 4], [3, 4, 5, 6])[0] == 0.5
+
+
+# --- what the inputs are ---------------------------------------------------------------------
+
+
+def test_roles_come_from_records(tmp_path: Path) -> None:
+    folder = write_demo(tmp_path)
+    for old, new in (("full", "one"), ("base", "two"), ("retrained", "three")):
+        (folder / "results" / f"{old}.json").rename(folder / "results" / f"{new}.json")
+    found = collect([str(folder)])
+    assert [(run.label, run.role) for run in found.runs] == [
+        ("base", "base"),
+        ("full", "full"),
+        ("retrained", "retrained"),
+        ("perta-grad", "edited"),
+        ("tv", "edited"),
+    ]
+    edited = found.by_role("edited")
+    assert [(run.method, run.alpha, run.seed) for run in edited] == [
+        ("perta-grad", 1.5, 0),
+        ("tv", 0.8, 0),
+    ]
+    assert edited[0].edit["tensors"]
+
+
+def test_roles_come_from_names_where_there_are_no_records(tmp_path: Path) -> None:
+    for name in ("llama_full_forget01", "llama_retain99", "perta-full-run", "base"):
+        found = results(name, 0.5, 0.5)
+        del found["perta"]
+        found["forget_probability"]["agg_value"] += len(name) / 1e9  # they are not the same
+        write(tmp_path / f"{name}.json", found)
+    roles = {run.label: run.role for run in collect([str(tmp_path)]).runs}
+    assert roles == {
+        "base": "base",
+        "full": "full",
+        "retrained": "retrained",
+        "perta-full-run": "edited",
+    }
+
+
+def test_labels_name_and_place_a_model(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.json", results("x", 0.1, 0.9))
+    other = write(tmp_path / "y.json", results("y", 0.9, 0.9))
+    runs = collect([f"our edit={file}", f"full={other}"]).runs
+    assert [(run.label, run.role) for run in runs] == [("full", "full"), ("our edit", "edited")]
+
+
+def test_strengths_and_seeds_in_file_names_tell_runs_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for alpha in ("0.5", "1.5"):
+            name = f"tv_alpha{alpha}_seed{seed}"
+            write(tmp_path / f"{name}.json", results(name, 0.1 + seed / 50, 0.9))
+    runs = collect([str(tmp_path)]).runs
+    assert [run.label for run in runs] == [
+        "tv α 0.5 seed 0",
+        "tv α 0.5 seed 1",
+        "tv α 1.5 seed 0",
+        "tv α 1.5 seed 1",
+    ]
+    table = seed_table(runs)
+    assert table is not None
+    assert [row.entries[0].text for row in table.rows] == ["tv, α 0.5", "tv, α 1.5"]
+    # Means 0.10 and 0.12 have mean 0.11 and standard deviation 0.02/sqrt(2).
+    assert (table.rows[0].entries[1].text, table.rows[0].entries[1].small) == ("0.110", "± 0.014")
+
+
+def test_output_of_unlearn_with_and_without_its_work_folder(tmp_path: Path) -> None:
+    record = edit_record()
+    record["unlearn"] = {
+        "settings": {"work_dir": str(tmp_path / "gone")},
+        "inputs": {"forget": "f0" * 32, "retain": "a0" * 32},
+        "sources": {"forget": "/secret/place/erase.jsonl"},
+        "seconds": {"finetune": 3.0, "edit": 0.5},
+        "evaluation": {
+            "before": {"forget_probability": 0.9, "retain_probability": 0.9},
+            "after": {"forget_probability": 0.1, "retain_probability": 0.8},
+        },
+    }
+    output = tmp_path / "cleaned"
+    write(output / "perta.json", record)
+    alone = collect([str(output)])
+    assert [(run.label, run.role) for run in alone.runs] == [
+        ("full", "full"),
+        ("cleaned", "edited"),
+    ]
+    assert len(alone.notices) == 2
+    page = page_of(output)
+    assert "erase.jsonl" in page
+    assert "/secret/place" not in page
+    work = tmp_path / "cleaned.work"
+    write(work / "evaluation_before.json", results("full", 0.9, 0.9))
+    write(work / "evaluation_after.json", results("perta-grad", 0.1, 0.8))
+    write(work / "forget_checkpoint" / "perta.json", tuned("forget_checkpoint", "f0" * 32, 7))
+    whole = collect([str(output)])
+    assert not whole.notices
+    assert whole.runs[1].measures["forget_probability"].interval is not None
+    assert costs(whole)[0][0].total == 7.5
+
+
+def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no"):
+        collect([str(tmp_path / "nothing.json")])
+    with pytest.raises(DataError, match="holds no evaluation results"):
+        collect([str(write(tmp_path / "other.json", {"a": 1}))])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="neither results"):
+        collect([str(tmp_path / "empty")])
+    write(tmp_path / "tuned" / "perta.json", tuned("full", "d0", 1))
+    with pytest.raises(DataError, match="Nothing to report"):
+        collect([str(tmp_path / "tuned")])
+    with pytest.raises(ConfigError, match="name at least one"):
+        write_report(ReportConfig(output=tmp_path / "r.html"))
+
+
+# --- the verdict -----------------------------------------------------------------------------
+
+
+def test_verdict_when_all_is_well(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, full=(0.93, 0.92), retrained=(0.05, 0.92), edited=(0.06, 0.91))
+    assert verdict.headline == "Forgotten as far as measured, and the rest is kept."
+    assert (verdict.forgetting.status, verdict.retention.status) == ("met", "met")
+    assert "as improbable as for a model that never saw them" in verdict.forgetting.text
+    assert verdict.forgetting.numbers == (
+        "Answer probability: 0.06 against 0.05 for the retrained model; before the edit it was "
+        "0.93 (n\u00a0=\u00a040)."
+    )
+    # (0.06 - 0.05) / (0.93 - 0.05)
+    lead = verdict.forgetting.lead
+    assert lead is not None
+    assert lead.share == pytest.approx(0.01 / 0.88)
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "headline"),
+    [
+        (0.06, 0.80, "Forgotten as far as measured, at some cost to the rest."),
+        (0.06, 0.40, "Forgotten as far as measured, but much else is lost with it."),
+        (0.30, 0.92, "Only partly forgotten; the rest is kept."),
+        (0.80, 0.92, "Not forgotten; the rest is kept."),
+        (0.80, 0.30, "Not forgotten, and much else is lost."),
+    ],
+)
+def test_verdict_when_something_is_wrong(
+    tmp_path: Path, forget: float, retain: float, headline: str
+) -> None:
+    verdict = verdict_of(
+        tmp_path, full=(0.93, 0.92), retrained=(0.05, 0.92), edited=(forget, retain)
+    )
+    assert verdict.headline == headline
+    broken = retain < 0.5 and forget < 0.1
+    assert any("damaged model" in note for note in verdict.notes) == broken
+
+
+def test_one_measure_that_still_finds_the_answers_decides(tmp_path: Path) -> None:
+    write(tmp_path / "full.json", results("full", 0.93, 0.92))
+    write(tmp_path / "retrained.json", results("retrained", 0.05, 0.92))
+    edited = results("edited", 0.05, 0.92)
+    edited["forget_extraction_strength"] = metric([0.9] * 40)
+    write(tmp_path / "edited.json", edited)
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.forgetting.status == "not"
+    assert "by another measure, Extraction strength, what was learned is still there" in (
+        verdict.forgetting.text
+    )
+    assert verdict.forgetting.numbers.startswith("Extraction strength: 0.90 against")
+
+
+def test_few_and_scattered_examples_are_not_called_sure(tmp_path: Path) -> None:
+    names = {"full": (0.9, 0.9), "retrained": (0.2, 0.9)}
+    for name, (forget, retain) in names.items():
+        write(tmp_path / f"{name}.json", results(name, forget, retain, n=4))
+    edited = results("edited", 0.2, 0.9, n=4)
+    edited["forget_probability"] = metric([0.0, 0.0, 0.0, 0.9], "prob")
+    write(tmp_path / "edited.json", edited)
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.forgetting.status == "unclear"
+    assert verdict.headline.startswith("Probably forgotten")
+    assert "too few examples to be sure" in verdict.forgetting.text
+
+
+def test_one_exposed_example_is_named_though_the_mean_is_low(tmp_path: Path) -> None:
+    for name in ("full", "retrained"):
+        write(tmp_path / f"{name}.json", results(name, 0.9 if name == "full" else 0.05, 0.9))
+    edited = results("edited", 0.05, 0.9)
+    edited["forget_probability"] = metric([0.02] * 39 + [0.99], "prob")
+    write(tmp_path / "edited.json", edited)
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert any("most exposed removed example" in n and "0.99" in n for n in verdict.notes)
+
+
+def test_without_a_retrained_model_holdout_then_base_calibrate(tmp_path: Path) -> None:
+    edited = results("edited", 0.06, 0.9)
+    write(tmp_path / "full.json", results("full", 0.93, 0.92))
+    write(tmp_path / "base.json", results("base", 0.05, 0.1))
+    write(tmp_path / "edited.json", edited)
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.calibration == "base"
+    assert "There is no retrained reference and no held-out set" in verdict.calibrated_on
+    assert "for the base model, which never saw them" in verdict.forgetting.text
+    edited["holdout_probability"] = metric([0.05] * 30, "prob")
+    write(tmp_path / "edited.json", edited)
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.calibration == "holdout"
+    assert "against 0.05 on unseen examples" in verdict.forgetting.numbers
+
+
+def test_without_any_reference_nothing_is_claimed(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, full=(0.93, 0.92), edited=(0.06, 0.9))
+    assert verdict.calibration is None
+    assert verdict.forgetting.status == "unknown"
+    assert verdict.headline == "Forgetting cannot be judged; the rest is kept."
+    assert "no model that never saw them" in verdict.forgetting.text
+
+
+def test_a_reference_on_other_examples_is_not_used(tmp_path: Path) -> None:
+    write(tmp_path / "full.json", results("full", 0.93, 0.92))
+    other = results("retrained", 0.05, 0.92, inputs={"forget": "b1" * 32})
+    write(tmp_path / "retrained.json", other)
+    write(tmp_path / "edited.json", results("edited", 0.06, 0.9))
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.calibration is None
+    assert "Not measured on the same examples as edited" in page_of(tmp_path)
+
+
+def test_the_reference_of_the_same_seed_is_used(tmp_path: Path) -> None:
+    for seed, forget in ((0, 0.05), (1, 0.15)):
+        found = results(f"retrained_seed{seed}", forget, 0.92)
+        write(tmp_path / f"retrained_seed{seed}.json", found)
+    write(tmp_path / "full.json", results("full", 0.93, 0.92))
+    write(tmp_path / "tv_seed1.json", results("tv_seed1", 0.15, 0.9))
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert verdict.forgetting.lead is not None
+    assert verdict.forgetting.lead.reference == pytest.approx(0.15)
+
+
+def test_forget_quality_speaks_only_beside_a_retrained_model(tmp_path: Path) -> None:
+    edited = results("edited", 0.06, 0.9)
+    edited["forget_quality"] = {"agg_value": 0.004}
+    write(tmp_path / "edited.json", edited)
+    write(tmp_path / "full.json", results("full", 0.93, 0.92))
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert not any("truth ratios" in note for note in verdict.notes)
+    write(tmp_path / "retrained.json", results("retrained", 0.05, 0.92))
+    (verdict,) = judge(collect([str(tmp_path)]))
+    assert any("can be told apart" in n and "p = 0.004" in n for n in verdict.notes)
+
+
+def test_the_best_model_comes_first_unless_another_is_asked_for(tmp_path: Path) -> None:
+    folder = write_demo(tmp_path)
+    assert [v.run.label for v in judge(collect([str(folder)]))] == ["perta-grad", "tv"]
+    page = page_of(folder, subject="tv")
+    assert "<title>Unlearning report: tv</title>" in page
+    with pytest.raises(ConfigError, match="not an edited model of this report: perta-grad, tv"):
+        page_of(folder, subject="nobody")
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def test_forget_texts_are_withheld_and_can_be_recognised(tmp_path: Path) -> None:
+    folder = write_demo(tmp_path)
+    page = page_of(folder)
+    text = Text(page).text
+    for secret in (SECRET, "Caldholm", "Where was person", "Nobody knows"):
+        assert secret not in page
+    withheld = quote(f"{SECRET} 0", show=False)
+    assert withheld.text is None
+    assert f"{withheld.length} characters" in text
+    assert f"#{withheld.digest}" in text
+    assert "It is 0." in text  # examples to keep are shown
+    assert "prints the texts" not in page
+
+
+def test_forget_texts_appear_only_on_request_and_under_a_warning(tmp_path: Path) -> None:
+    page = page_of(write_demo(tmp_path), show_texts=True)
+    assert f"{SECRET} 0" in page
+    assert 'role="alert"' in page
+    assert "This page prints the texts that were to be forgotten." in page
+
+
+def test_no_file_beside_the_page_holds_a_forget_text(tmp_path: Path) -> None:
+    page = write_report(
+        ReportConfig(
+            results=(str(write_demo(tmp_path / "demo")),), output=tmp_path / "r.html", figures=False
+        )
+    )
+    for file in companion_folder(page).iterdir():
+        assert b"Caldholm" not in file.read_bytes()
+
+
+def test_a_forget_text_in_an_answer_to_something_else_is_withheld(tmp_path: Path) -> None:
+    leaking = results("edited", 0.1, 0.9)
+    rows = leaking["retain_rougeL_recall"]["value_by_index"]
+    rows["0"]["generation"] = f"Well, {SECRET.upper()} 3!"
+    write(tmp_path / "edited.json", leaking)
+    page = page_of(tmp_path)
+    assert "CALDHOLM" not in page
+    assert "It is 2." in page
+
+
+def test_samples_are_the_first_and_the_most_exposed() -> None:
+    found = results("edited", 0.1, 0.9)
+    rows = found["forget_probability"]["value_by_index"]
+    rows["7"]["prob"] += 0.5
+    found["forget_probability"]["agg_value"] += 0.5 / 40
+    run = Run("edited", "edited", read_measures(found), found)
+    forget, retain = sample_sets(run, [], 2, show_forget=False)
+    assert [(s.index, s.exposed) for s in forget.samples] == [
+        ("0", False),
+        ("1", False),
+        ("7", True),
+    ]
+    assert (forget.first, forget.total, forget.withheld) == (2, 40, True)
+    assert [s.index for s in retain.samples] == ["0", "1"]
+    # What all prompts begin with is left out.
+    assert retain.samples[0].question.text == "What is 0 + 0?"
+    assert sample_sets(run, [], 0, show_forget=False) == []
+
+
+@pytest.mark.parametrize("show_texts", [False, True])
+def test_markup_in_answers_stays_text(tmp_path: Path, show_texts: bool) -> None:
+    page = page_of(write_demo(tmp_path, evil=True), show_texts=show_texts)
+    parsed = Text(page)
+    assert parsed.tags["script"] == 1
+    assert "img" not in parsed.tags
+    assert EVIL in parsed.text
+
+
+def test_markup_in_labels_and_titles_stays_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.json", results("x", 0.1, 0.9))
+    parsed = Text(page_of(f"{EVIL.replace('=', '')}={file}", title=EVIL))
+    assert parsed.tags["script"] == 1
+    assert "img" not in parsed.tags
+
+
+# --- the page and the files beside it --------------------------------------------------------
+
+
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(write_demo(tmp_path))
+    assert Text(page).loads == ["data:,"]
+    assert "default-src 'none'" in page
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_paths_are_cut_to_their_last_part(tmp_path: Path) -> None:
+    assert "/home/someone" not in page_of(write_demo(tmp_path))
+
+
+def test_every_missing_part_is_said(tmp_path: Path) -> None:
+    found = results("x", 0.1, 0.9)
+    del found["perta"]
+    text = Text(page_of(write(tmp_path / "x.json", found))).text
+    for sentence in (
+        "There is no record of the edit beside these results",
+        "The results hold no truth ratios",
+        "The results carry no record of how long the edit took",
+        "The results carry no record of what made them",
+        "The model before the edit was not evaluated",
+    ):
+        assert sentence in text
+    bare = {"forget_probability": {"agg_value": 0.1}}
+    text = Text(page_of(write(tmp_path / "bare.json", bare))).text
+    for sentence in (
+        "so there is no trade-off to plot",
+        "The results hold no answer probability of single examples",
+        "The results hold no generated answers",
+        "How much of everything else was kept was not measured",
+    ):
+        assert sentence in text
+
+
+def test_reasons_for_what_was_left_out_are_passed_on(tmp_path: Path) -> None:
+    found = results("edited", 0.1, 0.9)
+    found["forget_quality"] = {"agg_value": None, "missing": "There is no reference."}
+    page = page_of(write(tmp_path / "edited.json", found))
+    assert "Forget quality (forget_quality)" in page
+    assert "There is no reference." in page
+
+
+def test_results_without_an_edited_model_are_shown_without_a_verdict(tmp_path: Path) -> None:
+    page = page_of(write(tmp_path / "full.json", results("full", 0.9, 0.9)))
+    assert "No edited model was evaluated" in page
+    assert "Measurements without an edited model." in page
+
+
+def test_an_edit_without_results_is_mapped(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "perta.json", edit_record())
+    page = page_of(tmp_path / "out")
+    assert "An edit without an evaluation." in page
+    assert "Mean weighting of perta-grad" in page
+
+
+def test_fingerprints_settings_and_versions_are_there(tmp_path: Path) -> None:
+    page = page_of(write_demo(tmp_path))
+    assert PRINTS["full"][:16] in page
+    assert PRINTS["forget_checkpoint"] in page
+    assert "torch 2.0" in page
+    assert "1.5" in page
+
+
+def test_maps_cover_layers_and_modules() -> None:
+    run = Run("perta-grad", "edited", record=edit_record())
+    maps = edit_map(run)
+    weighting, change = maps.figures
+    assert weighting.columns == ("q", "up", "down")
+    assert weighting.rows == ("0", "1", "2")
+    cell = next(c for c in weighting.cells if (c.row, c.column) == (2, 1))
+    assert cell.value == pytest.approx(0.3 + 0.05 * 2 + 0.02)
+    cell = next(c for c in change.cells if (c.row, c.column) == (2, 1))
+    assert cell.value == pytest.approx(3.0 / 100**0.5)  # a norm of 3 over 100 weights
+    assert [row[0] for row in maps.outside] == ["model.embed_tokens.weight"]
+
+
+def test_change_is_relative_where_norms_are_recorded() -> None:
+    run = Run("perta-grad", "edited", record=edit_record(norms=True))
+    change = edit_map(run).figures[1]
+    assert change.legend.startswith("‖ΔW‖ / ‖W‖")
+    assert max(cell.value for cell in change.cells) == pytest.approx(0.3)
+
+
+def test_a_weighting_of_one_needs_no_map() -> None:
+    maps = edit_map(Run("tv", "edited", record=edit_record("tv", 0.8)))
+    assert len(maps.figures) == 1
+    assert maps.sentences[0] == "The weighting is the same for every weight: W = 1.00."
+
+
+def test_experts_of_a_layer_are_one_cell() -> None:
+    rows = [
+        {"elements": n, "mean_weighting": w, "delta_norm": d, "task_vector_norm": 1.0, "name": name}
+        for name, n, w, d in (
+            ("model.layers.0.mlp.experts.0.up_proj.weight", 10, 0.2, 3.0),
+            ("model.layers.0.mlp.experts.1.up_proj.weight", 30, 0.6, 4.0),
+        )
+    ]
+    layers, outside = split_layers(rows)
+    (place,) = layers.values()
+    assert not outside
+    assert (place.elements, place.change) == (40, 5.0)
+    assert place.weighting == pytest.approx((10 * 0.2 + 30 * 0.6) / 40)
+
+
+def test_costs_and_their_share_of_retraining(tmp_path: Path) -> None:
+    found, retraining = costs(collect([str(write_demo(tmp_path))]))
+    assert retraining == 20
+    assert [(cost.label, cost.total) for cost in found] == [("perta-grad", 4.5), ("tv", 4.5)]
+    assert found[0].share == pytest.approx(4.5 / 20)
+
+
+def test_tables_as_csv_hold_values_and_intervals(tmp_path: Path) -> None:
+    runs = collect([str(write_demo(tmp_path))]).runs
+    table = next(t for t in metric_tables(runs) if t.name == "measures_forget")
+    rows = list(csv.DictReader(to_csv(table).splitlines()))
+    grad = next(row for row in rows if row["model"] == "perta-grad")
+    assert float(grad["Answer prob."]) == pytest.approx(0.07)
+    assert float(grad["Answer prob. low"]) < 0.07 < float(grad["Answer prob. high"])
+    assert grad["Answer prob. n"] == "40"
+
+
+def test_formulas_in_labels_do_not_run_in_spreadsheets(tmp_path: Path) -> None:
+    runs = [Run("=1+1", "edited", read_measures(results("x", 0.1, 0.9)))]
+    assert "'=1+1," in to_csv(metric_tables(runs)[0])
+
+
+def test_page_and_files_are_written_and_replaced(tmp_path: Path) -> None:
+    config = ReportConfig(
+        results=(str(write_demo(tmp_path / "demo")),), output=tmp_path / "out" / "report.html"
+    )
+    page = write_report(config)
+    folder = tmp_path / "out" / "report_files"
+    names = {file.name for file in folder.iterdir()}
+    for stem in ("trade_off_forget_probability_retain_probability", "answer_probability"):
+        assert {f"{stem}.png", f"{stem}.svg"} <= names
+    assert {"measures_forget.csv", "costs.csv", "edit_tv.csv", "change_tv.png"} <= names
+    first = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = page.read_bytes()
+    assert write_report(config) == page
+    assert page.read_bytes() == before
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report_files"]
+
+
+def test_what_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
+    demo = str(write_demo(tmp_path / "demo"))
+    page = tmp_path / "page.html"
+    page.write_text("mine", "utf-8")
+    config = ReportConfig(results=(demo,), output=page, figures=False)
+    with pytest.raises(OutputExistsError, match="is not a report"):
+        write_report(config)
+    assert page.read_text("utf-8") == "mine"
+    assert write_report(replace(config, overwrite=True)).read_text("utf-8").startswith("<!doctype")
+    foreign = tmp_path / "other_files"
+    foreign.mkdir()
+    (foreign / "mine.csv").write_text("1", "utf-8")
+    with pytest.raises(OutputExistsError, match="Move it away"):
+        write_report(replace(config, output=tmp_path / "other.html", overwrite=True))
+    assert (foreign / "mine.csv").exists()
+
+
+def test_the_report_needs_no_torch(tmp_path: Path) -> None:
+    demo = write_demo(tmp_path / "demo")
+    code = (
+        "import sys; from pathlib import Path; from perta.config import ReportConfig; "
+        "from perta.report import write_report; "
+        f"write_report(ReportConfig(results=({str(demo)!r},), "
+        f"output=Path({str(tmp_path / 'r.html')!r}))); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_marks_differ_in_shape_and_not_only_in_colour() -> None:
+    runs = [Run(name, "edited", method=name) for name in "abcdefgh"]
+    looks = styles([*runs, Run("base", "base"), Run("retrained", "retrained"), Run("full", "full")])
+    edited = [looks[run.label] for run in runs]
+    assert len({look.shape for look in edited}) == len(edited)
+    assert len({look.css for look in edited}) == len(edited)
+
+
+def test_a_collection_without_anything_still_makes_a_page() -> None:
+    page = build_report(ReportConfig(results=("none",)), Collection((), {}))
+    assert "No results of an evaluation were given." in page
