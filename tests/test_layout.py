@@ -9,9 +9,19 @@ import perta
 
 PACKAGE = Path(perta.__file__).parent
 
-STAGES = {"finetune", "importance", "edit", "evaluate", "report", "people"}
+STAGES = {"finetune", "importance", "moments", "edit", "evaluate", "report", "people"}
 MATHEMATICS = {"weighting", "objectives", "metrics", "per_example", "batch", "structured"}
-EDGES = {"errors", "config", "progress", "manifest", "checkpoint", "data", "model", "stage"}
+EDGES = {
+    "errors",
+    "config",
+    "progress",
+    "manifest",
+    "checkpoint",
+    "data",
+    "model",
+    "stage",
+    "moment_files",
+}
 
 
 def imported(module: str) -> set[str]:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         EvaluateConfig,
         FinetuneConfig,
         ImportanceConfig,
+        MergeMomentsConfig,
+        MomentOptions,
+        MomentsConfig,
         PeopleConfig,
         ScoringConfig,
         TuneConfig,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from perta.evaluate import evaluate_checkpoint
     from perta.finetune import finetune_checkpoint
     from perta.importance import compute_importance
+    from perta.moments import compute_moments, merge_moments
     from perta.people import generate_people
     from perta.pipeline import Unlearned, unlearn
 
@@ -50,6 +54,9 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "ImportanceConfig",
+    "MergeMomentsConfig",
+    "MomentOptions",
+    "MomentsConfig",
     "PeopleConfig",
     "PertaError",
     "ScoringConfig",
@@ -58,11 +65,13 @@ __all__ = [
     "Unlearned",
     "WeightingConfig",
     "compute_importance",
+    "compute_moments",
     "edit_checkpoint",
     "evaluate_checkpoint",
     "finetune_checkpoint",
     "generate_people",
     "load_examples",
+    "merge_moments",
     "unlearn",
 ]
 
@@ -70,11 +79,13 @@ _HOME = {
     "PertaError": "errors",
     "Unlearned": "pipeline",
     "compute_importance": "importance",
+    "compute_moments": "moments",
     "edit_checkpoint": "edit",
     "evaluate_checkpoint": "evaluate",
     "finetune_checkpoint": "finetune",
     "generate_people": "people",
     "load_examples": "data",
+    "merge_moments": "moments",
     "unlearn": "pipeline",
 }
 

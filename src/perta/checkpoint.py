@@ -40,6 +40,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "perta.json"
 IMPORTANCE_SIDECAR = "importance.json"
+MOMENTS_SIDECAR = "moments.json"
 
 _MAX_HEADER = 100_000_000
 """Longest header in bytes; the format's own limit."""
@@ -489,7 +490,7 @@ def fingerprint(path: Path) -> str:
         return _hash_file(path)
     if not path.exists():
         raise CheckpointNotFoundError(f"{path} does not exist.")
-    names = _matching(path, (*_WEIGHTS, *_COMPANIONS, IMPORTANCE_SIDECAR))
+    names = _matching(path, (*_WEIGHTS, *_COMPANIONS, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR))
     if not names:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint and no importance.")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -21,6 +21,8 @@ from perta.config import (
     FinetuneConfig,
     ImportanceConfig,
     MuseConfig,
+    MergeMomentsConfig,
+    MomentsConfig,
     PeopleConfig,
     TofuConfig,
     UnlearnConfig,
@@ -77,6 +79,22 @@ def importance(config: ImportanceConfig) -> None:
 
 
 @app.command
+@app.command
+def moments(config: MomentsConfig) -> None:
+    """Measure second moments of every linear layer's inputs, for the structured methods."""
+    from perta.moments import compute_moments
+
+    _note(f"Moments: {compute_moments(config)}")
+
+
+@app.command(name="merge-moments")
+def merge_moments(config: MergeMomentsConfig) -> None:
+    """Add moments of several sets, such as saved ones of a retain set that has grown."""
+    from perta.moments import merge_moments
+
+    _note(f"Moments: {merge_moments(config)}")
+
+
 def edit(config: EditConfig) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
     from perta.edit import edit_checkpoint

@@ -19,6 +19,7 @@ Granularity = Literal["element", "row", "tensor"]
 Reduction = Literal["mean_of_power", "abs_of_mean"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
+Tokens = Literal["all", "answer"]
 
 _Repeated = Parameter(negative_iterable=())
 _Flat = Parameter(name="*")
@@ -172,6 +173,24 @@ class EstimatorConfig:
 
 @_Flat
 @dataclass(frozen=True, kw_only=True)
+class MomentOptions:
+    """How second moments are measured, for the structured methods."""
+
+    tokens: Tokens = "all"
+    """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
+    moment_batch_size: int = 8
+    """Examples per pass through the model; it does not change the result."""
+    moment_memory: float = 8.0
+    """Memory for the sums in GiB; a model that needs more is measured in several passes."""
+
+    def __post_init__(self) -> None:
+        size = self.moment_batch_size
+        _require(size >= 1, "moment-batch-size", size, "at least 1")
+        _require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
 class WeightingConfig:
     """Which weights change, and how far."""
 
@@ -244,6 +263,42 @@ class ImportanceConfig:
         _require(len(self.orders) > 0, "order", self.orders, "given at least once")
         for order in self.orders:
             _require(0 < order < 100, "order", order, "above 0")
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """Inputs and output of `perta moments`."""
+
+    checkpoint: str
+    """Checkpoint whose layers are listened to; the base model by default of `perta unlearn`."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder for the moments."""
+    gradients: bool = False
+    """Measure output gradients as well, which `perta-kron` needs."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    options: MomentOptions = field(default_factory=MomentOptions)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
+class MergeMomentsConfig:
+    """Inputs and output of `perta merge-moments`."""
+
+    folders: tuple[Path, ...]
+    """Outputs of `perta moments` for sets that have no row in common."""
+    output: Path
+    """Folder for the moments of all sets together."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.folders) > 0, "folders", self.folders, "at least one folder")
 
 
 @_Flat
