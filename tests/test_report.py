@@ -612,6 +612,16 @@ def test_a_weighting_of_one_needs_no_map() -> None:
     assert maps.sentences[0] == "The weighting is the same for every weight: W = 1.00."
 
 
+def test_methods_without_a_weight_for_each_weight_map_the_change_alone() -> None:
+    record = edit_record()
+    for row in record["edit"]["tensors"]:
+        row["mean_weighting"] = None
+    maps = edit_map(Run("perta-input", "edited", record=record))
+    assert [figure.css for figure in maps.figures] == ["hue-d"]
+    assert "no map of W" in maps.sentences[0]
+    assert maps.outside[0][1] == "–"
+
+
 def test_experts_of_a_layer_are_one_cell() -> None:
     rows = [
         {"elements": n, "mean_weighting": w, "delta_norm": d, "task_vector_norm": 1.0, "name": name}

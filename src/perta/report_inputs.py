@@ -283,7 +283,7 @@ class _Found:
                 )
             name = label or folder.name
             item = _Item(
-                name,
+                name if role == "edited" else role,
                 file or folder,
                 results,
                 name if role == "edited" else None,

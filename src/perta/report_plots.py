@@ -260,7 +260,7 @@ class _Place:
     """One cell of the map, experts of a layer taken together."""
 
     elements: int
-    weighting: float
+    weighting: float | None
     change: float
     task_vector: float
     norm: float | None
@@ -286,9 +286,10 @@ def edit_map(run: Run) -> EditMap:
     total = math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)) or 1.0
     figures: list[HeatMap] = []
     for what in ("weighting", "change") if layers else ():
-        values = {round(_value(place, what, relative), 6) for place in layers.values()}
-        if what == "weighting" and len(values) == 1:
-            continue  # the same everywhere, which a sentence says better
+        known = [place.weighting for place in layers.values()]
+        same = len({None if value is None else round(value, 6) for value in known}) == 1
+        if what == "weighting" and (same or None in known):
+            continue  # the same everywhere, which a sentence says better, or not recorded
         cells = tuple(
             Cell(
                 rows.index(layer),
@@ -365,21 +366,31 @@ def split_layers(
 
 def _merge(tensors: Sequence[Record]) -> _Place:
     elements = sum(int(t["elements"]) for t in tensors)
-    weighting = math.fsum(float(t["mean_weighting"]) * int(t["elements"]) for t in tensors)
+    weighting = _mean_weighting(tensors)
     norms = [t.get("full_norm") for t in tensors]
     known = [float(norm) for norm in norms if norm]
     return _Place(
         elements,
-        weighting / elements if elements else 0.0,
+        weighting,
         math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)),
         math.sqrt(math.fsum(float(t["task_vector_norm"]) ** 2 for t in tensors)),
         math.sqrt(math.fsum(n * n for n in known)) if len(known) == len(norms) else None,
     )
 
 
+def _mean_weighting(tensors: Sequence[Record]) -> float | None:
+    """Mean of W over all weights; None for methods that do not weight single weights."""
+    values = [t.get("mean_weighting") for t in tensors]
+    elements = sum(int(t["elements"]) for t in tensors)
+    if not elements or any(value is None or not math.isfinite(value) for value in values):
+        return None
+    parts = (float(t["mean_weighting"]) * int(t["elements"]) for t in tensors)
+    return math.fsum(parts) / elements
+
+
 def _value(place: _Place, what: str, relative: bool) -> float:
     if what == "weighting":
-        return place.weighting
+        return place.weighting or 0.0
     if relative and place.norm:
         return place.change / place.norm
     return place.change / math.sqrt(place.elements or 1)
@@ -388,8 +399,9 @@ def _value(place: _Place, what: str, relative: bool) -> float:
 def _cell_tip(layer: int, module: str, place: _Place, total: float, relative: bool) -> str:
     size = _value(place, "change", relative)
     unit = "‖ΔW‖ / ‖W‖" if relative else "RMS change"
+    weighting = "" if place.weighting is None else f"mean W {place.weighting:.3f}\n"
     return (
-        f"layer {layer}, {module}\nmean W {place.weighting:.3f}\n{unit} {size:.2g}\n"
+        f"layer {layer}, {module}\n{weighting}{unit} {size:.2g}\n"
         f"{(place.change / total) ** 2:.1%} of the whole edit"
     )
 
@@ -415,10 +427,13 @@ def _shorten(module: str) -> str:
 
 
 def _map_sentences(tensors: Sequence[Record], total: float) -> list[str]:
-    elements = sum(int(t["elements"]) for t in tensors)
-    mean = math.fsum(float(t["mean_weighting"]) * int(t["elements"]) for t in tensors) / elements
+    mean = _mean_weighting(tensors)
     sentences = []
-    if len({round(float(t["mean_weighting"]), 6) for t in tensors}) == 1:
+    if mean is None:
+        sentences.append(
+            "The method weights directions rather than single weights, so there is no map of W."
+        )
+    elif len({round(float(t["mean_weighting"]), 6) for t in tensors}) == 1:
         sentences.append(f"The weighting is the same for every weight: W = {number(mean)}.")
     else:
         sentences.append(
