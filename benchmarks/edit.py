@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -250,20 +251,36 @@ def run(work: Path, python: str, code: str, output: Path, *arguments: str) -> Ru
     return Run(seconds, elapsed, usage.ru_maxrss * unit / 1e6)
 
 
-def differing_values(one: Path, other: Path) -> tuple[int, int]:
-    """Values whose stored bytes differ between two checkpoints, and values in all."""
+def differing_values(work: Path) -> tuple[int, int, int, int]:
+    """Compare the stored values of the two tools.
+
+    Returns:
+        Values in all; values that differ; and of these, how many perta and how many mergekit
+        wrote as the exact result (float64) rounded once.
+    """
     import torch
 
     from perta.checkpoint import open_index, read_tensor
 
-    left, right = open_index(one).tensors, open_index(other).tensors
-    if set(left) != set(right):
-        raise SystemExit(f"other tensors: {sorted(set(left) ^ set(right))[:3]}")
-    different = 0
-    for name in left:
-        first = read_tensor(left[name]).view(torch.int16)
-        different += int((first != read_tensor(right[name]).view(torch.int16)).sum())
-    return different, sum(entry.numel for entry in left.values())
+    folders = ("tv", "mergekit", *CHECKPOINTS)
+    indexes = {name: open_index(work / name).tensors for name in folders}
+    if set(indexes["tv"]) != set(indexes["mergekit"]):
+        raise SystemExit("the tools wrote different tensors")
+    total = different = ours_exact = theirs_exact = 0
+    for name in indexes["tv"]:
+        ours, theirs = (read_tensor(indexes[folder][name]) for folder in ("tv", "mergekit"))
+        total += ours.numel()
+        places = (ours.view(torch.int16) != theirs.view(torch.int16)).flatten().nonzero()
+        if len(places) == 0:
+            continue
+        base, full, forget = (
+            read_tensor(indexes[folder][name]).flatten()[places].double() for folder in CHECKPOINTS
+        )
+        exact = (full - SCALING_COEF * (forget - base)).to(torch.bfloat16)
+        different += len(places)
+        ours_exact += int((ours.flatten()[places] == exact).sum())
+        theirs_exact += int((theirs.flatten()[places] == exact).sum())
+    return total, different, ours_exact, theirs_exact
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -339,7 +356,14 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the files for the next run")
     options = parser.parse_args()
     work = options.work.absolute()
-    make_inputs(work, options.layers)
+    # In a process of its own: on Linux a new process inherits the peak memory of its parent.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_inputs, args=(work, options.layers)
+    )
+    maker.start()
+    maker.join()
+    if maker.exitcode != 0:
+        raise SystemExit("the inputs could not be made")
     folders = CHECKPOINTS if options.no_importance else CHECKPOINTS + IMPORTANCE
     floor(work, folders)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
@@ -355,8 +379,10 @@ def main() -> None:
     )
     report(results)
     if options.mergekit_python:
-        different, total = differing_values(work / "tv", work / "mergekit")
-        print(f"  values that differ between perta tv and mergekit: {different} of {total}")
+        total, different, ours, theirs = differing_values(work)
+        print(f"  stored values: {total}, of which perta tv and mergekit differ in {different}")
+        if different:
+            print(f"  exact there: perta tv {ours}, mergekit {theirs}")
     if not options.keep:
         shutil.rmtree(work)
 
