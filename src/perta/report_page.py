@@ -24,7 +24,7 @@ METHODS: Mapping[str, str] = {
     "perta-fisher": "Every weight was moved back along what learning the removed examples alone "
     "does to it, in proportion to how much it matters for them rather than for the examples to "
     "keep. How much a weight matters is the mean squared gradient over examples (diagonal "
-Fisher information).",
+    "Fisher information).",
     "perta-input": "The weights of every linear layer were moved back along what learning the "
     "removed examples alone does to them, most in the directions of the layer's inputs that the "
     "removed examples use and the examples to keep do not.",
