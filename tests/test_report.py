@@ -317,6 +317,14 @@ def test_verdict_when_all_is_well(tmp_path: Path) -> None:
     assert lead.share == pytest.approx(0.01 / 0.88)
 
 
+def test_what_is_surely_above_the_reference_is_only_nearly_as_improbable(tmp_path: Path) -> None:
+    verdict = verdict_of(tmp_path, full=(0.93, 0.92), retrained=(0.05, 0.92), edited=(0.1, 0.91))
+    assert verdict.forgetting.status == "met"
+    assert "are now nearly as improbable as" in verdict.forgetting.text
+    below = verdict_of(tmp_path, full=(0.93, 0.92), retrained=(0.05, 0.92), edited=(0.03, 0.91))
+    assert "are now as improbable as" in below.forgetting.text
+
+
 @pytest.mark.parametrize(
     ("forget", "retain", "headline"),
     [

@@ -306,12 +306,12 @@ def _forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> 
             )
         return f"{subject} cannot be judged: there is nothing to compare them with."
     never_saw = _NEVER_SAW[calibration]
+    # Within the threshold and yet surely above the reference: then "as" would say too much.
+    above = lead.share_low is not None and lead.share_low > 0
+    like = f"{'nearly as' if above else 'as'} improbable as {never_saw}"
     by_status: Mapping[Status, str] = {
-        "met": f"{subject} are now as improbable as {never_saw}.",
-        "unclear": (
-            f"{subject} look as improbable as {never_saw}, but there are too few examples to "
-            "be sure."
-        ),
+        "met": f"{subject} are now {like}.",
+        "unclear": (f"{subject} look {like}, but there are too few examples to be sure."),
         "partly": f"{subject} are much less probable than before, but more so than {never_saw}.",
         "not": f"{subject} are still there: they are far more probable than {never_saw}.",
         "unknown": (
@@ -326,7 +326,7 @@ def _forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> 
         if worst.status == "unknown":
             return by_status[lead.status]
         return (
-            f"{subject} are now as improbable as {never_saw}, but by another measure, "
+            f"{subject} are now {like}, but by another measure, "
             f"{worst.label}, what was learned {verb}."
         )
     return by_status[worst.status]
