@@ -176,6 +176,7 @@ def test_memorization(flags: str, memorization: float | None, strength: float | 
 def test_min_k_takes_the_least_likely() -> None:
     log_probs = torch.tensor([-1.0, -5.0, -2.0, -3.0, -0.5])
     assert metrics.min_k(log_probs) == pytest.approx(4.0)  # floor(0.4 * 5) = 2
+    assert metrics.min_k(log_probs[:4]) == pytest.approx(5.0)  # floor(1.6) = 1, not rounded
     assert metrics.min_k(log_probs[:2]) == pytest.approx(5.0)  # never fewer than one
     assert metrics.min_k(log_probs[:0]) is None
 
