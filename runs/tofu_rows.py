@@ -35,10 +35,9 @@ from perta.model import load_model, load_tokenizer, resolve_checkpoint
 from perta.weighting import share
 
 STRENGTHS = {
-    "tv": (0.4, 0.5, 0.6, 0.7, 0.8, 1.0),
-    "perta-grad": (0.6, 0.8, 1.0, 1.2, 1.4, 1.8),
-    "perta-fisher": (0.8, 1.0, 1.2, 1.4, 1.7, 2.0),
-    "constant 0.5": (1.4,),
+    "tv": (0.6, 0.7, 0.8, 1.0),
+    "perta-grad": (1.2, 1.4, 1.8),
+    "perta-fisher": (1.2, 1.4, 1.7, 2.0),
 }
 METRICS = (
     "forget_probability",
@@ -156,8 +155,6 @@ def main() -> None:
                 name: share(forget[name], retain[name], 1.0) * value
                 for name, value in task_vector.items()
             }
-        elif method.startswith("constant"):
-            weighted = {name: 0.5 * value for name, value in task_vector.items()}
         for strength in strengths:
             load({name: full[name] - strength * value for name, value in weighted.items()})
             report(method, strength)

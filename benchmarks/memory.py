@@ -1,0 +1,110 @@
+"""Peak memory of each stage as the model grows.
+
+    python benchmarks/memory.py [--sizes 34M 68M 135M] [--threads 2]
+
+Every stage runs as its own process through the command line; the figure is that process's
+largest resident set. `import` is a process that loads the libraries and a configuration only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from models import SIZES, write_people_sets, write_random_model
+
+
+def peak(arguments: list[str], threads: int | None) -> float:
+    """Largest resident set of a command in MB."""
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(arguments)}")
+    return usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    """Print one line per model size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["34M", "68M", "135M"])
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    stages = ("finetune", "importance", "edit", "evaluate")
+    print("peak resident memory, MB")
+    print("parameters | weights | import " + " ".join(f"{stage:>10}" for stage in stages))
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            count = write_random_model(work / "base", size)
+            write_people_sets(work, people=4, questions=2, forget_people=1)
+            forget, retain = (str(work / f"{part}.jsonl") for part in ("forget", "retain"))
+            base = str(work / "base")
+            tune = ["finetune", "--base", base, "--epochs", "1", "--data"]
+            run = ["-m", "perta.cli", "--quiet"]
+            libraries = "import torch, transformers; from transformers import AutoModelForCausalLM"
+            peaks = [peak(["-c", libraries], options.threads)]
+            peaks.append(peak([*run, *tune, forget, "--output", str(work / "f")], options.threads))
+            peak([*run, *tune, retain, "--output", str(work / "full")], options.threads)
+            for part in (forget, retain):
+                place = str(work / f"i{Path(part).stem}")
+                last = peak(
+                    [*run, "importance", "--checkpoint", base, "--data", part, "--output", place],
+                    options.threads,
+                )
+            peaks.append(last)
+            peaks.append(
+                peak(
+                    [
+                        *run,
+                        "edit",
+                        "--full",
+                        str(work / "full"),
+                        "--base",
+                        base,
+                        "--forget-checkpoint",
+                        str(work / "f"),
+                        "--forget-importance",
+                        str(work / "iforget"),
+                        "--retain-importance",
+                        str(work / "iretain"),
+                        "--output",
+                        str(work / "out"),
+                    ],
+                    options.threads,
+                )
+            )
+            peaks.append(
+                peak(
+                    [
+                        *run,
+                        "evaluate",
+                        "--checkpoint",
+                        str(work / "out"),
+                        "--forget",
+                        forget,
+                        "--output",
+                        str(work / "r.json"),
+                        "--max-new-tokens",
+                        "8",
+                    ],
+                    options.threads,
+                )
+            )
+        figures = " ".join(f"{value:10.0f}" for value in peaks[1:])
+        print(
+            f"{count / 1e6:9.0f}M | {4 * count / 2**20:7.0f} | {peaks[0]:6.0f} {figures}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
