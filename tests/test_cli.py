@@ -56,6 +56,7 @@ def perta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_help_lists_every_command_and_its_options(perta: Run) -> None:
     commands = (
         "unlearn", "finetune", "importance", "edit", "evaluate", "methods", "people", "demo",
+        "moments", "merge-moments",
     )  # fmt: skip
     top = perta("--help").out
     for command in commands:

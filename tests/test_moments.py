@@ -436,9 +436,6 @@ def test_finished_moments_are_reused(world: World, tmp_path: Path) -> None:
 
 def test_damaged_folders_are_refused(world: World, tmp_path: Path) -> None:
     folder = measured(world, tmp_path / "m")
-    opened = open_moments(folder)
-    with pytest.raises(CheckpointError, match="--gradients"):
-        opened.output_moment("model.layers.0.mlp.up_proj.weight")
     sidecar = folder / "moments.json"
     facts = json.loads(sidecar.read_text("utf-8"))
     for broken in (

@@ -149,6 +149,9 @@ def test_every_row_of_the_table(method: Method) -> None:
         "constant": [0.25, 0.25, 0.25],
         "ratio": [1 / 6, 0.0, 2.0],
         "clipped-ratio": [1 / 6, 0.0, 1.0],
+        # What they subtract is weighted before the edit.
+        "perta-input": [1.0, 1.0, 1.0],
+        "perta-kron": [1.0, 1.0, 1.0],
     }
     share_values = [1 / 7, 0.0, 4 / 6]
     block = Block(forget, retain, rho=2.0, constant=0.25, place=(1, "a", 0))
@@ -158,7 +161,9 @@ def test_every_row_of_the_table(method: Method) -> None:
     else:
         assert weighting.tolist() == pytest.approx(expected.get(method.name, share_values))
     assert METHODS[method.name] is method
-    assert method.needs_importance == (method.name not in {"tv", "constant"})
+    structured = {"perta-input": "input", "perta-kron": "kron"}
+    assert method.moments == structured.get(method.name)
+    assert method.needs_importance == (method.name not in {"tv", "constant", *structured})
     assert all((method.summary, method.formula, method.source))
 
 

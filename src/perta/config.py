@@ -196,13 +196,17 @@ class WeightingConfig:
 
     method: str = "perta-grad"
     """Weighting method; `perta methods` lists them."""
-    scaling_coef: float = 1.0
-    """Global strength alpha of the edit; 0 changes nothing."""
+    scaling_coef: float | None = None
+    """Global strength alpha of the edit; 0 changes nothing [default: the method's own: 1.5 for
+    the structured methods, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
     the diagonal Fisher information."""
-    rho: float = 1.0
-    """Weight of the retain importance against the forget importance."""
+    rho: float | None = None
+    """Weight of the retain importance against the forget importance [default: the method's own:
+    10 for the structured methods, otherwise 1]."""
+    damping: float = 0.01
+    """Damping of the structured methods, relative to the mean diagonal of the moments."""
     granularity: Granularity = "element"
     """Average the importance over nothing, over rows (output units), or over whole tensors."""
     constant: float = 0.5
@@ -215,10 +219,12 @@ class WeightingConfig:
     """Leave tensors whose name matches one of these patterns as they are."""
 
     def __post_init__(self) -> None:
-        finite = -1e6 < self.scaling_coef < 1e6
-        _require(finite, "scaling-coef", self.scaling_coef, "a finite number")
+        alpha = self.scaling_coef
+        _require(alpha is None or -1e6 < alpha < 1e6, "scaling-coef", alpha, "a finite number")
         _require(self.order is None or 0 < self.order < 100, "order", self.order, "above 0")
-        _require(0 <= self.rho < float("inf"), "rho", self.rho, "0 or more")
+        rho = self.rho
+        _require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
+        _require(0 <= self.damping < float("inf"), "damping", self.damping, "0 or more")
         _require(0 <= self.constant <= 1, "constant", self.constant, "in [0, 1]")
 
 
@@ -318,6 +324,15 @@ class EditConfig:
     """Importance on the forget set, where the method needs it."""
     retain_importance: Path | None = None
     """Importance on the retain set, where the method needs it."""
+    forget_moments: Path | None = None
+    """Second moments on the forget set, for the structured methods."""
+    retain_moments: Path | None = None
+    """Second moments on the retain set, for the structured methods."""
+    direction: Path | None = None
+    """Folder of a structured method's weighted direction, made here and reused by later edits
+    with another strength [default: OUTPUT.direction]."""
+    solve_device: Device = "auto"
+    """Device on which a structured method's direction is solved for."""
     overwrite: bool = False
     """Replace an output that is there already."""
     edit_threads: int | None = None
@@ -392,7 +407,10 @@ class UnlearnConfig:
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
     model tuned on the forget set: delete it when you are done."""
     importance_at: Literal["base", "full"] = "base"
-    """Model at which importance is measured."""
+    """Model at which importance and moments are measured."""
+    retain_moments: Path | None = None
+    """Saved second moments of the retain set for the structured methods, used instead of
+    measuring them again."""
     evaluate: bool = True
     """Evaluate before and after the edit."""
     overwrite: bool = False
@@ -400,6 +418,7 @@ class UnlearnConfig:
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    moments: MomentOptions = field(default_factory=MomentOptions)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

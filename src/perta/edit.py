@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ from perta.checkpoint import (
     read_sidecar,
     write_from,
 )
-from perta.config import EditConfig, WeightingConfig
+from perta.config import ComputeConfig, EditConfig, WeightingConfig
+from perta.direction import open_inputs, write_direction
 from perta.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -50,7 +51,7 @@ from perta.errors import (
     DivergenceError,
 )
 from perta.manifest import settings_of
-from perta.model import resolve_checkpoint
+from perta.model import pick_device, resolve_checkpoint
 from perta.progress import track
 from perta.stage import run_stage
 from perta.weighting import Block, Method, get_method, importance_order
@@ -77,6 +78,7 @@ _Job = TypeVar("_Job")
 
 FULL, BASE, FORGET = "full checkpoint", "base checkpoint", "forget checkpoint"
 FORGET_IMPORTANCE, RETAIN_IMPORTANCE = "forget importance", "retain importance"
+DIRECTION = "weighted direction"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class TensorSummary:
         name: θ_full's name of it.
         elements: number of weights.
         mean_weighting: mean of W.
-        task_vector_norm: L2 norm of τ = θ_f − θ₀.
+        task_vector_norm: L2 norm of τ = θ_f − θ₀; of a structured method, of the weighted
+            direction that takes the place of W ⊙ τ, and W counts as 1.
         delta_norm: L2 norm of α · W ⊙ τ, before the cast to θ_full's type.
     """
 
@@ -130,6 +133,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     Raises:
         PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
     """
+    config = replace(config, weighting=with_defaults(config.weighting))
     full = resolve_checkpoint(config.full, base=config.base)
     folders = {
         "full": full,
@@ -137,9 +141,14 @@ def edit_checkpoint(config: EditConfig) -> Path:
         "forget_checkpoint": resolve_checkpoint(config.forget_checkpoint, base=config.base),
         "forget_importance": config.forget_importance,
         "retain_importance": config.retain_importance,
+        "forget_moments": config.forget_moments,
+        "retain_moments": config.retain_moments,
     }
     given = {name: folder for name, folder in folders.items() if folder is not None}
     check_separate(config.output, given.values())
+    if get_method(config.weighting.method).moments is not None:
+        given["direction"] = make_direction(config, given)
+        check_separate(config.output, [given["direction"]])
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -151,6 +160,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
             config.weighting,
             config.forget_importance,
             config.retain_importance,
+            given.get("direction"),
             threads=config.edit_threads,
             fingerprints=inputs,
         )
@@ -168,6 +178,7 @@ def edit_folders(
     weighting: WeightingConfig,
     forget_importance: Path | None = None,
     retain_importance: Path | None = None,
+    direction: Path | None = None,
     *,
     threads: int | None = None,
     overwrite: bool = False,
@@ -184,6 +195,7 @@ def edit_folders(
         weighting: method and its settings.
         forget_importance: importance folder of the forget set, where the method needs it.
         retain_importance: importance folder of the retain set, where the method needs it.
+        direction: weighted direction, for the structured methods.
         threads: threads that read, compute and write [default: all cores, at most 8].
         overwrite: replace an output that is there already.
         manifest: record to write beside the weights; its `inputs` (name -> fingerprint) also
@@ -196,7 +208,7 @@ def edit_folders(
     Raises:
         PertaError: see `write_edit` and `atomic_folder`.
     """
-    inputs = (full, base, forget_checkpoint, forget_importance, retain_importance)
+    inputs = (full, base, forget_checkpoint, forget_importance, retain_importance, direction)
     check_separate(output, [folder for folder in inputs if folder is not None])
     with atomic_folder(output, overwrite=overwrite) as partial:
         fingerprints = (manifest or {}).get("inputs", {})
@@ -208,6 +220,7 @@ def edit_folders(
             weighting,
             forget_importance,
             retain_importance,
+            direction,
             threads=threads,
             fingerprints=fingerprints,
             chunk=chunk,
@@ -226,6 +239,7 @@ def write_edit(
     weighting: WeightingConfig,
     forget_importance: Path | None = None,
     retain_importance: Path | None = None,
+    direction: Path | None = None,
     *,
     threads: int | None = None,
     fingerprints: Mapping[str, str] | None = None,
@@ -241,6 +255,7 @@ def write_edit(
         weighting: method and its settings.
         forget_importance: importance folder of the forget set, where the method needs it.
         retain_importance: importance folder of the retain set, where the method needs it.
+        direction: weighted direction, for the structured methods.
         threads: threads that read, compute and write [default: all cores, at most 8].
         fingerprints: name of each input -> hash of its content, for the model card.
         chunk: elements worked on at once; it also bounds the reach of the method `random`.
@@ -256,10 +271,11 @@ def write_edit(
         DivergenceError: the result does not fit the type of θ_full.
     """
     started = time.perf_counter()
+    weighting = with_defaults(weighting)
     method = get_method(weighting.method)
     source = open_index(full)
     sources = _open_sources(
-        method, weighting, base, forget_checkpoint, forget_importance, retain_importance
+        method, weighting, base, forget_checkpoint, forget_importance, retain_importance, direction
     )
     targets = plan_edit(source, sources, weighting)
     worker_count = threads or min(8, os.cpu_count() or 1)
@@ -278,6 +294,64 @@ def write_edit(
     edited = sum(target.full.numel for target in targets if target.sources)
     copied = sum(target.full.numel for target in targets if not target.sources)
     return EditSummary(folder, summaries, edited, copied, time.perf_counter() - started)
+
+
+def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
+    """The settings with the method's own ρ and α where the user gave none.
+
+    Args:
+        weighting: method and its settings.
+
+    Returns:
+        The settings to use and to record.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    method = get_method(weighting.method)
+    rho, alpha = weighting.rho, weighting.scaling_coef
+    return replace(
+        weighting,
+        rho=method.default_rho if rho is None else rho,
+        scaling_coef=method.default_scaling_coef if alpha is None else alpha,
+    )
+
+
+def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
+    """Compute a structured method's direction, or reuse it.
+
+    Args:
+        config: settings, with the method's defaults filled in.
+        folders: `full`, `base`, `forget_checkpoint`, and both moment folders.
+
+    Returns:
+        The folder of the direction.
+
+    Raises:
+        ConfigError: a moment folder was not given.
+        PertaError: the inputs do not belong together.
+    """
+    method, weighting = get_method(config.weighting.method), config.weighting
+    kind = method.moments or "input"
+    for name in ("forget", "retain"):
+        if f"{name}_moments" not in folders:
+            option = " --gradients" if method.moments == "kron" else ""
+            raise ConfigError(
+                f"`{method.name}` needs --{name}-moments. Make it with `perta moments "
+                f"--checkpoint {folders['base']} --data {name.upper()}_SET{option} --output ...`."
+            )
+    output = config.direction or config.output.with_name(f"{config.output.name}.direction")
+    check_separate(output, folders.values())
+    inputs = open_inputs(
+        folders["base"],
+        folders["forget_checkpoint"],
+        folders["forget_moments"],
+        folders["retain_moments"],
+        (folders["base"], folders["full"]),
+        kind,
+    )
+    device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
+    return write_direction(output, inputs, kind, weighting.rho or 0.0, weighting.damping, device)
 
 
 def check_separate(output: Path, inputs: Iterable[Path]) -> None:
@@ -344,6 +418,10 @@ def plan_edit(
     own: dict[str, str] = {}
     names = {name: own.setdefault(_key(name, "", tied), name) for name in full.tensors}
     selected = _select(full, names, weighting)
+    if DIRECTION in sources:
+        # It was computed from the others, and holds only what is to change.
+        sources = {DIRECTION: sources[DIRECTION]}
+        selected = {name for name in selected if name in sources[DIRECTION].tensors}
     aligned = {
         role: _align(full, index, role, selected, tied, weighting)
         for role, index in sources.items()
@@ -365,6 +443,7 @@ def _open_sources(
     forget_checkpoint: Path,
     forget_importance: Path | None,
     retain_importance: Path | None,
+    direction: Path | None,
 ) -> dict[str, CheckpointIndex]:
     if base.resolve() == forget_checkpoint.resolve():
         raise ConfigError(
@@ -373,6 +452,13 @@ def _open_sources(
             f"`perta finetune --base {base} --data FORGET_SET --output ...`."
         )
     sources = {BASE: open_index(base), FORGET: open_index(forget_checkpoint)}
+    if method.moments is not None:
+        if direction is None:
+            raise ConfigError(
+                f"`{method.name}` subtracts a direction that was computed before: give the "
+                "direction's folder, or use `perta edit` with both moment folders."
+            )
+        return {**sources, DIRECTION: open_index(direction)}
     if not method.needs_importance:
         return sources
     order = importance_order(method, weighting.order)
@@ -656,6 +742,16 @@ class _Editor:
     chunk: int
     averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
+    @property
+    def scaling_coef(self) -> float:
+        """α, which `with_defaults` has filled in."""
+        return cast(float, self.weighting.scaling_coef)
+
+    @property
+    def rho(self) -> float:
+        """ρ, likewise."""
+        return cast(float, self.weighting.rho)
+
     def run(self, target: Target, start: int, stop: int, buffers: _Buffers) -> _Sums:
         """Read, edit and write the elements from `start` to `stop` of one tensor."""
         sums = _Sums()
@@ -683,10 +779,13 @@ class _Editor:
         self, target: Target, readers: Mapping[str, _Reader], begin: int, count: int
     ) -> _Sums:
         """Turn one chunk of θ_full, in its buffer, into one of θ_u."""
-        task_vector = readers[FORGET].read(begin, count).sub_(readers[BASE].read(begin, count))
+        if DIRECTION in readers:
+            task_vector = readers[DIRECTION].read(begin, count)
+        else:
+            task_vector = readers[FORGET].read(begin, count).sub_(readers[BASE].read(begin, count))
         weighting = self.method.weighting(self._block(target, readers, begin, count))
         norm = _square_norm(task_vector)
-        scaling_coef = self.weighting.scaling_coef
+        scaling_coef = self.scaling_coef
         delta = scale(task_vector, weighting, scaling_coef)
         if isinstance(weighting, Tensor):
             sums = _Sums(float(weighting.sum()), norm, _square_norm(delta))
@@ -717,7 +816,7 @@ class _Editor:
         return Block(
             importance.get(FORGET_IMPORTANCE, _NOTHING),
             importance.get(RETAIN_IMPORTANCE, _NOTHING),
-            settings.rho,
+            self.rho,
             settings.constant,
             (settings.weighting_seed, name, begin),
         )
@@ -1062,6 +1161,7 @@ def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> s
     Returns:
         Markdown; it never holds the forgotten examples.
     """
+    weighting = with_defaults(weighting)
     method = get_method(weighting.method)
     settings = {
         "method": f"`{method.name}`: {method.summary}",
@@ -1072,6 +1172,9 @@ def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> s
         settings["order of the importance"] = f"{importance_order(method, weighting.order):g}"
         settings["weight ρ of the retain importance"] = f"{weighting.rho:g}"
         settings["granularity"] = weighting.granularity
+    if method.moments is not None:
+        settings["weight ρ of the retain moments"] = f"{weighting.rho:g}"
+        settings["damping λ"] = f"{weighting.damping:g}"
     if method.name == "constant":
         settings["constant W"] = f"{weighting.constant:g}"
     if method.name == "random":

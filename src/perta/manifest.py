@@ -22,7 +22,16 @@ from perta import __version__
 MANIFEST = "perta.json"
 
 # They decide where and how fast a result appears, not what it is.
-NOT_IN_KEY = {"output", "overwrite", "work_dir", "threads", "edit_threads", "show_samples"}
+NOT_IN_KEY = {
+    "output",
+    "overwrite",
+    "work_dir",
+    "threads",
+    "edit_threads",
+    "show_samples",
+    "direction",
+    "solve_device",
+}
 
 
 def settings_of(config: Any) -> dict[str, Any]:

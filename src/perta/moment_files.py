@@ -29,7 +29,7 @@ from perta.checkpoint import (
     read_tensor,
     write_tensors,
 )
-from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 INPUT, OUTPUT = "input_moment", "output_moment"
 
@@ -55,16 +55,7 @@ class MomentFolder:
         return self._read(self.facts["inputs"][weight]).div_(self.facts["tokens"])
 
     def output_moment(self, weight: str) -> Tensor:
-        """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32.
-
-        Raises:
-            CheckpointError: the folder has no moments of output gradients.
-        """
-        if weight not in self.facts["outputs"]:
-            raise CheckpointError(
-                f"{self.folder} has no moments of output gradients. Make it again with "
-                "`perta moments --gradients ...`."
-            )
+        """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
         return self._read(self.facts["outputs"][weight]).div_(self.facts["examples"])
 
     def _read(self, name: str) -> Tensor:

@@ -3,6 +3,7 @@
     forget set ─ finetune(base) ────────── forget checkpoint ─┐
     forget set ─ importance(base or full) ─ forget importance ─┤
     retain set ─ importance(base or full) ─ retain importance ─┼─ edit(full) ─ unlearned checkpoint
+    both sets ── moments(base or full) ──── both moments ──────┘  (structured methods)
     all sets ─── evaluate(full) and evaluate(unlearned checkpoint)
 
 Stages meet through files in the work folder; a finished one is reused when nothing it depends
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,12 @@ from perta.config import (
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
+    MomentsConfig,
     UnlearnConfig,
 )
 from perta.data import ExampleSet, load_examples
-from perta.edit import BASE, FORGET, check_separate, edit_checkpoint, plan_edit
+from perta.direction import check_moments
+from perta.edit import BASE, FORGET, check_separate, edit_checkpoint, plan_edit, with_defaults
 from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
@@ -39,6 +42,7 @@ from perta.manifest import (
     write_manifest,
 )
 from perta.model import pick_device, pick_dtype, resolve_checkpoint
+from perta.moments import compute_moments
 from perta.progress import say, warn
 from perta.stage import changes, exists_error
 from perta.weighting import get_method, importance_order
@@ -77,6 +81,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
+    config = replace(config, weighting=with_defaults(config.weighting))
     method = get_method(config.weighting.method)
     order = importance_order(method, config.weighting.order)
     base = resolve_checkpoint(config.base)
@@ -84,6 +89,9 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     check_separate(config.output, (base, full))
     both = {BASE: open_index(base), FORGET: open_index(base)}
     plan_edit(open_index(full), both, config.weighting)  # raises now what would stop it later
+    if method.moments is not None and config.retain_moments is not None:
+        at = base if config.importance_at == "base" else full
+        check_moments(config.retain_moments, [at], method.moments)
     record = _Record.of(config, base, full, _load_sets(config))
     stages = _Stages(config, base, full, record.seconds)
     if record.is_finished():
@@ -96,7 +104,11 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
             stages.importance(name, order) if method.needs_importance else None
             for name in ("forget", "retain")
         ]
-        stages.edit(forget_checkpoint, *importance)
+        moments = [
+            stages.moments(name, gradients=method.moments == "kron") if method.moments else None
+            for name in ("forget", "retain")
+        ]
+        stages.edit(forget_checkpoint, *importance, *moments)
         record.seconds["total"] = time.perf_counter() - started
         record.write({})
     before = after = None
@@ -144,13 +156,41 @@ class _Stages:
         )
         return self._timed(f"{name}_importance", lambda: compute_importance(stage))
 
-    def edit(self, forget_checkpoint: Path, forget: Path | None, retain: Path | None) -> Path:
+    def moments(self, name: str, *, gradients: bool) -> Path:
+        if name == "retain" and self.config.retain_moments is not None:
+            return self.config.retain_moments
+        output = self._place(f"{name}_moments")
+        at = self.base if self.config.importance_at == "base" else self.full
+        stage = MomentsConfig(
+            checkpoint=str(at),
+            data=self.config.forget if name == "forget" else self.config.retain,
+            output=output,
+            gradients=gradients,
+            overwrite=_is_ours(output),
+            options=self.config.moments,
+            data_config=self.config.data_config,
+            compute=self.config.compute,
+        )
+        return self._timed(f"{name}_moments", lambda: compute_moments(stage))
+
+    def edit(
+        self,
+        forget_checkpoint: Path,
+        forget: Path | None,
+        retain: Path | None,
+        forget_moments: Path | None,
+        retain_moments: Path | None,
+    ) -> Path:
         stage = EditConfig(
             full=str(self.full),
             base=str(self.base),
             forget_checkpoint=str(forget_checkpoint),
             forget_importance=forget,
             retain_importance=retain,
+            forget_moments=forget_moments,
+            retain_moments=retain_moments,
+            direction=self._place("direction"),
+            solve_device=self.config.compute.device,
             output=self.config.output,
             overwrite=self.config.overwrite,
             edit_threads=self.config.compute.threads,
@@ -208,6 +248,8 @@ class _Record:
             "forget": sets["forget"].fingerprint,
             "retain": sets["retain"].fingerprint,
         }
+        if config.retain_moments is not None:
+            inputs["retain_moments"] = fingerprint(config.retain_moments)
         return cls(config, _resolved(config), inputs, {})
 
     def is_finished(self) -> bool:

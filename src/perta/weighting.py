@@ -13,6 +13,7 @@ import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from perta.errors import ConfigError
 
 _PERTA = "Cai et al., arXiv 2601.22030"
+_STRUCTURED = "this project; curvature as in RegMean, arXiv 2212.09849, and K-FAC, arXiv 1503.05671"
 _TASK_ARITHMETIC = "Ilharco et al., arXiv 2212.04089"
 
 
@@ -56,6 +58,10 @@ class Method:
         default_order: order p of the importance where the user gives none.
         any_order: whether the user may choose the order.
         weighting: block -> W of its shape, or one number for all of it.
+        default_rho: weight of the retain side where the user gives none.
+        default_scaling_coef: strength where the user gives none.
+        moments: whether the direction is weighted by second moments of layers instead of W;
+            `input`: by those of inputs, `kron`: of output gradients as well.
     """
 
     name: str
@@ -66,6 +72,9 @@ class Method:
     default_order: float
     any_order: bool
     weighting: Callable[[Block], Tensor | float]
+    default_rho: float = 1.0
+    default_scaling_coef: float = 1.0
+    moments: Literal["input", "kron"] | None = None
 
 
 def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
@@ -247,6 +256,32 @@ METHODS = _table(
         default_order=1.0,
         any_order=True,
         weighting=lambda block: share(block.forget, block.retain, block.rho),
+    ),
+    Method(
+        name="perta-input",
+        summary="the share in directions of layer inputs; edits linear layers only",
+        formula="direction tau C_f (C_f + rho C_r + lambda I)^-1",
+        source=_STRUCTURED,
+        needs_importance=False,
+        default_order=1.0,
+        any_order=False,
+        weighting=lambda _block: 1.0,
+        default_rho=10.0,
+        default_scaling_coef=1.5,
+        moments="input",
+    ),
+    Method(
+        name="perta-kron",
+        summary="the share in the basis where input and gradient moments are diagonal",
+        formula="W = b_f c_f / (b_f c_f + rho b_r c_r), rotated",
+        source=_STRUCTURED,
+        needs_importance=False,
+        default_order=1.0,
+        any_order=False,
+        weighting=lambda _block: 1.0,
+        default_rho=10.0,
+        default_scaling_coef=1.5,
+        moments="kron",
     ),
     Method(
         name="ratio",

@@ -1,0 +1,248 @@
+"""The weighted direction of a structured method, as a folder that the edit subtracts.
+
+    task vector (two checkpoints) ─┐
+    forget moments ────────────────┼─ layer by layer: one solve ── Δ, float32, checkpoint names
+    retain moments ────────────────┘
+
+Another strength α reuses the folder, and costs only the edit. Only tensors with moments are in
+it; the edit leaves the others alone. Layers that read the same input are solved at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from perta.checkpoint import CheckpointIndex, fingerprint, open_index, read_tensor
+from perta.errors import CheckpointError, CheckpointMismatchError
+from perta.manifest import read_manifest
+from perta.moment_files import MomentFolder, open_moments, write_shards
+from perta.progress import track
+from perta.stage import run_stage
+from perta.structured import Direction, direction_in_bases, input_direction, joint_basis
+
+SHARD_BYTES = 2 << 30
+"""Size at which a file of the direction is written and the next one begun."""
+
+Kind = Literal["input", "kron"]
+
+
+@dataclass(frozen=True)
+class DirectionInputs:
+    """What a direction is computed from.
+
+    Attributes:
+        base: θ₀.
+        forget_checkpoint: θ_f.
+        forget: moments on the forget set.
+        retain: moments on the retain set.
+    """
+
+    base: CheckpointIndex
+    forget_checkpoint: CheckpointIndex
+    forget: MomentFolder
+    retain: MomentFolder
+
+
+def write_direction(
+    output: Path,
+    inputs: DirectionInputs,
+    kind: Kind,
+    rho: float,
+    damping: float,
+    device: torch.device,
+) -> Path:
+    """Compute a weighted direction and write it, or reuse the one that is there.
+
+    Args:
+        output: folder of the direction; an outdated one that perta made is replaced.
+        inputs: from `open_inputs`.
+        kind: `input` for F = I ⊗ C, `kron` for F = B ⊗ C.
+        rho: weight of the retain side.
+        damping: see `structured`.
+        device: where to solve, in float64.
+
+    Returns:
+        The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
+        and condition of every layer in its `perta.json`.
+
+    Raises:
+        PertaError: inputs that do not fit each other, or a solve that fails.
+    """
+    folders = {
+        "base": inputs.base.folder,
+        "forget_checkpoint": inputs.forget_checkpoint.folder,
+        "forget_moments": inputs.forget.folder,
+        "retain_moments": inputs.retain.folder,
+    }
+    settings = {"kind": kind, "rho": rho, "damping": damping, "device": device.type}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        solver = _Solver(inputs, kind, rho, damping, device)
+        write_shards(folder, solver.run(), SHARD_BYTES)
+        return {"layers": solver.layers}
+
+    is_ours = (read_manifest(output) or {}).get("stage") == "direction"
+    prints = {name: fingerprint(folder) for name, folder in folders.items()}
+    run_stage("direction", output, settings, prints, make, overwrite=is_ours)
+    return output
+
+
+def open_inputs(
+    base: Path,
+    forget_checkpoint: Path,
+    forget_moments: Path,
+    retain_moments: Path,
+    models: Collection[Path],
+    kind: Kind,
+) -> DirectionInputs:
+    """Open everything a direction is computed from, and check that it belongs together.
+
+    Args:
+        base: θ₀.
+        forget_checkpoint: θ_f.
+        forget_moments: moment folder of the forget set.
+        retain_moments: moment folder of the retain set.
+        models: checkpoints at which moments may have been measured: base and full.
+        kind: of the direction.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        CheckpointMismatchError: moments of different or other models or of different tokens,
+            or a checkpoint without a layer that has moments.
+        CheckpointNotFoundError: something is not there.
+    """
+    forget, retain = (check_moments(f, models, kind) for f in (forget_moments, retain_moments))
+    for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
+        if forget.facts.get(key) != retain.facts.get(key):
+            raise CheckpointMismatchError(
+                f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
+                "both with the same `perta moments` settings and checkpoint."
+            )
+    indices = [open_index(folder) for folder in (base, forget_checkpoint)]
+    for name in forget.facts["inputs"]:
+        shapes = [index.tensors[name].shape if name in index.tensors else None for index in indices]
+        if shapes[0] is None or shapes[0] != shapes[1]:
+            raise CheckpointMismatchError(
+                f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
+                f"{shapes[1] or 'missing'} in {forget_checkpoint}. Both must share the model that "
+                "the moments were measured at."
+            )
+    return DirectionInputs(indices[0], indices[1], forget, retain)
+
+
+def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
+    """Open a moment folder and check that it serves a direction for these models.
+
+    Args:
+        folder: output of `perta moments`.
+        models: checkpoints it may have been measured at.
+        kind: of the direction.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointMismatchError: it was measured at another model.
+        CheckpointError: it lacks the output gradients that `kron` needs.
+    """
+    opened = open_moments(folder)
+    if opened.facts.get("model_fingerprint") not in {fingerprint(model) for model in models}:
+        raise CheckpointMismatchError(
+            f"{folder} holds moments of another model than {' or '.join(map(str, models))}. Make "
+            f"it again with `perta moments --checkpoint {next(iter(models))} ...`."
+        )
+    if kind == "kron" and not opened.facts["outputs"]:
+        raise CheckpointError(
+            f"{folder} has no moments of output gradients. Make it again with `perta moments "
+            "--gradients ...`."
+        )
+    return opened
+
+
+@dataclass
+class _Solver:
+    """Walks over groups of layers with one input.
+
+    Attributes:
+        layers: weight -> what the solve reports, filled while `run` is consumed.
+    """
+
+    inputs: DirectionInputs
+    kind: Kind
+    rho: float
+    damping: float
+    device: torch.device
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def run(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
+        groups: dict[str, list[str]] = {}
+        for name, moment in self.inputs.forget.facts["inputs"].items():
+            groups.setdefault(moment, []).append(name)
+        solve = self._solve_inputs if self.kind == "input" else self._solve_kron
+        with track("Direction", len(self.inputs.forget.facts["inputs"])) as advance:
+            for names in groups.values():
+                vectors = [self._task_vector(name) for name in names]
+                found = solve(names, vectors)
+                for name, vector, direction in zip(names, vectors, found, strict=True):
+                    self.layers[name] = {
+                        "task_vector_norm": float(vector.norm()),
+                        "direction_norm": float(direction.delta.norm()),
+                        "condition": direction.condition,
+                        "damping": direction.damping,
+                    }
+                    yield name, self._as_stored(name, direction.delta).float().cpu()
+                    advance()
+
+    def _solve_inputs(self, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Direction]:
+        forget, retain = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        whole = input_direction(torch.cat(list(vectors)), forget, retain, self.rho, self.damping)
+        parts = whole.delta.split([len(vector) for vector in vectors])
+        return [Direction(part, whole.condition, whole.damping) for part in parts]
+
+    def _solve_kron(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[Direction]:
+        moments = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        inputs = joint_basis(*moments, self.damping)
+        for name, vector in zip(names, vectors, strict=True):
+            moments = self._moments(MomentFolder.output_moment, name, len(vector))
+            outputs = joint_basis(*moments, self.damping)
+            yield direction_in_bases(vector, inputs, outputs, self.rho)
+
+    def _moments(
+        self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Forget and retain moment of a weight, (width, width) float32."""
+        found = []
+        for folder in (self.inputs.forget, self.inputs.retain):
+            moment = read(folder, name)
+            if moment.shape != (width, width):
+                raise CheckpointMismatchError(
+                    f"{name} is {width} wide, but its moment in {folder.folder} is "
+                    f"{tuple(moment.shape)}. The moments are of another model."
+                )
+            found.append(moment.to(self.device))
+        return found[0], found[1]
+
+    def _task_vector(self, name: str) -> Tensor:
+        """τ of one weight, (out, in) float64."""
+        tuned, base = (
+            read_tensor(index.tensors[name]).to(self.device, torch.float64)
+            for index in (self.inputs.forget_checkpoint, self.inputs.base)
+        )
+        return self._as_stored(name, tuned - base)
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """Turn a weight from its stored orientation to (out, in), or back."""
+        return weight.t() if name in self._transposed else weight
+
+    @property
+    def _transposed(self) -> set[str]:
+        return set(self.inputs.forget.facts["transposed"])

@@ -1,0 +1,388 @@
+"""Structured methods from files: the formula, names, reuse, errors, pipeline, command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from conftest import TUNE, World
+from perta.checkpoint import open_index, read_tensor
+from perta.cli import main
+from perta.config import (
+    EditConfig,
+    FinetuneConfig,
+    MomentOptions,
+    MomentsConfig,
+    UnlearnConfig,
+    WeightingConfig,
+)
+from perta.edit import edit_checkpoint, edit_folders
+from perta.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    ConfigError,
+)
+from perta.finetune import finetune_checkpoint
+from perta.manifest import read_manifest
+from perta.model import load_tokenizer
+from perta.moment_files import open_moments
+from perta.moments import compute_moments
+from perta.pipeline import aggregates, unlearn, work_folder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Folders of everything an edit needs."""
+
+    base: Path
+    full: Path
+    tuned: Path
+    forget: Path
+    retain: Path
+
+    def config(self, output: Path, method: str = "perta-input", **more: Any) -> EditConfig:
+        names = ("forget_moments", "retain_moments", "direction")
+        own = {name: more.pop(name) for name in names if name in more}
+        settings: dict[str, Any] = {
+            "full": str(self.full),
+            "base": str(self.base),
+            "forget_checkpoint": str(self.tuned),
+            "forget_moments": self.forget,
+            "retain_moments": self.retain,
+            "output": output,
+            "weighting": WeightingConfig(method=method, **more),
+            **own,
+        }
+        return EditConfig(**settings)
+
+
+def measure(checkpoint: Path, data: Path, output: Path, **more: Any) -> Path:
+    settings = {"gradients": True, **more}
+    return compute_moments(
+        MomentsConfig(checkpoint=str(checkpoint), data=str(data), output=output, **settings)
+    )
+
+
+def make_parts(root: Path, base: Path, full: Path, world: World) -> Parts:
+    tuned = finetune_checkpoint(
+        FinetuneConfig(base=str(base), data=str(world.forget), output=root / "tuned", tune=TUNE)
+    )
+    forget, retain = (
+        measure(base, data, root / f"{data.stem}_moments") for data in (world.forget, world.retain)
+    )
+    return Parts(base, full, tuned, forget, retain)
+
+
+@pytest.fixture(scope="module")
+def parts(world: World, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    return make_parts(tmp_path_factory.mktemp("parts"), world.base, world.full, world)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(e) for name, e in open_index(folder).tensors.items()}
+
+
+def expected_direction(parts: Parts, method: str, name: str, rho: float, damping: float) -> Tensor:
+    """Solve for Δ in float64, as one dense linear system where both sides have factors."""
+    forget, retain = open_moments(parts.forget), open_moments(parts.retain)
+    tau = tensors(parts.tuned)[name].double() - tensors(parts.base)[name].double()
+    transposed = name in forget.facts["transposed"]
+    tau = tau.T if transposed else tau
+    c_f, c_r = (m.input_moment(name).double() for m in (forget, retain))
+    eye = torch.eye(len(c_f)).double()
+    if method == "perta-input":
+        total = c_f + rho * c_r
+        delta: Tensor = (
+            tau @ c_f @ torch.linalg.inv(total + damping * total.diagonal().mean() * eye)
+        )
+    else:
+        b_f, b_r = (m.output_moment(name).double() for m in (forget, retain))
+        b_r = b_r + damping * b_r.diagonal().mean() * torch.eye(len(b_r)).double()
+        c_r = c_r + damping * c_r.diagonal().mean() * eye
+        right = (b_f @ tau @ c_f).reshape(-1)
+        system = torch.kron(b_f, c_f) + rho * torch.kron(b_r, c_r)
+        delta = torch.linalg.solve(system / system.diagonal().mean(), right).reshape(tau.shape)
+        delta = delta / system.diagonal().mean()
+    return delta.T if transposed else delta
+
+
+def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: float) -> None:
+    edit_checkpoint(parts.config(output, method, rho=3.0, damping=0.05, scaling_coef=alpha))
+    found, full = tensors(output), tensors(parts.full)
+    linear = set(open_moments(parts.forget).facts["inputs"])
+    assert set(found) == set(full)
+    assert linear < set(full)
+    smallest = sorted(linear, key=lambda n: full[n].numel())
+    checked = linear if method == "perta-input" else {smallest[0], smallest[-1]}
+    for name, value in found.items():
+        if name not in linear:
+            assert torch.equal(value, full[name])
+        elif name in checked:
+            step = alpha * expected_direction(parts, method, name, 3.0, 0.05)
+            assert float(step.norm()) > 0
+            moved = full[name].double() - value.double()
+            assert float((moved - step).norm()) < 1e-3 * float(step.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("method", ["perta-input", "perta-kron"])
+def test_the_edit_is_the_formula(parts: Parts, tmp_path: Path, method: str) -> None:
+    assert_edit_is_the_formula(parts, tmp_path / "out", method, 1.5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2", "mixtral"])
+def test_other_architectures(world: World, tmp_path: Path, architecture: str) -> None:
+    tokenizer = load_tokenizer(world.base)
+    torch.manual_seed(0)
+    ends: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 2}
+    llama = {
+        **ends,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+    }
+    models: dict[str, Callable[[], Any]] = {
+        "gpt2": lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(
+                **ends, n_embd=16, n_layer=1, n_head=2, n_positions=128, initializer_range=0.3
+            )
+        ),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**llama)),
+        "mixtral": lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(**llama, num_local_experts=3, num_experts_per_tok=2)
+        ),
+    }
+    models[architecture]().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    parts = make_parts(tmp_path, tmp_path / "base", tmp_path / "tuned", world)
+    for method in ("perta-input", "perta-kron"):
+        assert_edit_is_the_formula(parts, tmp_path / method, method, 0.7)
+
+
+def test_the_defaults_are_the_methods_own(parts: Parts, tmp_path: Path) -> None:
+    edit_checkpoint(parts.config(tmp_path / "out"))
+    manifest = read_manifest(tmp_path / "out") or {}
+    assert manifest["settings"]["scaling_coef"] == 1.5
+    assert manifest["settings"]["rho"] == 10
+    assert manifest["settings"]["damping"] == 0.01
+    assert set(manifest["inputs"]) >= {"forget_moments", "retain_moments", "direction"}
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "perta-input" in card
+    assert "| damping λ | 0.01 |" in card
+    direction = read_manifest(tmp_path / "out.direction") or {}
+    for layer in direction["layers"].values():
+        assert layer["condition"] > 1
+        assert layer["direction_norm"] > 0
+        assert layer["damping"] >= 0.01
+    tv = replace(parts.config(tmp_path / "tv"), weighting=WeightingConfig(method="tv"))
+    edit_checkpoint(tv)
+    settings = (read_manifest(tmp_path / "tv") or {})["settings"]
+    assert (settings["scaling_coef"], settings["rho"]) == (1, 1)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def test_another_strength_costs_only_the_edit(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "direction"
+    edit_checkpoint(parts.config(tmp_path / "one", scaling_coef=1.0, direction=shared))
+    before = stamps(shared)
+    with monkeypatch.context() as patch:
+        patch.setattr("perta.direction.input_direction", None)
+        edit_checkpoint(parts.config(tmp_path / "two", scaling_coef=2.0, direction=shared))
+    assert stamps(shared) == before
+    full, one, two = (tensors(f) for f in (parts.full, tmp_path / "one", tmp_path / "two"))
+    for name, value in full.items():
+        torch.testing.assert_close(value - two[name], 2 * (value - one[name]), rtol=1e-3, atol=1e-6)
+    edit_checkpoint(parts.config(tmp_path / "three", rho=1.0, direction=shared))
+    assert stamps(shared) != before
+    edit_checkpoint(parts.config(tmp_path / "none", scaling_coef=0.0))
+    assert all(torch.equal(value, full[name]) for name, value in tensors(tmp_path / "none").items())
+
+
+def test_patterns_choose_among_the_linear_layers(parts: Parts, tmp_path: Path) -> None:
+    edit_checkpoint(parts.config(tmp_path / "out", include=("*.mlp.*",)))
+    found, full = tensors(tmp_path / "out"), tensors(parts.full)
+    moved = {name for name, value in found.items() if not torch.equal(value, full[name])}
+    assert moved == {name for name in full if ".mlp." in name}
+
+
+def test_mistakes_get_one_clear_error(world: World, parts: Parts, tmp_path: Path) -> None:
+    def refuse(error: type[Exception], message: str, **more: Any) -> None:
+        with pytest.raises(error, match=message):
+            edit_checkpoint(parts.config(tmp_path / "out", **more))
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.direction").exists()
+
+    refuse(ConfigError, "needs --forget-moments", forget_moments=None)
+    refuse(ConfigError, "--gradients", retain_moments=None, method="perta-kron")
+    refuse(CheckpointNotFoundError, "does not exist", retain_moments=tmp_path / "none")
+    refuse(CheckpointNotFoundError, r"has no moments.json", retain_moments=parts.tuned)
+    at_full = measure(world.full, world.retain, tmp_path / "at_full")
+    refuse(CheckpointMismatchError, "cannot be compared", retain_moments=at_full)
+    at_tuned = measure(parts.tuned, world.retain, tmp_path / "at_tuned")
+    refuse(CheckpointMismatchError, "another model", retain_moments=at_tuned)
+    answer = measure(
+        world.base, world.retain, tmp_path / "answer", options=MomentOptions(tokens="answer")
+    )
+    refuse(CheckpointMismatchError, "token_choice", retain_moments=answer)
+    plain = measure(world.base, world.retain, tmp_path / "plain", gradients=False)
+    refuse(CheckpointError, "--gradients", retain_moments=plain, method="perta-kron")
+    refuse(ConfigError, "overlaps", direction=parts.full / "inside")
+    with pytest.raises(ConfigError, match="computed before"):
+        edit_folders(
+            parts.full,
+            parts.base,
+            parts.tuned,
+            tmp_path / "out",
+            WeightingConfig(method="perta-input"),
+        )
+
+
+def test_moments_of_another_width_are_refused(world: World, parts: Parts, tmp_path: Path) -> None:
+    """Such as a folder whose sidecar was copied from elsewhere."""
+    from perta.checkpoint import write_tensors
+
+    wrong = measure(world.base, world.retain, tmp_path / "wrong")
+    index = open_index(wrong)
+    name = "model.layers.0.mlp.down_proj.weight.input_moment"
+    cut = {
+        n: read_tensor(e)[:4, :4] if n == name else read_tensor(e) for n, e in index.tensors.items()
+    }
+    write_tensors(wrong, cut, index.shards)
+    with pytest.raises(CheckpointMismatchError, match=r"down_proj.weight is \d+ wide"):
+        edit_checkpoint(parts.config(tmp_path / "out", retain_moments=wrong))
+    assert not (tmp_path / "out").exists()
+
+
+# --- pipeline and command line ------------------------------------------------------------------
+
+
+def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "weighting": WeightingConfig(method="perta-input"),
+        "tune": TUNE,
+        "evaluate": False,
+        **more,
+    }
+    return UnlearnConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        output=output,
+        **settings,
+    )
+
+
+def test_the_pipeline_forgets_and_reuses(world: World, tmp_path: Path) -> None:
+    config = whole(world, tmp_path / "out", evaluate=True)
+    result = unlearn(config)
+    assert result.before is not None
+    assert result.after is not None
+    before, after = aggregates(result.before), aggregates(result.after)
+    assert after["forget_probability"] < 0.5 * before["forget_probability"]
+    assert after["retain_probability"] > after["forget_probability"]
+    work = work_folder(config)
+    assert {p.name for p in work.iterdir() if p.is_dir()} == {
+        "forget_checkpoint",
+        "forget_moments",
+        "retain_moments",
+        "direction",
+    }
+    assert set(result.manifest["unlearn"]["seconds"]) >= {"forget_moments", "retain_moments"}
+    kept = stamps(work)
+    stronger = WeightingConfig(method="perta-input", scaling_coef=2.0)
+    unlearn(whole(world, tmp_path / "two", work_dir=work, weighting=stronger))
+    assert stamps(work) == kept
+
+
+def test_saved_retain_moments_are_used(
+    world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Path] = []
+
+    def compute(config: MomentsConfig) -> Path:
+        measured.append(config.output)
+        return compute_moments(config)
+
+    monkeypatch.setattr("perta.pipeline.compute_moments", compute)
+    config = whole(world, tmp_path / "out", retain_moments=parts.retain)
+    result = unlearn(config)
+    assert [path.name for path in measured] == ["forget_moments"]
+    assert "retain_moments" in result.manifest["unlearn"]["inputs"]
+    fresh = unlearn(whole(world, tmp_path / "fresh"))
+    for name, value in tensors(fresh.folder).items():
+        assert torch.equal(tensors(result.folder)[name], value)
+    monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
+    with pytest.raises(CheckpointMismatchError, match="another model"):
+        unlearn(whole(world, tmp_path / "x", retain_moments=parts.retain, importance_at="full"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["perta", *map(str, arguments)])
+    main()
+
+
+@pytest.mark.parametrize("method", ["perta-input", "perta-kron"])
+def test_stage_by_stage_on_the_command_line(
+    world: World,
+    parts: Parts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    rows = world.retain.read_text("utf-8").splitlines()
+    halves = []
+    gradients = ["--gradients"] if method == "perta-kron" else []
+    for i, part in enumerate((rows[:3], rows[3:])):
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(part) + "\n", "utf-8")
+        halves.append(tmp_path / f"moments{i}")
+        run(
+            monkeypatch, "moments", "--checkpoint", world.base, "--data", tmp_path / f"{i}.jsonl",
+            "--output", halves[-1], "--tokens", "answer", "--moment-batch-size", 2, *gradients,
+        )  # fmt: skip
+    run(
+        monkeypatch, "moments", "--checkpoint", world.base, "--data", world.forget,
+        "--output", tmp_path / "forget", "--tokens", "answer", *gradients,
+    )  # fmt: skip
+    run(monkeypatch, "merge-moments", *halves, "--output", tmp_path / "retain")
+    run(
+        monkeypatch, "edit", "--full", world.full, "--base", world.base, "--forget-checkpoint",
+        parts.tuned, "--method", method, "--forget-moments", tmp_path / "forget",
+        "--retain-moments", tmp_path / "retain", "--output", tmp_path / "staged",
+        "--direction", tmp_path / "direction", "--scaling-coef", 1.2, "--rho", 5,
+    )  # fmt: skip
+    assert "Unlearned checkpoint" in capsys.readouterr().out
+    run(
+        monkeypatch, "unlearn", "--base", world.base, "--full", world.full, "--forget",
+        world.forget, "--retain", world.retain, "--method", method, "--tokens", "answer",
+        "--rho", 5, "--scaling-coef", 1.2, "--output", tmp_path / "whole", "--no-evaluate",
+        "--epochs", TUNE.epochs, "--learning-rate", TUNE.learning_rate,
+        "--batch-size", TUNE.batch_size,
+    )  # fmt: skip
+    staged, together = tensors(tmp_path / "staged"), tensors(tmp_path / "whole")
+    for name, value in tensors(world.full).items():
+        step = value - together[name]
+        # Merged moments are rounded once more, and directions with little of either magnify it.
+        assert float((staged[name] - together[name]).norm()) <= 0.02 * float(step.norm())
+        assert torch.equal(staged[name], value) == ("proj" not in name)
+    settings = json.loads((tmp_path / "staged" / "perta.json").read_text("utf-8"))["settings"]
+    assert settings["method"] == method
