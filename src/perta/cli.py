@@ -79,7 +79,6 @@ def importance(config: ImportanceConfig) -> None:
 
 
 @app.command
-@app.command
 def moments(config: MomentsConfig) -> None:
     """Measure second moments of every linear layer's inputs, for the structured methods."""
     from perta.moments import compute_moments
@@ -88,13 +87,21 @@ def moments(config: MomentsConfig) -> None:
 
 
 @app.command(name="merge-moments")
-def merge_moments(config: MergeMomentsConfig) -> None:
-    """Add moments of several sets, such as saved ones of a retain set that has grown."""
+def merge_moments(*folders: Path, output: Path, overwrite: bool = False) -> None:
+    """Add moments of several sets, such as saved ones of a retain set that has grown.
+
+    Args:
+        folders: outputs of `perta moments` for sets that have no row in common.
+        output: folder for the moments of all sets together.
+        overwrite: replace an output that is there already.
+    """
     from perta.moments import merge_moments
 
+    config = MergeMomentsConfig(folders=folders, output=output, overwrite=overwrite)
     _note(f"Moments: {merge_moments(config)}")
 
 
+@app.command
 def edit(config: EditConfig) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
     from perta.edit import edit_checkpoint
