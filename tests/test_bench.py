@@ -130,3 +130,61 @@ def test_without_folder_and_hub_the_error_says_what_to_do(
         bench_tofu(TofuConfig(checkpoint=str(world.full), output=tmp_path / "a.json"))
     with pytest.raises(DataError, match="There is no folder"):
         bench_tofu(config(world, tmp_path / "none", tmp_path / "a.json"))
+
+
+def local_task(folder: Path) -> Path:
+    """A multiple-choice task with its data, both local files."""
+    rows = [
+        {"question": f"Who is number {i}?", "choices": ["Ada Reed", "nobody"], "answer": 0}
+        for i in range(4)
+    ]
+    write_jsonl(rows, folder / "rows.jsonl")
+    (folder / "people.yaml").write_text(
+        "task: perta_people\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return folder
+
+
+@pytest.mark.filterwarnings("default")
+def test_general_ability_from_a_local_task(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from perta.benchmarks.ability import bench_ability
+    from perta.config import AbilityConfig
+    from perta.errors import ConfigError
+
+    folder = local_task(tmp_path / "tasks")
+    settings = AbilityConfig(
+        checkpoint=str(world.full),
+        output=tmp_path / "ability.json",
+        tasks=("perta_people",),
+        include_path=folder,
+    )
+    results = bench_ability(settings)
+    assert 0 <= results["perta_people/acc"]["agg_value"] <= 1
+    with pytest.raises(ConfigError, match="knows no task nonsense"):
+        bench_ability(
+            AbilityConfig(
+                checkpoint=str(world.full), output=tmp_path / "b.json", tasks=("nonsense",)
+            )
+        )
+
+
+def test_without_the_harness_the_error_says_how_to_get_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from perta.benchmarks.ability import bench_ability
+    from perta.config import AbilityConfig
+    from perta.errors import ConfigError
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match="pip install lm-eval"):
+        bench_ability(
+            AbilityConfig(checkpoint=str(world.full), output=tmp_path / "b.json", tasks=("a",))
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -15,15 +16,17 @@ from rich.console import Console
 
 from perta import __version__
 from perta.config import (
+    AbilityConfig,
     DemoConfig,
     EditConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
-    MuseConfig,
     MergeMomentsConfig,
     MomentsConfig,
+    MuseConfig,
     PeopleConfig,
+    ReportConfig,
     TofuConfig,
     UnlearnConfig,
 )
@@ -57,7 +60,8 @@ def unlearn(config: UnlearnConfig) -> None:
         )
     _note(
         f"Unlearned checkpoint: {result.folder}\n"
-        f"Intermediate results: {work_folder(config)} (holds a model tuned on the forget set; "
+        + (f"Report: {result.report}\n" if result.report else "")
+        + f"Intermediate results: {work_folder(config)} (holds a model tuned on the forget set; "
         "delete it when you are done)"
     )
 
@@ -143,6 +147,32 @@ def muse(config: MuseConfig) -> None:
 
     print_metrics(bench_muse(config))
     _note(f"Results: {config.output}")
+
+
+@bench.command
+def ability(config: AbilityConfig) -> None:
+    """General ability: tasks of lm-evaluation-harness, where it is installed."""
+    from perta.benchmarks.ability import bench_ability
+    from perta.tables import print_metrics
+
+    print_metrics(bench_ability(config))
+    _note(f"Results: {config.output}")
+
+
+@app.command
+def report(*results: str, config: ReportConfig | None = None) -> None:
+    """Write one self-contained HTML page about what was forgotten and what was kept.
+
+    Args:
+        results: results files, unlearned checkpoints, outputs of `perta unlearn`, or folders of
+            results, each optionally named as in `full=results/full.json`.
+        config: output, title and what to show.
+    """
+    from perta.report import write_report
+
+    chosen = config or ReportConfig()
+    page = write_report(replace(chosen, results=(*results, *chosen.results)))
+    _note(f"Report: {page}")
 
 
 @app.command

@@ -196,9 +196,10 @@ class WeightingConfig:
 
     method: str = "perta-grad"
     """Weighting method; `perta methods` lists them."""
-    scaling_coef: float | None = None
-    """Global strength alpha of the edit; 0 changes nothing [default: the method's own: 1.5 for
-    the structured methods, otherwise 1]."""
+    scaling_coef: float | Literal["auto"] | None = None
+    """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
+    smallest at which the forget set looks unseen [default: the method's own: 1.5 for the
+    structured methods, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
     the diagonal Fisher information."""
@@ -220,7 +221,8 @@ class WeightingConfig:
 
     def __post_init__(self) -> None:
         alpha = self.scaling_coef
-        _require(alpha is None or -1e6 < alpha < 1e6, "scaling-coef", alpha, "a finite number")
+        fits = alpha is None or alpha == "auto" or -1e6 < alpha < 1e6
+        _require(fits, "scaling-coef", alpha, "a finite number or auto")
         _require(self.order is None or 0 < self.order < 100, "order", self.order, "above 0")
         rho = self.rho
         _require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
@@ -411,6 +413,11 @@ class UnlearnConfig:
     retain_moments: Path | None = None
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""
+    retain_budget: float = 0.1
+    """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
+    nats per token. The other half is reported."""
+    strength_seed: int = 0
+    """With `--scaling-coef auto`: seed of the halves of the retain set."""
     evaluate: bool = True
     """Evaluate before and after the edit."""
     overwrite: bool = False
@@ -479,6 +486,28 @@ class MuseConfig(BenchmarkConfig):
 
 @_Flat
 @dataclass(frozen=True, kw_only=True)
+class AbilityConfig:
+    """`perta bench ability`."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    tasks: Annotated[tuple[str, ...], _Repeated]
+    """Tasks of lm-evaluation-harness."""
+    include_path: Path | None = None
+    """Folder with task files of your own."""
+    limit: int | None = None
+    """Look at the first rows of every task only."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@_Flat
+@dataclass(frozen=True, kw_only=True)
 class PeopleConfig:
     """`perta people`."""
 
@@ -528,7 +557,7 @@ class DemoConfig:
 class ReportConfig:
     """`perta report`."""
 
-    results: tuple[str, ...] = ()
+    results: Annotated[tuple[str, ...], _Repeated] = ()
     """Results files, unlearned checkpoints, outputs of `perta unlearn`, or folders of results,
     each optionally named as in `full=results/full.json`."""
     output: Path = Path("report.html")

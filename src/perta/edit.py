@@ -134,6 +134,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
         PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
     """
     config = replace(config, weighting=with_defaults(config.weighting))
+    _refuse_auto(config.weighting)
     full = resolve_checkpoint(config.full, base=config.base)
     folders = {
         "full": full,
@@ -272,6 +273,7 @@ def write_edit(
     """
     started = time.perf_counter()
     weighting = with_defaults(weighting)
+    _refuse_auto(weighting)
     method = get_method(weighting.method)
     source = open_index(full)
     sources = _open_sources(
@@ -315,6 +317,13 @@ def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
         rho=method.default_rho if rho is None else rho,
         scaling_coef=method.default_scaling_coef if alpha is None else alpha,
     )
+
+
+def _refuse_auto(weighting: WeightingConfig) -> None:
+    if weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
+        )
 
 
 def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:

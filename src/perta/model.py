@@ -129,7 +129,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Token for padding: the tokenizer's own, else eos (masks come from true lengths)."""
     chosen = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if chosen is None else chosen)  # type: ignore[arg-type]
+    return int(tokenizer.eos_token_id if chosen is None else chosen)
 
 
 def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:

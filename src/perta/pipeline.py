@@ -12,11 +12,15 @@ on has changed.
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import (
@@ -25,14 +29,23 @@ from perta.config import (
     FinetuneConfig,
     ImportanceConfig,
     MomentsConfig,
+    ReportConfig,
     UnlearnConfig,
 )
-from perta.data import ExampleSet, load_examples
+from perta.data import ExampleSet, encode_examples, load_examples
 from perta.direction import check_moments
-from perta.edit import BASE, FORGET, check_separate, edit_checkpoint, plan_edit, with_defaults
+from perta.edit import (
+    BASE,
+    FORGET,
+    check_separate,
+    edit_checkpoint,
+    make_direction,
+    plan_edit,
+    with_defaults,
+)
 from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
-from perta.finetune import finetune_checkpoint
+from perta.finetune import finetune_checkpoint, losses_of
 from perta.importance import compute_importance
 from perta.manifest import (
     make_manifest,
@@ -41,10 +54,20 @@ from perta.manifest import (
     stage_key,
     write_manifest,
 )
-from perta.model import pick_device, pick_dtype, resolve_checkpoint
+from perta.model import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    pick_dtype,
+    resolve_checkpoint,
+)
 from perta.moments import compute_moments
 from perta.progress import say, warn
+from perta.report import write_report
 from perta.stage import changes, exists_error
+from perta.strength import Calibration, Strength, find_strength, load_delta
 from perta.weighting import get_method, importance_order
 
 T = TypeVar("T")
@@ -59,12 +82,14 @@ class Unlearned:
         manifest: what made it; also in its `perta.json`.
         before: results of the quick evaluation of the full checkpoint, if it ran.
         after: the same for the unlearned checkpoint.
+        report: the page about it, if the evaluation ran.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
+    report: Path | None = None
 
 
 def unlearn(config: UnlearnConfig) -> Unlearned:
@@ -108,15 +133,25 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
             stages.moments(name, gradients=method.moments == "kron") if method.moments else None
             for name in ("forget", "retain")
         ]
-        stages.edit(forget_checkpoint, *importance, *moments)
+        edit = stages.edit_config(forget_checkpoint, *importance, *moments)
+        found: dict[str, Any] = {}
+        if config.weighting.scaling_coef == "auto":
+            strength = stages.find_strength(edit, record.sets)
+            found = {"strength": asdict(strength)}
+            edit = replace(
+                edit, weighting=replace(edit.weighting, scaling_coef=strength.scaling_coef)
+            )
+        stages.edit(edit)
         record.seconds["total"] = time.perf_counter() - started
-        record.write({})
+        record.write({}, **found)
     before = after = None
     if config.evaluate:
         before = stages.evaluate("before", full)
         after = stages.evaluate("after", config.output)
         record.write({"before": aggregates(before), "after": aggregates(after)})
-    return Unlearned(config.output, read_manifest(config.output) or {}, before, after)
+    manifest = read_manifest(config.output) or {}
+    report = stages.report() if config.evaluate else None
+    return Unlearned(config.output, manifest, before, after, report)
 
 
 @dataclass(frozen=True)
@@ -173,15 +208,15 @@ class _Stages:
         )
         return self._timed(f"{name}_moments", lambda: compute_moments(stage))
 
-    def edit(
+    def edit_config(
         self,
         forget_checkpoint: Path,
         forget: Path | None,
         retain: Path | None,
         forget_moments: Path | None,
         retain_moments: Path | None,
-    ) -> Path:
-        stage = EditConfig(
+    ) -> EditConfig:
+        return EditConfig(
             full=str(self.full),
             base=str(self.base),
             forget_checkpoint=str(forget_checkpoint),
@@ -196,7 +231,80 @@ class _Stages:
             edit_threads=self.config.compute.threads,
             weighting=self.config.weighting,
         )
+
+    def edit(self, stage: EditConfig) -> Path:
         return self._timed("edit", lambda: edit_checkpoint(stage))
+
+    def find_strength(self, stage: EditConfig, sets: Mapping[str, ExampleSet]) -> Strength:
+        """Search for the strength and save every point of it as `strength.json`."""
+        found = self._timed("strength", lambda: self._search(stage, sets))
+        text = json.dumps(asdict(found), indent=1) + "\n"
+        self._place("strength.json").write_text(text, "utf-8")
+        last = next(p for p in found.frontier if p.scaling_coef == found.scaling_coef)
+        say(
+            f"strength {found.scaling_coef:.3g}: forget loss {last.forget_loss:.3f} nats per token, "
+            f"unseen is {found.unseen_loss:.3f} ({found.calibrated_on}); retain loss "
+            f"{found.frontier[0].reporting_loss:.3f} -> {last.reporting_loss:.3f} on the half that "
+            "did not decide"
+        )
+        if not found.reached:
+            warn(
+                "The forget set does not look unseen at the largest strength within the retain "
+                f"budget of {found.retain_budget:g} nats per token. Raise --retain-budget, or "
+                "choose another method."
+            )
+        return found
+
+    def _search(self, stage: EditConfig, sets: Mapping[str, ExampleSet]) -> Strength:
+        compute, data_config = self.config.compute, self.config.data_config
+        tokenizer = load_tokenizer(self.full)
+        pad = pad_id(tokenizer)
+        encoded = {
+            name: encode_examples(
+                examples, tokenizer, data_config, longest=longest_input(self.full)
+            ).encoded
+            for name, examples in sets.items()
+        }
+        model = load_model(self.full, compute, dtype=torch.float32)
+        seen_by, where = (model, "holdout") if "holdout" in encoded else (None, "forget")
+        judge = seen_by or load_model(self.base, compute, dtype=torch.float32)
+        losses = losses_of(judge, encoded[where], batch_size=8, pad=pad)
+        calibration: Calibration = (
+            "held-out set" if where == "holdout" else "base model on the forget set"
+        )
+        del judge
+        tuned = Path(stage.forget_checkpoint)
+        direction = None
+        if stage.forget_moments is not None and stage.retain_moments is not None:
+            folders = {
+                "base": self.base,
+                "full": self.full,
+                "forget_checkpoint": tuned,
+                "forget_moments": stage.forget_moments,
+                "retain_moments": stage.retain_moments,
+            }
+            direction = make_direction(stage, folders)
+        with tempfile.TemporaryDirectory(dir=work_folder(self.config)) as scratch:
+            delta = load_delta(
+                Path(scratch),
+                self.full,
+                self.base,
+                tuned,
+                stage.weighting,
+                (stage.forget_importance, stage.retain_importance),
+                direction,
+                compute,
+            )
+            return find_strength(
+                model,
+                delta,
+                encoded["forget"],
+                encoded["retain"],
+                (calibration, sum(losses) / len(losses)),
+                retain_budget=self.config.retain_budget,
+                seed=self.config.strength_seed,
+                pad=pad,
+            )
 
     def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
         output = self._place(f"evaluation_{name}.json")
@@ -212,6 +320,11 @@ class _Stages:
             compute=self.config.compute,
         )
         return self._timed(f"evaluate_{name}", lambda: evaluate_checkpoint(stage))
+
+    def report(self) -> Path:
+        output = self.config.output.with_name(f"{self.config.output.name}.report.html")
+        sources = (str(self.config.output), str(work_folder(self.config)))
+        return write_report(ReportConfig(results=sources, output=output))
 
     def _place(self, name: str) -> Path:
         folder = work_folder(self.config)
@@ -236,6 +349,7 @@ class _Record:
     config: UnlearnConfig
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
+    sets: Mapping[str, ExampleSet]
     seconds: dict[str, float]
 
     @classmethod
@@ -248,9 +362,11 @@ class _Record:
             "forget": sets["forget"].fingerprint,
             "retain": sets["retain"].fingerprint,
         }
+        if "holdout" in sets and config.weighting.scaling_coef == "auto":
+            inputs["holdout"] = sets["holdout"].fingerprint
         if config.retain_moments is not None:
             inputs["retain_moments"] = fingerprint(config.retain_moments)
-        return cls(config, _resolved(config), inputs, {})
+        return cls(config, _resolved(config), inputs, sets, {})
 
     def is_finished(self) -> bool:
         manifest = read_manifest(self.config.output) or {}
@@ -272,7 +388,7 @@ class _Record:
             why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
         raise exists_error(output, why)
 
-    def write(self, evaluation: Mapping[str, Any]) -> None:
+    def write(self, evaluation: Mapping[str, Any], **found: Any) -> None:
         manifest = read_manifest(self.config.output) or {}
         earlier = manifest.get("unlearn", {})
         manifest["unlearn"] = make_manifest(
@@ -282,6 +398,8 @@ class _Record:
             seconds={**earlier.get("seconds", {}), **self.seconds},
             sources={name: getattr(self.config, name) for name in self.inputs},
             evaluation=evaluation or earlier.get("evaluation", {}),
+            **({"strength": earlier["strength"]} if "strength" in earlier else {}),
+            **found,
         )
         write_manifest(self.config.output, manifest)
 
@@ -315,8 +433,10 @@ def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
 
 
 def _resolved(config: UnlearnConfig) -> dict[str, Any]:
-    # How the result is evaluated does not decide what it is.
-    evaluation = {"evaluate", "holdout", *settings_of(config.scoring)}
+    # How the result is evaluated does not decide what it is; how it is chosen does.
+    evaluation = {"evaluate", *settings_of(config.scoring)}
+    if config.weighting.scaling_coef != "auto":
+        evaluation |= {"holdout", "retain_budget", "strength_seed"}
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
     return {
         **settings,

@@ -1,0 +1,109 @@
+"""General ability: tasks of lm-evaluation-harness on a checkpoint.
+
+That package is optional (`pip install lm-eval`). Its own tasks need the hub for their data; tasks
+of a local folder with local data work offline. Scores come with the harness's standard errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from perta.checkpoint import fingerprint
+from perta.config import AbilityConfig
+from perta.errors import ConfigError, DataError
+from perta.manifest import settings_of
+from perta.model import pick_device, pick_dtype, resolve_checkpoint
+from perta.results import Results
+from perta.stage import run_file_stage
+
+
+def bench_ability(config: AbilityConfig) -> Results:
+    """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
+
+    Args:
+        config: checkpoint, tasks and output.
+
+    Returns:
+        `TASK/METRIC` -> {"agg_value", "standard_error"}, and what made it under `perta`.
+
+    Raises:
+        ConfigError: the harness is not installed, or no such task exists.
+        DataError: a task's data cannot be loaded.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "General ability is measured by lm-evaluation-harness, which is not installed here. "
+            "Run `pip install lm-eval`."
+        ) from error
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    manager = TaskManager(include_path=str(config.include_path) if config.include_path else None)
+    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise ConfigError(
+            f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists "
+            "its own; --include-path adds a folder of task files."
+        )
+    dtype = str(pick_dtype(config.compute)).removeprefix("torch.")
+    device = pick_device(config.compute).type
+    settings = {
+        **settings_of(config),
+        "device": device,
+        "dtype": dtype,
+        "lm_eval": lm_eval.__version__,
+    }
+
+    def make() -> Results:
+        try:
+            found = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(checkpoint), "dtype": dtype},
+                tasks=list(config.tasks),
+                task_manager=manager,
+                device=device,
+                batch_size=config.evaluation_batch_size,
+                limit=config.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        except (OSError, ConnectionError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise DataError(
+                f"The tasks {', '.join(config.tasks)} could not be run: {reason} The harness's "
+                "own tasks fetch their data from the hub; offline, give local ones with "
+                "--include-path."
+            ) from error
+        return _aggregates(found["results"])
+
+    inputs = {"checkpoint": fingerprint(checkpoint)}
+    if config.include_path:
+        inputs["include_path"] = _folder_hash(config.include_path)
+    return run_file_stage(
+        "bench ability", config.output, settings, inputs, make, overwrite=config.overwrite
+    )
+
+
+def _aggregates(results: dict[str, Any]) -> Results:
+    table: Results = {}
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, form = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = values.get(f"{metric}_stderr,{form}")
+            table[f"{task}/{metric}"] = {
+                "agg_value": value,
+                "standard_error": error if isinstance(error, float) else None,
+            }
+    return table
+
+
+def _folder_hash(folder: Path) -> str:
+    import hashlib
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(folder)} {fingerprint(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
