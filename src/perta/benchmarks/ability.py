@@ -40,8 +40,8 @@ def bench_ability(config: AbilityConfig) -> Results:
             "Run `pip install lm-eval`."
         ) from error
     checkpoint = resolve_checkpoint(config.checkpoint)
-    manager = TaskManager(include_path=str(config.include_path) if config.include_path else None)
-    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    manager = _tasks(config, TaskManager)
+    unknown = _unknown(config, manager)
     if unknown:
         raise ConfigError(
             f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists "
@@ -84,6 +84,20 @@ def bench_ability(config: AbilityConfig) -> Results:
     return run_file_stage(
         "bench ability", config.output, settings, inputs, make, overwrite=config.overwrite
     )
+
+
+def _tasks(config: AbilityConfig, manager: Any) -> Any:
+    """The folder's tasks alone where they suffice: indexing the harness's own takes minutes."""
+    if config.include_path is None:
+        return manager()
+    local = manager(include_path=str(config.include_path), include_defaults=False)
+    if not _unknown(config, local):
+        return local
+    return manager(include_path=str(config.include_path))
+
+
+def _unknown(config: AbilityConfig, manager: Any) -> list[str]:
+    return [task for task in config.tasks if not manager.match_tasks([task])]
 
 
 def _aggregates(results: dict[str, Any]) -> Results:
