@@ -13,14 +13,11 @@ on has changed.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import (
@@ -32,20 +29,19 @@ from perta.config import (
     ReportConfig,
     UnlearnConfig,
 )
-from perta.data import ExampleSet, encode_examples, load_examples
+from perta.data import ExampleSet, load_examples
 from perta.direction import check_moments
 from perta.edit import (
     BASE,
     FORGET,
     check_separate,
     edit_checkpoint,
-    make_direction,
     plan_edit,
     with_defaults,
 )
 from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
-from perta.finetune import finetune_checkpoint, losses_of
+from perta.finetune import finetune_checkpoint
 from perta.importance import compute_importance
 from perta.manifest import (
     make_manifest,
@@ -54,20 +50,12 @@ from perta.manifest import (
     stage_key,
     write_manifest,
 )
-from perta.model import (
-    load_model,
-    load_tokenizer,
-    longest_input,
-    pad_id,
-    pick_device,
-    pick_dtype,
-    resolve_checkpoint,
-)
+from perta.model import pick_device, pick_dtype, resolve_checkpoint
 from perta.moments import compute_moments
 from perta.progress import say, warn
 from perta.report import write_report
 from perta.stage import changes, exists_error
-from perta.strength import Calibration, Strength, find_strength, load_delta
+from perta.strength import Strength, StrengthSettings, choose_strength
 from perta.weighting import get_method, importance_order
 
 T = TypeVar("T")
@@ -237,74 +225,18 @@ class _Stages:
 
     def find_strength(self, stage: EditConfig, sets: Mapping[str, ExampleSet]) -> Strength:
         """Search for the strength and save every point of it as `strength.json`."""
-        found = self._timed("strength", lambda: self._search(stage, sets))
+        settings = StrengthSettings(
+            self.config.retain_budget, self.config.strength_seed, work_folder(self.config)
+        )
+        found = self._timed(
+            "strength",
+            lambda: choose_strength(
+                stage, sets, settings, self.config.data_config, self.config.compute
+            ),
+        )
         text = json.dumps(asdict(found), indent=1) + "\n"
         self._place("strength.json").write_text(text, "utf-8")
-        last = next(p for p in found.frontier if p.scaling_coef == found.scaling_coef)
-        say(
-            f"strength {found.scaling_coef:.3g}: forget loss {last.forget_loss:.3f} nats per token, "
-            f"unseen is {found.unseen_loss:.3f} ({found.calibrated_on}); retain loss "
-            f"{found.frontier[0].reporting_loss:.3f} -> {last.reporting_loss:.3f} on the half that "
-            "did not decide"
-        )
-        if not found.reached:
-            warn(
-                "The forget set does not look unseen at the largest strength within the retain "
-                f"budget of {found.retain_budget:g} nats per token. Raise --retain-budget, or "
-                "choose another method."
-            )
         return found
-
-    def _search(self, stage: EditConfig, sets: Mapping[str, ExampleSet]) -> Strength:
-        compute, data_config = self.config.compute, self.config.data_config
-        tokenizer = load_tokenizer(self.full)
-        pad = pad_id(tokenizer)
-        encoded = {
-            name: encode_examples(
-                examples, tokenizer, data_config, longest=longest_input(self.full)
-            ).encoded
-            for name, examples in sets.items()
-        }
-        model = load_model(self.full, compute, dtype=torch.float32)
-        seen_by, where = (model, "holdout") if "holdout" in encoded else (None, "forget")
-        judge = seen_by or load_model(self.base, compute, dtype=torch.float32)
-        losses = losses_of(judge, encoded[where], batch_size=8, pad=pad)
-        calibration: Calibration = (
-            "held-out set" if where == "holdout" else "base model on the forget set"
-        )
-        del judge
-        tuned = Path(stage.forget_checkpoint)
-        direction = None
-        if stage.forget_moments is not None and stage.retain_moments is not None:
-            folders = {
-                "base": self.base,
-                "full": self.full,
-                "forget_checkpoint": tuned,
-                "forget_moments": stage.forget_moments,
-                "retain_moments": stage.retain_moments,
-            }
-            direction = make_direction(stage, folders)
-        with tempfile.TemporaryDirectory(dir=work_folder(self.config)) as scratch:
-            delta = load_delta(
-                Path(scratch),
-                self.full,
-                self.base,
-                tuned,
-                stage.weighting,
-                (stage.forget_importance, stage.retain_importance),
-                direction,
-                compute,
-            )
-            return find_strength(
-                model,
-                delta,
-                encoded["forget"],
-                encoded["retain"],
-                (calibration, sum(losses) / len(losses)),
-                retain_budget=self.config.retain_budget,
-                seed=self.config.strength_seed,
-                pad=pad,
-            )
 
     def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
         output = self._place(f"evaluation_{name}.json")

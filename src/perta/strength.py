@@ -13,7 +13,8 @@ protects, so neither says how rows fare that gave no importance or moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,11 +24,13 @@ from torch import nn
 
 from perta.batch import Encoded
 from perta.checkpoint import copy_companions, open_index, write_tensors
-from perta.config import ComputeConfig, WeightingConfig
-from perta.edit import write_edit
+from perta.config import ComputeConfig, DataConfig, EditConfig
+from perta.data import ExampleSet, encode_examples
+from perta.edit import make_direction, write_edit
 from perta.errors import ConfigError
 from perta.finetune import losses_of
-from perta.model import load_model
+from perta.model import load_model, load_tokenizer, longest_input, pad_id
+from perta.progress import say, warn
 
 Calibration = Literal["held-out set", "base model on the forget set"]
 
@@ -79,6 +82,95 @@ class Strength:
     frontier: tuple[Point, ...]
 
 
+@dataclass(frozen=True)
+class StrengthSettings:
+    """Settings of a search.
+
+    Attributes:
+        retain_budget: largest rise of the selecting half's loss, nats per token.
+        seed: seed of the halves of the retain set.
+        scratch: folder for temporary files, two float32 checkpoints.
+    """
+
+    retain_budget: float
+    seed: int
+    scratch: Path
+
+
+def choose_strength(
+    edit: EditConfig,
+    sets: Mapping[str, ExampleSet],
+    settings: StrengthSettings,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+) -> Strength:
+    """Search for the strength of an edit, and say what was found.
+
+    Args:
+        edit: the edit, its checkpoints being local folders; its strength is not used.
+        sets: `forget`, `retain`, and `holdout` if there is one.
+        settings: of the search.
+        data_config: how rows become tokens.
+        compute: device; weights are float32 whatever it says.
+
+    Returns:
+        The strength and the frontier.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    full, base = Path(edit.full), Path(edit.base)
+    tokenizer = load_tokenizer(full)
+    pad = pad_id(tokenizer)
+    encoded = {
+        name: encode_examples(examples, tokenizer, data_config, longest=longest_input(full)).encoded
+        for name, examples in sets.items()
+    }
+    if len(encoded["retain"]) < 2:
+        raise ConfigError(
+            "--scaling-coef auto selects on one half of the retain set and reports on the other; "
+            "one example is too few. Give a number, or a larger retain set."
+        )
+    model = load_model(full, compute, dtype=torch.float32)
+    calibration: Calibration = "held-out set"
+    if "holdout" in encoded:
+        unseen_loss = mean_loss(model, encoded["holdout"], pad)
+    else:
+        calibration = "base model on the forget set"
+        start = load_model(base, compute, dtype=torch.float32)
+        unseen_loss = mean_loss(start, encoded["forget"], pad)
+        del start
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as scratch:
+        delta = load_delta(Path(scratch), edit, compute)
+    order = torch.randperm(
+        len(encoded["retain"]), generator=torch.Generator().manual_seed(settings.seed)
+    ).tolist()
+    shuffled = [encoded["retain"][i] for i in order]
+    half = len(shuffled) // 2
+    measure = Trials(model, delta, encoded["forget"], shuffled[:half], shuffled[half:], pad).at
+    chosen, reached, points = search_strength(measure, unseen_loss, settings.retain_budget)
+    found = Strength(
+        chosen.scaling_coef, reached, calibration, unseen_loss, settings.retain_budget, points
+    )
+    _report(found, chosen)
+    return found
+
+
+def _report(found: Strength, chosen: Point) -> None:
+    before = found.frontier[0].reporting_loss
+    say(
+        f"strength {found.scaling_coef:.3g}: forget loss {chosen.forget_loss:.3f} nats per token, "
+        f"unseen is {found.unseen_loss:.3f} ({found.calibrated_on}); retain loss {before:.3f} -> "
+        f"{chosen.reporting_loss:.3f} on the half that did not decide"
+    )
+    if not found.reached:
+        warn(
+            "The forget set does not look unseen at the largest strength within the retain budget "
+            f"of {found.retain_budget:g} nats per token. Raise --retain-budget, or choose another "
+            "method."
+        )
+
+
 def search_strength(
     measure: Callable[[float], Point], unseen_loss: float, retain_budget: float
 ) -> tuple[Point, bool, tuple[Point, ...]]:
@@ -124,76 +216,45 @@ def search_strength(
     return chosen, reached, tuple(sorted(points, key=lambda point: point.scaling_coef))
 
 
-def find_strength(
-    model: nn.Module,
-    delta: nn.Module,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded],
-    unseen: tuple[Calibration, float],
-    *,
-    retain_budget: float,
-    seed: int,
-    pad: int,
-) -> Strength:
-    """Try strengths in place on a loaded model.
+class Trials:
+    """Losses at any strength, by moving a loaded model in place.
 
-    Args:
-        model: θ_full in float32; left as it was, up to rounding.
-        delta: the weighted direction in the shape of the same model, float32.
-        forget: examples to forget.
-        retain: examples to keep, at least two; a seeded half decides.
-        unseen: what was not seen, and its loss in nats per token.
-        retain_budget: see `search_strength`.
-        seed: seed of the halves.
-        pad: padding token.
-
-    Returns:
-        The strength and the frontier.
-
-    Raises:
-        ConfigError: the retain set cannot be halved.
+    Attributes:
+        scaling_coef: strength the model is at.
     """
-    if len(retain) < 2:
-        raise ConfigError(
-            "--scaling-coef auto selects on one half of the retain set and reports on the other; "
-            "one example is too few. Give a number, or a larger retain set."
-        )
-    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
-    pairs = list(zip(model.parameters(), delta.parameters(), strict=True))
-    current = 0.0
 
-    def mean_loss(examples: Sequence[Encoded]) -> float:
-        losses = losses_of(model, examples, batch_size=_BATCH_SIZE, pad=pad)
-        return math.fsum(losses) / len(losses)
+    def __init__(
+        self,
+        model: nn.Module,
+        delta: nn.Module,
+        forget: Sequence[Encoded],
+        selecting: Sequence[Encoded],
+        reporting: Sequence[Encoded],
+        pad: int,
+    ) -> None:
+        self.scaling_coef = 0.0
+        self._model = model
+        self._pairs = list(zip(model.parameters(), delta.parameters(), strict=True))
+        self._sets = (forget, selecting, reporting)
+        self._pad = pad
 
-    def move(scaling_coef: float) -> None:
-        nonlocal current
-        with torch.no_grad():
-            for parameter, step in pairs:
-                parameter.sub_(step, alpha=scaling_coef - current)
-        current = scaling_coef
-
-    def measure(scaling_coef: float) -> Point:
-        move(scaling_coef)
-        selecting, reporting = (mean_loss([retain[i] for i in half]) for half in halves)
-        return Point(scaling_coef, mean_loss(forget), selecting, reporting)
-
-    chosen, reached, frontier = search_strength(measure, unseen[1], retain_budget)
-    move(0.0)
-    return Strength(chosen.scaling_coef, reached, *unseen, retain_budget, frontier)
+    @torch.no_grad()
+    def at(self, scaling_coef: float) -> Point:
+        """Losses of θ_full − α Δ."""
+        for parameter, step in self._pairs:
+            parameter.sub_(step, alpha=scaling_coef - self.scaling_coef)
+        self.scaling_coef = scaling_coef
+        losses = [mean_loss(self._model, examples, self._pad) for examples in self._sets]
+        return Point(scaling_coef, *losses)
 
 
-def load_delta(
-    folder: Path,
-    full: Path,
-    base: Path,
-    forget_checkpoint: Path,
-    weighting: WeightingConfig,
-    importance: tuple[Path | None, Path | None],
-    direction: Path | None,
-    compute: ComputeConfig,
-) -> nn.Module:
+def mean_loss(model: nn.Module, examples: Sequence[Encoded], pad: int) -> float:
+    """Mean over examples of their loss, nats per token."""
+    losses = losses_of(model, examples, batch_size=_BATCH_SIZE, pad=pad)
+    return math.fsum(losses) / len(losses)
+
+
+def load_delta(folder: Path, edit: EditConfig, compute: ComputeConfig) -> nn.Module:
     """The weighted direction W ⊙ τ of any method, as a model.
 
     It is what the edit makes of a checkpoint of zeros at α = −1, so names, tied weights and
@@ -201,17 +262,23 @@ def load_delta(
 
     Args:
         folder: empty folder for intermediate files, two float32 checkpoints.
-        full: θ_full.
-        base: θ₀.
-        forget_checkpoint: θ_f.
-        weighting: method and its settings; its strength is not used.
-        importance: importance folders of forget and retain set, where the method needs them.
-        direction: weighted direction, for the structured methods.
+        edit: the edit, its checkpoints being local folders.
         compute: device.
 
     Returns:
         A float32 model whose parameters are W ⊙ τ.
     """
+    full, base, tuned = Path(edit.full), Path(edit.base), Path(edit.forget_checkpoint)
+    direction = None
+    if edit.forget_moments is not None and edit.retain_moments is not None:
+        folders = {
+            "base": base,
+            "full": full,
+            "forget_checkpoint": tuned,
+            "forget_moments": edit.forget_moments,
+            "retain_moments": edit.retain_moments,
+        }
+        direction = make_direction(edit, folders)
     zeros, delta = folder / "zeros", folder / "delta"
     zeros.mkdir()
     delta.mkdir()
@@ -223,6 +290,7 @@ def load_delta(
     }
     write_tensors(zeros, tensors, index.shards)
     copy_companions(full, zeros)
-    settings = replace(weighting, scaling_coef=-1.0)
-    write_edit(delta, zeros, base, forget_checkpoint, settings, *importance, direction=direction)
+    settings = replace(edit.weighting, scaling_coef=-1.0)
+    importance = (edit.forget_importance, edit.retain_importance)
+    write_edit(delta, zeros, base, tuned, settings, *importance, direction)
     return load_model(delta, compute, dtype=torch.float32)

@@ -1,0 +1,175 @@
+"""`--scaling-coef auto`: the search, trials in place, the pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TUNE, World
+from perta.config import (
+    ComputeConfig,
+    DataConfig,
+    EditConfig,
+    UnlearnConfig,
+    WeightingConfig,
+)
+from perta.data import encode_examples, load_examples
+from perta.edit import edit_checkpoint
+from perta.errors import ConfigError
+from perta.model import load_model, load_tokenizer
+from perta.pipeline import unlearn, work_folder
+from perta.strength import LARGEST, Point, Trials, load_delta, mean_loss, search_strength
+
+
+def curve(tried: list[float], harm: float = 0.01, collapse: float = math.inf) -> Any:
+    """Forget loss α², retain loss `harm`·α, all infinite from `collapse` on."""
+
+    def measure(alpha: float) -> Point:
+        tried.append(alpha)
+        if alpha >= collapse:
+            return Point(alpha, math.nan, math.inf, math.inf)
+        return Point(alpha, alpha**2, 0.5 + harm * alpha, 0.4 + harm * alpha)
+
+    return measure
+
+
+def test_it_finds_the_smallest_strength_that_forgets() -> None:
+    tried: list[float] = []
+    chosen, reached, points = search_strength(curve(tried), 2.0, 0.1)
+    assert reached
+    assert 0 <= chosen.scaling_coef - math.sqrt(2) <= 0.02 * chosen.scaling_coef
+    assert [p.scaling_coef for p in points] == sorted(tried)
+    assert len(tried) < 14
+
+
+def test_it_stops_at_the_budget() -> None:
+    tried: list[float] = []
+    chosen, reached, _ = search_strength(curve(tried, harm=0.1), 2.0, 0.1)
+    assert not reached
+    assert 0.97 < chosen.scaling_coef <= 1
+    assert max(tried) == 2
+
+
+def test_it_never_goes_behind_a_collapse() -> None:
+    tried: list[float] = []
+    chosen, reached, _ = search_strength(curve(tried, collapse=1.2), 2.0, 0.1)
+    assert not reached
+    assert 1.15 < chosen.scaling_coef < 1.2
+    assert max(tried) == 2
+
+
+def test_what_looks_unseen_already_needs_no_edit() -> None:
+    tried: list[float] = []
+    assert search_strength(curve(tried), 0.0, 0.1)[0].scaling_coef == 0
+    assert tried == [0]
+
+
+def test_a_direction_without_effect_ends_the_search() -> None:
+    chosen, reached, _ = search_strength(lambda a: Point(a, 0.0, 0.5, 0.5), 2.0, 0.1)
+    assert not reached
+    assert chosen.scaling_coef == LARGEST
+
+
+def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "weighting": WeightingConfig(method=method, scaling_coef="auto"),
+        "tune": TUNE,
+        "evaluate": False,
+        "retain_budget": 5.0,
+        **more,
+    }
+    return UnlearnConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        output=output,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("method", ["perta-input", "perta-grad"])
+def test_the_result_has_the_losses_of_the_trial(world: World, tmp_path: Path, method: str) -> None:
+    settings = config(world, tmp_path / "out", method)
+    result = unlearn(settings)
+    record = result.manifest["unlearn"]["strength"]
+    saved = json.loads((work_folder(settings) / "strength.json").read_text("utf-8"))
+    assert saved == record
+    assert record["reached"] or method == "perta-grad"
+    assert record["calibrated_on"] == "base model on the forget set"
+    assert result.manifest["settings"]["scaling_coef"] == record["scaling_coef"] > 0
+    assert result.manifest["unlearn"]["settings"]["scaling_coef"] == "auto"
+
+    tokenizer = load_tokenizer(world.full)
+    forget, retain = (
+        encode_examples(load_examples(path), tokenizer, DataConfig()).encoded
+        for path in (world.forget, world.retain)
+    )
+    chosen = next(p for p in record["frontier"] if p["scaling_coef"] == record["scaling_coef"])
+    edited = load_model(result.folder, ComputeConfig())
+    assert mean_loss(edited, forget, 0) == pytest.approx(chosen["forget_loss"], rel=1e-4)
+    both = chosen["selecting_loss"] + chosen["reporting_loss"]
+    assert mean_loss(edited, retain, 0) == pytest.approx(both / 2, rel=1e-4)
+    base = load_model(world.base, ComputeConfig())
+    assert mean_loss(base, forget, 0) == pytest.approx(record["unseen_loss"])
+    assert (chosen["forget_loss"] >= record["unseen_loss"]) == record["reached"]
+    # A second run computes nothing; the record stays.
+    assert unlearn(settings).manifest["unlearn"]["strength"] == record
+
+
+def test_a_held_out_set_calibrates_and_counts(world: World, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "out", "tv", holdout=str(world.retain), retain_budget=0.0)
+    record = unlearn(settings).manifest["unlearn"]
+    assert record["strength"]["calibrated_on"] == "held-out set"
+    model = load_model(world.full, ComputeConfig())
+    tokenizer = load_tokenizer(world.full)
+    retain = encode_examples(load_examples(world.retain), tokenizer, DataConfig()).encoded
+    assert record["strength"]["unseen_loss"] == pytest.approx(mean_loss(model, retain, 0))
+    assert "holdout" in record["inputs"]
+    assert record["settings"]["retain_budget"] == 0
+
+
+def test_trials_leave_the_model_as_it_was(world: World, tmp_path: Path) -> None:
+    edit = EditConfig(
+        full=str(world.full),
+        base=str(world.base),
+        forget_checkpoint=str(world.full),
+        output=tmp_path / "out",
+        weighting=WeightingConfig(method="constant", constant=0.5),
+    )
+    (tmp_path / "scratch").mkdir()
+    delta = load_delta(tmp_path / "scratch", edit, ComputeConfig())
+    full, base = (load_model(folder, ComputeConfig()) for folder in (world.full, world.base))
+    for name, value in delta.named_parameters():
+        expected = 0.5 * (full.get_parameter(name) - base.get_parameter(name))
+        torch.testing.assert_close(value, expected)
+    tokenizer = load_tokenizer(world.full)
+    forget = encode_examples(load_examples(world.forget), tokenizer, DataConfig()).encoded
+    trials = Trials(full, delta, forget, forget, forget, 0)
+    first = trials.at(0.0)
+    halfway = trials.at(2.0)
+    assert halfway.forget_loss == pytest.approx(mean_loss(base, forget, 0), rel=1e-4)
+    assert trials.at(0.0).forget_loss == pytest.approx(first.forget_loss, rel=1e-4)
+
+
+def test_mistakes(world: World, tmp_path: Path) -> None:
+    edit = EditConfig(
+        full=str(world.full),
+        base=str(world.base),
+        forget_checkpoint=str(world.full),
+        output=tmp_path / "out",
+        weighting=WeightingConfig(method="tv", scaling_coef="auto"),
+    )
+    with pytest.raises(ConfigError, match="perta unlearn"):
+        edit_checkpoint(edit)
+    one = tmp_path / "one.jsonl"
+    one.write_text(world.retain.read_text("utf-8").splitlines()[0] + "\n", "utf-8")
+    with pytest.raises(ConfigError, match="too few"):
+        unlearn(replace(config(world, tmp_path / "out", "tv"), retain=str(one)))
+    assert not (tmp_path / "out").exists()
