@@ -34,6 +34,10 @@ _COMPAT_BATCHES = 8
 _MOST_LOGITS = 2048
 """New tokens of one pass, unless a single answer has more, to bound the memory of logits."""
 
+_PASS_COST_CPU, _PASS_COST = 16, 2048
+"""Tokens that take as long as a pass's fixed costs: reading the weights on CPUs, where little
+runs at once; launching kernels elsewhere."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -174,6 +178,7 @@ class _Run:
     ) -> None:
         self.model, self.items, self.options, self.finish = model, items, options, finish
         self.scores: dict[int, list[Score]] = {i: [] for i in range(len(items))}
+        self.pass_cost = _PASS_COST_CPU if model.device.type == "cpu" else _PASS_COST
         self.growing: list[_Growing] = []
         self.state: Prefixes | None = None
         self.root: Prefixes | None = None
@@ -206,7 +211,7 @@ class _Run:
         trees = {i: self._tree(i) for i in batch}
         level = [segment for tops in trees.values() for segment in tops]
         while level:
-            for part in _rows_that_fit(level, self.options.batch_size):
+            for part in _rows_that_fit(level, self.options.batch_size, self.pass_cost):
                 self._feed(part)
             level = [child for segment in level for child in segment.children]
         for i, tops in trees.items():
@@ -402,16 +407,26 @@ def _guesses(path: Sequence[Segment]) -> list[int]:
     return [s.guesses.get(offset, -1) for s in path for offset in range(len(s.tokens))]
 
 
-def _rows_that_fit(segments: Sequence[Segment], batch_size: int) -> list[list[Segment]]:
-    """Batches of segments of similar length, within bounds of rows and logits."""
+def _rows_that_fit(
+    segments: Sequence[Segment], batch_size: int, pass_cost: int
+) -> list[list[Segment]]:
+    """Batches of segments of similar length, within bounds of rows and logits.
+
+    A longer segment starts a new batch where padding the others to it would cost more than
+    another pass, `pass_cost` tokens.
+    """
     todo = sorted((s for s in segments if s.to_feed), key=lambda s: len(s.to_feed))
     batches: list[list[Segment]] = []
-    logits = 0
+    logits = width = 0
     for segment in todo:
-        logits += len(segment.to_feed)
-        if not batches or len(batches[-1]) == batch_size or logits > _MOST_LOGITS:
+        length = len(segment.to_feed)
+        logits += length
+        rows = len(batches[-1]) if batches else batch_size
+        padding = (length - width) * rows
+        if rows == batch_size or logits > _MOST_LOGITS or padding > pass_cost:
             batches.append([])
-            logits = len(segment.to_feed)
+            logits = length
+        width = length
         batches[-1].append(segment)
     return batches
 

@@ -6,6 +6,7 @@ tree is a run of tokens between two places where sequences part.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -92,9 +93,7 @@ def _grow(
 ) -> list[Segment]:
     segments = []
     for group in _groups(sequences):
-        # A sequence's last token stays out of what is shared: it must end in a leaf.
-        limit = min(len(tokens) for _, tokens in group) - (len(group) > 1)
-        shared = _common_length([tokens for _, tokens in group], limit)
+        shared = _common_length([tokens for _, tokens in group])
         answers = tuple(k for k, _ in group)
         segment = Segment(item, start, group[0][1][:shared], answers, parent)
         rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
@@ -112,14 +111,15 @@ def _groups(
         alike.setdefault(tokens[0], []).append((answer, tokens))
     groups = []
     for group in alike.values():
-        limit = min(len(tokens) for _, tokens in group) - 1
-        saved = _common_length([tokens for _, tokens in group], limit) * (len(group) - 1)
+        saved = _common_length([tokens for _, tokens in group]) * (len(group) - 1)
         groups += [group] if saved >= _WORTH_A_NODE else [[entry] for entry in group]
     return groups
 
 
-def _common_length(sequences: Sequence[Sequence[int]], limit: int) -> int:
-    length = 0
-    while length < limit and len({sequence[length] for sequence in sequences}) == 1:
-        length += 1
-    return length
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Leading tokens that all sequences share."""
+    return sum(1 for _ in itertools.takewhile(_all_equal, zip(*sequences, strict=False)))
+
+
+def _all_equal(tokens: tuple[int, ...]) -> bool:
+    return len(set(tokens)) == 1
