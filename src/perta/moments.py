@@ -494,7 +494,9 @@ class _Collector:
     def __post_init__(self) -> None:
         for unit in self.units:
             zeros = torch.zeros(unit.width, unit.width, dtype=torch.float64)
-            self.sums[unit.kind, unit.slots[0]] = zeros.to(self.model.device)
+            # Apple's GPUs have no float64.
+            place = "cpu" if self.model.device.type == "mps" else self.model.device
+            self.sums[unit.kind, unit.slots[0]] = zeros.to(place)
 
     @property
     def needs_gradients(self) -> bool:
@@ -610,7 +612,7 @@ def _add_rows(total: Tensor, rows: Tensor, kept: Tensor) -> None:
     flat = rows.detach().reshape(-1, rows.shape[-1])[kept]
     # A model in float64 keeps its digits.
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    total.add_(flat.t() @ flat)
+    total.add_((flat.t() @ flat).to(total.device))
 
 
 @contextmanager
