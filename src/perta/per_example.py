@@ -250,11 +250,11 @@ def verify_engine(
         if not (error := _relative_error(fast.by_order[order][name], expected, order)) <= tolerance
     ]
     if bad:
-        shown = "; ".join(bad[:8]) + ("; …" if len(bad) > 8 else "")
+        compared = sum(len(tensors) for tensors in slow.by_order.values())
         raise EngineMismatchError(
-            f"{len(bad)} of {len(orders) * len(slow.by_order[float(orders[0])])} importance "
-            f"tensors from the batched engine differ from the example-by-example loop by more "
-            f"than {tolerance:g}: {shown}. Compute with the example loop instead."
+            f"{len(bad)} of {compared} importance tensors from the batched engine differ from "
+            f"the example-by-example loop by more than {tolerance:g}: {'; '.join(bad[:8])}"
+            f"{'; …' if len(bad) > 8 else ''}. Use the example loop for this model."
         )
 
 

@@ -1,0 +1,329 @@
+"""What per-example importance costs, side by side with the other ways to get it.
+
+    python benchmarks/importance.py                        # SmolLM2-135M's shape, random weights
+    python benchmarks/importance.py --model FOLDER         # a checkpoint
+    python benchmarks/importance.py --only plain engine    # the two that matter, quickly
+
+One process, one set of batches. In every repeat each contender runs once, in turn, so that a
+busy moment of the machine hits all of them; ratios are to the plain pass of the same repeat.
+
+    plain         forward and backward of the mean loss, with the gradients of all weights
+    engine 2      batched_moments, order 2
+    engine 1+2    batched_moments, orders 1 and 2 together
+    loop          example_loop_moments, order 2
+    torch.func    vmap(grad(loss)), then squares and a mean; holds all gradients of a batch
+    opacus        its GradSampleModule, likewise; left out unless opacus is installed
+
+The engine's time includes what it does once per data set: allocating the sums, checking the
+norms, dividing at the end. `--batches` says over how many batches that is spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name for it
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from perta.batch import IGNORE, Batch, Encoded, collate
+from perta.objectives import example_losses
+from perta.per_example import Moments, batched_moments, example_loop_moments
+
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+    pad_token_id=2,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+Run = Callable[[Sequence[Batch]], object]
+
+
+def main() -> None:
+    """Run the contenders and print the table."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = load(options.model, options.dtype).to(options.device).eval()
+    batches = make_batches(options, model.config.vocab_size)
+    print(describe(options, model))
+    contenders = {
+        name: run for name, run in make_contenders(model).items() if chosen(name, options.only)
+    }
+    measured = measure(contenders, batches, options)
+    report(measured, options)
+    if options.accuracy:
+        report_accuracy(model, batches[0])
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint folder; random weights without it")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64, help="tokens per example; half labelled")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="+", help="contenders whose name starts with one of these")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time of the process, for a machine that others use too",
+    )
+    parser.add_argument(
+        "--accuracy", action="store_true", help="also compare with the float64 example loop"
+    )
+    return parser.parse_args()
+
+
+def chosen(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a contender takes part; the plain pass always does."""
+    return only is None or name == "plain" or any(name.startswith(start) for start in only)
+
+
+def load(folder: Path | None, dtype: str) -> Any:
+    """A checkpoint, or random weights of SmolLM2-135M's shape."""
+    if folder is None:
+        return LlamaForCausalLM(SMOLLM2_135M).to(getattr(torch, dtype))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+def make_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
+    """Batches of random tokens, the second half of each example labelled."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(options.batches):
+        examples = []
+        for row in range(options.batch_size):
+            ids = torch.randint(vocabulary, (options.length,), generator=generator).tolist()
+            prompt = options.length // 2
+            labels = [IGNORE] * prompt + ids[prompt:]
+            examples.append(Encoded(tuple(ids), tuple(labels), row + 1))
+        batches.append(collate(examples, pad_id=2).to(options.device))
+    return batches
+
+
+# --- contenders -------------------------------------------------------------------------------
+
+
+def make_contenders(model: Any) -> dict[str, Run]:
+    """Every way to run the batches, the plain pass first."""
+    contenders: dict[str, Run] = {
+        "plain": lambda batches: plain(model, batches),
+        "engine 2": lambda batches: batched_moments(model, batches, [2]),
+        "engine 1+2": lambda batches: batched_moments(model, batches, [1, 2]),
+        "loop": lambda batches: example_loop_moments(model, batches, [2]),
+        "torch.func": lambda batches: torch_func(model, batches),
+    }
+    try:
+        import opacus  # noqa: F401 - only to see whether it is there
+    except ImportError:
+        print("opacus is not installed: left out")
+    else:
+        contenders["opacus"] = lambda batches: opacus_gradients(model, batches)
+    return contenders
+
+
+def plain(model: Any, batches: Sequence[Batch]) -> None:
+    """What a training step computes."""
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        example_losses(model, batch).mean().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def torch_func(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Mean squares through vmap(grad)."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    before = model.config._attn_implementation
+    # vmap cannot see through the fused attention once there is a mask.
+    model.set_attn_implementation("eager")
+
+    def loss(weights: dict[str, Tensor], ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        inputs = {
+            "input_ids": ids.unsqueeze(0),
+            "attention_mask": mask.unsqueeze(0),
+            "use_cache": False,
+        }
+        logits = torch.func.functional_call(model, weights, (), inputs).logits[0]
+        return F.cross_entropy(logits[:-1].float(), labels[1:])
+
+    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))
+    sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    try:
+        for batch in batches:
+            found = per_example(weights, batch.input_ids, batch.attention_mask, batch.labels)
+            for name, gradients in found.items():
+                sums[name] += gradients.float().square().sum(0)
+    finally:
+        model.set_attn_implementation(before)
+    return sums
+
+
+def opacus_gradients(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Mean squares through opacus's hooks."""
+    from opacus import GradSampleModule
+
+    # The library rejects some layers when strict, though it can differentiate them. It listens
+    # in training mode only; the models here have no dropout.
+    model.train()
+    wrapped = GradSampleModule(model, strict=False, loss_reduction="sum")
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    try:
+        for batch in batches:
+            logits = wrapped(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).logits
+            losses = F.cross_entropy(
+                logits[:, :-1].transpose(1, 2).float(), batch.labels[:, 1:], reduction="none"
+            )
+            (losses.sum(1) / (batch.labels[:, 1:] != IGNORE).sum(1)).sum().backward()
+            for name, parameter in model.named_parameters():
+                sums[name] += parameter.grad_sample.float().square().sum(0)
+            wrapped.zero_grad(set_to_none=True)
+    finally:
+        wrapped.to_standard_module()
+        model.eval()
+        model.zero_grad(set_to_none=True)
+    return sums
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def measure(
+    contenders: dict[str, Run], batches: Sequence[Batch], options: argparse.Namespace
+) -> dict[str, tuple[list[float], float]]:
+    """Seconds per batch in every repeat, and peak memory in MB above the start, by contender."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    memory: dict[str, float] = {}
+    for name, run in list(contenders.items()):
+        try:
+            start = reset_peak(options.device)
+            run(batches[:1])
+            memory[name] = read_peak(options.device) - start
+        except Exception as error:
+            print(f"{name} failed: {type(error).__name__}: {str(error)[:200]}")
+            del contenders[name], seconds[name]
+        gc.collect()
+    for _ in range(options.repeats):
+        for name, run in contenders.items():
+            synchronize(options.device)
+            start = clock()
+            run(batches)
+            synchronize(options.device)
+            seconds[name].append((clock() - start) / len(batches))
+            gc.collect()
+    return {name: (values, memory[name]) for name, values in seconds.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait for an accelerator."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: str) -> float:
+    """Start a new peak of memory; returns what is in use now, in MB."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return read_status("VmRSS")
+
+
+def read_peak(device: str) -> float:
+    """Peak memory since `reset_peak`, in MB; NaN where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    return read_status("VmHWM")
+
+
+def read_status(field: str) -> float:
+    """A size from /proc/self/status, in MB; NaN where there is none."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    for line in status.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+# --- reporting --------------------------------------------------------------------------------
+
+
+def describe(options: argparse.Namespace, model: Any) -> str:
+    """One line on what ran where."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    device = platform.processor() or platform.machine()
+    if options.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    return (
+        f"{options.model or 'random weights'}, {size:.0f}M parameters, {options.dtype}; "
+        f"{options.batches} batches of {options.batch_size} x {options.length} tokens, half "
+        f"labelled; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{options.clock} time"
+    )
+
+
+def report(measured: dict[str, tuple[list[float], float]], options: argparse.Namespace) -> None:
+    """Print seconds per batch, and the ratio to the plain pass with its spread."""
+    reference, _ = measured["plain"]
+    print(f"\n{'':12}{'s/batch':>10}{'ratio to plain: median [min, max]':>38}{'peak MB':>10}")
+    for name, (seconds, memory) in measured.items():
+        ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        print(f"{name:12}{statistics.median(seconds):10.3f}{spread:>38}{memory:10.0f}")
+    print(f"{options.repeats} repeats; peak memory of one batch, above the model's own")
+
+
+def report_accuracy(model: Any, batch: Batch) -> None:
+    """Print the distance of engine and float32 loop to the float64 loop, on two examples."""
+    few = [Batch(batch.input_ids[:2], batch.attention_mask[:2], batch.labels[:2], batch.index[:2])]
+    exact = example_loop_moments(model, few, [1, 2], dtype=torch.float64)
+    for name, found in (
+        ("engine", batched_moments(model, few, [1, 2])),
+        ("loop, same precision", example_loop_moments(model, few, [1, 2])),
+    ):
+        for order in (1.0, 2.0):
+            worst, error = worst_tensor(found, exact, order)
+            print(f"{name}, order {order:g}: relative error up to {error:.1e} ({worst})")
+
+
+def worst_tensor(found: Moments, exact: Moments, order: float) -> tuple[str, float]:
+    """Name and error of the tensor that is farthest off, relative to its largest element."""
+    errors = {
+        name: float((found.by_order[order][name] - value).abs().max() / value.abs().max())
+        for name, value in exact.by_order[order].items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return worst, errors[worst]
+
+
+if __name__ == "__main__":
+    main()
