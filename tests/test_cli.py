@@ -56,6 +56,7 @@ def perta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_help_lists_every_command_and_its_options(perta: Run) -> None:
     commands = (
         "unlearn", "finetune", "importance", "edit", "evaluate", "methods", "people", "demo",
+        "moments", "merge-moments", "report", "bench",
         "moments", "merge-moments",
     )  # fmt: skip
     top = perta("--help").out
@@ -139,6 +140,10 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
     for name in ("base", "full", "retrained", "tv", "perta-grad", "perta-fisher"):
         assert name in shown.out
     assert "share of retraining" in shown.out
+    page = tmp_path / "again.html"
+    assert perta("report", tmp_path / "demo", "--output", page, "--no-figures").status == 0
+    assert "not a proof of erasure" in page.read_text("utf-8")
+    assert (tmp_path / "demo" / "report.html").exists()
     results = {
         p.stem: json.loads(p.read_text("utf-8")) for p in (tmp_path / "demo/results").iterdir()
     }
