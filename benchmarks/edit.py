@@ -12,9 +12,10 @@ shards each) and two float32 importance folders, then measures in turn, several 
     mergekit     task arithmetic with float32 arithmetic, where mergekit is installed
 
 Every run is a process of its own, so its peak resident memory is its own. Times leave imports
-aside for both tools; `process` times do not. Files are in the disk cache: all of them are read
-once before the clock starts, and earlier output is flushed. The whole takes about 25 GB of disk
-and, to stay in the cache, of memory; `--layers 4` makes everything smaller.
+aside for both tools; `process` times do not. Files are in the disk cache: before each run its
+inputs are read and earlier output is flushed, because mergekit's memory drives files out. The
+whole takes about 25 GB of disk and, to stay in the cache, of memory; `--layers 4` makes
+everything smaller.
 
 mergekit: `python -m venv VENV && VENV/bin/pip install torch mergekit==0.1.5`.
 """
@@ -42,25 +43,7 @@ CHECKPOINTS = ("base", "full", "forget")
 IMPORTANCE = ("forget-importance", "retain-importance")
 SCALING_COEF = 1.0
 
-PERTA_RUN = """
-import json, sys, time
-from pathlib import Path
-from perta.checkpoint import atomic_folder
-from perta.config import WeightingConfig
-from perta.edit import write_edit
-from perta.edit_plan import EditInputs
-from perta.progress import set_quiet
-set_quiet(True)
-work, output, method, threads = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-started = time.perf_counter()
-inputs = EditInputs(
-    work / "full", work / "base", (work / "forget",),
-    work / "forget-importance", work / "retain-importance",
-)
-with atomic_folder(output) as partial:
-    write_edit(partial, inputs, WeightingConfig(method=method), threads=threads or None)
-print(json.dumps(time.perf_counter() - started))
-"""
+PERTA_RUN = "import edit, sys; edit.edit_once(*sys.argv[1:])"
 
 MERGEKIT_RUN = """
 import json, sys, time
@@ -219,16 +202,19 @@ def weights(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def floor(work: Path, readings: Sequence[str]) -> float:
-    """Seconds to read inputs with cat and copy one checkpoint with cp."""
-    target = work / "floor"
-    shutil.rmtree(target, ignore_errors=True)
-    os.sync()
+def read_with_cat(work: Path, readings: Sequence[str]) -> None:
+    """Read the files of some inputs, which also brings them into the disk cache."""
     files = [str(file) for name in readings for file in weights(work / name)]
-    started = time.perf_counter()
     # A shell redirection, because cat of this many files must not pass through Python.
     with Path(os.devnull).open("wb") as null:
         subprocess.run(["cat", *files], stdout=null, check=True)
+
+
+def floor(work: Path, readings: Sequence[str]) -> float:
+    """Seconds to read inputs with cat and copy one checkpoint with cp."""
+    target = work / "floor"
+    started = time.perf_counter()
+    read_with_cat(work, readings)
     subprocess.run(["cp", "-r", str(work / "full"), str(target)], check=True)
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
@@ -237,9 +223,10 @@ def floor(work: Path, readings: Sequence[str]) -> float:
 
 def run(work: Path, python: str, code: str, output: Path, *arguments: str) -> Run:
     """Run one edit in a process of its own."""
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(Path(__file__).parent), environment.get("PYTHONPATH")))
+    )
     command = [python, "-c", code, str(work), str(output), *arguments]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -255,6 +242,29 @@ def run(work: Path, python: str, code: str, output: Path, *arguments: str) -> Ru
     unit = 1 if platform.system() == "Darwin" else 1024
     seconds = float(text.decode().strip().splitlines()[-1])
     return Run(seconds, elapsed, usage.ru_maxrss * unit / 1e6)
+
+
+def edit_once(work: str, output: str, method: str, threads: str) -> None:
+    """Edit in this process and print the seconds it took, imports aside."""
+    from perta.atomic import atomic_folder
+    from perta.config import WeightingConfig
+    from perta.edit import write_edit
+    from perta.edit_plan import EditInputs
+    from perta.progress import set_quiet
+
+    set_quiet(True)
+    folders = {name: Path(work) / name for name in CHECKPOINTS + IMPORTANCE}
+    started = time.perf_counter()
+    inputs = EditInputs(
+        folders["full"],
+        folders["base"],
+        (folders["forget"],),
+        folders["forget-importance"],
+        folders["retain-importance"],
+    )
+    with atomic_folder(Path(output)) as partial:
+        write_edit(partial, inputs, WeightingConfig(method=method), threads=int(threads) or None)
+    print(json.dumps(time.perf_counter() - started))
 
 
 def differing_values(work: Path) -> tuple[int, int, int, int]:
@@ -299,23 +309,31 @@ def measure(
     work: Path, repeats: int, threads: int, mergekit_python: str | None, with_importance: bool
 ) -> dict[str, list[Any]]:
     """Measure everything in turn, several times over."""
-    steps: dict[str, Callable[[], Any]] = {
-        "floor": lambda: floor(work, CHECKPOINTS),
-        "tv": lambda: run(work, sys.executable, PERTA_RUN, work / "tv", "tv", str(threads)),
+    weighted = CHECKPOINTS + IMPORTANCE
+
+    def edit_by(method: str) -> Run:
+        arguments = (PERTA_RUN, work / method, method, str(threads))
+        return run(work, sys.executable, *arguments)
+
+    steps: dict[str, tuple[Sequence[str], Callable[[], Any]]] = {
+        "floor": (CHECKPOINTS, lambda: floor(work, CHECKPOINTS)),
+        "tv": (CHECKPOINTS, lambda: edit_by("tv")),
     }
     if with_importance:
-        steps["floor+"] = lambda: floor(work, CHECKPOINTS + IMPORTANCE)
-        steps["perta-grad"] = lambda: run(
-            work, sys.executable, PERTA_RUN, work / "perta", "perta-grad", str(threads)
-        )
+        steps["floor+"] = (weighted, lambda: floor(work, weighted))
+        steps["perta-grad"] = (weighted, lambda: edit_by("perta-grad"))
     if mergekit_python:
-        steps["mergekit"] = lambda: run(work, mergekit_python, MERGEKIT_RUN, work / "mergekit")
+        output = work / "mergekit"
+        steps["mergekit"] = (CHECKPOINTS, lambda: run(work, mergekit_python, MERGEKIT_RUN, output))
     results: dict[str, list[Any]] = {name: [] for name in steps}
     for repeat in range(repeats):
-        for name, step in steps.items():
+        for name, (readings, step) in steps.items():
+            shutil.rmtree(work / name, ignore_errors=True)
+            os.sync()
+            read_with_cat(work, readings)
             results[name].append(step())
             if name == "perta-grad":
-                shutil.rmtree(work / "perta")
+                shutil.rmtree(work / name)
             last = results[name][-1]
             print(f"  {repeat + 1}/{repeats} {name}: {last}", file=sys.stderr, flush=True)
     return results
@@ -378,8 +396,6 @@ def main() -> None:
     maker.join()
     if maker.exitcode != 0:
         raise SystemExit("the inputs could not be made")
-    folders = CHECKPOINTS if options.no_importance else CHECKPOINTS + IMPORTANCE
-    floor(work, folders)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     for folder in ("full", "forget-importance"):
         size = sum(file.stat().st_size for file in weights(work / folder))
