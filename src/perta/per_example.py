@@ -16,7 +16,7 @@ How the engine works. While the model runs forward, every operation that reads a
 (linear maps, embeddings, norms, stacked experts) is replaced by one that computes the same
 values, but whose backward step hands the layer's input and output gradient to a `Recorder`
 instead of forming the gradient of the parameter. The recorder forms each example's gradient
-in small blocks, adds its powers to running sums and forgets it.
+in small blocks, adds its powers to running means and forgets it.
 
 Nothing is taken on trust: autograd is asked for the gradients of all parameters all the same.
 A parameter that was read only by replaced operations has none left. Any other still has one,
@@ -24,7 +24,7 @@ and is computed by the example loop instead, with a line in the log that says so
 
     per_example_capture    the replaced operations and modules
     per_example_recorder   which rows belong to which example; what waits for what
-    per_example_powers     the mathematics: pieces of gradients -> sums of powers
+    per_example_powers     the mathematics: pieces of gradients -> means of powers
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ from perta.batch import IGNORE, Batch
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
 from perta.objectives import example_losses
 from perta.per_example_capture import Capture, checkpointed_layers, replaced_modules
-from perta.per_example_powers import Sums, add_powers, power
+from perta.per_example_powers import Means, add_powers, power
 from perta.per_example_recorder import Recorder
 
 logger = logging.getLogger("perta")
@@ -102,10 +104,10 @@ def example_loop_moments(
     listed = _checked_batches(batches)
     if dtype is not None:
         model = _cast_copy(model, dtype)
-    sums = _zero_sums(_trained(model), orders)
+    means = _zero_means(_trained(model), orders, listed)
     with _inference_behaviour(model):
-        _add_example_loop(model, listed, sums, progress)
-    return _means(sums, listed)
+        _add_example_loop(model, listed, means, progress)
+    return _moments(means, listed)
 
 
 def abs_of_mean(
@@ -137,7 +139,7 @@ def abs_of_mean(
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
     parameters = _trained(model)
-    total = {name: _zeros_like(parameter) for name, parameter in parameters.items()}
+    total = _zeros_like(parameters)
     finished = 0
     with _inference_behaviour(model):
         for batch in listed:
@@ -178,12 +180,12 @@ def batched_moments(
         batches: right-padded examples.
         orders: powers p > 0; several cost little more than one.
         gradient_checkpointing: recompute each layer's activations in the backward pass.
-        accumulate_on: device of the running sums; the parameter's own by default. "cpu" spares
+        accumulate_on: device of the running means; the parameter's own by default. "cpu" spares
             the accelerator one float32 copy of the model per order.
         progress: told the number of examples finished.
 
     Returns:
-        The moments, float32, on the device of the sums.
+        The moments, float32, on the device of the means.
 
     Raises:
         ConfigError: an order is not a positive finite number, or the model has no layers
@@ -194,8 +196,8 @@ def batched_moments(
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
     parameters = _trained(model)
-    sums = _zero_sums(parameters, orders, accumulate_on)
-    recorder = Recorder(parameters, sums)
+    means = _zero_means(parameters, orders, listed, accumulate_on)
+    recorder = Recorder(parameters, means)
     with _inference_behaviour(model), ExitStack() as stack:
         stack.enter_context(replaced_modules(model, recorder))
         if gradient_checkpointing:
@@ -208,8 +210,8 @@ def batched_moments(
                 progress(finished)
     fast = set(recorder.names.values())
     slow = tuple(name for name in parameters if name not in fast)
-    _run_fallback(model, listed, sums, slow)
-    return _means(sums, listed, slow)
+    _run_fallback(model, listed, means, slow)
+    return _moments(means, listed, slow)
 
 
 def verify_engine(
@@ -253,7 +255,7 @@ def verify_engine(
 
 
 def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
-    """Add one batch to the sums; drop parameters that autograd still had to differentiate."""
+    """Add one batch to the means; drop parameters that autograd still had to differentiate."""
     handled = list(recorder.names)
     if not handled:
         return
@@ -269,9 +271,9 @@ def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
 
 
 def _run_fallback(
-    model: nn.Module, batches: Sequence[Batch], sums: Mapping[str, Sums], slow: Sequence[str]
+    model: nn.Module, batches: Sequence[Batch], means: Mapping[str, Means], slow: Sequence[str]
 ) -> None:
-    """Compute the named parameters with the example loop, replacing what is in their sums."""
+    """Compute the named parameters with the example loop, replacing what is in their means."""
     if not slow:
         return
     logger.warning(
@@ -280,28 +282,28 @@ def _run_fallback(
         ", ".join(slow),
     )
     for name in slow:
-        for total in sums[name].values():
-            total.zero_()
+        for mean in means[name].by_order.values():
+            mean.zero_()
     with _inference_behaviour(model):
-        _add_example_loop(model, batches, {name: sums[name] for name in slow}, None)
+        _add_example_loop(model, batches, {name: means[name] for name in slow}, None)
 
 
 def _add_example_loop(
     model: nn.Module,
     batches: Iterable[Batch],
-    sums: Mapping[str, Sums],
+    means: Mapping[str, Means],
     progress: Progress | None,
 ) -> None:
-    """Add |gradient|^p of every example to the sums of the named parameters."""
-    parameters = [p for name, p in model.named_parameters() if name in sums]
+    """Add |gradient|^p of every example to the means of the named parameters."""
+    parameters = [p for name, p in model.named_parameters() if name in means]
     finished = 0
     for batch in batches:
         for example in _single_examples(batch.to(_device(model))):
             loss = example_losses(model, example).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for totals, gradient in zip(sums.values(), gradients, strict=True):
+            for own, gradient in zip(means.values(), gradients, strict=True):
                 if gradient is not None:
-                    add_powers(totals, gradient.unsqueeze(0))
+                    add_powers(own, gradient.unsqueeze(0))
             finished += 1
         if progress is not None:
             progress(finished)
@@ -326,32 +328,52 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _zero_sums(
+def _zero_means(
     parameters: Mapping[str, nn.Parameter],
     orders: Sequence[float],
+    batches: Sequence[Batch],
     device: torch.device | str | None = None,
-) -> dict[str, Sums]:
+) -> dict[str, Means]:
+    zeros = {order: _zeros_like(parameters, device) for order in orders}
+    weight = 1 / sum(len(batch) for batch in batches)
     return {
-        name: {order: _zeros_like(parameter, device) for order in orders}
-        for name, parameter in parameters.items()
+        name: Means({order: tensors[name] for order, tensors in zeros.items()}, weight)
+        for name in parameters
     }
 
 
-def _zeros_like(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Zeros to accumulate in: float64 for a float64 parameter, float32 for any other."""
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    return torch.zeros(parameter.shape, dtype=dtype, device=device or parameter.device)
+def _zeros_like(
+    parameters: Mapping[str, nn.Parameter], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Zeros to accumulate in: float64 for float64 parameters, float32 for any other."""
+    zeros: dict[str, Tensor] = {}
+    groups: defaultdict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        place = torch.device(device) if device is not None else parameter.device
+        wide = parameter.dtype == torch.float64
+        groups[place, torch.float64 if wide else torch.float32].append(name)
+    for (place, dtype), names in groups.items():
+        sizes = [parameters[name].numel() for name in names]
+        for name, flat in zip(names, _zeros(sum(sizes), dtype, place).split(sizes), strict=True):
+            zeros[name] = flat.view(parameters[name].shape)
+    return {name: zeros[name] for name in parameters}
 
 
-def _means(
-    sums: Mapping[str, Sums], batches: Sequence[Batch], fallback: tuple[str, ...] = ()
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    # NumPy asks for huge pages and leaves clearing to the system: a third of the time.
+    return torch.from_numpy(np.zeros(count, np.float64 if dtype == torch.float64 else np.float32))
+
+
+def _moments(
+    means: Mapping[str, Means], batches: Sequence[Batch], fallback: tuple[str, ...] = ()
 ) -> Moments:
-    """Divide sums by the number of examples, in place."""
-    examples = sum(len(batch) for batch in batches)
     by_order: dict[float, dict[str, Tensor]] = {}
-    for name, totals in sums.items():
-        for order, total in totals.items():
-            by_order.setdefault(order, {})[name] = total.div_(examples).float()
+    for name, own in means.items():
+        for order, mean in own.by_order.items():
+            by_order.setdefault(order, {})[name] = mean.float()
+    examples = sum(len(batch) for batch in batches)
     return Moments(by_order, examples, _count_tokens(batches), fallback)
 
 

@@ -1,4 +1,4 @@
-"""Per-example gradients in pieces -> sums over examples of their powers.
+"""Per-example gradients in pieces -> means over examples of their powers.
 
 A piece says what a layer contributes to the gradient of its parameter without forming it. The
 gradient of each example is formed here, in blocks, raised to every order and forgotten.
@@ -8,8 +8,8 @@ What bounds the cost on a CPU, for P weights in linear layers, B examples and T 
     products    2 P T operations, as many as the weight gradients of the plain backward pass, which
                 autograd does not form here; B short products run a little below the speed of one
     powers      12 B P bytes through the second-level cache for order 2, 20 for order 1
-    sums        8 P bytes of main memory per order and batch: larger batches share them
-    once a run  4 P bytes per order to allocate and clear, 8 P to divide
+    means       8 P bytes of main memory per order and batch: larger batches share them
+    once a run  4 P bytes per order to allocate and clear
 
 On one AVX-512 core a (1536, 576) weight with 8 examples of 64 tokens took 7.6 ms for the plain
 gradient, 8.9 for the products, 11 with order 2 and 14.5 with orders 1 and 2, and the weight
@@ -31,8 +31,23 @@ from torch import Tensor, nn
 Segments = tuple[tuple[int, int], ...]
 """For each example the half-open range of rows of a flattened activation that belongs to it."""
 
-Sums = dict[float, Tensor]
-"""Order -> running sum over examples of |gradient|^order."""
+
+@dataclass(frozen=True)
+class Means:
+    """Running means over examples of the powers of one parameter's gradients.
+
+    Attributes:
+        by_order: order -> |gradient|^order of the examples seen so far, times `weight`.
+        weight: one over the number of all examples, so that nothing is left to divide.
+    """
+
+    by_order: dict[float, Tensor]
+    weight: float
+
+    @property
+    def any(self) -> Tensor:
+        """One of them, for what they share: shape, type and device."""
+        return next(iter(self.by_order.values()))
 
 
 # --- what one parameter's gradient is made of -------------------------------------------------
@@ -78,12 +93,12 @@ class Direct:
 Piece = Product | Rows | Direct
 
 
-# --- sums of powers ---------------------------------------------------------------------------
+# --- means of powers ---------------------------------------------------------------------------
 
 _CACHE_BYTES = 384 << 10
 """Size per thread of the block that an example's gradient is formed in on a CPU.
 
-A block is written by a matrix product, read back and added to an equal block of each sum. It
+A block is written by a matrix product, read back and added to an equal block of each mean. It
 has to fit in a core's second-level cache with them, and be tall enough for the product to run
 at full speed."""
 
@@ -91,7 +106,7 @@ _DEVICE_BYTES = 256 << 20
 """Size of the block that a whole batch's gradients are formed in on an accelerator."""
 
 
-def add_pieces(totals: Sums, pieces: Sequence[Piece]) -> bool:
+def add_pieces(means: Means, pieces: Sequence[Piece]) -> bool:
     """Add the powers of the gradients that the pieces add up to.
 
     Returns:
@@ -103,30 +118,30 @@ def add_pieces(totals: Sums, pieces: Sequence[Piece]) -> bool:
     if not pieces or (direct and (products or rows)):
         return False
     if direct:
-        add_powers(totals, functools.reduce(torch.add, direct))
+        add_powers(means, functools.reduce(torch.add, direct))
     if rows:
-        _add_rows(totals, rows, products)
+        _add_rows(means, rows, products)
     if products:
-        _add_products(totals, products)
+        _add_products(means, products)
     return True
 
 
-def add_powers(totals: Sums, gradients: Tensor) -> None:
+def add_powers(means: Means, gradients: Tensor) -> None:
     """Add the powers of per-example gradients (B, *shape)."""
-    for order, total in totals.items():
-        powers = power(gradients.to(total.dtype), order).sum(0)
-        total.add_(powers.to(total.device))
+    for order, mean in means.by_order.items():
+        powers = power(gradients.to(mean.dtype), order).sum(0)
+        mean.add_(powers.to(mean.device), alpha=means.weight)
 
 
-def _add_rows(totals: Sums, rows: Sequence[Rows], products: Sequence[Product]) -> None:
+def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -> None:
     """Add the powers of the parameter's rows that an embedding touched.
 
     Where products reach the same parameter (a tied output head), their share of the touched
     rows is added before the power is taken, and taken out of the products, so that the rest of
     them can be treated as if there were no embedding.
     """
-    height, width = next(iter(totals.values())).shape
-    dtype = next(iter(totals.values())).dtype
+    height, width = means.any.shape
+    dtype = means.any.dtype
     ids = torch.cat([piece.ids for piece in rows])
     example = torch.cat([piece.example for piece in rows])
     keys, place = (example * height + ids).unique(return_inverse=True)
@@ -144,32 +159,34 @@ def _add_rows(totals: Sums, rows: Sequence[Rows], products: Sequence[Product]) -
             share = left[:, columns].to(dtype).t() @ product.right[start:stop].to(dtype)
             gradients[low:high] += share
             left.index_fill_(1, columns, 0)
-    for order, total in totals.items():
-        powers = power(gradients, order).to(total.device)
+    for order, mean in means.by_order.items():
+        powers = power(gradients, order).mul_(means.weight).to(mean.device)
         # Unlike index_add_, this is deterministic on every device.
-        total.index_put_((touched.to(total.device),), powers, accumulate=True)
+        mean.index_put_((touched.to(mean.device),), powers, accumulate=True)
 
 
-def _add_products(totals: Sums, products: Sequence[Product]) -> None:
+def _add_products(means: Means, products: Sequence[Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
-    devices = {products[0].left.device, next(iter(totals.values())).device}
+    devices = {products[0].left.device, means.any.device}
     if devices == {torch.device("cpu")}:
-        _add_products_in_cache(totals, products)
+        _add_products_in_cache(means, products)
     else:
-        _add_products_together(totals, products)
+        _add_products_together(means, products)
 
 
-def _add_products_in_cache(totals: Sums, products: Sequence[Product]) -> None:
+def _add_products_in_cache(means: Means, products: Sequence[Product]) -> None:
     """Send blocks of the parameter's rows through all examples in turn, in one small buffer."""
-    total = next(iter(totals.values()))
-    height, width = total.shape
+    mean = means.any
+    height, width = mean.shape
     budget = _CACHE_BYTES * torch.get_num_threads()
-    block = min(height, max(16, budget // (width * total.element_size()) // 16 * 16))
-    examples = _factors(products, total.dtype, block)
+    block = min(height, max(16, budget // (width * mean.element_size()) // 16 * 16))
+    examples = _factors(products, mean.dtype, block)
     # Everything is cut into views beforehand: thousands of small slices would cost as much
-    # time as the sums.
-    adders = [(_adder(order), total.split(block)) for order, total in totals.items()]
-    buffer = torch.empty(block, width, dtype=total.dtype)
+    # time as the arithmetic.
+    adders = [
+        (_adder(order, means.weight), mean.split(block)) for order, mean in means.by_order.items()
+    ]
+    buffer = torch.empty(block, width, dtype=mean.dtype)
     for k, first in enumerate(adders[0][1]):
         gradient = buffer[: len(first)]
         targets = [(add, blocks[k]) for add, blocks in adders]
@@ -199,24 +216,24 @@ def _factors(
     return list(by_example.values())
 
 
-def _add_products_together(totals: Sums, products: Sequence[Product]) -> None:
+def _add_products_together(means: Means, products: Sequence[Product]) -> None:
     """Form the gradients of all examples at once, in blocks of rows that fit in memory.
 
     An accelerator wants few large operations, and its memory is fast enough to do without
     the cache.
     """
-    total = next(iter(totals.values()))
-    height, width = total.shape
+    mean = means.any
+    height, width = mean.shape
     left = torch.cat([_stacked(p.left, p.segments) for p in products], 1).transpose(1, 2)
     right = torch.cat([_stacked(p.right, p.segments) for p in products], 1)
-    block = max(1, _DEVICE_BYTES // (left.shape[0] * width * total.element_size()))
+    block = max(1, _DEVICE_BYTES // (left.shape[0] * width * mean.element_size()))
     for low in range(0, height, block):
         high = min(low + block, height)
-        gradients = _batched_product(left[:, low:high], right, total.dtype)
-        for order, total in totals.items():
+        gradients = _batched_product(left[:, low:high], right, means.any.dtype)
+        for order, mean in means.by_order.items():
             # The norm over examples raises and adds in one pass over memory.
             powers = torch.linalg.vector_norm(gradients, order, dim=0).pow_(order)
-            total[low:high].add_(powers.to(total.device))
+            mean[low:high].add_(powers.to(mean.device), alpha=means.weight)
 
 
 def _stacked(rows: Tensor, segments: Segments) -> Tensor:
@@ -235,14 +252,14 @@ def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(left.to(dtype), right.to(dtype))
 
 
-def _adder(order: float) -> Callable[[Tensor, Tensor], object]:
-    """A function that adds |gradient|^order to a sum; it may take the sign off the gradient."""
+def _adder(order: float, weight: float) -> Callable[[Tensor, Tensor], object]:
+    """A function that adds weight |gradient|^order; it may take the sign off the gradient."""
     if order == 2:
-        return lambda total, gradient: total.addcmul_(gradient, gradient)
+        return lambda mean, gradient: mean.addcmul_(gradient, gradient, value=weight)
     if order == 1:
         # In place, in cache: no other order sees the sign.
-        return lambda total, gradient: total.add_(gradient.abs_())
-    return lambda total, gradient: total.add_(power(gradient, order))
+        return lambda mean, gradient: mean.add_(gradient.abs_(), alpha=weight)
+    return lambda mean, gradient: mean.add_(power(gradient, order), alpha=weight)
 
 
 def power(gradient: Tensor, order: float) -> Tensor:

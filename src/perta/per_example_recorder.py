@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from perta.batch import IGNORE, Batch
-from perta.per_example_powers import Piece, Segments, Sums, add_pieces
+from perta.per_example_powers import Means, Piece, Segments, add_pieces
 
 
 class Recorder:
-    """Turns pieces of per-example gradients into sums of their powers.
+    """Turns pieces of per-example gradients into means of their powers.
 
     Attributes:
         names: recorded parameter -> name; a dropped parameter is no longer in it.
-        sums: name -> order -> running sum.
+        means: name -> running means.
         shape: (B, T) of the batch.
         counting: the forward pass is running, for the first time and not as a recomputation.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], sums: Mapping[str, Sums]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], means: Mapping[str, Means]) -> None:
         self.names = {parameter: name for name, parameter in parameters.items()}
-        self.sums = sums
+        self.means = means
         self.counting = False
         self._uses: Counter[nn.Parameter] = Counter()
         self._waiting: defaultdict[nn.Parameter, list[Piece]] = defaultdict(list)
@@ -54,7 +54,7 @@ class Recorder:
     def finish(self) -> None:
         """Add the parameters with several uses."""
         for parameter, pieces in self._waiting.items():
-            if not add_pieces(self.sums[self.names[parameter]], pieces):
+            if not add_pieces(self.means[self.names[parameter]], pieces):
                 self.drop(parameter)
         self._waiting.clear()
 
@@ -78,7 +78,7 @@ class Recorder:
         other, because the power is taken of their sum.
         """
         if self._uses[parameter] == 1:
-            add_pieces(self.sums[self.names[parameter]], [piece])
+            add_pieces(self.means[self.names[parameter]], [piece])
         else:
             self._waiting[parameter].append(piece)
 
@@ -88,8 +88,9 @@ class Recorder:
             # Pieces of different calls would have to meet before the power.
             self._waiting[parameter] = []
             return
-        totals = self.sums[self.names[parameter]]
-        add_pieces({order: total[expert] for order, total in totals.items()}, [piece])
+        means = self.means[self.names[parameter]]
+        own = {order: mean[expert] for order, mean in means.by_order.items()}
+        add_pieces(Means(own, means.weight), [piece])
 
     def rows_are_tokens(self, leading: Sequence[int]) -> bool:
         """Whether an activation of this leading shape has one row per token of the batch."""
