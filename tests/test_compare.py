@@ -21,7 +21,7 @@ from perta.compare.paths import TrainingPath
 from perta.compare.search import nearest, search_equal
 from perta.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.compare.study import bench_compare
-from perta.compare.summary import summarise
+from perta.compare.summary import summarise, write_summary
 from perta.config_bench import AbilityConfig, CompareConfig
 from perta.data import load_examples
 from perta.errors import ConfigError, DataError, OutputExistsError
@@ -117,6 +117,20 @@ def test_the_summary_gives_mean_spread_and_share_of_retraining() -> None:
         "share": "0.200 ± 0.141",
     }
     assert summarise(records, "resistant") == []
+
+
+def test_a_narrow_terminal_shows_whole_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = dict.fromkeys(
+        ("forget_probability", "retain_probability", "retain_extraction_strength", "relearned"), 0.5
+    )
+    name = "perta-input:rho=10000,forget_damping=3000"
+    write_summary([_record(name, 0, reached=True, equal={"strength": 1.0, **columns})], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "".join(line.split("│")[1].strip() for line in lines if line.startswith("│")) == name
+    assert not any("…" in line for line in lines)
 
 
 def _tofu(folder: Path) -> Path:

@@ -15,6 +15,7 @@ import pytest
 from perta.config_stages import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report import build_report, companion_folder, write_report
+from perta.report_figures import _draw_ecdf, _draw_scatter, _save
 from perta.report_inputs import Collection, Run, collect
 from perta.report_metrics import (
     auc,
@@ -26,6 +27,7 @@ from perta.report_metrics import (
 )
 from perta.report_page import scale
 from perta.report_plots import edit_map, split_layers, truth_ratio_curves
+from perta.report_svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report_tables import costs, metric_tables, seed_table, styles, to_csv
 from perta.report_texts import quote, sample_sets
 from perta.report_verdict import Check, Statement, Verdict, judge
@@ -738,3 +740,14 @@ def test_labels_of_the_verdicts_scale_do_not_touch(before: float, reference: flo
     places = [(pin.level, pin.percent - start[pin.side]) for pin in pins]
     (level, first), (other_level, second) = places
     assert level != other_level or abs(first - second) >= width
+
+
+def test_a_long_name_leaves_a_figure_its_room(tmp_path: Path) -> None:
+    axis = Axis("share", 0.0, 1.0, ((0.0, "0"), (1.0, "1")))
+    settings = "unlearn_learning_rate=1e-4,unlearn_epochs=10,steering_coef=240,retain_weight=1"
+    name = f"rmu:{settings} at equal forgetting, seed 0"
+    point = Point(0.5, 0.5, name, "", Style("s0", "circle"))
+    # A figure without room warns, and warnings are errors here.
+    _save(_draw_scatter(Scatter("a", "", "", "", (point,), axis, axis)), "a", tmp_path)
+    curve = Curve((0.1, 0.2), name, "", Style("s0", "circle"))
+    _save(_draw_ecdf(Ecdf("b", "", (curve,), axis, log=False)), "b", tmp_path)

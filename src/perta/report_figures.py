@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 160
+_LABEL_WIDTH = 28
 # The page's light palette, by class.
 COLOURS: Mapping[str, str] = {
     "s0": "#0065a8",
@@ -147,7 +150,7 @@ def _draw_scatter(data: Scatter) -> Figure:
             [point.y],
             linestyle="none",
             markersize=10 if point.style.shape == "star" else 7,
-            label=point.label if point.named else None,
+            label=_wrapped(point.label) if point.named else None,
             clip_on=False,
             **_marker(point.style),
         )
@@ -173,7 +176,7 @@ def _draw_ecdf(data: Ecdf) -> Figure:
             color=COLOURS[curve.style.css],
             linewidth=1.6,
             linestyle=dashes.get(curve.style.css, "-"),
-            label=curve.label,
+            label=_wrapped(curve.label),
         )
     figure.legend(loc="outside right upper")
     return figure
@@ -196,6 +199,11 @@ def _draw_map(data: HeatMap) -> Figure:
     axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label=data.legend.split(",")[0])
     return figure
+
+
+def _wrapped(label: str) -> str:
+    """A label in short lines: a long one would leave the figure no room."""
+    return textwrap.fill(re.sub(r"(?<=[:,])(?=\S)", " ", label), _LABEL_WIDTH)
 
 
 def _marker(style: Style) -> dict[str, Any]:

@@ -41,6 +41,7 @@ COLUMNS = {
     "learning_rate": "learning rate",
 }
 ABILITY = "ability_"
+_NAME_WIDTH = 24
 PRINTED = (
     "strength",
     "forget_probability",
@@ -138,10 +139,14 @@ def _header(name: str) -> str:
 
 
 def _print(title: str, rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> None:
+    listed = list(rows)
+    # A narrow terminal folds names; cut short, several of one family would look alike.
+    width = min(_NAME_WIDTH, max(len(row["method"]) for row in listed))
     table = Table(title=title, title_justify="left")
-    for name in names:
-        table.add_column(_header(name), justify="left" if name == "method" else "right")
-    for row in rows:
+    table.add_column(_header(names[0]), min_width=width, overflow="fold")
+    for name in names[1:]:
+        table.add_column(_header(name), justify="right", overflow="fold")
+    for row in listed:
         table.add_row(*(escape(row.get(name, "–")) for name in names))
     Console(highlight=False).print(table)
 
