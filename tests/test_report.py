@@ -15,7 +15,7 @@ import pytest
 from perta.config_stages import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report import build_report, companion_folder, write_report
-from perta.report_figures import _draw_ecdf, _draw_scatter, _save
+from perta.report_figures import _draw_ecdf, _draw_scatter, _save, _settings
 from perta.report_inputs import Collection, Run, collect
 from perta.report_metrics import (
     auc,
@@ -747,7 +747,8 @@ def test_a_long_name_leaves_a_figure_its_room(tmp_path: Path) -> None:
     settings = "unlearn_learning_rate=1e-4,unlearn_epochs=10,steering_coef=240,retain_weight=1"
     name = f"rmu:{settings} at equal forgetting, seed 0"
     point = Point(0.5, 0.5, name, "", Style("s0", "circle"))
-    # A figure without room warns, and warnings are errors here.
-    _save(_draw_scatter(Scatter("a", "", "", "", (point,), axis, axis)), "a", tmp_path)
     curve = Curve((0.1, 0.2), name, "", Style("s0", "circle"))
-    _save(_draw_ecdf(Ecdf("b", "", (curve,), axis, log=False)), "b", tmp_path)
+    # A figure without room warns, and warnings are errors here.
+    with _settings():
+        _save(_draw_scatter(Scatter("a", "", "", "", (point,), axis, axis)), "a", tmp_path)
+        _save(_draw_ecdf(Ecdf("b", "", (curve,), axis)), "b", tmp_path)
