@@ -32,10 +32,11 @@ from perta.edit_plan import (
 from perta.errors import CorruptCheckpointError
 from perta.weighting import Block, Method, Side
 
-CHUNK = 1 << 17
-"""Elements worked on at once: few enough for a core's cache, enough to make calls cheap."""
+CHUNK = 1 << 18
+"""Elements worked on at once: few enough for the caches, enough that threads seldom meet at the
+interpreter's lock."""
 
-SPAN_CHUNKS = 32
+SPAN_CHUNKS = 16
 """Chunks that a thread takes at a time: enough to make opening files and handing out work free,
 few enough that no thread is left alone with much work at the end."""
 
