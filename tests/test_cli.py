@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,19 @@ def test_help_lists_every_command_and_its_options(perta: Run) -> None:
         assert perta(command, "--help").status == 0
     assert "--scaling-coef" in perta("unlearn", "--help").out
     assert perta("--version").out.strip() != ""
+
+
+def test_one_option_of_a_comparison_leaves_the_others_alone(
+    perta: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[CompareConfig] = []
+    monkeypatch.setattr("perta.compare.study.bench_compare", given.append)
+    arguments = ("bench", "compare", "--base", "b", "--output", tmp_path)
+    assert perta(*arguments).status == 0
+    assert perta(*arguments, "--learning-rate", "3e-4").status == 0
+    plain, other = (config.tune for config in given)
+    assert replace(other, learning_rate=plain.learning_rate) == plain
+    assert other.learning_rate == 3e-4
 
 
 def test_methods_lists_the_table(perta: Run) -> None:

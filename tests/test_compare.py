@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from perta.compare.search import nearest, search_equal
 from perta.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.compare.study import bench_compare
 from perta.compare.summary import summarise, write_summary
-from perta.config_bench import AbilityConfig, CompareConfig
+from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import load_examples
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.people import write_jsonl
@@ -201,7 +201,7 @@ def compared(
         relearn_tries=1,
         suite=True,
         suite_limit=2,
-        tune=TUNE,
+        tune=CompareTune(**asdict(TUNE)),
     )
     return config, list(bench_compare(config))
 
@@ -359,7 +359,7 @@ def test_rows_and_models_of_another_comparison_are_not_replaced(
     before = kept()
     for other in (
         replace(config, people=5),
-        replace(config, tune=replace(TUNE, epochs=TUNE.epochs + 1)),
+        replace(config, tune=replace(config.tune, epochs=config.tune.epochs + 1)),
     ):
         with pytest.raises(OutputExistsError, match="--overwrite"):
             bench_compare(other)

@@ -82,6 +82,18 @@ class MuseConfig(BenchmarkConfig):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
+class CompareTune(TuneConfig):
+    """Fine-tuning on the few rows of a comparison."""
+
+    # Fields, not values of an instance: one option on the command line must not reset the other.
+    epochs: int = 10
+    """Most passes over the data."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """`perta bench compare`.
 
@@ -153,7 +165,7 @@ class CompareConfig:
     """Replace rows and models that an earlier run with other settings left in the folder."""
     evaluation_batch_size: int = 16
     """Examples per forward pass; it does not change the result."""
-    tune: TuneConfig = field(default_factory=lambda: TuneConfig(epochs=10, learning_rate=1e-4))
+    tune: CompareTune = field(default_factory=CompareTune)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
