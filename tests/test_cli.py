@@ -16,6 +16,7 @@ import pytest
 
 from conftest import World
 from perta.cli import main
+from perta.config_bench import CompareConfig
 from perta.unlearning_objectives import TRAINING_METHODS
 from perta.weighting import METHODS
 
