@@ -108,12 +108,15 @@ def test_the_summary_gives_mean_spread_and_share_of_retraining() -> None:
         _record("tv", 0, reached=True, equal={"retain_probability": 0.8}) | {"passes": {"a": 10}},
         _record("tv", 1, reached=False, equal={"retain_probability": 0.6}) | {"passes": {"a": 30}},
     ]
+    records[2]["seconds"] = {"finetune": 3.0, "edit": 1.0, "search": 9.0}
     retrained, tv = summarise(records, "equal")
     assert retrained["forget_probability"] == "0.300 ± 0.141"
     assert tv == {
         "method": "tv",
         "seeds": "1/2",
         "retain_probability": "0.700 ± 0.141",
+        "seconds": "4.000",
+        "passes": "20.000 ± 14.142",
         "share": "0.200 ± 0.141",
     }
     assert summarise(records, "resistant") == []

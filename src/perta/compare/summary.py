@@ -35,6 +35,8 @@ COLUMNS = {
     "suite_model_utility": "model utility",
     "suite_forget_truth_ratio": "forget truth ratio",
     "suite_privleak": "privleak",
+    "seconds": "seconds without search",
+    "passes": "forward passes over a token",
     "share": "share of retraining",
     "tries": "strengths tried",
     "attempts": "learning rates tried",
@@ -115,12 +117,15 @@ def _values(
 ) -> Mapping[str, float | None]:
     whole = retraining.get(record["seed"])
     passes = sum(record.get("passes", {}).values())
+    stages = record.get("seconds", {})
     suite = record.get("suite", {}) if view == "equal" else {}
     ability = record.get("ability", {}) if view == "equal" else {}
     return {
         **record[view],
         **{f"suite_{name}": value for name, value in suite.items()},
         **{f"{ABILITY}{name}": value for name, value in ability.items()},
+        "seconds": sum(stages[name] for name in stages if name != "search") if stages else None,
+        "passes": passes or None,
         "share": passes / whole if whole and passes else None,
         "tries": len(record["tries"]) if "tries" in record else None,
         "attempts": record.get("attempts"),
