@@ -18,6 +18,7 @@ from perta.batch import Batch, Encoded, bucketed, collate
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
 from perta.objectives import example_losses
 from perta.per_example import (
+    _zeros_like,
     abs_of_mean,
     batched_moments,
     example_loop_moments,
@@ -496,3 +497,16 @@ def test_progress_counts_examples(route: Callable[..., object]) -> None:
     seen: list[int] = []
     route(build(llama_tied), bucketed(examples(), 2, PAD), [1], progress=seen.append)
     assert seen == [2, 4, 5]
+
+
+def test_means_start_at_zero_in_the_order_and_precision_of_the_parameters() -> None:
+    parameters = {
+        "a": nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16)),
+        "b": nn.Parameter(torch.ones(4, dtype=torch.float64)),
+        "c": nn.Parameter(torch.ones(5)),
+    }
+    zeros = _zeros_like(parameters)
+    assert list(zeros) == ["a", "b", "c"]
+    for name, dtype in (("a", torch.float32), ("b", torch.float64), ("c", torch.float32)):
+        assert torch.equal(zeros[name], torch.zeros(parameters[name].shape, dtype=dtype))
+        assert zeros[name].dtype == dtype
