@@ -15,7 +15,7 @@ edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
     perta-input:tokens=answer perta-input:at=full perta-input:share=0.2 perta-input:share=0.05
     'perta-input:include=*.mlp.*' 'perta-input:include=*.self_attn.*' perta-kron
     msa selective ssd:selection=2 ties dare negmerge interpolate tv:forget_seeds=3
-    graddiff npo npo-retain simnpo dpo idkpo kl undial wga satimp retain-finetune
+    ga graddiff npo npo-retain simnpo dpo idkpo kl undial wga satimp retain-finetune
     rmu:steering_coef=240,retain_weight=1)
 arguments=()
 for method in "${edits[@]}"; do arguments+=(--methods "$method"); done
