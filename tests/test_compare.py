@@ -187,6 +187,41 @@ def test_a_split_of_tofu_is_taken_whole(tmp_path: Path) -> None:
     assert len(sets.suite["holdout05.jsonl"]) == 3
 
 
+def test_rows_of_ones_own_are_the_same_for_all_seeds(tmp_path: Path) -> None:
+    texts = {"forget": ["Ann has a cat.", "Ann is 9."], "retain": ["Bo.", "Cy.", "Di.", "Ed."]}
+    for name, rows in texts.items():
+        write_jsonl([{"text": row} for row in rows], tmp_path / f"{name}.jsonl")
+    config = CompareConfig(
+        base="b",
+        output=tmp_path / "out",
+        forget=str(tmp_path / "forget.jsonl"),
+        retain=str(tmp_path / "retain.jsonl"),
+    )
+    for seed in (0, 5):
+        sets = draw_sets(config, seed)
+        found = {name: [row["text"] for row in getattr(sets, name)] for name in texts}
+        assert found == texts
+        assert not sets.suite
+    write_jsonl([{"question": "Who?", "answer": "Bo."}] * 2, tmp_path / "retain.jsonl")
+    with pytest.raises(DataError, match=r"text rows and .* qa rows"):
+        draw_sets(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retain": None}, "together with --retain"),
+        ({"tofu": Path("tofu")}, "without --tofu"),
+        ({"suite": True}, "off for rows of your own"),
+    ],
+)
+def test_rows_of_ones_own_need_both_sets_and_no_benchmark(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompareConfig(base="b", output=Path("o"), **{"forget": "f", "retain": "r", **settings})
+
+
 @pytest.fixture(scope="module")
 def compared(
     world: World, tmp_path_factory: pytest.TempPathFactory

@@ -97,8 +97,9 @@ class CompareTune(TuneConfig):
 class CompareConfig:
     """`perta bench compare`.
 
-    Rows are fictitious people of our own, or TOFU's with `--tofu`. Every second retain row may
-    be used by the methods; retention is reported on the others, which none of them sees.
+    Rows are yours with `--forget` and `--retain`, TOFU's with `--tofu`, or else fictitious people.
+    Every second retain row may be used by the methods; retention is reported on the others, which
+    none of them sees.
     """
 
     base: str
@@ -116,6 +117,11 @@ class CompareConfig:
     `forget_seeds`; for training methods those of training, as in `npo:unlearn_beta=0.05`."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
     """Seeds of rows and training; every seed has rows and models of its own."""
+    forget: str | None = None
+    """Rows of your own to forget: data file or `datasets` id. Only training differs between seeds
+    then."""
+    retain: str | None = None
+    """With `--forget`: rows of your own to keep."""
     tofu: Path | None = None
     """Folder with TOFU's JSONL files."""
     tofu_split: Literal["forget01", "forget05", "forget10"] | None = None
@@ -126,11 +132,11 @@ class CompareConfig:
     retain_rows: int = 60
     """With `--tofu` and no split: rows to keep."""
     people: int = 12
-    """Without `--tofu`: fictitious people."""
+    """Without data of your own and `--tofu`: fictitious people."""
     questions: int = 5
-    """Without `--tofu`: questions about each."""
+    """Questions about each of these people."""
     forget_people: int = 2
-    """Without `--tofu`: people to forget."""
+    """How many of these people are to be forgotten."""
     tries: int = 6
     """Most strengths tried to make a method forget as much as retraining does."""
     rate_tries: int = 3
@@ -149,7 +155,8 @@ class CompareConfig:
     relearn_tries: int = 3
     """Most strengths tried for that, 0 for none."""
     suite: bool = False
-    """Run the whole TOFU evaluation (forget quality, model utility, attacks) on every model."""
+    """Run the whole TOFU evaluation (forget quality, model utility, attacks) on every model; not
+    for rows of your own, which lack the wrong answers it needs."""
     suite_limit: int | None = None
     """Rows of every file that it looks at."""
     ability_tasks: Annotated[tuple[str, ...], Repeated] = ()
@@ -170,6 +177,12 @@ class CompareConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        both = (self.forget is None) == (self.retain is None)
+        require(both, "forget", self.forget, "given together with --retain, or neither")
+        alone = self.forget is None or self.tofu is None
+        require(alone, "forget", self.forget, "given without --tofu: rows are of one or the other")
+        has_suite = self.forget is None or not self.suite
+        require(has_suite, "suite", self.suite, "off for rows of your own (--forget)")
         needs_folder = self.tofu_split is not None and self.tofu is None
         require(not needs_folder, "tofu-split", self.tofu_split, "given together with --tofu")
         require(len(self.methods) > 0, "methods", self.methods, "at least one")

@@ -447,8 +447,8 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object per line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """One JSON object per line; what JSON does not know, such as dates, as text."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def _row(name: str, topic: Topic, rng: Random) -> dict[str, Any]:

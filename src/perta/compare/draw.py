@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from perta.benchmarks.tofu import PEOPLE
+from perta.config import DataConfig
 from perta.config_bench import CompareConfig
 from perta.config_stages import FinetuneConfig, PeopleConfig
+from perta.data import load_examples
 from perta.errors import ConfigError, DataError
 from perta.finetune import finetune_checkpoint
 from perta.people import divide_people, jsonl
@@ -36,9 +38,10 @@ class Sets:
     """Rows of one seed.
 
     Attributes:
-        forget: rows to forget.
+        forget: rows to forget, with the columns that models are tuned on.
         retain: rows to keep.
-        suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones.
+        suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones. Empty
+            for rows of the user's own.
         split: what that evaluation calls them.
     """
 
@@ -105,7 +108,7 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
         raise ConfigError(
             f"Seed {seed} has {len(sets.forget)} rows to forget and {len(sets.retain)} to keep. A "
             "comparison needs at least 2 of each: some are shown to the methods, or shown again, "
-            "and others are measured. Ask for more --questions or --people."
+            "and others are measured. Give more rows, or ask for more --questions or --people."
         )
     parts = {
         "forget": sets.forget,
@@ -116,10 +119,7 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
     }
     suite = folder / "suite"
     files = {name: folder / "data" / f"{name}.jsonl" for name in parts}
-    written: dict[Path, Rows] = {
-        files[name]: [{PROMPT: row[PROMPT], ANSWER: row[ANSWER]} for row in rows]
-        for name, rows in parts.items()
-    }
+    written = {files[name]: rows for name, rows in parts.items()}
     written |= {suite / name: rows for name, rows in sets.suite.items()}
     _write_rows(written, overwrite=config.overwrite)
     if "world_facts_perturbed.jsonl" in sets.suite:
@@ -151,18 +151,30 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
         seed: of the draw.
 
     Returns:
-        Fictitious people of our own; or, with `tofu_split`, a split of TOFU as it is, the same
-        for all seeds; or slices of TOFU that no two seeds share.
+        The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it
+        is, likewise; or slices of TOFU that no two seeds share; or fictitious people.
 
     Raises:
-        DataError: a file of TOFU is missing or too short for the seed.
+        DataError: a file is missing or cannot be used, or one of TOFU is too short for the seed.
     """
+    if config.forget is not None and config.retain is not None:
+        return _own(config.forget, config.retain, config.data_config)
     if config.tofu is None:
         return _people(config, seed)
     elsewhere = {name: _rows(config.tofu / name) for name in _ELSEWHERE}
     if config.tofu_split:
         return _whole_split(config.tofu, config.tofu_split, elsewhere)
     return _slices(config.tofu, config, seed, elsewhere)
+
+
+def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:
+    gone, kept = (load_examples(source, data_config).examples for source in (forget, retain))
+    if gone[0].kind != kept[0].kind:
+        raise DataError(
+            f"{forget} holds {gone[0].kind} rows and {retain} {kept[0].kind} rows, but models are "
+            "tuned on both together. Bring them to the same columns."
+        )
+    return Sets([row.fields for row in gone], [row.fields for row in kept], {}, PEOPLE)
 
 
 def _people(config: CompareConfig, seed: int) -> Sets:
@@ -179,7 +191,7 @@ def _people(config: CompareConfig, seed: int) -> Sets:
         "retain.jsonl": _unseen(retain),
         "holdout.jsonl": holdout,
     }
-    return Sets(forget, retain, suite, PEOPLE)
+    return Sets(_tuned_on(forget), _tuned_on(retain), suite, PEOPLE)
 
 
 def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[str, Rows]) -> Sets:
@@ -201,7 +213,7 @@ def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[s
         "holdout10.jsonl": _slice(rows, 0, count, forget_file),
         **elsewhere,
     }
-    return Sets(forget, retain, suite, _SLICED)
+    return Sets(_tuned_on(forget), _tuned_on(retain), suite, _SLICED)
 
 
 def _whole_split(folder: Path, split: str, elsewhere: Mapping[str, Rows]) -> Sets:
@@ -215,7 +227,13 @@ def _whole_split(folder: Path, split: str, elsewhere: Mapping[str, Rows]) -> Set
     holdout = folder / f"holdout{split.removeprefix('forget')}.jsonl"
     if holdout.is_file():
         suite[holdout.name] = _rows(holdout)
-    return Sets(_rows(folder / f"{split}.jsonl"), _rows(folder / kept), suite, split)
+    forget, retain = _rows(folder / f"{split}.jsonl"), _rows(folder / kept)
+    return Sets(_tuned_on(forget), _tuned_on(retain), suite, split)
+
+
+def _tuned_on(rows: Rows) -> Rows:
+    """Without the paraphrases and wrong answers, which are for the evaluation."""
+    return [{PROMPT: row[PROMPT], ANSWER: row[ANSWER]} for row in rows]
 
 
 def _unseen(retain: Rows) -> Rows:
