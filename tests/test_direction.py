@@ -102,12 +102,13 @@ def expected_direction(
     tau = tau.T if transposed else tau
     c_f, c_r = (m.input_moment(name).double() for m in (forget, retain))
     eye = torch.eye(len(c_f)).double()
-    if method == "perta-input":
+    delta: Tensor
+    if method == "perta-project":
+        delta = tau @ torch.linalg.inv(eye + rho * c_r / c_r.diagonal().mean())
+    elif method == "perta-input":
         c_f = c_f + forget_damping * c_f.diagonal().mean() * eye
         total = c_f + rho * c_r
-        delta: Tensor = (
-            tau @ c_f @ torch.linalg.inv(total + damping * total.diagonal().mean() * eye)
-        )
+        delta = tau @ c_f @ torch.linalg.inv(total + damping * total.diagonal().mean() * eye)
     else:
         b_f, b_r = (m.output_moment(name).double() for m in (forget, retain))
         b_r = b_r + damping * b_r.diagonal().mean() * torch.eye(len(b_r)).double()
@@ -128,7 +129,7 @@ def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: f
     assert set(found) == set(full)
     assert linear < set(full)
     smallest = sorted(linear, key=lambda n: full[n].numel())
-    checked = linear if method == "perta-input" else {smallest[0], smallest[-1]}
+    checked = {smallest[0], smallest[-1]} if method == "perta-kron" else linear
     for name, value in found.items():
         if name not in linear:
             assert torch.equal(value, full[name])
@@ -139,7 +140,7 @@ def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: f
             assert float((moved - step).norm()) < 1e-3 * float(step.norm()) + 1e-6, name
 
 
-@pytest.mark.parametrize("method", ["perta-input", "perta-kron"])
+@pytest.mark.parametrize("method", ["perta-input", "perta-project", "perta-kron"])
 def test_the_edit_is_the_formula(parts: Parts, tmp_path: Path, method: str) -> None:
     assert_edit_is_the_formula(parts, tmp_path / "out", method, 1.5)
 
@@ -173,7 +174,7 @@ def test_other_architectures(world: World, tmp_path: Path, architecture: str) ->
     models[architecture]().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(str(tmp_path / "base"))
     parts = make_parts(tmp_path, tmp_path / "base", tmp_path / "tuned", world)
-    for method in ("perta-input", "perta-kron"):
+    for method in ("perta-input", "perta-project", "perta-kron"):
         assert_edit_is_the_formula(parts, tmp_path / method, method, 0.7)
 
 
@@ -343,6 +344,31 @@ def test_saved_retain_moments_are_used(
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["perta", *map(str, arguments)])
     main()
+
+
+def test_the_projection_reads_the_retain_set_alone(
+    world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighting = WeightingConfig(method="perta-project")
+    config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
+    monkeypatch.setattr("perta.pipeline.compute_moments", None)
+    result = unlearn(config)
+    assert {p.name for p in work_folder(config).iterdir() if p.is_dir()} == {
+        "forget_checkpoint",
+        "direction",
+    }
+    tuned = work_folder(config) / "forget_checkpoint"
+    given = replace(parts, tuned=tuned).config(
+        tmp_path / "staged", "perta-project", forget_moments=None
+    )
+    edit_checkpoint(given)
+    for name, value in tensors(result.folder).items():
+        assert torch.equal(tensors(tmp_path / "staged")[name], value)
+    card = (tmp_path / "staged" / "README.md").read_text("utf-8")
+    assert "| weight ρ of the retain moments | 3 |" in card
+    assert "damping" not in card
+    with pytest.raises(ConfigError, match="needs --retain-moments"):
+        edit_checkpoint(replace(given, output=tmp_path / "no", retain_moments=None))
 
 
 @pytest.mark.parametrize("method", ["perta-input", "perta-kron"])

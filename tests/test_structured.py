@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from perta.errors import DivergenceError
-from perta.structured import input_direction, input_direction_from_rows, kron_direction
+from perta.structured import (
+    input_direction,
+    input_direction_from_rows,
+    kron_direction,
+    projected_direction,
+)
 from perta.weighting import share
 
 OUT, IN = 4, 6
@@ -74,6 +79,37 @@ def test_a_damped_forget_side_edits_what_neither_set_uses() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     plain = input_direction(tau, forget, retain, 2.0, 0.02).delta
     torch.testing.assert_close(plain[:, 4:], torch.zeros(OUT, 2).double())
+
+
+@pytest.mark.parametrize("rho", [0.3, 1.0, 40.0])
+def test_projected_direction_minimises_the_objective(rho: float) -> None:
+    tau, retain = normal(OUT, IN, seed=0), 5 * moment(IN, 4, seed=2)
+    unit = retain / retain.diagonal().mean()
+    eye = torch.eye(OUT * IN).double()
+    expected = brute_force(tau, eye, torch.kron(torch.eye(OUT).double(), unit), rho)
+    found = projected_direction(tau, retain, rho)
+    torch.testing.assert_close(found.delta, expected, rtol=1e-9, atol=1e-11)
+    values = torch.linalg.eigvalsh(torch.eye(IN).double() + rho * unit)
+    assert 0.9 * float(values[-1]) <= found.condition <= float(values[-1]) * (1 + 1e-9)
+
+
+def test_the_limits_of_the_projection() -> None:
+    tau, forget, retain = normal(OUT, IN, seed=0), moment(IN, 9, seed=1), moment(IN, 3, seed=2)
+    torch.testing.assert_close(projected_direction(tau, retain, 0.0).delta, tau)
+    torch.testing.assert_close(projected_direction(tau, 0 * retain, 3.0).delta, tau)
+    _, vectors = torch.linalg.eigh(retain)
+    unused = vectors[:, : IN - 3]  # three rows span three directions
+    off_retain = tau @ unused @ unused.T
+    far = projected_direction(tau, retain, 1e8).delta
+    torch.testing.assert_close(far, off_retain, rtol=1e-6, atol=1e-6)
+    # The same scale on both sides, as the retain set's mean diagonal stands for both.
+    forget *= retain.diagonal().mean() / forget.diagonal().mean()
+    damped = input_direction(tau, forget, retain, 3e8, 0.0, forget_damping=1e8).delta
+    torch.testing.assert_close(
+        projected_direction(tau, retain, 3.0).delta, damped, rtol=1e-6, atol=1e-7
+    )
+    with pytest.raises(DivergenceError, match="make the moments again"):
+        projected_direction(tau, retain * torch.nan, 3.0)
 
 
 @pytest.mark.parametrize("rho", [0.3, 1.0, 40.0])

@@ -230,15 +230,15 @@ class WeightingConfig:
     scaling_coef: float | Literal["auto"] | None = None
     """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
     smallest at which the forget set looks unseen [default: the method's own: 2.3 for
-    `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
+    `perta-project` and `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
     the diagonal Fisher information."""
     rho: float | None = None
     """Weight of the retain importance against the forget importance [default: the method's own:
-    100 for `perta-input`, 10 for `perta-kron`, otherwise 1]."""
+    3 for `perta-project`, 100 for `perta-input`, 10 for `perta-kron`, otherwise 1]."""
     damping: float = 0.01
-    """Damping of the structured methods, relative to the mean diagonal of the moments."""
+    """Damping of `perta-input` and `perta-kron`, relative to the mean diagonal of the moments."""
     forget_damping: float | None = None
     """With `perta-input`: damping of the forget side alone, relative to its mean diagonal. The
     larger, the more of the task vector goes wherever the retain set does not object, also along

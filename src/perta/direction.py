@@ -1,8 +1,8 @@
 """The weighted direction of a structured method, as a folder that the edit subtracts.
 
     task vector (two checkpoints) ─┐
-    forget moments ────────────────┼─ layer by layer: one solve ── Δ, float32, checkpoint names
-    retain moments ────────────────┘
+    retain moments ────────────────┼─ layer by layer: one solve ── Δ, float32, checkpoint names
+    forget moments (not all) ──────┘
 
 Another strength α reuses the folder, and costs only the edit. Only tensors with moments are in
 it; the edit leaves the others alone. Layers that read the same input are solved at once.
@@ -24,12 +24,18 @@ from perta.manifest import read_manifest
 from perta.moment_files import MomentFolder, open_moments, write_shards
 from perta.progress import track
 from perta.stage import run_stage
-from perta.structured import Direction, direction_in_bases, input_direction, joint_basis
+from perta.structured import (
+    Direction,
+    direction_in_bases,
+    input_direction,
+    joint_basis,
+    projected_direction,
+)
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""
 
-Kind = Literal["input", "kron"]
+Kind = Literal["input", "kron", "project"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,14 @@ class DirectionInputs:
     Attributes:
         base: θ₀.
         forget_checkpoint: θ_f.
-        forget: moments on the forget set.
         retain: moments on the retain set.
+        forget: moments on the forget set; None for `project`.
     """
 
     base: CheckpointIndex
     forget_checkpoint: CheckpointIndex
-    forget: MomentFolder
     retain: MomentFolder
+    forget: MomentFolder | None
 
 
 def write_direction(
@@ -62,7 +68,7 @@ def write_direction(
     Args:
         output: folder of the direction; an outdated one that perta made is replaced.
         inputs: from `open_inputs`.
-        kind: `input` for F = I ⊗ C, `kron` for F = B ⊗ C.
+        kind: `input` for F = I ⊗ C, `kron` for F = B ⊗ C, `project` for I in place of F_f.
         rho: weight of the retain side.
         dampings: of both sides and of the forget side, see `structured`.
         device: where to solve, in float64.
@@ -77,9 +83,10 @@ def write_direction(
     folders = {
         "base": inputs.base.folder,
         "forget_checkpoint": inputs.forget_checkpoint.folder,
-        "forget_moments": inputs.forget.folder,
         "retain_moments": inputs.retain.folder,
     }
+    if inputs.forget is not None:
+        folders["forget_moments"] = inputs.forget.folder
     settings = {
         "kind": kind,
         "rho": rho,
@@ -102,7 +109,7 @@ def write_direction(
 def open_inputs(
     base: Path,
     forget_checkpoint: Path,
-    forget_moments: Path,
+    forget_moments: Path | None,
     retain_moments: Path,
     models: Collection[Path],
     kind: Kind,
@@ -112,7 +119,7 @@ def open_inputs(
     Args:
         base: θ₀.
         forget_checkpoint: θ_f.
-        forget_moments: moment folder of the forget set.
+        forget_moments: moment folder of the forget set; None for `project`.
         retain_moments: moment folder of the retain set.
         models: checkpoints at which moments may have been measured: base and full.
         kind: of the direction.
@@ -125,15 +132,16 @@ def open_inputs(
             or a checkpoint without a layer that has moments.
         CheckpointNotFoundError: something is not there.
     """
-    forget, retain = (check_moments(f, models, kind) for f in (forget_moments, retain_moments))
+    retain = check_moments(retain_moments, models, kind)
+    forget = None if forget_moments is None else check_moments(forget_moments, models, kind)
     for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
-        if forget.facts.get(key) != retain.facts.get(key):
+        if forget is not None and forget.facts.get(key) != retain.facts.get(key):
             raise CheckpointMismatchError(
                 f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
                 "both with the same `perta moments` settings and checkpoint."
             )
     indices = [open_index(folder) for folder in (base, forget_checkpoint)]
-    for name in forget.facts["inputs"]:
+    for name in retain.facts["inputs"]:
         shapes = [index.tensors[name].shape if name in index.tensors else None for index in indices]
         if shapes[0] is None or shapes[0] != shapes[1]:
             raise CheckpointMismatchError(
@@ -141,7 +149,7 @@ def open_inputs(
                 f"{shapes[1] or 'missing'} in {forget_checkpoint}. Both must share the model that "
                 "the moments were measured at."
             )
-    return DirectionInputs(indices[0], indices[1], forget, retain)
+    return DirectionInputs(indices[0], indices[1], retain, forget)
 
 
 def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
@@ -191,10 +199,10 @@ class _Solver:
     def run(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
         groups: dict[str, list[str]] = {}
-        for name, moment in self.inputs.forget.facts["inputs"].items():
+        for name, moment in self.inputs.retain.facts["inputs"].items():
             groups.setdefault(moment, []).append(name)
-        solve = self._solve_inputs if self.kind == "input" else self._solve_kron
-        with track("Direction", len(self.inputs.forget.facts["inputs"])) as advance:
+        solve = self._solve_kron if self.kind == "kron" else self._solve_stacked
+        with track("Direction", len(self.inputs.retain.facts["inputs"])) as advance:
             for names in groups.values():
                 vectors = [self._task_vector(name) for name in names]
                 found = solve(names, vectors)
@@ -208,26 +216,34 @@ class _Solver:
                     yield name, self._as_stored(name, direction.delta).float().cpu()
                     advance()
 
-    def _solve_inputs(self, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Direction]:
-        forget, retain = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
-        whole = input_direction(torch.cat(list(vectors)), forget, retain, self.rho, *self.dampings)
+    def _solve_stacked(self, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Direction]:
+        moments = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        stacked = torch.cat(list(vectors))
+        if self.kind == "project":
+            (retain,) = moments
+            whole = projected_direction(stacked, retain, self.rho)
+        else:
+            forget, retain = moments
+            whole = input_direction(stacked, forget, retain, self.rho, *self.dampings)
         parts = whole.delta.split([len(vector) for vector in vectors])
         return [Direction(part, whole.condition, whole.damping) for part in parts]
 
     def _solve_kron(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[Direction]:
-        moments = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
-        inputs = joint_basis(*moments, self.dampings[0])
+        forget, retain = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        inputs = joint_basis(forget, retain, self.dampings[0])
         for name, vector in zip(names, vectors, strict=True):
-            moments = self._moments(MomentFolder.output_moment, name, len(vector))
-            outputs = joint_basis(*moments, self.dampings[0])
+            forget, retain = self._moments(MomentFolder.output_moment, name, len(vector))
+            outputs = joint_basis(forget, retain, self.dampings[0])
             yield direction_in_bases(vector, inputs, outputs, self.rho)
 
     def _moments(
         self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
-    ) -> tuple[Tensor, Tensor]:
-        """Forget and retain moment of a weight, (width, width) float32."""
+    ) -> list[Tensor]:
+        """Forget moment of a weight, where there is one, and retain moment, (width, width)."""
         found = []
         for folder in (self.inputs.forget, self.inputs.retain):
+            if folder is None:
+                continue
             moment = read(folder, name)
             if moment.shape != (width, width):
                 raise CheckpointMismatchError(
@@ -235,7 +251,7 @@ class _Solver:
                     f"{tuple(moment.shape)}. The moments are of another model."
                 )
             found.append(moment.to(self.device))
-        return found[0], found[1]
+        return found
 
     def _task_vector(self, name: str) -> Tensor:
         """τ of one weight, (out, in) float64."""
@@ -251,4 +267,4 @@ class _Solver:
 
     @property
     def _transposed(self) -> set[str]:
-        return set(self.inputs.forget.facts["transposed"])
+        return set(self.inputs.retain.facts["transposed"])

@@ -275,7 +275,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
 
     Args:
         config: settings, with the method's defaults filled in.
-        folders: `full`, `base`, `forget_checkpoint`, and both moment folders.
+        folders: `full`, `base`, `forget_checkpoint`, and the moment folders of the method's sides.
 
     Returns:
         The folder of the direction.
@@ -286,7 +286,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """
     method, weighting = get_method(config.weighting.method), config.weighting
     kind = method.moments or "input"
-    for name in ("forget", "retain"):
+    for name in method.sides:
         if f"{name}_moments" not in folders:
             option = " --gradients" if method.moments == "kron" else ""
             raise ConfigError(
@@ -298,7 +298,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     inputs = open_inputs(
         folders["base"],
         folders["forget_checkpoint"],
-        folders["forget_moments"],
+        folders["forget_moments"] if "forget" in method.sides else None,
         folders["retain_moments"],
         (folders["base"], folders["full"]),
         kind,
@@ -390,7 +390,7 @@ def _shown_settings(method: Method, weighting: WeightingConfig) -> dict[str, str
         ("rho I_r" in method.formula, "weight ρ of the retain importance", rho),
         (method.needs_importance, "granularity", weighting.granularity),
         (is_structured, "weight ρ of the retain moments", rho),
-        (is_structured, "damping λ", f"{weighting.damping:g}"),
+        (method.moments in ("input", "kron"), "damping λ", f"{weighting.damping:g}"),
         (
             method.moments == "input",
             "damping μ of the forget side",

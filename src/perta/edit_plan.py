@@ -160,7 +160,7 @@ def open_sources(
         if inputs.direction is None:
             raise ConfigError(
                 f"`{method.name}` subtracts a direction that was computed before: give the "
-                "direction's folder, or use `perta edit` with both moment folders."
+                "direction's folder, or use `perta edit` with the moment folders."
             )
         return {**sources, DIRECTION: open_index(inputs.direction)}
     if not method.needs_importance:

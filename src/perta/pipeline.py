@@ -4,7 +4,7 @@
     retain set ─ finetune(base) ────────── retain checkpoint ─┤  (`msa`)
     forget set ─ importance(base or full) ─ forget importance ─┤
     retain set ─ importance(base or full) ─ retain importance ─┼─ edit(full) ─ unlearned checkpoint
-    both sets ── moments(base or full) ──── both moments ──────┘  (structured methods)
+    sets ── moments(base or full) ── their moments ────────────┘  (structured methods)
     training methods instead: both sets ─ train(full) ───────── unlearned checkpoint
     all sets ─── evaluate(full) and evaluate(unlearned checkpoint)
 
@@ -130,7 +130,9 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
             for name in ("forget", "retain")
         ]
         moments = [
-            stages.moments(name, gradients=method.moments == "kron") if method.moments else None
+            stages.moments(name, gradients=method.moments == "kron")
+            if method.moments and name in method.sides
+            else None
             for name in ("forget", "retain")
         ]
         edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)

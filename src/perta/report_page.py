@@ -28,6 +28,9 @@ METHODS: Mapping[str, str] = {
     "perta-input": "The weights of every linear layer were moved back along what learning the "
     "removed examples alone does to them, most in the directions of the layer's inputs that the "
     "removed examples use and the examples to keep do not.",
+    "perta-project": "The weights of every linear layer were moved back along what learning the "
+    "removed examples alone does to them, except in the directions of the layer's inputs that the "
+    "examples to keep use.",
     "perta-kron": "The weights of every linear layer were moved back along what learning the "
     "removed examples alone does to them, most in the directions of the layer's inputs and "
     "output gradients that matter for the removed examples and not for those to keep.",

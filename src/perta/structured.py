@@ -11,12 +11,16 @@ gradients. Weights are (out, in) throughout. Everything is solved in float64: mo
 models have a few directions far above the rest, and at a small damping float32 makes the step
 grow in directions that neither set uses.
 
+The forget side may be left out: `projected_direction` takes of τ what the retain set does not see.
+
 Sources: C as the metric of a linear layer, RegMean, arXiv 2212.09849; B ⊗ C as curvature, K-FAC,
-arXiv 1503.05671, section 3; the eigenvalue-corrected form, EK-FAC, arXiv 1806.03884.
+arXiv 1503.05671, section 3; the eigenvalue-corrected form, EK-FAC, arXiv 1806.03884;
+the projection off retained inputs, AlphaEdit, arXiv 2410.02355.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +134,36 @@ def input_direction_from_rows(
     inner.diagonal().add_(1)
     left = torch.cholesky_solve((task_vector.double() @ rows.t()).t(), torch.linalg.cholesky(inner))
     return Direction(left.t() @ solved.t(), condition, damping)
+
+
+def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) -> Direction:
+    """Δ = τ (I + ρ C_r / c)⁻¹, with c the mean diagonal of C_r: what the retain set hardly sees.
+
+    It minimises ‖Δ − τ‖² + ρ/c · tr(Δ C_r Δᵀ): the step nearest to τ that changes little of what
+    the layer makes of retained inputs. Along an eigenvector of C_r with eigenvalue s the share
+    1 / (1 + ρ s / c) of τ stays. At ρ = 0 it is τ; ρ to infinity leaves the part of τ that lies in
+    the null space of the retain inputs, the projection of AlphaEdit. `input_direction` tends to
+    it as μ grows with ρ / μ constant, so the forget set is read for τ alone.
+
+    Args:
+        task_vector: τ (out, in).
+        retain_moment: C_r (in, in), mean over tokens of x xᵀ.
+        rho: ρ >= 0.
+
+    Returns:
+        Δ. The cost is in³/3 + 2 · out · in² multiplications and one more (in, in) matrix.
+        No damping is needed: no eigenvalue of the matrix is below 1.
+
+    Raises:
+        DivergenceError: C_r is not positive semidefinite, or not finite.
+    """
+    matrix = retain_moment.double()
+    mean = float(matrix.diagonal().mean())
+    # Moments that are all zero ask for no protection.
+    matrix = matrix * (rho / mean if mean else 0.0)
+    factor = _cholesky(matrix, 1.0)
+    delta = torch.cholesky_solve(task_vector.double().t(), factor).t()
+    return Direction(delta, _largest(matrix.matmul, matrix), 0.0)
 
 
 def kron_direction(
@@ -286,25 +320,37 @@ def _factor(matrix: Tensor, damping: float, mean: float | None = None) -> tuple[
     if mean is None:
         mean = float(matrix.diagonal().mean())
     # Moments that are all zero ask for no change; any damping then gives exactly that.
-    matrix.diagonal().add_(damping * mean if mean else 1.0)
+    factor = _cholesky(matrix, damping * mean if mean else 1.0)
+    shrinkage = _largest(lambda vector: torch.cholesky_solve(vector, factor), matrix)
+    return factor, _largest(matrix.matmul, matrix) * shrinkage
+
+
+def _cholesky(matrix: Tensor, added: float) -> Tensor:
+    """Lower factor of a matrix, with something added to its diagonal in place."""
+    matrix.diagonal().add_(added)
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not bool(torch.isfinite(factor.diagonal()).all()):
         raise DivergenceError(
-            f"A moment matrix of width {len(matrix)} is not positive definite at damping "
-            f"{damping:g}. Use a larger --damping."
+            f"A moment matrix of width {len(matrix)} is not positive definite with {added:.3g} "
+            "added to its diagonal. Use a larger --damping, where the method has one, or make the "
+            "moments again."
         )
-    return factor, _condition(matrix, factor)
+    return factor
 
 
-def _condition(matrix: Tensor, factor: Tensor) -> float:
-    """Condition number by power iteration with the matrix and with its inverse."""
-    start = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device)
+def _largest(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """Largest eigenvalue of a symmetric positive definite map, from below, by power iteration.
+
+    Args:
+        apply: the map, (d, 1) -> (d, 1).
+        like: a (d, d) matrix of its type and on its device.
+    """
+    vector: Tensor = torch.linspace(1, 2, len(like)).to(like).unsqueeze(1)
     # Alternating signs: a start without a part in the extreme directions would miss them.
-    start[1::2] *= -1
-    large = small = (start / start.norm()).unsqueeze(1)
-    growth = shrinkage = 1.0
+    vector[1::2] *= -1
+    growth = float(vector.norm())
     for _ in range(_POWER_STEPS):
-        large, small = matrix @ large, torch.cholesky_solve(small, factor)
-        growth, shrinkage = float(large.norm()), float(small.norm())
-        large, small = large / growth, small / shrinkage
-    return growth * shrinkage
+        vector = apply(vector / growth)
+        growth = float(vector.norm())
+    return growth

@@ -86,8 +86,8 @@ class Method:
         default_forget_damping: damping of the forget side where the user gives none.
         default_scaling_coef: strength where the user gives none.
         moments: whether the direction is weighted by second moments of layers instead of W;
-            `input`: by those of inputs, `kron`: of output gradients as well.
-        sides: sets whose importance is used, where any is.
+            `input` and `project`: by those of inputs, `kron`: of output gradients as well.
+        sides: sets whose importance or moments are used, where any are.
         reduction: how the importance must have been reduced; either way without it.
         importance_at: model at which importance and moments are measured where the user gives
             none.
@@ -112,7 +112,7 @@ class Method:
     default_rho: float = 1.0
     default_forget_damping: float = 0.0
     default_scaling_coef: float = 1.0
-    moments: Literal["input", "kron"] | None = None
+    moments: Literal["input", "kron", "project"] | None = None
     sides: tuple[Side, ...] = ("forget", "retain")
     reduction: Literal["mean_of_power", "abs_of_mean"] | None = None
     importance_at: Literal["base", "full"] = "base"
@@ -356,6 +356,16 @@ METHODS = _table(
         default_forget_damping=30.0,
         default_scaling_coef=2.3,
         moments="input",
+    ),
+    Method(
+        name="perta-project",
+        summary="what layer inputs of the retain set do not see of tau; edits linear layers only",
+        formula="direction tau (I + rho C_r)^-1",
+        source="this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355",
+        default_rho=3.0,
+        default_scaling_coef=2.3,
+        moments="project",
+        sides=("retain",),
     ),
     Method(
         name="perta-kron",

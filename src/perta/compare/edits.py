@@ -97,7 +97,7 @@ def prepare_edit(
     if spec.method.needs_importance:
         folders |= {f"{part}_importance": stages.importance(part) for part in spec.method.sides}
     if spec.method.moments:
-        folders |= {f"{part}_moments": stages.moments(part) for part in ("forget", "retain")}
+        folders |= {f"{part}_moments": stages.moments(part) for part in spec.method.sides}
     if spec.method.retain_vector:
         folders["retain_checkpoint"] = str(stages.tune_retain())
     forget_checkpoints = stages.tune_forget()
