@@ -7,13 +7,13 @@ epochs, and then
 
     perta-fisher  measures importance on the forget set and on a sample of the retain set as large
                   as `--retain-sample` times the forget set, and edits;
-    perta-input   measures the moments of the forget set, solves and edits; those of the retain set
-                  are there, measured once for all requests, and their time is shown apart.
+    perta-project solves and edits; the moments of the retain set are there, measured once for all
+                  requests, and their time is shown apart.
 
 The model to clean is tuned once, untimed, and for one epoch: its values change no time.
-Operations: 6 per parameter and token for tuning and importance (forward and backward), 2 for
-moments, d^3 / 3 for the moments of a layer d wide, and 4 o d^2 to solve for its weight (o, d);
-bytes of the edit apart.
+Operations: 6 per parameter and token for tuning and importance (forward and backward), d^3 / 3
+for the factor of a layer d wide, and 2 o d^2 to solve for its weight (o, d); bytes of the edit
+apart.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from records import Record, add_option, save
 
 STEPS = {
     "perta-fisher": ("tune", "importance", "edit"),
-    "perta-input": ("tune", "forget moments", "solve and edit"),
+    "perta-project": ("tune", "solve and edit"),
 }
 """Method -> steps that a request takes."""
 
@@ -104,18 +104,18 @@ def measure(
             )
         )
 
-    def moments(part: str) -> None:
+    def moments() -> None:
         compute_moments(
             MomentsConfig(
                 checkpoint=str(base),
-                data=str(data[part]),
-                output=folder / f"{part}_moments",
+                data=str(data["retain"]),
+                output=folder / "retain_moments",
                 compute=compute,
             )
         )
 
-    def edit(method: str, kind: str) -> None:
-        inputs: dict[str, Any] = {f"{part}_{kind}": folder / f"{part}_{kind}" for part in data}
+    def edit(method: str, *names: str) -> None:
+        inputs: dict[str, Any] = {name: folder / name for name in names}
         edit_checkpoint(
             EditConfig(
                 full=str(full),
@@ -134,16 +134,15 @@ def measure(
         "tune": timed(lambda: tune(data["forget"], folder / "forget")),
         "importance": timed(lambda: importance("forget", None))
         + timed(lambda: importance("retain", str(sample))),
-        "edit": timed(lambda: edit("perta-fisher", "importance")),
-        "retain moments": timed(lambda: moments("retain")),
-        "forget moments": timed(lambda: moments("forget")),
-        "solve and edit": timed(lambda: edit("perta-input", "moments")),
+        "edit": timed(lambda: edit("perta-fisher", "forget_importance", "retain_importance")),
+        "retain moments": timed(moments),
+        "solve and edit": timed(lambda: edit("perta-project", "retain_moments")),
     }
     sampled = tokens["retain"] * sample / rows["retain"]
     parameters, solve = sizes(open_index(base).tensors.values())
     operations = {
         "perta-fisher": 6 * parameters * (tokens["forget"] + sampled),
-        "perta-input": 2 * parameters * tokens["forget"] + solve,
+        "perta-project": solve,
     }
     tuning = 6 * parameters * options.epochs * tokens["forget"]
     retraining = 6 * parameters * options.epochs * tokens["retain"]
@@ -157,7 +156,7 @@ def sizes(tensors: Iterable[TensorEntry]) -> tuple[int, float]:
         parameters += tensor.numel
         if len(tensor.shape) == 2 and "embed" not in tensor.name:
             rows, width = tensor.shape
-            solve += width**3 / 3 + 4 * rows * width**2
+            solve += width**3 / 3 + 2 * rows * width**2
     return parameters, solve
 
 

@@ -225,6 +225,21 @@ def test_another_strength_costs_only_the_edit(
     assert all(torch.equal(value, full[name]) for name, value in tensors(tmp_path / "none").items())
 
 
+def test_several_forget_checkpoints_are_averaged(parts: Parts, tmp_path: Path) -> None:
+    # The full model differs from the base as a second forget checkpoint would.
+    both = replace(
+        parts.config(tmp_path / "both"), forget_checkpoint=(str(parts.tuned), str(parts.full))
+    )
+    edit_checkpoint(both)
+    for name, tuned in (("one", parts.tuned), ("two", parts.full)):
+        edit_checkpoint(replace(parts, tuned=tuned).config(tmp_path / name))
+    one, two, found = (tensors(tmp_path / n) for n in ("one", "two", "both"))
+    for name, value in found.items():
+        torch.testing.assert_close(value, (one[name] + two[name]) / 2, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="needs --forget-checkpoint"):
+        edit_checkpoint(replace(both, output=tmp_path / "none", forget_checkpoint=()))
+
+
 def test_patterns_choose_among_the_linear_layers(parts: Parts, tmp_path: Path) -> None:
     edit_checkpoint(parts.config(tmp_path / "out", include=("*.mlp.*",)))
     found, full = tensors(tmp_path / "out"), tensors(parts.full)

@@ -358,7 +358,6 @@ def test_the_strength_of_the_retain_vector_goes_with_alpha() -> None:
     [
         ("tv", 0, {}, ConfigError, r"needs --forget-checkpoint\. Make it with .*FORGET_SET"),
         ("negmerge", 1, {}, ConfigError, "at least 2 times, but there is 1.*--seed 1"),
-        ("perta-input", 2, {}, ConfigError, "takes one --forget-checkpoint, but there are 2"),
         (
             "msa",
             1,

@@ -155,7 +155,8 @@ def test_every_row_of_the_table(method: Method) -> None:
         "ssd": [0.0, 0.0, 1 - 0.5 * 1.6 / 4],
     }
     # What they subtract is weighted or combined before.
-    combining = ("perta-input", "perta-kron", "msa", "ties", "dare", "negmerge", "interpolate")
+    structured = {"perta-input": "input", "perta-project": "project", "perta-kron": "kron"}
+    combining = ("msa", "ties", "dare", "negmerge", "interpolate", *structured)
     expected |= {name: [1.0, 1.0, 1.0] for name in combining}
     share_values = [1 / 7, 0.0, 4 / 6]
     block = Block(
@@ -176,10 +177,8 @@ def test_every_row_of_the_table(method: Method) -> None:
     else:
         assert weighting.tolist() == pytest.approx(expected.get(method.name, share_values))
     assert METHODS[method.name] is method
-    structured = {"perta-input": "input", "perta-kron": "kron"}
     assert method.moments == structured.get(method.name)
-    without = {"tv", "constant", "msa", "ties", "dare", "negmerge", "interpolate", *structured}
-    assert method.needs_importance == (method.name not in without)
+    assert method.needs_importance == (method.name not in {"tv", "constant", *combining})
     assert all((method.summary, method.formula, method.source))
 
 

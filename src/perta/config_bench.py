@@ -110,9 +110,9 @@ class CompareConfig:
         "tv",
         "perta-grad",
         "perta-fisher",
-        "perta-input",
+        "perta-project",
     )
-    """Methods, each with settings where wanted: `perta-input:rho=100,tokens=answer`. Settings are
+    """Methods, each with settings where wanted: `perta-project:rho=10,tokens=answer`. Settings are
     those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows) and
     `forget_seeds`; for training methods those of training, as in `npo:unlearn_beta=0.05`."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)

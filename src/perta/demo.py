@@ -88,14 +88,14 @@ REAL = Scale(
     questions=4,
     forget_people=2,
     tune=TuneConfig(epochs=10, learning_rate=1e-4, batch_size=4, stop_loss=0.05),
-    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-input": 2.3},
+    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 2.3},
 )
 TINY = Scale(
     people=8,
     questions=4,
     forget_people=2,
     tune=TuneConfig(epochs=40, learning_rate=3e-3, batch_size=4, stop_loss=0.05),
-    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-input": 5.0},
+    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 4.0},
 )
 
 
@@ -126,9 +126,8 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     full = run.tune("full", "full")
     retrained = run.tune("retrained", "retain")
     forget = run.tune("forget_checkpoint", "forget")
-    parts = ("forget", "retain")
-    importance = {f"{part}_importance": run.importance(part) for part in parts}
-    moments = {f"{part}_moments": run.moments(part) for part in parts}
+    importance = {f"{part}_importance": run.importance(part) for part in ("forget", "retain")}
+    moments = {"retain_moments": run.moments("retain")}
     models = {"base": base, "full": full, "retrained": retrained}
     for method, strength in scale.strengths.items():
         row = get_method(method)
@@ -137,7 +136,7 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     results = {name: run.evaluate(name, folder) for name, folder in models.items()}
     print_comparison(results)
     _print_costs(run.seconds, scale)
-    print_samples({name: results[name] for name in ("full", "retrained", "perta-input")}, 1)
+    print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
     report = write_report(
         ReportConfig(
             results=(str(config.output),),
@@ -216,7 +215,6 @@ class _Run:
             forget_checkpoint=str(forget),
             forget_importance=needs.get("forget_importance"),
             retain_importance=needs.get("retain_importance"),
-            forget_moments=needs.get("forget_moments"),
             retain_moments=needs.get("retain_moments"),
             output=self.config.output / method,
             direction=direction,
@@ -312,10 +310,6 @@ def _print_costs(seconds: Mapping[str, float], scale: Scale) -> None:
     """Seconds of each way to forget, against retraining without the forget set."""
     retraining = seconds["retrained"]
     shared = seconds["forget_checkpoint"]
-    measuring = {
-        kind: seconds[f"forget_{kind}"] + seconds[f"retain_{kind}"]
-        for kind in ("importance", "moments")
-    }
     table = Table(title="cost", title_justify="left")
     for column in ("way", "seconds", "share of retraining", "of which"):
         table.add_column(column, justify="left" if column in ("way", "of which") else "right")
@@ -323,9 +317,10 @@ def _print_costs(seconds: Mapping[str, float], scale: Scale) -> None:
     for method in scale.strengths:
         parts = {"forget tuning": shared, "edit": seconds[method]}
         if get_method(method).needs_importance:
-            parts["importance, both orders"] = measuring["importance"]
+            both = seconds["forget_importance"] + seconds["retain_importance"]
+            parts["importance, both orders"] = both
         if get_method(method).moments:
-            parts["moments"] = measuring["moments"]
+            parts["retain moments"] = seconds["retain_moments"]
             parts["direction"] = seconds[f"{method}_direction"]
         total = sum(parts.values())
         detail = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())

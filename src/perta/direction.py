@@ -1,6 +1,6 @@
 """The weighted direction of a structured method, as a folder that the edit subtracts.
 
-    task vector (two checkpoints) ─┐
+    task vector (base and forget) ─┐
     retain moments ────────────────┼─ layer by layer: one solve ── Δ, float32, checkpoint names
     forget moments (not all) ──────┘
 
@@ -31,6 +31,7 @@ from perta.structured import (
     joint_basis,
     projected_direction,
 )
+from perta.task_vectors import mean
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""
@@ -44,13 +45,13 @@ class DirectionInputs:
 
     Attributes:
         base: θ₀.
-        forget_checkpoint: θ_f.
+        forget_checkpoints: θ_f, one or several; the task vector is their mean.
         retain: moments on the retain set.
         forget: moments on the forget set; None for `project`.
     """
 
     base: CheckpointIndex
-    forget_checkpoint: CheckpointIndex
+    forget_checkpoints: tuple[CheckpointIndex, ...]
     retain: MomentFolder
     forget: MomentFolder | None
 
@@ -82,7 +83,7 @@ def write_direction(
     """
     folders = {
         "base": inputs.base.folder,
-        "forget_checkpoint": inputs.forget_checkpoint.folder,
+        **{checkpoint_name(i): c.folder for i, c in enumerate(inputs.forget_checkpoints)},
         "retain_moments": inputs.retain.folder,
     }
     if inputs.forget is not None:
@@ -106,9 +107,14 @@ def write_direction(
     return output
 
 
+def checkpoint_name(place: int) -> str:
+    """Name of a forget checkpoint among the inputs of a stage, counted from 0."""
+    return "forget_checkpoint" if place == 0 else f"forget_checkpoint_{place + 1}"
+
+
 def open_inputs(
     base: Path,
-    forget_checkpoint: Path,
+    forget_checkpoints: Sequence[Path],
     forget_moments: Path | None,
     retain_moments: Path,
     models: Collection[Path],
@@ -118,7 +124,7 @@ def open_inputs(
 
     Args:
         base: θ₀.
-        forget_checkpoint: θ_f.
+        forget_checkpoints: θ_f, at least one.
         forget_moments: moment folder of the forget set; None for `project`.
         retain_moments: moment folder of the retain set.
         models: checkpoints at which moments may have been measured: base and full.
@@ -140,16 +146,17 @@ def open_inputs(
                 f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
                 "both with the same `perta moments` settings and checkpoint."
             )
-    indices = [open_index(folder) for folder in (base, forget_checkpoint)]
-    for name in retain.facts["inputs"]:
-        shapes = [index.tensors[name].shape if name in index.tensors else None for index in indices]
-        if shapes[0] is None or shapes[0] != shapes[1]:
-            raise CheckpointMismatchError(
-                f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
-                f"{shapes[1] or 'missing'} in {forget_checkpoint}. Both must share the model that "
-                "the moments were measured at."
-            )
-    return DirectionInputs(indices[0], indices[1], retain, forget)
+    start, *tuned = (open_index(folder) for folder in (base, *forget_checkpoints))
+    for index in tuned:
+        for name in retain.facts["inputs"]:
+            shapes = [i.tensors[name].shape if name in i.tensors else None for i in (start, index)]
+            if shapes[0] is None or shapes[0] != shapes[1]:
+                raise CheckpointMismatchError(
+                    f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
+                    f"{shapes[1] or 'missing'} in {index.folder}. Both must share the model that "
+                    "the moments were measured at."
+                )
+    return DirectionInputs(start, tuple(tuned), retain, forget)
 
 
 def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
@@ -255,11 +262,11 @@ class _Solver:
 
     def _task_vector(self, name: str) -> Tensor:
         """τ of one weight, (out, in) float64."""
-        tuned, base = (
+        base, *tuned = (
             read_tensor(index.tensors[name]).to(self.device, torch.float64)
-            for index in (self.inputs.forget_checkpoint, self.inputs.base)
+            for index in (self.inputs.base, *self.inputs.forget_checkpoints)
         )
-        return self._as_stored(name, tuned - base)
+        return self._as_stored(name, mean(tuned).sub_(base))
 
     def _as_stored(self, name: str, weight: Tensor) -> Tensor:
         """Turn a weight from its stored orientation to (out, in), or back."""

@@ -29,10 +29,10 @@ from perta.checkpoint import (
 )
 from perta.config import ComputeConfig, WeightingConfig
 from perta.config_stages import EditConfig
-from perta.direction import open_inputs, write_direction
+from perta.direction import checkpoint_name, open_inputs, write_direction
 from perta.edit_chunks import CHUNK, Blocks
 from perta.edit_passes import average_importance, find_cuts
-from perta.edit_plan import EditInputs, open_sources, plan_edit, share_of_examples
+from perta.edit_plan import EditInputs, check_count, open_sources, plan_edit, share_of_examples
 from perta.edit_stream import Editor, TensorSummary, edit_all
 from perta.errors import CheckpointError, ConfigError
 from perta.manifest import settings_of
@@ -112,7 +112,7 @@ def gather_inputs(config: EditConfig) -> dict[str, Path]:
         PertaError: something is not there, or overlaps the output.
     """
     tuned: dict[str, str | None] = {
-        "forget_checkpoint" if place == 0 else f"forget_checkpoint_{place + 1}": checkpoint
+        checkpoint_name(place): checkpoint
         for place, checkpoint in enumerate(config.forget_checkpoints)
     }
     tuned["retain_checkpoint"] = config.retain_checkpoint
@@ -142,12 +142,16 @@ def as_inputs(given: Mapping[str, Path]) -> EditInputs:
     return EditInputs(
         given["full"],
         given["base"],
-        tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint")),
+        _forget_checkpoints(given),
         given.get("forget_importance"),
         given.get("retain_importance"),
         given.get("direction"),
         given.get("retain_checkpoint"),
     )
+
+
+def _forget_checkpoints(given: Mapping[str, Path]) -> tuple[Path, ...]:
+    return tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint"))
 
 
 def write_edit(
@@ -275,17 +279,18 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
 
     Args:
         config: settings, with the method's defaults filled in.
-        folders: `full`, `base`, `forget_checkpoint`, and the moment folders of the method's sides.
+        folders: `full`, `base`, forget checkpoints, and the moment folders of the method's sides.
 
     Returns:
         The folder of the direction.
 
     Raises:
-        ConfigError: a moment folder was not given.
+        ConfigError: a forget checkpoint or moment folder was not given.
         PertaError: the inputs do not belong together.
     """
     method, weighting = get_method(config.weighting.method), config.weighting
-    kind = method.moments or "input"
+    kind, tuned = method.moments or "input", _forget_checkpoints(folders)
+    check_count(method, folders["base"], len(tuned))
     for name in method.sides:
         if f"{name}_moments" not in folders:
             option = " --gradients" if method.moments == "kron" else ""
@@ -297,7 +302,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     check_separate(output, folders.values())
     inputs = open_inputs(
         folders["base"],
-        folders["forget_checkpoint"],
+        tuned,
         folders["forget_moments"] if "forget" in method.sides else None,
         folders["retain_moments"],
         (folders["base"], folders["full"]),

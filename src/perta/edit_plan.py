@@ -194,7 +194,7 @@ def _open_checkpoints(method: Method, inputs: EditInputs) -> dict[str, Checkpoin
         # θ_full takes the place of the forget checkpoint.
         sources[FORGET] = open_index(inputs.full)
     else:
-        _check_count(method, inputs)
+        check_count(method, base, len(inputs.forget_checkpoints))
         tuned = {forget_role(i): folder for i, folder in enumerate(inputs.forget_checkpoints)}
     if method.retain_vector:
         if inputs.retain_checkpoint is None:
@@ -215,9 +215,19 @@ def _open_checkpoints(method: Method, inputs: EditInputs) -> dict[str, Checkpoin
     return sources
 
 
-def _check_count(method: Method, inputs: EditInputs) -> None:
-    count, least = len(inputs.forget_checkpoints), method.min_task_vectors
-    make = f"`perta finetune --base {inputs.base} --data FORGET_SET"
+def check_count(method: Method, base: Path, count: int) -> None:
+    """Stop at fewer forget checkpoints than a method needs.
+
+    Args:
+        method: row of the table of methods.
+        base: θ₀, for the message.
+        count: forget checkpoints given.
+
+    Raises:
+        ConfigError: too few.
+    """
+    least = method.min_task_vectors
+    make = f"`perta finetune --base {base} --data FORGET_SET"
     if count < least and least > 1:
         raise ConfigError(
             f"`{method.name}` compares several task vectors and needs --forget-checkpoint at least "
@@ -228,8 +238,6 @@ def _check_count(method: Method, inputs: EditInputs) -> None:
         raise ConfigError(
             f"`{method.name}` needs --forget-checkpoint. Make it with {make} --output ...`."
         )
-    if count > 1 and method.moments is not None:
-        raise ConfigError(f"`{method.name}` takes one --forget-checkpoint, but there are {count}.")
 
 
 def _check_sidecars(method: Method, folders: Sequence[Path]) -> None:

@@ -478,10 +478,6 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
             f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
             f"{method.min_task_vectors}."
         )
-    if seeds > 1 and method.moments is not None:
-        raise ConfigError(
-            f"`{method.name}` takes one forget checkpoint, not --forget-seeds {seeds}."
-        )
     # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
     # windows that rows do not count.
     share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))

@@ -79,7 +79,7 @@ def input_direction(
         forget_damping: μ relative to the mean diagonal of C_f, >= 0.
 
     Returns:
-        Δ. The cost is in³/3 + 2 · out · in² multiplications and two more (in, in) matrices.
+        Δ. The cost is in³/3 + 4 · out · in² operations and two more (in, in) matrices.
 
     Raises:
         DivergenceError: the matrix is not positive definite; the damping is too small.
@@ -151,8 +151,8 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
         rho: ρ >= 0.
 
     Returns:
-        Δ. The cost is in³/3 + 2 · out · in² multiplications and one more (in, in) matrix.
-        No damping is needed: no eigenvalue of the matrix is below 1.
+        Δ. The cost is in³/3 + 2 · out · in² operations and one more (in, in) matrix. No damping
+        is needed: no eigenvalue of the matrix is below 1.
 
     Raises:
         DivergenceError: C_r is not positive semidefinite, or not finite.
