@@ -78,11 +78,11 @@ class Model:
 
     @property
     def solve(self) -> float:
-        """Operations of all solves: d^3/3 per moment, and 4 o d^2 per weight (o, d)."""
+        """Operations of all solves: d^3/3 per moment, and 2 o d^2 per weight (o, d)."""
         d, f = self.width, self.inside
         factor = (3 * d**3 + f**3) / 3
         weights = d * (2 * d + 2 * self.heads + 2 * f) * d + d * f * f
-        return self.layers * (factor + 4 * weights)
+        return self.layers * (factor + 2 * weights)
 
 
 MODELS = (
@@ -102,7 +102,8 @@ class Work:
         example: tokens per example.
         batch: tokens per step of tuning, and per batch of importance and moments.
         epochs: of tuning, for the forget checkpoint and for retraining alike.
-        sample: retain tokens that importance and moments see, per forget token.
+        sample: retain tokens that importance and moments see, per forget token; moments once for
+            all requests.
         evaluated: tokens scored by the evaluation, prompts included.
         generated: tokens it generates, in batches of `parallel` answers.
         parallel: answers generated at a time.
@@ -120,8 +121,13 @@ class Work:
 
     @property
     def measured(self) -> float:
-        """N: tokens that importance and moments see."""
-        return self.forget * (1 + self.sample)
+        """N: tokens that importance sees."""
+        return self.forget + self.protected
+
+    @property
+    def protected(self) -> float:
+        """R: tokens that moments see."""
+        return self.forget * self.sample
 
     @property
     def retain(self) -> float:
@@ -156,6 +162,7 @@ def stages(model: Model, work: Work) -> list[Stage]:
     """Every stage, retraining first."""
     size, measured = float(model.parameters), work.measured
     batches, examples = measured / work.batch, measured / work.example
+    protected = work.protected
 
     def tuning(name: str, tokens: float) -> Stage:
         seen = work.epochs * tokens
@@ -175,25 +182,25 @@ def stages(model: Model, work: Work) -> list[Stage]:
             (2 + 4) * size,
         ),
         Stage(
-            "input moments",
-            2 * size * measured,
-            (2 * size + 16 * model.moments) * batches,
+            "retain moments, once",
+            2 * size * protected,
+            (2 * size + 16 * model.moments) * protected / work.batch,
+            2 * size + 4 * model.moments,
             2 * size + 8 * model.moments,
-            2 * size + 8 * model.moments,
-            single=2 * model.moments * measured,
+            single=2 * model.moments * protected,
         ),
         Stage(
-            "solve of `perta-input`",
+            "solve of `perta-project`",
             0.0,
             # Base and tuned weights in, a float32 direction out; the float64 work stays in cache
             # blocks, a few sweeps over its operands.
             3 * 8 * (2 * model.moments + 2 * size),
-            8 * model.moments + 8 * size,
-            8 * (4 * model.inside**2 + 4 * model.inside * model.width),
+            4 * model.moments + 8 * size,
+            8 * (3 * model.inside**2 + 3 * model.inside * model.width),
             double=model.solve,
         ),
         Stage("edit, `perta-grad`", 6 * size, 16 * size, 16 * size, 0.0),
-        Stage("edit, `perta-input`", 2 * size, 8 * size, 8 * size, 0.0),
+        Stage("edit, `perta-project`", 2 * size, 8 * size, 8 * size, 0.0),
         Stage(
             "evaluation",
             2 * size * (work.evaluated + work.generated),
@@ -243,7 +250,7 @@ def table(model: Model, work: Work, node: Node) -> str:
     whole = seconds["retraining, for comparison"]
     for name, parts in (
         ("perta-grad", ("importance, one order", "edit, `perta-grad`")),
-        ("perta-input", ("input moments", "solve of `perta-input`", "edit, `perta-input`")),
+        ("perta-project", ("solve of `perta-project`", "edit, `perta-project`")),
     ):
         total = seconds["forget fine-tune"] + sum(seconds[part] for part in parts)
         lines.append(

@@ -8,12 +8,10 @@ set -euo pipefail
 base=$1 tofu=$2 output=$3
 
 edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
-    perta-input perta-input:rho=10,forget_damping=0 perta-input:rho=100,forget_damping=0
-    perta-input:rho=10,forget_damping=3 perta-input:rho=10,forget_damping=10 perta-input:rho=1000,forget_damping=300
-    perta-input:forget_damping=10 perta-input:forget_damping=100 perta-input:rho=10000,forget_damping=3000
-    perta-input:damping=0.001 perta-input:damping=0.1
-    perta-input:tokens=answer perta-input:at=full perta-input:share=0.2 perta-input:share=0.05
-    'perta-input:include=*.mlp.*' 'perta-input:include=*.self_attn.*' perta-kron
+    perta-project perta-project:rho=0.3 perta-project:rho=1 perta-project:rho=10 perta-project:rho=100
+    perta-project:tokens=answer perta-project:at=full perta-project:share=0.2 perta-project:share=0.05
+    'perta-project:include=*.mlp.*' 'perta-project:include=*.self_attn.*' perta-project:forget_seeds=3
+    perta-input perta-input:rho=10,forget_damping=0 perta-input:rho=10,forget_damping=10 perta-kron
     msa selective ssd:selection=2 ties dare negmerge interpolate tv:forget_seeds=3
     ga graddiff npo npo-retain simnpo dpo idkpo kl undial wga satimp retain-finetune
     rmu:steering_coef=240,retain_weight=1)
@@ -29,3 +27,9 @@ for people in 20 40; do
     perta bench compare --base "$base" --people "$people" --forget-people 2 --questions 10 --suite \
         --output "$output/people-$people" "${arguments[@]}"
 done
+
+# What may break an edit: a full model tuned by LoRA, and one stored in the base's own type.
+harder=(--people 20 --forget-people 2 --questions 10 --methods tv --methods perta-fisher
+    --methods perta-project --methods 'perta-project:include=*.mlp.*')
+perta bench compare --base "$base" "${harder[@]}" --lora-rank 16 --learning-rate 1e-3 --output "$output/lora"
+perta bench compare --base "$base" "${harder[@]}" --save-dtype base --output "$output/stored"
