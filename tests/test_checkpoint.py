@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -345,9 +344,9 @@ def test_fingerprint_reads_unchanged_files_once(
 ) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    known = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"  # BLAKE3
     assert fingerprint(file) == known
-    monkeypatch.setattr(hashlib, "file_digest", None)
+    monkeypatch.setattr("perta.checkpoint.blake3", None)
     assert fingerprint(file) == known
     monkeypatch.undo()
     status = file.stat()

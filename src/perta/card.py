@@ -26,7 +26,7 @@ def write_card(
             "# Unlearned checkpoint\n",
             f"{done}\n",
             *_table("setting", "value", settings),
-            *(_table("input", "SHA-256 of its content", inputs) if inputs else []),
+            *(_table("input", "BLAKE3 hash of its content", inputs) if inputs else []),
             f"{caveat} The licence of the original model applies.\n",
         ]
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from perta.batch import IGNORE, Encoded
 from perta.config import DataConfig
@@ -81,7 +82,7 @@ class ExampleSet:
         source: path or id, as the user gave it.
         examples: usable rows.
         skipped: what was left out and why, one line a row.
-        fingerprint: SHA-256 of all rows' content, whatever the file's name or place.
+        fingerprint: BLAKE3 of all rows' content, whatever the file's name or place.
     """
 
     source: str
@@ -140,8 +141,8 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
 
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of rows as canonical JSON, one line each."""
-    digest = hashlib.sha256()
+    """BLAKE3 of rows as canonical JSON, one line each."""
+    digest = blake3()
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")

@@ -360,7 +360,7 @@ METHODS = _table(
     Method(
         name="perta-project",
         summary="what layer inputs of the retain set do not see of tau; edits linear layers only",
-        formula="direction tau (I + rho C_r)^-1",
+        formula="direction tau (I + rho C_r / c)^-1",
         source="this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355",
         default_rho=3.0,
         default_scaling_coef=2.3,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from perta.checkpoint import fingerprint
 from perta.config_bench import AbilityConfig
 from perta.errors import ConfigError, DataError
@@ -116,8 +118,6 @@ def _aggregates(results: dict[str, Any]) -> Results:
 
 
 def _folder_hash(folder: Path) -> str:
-    import hashlib
-
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(folder)} {fingerprint(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return blake3("".join(lines).encode()).hexdigest()

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import torch
+from blake3 import blake3
 from transformers import PreTrainedModel
 
 from perta import __version__
@@ -109,8 +110,8 @@ def open_journal(
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's configuration and parameters, names and values."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    """BLAKE3 of a model's configuration and parameters, names and values."""
+    digest = blake3(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
