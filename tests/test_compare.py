@@ -14,7 +14,7 @@ import pytest
 from conftest import TUNE, World
 from helpers import tiny_llama
 from perta.checkpoint import fingerprint
-from perta.compare.bench import Bench
+from perta.compare.bench import Bench, relearning
 from perta.compare.draw import draw_sets
 from perta.compare.edits import prepare_edit
 from perta.compare.paths import TrainingPath
@@ -383,6 +383,21 @@ def test_the_report_is_of_the_methods_asked_for(
     page = (config.output / "report.html").read_text("utf-8")
     assert "perta-grad" not in page
     assert ">tv" in page
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"), [({}, 2e-3), ({"lora_rank": 4}, 1e-4), ({"given": 5e-5}, 5e-5)]
+)
+def test_relearning_moves_all_parameters_at_a_rate_made_for_that(
+    more: dict[str, Any], expected: float
+) -> None:
+    config = CompareConfig(
+        base="b",
+        output=Path("o"),
+        relearn_learning_rate=more.pop("given", None),
+        tune=CompareTune(learning_rate=2e-3, **more),
+    )
+    assert relearning(config, 2, 0).learning_rate == expected
 
 
 def test_rows_and_models_of_another_comparison_are_not_replaced(

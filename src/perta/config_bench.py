@@ -148,6 +148,9 @@ class CompareConfig:
     relearn_steps: int = 6
     """Steps of fine-tuning on a quarter of the forget rows, before the probability of the others
     is measured again; 0 leaves resistance to relearning out."""
+    relearn_learning_rate: float | None = None
+    """Learning rate of that, which moves all parameters [default: that of tuning, or with LoRA,
+    whose rates are too large for it, 1e-4]."""
     relearn_margin: float = 0.05
     """Distance from the retrained model's relearned probability that counts as resistant."""
     relearn_factor: float = 1.2
@@ -195,6 +198,8 @@ class CompareConfig:
         tolerance = self.equal_tolerance
         require(0 < tolerance < 1, "equal-tolerance", tolerance, "in (0, 1)")
         require(self.relearn_steps >= 0, "relearn-steps", self.relearn_steps, "0 or more")
+        rate = self.relearn_learning_rate
+        require(rate is None or rate > 0, "relearn-learning-rate", rate, "above 0")
         require(self.relearn_tries >= 0, "relearn-tries", self.relearn_tries, "0 or more")
         require(self.relearn_factor > 1, "relearn-factor", self.relearn_factor, "above 1")
 

@@ -18,7 +18,7 @@ from perta.benchmarks.ability import bench_ability
 from perta.benchmarks.tofu import run_tofu
 from perta.compare.draw import Draw
 from perta.config import DataConfig, ScoringConfig, TuneConfig
-from perta.config_bench import AbilityConfig, CompareConfig
+from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import ExampleSet, encode_examples, load_examples
 from perta.evaluate import quick_evaluation
 from perta.finetune import tune
@@ -119,15 +119,7 @@ class Bench:
         """
         shown = self._forget[::RELEARNED_SHARE]
         hidden = [e for i, e in enumerate(self._forget) if i % RELEARNED_SHARE]
-        settings = TuneConfig(
-            epochs=self._config.relearn_steps,
-            learning_rate=self._config.tune.learning_rate,
-            batch_size=len(shown),
-            schedule="constant",
-            warmup_ratio=0.0,
-            stop_loss=0.0,
-            seed=self._draw.seed,
-        )
+        settings = relearning(self._config, len(shown), self._draw.seed)
         tune(self.model, shown, settings, pad=self.pad)
         losses = losses_of(self.model, hidden, batch_size=self._batch, pad=self.pad)
         return math.fsum(math.exp(-loss) for loss in losses) / len(losses)
@@ -179,6 +171,32 @@ class Bench:
     @property
     def _scoring(self) -> ScoringConfig:
         return ScoringConfig(generate=False, evaluation_batch_size=self._batch)
+
+
+def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:
+    """How a model is shown some forget rows again: all parameters, all rows in every step.
+
+    Args:
+        config: steps and learning rate.
+        rows: how many there are.
+        seed: of the draw.
+
+    Returns:
+        Settings of the fine-tuning.
+    """
+    rate = config.relearn_learning_rate
+    if rate is None:
+        is_lora = config.tune.lora_rank > 0
+        rate = CompareTune.learning_rate if is_lora else config.tune.learning_rate
+    return TuneConfig(
+        epochs=config.relearn_steps,
+        learning_rate=rate,
+        batch_size=rows,
+        schedule="constant",
+        warmup_ratio=0.0,
+        stop_loss=0.0,
+        seed=seed,
+    )
 
 
 def means(results: Mapping[str, Any]) -> dict[str, float]:

@@ -43,6 +43,7 @@ _IN_KEY = (
     "equal_tolerance",
     "fixed",
     "relearn_steps",
+    "relearn_learning_rate",
     "relearn_margin",
     "relearn_factor",
     "relearn_tries",
