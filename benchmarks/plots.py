@@ -33,7 +33,7 @@ def draw(record: Record) -> Figure:
         axes.plot(values, [row] * len(values), "o", color=BLUE, markersize=4, alpha=0.45)
         axes.plot([middle, middle], [row - 0.25, row + 0.25], color=BLUE, linewidth=2.5)
         axes.annotate(
-            f"{middle:.3g}",
+            f"{middle:.3g}" if middle < 1000 else f"{middle:.0f}",
             (max(values), row),
             xytext=(8, 0),
             textcoords="offset points",
