@@ -141,9 +141,9 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
 
     It minimises ‖Δ − τ‖² + ρ/c · tr(Δ C_r Δᵀ): the step nearest to τ that changes little of what
     the layer makes of retained inputs. Along an eigenvector of C_r with eigenvalue s the share
-    1 / (1 + ρ s / c) of τ is in Δ. At ρ = 0 it is τ; ρ to infinity leaves the part of τ that lies in
-    the null space of the retain inputs, the projection of AlphaEdit. `input_direction` tends to
-    it as μ grows with ρ / μ constant, so the forget set is read for τ alone.
+    1 / (1 + ρ s / c) of τ is in Δ. At ρ = 0 it is τ; ρ to infinity leaves the part of τ in the null
+    space of the retain inputs, the projection of AlphaEdit. `input_direction` tends to it as μ
+    grows with ρ / μ constant, so the forget set is read for τ alone.
 
     Args:
         task_vector: τ (out, in).
