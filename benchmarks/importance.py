@@ -4,8 +4,9 @@
     python benchmarks/importance.py --model FOLDER         # a checkpoint
     python benchmarks/importance.py --only plain engine    # the two that matter, quickly
 
-One process, one set of batches. In every repeat each contender runs once, in turn, so that a
-busy moment of the machine hits all of them; ratios are to the plain pass of the same repeat.
+One process, one set of batches. After every batch of a contender the plain pass does the same
+batch on a copy of the model, so that a busy moment of the machine hits both; ratios are to those
+plain passes.
 
     plain         forward and backward of the mean loss, with the gradients of all weights
     engine 2      batched_moments, order 2
@@ -15,20 +16,21 @@ busy moment of the machine hits all of them; ratios are to the plain pass of the
     opacus        its GradSampleModule, likewise; left out unless opacus can be imported:
                   pip install --no-deps --target FOLDER opacus opt_einsum, PYTHONPATH=FOLDER
 
-The engine's time includes what it does once per data set: allocating the sums, checking the
-norms, dividing at the end. `--batches` says over how many batches that is spread; a last line
-tells it apart. `--accuracy` compares every contender with a float64 example loop.
+What the engine does once per data set (allocating and clearing the means, checking the norms) is
+told apart; the ratio of the whole run spreads it over `--batches`. `--accuracy` compares every
+contender with a float64 example loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
-import itertools
 import platform
 import statistics
 import time
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,50 @@ SMOLLM2_135M = LlamaConfig(
     eos_token_id=2,
 )
 
-Run = Callable[[Sequence[Batch]], object]
+Between = Callable[[], None]
+Run = Callable[[Sequence[Batch], Between], object]
+"""Runs batches, and calls back after each."""
+
+
+@dataclass
+class Race:
+    """One run of a contender, and the plain passes in between.
+
+    Attributes:
+        seconds: of every batch; the first has most of what is done once for all.
+        rest: after the last batch.
+        plain: seconds of the plain pass over every batch.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    rest: float = 0.0
+    plain: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Median over batches, without the first."""
+        later = slice(min(1, len(self.seconds) - 1), None)
+        pairs = zip(self.seconds[later], self.plain[later], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    @property
+    def whole_ratio(self) -> float:
+        """Of the whole run."""
+        return (sum(self.seconds) + self.rest) / sum(self.plain)
+
+    @property
+    def once(self) -> float:
+        """Seconds beyond those of batches like the later ones."""
+        typical = statistics.median(self.seconds[min(1, len(self.seconds) - 1) :])
+        return sum(self.seconds) + self.rest - typical * len(self.seconds)
+
+
+@dataclass
+class Measured:
+    """One contender's figures: peak memory of one batch above the start in MB, and its races."""
+
+    memory: float
+    races: list[Race] = field(default_factory=list)
 
 
 def main() -> None:
@@ -71,19 +116,22 @@ def main() -> None:
     contenders = {
         name: run for name, run in make_contenders(model).items() if chosen(name, options.only)
     }
-    measured = measure(contenders, batches, options)
+    measured = measure(contenders, copy.deepcopy(model), batches, options)
     report(measured, options)
     save(
         Record(
             "Per-example importance against one training pass",
             "time over that of a plain forward and backward pass",
             conditions,
-            {name: ratios(measured, name) for name in measured if name != "plain"},
+            {
+                name: [race.ratio for race in found.races]
+                for name, found in measured.items()
+                if name != "plain"
+            },
             reference=1.0,
         ),
         options.json,
     )
-    report_set_up(model, batches, options)
     if options.accuracy:
         report_accuracy(model, batches[0], contenders)
 
@@ -146,19 +194,37 @@ def make_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
 def make_contenders(model: Any) -> dict[str, Run]:
     """Every way to run the batches, the plain pass first."""
     contenders: dict[str, Run] = {
-        "plain": lambda batches: plain(model, batches),
-        "engine 2": lambda batches: batched_moments(model, batches, [2]),
-        "engine 1+2": lambda batches: batched_moments(model, batches, [1, 2]),
-        "loop": lambda batches: example_loop_moments(model, batches, [2]),
-        "torch.func": lambda batches: torch_func(model, batches),
+        "plain": one_by_one(lambda batches: plain(model, batches)),
+        "engine 2": engine(model, [2]),
+        "engine 1+2": engine(model, [1, 2]),
+        "loop": one_by_one(lambda batches: example_loop_moments(model, batches, [2])),
+        "torch.func": one_by_one(lambda batches: torch_func(model, batches)),
     }
     try:
         import opacus  # noqa: F401 - only to see whether it is there
     except ImportError:
         print("opacus is not installed: left out")
     else:
-        contenders["opacus"] = lambda batches: opacus_gradients(model, batches)
+        contenders["opacus"] = one_by_one(lambda batches: opacus_gradients(model, batches))
     return contenders
+
+
+def engine(model: Any, orders: Sequence[float]) -> Run:
+    """Ours: all batches in one run."""
+    return lambda batches, between: batched_moments(
+        model, batches, orders, progress=lambda _: between()
+    )
+
+
+def one_by_one(run: Callable[[Sequence[Batch]], object]) -> Run:
+    """A contender that does nothing once for all batches."""
+
+    def all_of_them(batches: Sequence[Batch], between: Between) -> None:
+        for batch in batches:
+            run([batch])
+            between()
+
+    return all_of_them
 
 
 def plain(model: Any, batches: Sequence[Batch]) -> None:
@@ -229,30 +295,49 @@ def opacus_gradients(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def measure(
-    contenders: dict[str, Run], batches: Sequence[Batch], options: argparse.Namespace
-) -> dict[str, tuple[list[float], float]]:
-    """Seconds per batch in every repeat, and peak memory in MB above the start, by contender."""
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    memory: dict[str, float] = {}
-    for name, run in list(contenders.items()):
+    contenders: dict[str, Run],
+    twin: Any,
+    batches: Sequence[Batch],
+    options: argparse.Namespace,
+) -> dict[str, Measured]:
+    """Run every contender several times over, with plain passes over `twin` in between."""
+    measured: dict[str, Measured] = {}
+    for name, run in contenders.items():
         try:
             start = reset_peak(options.device)
-            run(batches[:1])
-            memory[name] = read_peak(options.device) - start
+            run(batches[:1], lambda: None)
+            measured[name] = Measured(read_peak(options.device) - start)
         except Exception as error:
             print(f"{name} failed: {type(error).__name__}: {str(error)[:200]}")
-            del contenders[name], seconds[name]
         gc.collect()
     for _ in range(options.repeats):
-        for name, run in contenders.items():
-            synchronize(options.device)
-            start = clock()
-            run(batches)
-            synchronize(options.device)
-            seconds[name].append((clock() - start) / len(batches))
+        for name, found in measured.items():
+            found.races.append(race(contenders[name], twin, batches, options))
             gc.collect()
-    return {name: (values, memory[name]) for name, values in seconds.items()}
+    return measured
+
+
+def race(run: Run, twin: Any, batches: Sequence[Batch], options: argparse.Namespace) -> Race:
+    """Run a contender, and plain passes over the same batches in between."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    found, start = Race(), 0.0
+
+    def now() -> float:
+        synchronize(options.device)
+        return clock()
+
+    def between() -> None:
+        nonlocal start
+        end = now()
+        plain(twin, [batches[len(found.plain)]])
+        found.seconds.append(end - start)
+        start = now()
+        found.plain.append(start - end)
+
+    start = now()
+    run(batches, between)
+    found.rest = now() - start
+    return found
 
 
 def synchronize(device: str) -> None:
@@ -309,32 +394,27 @@ def describe(options: argparse.Namespace, model: Any) -> str:
     )
 
 
-def report(measured: dict[str, tuple[list[float], float]], options: argparse.Namespace) -> None:
-    """Print seconds per batch, and the ratio to the plain pass with its spread."""
-    print(f"\n{'':12}{'s/batch':>10}{'ratio to plain: median [min, max]':>38}{'peak MB':>10}")
-    for name, (seconds, memory) in measured.items():
-        found = ratios(measured, name)
-        spread = f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
-        print(f"{name:12}{statistics.median(seconds):10.3f}{spread:>38}{memory:10.0f}")
-    print(f"{options.repeats} repeats; peak memory of one batch, above the model's own")
+def report(measured: dict[str, Measured], options: argparse.Namespace) -> None:
+    """Print seconds, and ratios to the plain pass with their spread."""
+    heads = ("s/batch", "s once", "ratio of a batch", "of the whole run", "peak MB")
+    print("\n{:12}{:>10}{:>10}{:>22}{:>22}{:>10}".format("", *heads))
+    for name, found in measured.items():
+        later = [seconds for race in found.races for seconds in race.seconds[1:] or race.seconds]
+        print(
+            f"{name:12}{statistics.median(later):10.3f}"
+            f"{statistics.median(race.once for race in found.races):10.2f}"
+            f"{spread([race.ratio for race in found.races]):>22}"
+            f"{spread([race.whole_ratio for race in found.races]):>22}{found.memory:10.0f}"
+        )
+    print(
+        f"{options.repeats} repeats: median [min, max]; a batch is one after the first; peak "
+        "memory of one batch, above the models' own"
+    )
 
 
-def ratios(measured: dict[str, tuple[list[float], float]], name: str) -> list[float]:
-    """Time over that of the plain pass, in every repeat."""
-    return [a / b for a, b in zip(measured[name][0], measured["plain"][0], strict=True)]
-
-
-def report_set_up(model: Any, batches: Sequence[Batch], options: argparse.Namespace) -> None:
-    """Print what the engine takes once per data set, apart from what it takes per batch."""
-    if len(batches) < 2:
-        return
-    clock = time.process_time if options.clock == "cpu" else time.perf_counter
-    marks = [clock()]
-    batched_moments(model, batches, [2], progress=lambda _: marks.append(clock()))
-    end = clock()
-    later = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
-    once = (marks[1] - marks[0] - later) + (end - marks[-1])
-    print(f"engine, order 2: {later:.3f} s per batch after the first, {once:.3f} s once")
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def report_accuracy(model: Any, batch: Batch, contenders: Container[str]) -> None:

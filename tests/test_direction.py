@@ -93,7 +93,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def expected_direction(
-    parts: Parts, method: str, name: str, rho: float, damping: float, forget_damping: float
+    parts: Parts, method: str, name: str, rho: float, damping: float = 0, forget_damping: float = 0
 ) -> Tensor:
     """Solve for Δ in float64, as one dense linear system where both sides have factors."""
     forget, retain = open_moments(parts.forget), open_moments(parts.retain)
@@ -121,8 +121,9 @@ def expected_direction(
 
 
 def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: float) -> None:
-    mu = {"forget_damping": 0.4} if method == "perta-input" else {}
-    settings = {"rho": 3.0, "damping": 0.05, **mu}
+    dampings = {"perta-input": {"damping": 0.05, "forget_damping": 0.4}}
+    dampings["perta-kron"] = {"damping": 0.05}
+    settings = {"rho": 3.0, **dampings.get(method, {})}
     edit_checkpoint(parts.config(output, method, scaling_coef=alpha, **settings))
     found, full = tensors(output), tensors(parts.full)
     linear = set(open_moments(parts.forget).facts["inputs"])
@@ -134,7 +135,7 @@ def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: f
         if name not in linear:
             assert torch.equal(value, full[name])
         elif name in checked:
-            step = alpha * expected_direction(parts, method, name, 3.0, 0.05, 0.4)
+            step = alpha * expected_direction(parts, method, name, **settings)
             assert float(step.norm()) > 0
             moved = full[name].double() - value.double()
             assert float((moved - step).norm()) < 1e-3 * float(step.norm()) + 1e-6, name
@@ -200,6 +201,8 @@ def test_the_defaults_are_the_methods_own(parts: Parts, tmp_path: Path) -> None:
     assert (settings["scaling_coef"], settings["rho"], settings["forget_damping"]) == (1, 1, 0)
     with pytest.raises(ConfigError, match="no --forget-damping"):
         edit_checkpoint(parts.config(tmp_path / "kron", "perta-kron", forget_damping=1.0))
+    with pytest.raises(ConfigError, match="`perta-project` has no --damping; `perta-input`"):
+        edit_checkpoint(parts.config(tmp_path / "project", "perta-project", damping=0.1))
 
 
 def stamps(folder: Path) -> dict[str, int]:

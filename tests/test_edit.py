@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +45,7 @@ from perta.config import WeightingConfig
 from perta.edit import EditSummary, write_edit
 from perta.edit_chunks import Span
 from perta.edit_plan import EditInputs, Target
-from perta.edit_stream import Finished, Sums
+from perta.edit_stream import Editor, Finished, Sums
 from perta.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -614,6 +616,39 @@ def test_large_values_that_fit_are_kept(inputs: Inputs) -> None:
     assert_same_bytes(inputs.result()[EMBEDDING], inputs.tensors["full"][EMBEDDING] - tau)
     norm = next(t for t in summary.tensors if t.name == EMBEDDING).task_vector_norm
     assert norm == pytest.approx(1e25 * math.sqrt(40), rel=1e-5)
+
+
+def test_full_disk_is_found_before_any_work(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(Editor, "run", lambda *_: pytest.fail("the edit began"))
+    with pytest.raises(OSError, match="No space left"):
+        inputs.edit(method="tv")
+    assert not inputs.output.exists()
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, None])
+def test_disk_that_cannot_reserve(
+    inputs: Inputs, error: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs.edit(method="tv")
+    expected = inputs.result()
+
+    def refuse(*_: object) -> None:
+        assert error is not None
+        raise OSError(error, os.strerror(error))
+
+    if error is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    inputs.edit(method="tv", overwrite=True)
+    for name, value in inputs.result().items():
+        assert_same_bytes(value, expected[name])
 
 
 @pytest.mark.parametrize("role", ["full", "base", "forget", "I_f", "I_r"])

@@ -344,11 +344,18 @@ def test_gradient_checkpointing_recomputes() -> None:
     assert len(calls) == 2
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_blocks_of_rows_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = build(llama_tied), bucketed(examples(), 3, PAD)
     whole = batched_moments(model, batches, (1, 2))
+    # Blocks of 16 rows a thread: several in some matrices, and rests that threads cannot share.
     monkeypatch.setattr(per_example_powers, "_CACHE_BYTES", 1)
-    blocks = batched_moments(model, batches, (1, 2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        blocks = batched_moments(model, batches, (1, 2))
+    finally:
+        torch.set_num_threads(before)
     for order in (1.0, 2.0):
         assert_close(blocks.by_order[order], whole.by_order[order], 1e-6)
 

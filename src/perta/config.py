@@ -237,8 +237,9 @@ class WeightingConfig:
     rho: float | None = None
     """Weight of the retain importance against the forget importance [default: the method's own:
     3 for `perta-project`, 100 for `perta-input`, 10 for `perta-kron`, otherwise 1]."""
-    damping: float = 0.01
-    """Damping of `perta-input` and `perta-kron`, relative to the mean diagonal of the moments."""
+    damping: float | None = None
+    """Damping of `perta-input` and `perta-kron`, relative to the mean diagonal of the moments
+    [default: 0.01]."""
     forget_damping: float | None = None
     """With `perta-input`: damping of the forget side alone, relative to its mean diagonal. The
     larger, the more of the task vector goes wherever the retain set does not object, also along
@@ -274,7 +275,8 @@ class WeightingConfig:
         require(self.order is None or 0 < self.order < 100, "order", self.order, "above 0")
         rho = self.rho
         require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
-        require(0 <= self.damping < float("inf"), "damping", self.damping, "0 or more")
+        damping = self.damping
+        require(damping is None or 0 <= damping < float("inf"), "damping", damping, "0 or more")
         mu = self.forget_damping
         require(mu is None or 0 <= mu < float("inf"), "forget-damping", mu, "0 or more")
         require(0 <= self.constant <= 1, "constant", self.constant, "in [0, 1]")

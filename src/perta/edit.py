@@ -12,6 +12,7 @@ The output has θ_full's files, header bytes and tensor places.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -224,16 +225,19 @@ def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
         The settings to use and to record.
 
     Raises:
-        ConfigError: there is no such method, or it has no forget-side damping.
+        ConfigError: there is no such method, or it has no such damping.
     """
     method = get_method(weighting.method)
     rho, alpha, keep = weighting.rho, weighting.scaling_coef, weighting.keep
-    mu = weighting.forget_damping
+    damping, mu = weighting.damping, weighting.forget_damping
+    if damping is not None and method.default_damping is None:
+        raise ConfigError(f"`{method.name}` has no --damping; `perta-input` and `perta-kron` have.")
     if mu and method.moments != "input":
         raise ConfigError(f"`{method.name}` has no --forget-damping; `perta-input` has.")
     return replace(
         weighting,
         rho=method.default_rho if rho is None else rho,
+        damping=method.default_damping if damping is None else damping,
         forget_damping=method.default_forget_damping if mu is None else mu,
         scaling_coef=method.default_scaling_coef if alpha is None else alpha,
         keep=method.default_keep if keep is None else keep,
@@ -309,7 +313,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
         kind,
     )
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
-    dampings = (weighting.damping, weighting.forget_damping or 0.0)
+    dampings = (weighting.damping or 0.0, weighting.forget_damping or 0.0)
     return write_direction(output, inputs, kind, weighting.rho or 0.0, dampings, device)
 
 
@@ -322,7 +326,22 @@ def _create_files(full: CheckpointIndex, folder: Path) -> None:
             header = length + stream.read(int.from_bytes(length, "little"))
         with (folder / shard).open("wb") as stream:
             stream.write(header)
-            stream.truncate(source.stat().st_size)
+            stream.flush()
+            _reserve(stream.fileno(), source.stat().st_size)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give an open file its size, with room on the disk where the system can reserve it.
+
+    Writing is faster then, and a full disk is found before any work is done.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    os.truncate(descriptor, size)
 
 
 def _check_effect(summaries: Sequence[TensorSummary], method: Method, inputs: EditInputs) -> None:
@@ -395,7 +414,7 @@ def _shown_settings(method: Method, weighting: WeightingConfig) -> dict[str, str
         ("rho I_r" in method.formula, "weight ρ of the retain importance", rho),
         (method.needs_importance, "granularity", weighting.granularity),
         (is_structured, "weight ρ of the retain moments", rho),
-        (method.moments in ("input", "kron"), "damping λ", f"{weighting.damping:g}"),
+        (weighting.damping is not None, "damping λ", str(weighting.damping)),
         (
             method.moments == "input",
             "damping μ of the forget side",

@@ -175,44 +175,70 @@ def _add_products(means: Means, products: Sequence[Product]) -> None:
 
 
 def _add_products_in_cache(means: Means, products: Sequence[Product]) -> None:
-    """Send blocks of the parameter's rows through all examples in turn, in one small buffer."""
+    """Send blocks of the parameter's rows through all examples in turn, in one small buffer.
+
+    A block has as many parts as there are threads, and is a batch of products: so each thread
+    computes the part that it later raises and adds, and finds it in its own core's cache.
+    """
     mean = means.any
-    height, width = mean.shape
-    budget = _CACHE_BYTES * torch.get_num_threads()
-    block = min(height, max(16, budget // (width * mean.element_size()) // 16 * 16))
-    examples = _factors(products, mean.dtype, block)
+    width = mean.shape[1]
+    part_count = torch.get_num_threads()
+    row_count = max(16, _CACHE_BYTES // (width * mean.element_size()) // 16 * 16)
+    block = row_count * part_count
+    examples = _factors(products, mean.dtype, block, part_count)
     # Everything is cut into views beforehand: thousands of small slices would cost as much
     # time as the arithmetic.
     adders = [
-        (_adder(order, means.weight), mean.split(block)) for order, mean in means.by_order.items()
+        (_adder(order, means.weight), _in_blocks(mean, block, part_count))
+        for order, mean in means.by_order.items()
     ]
-    buffer = torch.empty(block, width, dtype=mean.dtype)
+    buffers = {
+        shape: torch.empty(shape, dtype=mean.dtype)
+        for shape in {tuple(first.shape) for first in adders[0][1]}
+    }
     for k, first in enumerate(adders[0][1]):
-        gradient = buffer[: len(first)]
+        gradient = buffers[tuple(first.shape)]
         targets = [(add, blocks[k]) for add, blocks in adders]
         for factors in examples:
             for i, (left, right) in enumerate(factors):
-                gradient.addmm_(left[k], right, beta=1 if i else 0)
+                gradient.baddbmm_(left[k], right[k], beta=1 if i else 0)
             for add, target in targets:
                 add(target, gradient)
 
 
+def _in_blocks(matrix: Tensor, block: int, part_count: int) -> list[Tensor]:
+    """Cut (m, n) into blocks of rows, each in equal parts: views of (parts, rows, n).
+
+    The last block is one part where its rows cannot be shared out equally.
+    """
+    count, rest = divmod(len(matrix), block)
+    blocks: list[Tensor] = []
+    if count:
+        blocks += matrix[: count * block].unflatten(0, (count, part_count, -1)).unbind()
+    if rest:
+        parts = part_count if rest % part_count == 0 else 1
+        blocks.append(matrix[count * block :].unflatten(0, (parts, -1)))
+    return blocks
+
+
 def _factors(
-    products: Sequence[Product], dtype: torch.dtype, block: int
-) -> list[list[tuple[tuple[Tensor, ...], Tensor]]]:
+    products: Sequence[Product], dtype: torch.dtype, block: int, part_count: int
+) -> list[list[tuple[list[Tensor], list[Tensor]]]]:
     """For each example with any rows, the factors of its gradient.
 
     Returns:
-        Per example a list of left factors, transposed and cut into (block, rows), and right
-        factors (rows, n).
+        Per example a list of factors for every block: left ones, transposed to (parts, block,
+        rows), and right ones (parts, rows, n).
     """
-    by_example: defaultdict[int, list[tuple[tuple[Tensor, ...], Tensor]]] = defaultdict(list)
+    by_example: defaultdict[int, list[tuple[list[Tensor], list[Tensor]]]] = defaultdict(list)
     for product in products:
         left, right = product.left.to(dtype).t(), product.right.to(dtype)
         for b, (start, stop) in enumerate(product.segments):
             if stop > start:
-                blocks = left[:, start:stop].split(block)
-                by_example[b].append((blocks, right[start:stop]))
+                lefts = _in_blocks(left[:, start:stop], block, part_count)
+                rows = right[start:stop]
+                whole, last = (rows.expand(len(lefts[k]), -1, -1) for k in (0, -1))
+                by_example[b].append((lefts, [whole] * (len(lefts) - 1) + [last]))
     return list(by_example.values())
 
 

@@ -83,6 +83,7 @@ class Method:
         any_order: whether the user may choose the order.
         weighting: block -> W of its shape, or one number for all of it.
         default_rho: weight of the retain side where the user gives none.
+        default_damping: damping of the solve where the user gives none; None where there is none.
         default_forget_damping: damping of the forget side where the user gives none.
         default_scaling_coef: strength where the user gives none.
         moments: whether the direction is weighted by second moments of layers instead of W;
@@ -110,6 +111,7 @@ class Method:
     any_order: bool = False
     weighting: Callable[[Block], Tensor | float] = lambda _block: 1.0
     default_rho: float = 1.0
+    default_damping: float | None = None
     default_forget_damping: float = 0.0
     default_scaling_coef: float = 1.0
     moments: Literal["input", "kron", "project"] | None = None
@@ -353,6 +355,7 @@ METHODS = _table(
         formula="direction tau (C_f + mu I) (C_f + rho C_r + (lambda + mu) I)^-1",
         source=_STRUCTURED,
         default_rho=100.0,
+        default_damping=0.01,
         default_forget_damping=30.0,
         default_scaling_coef=2.3,
         moments="input",
@@ -373,6 +376,7 @@ METHODS = _table(
         formula="W = b_f c_f / (b_f c_f + rho b_r c_r), rotated",
         source=_STRUCTURED,
         default_rho=10.0,
+        default_damping=0.01,
         default_scaling_coef=1.5,
         moments="kron",
     ),
