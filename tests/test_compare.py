@@ -187,7 +187,9 @@ def test_a_split_of_tofu_is_taken_whole(tmp_path: Path) -> None:
     assert len(sets.suite["holdout05.jsonl"]) == 3
 
 
-def test_rows_of_ones_own_are_the_same_for_all_seeds(tmp_path: Path) -> None:
+def test_rows_of_ones_own_are_the_same_for_all_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = {"forget": ["Ann has a cat.", "Ann is 9."], "retain": ["Bo.", "Cy.", "Di.", "Ed."]}
     for name, rows in texts.items():
         write_jsonl([{"text": row} for row in rows], tmp_path / f"{name}.jsonl")
@@ -202,6 +204,13 @@ def test_rows_of_ones_own_are_the_same_for_all_seeds(tmp_path: Path) -> None:
         found = {name: [row["text"] for row in getattr(sets, name)] for name in texts}
         assert found == texts
         assert not sets.suite
+    assert "warning" not in capsys.readouterr().err
+    write_jsonl([{"text": row} for row in ("Bo.", "Ann is 9.")], tmp_path / "retain.jsonl")
+    draw_sets(config, 0)
+    assert "1 rows of" in capsys.readouterr().err
+    write_jsonl([{"text": row} for row in texts["forget"]], tmp_path / "retain.jsonl")
+    with pytest.raises(ConfigError, match="hold the same rows"):
+        draw_sets(config, 0)
     write_jsonl([{"question": "Who?", "answer": "Bo."}] * 2, tmp_path / "retain.jsonl")
     with pytest.raises(DataError, match=r"text rows and .* qa rows"):
         draw_sets(config, 0)

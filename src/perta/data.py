@@ -19,7 +19,8 @@ from blake3 import blake3
 
 from perta.batch import IGNORE, Encoded
 from perta.config import DataConfig
-from perta.errors import DataError, EmptyDatasetError
+from perta.errors import ConfigError, DataError, EmptyDatasetError
+from perta.progress import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,6 +139,31 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
             examples.append(Example(number, kind, messages, row))
     _report_bad_rows(str(source), bad, config.skip_bad_rows, left=len(examples))
     return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
+
+
+def check_apart(forget: ExampleSet, retain: ExampleSet) -> None:
+    """Warn of rows that are to be forgotten and kept.
+
+    Args:
+        forget: what must go.
+        retain: what must stay.
+
+    Raises:
+        ConfigError: both are the same rows.
+    """
+    if forget.fingerprint == retain.fingerprint:
+        raise ConfigError(
+            f"--forget {forget.source} and --retain {retain.source} hold the same rows. What is "
+            "to be forgotten cannot be kept: take the forget rows out of the retain set."
+        )
+    kept = {example.messages for example in retain.examples}
+    both = [str(e.row) for e in forget.examples if e.messages in kept]
+    if both:
+        warn(
+            f"{len(both)} rows of {forget.source} are in {retain.source} as well (rows "
+            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''}); the edit will protect what "
+            "it should remove."
+        )
 
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:

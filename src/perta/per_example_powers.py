@@ -13,8 +13,11 @@ What bounds the cost on a CPU, for P weights in linear layers, B examples and T 
 
 On one AVX-512 core a (1536, 576) weight with 8 examples of 64 tokens took 7.6 ms for the plain
 gradient, 8.9 for the products, 11 with order 2 and 14.5 with orders 1 and 2, and the weight
-gradients are a third or less of the pass. Slower there: smaller and larger blocks, blocks of
-part of a row, several examples per product, left factors copied to be contiguous.
+gradients are a third or less of the pass. On two cores 3.7, 6.3 and 8.3 ms for the gradient and
+the two sets of orders; 7.0 and 9.9 if every operation is shared out by itself, since what one
+core multiplied another then adds. Slower there: smaller and larger blocks, blocks of part of a
+row, several examples per product, left factors copied to be contiguous, Python threads with
+blocks of their own (they wait for the interpreter's lock).
 """
 
 from __future__ import annotations

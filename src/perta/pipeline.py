@@ -35,7 +35,7 @@ from perta.config_stages import (
     TrainConfig,
     UnlearnConfig,
 )
-from perta.data import ExampleSet, load_examples
+from perta.data import ExampleSet, check_apart, load_examples
 from perta.direction import check_moments
 from perta.edit import at_strength, edit_checkpoint, with_defaults
 from perta.edit_plan import BASE, FORGET, RETAIN, plan_edit
@@ -52,7 +52,7 @@ from perta.manifest import (
 )
 from perta.model import pick_device, pick_dtype, resolve_checkpoint
 from perta.moments import compute_moments
-from perta.progress import say, warn
+from perta.progress import say
 from perta.report import write_report
 from perta.stage import changes, check_separate, exists_error
 from perta.strength import Strength, StrengthSettings, choose_strength
@@ -497,19 +497,7 @@ def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     }
     if config.holdout:
         sets["holdout"] = load_examples(config.holdout, config.data_config)
-    if sets["forget"].fingerprint == sets["retain"].fingerprint:
-        raise ConfigError(
-            f"--forget {config.forget} and --retain {config.retain} hold the same rows. What is "
-            "to be forgotten cannot be kept: take the forget rows out of the retain set."
-        )
-    kept = {example.messages for example in sets["retain"].examples}
-    both = [str(e.row) for e in sets["forget"].examples if e.messages in kept]
-    if both:
-        warn(
-            f"{len(both)} rows of {config.forget} are in {config.retain} as well (rows "
-            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''}); the edit will protect what "
-            "it should remove."
-        )
+    check_apart(sets["forget"], sets["retain"])
     return sets
 
 

@@ -20,7 +20,7 @@ from perta.benchmarks.tofu import PEOPLE
 from perta.config import DataConfig
 from perta.config_bench import CompareConfig
 from perta.config_stages import FinetuneConfig, PeopleConfig
-from perta.data import load_examples
+from perta.data import check_apart, load_examples
 from perta.errors import ConfigError, DataError
 from perta.finetune import finetune_checkpoint
 from perta.people import divide_people, jsonl
@@ -168,7 +168,9 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
 
 
 def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:
-    gone, kept = (load_examples(source, data_config).examples for source in (forget, retain))
+    sets = [load_examples(source, data_config) for source in (forget, retain)]
+    check_apart(*sets)
+    gone, kept = (one.examples for one in sets)
     if gone[0].kind != kept[0].kind:
         raise DataError(
             f"{forget} holds {gone[0].kind} rows and {retain} {kept[0].kind} rows, but models are "
