@@ -315,8 +315,8 @@ def _usage(error: CycloptsError) -> str:
 
 
 def _system_error(error: OSError) -> str:
-    place = f" {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}:{place}. Check the path, its permissions and disk space."
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}. Check the path, its permissions and disk space."
 
 
 def _fail(message: str, status: int, tokens: list[str]) -> None:

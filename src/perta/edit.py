@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from perta.card import write_card
 from perta.checkpoint import (
@@ -327,21 +327,21 @@ def _create_files(full: CheckpointIndex, folder: Path) -> None:
         with (folder / shard).open("wb") as stream:
             stream.write(header)
             stream.flush()
-            _reserve(stream.fileno(), source.stat().st_size)
+            _reserve(stream, source.stat().st_size)
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def _reserve(stream: BinaryIO, size: int) -> None:
     """Give an open file its size, with room on the disk where the system can reserve it.
 
     Writing is faster then, and a full disk is found before any work is done.
     """
     if hasattr(os, "posix_fallocate"):
         try:
-            os.posix_fallocate(descriptor, 0, size)
+            os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise
-    os.truncate(descriptor, size)
+                raise OSError(error.errno, error.strerror, stream.name) from None
+    stream.truncate(size)
 
 
 def _check_effect(summaries: Sequence[TensorSummary], method: Method, inputs: EditInputs) -> None:
