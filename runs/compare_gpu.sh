@@ -10,7 +10,8 @@ base=$1 tofu=$2 output=$3
 edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
     perta-project perta-project:rho=0.3 perta-project:rho=1 perta-project:rho=10 perta-project:rho=100
     perta-project:tokens=answer perta-project:at=full perta-project:share=0.2 perta-project:share=0.05
-    'perta-project:include=*.mlp.*' 'perta-project:include=*.self_attn.*' perta-project:forget_seeds=3
+    'perta-project:include=*.mlp.*' 'perta-project:include=*.layers.2[0-9].mlp.*'
+    'perta-project:include=*.self_attn.*' perta-project:forget_seeds=3
     perta-input perta-input:rho=10,forget_damping=0 perta-input:rho=10,forget_damping=10 perta-kron
     msa selective ssd:selection=2 ties dare negmerge interpolate tv:forget_seeds=3
     ga graddiff npo npo-retain simnpo dpo idkpo kl undial wga satimp retain-finetune
