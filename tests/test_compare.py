@@ -207,7 +207,7 @@ def test_rows_of_ones_own_are_the_same_for_all_seeds(
     assert "warning" not in capsys.readouterr().err
     write_jsonl([{"text": row} for row in ("Bo.", "Ann is 9.")], tmp_path / "retain.jsonl")
     draw_sets(config, 0)
-    assert "1 rows of" in capsys.readouterr().err
+    assert "share 1 of the rows" in capsys.readouterr().err
     write_jsonl([{"text": row} for row in texts["forget"]], tmp_path / "retain.jsonl")
     with pytest.raises(ConfigError, match="hold the same rows"):
         draw_sets(config, 0)

@@ -631,7 +631,7 @@ def test_full_disk_is_found_before_any_work(
     assert not inputs.output.exists()
 
 
-@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, None])
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None])
 def test_disk_that_cannot_reserve(
     inputs: Inputs, error: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

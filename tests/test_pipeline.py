@@ -259,7 +259,7 @@ def test_forgetting_what_is_to_be_kept_is_refused_or_warned_about(
     mixed.write_text(world.forget.read_text("utf-8") + world.retain.read_text("utf-8"), "utf-8")
     overlapping = replace(config(world, tmp_path / "out"), retain=str(mixed), evaluate=False)
     unlearn(overlapping)
-    assert "2 rows of" in capsys.readouterr().err
+    assert "share 2 of the rows" in capsys.readouterr().err
 
 
 def test_an_output_inside_an_input_is_refused(world: World, tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ def check_apart(forget: ExampleSet, retain: ExampleSet) -> None:
     both = [str(e.row) for e in forget.examples if e.messages in kept]
     if both:
         warn(
-            f"{len(both)} rows of {forget.source} are in {retain.source} as well (rows "
-            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''}); the edit will protect what "
-            "it should remove."
+            f"{forget.source} and {retain.source} share {len(both)} of the rows to forget (rows "
+            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''} there); the edit will protect "
+            "what it should remove."
         )
 
 

@@ -339,7 +339,7 @@ def _reserve(stream: BinaryIO, size: int) -> None:
         try:
             os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise OSError(error.errno, error.strerror, stream.name) from None
     stream.truncate(size)
 
