@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -252,12 +253,13 @@ def assert_close(
 # --- the engine is the oracle --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("orders", [(1, 2), (1, 2, 3)], ids=["compiled", "operations"])
 @pytest.mark.parametrize("factory", MODELS, ids=lambda f: f.__name__)
-def test_engine_equals_oracle(factory: Callable[[], nn.Module]) -> None:
+def test_engine_equals_oracle(factory: Callable[[], nn.Module], orders: tuple[int, ...]) -> None:
     model, data = build(factory), examples()
-    moments = batched_moments(model, bucketed(data, 3, PAD), (1, 2, 3))
+    moments = batched_moments(model, bucketed(data, 3, PAD), orders)
     gradients = oracle(model, data)
-    for order in (1.0, 2.0, 3.0):
+    for order in orders:
         assert_close(moments.by_order[order], mean_powers(gradients, order))
     assert set(moments.fallback) == FALLBACK.get(factory, set())
     assert moments.examples == len(data)
@@ -351,6 +353,7 @@ def test_blocks_of_rows_change_nothing(threads: int, monkeypatch: pytest.MonkeyP
     whole = batched_moments(model, batches, (1, 2))
     # Blocks of 16 rows a thread: several in some matrices, and rests that threads cannot share.
     monkeypatch.setattr(per_example_powers, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(per_example_powers, "_compiled", None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -361,6 +364,81 @@ def test_blocks_of_rows_change_nothing(threads: int, monkeypatch: pytest.MonkeyP
         assert_close(blocks.by_order[order], whole.by_order[order], 1e-6)
 
 
+compiled = pytest.mark.skipif(
+    importlib.util.find_spec("perta._powers") is None,
+    reason="perta was installed without a C compiler",
+)
+
+
+@compiled
+@pytest.mark.parametrize("orders", [(1.0,), (2.0,), (1.0, 2.0)])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("height", "width", "segments"),
+    [
+        (12, 32, ((0, 5), (5, 9))),
+        (1, 1, ((0, 1),)),
+        (37, 23, ((0, 4), (4, 4), (6, 7), (7, 20))),
+        # More than one unit of rows, one panel of columns and one group of examples.
+        (215, 70, ((0, 700), (700, 1000), (1010, 2300), (2300, 2301))),
+        (5, 3, ((0, 0), (0, 0))),
+    ],
+)
+def test_compiled_powers_equal_the_definition(
+    height: int,
+    width: int,
+    segments: per_example_powers.Segments,
+    threads: int,
+    orders: tuple[float, ...],
+) -> None:
+    rows = segments[-1][1] + 2
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(rows, n, generator=generator) for n in (height, width))
+    means = {order: torch.rand(height, width, generator=generator) for order in orders}
+    expected = {order: mean.double() for order, mean in means.items()}
+    for start, stop in segments:
+        gradient = left[start:stop].double().t() @ right[start:stop].double()
+        for order in orders:
+            expected[order] = expected[order] + gradient.abs() ** order / len(segments)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        per_example_powers._add_product_compiled(
+            per_example_powers.Means(means, 1 / len(segments)),
+            per_example_powers.Product(left, right, segments),
+        )
+    finally:
+        torch.set_num_threads(before)
+    for order in orders:
+        assert relative_error(means[order], expected[order]) < 3e-6
+
+
+@compiled
+def test_compiled_powers_take_any_factors_and_pass_nan_on() -> None:
+    left = torch.randn(9, 4).t().contiguous().t().bfloat16()
+    right = torch.randn(9, 6)
+    right[8, 1] = torch.nan
+    mean = torch.zeros(4, 6)
+    means = per_example_powers.Means({2.0: mean}, 1.0)
+    per_example_powers._add_product_compiled(
+        means, per_example_powers.Product(left, right, ((0, 8), (8, 9)))
+    )
+    whole = (left[:8].float().t() @ right[:8]) ** 2 + (left[8:].float().t() @ right[8:]) ** 2
+    assert mean.isnan().sum() == 4
+    torch.testing.assert_close(mean, whole, equal_nan=True)
+
+
+@compiled
+@pytest.mark.parametrize("segments", [((0, 3),), ((1, 2), (0, 1)), ((1, 0),)])
+def test_compiled_powers_refuse_rows_that_do_not_exist(
+    segments: per_example_powers.Segments,
+) -> None:
+    means = per_example_powers.Means({2.0: torch.zeros(4, 6)}, 1.0)
+    product = per_example_powers.Product(torch.ones(2, 4), torch.ones(2, 6), segments)
+    with pytest.raises(ValueError, match="ascend"):
+        per_example_powers._add_product_compiled(means, product)
+
+
 @pytest.mark.parametrize("factory", [llama_tied, gpt2, mixtral], ids=lambda f: f.__name__)
 def test_route_of_accelerators_equals_route_of_cpus(
     factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -368,7 +446,7 @@ def test_route_of_accelerators_equals_route_of_cpus(
     model, batches = build(factory), bucketed(examples(), 3, PAD)
     cpu = batched_moments(model, batches, (0.5, 1, 2, 3))
     monkeypatch.setattr(
-        per_example_powers, "_add_products", per_example_powers._add_products_together
+        per_example_powers, "_add_product_in_cache", per_example_powers._add_product_together
     )
     monkeypatch.setattr(per_example_powers, "_DEVICE_BYTES", 3 * 16 * 4 * 5)
     other = batched_moments(model, batches, (0.5, 1, 2, 3))

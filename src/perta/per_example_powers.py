@@ -1,35 +1,39 @@
 """Per-example gradients in pieces -> means over examples of their powers.
 
 A piece says what a layer contributes to the gradient of its parameter without forming it. The
-gradient of each example is formed here, in blocks, raised to every order and forgotten.
+gradient of each example is formed here, a piece at a time, raised to every order and forgotten.
 
 What bounds the cost on a CPU, for P weights in linear layers, B examples and T tokens in all:
 
     products    2 P T operations, as many as the weight gradients of the plain backward pass, which
-                autograd does not form here; B short products run a little below the speed of one
-    powers      12 B P bytes through the second-level cache for order 2, 20 for order 1
+                autograd does not form here
+    powers      B P elements to raise and add for every order
     means       8 P bytes of main memory per order and batch: larger batches share them
     once a run  4 P bytes per order to allocate and clear
 
-On one AVX-512 core a (1536, 576) weight with 8 examples of 64 tokens took 7.6 ms for the plain
-gradient, 8.9 for the products, 11 with order 2 and 14.5 with orders 1 and 2, and the weight
-gradients are a third or less of the pass. On two cores 3.7, 6.3 and 8.3 ms for the gradient and
-the two sets of orders; 7.0 and 9.9 if every operation is shared out by itself, since what one
-core multiplied another then adds. Slower there: smaller and larger blocks, blocks of part of a
-row, several examples per product, left factors copied to be contiguous, Python threads with
-blocks of their own (they wait for the interpreter's lock).
+`_powers.c` raises a product while it is in registers, so that the powers cost little beside the
+products: a (1536, 576) weight with 8 examples of 64 tokens takes 1.2 times its plain gradient for
+order 2 and 1.35 times for orders 1 and 2, on one thread or two. Where it was not compiled, and for
+other orders and types, a block of a gradient at a time goes through the second-level cache, 12 B P
+bytes for order 2 and 20 for orders 1 and 2: 1.8 and 2.3 times. Slower there: smaller and larger
+blocks, blocks of part of a row, several examples per product, left factors copied to be
+contiguous, Python threads with blocks of their own (they wait for the interpreter's lock).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+try:
+    from perta import _powers as _compiled
+except ImportError:  # installed without a C compiler
+    _compiled = None  # type: ignore[assignment]
 
 Segments = tuple[tuple[int, int], ...]
 """For each example the half-open range of rows of a flattened activation that belongs to it."""
@@ -170,14 +174,57 @@ def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -
 
 def _add_products(means: Means, products: Sequence[Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
-    devices = {products[0].left.device, means.any.device}
-    if devices == {torch.device("cpu")}:
-        _add_products_in_cache(means, products)
+    product = products[0] if len(products) == 1 else _joined(products)
+    devices = {product.left.device, means.any.device}
+    if devices != {torch.device("cpu")}:
+        _add_product_together(means, product)
+    elif _compiled and _suits_compiled(means):
+        _add_product_compiled(means, product)
     else:
-        _add_products_together(means, products)
+        _add_product_in_cache(means, product)
 
 
-def _add_products_in_cache(means: Means, products: Sequence[Product]) -> None:
+def _suits_compiled(means: Means) -> bool:
+    """Whether `_powers.c` can add to these means."""
+    return means.by_order.keys() <= {1.0, 2.0} and all(
+        mean.dtype == torch.float32 and mean.is_contiguous() for mean in means.by_order.values()
+    )
+
+
+def _joined(products: Sequence[Product]) -> Product:
+    """One product with the rows of all: a sum of products is a product of longer factors."""
+    parts = [
+        (product.left[start:stop], product.right[start:stop])
+        for segments in zip(*(product.segments for product in products), strict=True)
+        for product, (start, stop) in zip(products, segments, strict=True)
+    ]
+    ends = [0, *itertools.accumulate(len(left) for left, _ in parts)][:: len(products)]
+    left, right = (torch.cat(factors) for factors in zip(*parts, strict=True))
+    return Product(left, right, tuple(itertools.pairwise(ends)))
+
+
+def _add_product_compiled(means: Means, product: Product) -> None:
+    """Form and raise the gradients in registers; see `_powers.c`."""
+    left, right = (
+        factor.to(torch.float32).contiguous() for factor in (product.left, product.right)
+    )
+    first, second = (means.by_order[p].data_ptr() if p in means.by_order else 0 for p in (1, 2))
+    height, width = means.any.shape
+    _compiled.add_powers(
+        left.data_ptr(),
+        right.data_ptr(),
+        len(left),
+        product.segments,
+        height,
+        width,
+        first,
+        second,
+        means.weight,
+        torch.get_num_threads(),
+    )
+
+
+def _add_product_in_cache(means: Means, product: Product) -> None:
     """Send blocks of the parameter's rows through all examples in turn, in one small buffer.
 
     A block has as many parts as there are threads, and is a batch of products: so each thread
@@ -188,7 +235,7 @@ def _add_products_in_cache(means: Means, products: Sequence[Product]) -> None:
     part_count = torch.get_num_threads()
     row_count = max(16, _CACHE_BYTES // (width * mean.element_size()) // 16 * 16)
     block = row_count * part_count
-    examples = _factors(products, mean.dtype, block, part_count)
+    examples = _factors(product, mean.dtype, block, part_count)
     # Everything is cut into views beforehand: thousands of small slices would cost as much
     # time as the arithmetic.
     adders = [
@@ -202,9 +249,8 @@ def _add_products_in_cache(means: Means, products: Sequence[Product]) -> None:
     for k, first in enumerate(adders[0][1]):
         gradient = buffers[tuple(first.shape)]
         targets = [(add, blocks[k]) for add, blocks in adders]
-        for factors in examples:
-            for i, (left, right) in enumerate(factors):
-                gradient.baddbmm_(left[k], right[k], beta=1 if i else 0)
+        for left, right in examples:
+            torch.bmm(left[k], right[k], out=gradient)
             for add, target in targets:
                 add(target, gradient)
 
@@ -225,27 +271,26 @@ def _in_blocks(matrix: Tensor, block: int, part_count: int) -> list[Tensor]:
 
 
 def _factors(
-    products: Sequence[Product], dtype: torch.dtype, block: int, part_count: int
-) -> list[list[tuple[list[Tensor], list[Tensor]]]]:
-    """For each example with any rows, the factors of its gradient.
+    product: Product, dtype: torch.dtype, block: int, part_count: int
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The factors of the gradient of each example with any rows, for every block.
 
     Returns:
-        Per example a list of factors for every block: left ones, transposed to (parts, block,
-        rows), and right ones (parts, rows, n).
+        Per example the left ones, transposed to (parts, block, rows), and the right ones
+        (parts, rows, n).
     """
-    by_example: defaultdict[int, list[tuple[list[Tensor], list[Tensor]]]] = defaultdict(list)
-    for product in products:
-        left, right = product.left.to(dtype).t(), product.right.to(dtype)
-        for b, (start, stop) in enumerate(product.segments):
-            if stop > start:
-                lefts = _in_blocks(left[:, start:stop], block, part_count)
-                rows = right[start:stop]
-                whole, last = (rows.expand(len(lefts[k]), -1, -1) for k in (0, -1))
-                by_example[b].append((lefts, [whole] * (len(lefts) - 1) + [last]))
-    return list(by_example.values())
+    factors = []
+    left, right = product.left.to(dtype).t(), product.right.to(dtype)
+    for start, stop in product.segments:
+        if stop > start:
+            lefts = _in_blocks(left[:, start:stop], block, part_count)
+            rows = right[start:stop]
+            whole, last = (rows.expand(len(lefts[k]), -1, -1) for k in (0, -1))
+            factors.append((lefts, [whole] * (len(lefts) - 1) + [last]))
+    return factors
 
 
-def _add_products_together(means: Means, products: Sequence[Product]) -> None:
+def _add_product_together(means: Means, product: Product) -> None:
     """Form the gradients of all examples at once, in blocks of rows that fit in memory.
 
     An accelerator wants few large operations, and its memory is fast enough to do without
@@ -253,8 +298,8 @@ def _add_products_together(means: Means, products: Sequence[Product]) -> None:
     """
     mean = means.any
     height, width = mean.shape
-    left = torch.cat([_stacked(p.left, p.segments) for p in products], 1).transpose(1, 2)
-    right = torch.cat([_stacked(p.right, p.segments) for p in products], 1)
+    left = _stacked(product.left, product.segments).transpose(1, 2)
+    right = _stacked(product.right, product.segments)
     block = max(1, _DEVICE_BYTES // (left.shape[0] * width * mean.element_size()))
     for low in range(0, height, block):
         high = min(low + block, height)
