@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from perta import edit_arithmetic
 from perta.atomic import atomic_folder
 from perta.checkpoint import (
     TensorEntry,
@@ -324,6 +326,76 @@ def test_statistics_are_added_in_the_order_of_the_file(tmp_path: Path) -> None:
         done = [finished.add(Span(0, part, part, part + 1), parts[part]) for part in order]
         assert done == [False, False, True]
         assert finished.summaries()[0].mean_weighting == 1 / 3
+
+
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["compiled", "operations"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two routes of the edit's arithmetic, which must give the same bytes."""
+    if request.param == "operations":
+        monkeypatch.setattr(edit_arithmetic, "_compiled", None)
+    elif importlib.util.find_spec("perta._stored") is None:
+        pytest.skip("perta was installed without a C compiler")
+    return str(request.param)
+
+
+def awkward(count: int, seed: int) -> Tensor:
+    """Random bits: float32 of every size, with subnormal numbers, both zeros, Inf and NaN."""
+    bits = np.random.default_rng(seed).integers(0, 1 << 32, count, dtype=np.uint32)
+    # Every second lies exactly between two bfloat16 numbers, some of them beside zero or infinity.
+    bits[::2] = bits[::2] & 0xFFFF0000 | 0x8000
+    special = [0, 1 << 31, 0x7F800000, 0xFF800000, 0x7FC00000, 0x7F7FFFFF, 0x7F7F8000, 0x8000, 1]
+    bits[: len(special)] = special[:count]
+    return torch.from_numpy(bits.view(np.float32).copy())
+
+
+@pytest.mark.parametrize("count", [1, 15, 4096, 70000])
+@pytest.mark.parametrize("base_type", FLOAT_TYPES)
+@pytest.mark.parametrize("values_type", FLOAT_TYPES)
+def test_difference_of_stored_values(
+    route: str, values_type: torch.dtype, base_type: torch.dtype, count: int
+) -> None:
+    values, base = awkward(count, 1).to(values_type), awkward(count, 2).to(base_type)
+    expected = values.float() - base.float()
+    assert_same(edit_arithmetic.difference(values, base, torch.empty(count)), expected)
+    if values_type == torch.float32:
+        assert edit_arithmetic.difference(values, base, values) is values
+        assert_same(values, expected)
+
+
+@pytest.mark.parametrize("count", [1, 15, 4096, 70000])
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_subtraction_from_stored_values(route: str, dtype: torch.dtype, count: int) -> None:
+    stored, delta = awkward(count, 3).to(dtype), awkward(count, 4)
+    stored[: count // 2] = 0  # so that the difference is `delta`, and lies where it was put
+    expected = stored.float() - delta
+    squares = edit_arithmetic.subtract(stored, delta)
+    assert_same(stored, expected.to(dtype))
+    assert not math.isfinite(squares) or bool(expected.isfinite().all())
+    tame = torch.randn(count, generator=torch.Generator().manual_seed(5)).to(dtype)
+    step = torch.linspace(-1, 1, count)
+    wanted = float((tame.double() - step.double()).square().sum())
+    assert edit_arithmetic.subtract(tame, step) == pytest.approx(wanted, rel=1e-4)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal to the sign of zero; NaN where NaN is expected."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    kept = ~expected.isnan()
+    assert torch.equal(actual[kept].signbit(), expected[kept].signbit())
+
+
+def test_both_routes_write_the_same_bytes(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs.cast(full=torch.bfloat16, base=torch.bfloat16, forget=torch.float32)
+    inputs.edit(method="perta-grad", scaling_coef=1.3)
+    first = inputs.result()
+    monkeypatch.setattr(edit_arithmetic, "_compiled", None)
+    shutil.rmtree(inputs.output)
+    inputs.edit(method="perta-grad", scaling_coef=1.3)
+    second = inputs.result()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_order_of_operations_rounds_right_where_another_does_not(inputs: Inputs) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perta.checkpoint import TensorEntry, opened, read_into
 from perta.config import WeightingConfig
+from perta.edit_arithmetic import difference, square_norm
 from perta.edit_plan import (
     BASE,
     DIRECTION,
@@ -71,19 +72,16 @@ class Buffers:
     def raw(self, role: str, dtype: torch.dtype) -> Tensor:
         """Room for the values of a chunk as stored, (chunk,).
 
-        What is turned into float32 at once can share its room; θ_full's is written from.
+        What is turned into float32 at once can share its room; the base's is subtracted from
+        others, θ_full's is written from.
         """
-        converted = role != FULL and dtype != torch.float32
+        converted = role not in (BASE, FULL) and dtype != torch.float32
         slot = "converted" if converted else f"raw {role}"
         return self._slot(slot, self._chunk * dtype.itemsize).view(dtype)
 
     def floats(self, role: str) -> Tensor:
-        """Room for a chunk as float32, (chunk,).
-
-        θ_full takes the base's: it is read when the difference has been taken.
-        """
-        slot = f"float32 {BASE if role == FULL else role}"
-        return self._slot(slot, self._chunk * 4).view(torch.float32)
+        """Room for a chunk as float32, (chunk,)."""
+        return self._slot(f"float32 {role}", self._chunk * 4).view(torch.float32)
 
     def _slot(self, name: str, nbytes: int) -> Tensor:
         if name not in self._slots or self._slots[name].numel() < nbytes:
@@ -119,17 +117,21 @@ class Reader:
         """Where an element lies in the file."""
         return self.entry.offset + begin * self.entry.dtype.itemsize
 
-    def read(self, begin: int, count: int) -> Tensor:
-        """Read a chunk; as float32 if it is of a floating type, otherwise as stored."""
+    def load(self, begin: int, count: int) -> Tensor:
+        """Read a chunk as stored."""
         if count != self._count:
             self._fit(count)
         read_into(self._descriptor, self.place(begin), self.stored, self.entry)
-        return self._floats if self._is_kept else self._floats.copy_(self.raw)
+        return self.raw
 
-    def store(self, values: Tensor) -> None:
-        """Cast a chunk back to the stored type, into the buffer that is written."""
-        if not self._is_kept:
-            self.raw.copy_(values)
+    def read(self, begin: int, count: int) -> Tensor:
+        """Read a chunk; as float32 if it is of a floating type, otherwise as stored."""
+        values = self.load(begin, count)
+        return values if self._is_kept else self._floats.copy_(values)
+
+    def read_difference(self, base: Tensor, begin: int, count: int) -> Tensor:
+        """Read a chunk, less one of the base as stored; float32."""
+        return difference(self.load(begin, count), base, self._floats)
 
     def check_copy(self, begin: int, count: int) -> None:
         """Stop if the chunk last read is not finite."""
@@ -144,15 +146,6 @@ class Reader:
 
 Readers = Mapping[str, Reader]
 """Role -> reader."""
-
-
-def square_norm(values: Tensor) -> float:
-    """Sum of squares; finite exactly if all values are."""
-    total = float(torch.dot(values, values))
-    if math.isfinite(total):
-        return total
-    wide = values.to(torch.float64)
-    return float(torch.dot(wide, wide))
 
 
 def check_importance(values: Tensor, reader: Reader) -> None:
@@ -219,12 +212,13 @@ class Blocks:
         """What the method combines: every τ, or what takes its place; each in its own buffer."""
         if DIRECTION in readers:
             return [readers[DIRECTION].read(begin, count)]
+        base = readers[BASE].load(begin, count) if BASE in readers else None
         vectors: list[Tensor] = []
-        while (role := forget_role(len(vectors))) in readers:
-            vectors.append(readers[role].read(begin, count))
-        if BASE in readers:
-            base = readers[BASE].read(begin, count)
-            vectors = [vector.sub_(base) for vector in vectors]
+        while reader := readers.get(forget_role(len(vectors))):
+            if base is None:
+                vectors.append(reader.read(begin, count))
+            else:
+                vectors.append(reader.read_difference(base, begin, count))
         return vectors
 
     def block(

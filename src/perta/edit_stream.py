@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from perta.checkpoint import opened, write_from
+from perta.edit_arithmetic import scale, square_norm, subtract
 from perta.edit_chunks import (
     SPAN_CHUNKS,
     Blocks,
@@ -28,7 +29,6 @@ from perta.edit_chunks import (
     Span,
     in_threads,
     spans,
-    square_norm,
 )
 from perta.edit_plan import BASE, FULL, RETAIN, Target, short_name
 from perta.errors import DivergenceError
@@ -123,29 +123,35 @@ class Editor:
             sums = Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
         retain_coef = self.blocks.weighting.retain_coef if RETAIN in readers else 0.0
         if retain_coef != 0:
-            base = readers[BASE].read(begin, count)
-            retain_vector = readers[RETAIN].read(begin, count).sub_(base)
+            base = readers[BASE].load(begin, count)
+            retain_vector = readers[RETAIN].read_difference(base, begin, count)
             sums.delta = square_norm(delta.sub_(retain_vector.mul_(retain_coef)))
-        # Last, because it takes over the buffer of the base.
-        full = readers[FULL].read(begin, count)
         # Without a step the stored bytes stay: 0 - (-0) would turn a stored -0 into 0.
         if scaling_coef != 0 or retain_coef != 0:
-            full.sub_(delta)
-            readers[FULL].store(full)
-        self._check(sums, full, readers, begin, count)
+            square = subtract(readers[FULL].load(begin, count), delta)
+        else:
+            square = square_norm(readers[FULL].read(begin, count))
+        self._check(sums, square, readers, begin, count)
         return sums
 
-    def _check(self, sums: Sums, result: Tensor, readers: Readers, begin: int, count: int) -> None:
+    def _check(self, sums: Sums, square: float, readers: Readers, begin: int, count: int) -> None:
         """Stop at values that are not finite; the norms alone show that there are none.
 
         The norm of a chunk bounds its largest value, so a finite norm of the task vector and a
         norm of the result below the largest number of θ_full's type clear every input and the
         cast. Only when that fails are the values themselves looked at.
+
+        Args:
+            sums: statistics of the chunk.
+            square: squared norm of the result before the cast.
+            readers: of every input.
+            begin: first element of the chunk.
+            count: its elements.
         """
         dtype = readers[FULL].entry.dtype
         limit = torch.finfo(dtype).max / 2
         is_direction_finite = math.isfinite(sums.task_vector)
-        if is_direction_finite and square_norm(result) < limit * limit:
+        if is_direction_finite and square < limit * limit:
             return
         stored = readers[FULL].raw.to(torch.float32)
         if is_direction_finite and bool(torch.isfinite(stored).all()):
@@ -157,23 +163,6 @@ class Editor:
             "a smaller --scaling-coef or a method with W in [0, 1], or save the full checkpoint "
             "in a wider type."
         )
-
-
-def scale(task_vector: Tensor, weighting: Tensor | float, scaling_coef: float) -> Tensor:
-    """α · W ⊙ τ, in place.
-
-    Args:
-        task_vector: τ, float32; overwritten.
-        weighting: W, same shape, or one number.
-        scaling_coef: α.
-
-    Returns:
-        The same tensor.
-    """
-    for factor in (weighting, scaling_coef):
-        if isinstance(factor, Tensor) or factor != 1:
-            task_vector.mul_(factor)
-    return task_vector
 
 
 def edit_all(

@@ -1,0 +1,9 @@
+def difference(
+    out: int,
+    values: int,
+    is_values_bfloat16: bool,
+    base: int,
+    is_base_bfloat16: bool,
+    count: int,
+) -> None: ...
+def subtract(stored: int, is_bfloat16: bool, delta: int, count: int) -> float: ...
