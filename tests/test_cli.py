@@ -79,6 +79,10 @@ def test_one_option_of_a_comparison_leaves_the_others_alone(
     plain, other = (config.tune for config in given)
     assert replace(other, learning_rate=plain.learning_rate) == plain
     assert other.learning_rate == 3e-4
+    # A draw's seed is one of --seeds; another would be ignored.
+    refused = perta(*arguments, "--seed", 3)
+    assert refused.status == 2
+    assert "--seeds" in refused.err
 
 
 def test_methods_lists_the_table(perta: Run) -> None:

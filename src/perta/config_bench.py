@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cyclopts import Parameter
+
 from perta.config import ComputeConfig, DataConfig, Flat, Repeated, TuneConfig, require
 
 
@@ -90,6 +92,8 @@ class CompareTune(TuneConfig):
     """Most passes over the data."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
+    seed: Annotated[int, Parameter(parse=False)] = 0
+    """Each draw has its own: see `--seeds`."""
 
 
 @Flat
