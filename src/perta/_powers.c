@@ -9,8 +9,9 @@
    that it writes; here the element is raised and added to a sum in the first-level cache before it
    would be written, so a gradient never exists in memory and the powers cost a few percent.
 
-   Both factors are copied once into panels that a tile reads from end to end: as many rows of the
-   gradient as registers hold, times one or two vectors. */
+   Both factors are copied once into panels that a tile reads from end to end: as many rows and
+   columns of the gradient as registers hold. There are tiles for AVX2 and AVX-512; on any other
+   processor the import fails, and PyTorch's operations do the work. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -18,16 +19,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef float Vector __attribute__((vector_size(64)));
-typedef int Bits __attribute__((vector_size(64)));
-
 enum {
-    LANES = 16,       /* floats in a vector */
-    MAX_ROWS = 12,    /* rows of the largest tile */
-    MAX_VECTORS = 2,  /* vectors of its rows */
-    UNIT = 96,        /* rows of the gradient that one thread works on at a time */
-    GROUP = 1024,     /* rows of the factors that are packed at a time, where examples allow */
-    STRIP = 16        /* rows packed together: whole cache lines on both sides */
+    CACHE_LINE = 16, /* floats */
+    UNIT = 96,       /* rows of the gradient that one thread works on at a time */
+    GROUP = 1024,    /* rows of the factors that are packed at a time, where examples allow */
+    STRIP = 16       /* rows packed together: whole cache lines on both sides */
 };
 
 typedef struct {
@@ -47,105 +43,44 @@ typedef struct {
 typedef void (*AddBlock)(const Group *group, const float *left, const float *right, float *first,
                          float *second, Py_ssize_t tall, Py_ssize_t wide);
 
-#define INLINED static inline __attribute__((always_inline))
-
-INLINED void add_tile(const float *left, const float *right, Py_ssize_t count, Vector *firsts,
-                      Vector *seconds, int rows, int vectors)
-{
-    Vector products[MAX_ROWS][MAX_VECTORS];
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < vectors; j++)
-            products[i][j] = (Vector){0};
-    for (Py_ssize_t t = 0; t < count; t++) {
-        const Vector *row = (const Vector *)(right + t * vectors * LANES);
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < vectors; j++)
-                products[i][j] += left[t * rows + i] * row[j];
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < vectors; j++) {
-            const Vector product = products[i][j];
-            if (firsts)
-                firsts[i * vectors + j] += (Vector)((Bits)product & 0x7fffffff);
-            if (seconds)
-                seconds[i * vectors + j] += product * product;
-        }
-}
-
 /* The means come from main memory while the products are computed. */
-INLINED void fetch(const float *mean, Py_ssize_t stride, Py_ssize_t tall, int across)
+static inline void fetch(const float *mean, Py_ssize_t stride, Py_ssize_t tall, int across)
 {
     for (Py_ssize_t i = 0; i < tall; i++)
-        for (int j = 0; j < across; j += LANES)
+        for (int j = 0; j < across; j += CACHE_LINE)
             __builtin_prefetch(mean + i * stride + j, 1);
 }
 
-INLINED void flush(float *mean, const Group *group, const Vector *sums, Py_ssize_t tall,
-                   Py_ssize_t wide, int across)
+#define NAME add_block_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define VECTORS 2
+#include "_powers_block.h"
+
+#define NAME add_block_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define LANES 16
+#define ROWS 12
+#define VECTORS 2
+#include "_powers_block.h"
+
+static AddBlock add_block;
+static int tile_rows, tile_columns;
+
+/* Whether this processor has registers that a block was written for. */
+static int choose_block(void)
 {
-    for (Py_ssize_t i = 0; i < tall; i++) {
-        float *restrict to = mean + i * group->stride;
-        const float *restrict from = (const float *)sums + i * across;
-        for (Py_ssize_t j = 0; j < wide; j++)
-            to[j] += group->weight * from[j];
-    }
-}
-
-INLINED void add_block(const Group *group, const float *left, const float *right, float *first,
-                       float *second, Py_ssize_t tall, Py_ssize_t wide, int rows, int vectors)
-{
-    const int across = vectors * LANES;
-    Vector firsts[MAX_ROWS * MAX_VECTORS] = {0}, seconds[MAX_ROWS * MAX_VECTORS] = {0};
-    if (first)
-        fetch(first, group->stride, tall, across);
-    if (second)
-        fetch(second, group->stride, tall, across);
-    for (Py_ssize_t b = 0; b < group->examples; b++) {
-        const Py_ssize_t start = group->segments[b].start;
-        add_tile(left + start * rows, right + start * across, group->segments[b].stop - start,
-                 first ? firsts : NULL, second ? seconds : NULL, rows, vectors);
-    }
-    if (first)
-        flush(first, group, firsts, tall, wide, across);
-    if (second)
-        flush(second, group, seconds, tall, wide, across);
-}
-
-/* 12 rows of two vectors fill the 32 registers of AVX-512; 6 of one those of AVX2 (two registers
-   each) and of 128-bit sets with 32 registers (four each). */
-#define ADD_BLOCK(name, rows, vectors)                                                            \
-    static void name(const Group *group, const float *left, const float *right, float *first,     \
-                     float *second, Py_ssize_t tall, Py_ssize_t wide)                              \
-    {                                                                                              \
-        add_block(group, left, right, first, second, tall, wide, rows, vectors);                   \
-    }
-
-ADD_BLOCK(add_block_anywhere, 6, 1)
-#ifdef __x86_64__
-__attribute__((target("avx2,fma"))) ADD_BLOCK(add_block_avx2, 6, 1)
-__attribute__((target("avx512f"))) ADD_BLOCK(add_block_avx512, 12, 2)
-#endif
-
-static AddBlock best_add_block = add_block_anywhere;
-static int tile_rows = 6, tile_vectors = 1;
-
-static void choose_block(void)
-{
-#ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f")) {
-        best_add_block = add_block_avx512;
+        add_block = add_block_avx512;
         tile_rows = 12;
-        tile_vectors = 2;
+        tile_columns = 32;
     } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        best_add_block = add_block_avx2;
+        add_block = add_block_avx2;
+        tile_rows = 6;
+        tile_columns = 16;
     }
-#endif
+    return add_block != NULL;
 }
 
 static inline Py_ssize_t smaller(Py_ssize_t one, Py_ssize_t other)
@@ -153,8 +88,8 @@ static inline Py_ssize_t smaller(Py_ssize_t one, Py_ssize_t other)
     return one < other ? one : other;
 }
 
-INLINED void pack_panel(float *to, const float *from, Py_ssize_t stride, Py_ssize_t count,
-                        Py_ssize_t used, int across)
+static inline void pack_panel(float *to, const float *from, Py_ssize_t stride, Py_ssize_t count,
+                              Py_ssize_t used, int across)
 {
     for (Py_ssize_t t = 0; t < count; t++, to += across, from += stride) {
         memcpy(to, from, used * sizeof(float));
@@ -173,12 +108,22 @@ static void pack(float *panels, Py_ssize_t count, const float *matrix, Py_ssize_
         const float *from = matrix + start * stride + column;
         const Py_ssize_t used = smaller(high - column, across);
         /* Known sizes become a few moves instead of a call for every row. */
-        if (used == 12 && across == 12)
+        switch (used == across ? across : 0) {
+        case 6:
+            pack_panel(to, from, stride, stop - start, 6, 6);
+            break;
+        case 12:
             pack_panel(to, from, stride, stop - start, 12, 12);
-        else if (used == 32 && across == 32)
+            break;
+        case 16:
+            pack_panel(to, from, stride, stop - start, 16, 16);
+            break;
+        case 32:
             pack_panel(to, from, stride, stop - start, 32, 32);
-        else
+            break;
+        default:
             pack_panel(to, from, stride, stop - start, used, across);
+        }
     }
 }
 
@@ -187,7 +132,7 @@ static void add_group(const Group *group, const float *left, const float *right,
                       Py_ssize_t height, Py_ssize_t width, float *first, float *second,
                       float *work, int threads)
 {
-    const int rows = tile_rows, across = tile_vectors * LANES;
+    const int rows = tile_rows, across = tile_columns;
     const Py_ssize_t panels = (width + across - 1) / across;
     float *const packed_right = work, *const packed_lefts = work + panels * across * count;
 #pragma omp parallel num_threads(threads)
@@ -206,7 +151,7 @@ static void add_group(const Group *group, const float *left, const float *right,
             for (Py_ssize_t column = 0; column < width; column += across)
                 for (Py_ssize_t row = top; row < bottom; row += rows) {
                     const Py_ssize_t place = row * width + column;
-                    best_add_block(group, packed_left + (row - top) * count,
+                    add_block(group, packed_left + (row - top) * count,
                                    packed_right + column * count, first ? first + place : NULL,
                                    second ? second + place : NULL, smaller(bottom - row, rows),
                                    smaller(width - column, across));
@@ -227,13 +172,13 @@ static int add_all(const float *left, const float *right, Segment *segments, Py_
         for (high = low + 1; high < examples && segments[high].stop - start <= GROUP;)
             high++;
         const Py_ssize_t count = segments[high - 1].stop - start;
-        const int across = tile_vectors * LANES;
+        const int across = tile_columns;
         const size_t wanted =
             (size_t)count * ((width + across - 1) / across * across + threads * UNIT);
         if (wanted > held) {
             free(work);
             held = wanted;
-            if (posix_memalign((void **)&work, sizeof(Vector), held * sizeof(float)))
+            if (posix_memalign((void **)&work, 64, held * sizeof(float)))
                 return -1;
         }
         for (Py_ssize_t b = low; b < high; b++) {
@@ -306,6 +251,9 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_powers", NULL, 0, m
 
 PyMODINIT_FUNC PyInit__powers(void)
 {
-    choose_block();
+    if (!choose_block()) {
+        PyErr_SetString(PyExc_ImportError, "perta._powers needs a processor with AVX2 and FMA");
+        return NULL;
+    }
     return PyModule_Create(&module);
 }

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 try:
     from perta import _powers as _compiled
-except ImportError:  # installed without a C compiler
+except ImportError:  # installed without a C compiler, or a processor it was not written for
     _compiled = None  # type: ignore[assignment]
 
 Segments = tuple[tuple[int, int], ...]
