@@ -51,6 +51,8 @@ def test_a_spec_is_a_method_with_settings() -> None:
         ("tv:rho=high", "rho"),
         ("perta-input:tokens=some", "tokens is some"),
         ("perta-input:share=0", "share is 0"),
+        ("perta-input:general=yes please", "general is yes please"),
+        ("tv:general=true", "`tv` uses none"),
         ("tv:scaling_coef=1", "unknown setting `scaling_coef`"),
         ("npo:rho=1", "unknown setting `rho`"),
         ("npo:unlearn_lora_rank=4", "unknown setting"),
@@ -231,14 +233,32 @@ def test_rows_of_ones_own_need_both_sets_and_no_benchmark(
         CompareConfig(base="b", output=Path("o"), **{"forget": "f", "retain": "r", **settings})
 
 
+def test_general_text_has_to_be_given(world: World, tmp_path: Path) -> None:
+    config = CompareConfig(
+        base=str(world.base), output=tmp_path / "o", methods=("perta-project:general=true",)
+    )
+    with pytest.raises(ConfigError, match="give --general"):
+        bench_compare(config)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.fixture(scope="module")
 def compared(
     world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[CompareConfig, list[Any]]:
+    output = tmp_path_factory.mktemp("compared")
+    (output / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
     config = CompareConfig(
         base=str(world.base),
-        output=tmp_path_factory.mktemp("compared"),
-        methods=("tv", "perta-grad", "perta-input:rho=3", "graddiff:unlearn_epochs=4"),
+        output=output,
+        general=str(output / "general.jsonl"),
+        methods=(
+            "tv",
+            "perta-grad",
+            "perta-input:rho=3",
+            "perta-input:rho=3,general=true",
+            "graddiff:unlearn_epochs=4",
+        ),
         seeds=(0,),
         people=4,
         questions=2,
@@ -321,6 +341,8 @@ def test_finished_runs_are_reused_and_new_ones_added(
     costs = {record["method"]: set(record["passes"]) for record in again}
     assert costs["msa"] == {"finetune", "retain_checkpoint"}
     assert costs["negmerge"] == {"finetune", "forget_checkpoint_2"}
+    general = {"finetune", "forget moments", "retain moments", "general moments"}
+    assert costs["perta-input:rho=3,general=true"] == general
     assert costs["selective"] == {"finetune", "forget importance"}
     assert costs["ssd:selection=2"] == {"forget importance", "retain importance"}
     assert costs["interpolate"] == set()

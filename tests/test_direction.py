@@ -313,6 +313,46 @@ def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
     )
 
 
+def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path: Path) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "Rivers run to the sea."}\n{"text": "What is a river?"}\n')
+    weighting = WeightingConfig(method="perta-project")
+    settings = whole(world, tmp_path / "out", weighting=weighting, general=str(general))
+    manifest = unlearn(settings).manifest
+    assert "general" in manifest["unlearn"]["inputs"]
+    work = work_folder(settings)
+    retain, text, both = (
+        open_moments(work / f"{name}_moments") for name in ("retain", "general", "protected")
+    )
+    assert both.facts["tokens"] == retain.facts["tokens"] + text.facts["tokens"]
+    # The same as moments merged by hand, and another edit than without the text.
+    saved = replace(settings, output=tmp_path / "saved", retain_moments=both.folder, general=None)
+    without = replace(settings, output=tmp_path / "without", general=None)
+    name = "model.layers.0.mlp.down_proj.weight"
+    ours, by_hand, other = (
+        read_tensor(open_index(unlearn(c).folder).tensors[name]) for c in (settings, saved, without)
+    )
+    assert torch.equal(ours, by_hand)
+    assert not torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("method", ["tv", "npo"])
+def test_general_text_needs_moments(world: World, tmp_path: Path, method: str) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "Rivers run to the sea."}\n')
+    settings = whole(
+        world, tmp_path / "out", weighting=WeightingConfig(method=method), general=str(general)
+    )
+    with pytest.raises(ConfigError, match=f"--general adds moments, and `{method}` uses none"):
+        unlearn(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_general_text_cannot_be_the_forget_set(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--general"):
+        unlearn(whole(world, tmp_path / "out", general=str(world.forget)))
+
+
 def test_the_pipeline_forgets_and_reuses(world: World, tmp_path: Path) -> None:
     # The sets of a tiny model use nearly the same directions: the defaults would hardly forget.
     weighting = WeightingConfig(method="perta-input", rho=10.0, forget_damping=1.0)

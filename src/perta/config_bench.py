@@ -117,8 +117,9 @@ class CompareConfig:
         "perta-project",
     )
     """Methods, each with settings where wanted: `perta-project:rho=10,tokens=answer`. Settings are
-    those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows) and
-    `forget_seeds`; for training methods those of training, as in `npo:unlearn_beta=0.05`."""
+    those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows),
+    `general` (true or false: see `--general`) and `forget_seeds`; for training methods those of
+    training, as in `npo:unlearn_beta=0.05`."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
     """Seeds of rows and training; every seed has rows and models of its own."""
     forget: str | None = None
@@ -126,6 +127,9 @@ class CompareConfig:
     then."""
     retain: str | None = None
     """With `--forget`: rows of your own to keep."""
+    general: str | None = None
+    """Text that has nothing to do with the rows, for methods with `general=true`, which add its
+    moments to those of the retain rows: data file or `datasets` id."""
     tofu: Path | None = None
     """Folder with TOFU's JSONL files."""
     tofu_split: Literal["forget01", "forget05", "forget10"] | None = None

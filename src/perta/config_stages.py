@@ -242,6 +242,10 @@ class UnlearnConfig:
     retain_moments: Path | None = None
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""
+    general: str | None = None
+    """Text that has nothing to do with either set, in any of the formats: with a structured method
+    its moments are added to the retain set's, so that what the retain set has too few rows to show
+    is protected as well."""
     retain_budget: float = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
     nats per token. The other half is reported."""

@@ -141,20 +141,21 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
     return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
 
 
-def check_apart(forget: ExampleSet, retain: ExampleSet) -> None:
+def check_apart(forget: ExampleSet, retain: ExampleSet, option: str = "retain") -> None:
     """Warn of rows that are to be forgotten and kept.
 
     Args:
         forget: what must go.
         retain: what must stay.
+        option: where the user gave that.
 
     Raises:
         ConfigError: both are the same rows.
     """
     if forget.fingerprint == retain.fingerprint:
         raise ConfigError(
-            f"--forget {forget.source} and --retain {retain.source} hold the same rows. What is "
-            "to be forgotten cannot be kept: take the forget rows out of the retain set."
+            f"--forget {forget.source} and --{option} {retain.source} hold the same rows. What is "
+            f"to be forgotten cannot be kept: take the forget rows out of the {option} set."
         )
     kept = {example.messages for example in retain.examples}
     both = [str(e.row) for e in forget.examples if e.messages in kept]

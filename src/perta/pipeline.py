@@ -30,6 +30,7 @@ from perta.config_stages import (
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
+    MergeMomentsConfig,
     MomentsConfig,
     ReportConfig,
     TrainConfig,
@@ -51,7 +52,7 @@ from perta.manifest import (
     write_manifest,
 )
 from perta.model import pick_device, pick_dtype, resolve_checkpoint
-from perta.moments import compute_moments
+from perta.moments import compute_moments, merge_moments
 from perta.progress import say
 from perta.report import write_report
 from perta.stage import changes, check_separate, exists_error
@@ -171,6 +172,7 @@ def known_method(name: str) -> str:
 def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     """The run of a training method: one stage in place of fine-tuning, importance and edit."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
+    _refuse_general(config)
     if config.weighting.scaling_coef is not None:
         raise ConfigError(
             f"--scaling-coef is the strength of an edit, but `{method.name}` trains. Its strength "
@@ -270,13 +272,26 @@ class _Stages:
         return self._timed(f"{name}_importance", lambda: compute_importance(stage))
 
     def moments(self, name: str, *, gradients: bool) -> Path:
-        if name == "retain" and self.config.retain_moments is not None:
-            return self.config.retain_moments
+        """Moments of the forget set, or of the retain set and, where given, general text."""
+        if name == "forget":
+            return self._moments_of(name, self.config.forget, gradients)
+        retain = self.config.retain_moments or self._moments_of(name, self.config.retain, gradients)
+        if self.config.general is None:
+            return retain
+        output = self._place("protected_moments")
+        stage = MergeMomentsConfig(
+            folders=(retain, self._moments_of("general", self.config.general, gradients)),
+            output=output,
+            overwrite=_is_ours(output),
+        )
+        return self._timed("merge_moments", lambda: merge_moments(stage))
+
+    def _moments_of(self, name: str, data: str, gradients: bool) -> Path:
         output = self._place(f"{name}_moments")
         at = self.base if self.config.importance_at == "base" else self.full
         stage = MomentsConfig(
             checkpoint=str(at),
-            data=self.config.forget if name == "forget" else self.config.retain,
+            data=data,
             output=output,
             gradients=gradients,
             overwrite=_is_ours(output),
@@ -408,6 +423,8 @@ class _Record:
         }
         if "holdout" in sets and config.weighting.scaling_coef == "auto":
             inputs["holdout"] = sets["holdout"].fingerprint
+        if "general" in sets:
+            inputs["general"] = sets["general"].fingerprint
         if config.retain_moments is not None:
             inputs["retain_moments"] = fingerprint(config.retain_moments)
         if config.retain_checkpoint is not None:
@@ -478,6 +495,8 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
             f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
             f"{method.min_task_vectors}."
         )
+    if method.moments is None:
+        _refuse_general(config)
     # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
     # windows that rows do not count.
     share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
@@ -490,6 +509,14 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
         )
 
 
+def _refuse_general(config: UnlearnConfig) -> None:
+    if config.general is not None:
+        raise ConfigError(
+            f"--general adds moments, and `{config.weighting.method}` uses none. Leave it out, or "
+            "take a structured method such as `perta-project`."
+        )
+
+
 def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     sets = {
         "forget": load_examples(config.forget, config.data_config),
@@ -498,6 +525,9 @@ def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     if config.holdout:
         sets["holdout"] = load_examples(config.holdout, config.data_config)
     check_apart(sets["forget"], sets["retain"])
+    if config.general:
+        sets["general"] = load_examples(config.general, config.data_config)
+        check_apart(sets["forget"], sets["general"], "general")
     return sets
 
 

@@ -159,7 +159,7 @@ class Bench:
             )
         return {k: v["agg_value"] for k, v in results.items() if "agg_value" in v}
 
-    def count_tokens(self, file: Path) -> int:
+    def count_tokens(self, file: str) -> int:
         """Tokens of a set, prompts included."""
         examples = load_examples(file, self._config.data_config)
         return sum(len(example.input_ids) for example in self.encode(examples))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -22,12 +22,13 @@ from perta.config_stages import (
     EditConfig,
     FinetuneConfig,
     ImportanceConfig,
+    MergeMomentsConfig,
     MomentsConfig,
 )
 from perta.finetune import finetune_checkpoint
 from perta.importance import compute_importance
 from perta.manifest import read_manifest
-from perta.moments import compute_moments
+from perta.moments import compute_moments, merge_moments
 from perta.strength import load_delta
 from perta.weighting import importance_order
 
@@ -75,7 +76,7 @@ class WeightEdit:
 
 
 def prepare_edit(
-    config: CompareConfig, draw: Draw, spec: EditSpec, count_tokens: Callable[[Path], int]
+    config: CompareConfig, draw: Draw, spec: EditSpec, count_tokens: Callable[[str], int]
 ) -> WeightEdit:
     """Run the stages that a weight-space method stands on, and read its direction.
 
@@ -128,7 +129,7 @@ class _Stages:
     config: CompareConfig
     draw: Draw
     spec: EditSpec
-    count_tokens: Callable[[Path], int]
+    count_tokens: Callable[[str], int]
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, float] = field(default_factory=dict)
 
@@ -190,32 +191,51 @@ class _Stages:
                 overwrite=read_manifest(self.draw.folder / name) is not None,
             )
         )
-        self._note(f"{part} importance", folder, part, FORWARD + BACKWARD)
+        self._note(f"{part} importance", folder, str(self._data(part)), FORWARD + BACKWARD)
         return folder
 
     def moments(self, part: str) -> Path:
+        """Moments of a set; those of general text are added to the retain set's where wanted."""
+        data = self._data(part)
+        name = f"{part}_moments_{self._at}_{self.spec.share:g}"
+        folder = self._moments_of(part, str(data), name)
+        if part == "forget" or not self.spec.general:
+            return folder
+        text = cast(str, self.config.general)
+        general = self._moments_of("general", text, f"general_moments_{self._at}")
+        output = self.draw.folder / f"{folder.name}_and_general"
+        merge_moments(
+            MergeMomentsConfig(
+                folders=(folder, general),
+                output=output,
+                overwrite=read_manifest(output) is not None,
+            )
+        )
+        return output
+
+    def _moments_of(self, part: str, data: str, name: str) -> Path:
         gradients = self.spec.method.moments == "kron"
-        kind = "kron" if gradients else "input"
-        name = f"{part}_moments_{self._at}_{self.spec.share:g}_{self.spec.tokens}_{kind}"
-        folder = compute_moments(
+        output = self.draw.folder / f"{name}_{self.spec.tokens}_{'kron' if gradients else 'input'}"
+        compute_moments(
             MomentsConfig(
                 checkpoint=str(self._model),
-                data=str(self._data(part)),
-                output=self.draw.folder / name,
+                data=data,
+                output=output,
                 gradients=gradients,
                 options=MomentOptions(tokens=self.spec.tokens),
                 data_config=self.config.data_config,
                 compute=self.config.compute,
-                overwrite=read_manifest(self.draw.folder / name) is not None,
+                overwrite=read_manifest(output) is not None,
             )
         )
-        self._note(f"{part} moments", folder, part, FORWARD + (BACKWARD if gradients else 0))
-        return folder
+        per_token = FORWARD + (BACKWARD if gradients else 0)
+        self._note(f"{part} moments", output, data, per_token)
+        return output
 
-    def _note(self, stage: str, folder: Path, part: str, per_token: int) -> None:
+    def _note(self, stage: str, folder: Path, data: str, per_token: int) -> None:
         """Book what a stage cost when it was made."""
         self.seconds[stage] = stage_seconds(folder)
-        self.passes[stage] = per_token * self.count_tokens(self._data(part))
+        self.passes[stage] = per_token * self.count_tokens(data)
 
     @property
     def _model(self) -> Path:

@@ -24,7 +24,7 @@ _WEIGHTING = {item.name for item in dataclasses.fields(WeightingConfig)} - {
     "method",
     "scaling_coef",
 }
-_MEASURING = {"tokens", "at", "share", "forget_seeds"}
+_MEASURING = {"tokens", "at", "share", "general", "forget_seeds"}
 _TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
     # The model in memory stays the one it is.
     "unlearn_lora_rank",
@@ -58,6 +58,7 @@ class EditSpec(Spec):
         tokens: tokens that count in the moments.
         at: model at which importance and moments are measured; None for the method's own.
         share: share of the protected retain rows that importance and moments are taken of.
+        general: whether moments of general text are added to those of the retain rows.
         forget_seeds: forget checkpoints; 0 for as many as the method needs.
     """
 
@@ -65,6 +66,7 @@ class EditSpec(Spec):
     tokens: Tokens = MomentOptions.tokens
     at: At | None = None
     share: float = 1.0
+    general: bool = False
     forget_seeds: int = 0
 
     @property
@@ -91,8 +93,8 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
 
     Args:
         text: a method's name, then, after a colon, settings as `key=value` with commas between:
-            those of the weighting and `tokens`, `at`, `share` and `forget_seeds`, or those of
-            training.
+            those of the weighting and `tokens`, `at`, `share`, `general` and `forget_seeds`, or
+            those of training.
         batch_size: forget examples per step of training methods, unless `text` says otherwise.
             The published 32 are more than a small forget set holds.
 
@@ -145,10 +147,15 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
             raise ConfigError(f"`{text}`: {key} is {choice}; it must be {wanted}.")
     if not 0 < share <= 1:
         raise ConfigError(f"`{text}`: share is {share:g}; it must be in (0, 1].")
+    general = settings.get("general", False)
+    if not isinstance(general, bool):
+        raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
+    if general and get_method(name).moments is None:
+        raise ConfigError(f"`{text}`: general adds moments, and `{name}` uses none.")
     seeds = int(settings.get("forget_seeds", 0))
     if "forget_seeds" in settings and seeds < 1:
         raise ConfigError(f"`{text}`: forget_seeds is {seeds}; it must be at least 1.")
-    return EditSpec(text, weighting, tokens, at, share, seeds)
+    return EditSpec(text, weighting, tokens, at, share, general, seeds)
 
 
 def _pair(part: str, text: str) -> tuple[str, Any]:

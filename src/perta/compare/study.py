@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from perta.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.compare.summary import write_summary
 from perta.config_bench import CompareConfig
 from perta.config_stages import ReportConfig
+from perta.data import load_examples
 from perta.errors import ConfigError
 from perta.manifest import make_manifest, settings_of, stage_key
 from perta.model import resolve_checkpoint
@@ -71,6 +72,9 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     for slug in slugs:
         if slugs.count(slug) > 1 or slug in REFERENCES:
             raise ConfigError(f"--methods names {slug} twice, or calls a method like a model.")
+    for spec in specs:
+        if _uses_general(spec) and config.general is None:
+            raise ConfigError(f"`{spec.name}` needs a file of general text: give --general.")
     base = resolve_checkpoint(config.base)
     records: list[Record] = []
     for seed in config.seeds:
@@ -90,6 +94,10 @@ def bench_compare(config: CompareConfig) -> list[Record]:
         )
     )
     return records
+
+
+def _uses_general(spec: AnySpec | None) -> bool:
+    return isinstance(spec, EditSpec) and spec.general
 
 
 class _Seed:
@@ -295,6 +303,9 @@ class _Seed:
         inputs = {name: fingerprint(file) for name, file in draw.files.items()}
         models = (*REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
+        if _uses_general(spec):
+            general = load_examples(cast(str, config.general), config.data_config)
+            inputs["general"] = general.fingerprint
         return stage_key("bench compare", settings, inputs)
 
     def _finished(self, name: str, spec: AnySpec | None = None) -> Record | None:
