@@ -24,7 +24,7 @@ from perta.compare.study import bench_compare
 from perta.compare.summary import summarise, write_summary
 from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import load_examples
-from perta.errors import ConfigError, DataError, OutputExistsError
+from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.people import write_jsonl
 from perta.results import Results
 
@@ -233,11 +233,25 @@ def test_rows_of_ones_own_need_both_sets_and_no_benchmark(
         CompareConfig(base="b", output=Path("o"), **{"forget": "f", "retain": "r", **settings})
 
 
-def test_general_text_has_to_be_given(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "general", "message"),
+    [
+        ("perta-project:general=true", None, "give --general"),
+        ("perta-project", "general.jsonl", "there is none"),
+        ("perta-project:general=true", "nowhere.jsonl", "no data file"),
+    ],
+)
+def test_general_text_is_checked_before_any_work(
+    world: World, tmp_path: Path, method: str, general: str | None, message: str
+) -> None:
+    (tmp_path / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
     config = CompareConfig(
-        base=str(world.base), output=tmp_path / "o", methods=("perta-project:general=true",)
+        base=str(world.base),
+        output=tmp_path / "o",
+        methods=(method,),
+        general=general and str(tmp_path / general),
     )
-    with pytest.raises(ConfigError, match="give --general"):
+    with pytest.raises(PertaError, match=message):
         bench_compare(config)
     assert not (tmp_path / "o").exists()
 
@@ -372,7 +386,7 @@ def test_general_ability_is_added_to_finished_runs(
         return {"task/acc": {"agg_value": 0.25, "standard_error": None}, "perta": {}}
 
     monkeypatch.setattr("perta.compare.bench.bench_ability", bench_ability)
-    more = replace(config, methods=("tv",), ability_tasks=("task",))
+    more = replace(config, general=None, methods=("tv",), ability_tasks=("task",))
     found = {record["method"]: record for record in bench_compare(more)}
     assert asked == [("task",)] * 4
     assert found["tv"]["ability"] == {"task/acc": 0.25}
@@ -395,7 +409,7 @@ def test_the_suite_is_run_again_when_it_is_asked_for_otherwise(
         return run(bench, reference)
 
     monkeypatch.setattr(Bench, "suite", suite)
-    one = replace(config, methods=("tv",))
+    one = replace(config, general=None, methods=("tv",))
     again = bench_compare(one)
     assert [record["suite"] for record in again[:3]] == [record["suite"] for record in records[:3]]
     assert not limits
@@ -410,7 +424,7 @@ def test_the_report_is_of_the_methods_asked_for(
     compared: tuple[CompareConfig, list[Any]],
 ) -> None:
     config, _ = compared
-    bench_compare(replace(config, methods=("tv",), suite=False))
+    bench_compare(replace(config, general=None, methods=("tv",), suite=False))
     page = (config.output / "report.html").read_text("utf-8")
     assert "perta-grad" not in page
     assert ">tv" in page

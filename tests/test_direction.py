@@ -353,6 +353,12 @@ def test_general_text_cannot_be_the_forget_set(world: World, tmp_path: Path) -> 
         unlearn(whole(world, tmp_path / "out", general=str(world.forget)))
 
 
+def test_general_text_cannot_be_the_retain_set(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="would count twice"):
+        unlearn(whole(world, tmp_path / "out", general=str(world.retain)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_pipeline_forgets_and_reuses(world: World, tmp_path: Path) -> None:
     # The sets of a tiny model use nearly the same directions: the defaults would hardly forget.
     weighting = WeightingConfig(method="perta-input", rho=10.0, forget_damping=1.0)

@@ -152,9 +152,9 @@ static void add_group(const Group *group, const float *left, const float *right,
                 for (Py_ssize_t row = top; row < bottom; row += rows) {
                     const Py_ssize_t place = row * width + column;
                     add_block(group, packed_left + (row - top) * count,
-                                   packed_right + column * count, first ? first + place : NULL,
-                                   second ? second + place : NULL, smaller(bottom - row, rows),
-                                   smaller(width - column, across));
+                              packed_right + column * count, first ? first + place : NULL,
+                              second ? second + place : NULL, smaller(bottom - row, rows),
+                              smaller(width - column, across));
                 }
         }
     }

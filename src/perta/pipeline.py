@@ -528,6 +528,11 @@ def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     if config.general:
         sets["general"] = load_examples(config.general, config.data_config)
         check_apart(sets["forget"], sets["general"], "general")
+        if sets["general"].fingerprint == sets["retain"].fingerprint:
+            raise ConfigError(
+                f"--general {config.general} holds the rows of --retain, which would count twice. "
+                "Give text that is in neither set, or leave it out."
+            )
     return sets
 
 

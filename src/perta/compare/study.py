@@ -72,9 +72,13 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     for slug in slugs:
         if slugs.count(slug) > 1 or slug in REFERENCES:
             raise ConfigError(f"--methods names {slug} twice, or calls a method like a model.")
-    for spec in specs:
-        if _uses_general(spec) and config.general is None:
-            raise ConfigError(f"`{spec.name}` needs a file of general text: give --general.")
+    users = [spec.name for spec in specs if _uses_general(spec)]
+    if users and config.general is None:
+        raise ConfigError(f"`{users[0]}` needs a file of general text: give --general.")
+    if config.general is not None:
+        if not users:
+            raise ConfigError("--general is for methods with general=true, and there is none.")
+        load_examples(config.general, config.data_config)  # raises now what would stop it later
     base = resolve_checkpoint(config.base)
     records: list[Record] = []
     for seed in config.seeds:
