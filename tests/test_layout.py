@@ -36,6 +36,7 @@ EDGES = {
     "data",
     "model",
     "stage",
+    "measurement",
     "moment_files",
     "optimize",
     "training",

@@ -23,29 +23,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from perta.batch import Batch, Encoded, bucketed, seeded_sample
-from perta.checkpoint import (
-    IMPORTANCE_SIDECAR,
-    fingerprint,
-    open_index,
-    write_tensors,
-)
+from perta.checkpoint import IMPORTANCE_SIDECAR, open_index, write_tensors
 from perta.config import EstimatorConfig
 from perta.config_stages import ImportanceConfig
-from perta.data import encode_examples, load_examples
 from perta.importance_files import order_name
-from perta.manifest import settings_of, versions
-from perta.model import (
-    load_model,
-    load_tokenizer,
-    longest_input,
-    pad_id,
-    pick_device,
-    pick_dtype,
-    resolve_checkpoint,
-)
+from perta.manifest import versions
+from perta.measurement import Subject, run_measurement
 from perta.per_example import Moments, abs_of_mean, batched_moments, verify_engine
 from perta.progress import say, track
-from perta.stage import run_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,47 +50,24 @@ def compute_importance(config: ImportanceConfig) -> Path:
     Raises:
         PertaError: input that cannot be used.
     """
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    examples = load_examples(config.data, config.data_config)
-    tokenizer = load_tokenizer(checkpoint)
-    encoded = encode_examples(
-        examples, tokenizer, config.data_config, longest=longest_input(checkpoint)
-    )
-    chosen = sample(encoded.encoded, config.estimator)
-    dtype = pick_dtype(config.compute)
-    settings = {
-        **settings_of(config),
-        "device": pick_device(config.compute).type,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        model = load_model(checkpoint, config.compute)
-        moments = estimate(model, chosen, config.orders, config.estimator, pad=pad_id(tokenizer))
+    def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
+        chosen = sample(subject.encoded.encoded, config.estimator)
+        moments = estimate(model, chosen, config.orders, config.estimator, pad=subject.pad)
+        shards = open_index(subject.checkpoint).shards
         for order, tensors in moments.by_order.items():
             target = folder / order_name(order)
             target.mkdir()
-            write_tensors(target, checkpoint_names(model, tensors), open_index(checkpoint).shards)
-        facts = _facts(config, moments, inputs, settings, len(encoded))
+            write_tensors(target, checkpoint_names(model, tensors), shards)
+        facts = _facts(config, moments, subject)
         (folder / IMPORTANCE_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         return {
             "examples": moments.examples,
             "labelled_tokens": moments.tokens,
-            "skipped_rows": list(encoded.skipped),
             "slow_parameters": list(moments.fallback),
         }
 
-    run_stage(
-        "importance",
-        config.output,
-        settings,
-        inputs,
-        make,
-        reads=[checkpoint, examples.source],
-        overwrite=config.overwrite,
-    )
-    return config.output
+    return run_measurement("importance", config, measure)
 
 
 def sample(examples: Sequence[Encoded], config: EstimatorConfig) -> list[Encoded]:
@@ -157,24 +119,18 @@ def checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> d
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-def _facts(
-    config: ImportanceConfig,
-    moments: Moments,
-    inputs: Mapping[str, str],
-    settings: Mapping[str, Any],
-    available: int,
-) -> dict[str, Any]:
+def _facts(config: ImportanceConfig, moments: Moments, subject: Subject) -> dict[str, Any]:
     return {
         "orders": sorted(moments.by_order),
         "reduction": config.estimator.reduction,
         "loss": "mean negative log-likelihood of the answer tokens, nats per token",
         "examples": moments.examples,
-        "examples_available": available,
+        "examples_available": len(subject.encoded),
         "tokens": moments.tokens,
-        "model_fingerprint": inputs["checkpoint"],
-        "data_fingerprint": inputs["data"],
+        "model_fingerprint": subject.inputs["checkpoint"],
+        "data_fingerprint": subject.inputs["data"],
         "seed": config.estimator.importance_seed,
-        "dtype": settings["dtype"],
+        "dtype": subject.settings["dtype"],
         "versions": versions(),
     }
 

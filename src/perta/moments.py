@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -32,18 +32,9 @@ from perta.batch import IGNORE, Encoded
 from perta.checkpoint import fingerprint, read_tensor
 from perta.config import Tokens
 from perta.config_stages import MergeMomentsConfig, MomentsConfig
-from perta.data import encode_examples, load_examples
 from perta.errors import CheckpointMismatchError, ConfigError
-from perta.manifest import settings_of, versions
-from perta.model import (
-    load_model,
-    load_tokenizer,
-    longest_input,
-    pad_id,
-    pick_device,
-    pick_dtype,
-    resolve_checkpoint,
-)
+from perta.manifest import versions
+from perta.measurement import Subject, run_measurement
 from perta.moment_files import (
     MomentFolder,
     open_moments,
@@ -52,6 +43,9 @@ from perta.moment_files import (
 )
 from perta.moment_sums import plan_moments, sum_moments
 from perta.stage import run_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of moments is written and the next one begun."""
@@ -69,26 +63,13 @@ def compute_moments(config: MomentsConfig) -> Path:
     Raises:
         PertaError: input that cannot be used.
     """
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    examples = load_examples(config.data, config.data_config)
-    tokenizer = load_tokenizer(checkpoint)
-    encoded = encode_examples(
-        examples, tokenizer, config.data_config, longest=longest_input(checkpoint)
-    )
-    settings = {
-        **settings_of(config),
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
-    }
-    inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        model = load_model(checkpoint, config.compute)
-        pad = pad_id(tokenizer)
-        plan = plan_moments(model, encoded.encoded, gradients=config.gradients, pad=pad)
-        sums = sum_moments(model, encoded.encoded, plan, config.options, pad=pad)
+    def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
+        encoded, pad = subject.encoded.encoded, subject.pad
+        plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
+        sums = sum_moments(model, encoded, plan, config.options, pad=pad)
         write_shards(folder, sums, SHARD_BYTES)
-        tokens = sum(_count(example, config.options.tokens) for example in encoded.encoded)
+        tokens = sum(_count(example, config.options.tokens) for example in encoded)
         facts = {
             "tokens": tokens,
             "examples": len(encoded),
@@ -97,28 +78,15 @@ def compute_moments(config: MomentsConfig) -> Path:
             "inputs": plan.inputs,
             "outputs": plan.outputs,
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
-            "model_fingerprint": inputs["checkpoint"],
-            "data_fingerprints": [inputs["data"]],
-            "dtype": settings["dtype"],
+            "model_fingerprint": subject.inputs["checkpoint"],
+            "data_fingerprints": [subject.inputs["data"]],
+            "dtype": subject.settings["dtype"],
             "versions": versions(),
         }
         write_sidecar(folder, facts)
-        return {
-            "examples": len(encoded),
-            "tokens_counted": tokens,
-            "skipped_rows": list(encoded.skipped),
-        }
+        return {"examples": len(encoded), "tokens_counted": tokens}
 
-    run_stage(
-        "moments",
-        config.output,
-        settings,
-        inputs,
-        make,
-        reads=[checkpoint, examples.source],
-        overwrite=config.overwrite,
-    )
-    return config.output
+    return run_measurement("moments", config, measure)
 
 
 def merge_moments(config: MergeMomentsConfig) -> Path:
