@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The whole comparison on a GPU: every method, TOFU's three splits and fictitious people, 3 seeds.
 #
-#   runs/compare_gpu.sh BASE TOFU_FOLDER OUTPUT
+#   runs/compare_gpu.sh BASE TOFU_FOLDER OUTPUT [GENERAL_TEXT]
 #
+# GENERAL_TEXT: a file of rows that have nothing to do with either set, for the edit that protects them as well.
 # Finished runs are kept; a second call goes on where the first one stopped.
 set -euo pipefail
-base=$1 tofu=$2 output=$3
+base=$1 tofu=$2 output=$3 general=${4:-}
 
 edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
     perta-project perta-project:rho=0.3 perta-project:rho=1 perta-project:rho=10 perta-project:rho=100
@@ -17,6 +18,10 @@ edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
     ga graddiff npo npo-retain simnpo dpo idkpo kl undial wga satimp retain-finetune
     rmu:steering_coef=240,retain_weight=1)
 arguments=()
+if [[ -n $general ]]; then
+    arguments+=(--general "$general")
+    edits+=('perta-project:general=true,include=*.mlp.*')
+fi
 for method in "${edits[@]}"; do arguments+=(--methods "$method"); done
 for seed in 0 1 2; do arguments+=(--seeds "$seed"); done
 
