@@ -17,6 +17,7 @@ MATHEMATICS = {
     "per_example",
     "batch",
     "structured",
+    "second_moment",
     "task_vectors",
     "unlearning_objectives",
     "influence",

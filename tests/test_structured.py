@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from perta.errors import DivergenceError
+from perta.second_moment import factor, is_factor
 from perta.structured import (
     input_direction,
-    input_direction_from_rows,
     kron_direction,
     projected_direction,
 )
@@ -175,13 +175,36 @@ def test_a_direction_that_neither_set_uses_is_left_alone() -> None:
     assert float(input_direction(tau, empty, empty, 1.0, 0.01).delta.norm()) == 0
 
 
-@pytest.mark.parametrize("rho", [0.5, 10.0])
-def test_rows_give_the_dense_direction(rho: float) -> None:
-    tau, rows, retain = normal(OUT, IN, seed=0), normal(3, IN, seed=1), moment(IN, 2, seed=2)
-    dense = input_direction(tau, rows.T @ rows, retain, rho, 0.01)
-    found = input_direction_from_rows(tau, rows, retain, rho, 0.01)
-    torch.testing.assert_close(found.delta, dense.delta, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+@pytest.mark.parametrize(("few", "other"), [(1, 2), (3, 9), (9, 2), (3, 2), (5, 4)])
+def test_factors_give_the_dense_direction(few: int, other: int, mu: float) -> None:
+    """Both sets with few rows, together as well or not, and one of them."""
+    tau, x, y = normal(OUT, IN, seed=0), normal(few, IN, seed=1), normal(other, IN, seed=2)
+    forget, retain = (factor(r) if len(r) < IN else r.T @ r for r in (x, y))
+    assert is_factor(forget) == (few < IN)
+    dense = input_direction(tau, x.T @ x, y.T @ y, 10.0, 0.01, mu)
+    found = input_direction(tau, forget, retain, 10.0, 0.01, mu)
+    torch.testing.assert_close(found.delta, dense.delta, rtol=1e-9, atol=1e-11)
     assert found.damping == dense.damping
+    assert found.condition == pytest.approx(dense.condition, rel=1e-6)
+    dense, found = (projected_direction(tau, m, 3.0) for m in (y.T @ y, retain))
+    torch.testing.assert_close(found.delta, dense.delta, rtol=1e-9, atol=1e-11)
+    assert found.condition == pytest.approx(dense.condition, rel=1e-6)
+    b = moment(OUT, 9, seed=3)
+    dense, found = (
+        kron_direction(tau, f, r, b, b, 3.0, 0.01)
+        for f, r in ((x.T @ x, y.T @ y), (forget, retain))
+    )
+    torch.testing.assert_close(found.delta, dense.delta, rtol=1e-9, atol=1e-11)
+
+
+def test_factors_without_damping_are_refused() -> None:
+    tau, few = normal(OUT, IN, seed=0), factor(normal(2, IN, seed=1))
+    with pytest.raises(DivergenceError, match="--damping"):
+        input_direction(tau, few, few, 1.0, 0.0)
+    nothing = factor(normal(0, IN, seed=1))
+    assert float(input_direction(tau, nothing, nothing, 1.0, 0.01).delta.norm()) == 0
+    torch.testing.assert_close(projected_direction(tau, nothing, 3.0).delta, tau)
 
 
 def test_the_condition_is_that_of_the_matrix() -> None:
@@ -228,6 +251,6 @@ def test_what_is_not_positive_definite_is_refused() -> None:
     with pytest.raises(DivergenceError, match="--damping"):
         input_direction(tau, negative, negative, 1.0, 0.01)
     with pytest.raises(DivergenceError, match="--damping"):
-        input_direction_from_rows(tau, rows, negative, 1.0, 0.01)
+        input_direction(tau, rows, negative, 1.0, 0.01)
     with pytest.raises(DivergenceError, match="--damping"):
         kron_direction(tau, negative * float("nan"), negative, negative, negative, 1.0, 0.01)

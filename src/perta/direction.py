@@ -246,13 +246,13 @@ class _Solver:
     def _moments(
         self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
     ) -> list[Tensor]:
-        """Forget moment of a weight, where there is one, and retain moment, (width, width)."""
+        """Forget moment of a weight, where there is one, and retain moment."""
         found = []
         for folder in (self.inputs.forget, self.inputs.retain):
             if folder is None:
                 continue
             moment = read(folder, name)
-            if moment.shape != (width, width):
+            if moment.shape[1] != width or moment.shape[0] > width:
                 raise CheckpointMismatchError(
                     f"{name} is {width} wide, but its moment in {folder.folder} is "
                     f"{tuple(moment.shape)}. The moments are of another model."

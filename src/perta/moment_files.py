@@ -8,7 +8,8 @@ A weight `layers.0.up_proj.weight` of the checkpoint has the sum over tokens of 
 `layers.0.up_proj.weight.input_moment` and, if asked for, that of g gᵀ under
 `layers.0.up_proj.weight.output_moment`. Weights that read the same input share one tensor under
 the first one's name; `inputs` in the sidecar says which. Sums and counts are stored, not means,
-so folders can be merged.
+so folders can be merged. An input moment of at most half as many tokens as the layer is wide is
+stored as its triangular factor, see `second_moment`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from perta.checkpoint import (
     write_tensors,
 )
 from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
+from perta.second_moment import divided
 
 INPUT, OUTPUT = "input_moment", "output_moment"
 
@@ -51,12 +53,15 @@ class MomentFolder:
     facts: dict[str, Any]
 
     def input_moment(self, weight: str) -> Tensor:
-        """C: mean over tokens of x xᵀ for the inputs of a weight, (in, in) float32."""
-        return self._read(self.facts["inputs"][weight]).div_(self.facts["tokens"])
+        """C: mean over tokens of x xᵀ for the inputs of a weight, float32.
+
+        (in, in), or of few tokens its factor (n, in); see `second_moment`.
+        """
+        return divided(self._read(self.facts["inputs"][weight]), self.facts["tokens"])
 
     def output_moment(self, weight: str) -> Tensor:
         """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
-        return self._read(self.facts["outputs"][weight]).div_(self.facts["examples"])
+        return divided(self._read(self.facts["outputs"][weight]), self.facts["examples"])
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self.index.tensors[name])

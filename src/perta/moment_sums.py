@@ -17,6 +17,7 @@ from perta.errors import CheckpointError
 from perta.moment_files import INPUT, OUTPUT
 from perta.objectives import example_losses
 from perta.progress import track, warn
+from perta.second_moment import factor, few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,13 @@ def kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
     kept = torch.zeros_like(batch.labels, dtype=torch.bool)
     kept[:, :-1] = batch.labels[:, 1:] != IGNORE
     return kept
+
+
+def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
+    """Tokens of a set that count; see `kept_positions`."""
+    if tokens == "all":
+        return sum(len(example.input_ids) for example in examples)
+    return sum(label != IGNORE for example in examples for label in example.labels[1:])
 
 
 def plan_moments(
@@ -259,28 +267,31 @@ def sum_moments(
         pad: padding token; it does not change the result.
 
     Yields:
-        Name and sum over tokens, (d, d) float32 on the CPU.
+        Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
+        d / 2, as its factor (n, d); of an expert (number of its tokens, d).
     """
     batches = bucketed(examples, options.moment_batch_size, pad)
-    groups = list(_groups(plan.units, int(options.moment_memory * 2**30)))
+    tokens = count_tokens(examples, options.tokens)
+    groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
     model.eval()
     with track("Moments", len(groups) * len(examples)) as advance:
         for group in groups:
-            collector = _Collector(model, group)
+            collector = _Collector(model, group, tokens)
             with collector.attached():
                 for batch in batches:
                     collector.run(batch.to(model.device), options.tokens)
                     advance(len(batch))
             for unit in group:
-                yield from _named(plan, unit, collector.sums.pop((unit.kind, unit.slots[0])))
+                total = collector.sums.pop((unit.kind, unit.slots[0])).result()
+                yield from _named(plan, unit, total)
 
 
-def _groups(units: Sequence[Unit], limit: int) -> Iterator[list[Unit]]:
+def _groups(units: Sequence[Unit], limit: int, tokens: int) -> Iterator[list[Unit]]:
     """Cut units into runs whose float64 sums fit into a number of bytes, at least one each."""
     group: list[Unit] = []
     held = 0
     for unit in units:
-        size = 8 * unit.width**2
+        size = 8 * unit.width * (tokens if _is_few(unit, tokens) else unit.width)
         if group and held + size > limit:
             yield group
             group, held = [], 0
@@ -300,6 +311,39 @@ def _named(plan: Plan, unit: Unit, total: Tensor) -> Iterator[tuple[str, Tensor]
         yield plan.outputs[weight.name], total[rows][:, rows].float().cpu()
 
 
+def _is_few(unit: Unit, tokens: int) -> bool:
+    """Whether a unit is kept as its factor. Output moments are solved for in their own basis."""
+    return unit.kind == "input" and few(tokens, unit.width)
+
+
+class _Sum:
+    """The sum of x xᵀ: float32 products, a float64 sum."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        # Apple's GPUs have no float64.
+        place = "cpu" if device.type == "mps" else device
+        self._total = torch.zeros(width, width, dtype=torch.float64, device=place)
+
+    def add(self, rows: Tensor) -> None:
+        self._total.add_((rows.t() @ rows).to(self._total.device))
+
+    def result(self) -> Tensor:
+        return self._total
+
+
+class _Rows:
+    """The rows themselves while there are few, and then their factor."""
+
+    def __init__(self, width: int) -> None:
+        self._rows = [torch.empty(0, width)]
+
+    def add(self, rows: Tensor) -> None:
+        self._rows.append(rows.cpu())
+
+    def result(self) -> Tensor:
+        return factor(torch.cat(self._rows))
+
+
 @dataclass
 class _Collector:
     """Sums of one group of units while batches run.
@@ -307,20 +351,21 @@ class _Collector:
     Attributes:
         model: the model.
         units: what to sum up.
-        sums: (kind, first slot) -> (d, d) float64.
+        tokens: number of tokens that count in the whole set.
+        sums: (kind, first slot) -> its sum.
     """
 
     model: PreTrainedModel
     units: Sequence[Unit]
-    sums: dict[tuple[str, Slot], Tensor] = field(default_factory=dict)
+    tokens: int
+    sums: dict[tuple[str, Slot], _Sum | _Rows] = field(default_factory=dict)
     _kept: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         for unit in self.units:
-            zeros = torch.zeros(unit.width, unit.width, dtype=torch.float64)
-            # Apple's GPUs have no float64.
-            place = "cpu" if self.model.device.type == "mps" else self.model.device
-            self.sums[unit.kind, unit.slots[0]] = zeros.to(place)
+            few = _is_few(unit, self.tokens)
+            total = _Rows(unit.width) if few else _Sum(unit.width, self.model.device)
+            self.sums[unit.kind, unit.slots[0]] = total
 
     @property
     def needs_gradients(self) -> bool:
@@ -378,12 +423,12 @@ class _Collector:
                 "cannot be told apart. Use a diagonal method for this architecture."
             )
         if ("input", slot) in self.sums:
-            _add_rows(self.sums["input", slot], x, kept)
+            self.sums["input", slot].add(_counted(x, kept))
         if ("output", slot) in self.sums and y.requires_grad:
             total = self.sums["output", slot]
 
             def add(gradient: Tensor) -> None:
-                _add_rows(total, gradient, kept)
+                total.add(_counted(gradient, kept))
 
             y.register_hook(add)
 
@@ -430,13 +475,10 @@ class _Collector:
         return forward
 
 
-@torch.no_grad()
-def _add_rows(total: Tensor, rows: Tensor, kept: Tensor) -> None:
-    """Add rowsᵀ rows over the kept rows: float32 products, a float64 sum."""
+def _counted(rows: Tensor, kept: Tensor) -> Tensor:
+    """The kept rows of (…, d), in float32 or, of a model in float64, with all its digits."""
     flat = rows.detach().reshape(-1, rows.shape[-1])[kept]
-    # A model in float64 keeps its digits.
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    total.add_((flat.t() @ flat).to(total.device))
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 @contextmanager

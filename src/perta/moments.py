@@ -16,6 +16,7 @@ tokens: an expert that a set seldom uses matters little to it.
 Matrix products are float32, their sum over batches float64, stored as float32. A layer whose
 input has width d holds 8 d² bytes while it is measured (1.6 GB at d = 14,336) and 4 d² while it
 is written; layers are taken in groups within `--moment-memory`, one pass over the set per group.
+Of n tokens, at most d / 2, C is kept as its triangular factor: n d numbers in place of d².
 
 Sources: RegMean, arXiv 2212.09849 (C), and K-FAC, arXiv 1503.05671 (B ⊗ C).
 """
@@ -28,9 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from perta.batch import IGNORE, Encoded
 from perta.checkpoint import fingerprint, read_tensor
-from perta.config import Tokens
 from perta.config_stages import MergeMomentsConfig, MomentsConfig
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.manifest import versions
@@ -41,7 +40,8 @@ from perta.moment_files import (
     write_shards,
     write_sidecar,
 )
-from perta.moment_sums import plan_moments, sum_moments
+from perta.moment_sums import count_tokens, plan_moments, sum_moments
+from perta.second_moment import added
 from perta.stage import run_stage
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def compute_moments(config: MomentsConfig) -> Path:
         plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
         sums = sum_moments(model, encoded, plan, config.options, pad=pad)
         write_shards(folder, sums, SHARD_BYTES)
-        tokens = sum(_count(example, config.options.tokens) for example in encoded)
+        tokens = count_tokens(encoded, config.options.tokens)
         facts = {
             "tokens": tokens,
             "examples": len(encoded),
@@ -132,10 +132,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
 
 def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
-    total = read_tensor(folders[0].index.tensors[name]).double()
-    for other in folders[1:]:
-        total += read_tensor(other.index.tensors[name])
-    return total.float()
+    return added([read_tensor(folder.index.tensors[name]) for folder in folders]).float()
 
 
 def _check_mergeable(folders: Sequence[MomentFolder]) -> None:
@@ -156,10 +153,3 @@ def _check_mergeable(folders: Sequence[MomentFolder]) -> None:
                     "twice. Leave one of them out."
                 )
             seen[data] = folder.folder
-
-
-def _count(example: Encoded, tokens: Tokens) -> int:
-    """Tokens of an example that count; see `kept_positions`."""
-    if tokens == "all":
-        return len(example.input_ids)
-    return sum(label != IGNORE for label in example.labels[1:])
