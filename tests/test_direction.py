@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ import transformers as hf
 from torch import Tensor
 
 from conftest import TUNE, World
-from perta.checkpoint import open_index, read_tensor
+from perta.checkpoint import fingerprint, open_index, read_tensor, write_tensors
 from perta.cli import main
-from perta.config import MomentOptions, WeightingConfig
+from perta.config import DataConfig, MomentOptions, WeightingConfig
 from perta.config_stages import (
     EditConfig,
     FinetuneConfig,
+    MergeMomentsConfig,
     MomentsConfig,
     UnlearnConfig,
 )
@@ -31,12 +33,15 @@ from perta.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     ConfigError,
+    CorruptCheckpointError,
+    DivergenceError,
+    OutputExistsError,
 )
 from perta.finetune import finetune_checkpoint
 from perta.manifest import read_manifest
 from perta.model import load_tokenizer
 from perta.moment_files import open_moments
-from perta.moments import compute_moments
+from perta.moments import compute_moments, merge_moments
 from perta.pipeline import aggregates, unlearn, work_folder
 from perta.second_moment import matrix
 
@@ -302,6 +307,130 @@ def test_moments_of_another_width_are_refused(world: World, parts: Parts, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def damaged(folder: Path, output: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    """A copy of a moment folder with one tensor changed."""
+    shutil.copytree(folder, output)
+    index = open_index(output)
+    found = {n: read_tensor(e) for n, e in index.tensors.items()}
+    write_tensors(output, {**found, name: change(found[name])}, index.shards)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.flatten()[:4].clone(), r"shape \(4,\), which no moment"),
+        (lambda m: torch.cat((m, m)), "which no moment"),
+        (lambda m: m.index_fill(0, torch.tensor([0]), torch.nan), "NaN or Inf"),
+        (lambda m: m + torch.inf * torch.eye(len(m))[:, : m.shape[1]].roll(1), "NaN or Inf"),
+    ],
+)
+def test_damaged_moments_are_named(
+    parts: Parts, tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    name = open_moments(parts.retain).facts["inputs"][name]
+    bad = damaged(parts.retain, tmp_path / "bad", name, change)
+    merging = MergeMomentsConfig(folders=(parts.forget, bad), output=tmp_path / "out")
+    with pytest.raises(CorruptCheckpointError, match=message) as in_edit:
+        edit_checkpoint(parts.config(tmp_path / "out", retain_moments=bad))
+    with pytest.raises(CorruptCheckpointError, match=message) as in_merge:
+        merge_moments(merging)
+    for caught in (in_edit, in_merge):
+        assert str(bad) in str(caught.value)
+        assert name in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad"}
+
+
+def test_moments_of_two_widths_are_not_added(parts: Parts, tmp_path: Path) -> None:
+    name = open_moments(parts.retain).facts["inputs"]["model.layers.1.mlp.up_proj.weight"]
+    bad = damaged(parts.retain, tmp_path / "bad", name, lambda m: m[:4, :4].clone())
+    with pytest.raises(CheckpointMismatchError, match=r"wide in .* and 4 in"):
+        merge_moments(MergeMomentsConfig(folders=(parts.forget, bad), output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["transposed", "token_choice", "data_fingerprints"])
+def test_a_sidecar_must_be_whole(parts: Parts, tmp_path: Path, key: str) -> None:
+    shutil.copytree(parts.retain, tmp_path / "bad")
+    file = tmp_path / "bad" / "moments.json"
+    facts = json.loads(file.read_text("utf-8"))
+    del facts[key]
+    file.write_text(json.dumps(facts), "utf-8")
+    with pytest.raises(CorruptCheckpointError, match=f"cannot be read .*{key}"):
+        open_moments(tmp_path / "bad")
+
+
+def test_a_failed_solve_names_the_layer(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise DivergenceError("not positive definite")
+
+    monkeypatch.setattr("perta.direction.input_direction", fail)
+    with pytest.raises(DivergenceError, match=r"layers\.0\..*: not positive definite"):
+        edit_checkpoint(parts.config(tmp_path / "out"))
+
+
+def test_a_refused_edit_changes_nothing(parts: Parts, tmp_path: Path) -> None:
+    direction = tmp_path / "direction"
+    edit_checkpoint(parts.config(tmp_path / "out", direction=direction))
+    before = fingerprint(direction)
+    with pytest.raises(OutputExistsError, match="made with other rho"):
+        edit_checkpoint(parts.config(tmp_path / "out", direction=direction, rho=10.0))
+    assert fingerprint(direction) == before
+    with pytest.raises(ConfigError, match="overlaps"):
+        edit_checkpoint(parts.config(tmp_path / "same", direction=tmp_path / "same"))
+    assert not (tmp_path / "same").exists()
+
+
+def test_patterns_without_a_linear_layer_are_refused(
+    world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
+    for pattern in ("*norm*", "*embed*"):
+        with pytest.raises(ConfigError, match="no weight of a linear layer"):
+            edit_checkpoint(parts.config(tmp_path / "out", include=(pattern,)))
+        weighting = WeightingConfig(method="perta-project", include=(pattern,))
+        with pytest.raises(ConfigError, match="no weight of a linear layer"):
+            unlearn(whole(world, tmp_path / "out", weighting=weighting))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["perta-project", "perta-kron", "perta-grad"])
+def test_a_base_without_the_models_prefix(world: World, tmp_path: Path, method: str) -> None:
+    """OpenAI's GPT-2 is stored as `h.0…`; what is tuned from it as `transformer.h.0…`."""
+    tokenizer = load_tokenizer(world.base)
+    torch.manual_seed(0)
+    config = hf.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128,
+        bos_token_id=0, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    shutil.copytree(tmp_path / "base", tmp_path / "bare")
+    bare = {n.removeprefix("transformer."): t for n, t in tensors(tmp_path / "base").items()}
+    write_tensors(tmp_path / "bare", bare)
+    full = finetune_checkpoint(
+        FinetuneConfig(
+            base=str(tmp_path / "base"), data=str(world.forget), output=tmp_path / "f", tune=TUNE
+        )
+    )
+    made = []
+    for base in ("base", "bare"):
+        settings = whole(world, tmp_path / f"{base}-out", weighting=WeightingConfig(method=method))
+        made.append(unlearn(replace(settings, base=str(tmp_path / base), full=str(full))).folder)
+    same, found = (tensors(folder) for folder in made)
+    assert all(torch.equal(found[name], value) for name, value in same.items())
+    assert any(not torch.equal(found[name], value) for name, value in tensors(full).items())
+    # The bare checkpoint can be the one to clean as well.
+    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method))
+    cleaned = unlearn(
+        replace(settings, base=str(tmp_path / "base"), full=str(tmp_path / "bare"))
+    ).folder
+    assert set(tensors(cleaned)) == set(bare)
+
+
 # --- pipeline and command line ------------------------------------------------------------------
 
 
@@ -346,15 +475,87 @@ def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path:
 
 
 @pytest.mark.parametrize("method", ["tv", "npo"])
-def test_general_text_needs_moments(world: World, tmp_path: Path, method: str) -> None:
-    general = tmp_path / "general.jsonl"
-    general.write_text('{"text": "Rivers run to the sea."}\n')
-    settings = whole(
-        world, tmp_path / "out", weighting=WeightingConfig(method=method), general=str(general)
-    )
-    with pytest.raises(ConfigError, match=f"--general adds moments, and `{method}` uses none"):
+@pytest.mark.parametrize("option", ["general", "retain-moments"])
+def test_moments_are_for_methods_that_use_them(
+    world: World, tmp_path: Path, method: str, option: str
+) -> None:
+    given: dict[str, Any] = {"retain_moments": measure(world.base, world.retain, tmp_path / "m")}
+    if option == "general":
+        given = {"general": str(tmp_path / "general.jsonl")}
+        (tmp_path / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
+    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method), **given)
+    with pytest.raises(ConfigError, match=f"--{option} is .* `{method}` uses none"):
         unlearn(settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_general_text_has_columns_of_its_own(world: World, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in world.forget.read_text("utf-8").splitlines()]
+    rows += [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
+    for name, part in (("forget", rows[:2]), ("retain", rows[2:])):
+        lines = [json.dumps({"q": row["question"], "a": row["answer"]}) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    (tmp_path / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
+    settings = whole(
+        world,
+        tmp_path / "out",
+        weighting=WeightingConfig(method="perta-project"),
+        general=str(tmp_path / "general.jsonl"),
+        data_config=DataConfig(format="qa", prompt_column="q", answer_column="a"),
+    )
+    forget, retain = (str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain"))
+    unlearn(replace(settings, forget=forget, retain=retain))
+    work = work_folder(settings)
+    assert open_moments(work / "general_moments").facts["examples"] == 1
+
+
+def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "Rivers run to the sea."}\n')
+    answer = measure(
+        world.base, world.retain, tmp_path / "a", options=MomentOptions(tokens="answer")
+    )
+    plain = measure(world.base, world.retain, tmp_path / "m")
+    merged = merge_moments(
+        MergeMomentsConfig(
+            folders=(plain, measure(world.base, general, tmp_path / "g")), output=tmp_path / "mg"
+        )
+    )
+    forgotten = measure(world.base, world.forget, tmp_path / "f")
+
+    def refuse(message: str, method: str, moments: Path, **more: Any) -> None:
+        settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method), **more)
+        with pytest.raises(ConfigError, match=message):
+            unlearn(replace(settings, retain_moments=moments))
+        assert not (tmp_path / "out.work").exists()
+
+    refuse("counts `answer` tokens", "perta-input", answer)
+    refuse("counts `answer` tokens", "perta-project", answer, general=str(general))
+    refuse("moments of --general", "perta-project", merged, general=str(general))
+    refuse("moments of --forget", "perta-project", forgotten)
+
+
+@pytest.mark.parametrize("option", ["general", "holdout", "retain_moments", "work_dir"])
+def test_the_output_keeps_away_from_everything_that_is_read(
+    world: World, tmp_path: Path, option: str
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    place: Any = output / "mine.jsonl"
+    place.write_text('{"text": "Rivers run to the sea."}\n')
+    if option == "retain_moments":
+        place = measure(world.base, world.retain, output / "moments")
+    value = output / "work" if option == "work_dir" else place
+    if option in ("general", "holdout"):
+        value = str(value)
+    weighting = WeightingConfig(method="perta-project")
+    settings = whole(world, output, weighting=weighting, overwrite=True, **{option: value})
+    with pytest.raises(ConfigError, match="overlaps"):
+        unlearn(settings)
+    assert place.exists()
 
 
 def test_general_text_cannot_be_the_forget_set(world: World, tmp_path: Path) -> None:
@@ -474,7 +675,9 @@ def test_stage_by_stage_on_the_command_line(
         "--retain-moments", tmp_path / "retain", "--output", tmp_path / "staged",
         "--direction", tmp_path / "direction", "--scaling-coef", 1.2, "--rho", 5,
     )  # fmt: skip
-    assert "Unlearned checkpoint" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Unlearned checkpoint" in said
+    assert f"{tmp_path / 'direction'} (holds what was removed" in " ".join(said.split())
     run(
         monkeypatch, "unlearn", "--base", world.base, "--full", world.full, "--forget",
         world.forget, "--retain", world.retain, "--method", method, "--tokens", "answer",

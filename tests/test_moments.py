@@ -29,6 +29,7 @@ from perta.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    DivergenceError,
     OutputExistsError,
 )
 from perta.model import load_model, load_tokenizer
@@ -304,6 +305,14 @@ def test_little_memory_means_more_passes_and_the_same_sums(
     assert len(forwards) == len(plan.units) * passes[0]
     for name, value in once.items():
         torch.testing.assert_close(sums[name], value)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model = build(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.inf
+    with pytest.raises(DivergenceError, match=r"layers\.1\.mlp\.down_proj\.weight is NaN or Inf"):
+        measure(model, gradients=False)
 
 
 def test_few_tokens_take_little_memory() -> None:

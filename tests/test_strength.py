@@ -152,13 +152,16 @@ def test_truth_ratios_calibrate_where_rows_have_them(world: World, tmp_path: Pat
 
 
 def test_a_held_out_set_calibrates_and_counts(world: World, tmp_path: Path) -> None:
-    settings = config(world, tmp_path / "out", "tv", holdout=str(world.retain), retain_budget=0.0)
+    rows = [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
+    unseen = [{"question": row["question"], "answer": row["answer"][::-1]} for row in rows]
+    holdout = str(write_jsonl(unseen, tmp_path / "holdout.jsonl"))
+    settings = config(world, tmp_path / "out", "tv", holdout=holdout, retain_budget=0.0)
     record = unlearn(settings).manifest["unlearn"]
     assert record["strength"]["calibrated_on"] == "held-out set"
     model = load_model(world.full, ComputeConfig())
     tokenizer = load_tokenizer(world.full)
-    retain = encode_examples(load_examples(world.retain), tokenizer, DataConfig()).encoded
-    assert record["strength"]["unseen"] == pytest.approx(mean_loss(model, retain, 0))
+    expected = encode_examples(load_examples(holdout), tokenizer, DataConfig()).encoded
+    assert record["strength"]["unseen"] == pytest.approx(mean_loss(model, expected, 0))
     assert "holdout" in record["inputs"]
     assert record["settings"]["retain_budget"] == 0
 
@@ -184,6 +187,55 @@ def test_trials_leave_the_model_as_it_was(world: World, tmp_path: Path) -> None:
     halfway = trials.at(2.0)
     assert halfway.forget_loss == pytest.approx(mean_loss(base, forget, 0), rel=1e-4)
     assert trials.at(0.0).forget_loss == pytest.approx(first.forget_loss, rel=1e-4)
+
+
+def test_what_looks_unseen_before_the_edit_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration that the full model passes would choose no edit at all."""
+    monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
+    seen = tmp_path / "seen.jsonl"
+    lines = world.retain.read_text("utf-8").splitlines()
+    write_jsonl([json.loads(line) for line in (lines[0], lines[0])], seen)
+    settings = config(world, tmp_path / "out", "perta-project", holdout=str(seen))
+    with pytest.raises(ConfigError, match=r"looks unseen to .* already.*Is --holdout really"):
+        unlearn(settings)
+    with pytest.raises(ConfigError, match="hold the same rows"):
+        unlearn(replace(settings, holdout=str(world.retain)))
+    with pytest.raises(ConfigError, match=r"looks unseen .* Was .* tuned on the forget set"):
+        unlearn(replace(settings, holdout=None, full=str(world.base)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf])
+def test_the_budget_is_a_number(world: World, tmp_path: Path, budget: float) -> None:
+    with pytest.raises(ConfigError, match="retain-budget"):
+        config(world, tmp_path / "out", "perta-project", retain_budget=budget)
+
+
+def test_answers_that_do_not_fit_do_not_calibrate(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in world.forget.read_text("utf-8").splitlines()]
+    rows[0]["paraphrased_answer"] *= 40
+    write_jsonl(rows, tmp_path / "long.jsonl")
+    settings = config(world, tmp_path / "out", "perta-project")
+    settings = replace(
+        settings,
+        forget=str(tmp_path / "long.jsonl"),
+        data_config=replace(settings.data_config, max_length=100),
+    )
+    record = unlearn(settings).manifest["unlearn"]["strength"]
+    assert record["calibrated_on"] == "base model on the forget set"
+    assert capsys.readouterr().err.count("row 1: a paraphrased or wrong answer makes") == 1
+
+
+def test_what_a_killed_search_left_is_cleared_away(world: World, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "out", "tv")
+    left = work_folder(settings) / ".strength.partial-99999999"
+    left.mkdir(parents=True)
+    unlearn(settings)
+    assert not [path.name for path in work_folder(settings).iterdir() if "partial" in path.name]
 
 
 def test_mistakes(world: World, tmp_path: Path) -> None:

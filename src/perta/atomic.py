@@ -68,6 +68,26 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
         _release(partial)
 
 
+@contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place` that is gone when the block ends.
+
+    What a killed run left of it is cleared away by the next.
+
+    Args:
+        place: path that names it; nothing appears there.
+
+    Yields:
+        The folder.
+    """
+    partial = _reserve(place.absolute(), overwrite=True)
+    try:
+        partial.mkdir()
+        yield partial
+    finally:
+        _release(partial)
+
+
 _active: set[Path] = set()
 """Unfinished outputs of this process."""
 

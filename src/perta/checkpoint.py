@@ -133,6 +133,19 @@ class CheckpointIndex:
     shards: dict[str, tuple[str, ...]]
     metadata: dict[str, str]
 
+    def find(self, name: str) -> TensorEntry | None:
+        """A tensor by its name, with or without the base model's prefix.
+
+        What transformers calls `transformer.h.0.attn.c_attn.weight` some checkpoints store as
+        `h.0.attn.c_attn.weight`, among them OpenAI's GPT-2.
+        """
+        for same in (name, name.partition(".")[2]):
+            if same in self.tensors:
+                return self.tensors[same]
+        firsts = sorted({stored.partition(".")[0] for stored in self.tensors})
+        names = (f"{first}.{name}" for first in firsts)
+        return next((self.tensors[n] for n in names if n in self.tensors), None)
+
 
 # --- reading -------------------------------------------------------------------------------
 

@@ -118,9 +118,12 @@ def merge_moments(*folders: Path, output: Path, overwrite: bool = False) -> None
 @app.command
 def edit(config: EditConfig) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
-    from perta.edit import edit_checkpoint
+    from perta.edit import direction_folder, edit_checkpoint
 
     _note(f"Unlearned checkpoint: {edit_checkpoint(config)}")
+    direction = direction_folder(config)
+    if direction is not None:
+        _note(f"Direction: {direction} (holds what was removed; delete it when you are done)")
 
 
 @app.command

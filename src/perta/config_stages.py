@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -224,7 +225,8 @@ class UnlearnConfig:
     output: Path
     """Folder of the unlearned checkpoint."""
     holdout: str | None = None
-    """Examples the model has never seen, for the evaluation."""
+    """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
+    takes the strength at which the forget set looks as unseen as they do."""
     work_dir: Path | None = None
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
     model tuned on the forget set: delete it when you are done."""
@@ -243,9 +245,9 @@ class UnlearnConfig:
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""
     general: str | None = None
-    """Text that has nothing to do with either set, in any of the formats: with a structured method
-    its moments are added to the retain set's, so that what the retain set has too few rows to show
-    is protected as well."""
+    """Text that has nothing to do with either set, in any of the formats with the usual column
+    names: with a structured method its moments are added to the retain set's, so that what the
+    retain set has too few rows to show is protected as well."""
     retain_budget: float = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
     nats per token. The other half is reported."""
@@ -267,6 +269,8 @@ class UnlearnConfig:
     def __post_init__(self) -> None:
         seeds = self.forget_seeds
         require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
+        budget = self.retain_budget
+        require(0 <= budget < math.inf, "retain-budget", budget, "0 or more nats per token")
         sample_count(self.retain_samples, "retain-samples", 1)
 
 

@@ -141,30 +141,42 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
     return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
 
 
-def check_apart(forget: ExampleSet, retain: ExampleSet, option: str = "retain") -> None:
-    """Warn of rows that are to be forgotten and kept.
+APART = {
+    ("forget", "retain"): "What is to be forgotten cannot be kept",
+    ("forget", "general"): "What is to be forgotten cannot be kept",
+    ("retain", "general"): "What is kept would count twice",
+    ("forget", "holdout"): "What is to be forgotten was seen",
+    ("retain", "holdout"): "What is kept was seen",
+}
+"""Options whose sets must have no row in common, and why."""
+
+
+def check_apart(sets: Mapping[str, ExampleSet]) -> None:
+    """Warn of rows in two sets that must have none in common.
 
     Args:
-        forget: what must go.
-        retain: what must stay.
-        option: where the user gave that.
+        sets: option -> its set.
 
     Raises:
-        ConfigError: both are the same rows.
+        ConfigError: two are the same rows.
     """
-    if forget.fingerprint == retain.fingerprint:
-        raise ConfigError(
-            f"--forget {forget.source} and --{option} {retain.source} hold the same rows. What is "
-            f"to be forgotten cannot be kept: take the forget rows out of the {option} set."
-        )
-    kept = {example.messages for example in retain.examples}
-    both = [str(e.row) for e in forget.examples if e.messages in kept]
-    if both:
-        warn(
-            f"{forget.source} and {retain.source} share {len(both)} of the rows to forget (rows "
-            f"{', '.join(both[:5])}{', …' if len(both) > 5 else ''} there); the edit will protect "
-            "what it should remove."
-        )
+    for (one, other), why in APART.items():
+        if one not in sets or other not in sets:
+            continue
+        first, second = sets[one], sets[other]
+        if first.fingerprint == second.fingerprint:
+            raise ConfigError(
+                f"--{one} {first.source} and --{other} {second.source} hold the same rows. {why}: "
+                f"take those rows out of the {other} set."
+            )
+        seen = {example.messages for example in second.examples}
+        both = [str(e.row) for e in first.examples if e.messages in seen]
+        if both:
+            rows = ", ".join(both[:5]) + (", …" if len(both) > 5 else "")
+            warn(
+                f"--{one} {first.source} and --{other} {second.source} share {len(both)} of the "
+                f"rows (rows {rows} of the first). {why}."
+            )
 
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from perta.checkpoint import CheckpointIndex, fingerprint, open_index, read_tensor
-from perta.errors import CheckpointError, CheckpointMismatchError
+from perta.checkpoint import CheckpointIndex, TensorEntry, fingerprint, open_index, read_tensor
+from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
 from perta.manifest import read_manifest
 from perta.moment_files import MomentFolder, open_moments, write_shards
 from perta.progress import track
@@ -149,7 +149,8 @@ def open_inputs(
     start, *tuned = (open_index(folder) for folder in (base, *forget_checkpoints))
     for index in tuned:
         for name in retain.facts["inputs"]:
-            shapes = [i.tensors[name].shape if name in i.tensors else None for i in (start, index)]
+            entries = [i.find(name) for i in (start, index)]
+            shapes = [entry.shape if entry else None for entry in entries]
             if shapes[0] is None or shapes[0] != shapes[1]:
                 raise CheckpointMismatchError(
                     f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
@@ -212,7 +213,10 @@ class _Solver:
         with track("Direction", len(self.inputs.retain.facts["inputs"])) as advance:
             for names in groups.values():
                 vectors = [self._task_vector(name) for name in names]
-                found = solve(names, vectors)
+                try:
+                    found = list(solve(names, vectors))
+                except DivergenceError as error:
+                    raise DivergenceError(f"{names[0]}: {error}") from None
                 for name, vector, direction in zip(names, vectors, found, strict=True):
                     self.layers[name] = {
                         "task_vector_norm": float(vector.norm()),
@@ -263,7 +267,7 @@ class _Solver:
     def _task_vector(self, name: str) -> Tensor:
         """τ of one weight, (out, in) float64."""
         base, *tuned = (
-            read_tensor(index.tensors[name]).to(self.device, torch.float64)
+            read_tensor(cast(TensorEntry, index.find(name))).to(self.device, torch.float64)
             for index in (self.inputs.base, *self.inputs.forget_checkpoints)
         )
         return self._as_stored(name, mean(tuned).sub_(base))

@@ -18,7 +18,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
+
+import torch
 
 from perta.card import write_card
 from perta.checkpoint import (
@@ -39,7 +41,7 @@ from perta.errors import CheckpointError, ConfigError
 from perta.manifest import settings_of
 from perta.model import pick_device, resolve_checkpoint
 from perta.progress import track
-from perta.stage import check_separate, run_stage
+from perta.stage import check_separate, refuse_other, run_stage
 from perta.weighting import Method, get_method, importance_order
 
 _DIRECTIONS = {
@@ -83,8 +85,13 @@ def edit_checkpoint(config: EditConfig) -> Path:
     """
     config = replace(config, weighting=with_defaults(config.weighting))
     _refuse_auto(config.weighting)
-    given = gather_inputs(config)
+    given = find_inputs(config)
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
+    settings = settings_of(config)
+    refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
+    given = with_direction(config, given)
+    if "direction" in given:
+        inputs["direction"] = fingerprint(given["direction"])
 
     def make(folder: Path) -> Mapping[str, Any]:
         summary = write_edit(
@@ -96,12 +103,12 @@ def edit_checkpoint(config: EditConfig) -> Path:
         )
         return {"edit": asdict(summary)}
 
-    run_stage("edit", config.output, settings_of(config), inputs, make, overwrite=config.overwrite)
+    run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
     return config.output
 
 
-def gather_inputs(config: EditConfig) -> dict[str, Path]:
-    """Find everything that an edit reads; a structured method's direction is made now.
+def find_inputs(config: EditConfig) -> dict[str, Path]:
+    """Find everything that an edit reads but a structured method's direction.
 
     Args:
         config: inputs and settings, with the method's defaults filled in.
@@ -132,14 +139,29 @@ def gather_inputs(config: EditConfig) -> dict[str, Path]:
     }
     given = {name: folder for name, folder in folders.items() if folder is not None}
     check_separate(config.output, given.values())
-    if get_method(config.weighting.method).moments is not None:
-        given["direction"] = make_direction(config, given)
-        check_separate(config.output, [given["direction"]])
     return given
 
 
+def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, Path]:
+    """The inputs of an edit with a structured method's direction, which is made or reused now.
+
+    Args:
+        config: inputs and settings, with the method's defaults filled in.
+        given: from `find_inputs`.
+
+    Returns:
+        Name -> local folder.
+
+    Raises:
+        PertaError: see `make_direction`.
+    """
+    if get_method(config.weighting.method).moments is None:
+        return dict(given)
+    return {**given, "direction": make_direction(config, given)}
+
+
 def as_inputs(given: Mapping[str, Path]) -> EditInputs:
-    """What `gather_inputs` found, as `write_edit` takes it."""
+    """What `with_direction` found, as `write_edit` takes it."""
     return EditInputs(
         given["full"],
         given["base"],
@@ -278,6 +300,13 @@ def _refuse_auto(weighting: WeightingConfig) -> None:
         )
 
 
+def direction_folder(config: EditConfig) -> Path | None:
+    """Where a structured method's direction goes; None for the others."""
+    if get_method(config.weighting.method).moments is None:
+        return None
+    return config.direction or config.output.with_name(f"{config.output.name}.direction")
+
+
 def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """Compute a structured method's direction, or reuse it.
 
@@ -302,8 +331,9 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
                 f"`{method.name}` needs --{name}-moments. Make it with `perta moments "
                 f"--checkpoint {folders['base']} --data {name.upper()}_SET{option} --output ...`."
             )
-    output = config.direction or config.output.with_name(f"{config.output.name}.direction")
+    output = cast(Path, direction_folder(config))
     check_separate(output, folders.values())
+    check_separate(config.output, [output])
     inputs = open_inputs(
         folders["base"],
         tuned,
@@ -313,6 +343,8 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
         kind,
     )
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
+    if device.type == "mps":
+        device = torch.device("cpu")  # Apple's GPUs have no float64
     dampings = (weighting.damping or 0.0, weighting.forget_damping or 0.0)
     return write_direction(output, inputs, kind, weighting.rho or 0.0, dampings, device)
 

@@ -123,7 +123,10 @@ def plan_edit(
     if DIRECTION in sources:
         # It was computed from the others, and holds only what is to change.
         sources = {DIRECTION: sources[DIRECTION]}
-        selected = {name for name in selected if name in sources[DIRECTION].tensors}
+        found = {name for name in selected if sources[DIRECTION].find(name)}
+        if not found:
+            raise _no_linear(selected)
+        selected = found
     aligned = {
         role: _align(full, index, role, selected, tied, weighting)
         for role, index in sources.items()
@@ -136,6 +139,29 @@ def plan_edit(
         )
         targets.append(Target(entry, entries, first if first != name else None))
     return targets
+
+
+def check_linear(targets: Iterable[Target]) -> None:
+    """Stop at patterns that can leave a structured method nothing to edit.
+
+    Which weights are of linear layers the model knows; their shapes and names tell enough here.
+
+    Raises:
+        ConfigError: nothing but vectors, embeddings and the output head is selected.
+    """
+    names = [target.full.name for target in targets if target.sources]
+    shapes = {target.full.name: target.full.shape for target in targets}
+    ends = _HEADS + _EMBEDDINGS
+    if not any(len(shapes[name]) > 1 and not _ends_with(name, ends) for name in names):
+        raise _no_linear(names)
+
+
+def _no_linear(selected: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"--include and --exclude leave {min(selected)} and no weight of a linear layer, which "
+        "are all that a structured method edits; embeddings, norms, biases and the output head "
+        "stay as they are. Take another pattern, such as '*.mlp.*'."
+    )
 
 
 def open_sources(

@@ -54,11 +54,13 @@ def compute_importance(config: ImportanceConfig) -> Path:
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
         chosen = sample(subject.encoded.encoded, config.estimator)
         moments = estimate(model, chosen, config.orders, config.estimator, pad=subject.pad)
-        shards = open_index(subject.checkpoint).shards
+        index = open_index(subject.checkpoint)
         for order, tensors in moments.by_order.items():
             target = folder / order_name(order)
             target.mkdir()
-            write_tensors(target, checkpoint_names(model, tensors), shards)
+            named = checkpoint_names(model, tensors)
+            stored = {getattr(index.find(n), "name", n): tensor for n, tensor in named.items()}
+            write_tensors(target, stored, index.shards)
         facts = _facts(config, moments, subject)
         (folder / IMPORTANCE_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         return {

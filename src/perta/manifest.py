@@ -31,6 +31,7 @@ NOT_IN_KEY = {
     "show_samples",
     "direction",
     "solve_device",
+    "moment_memory",
     "save_every",
 }
 

@@ -57,14 +57,29 @@ class MomentFolder:
 
         (in, in), or of few tokens its factor (n, in); see `second_moment`.
         """
-        return divided(self._read(self.facts["inputs"][weight]), self.facts["tokens"])
+        return divided(self.read(self.facts["inputs"][weight]), self.facts["tokens"])
 
     def output_moment(self, weight: str) -> Tensor:
         """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
-        return divided(self._read(self.facts["outputs"][weight]), self.facts["examples"])
+        return divided(self.read(self.facts["outputs"][weight]), self.facts["examples"])
 
-    def _read(self, name: str) -> Tensor:
-        return read_tensor(self.index.tensors[name])
+    def read(self, name: str) -> Tensor:
+        """A stored sum, as it is in the file.
+
+        Raises:
+            CorruptCheckpointError: it is no moment, or holds NaN or Inf.
+        """
+        entry = self.index.tensors[name]
+        if len(entry.shape) != 2 or entry.shape[0] > entry.shape[1]:
+            wrong = f"has the shape {tuple(entry.shape)}, which no moment has"
+        else:
+            moment = read_tensor(entry)
+            if moment.isfinite().all():
+                return moment
+            wrong = "holds NaN or Inf"
+        raise CorruptCheckpointError(
+            f"{entry.file}: {name} {wrong}. Make the folder again with `perta moments`."
+        )
 
 
 def open_moments(folder: Path) -> MomentFolder:
@@ -92,6 +107,8 @@ def open_moments(folder: Path) -> MomentFolder:
         facts = json.loads(file.read_text("utf-8"))
         named = {*facts["inputs"].values(), *facts["outputs"].values()}
         counted = facts["tokens"] > 0 and facts["examples"] > 0
+        for key in ("model_fingerprint", "token_choice", "transposed", "data_fingerprints"):
+            facts[key]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"{file} cannot be read ({error!r}).") from error
     if not counted or named != set(index.tensors):

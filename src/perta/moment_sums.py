@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perta.batch import IGNORE, Batch, Encoded, bucketed, collate
 from perta.config import MomentOptions, Tokens
-from perta.errors import CheckpointError
+from perta.errors import CheckpointError, DivergenceError
 from perta.moment_files import INPUT, OUTPUT
 from perta.objectives import example_losses
 from perta.progress import track, warn
@@ -266,6 +266,9 @@ def sum_moments(
         options: which tokens count, batch size and memory.
         pad: padding token; it does not change the result.
 
+    Raises:
+        DivergenceError: a sum is NaN or Inf.
+
     Yields:
         Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
         d / 2, as its factor (n, d); of an expert (number of its tokens, d).
@@ -283,6 +286,11 @@ def sum_moments(
                     advance(len(batch))
             for unit in group:
                 total = collector.sums.pop((unit.kind, unit.slots[0])).result()
+                if not total.isfinite().all():
+                    raise DivergenceError(
+                        f"The moment of {unit.slots[0][0]} is NaN or Inf on these examples. Does "
+                        "the model compute anything else with its --dtype? Try --dtype float32."
+                    )
                 yield from _named(plan, unit, total)
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from perta.checkpoint import fingerprint, read_tensor
+from perta.checkpoint import fingerprint
 from perta.config_stages import MergeMomentsConfig, MomentsConfig
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.manifest import versions
@@ -132,7 +132,14 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
 
 def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
-    return added([read_tensor(folder.index.tensors[name]) for folder in folders]).float()
+    moments = [folder.read(name) for folder in folders]
+    for folder, moment in zip(folders, moments, strict=True):
+        if moment.shape[1] != moments[0].shape[1]:
+            raise CheckpointMismatchError(
+                f"{name} is {moments[0].shape[1]} wide in {folders[0].folder} and "
+                f"{moment.shape[1]} in {folder.folder}. They are moments of different models."
+            )
+    return added(moments).float()
 
 
 def _check_mergeable(folders: Sequence[MomentFolder]) -> None:

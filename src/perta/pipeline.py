@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from perta.checkpoint import fingerprint, open_index
-from perta.config import TuneConfig
+from perta.config import DataConfig, TuneConfig
 from perta.config_stages import (
     EditConfig,
     EvaluateConfig,
@@ -39,7 +39,7 @@ from perta.config_stages import (
 from perta.data import ExampleSet, check_apart, load_examples
 from perta.direction import check_moments
 from perta.edit import at_strength, edit_checkpoint, with_defaults
-from perta.edit_plan import BASE, FORGET, RETAIN, plan_edit
+from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
@@ -56,7 +56,7 @@ from perta.moments import compute_moments, merge_moments
 from perta.progress import say
 from perta.report import write_report
 from perta.stage import changes, check_separate, exists_error
-from perta.strength import Strength, StrengthSettings, choose_strength
+from perta.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.train import train_checkpoint
 from perta.training import with_method_defaults
 from perta.unlearning_objectives import TRAINING_METHODS
@@ -105,16 +105,18 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     order = importance_order(method, config.weighting.order)
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    check_separate(config.output, (base, full, config.forget, config.retain))
+    _check_output(config, base, full)
     sources = {BASE: open_index(base), FORGET: open_index(base)}
     if config.retain_checkpoint is not None:
         sources[RETAIN] = open_index(resolve_checkpoint(config.retain_checkpoint, base=base))
-    plan_edit(open_index(full), sources, config.weighting)  # raises now what would stop it later
+    # Both raise now what would stop the run later.
+    targets = plan_edit(open_index(full), sources, config.weighting)
+    if method.moments is not None:
+        check_linear(targets)
     sets = _load_sets(config)
     _check_options(config, sets)
-    if method.moments is not None and config.retain_moments is not None:
-        at = base if config.importance_at == "base" else full
-        check_moments(config.retain_moments, [at], method.moments)
+    if config.retain_moments is not None:
+        _check_retain_moments(config, base if config.importance_at == "base" else full, sets)
     record = _Record.of(config, base, full, sets)
     stages = _Stages(config, base, full, record.seconds)
     if record.is_finished():
@@ -122,6 +124,8 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     else:
         record.refuse_foreign()
         started = time.perf_counter()
+        is_auto = config.weighting.scaling_coef == "auto"
+        unseen = stages.calibrate(record.sets) if is_auto else None
         forget_checkpoints = stages.finetune() if method.direction == "forget - base" else []
         retain_checkpoint = stages.tune_retain(len(record.sets["forget"]))
         importance = [
@@ -138,8 +142,8 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
         ]
         edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)
         found: dict[str, Any] = {}
-        if config.weighting.scaling_coef == "auto":
-            strength = stages.find_strength(edit, record.sets)
+        if unseen is not None:
+            strength = stages.find_strength(edit, record.sets, unseen)
             found = {"strength": asdict(strength)}
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         stages.edit(edit)
@@ -172,7 +176,7 @@ def known_method(name: str) -> str:
 def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     """The run of a training method: one stage in place of fine-tuning, importance and edit."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
-    _refuse_general(config)
+    _refuse_moments(config)
     if config.weighting.scaling_coef is not None:
         raise ConfigError(
             f"--scaling-coef is the strength of an edit, but `{method.name}` trains. Its strength "
@@ -185,7 +189,7 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     )
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    check_separate(config.output, (base, full, config.forget, config.retain))
+    _check_output(config, base, full)
     record = _Record.of(config, base, full, _load_sets(config))
     stages = _Stages(config, base, full, record.seconds)
     if record.is_finished():
@@ -296,7 +300,7 @@ class _Stages:
             gradients=gradients,
             overwrite=_is_ours(output),
             options=self.config.moments,
-            data_config=self.config.data_config,
+            data_config=_rows_config(self.config, name),
             compute=self.config.compute,
         )
         return self._timed(f"{name}_moments", lambda: compute_moments(stage))
@@ -350,7 +354,16 @@ class _Stages:
     def edit(self, stage: EditConfig) -> Path:
         return self._timed("edit", lambda: edit_checkpoint(stage))
 
-    def find_strength(self, stage: EditConfig, sets: Mapping[str, ExampleSet]) -> Strength:
+    def calibrate(self, sets: Mapping[str, ExampleSet]) -> Unseen:
+        """Measure what unseen means, before the first long step."""
+        data_config, compute = self.config.data_config, self.config.compute
+        return self._timed(
+            "calibrate", lambda: calibrate(self.full, self.base, sets, data_config, compute)
+        )
+
+    def find_strength(
+        self, stage: EditConfig, sets: Mapping[str, ExampleSet], unseen: Unseen
+    ) -> Strength:
         """Search for the strength and save every point of it as `strength.json`."""
         settings = StrengthSettings(
             self.config.retain_budget, self.config.strength_seed, work_folder(self.config)
@@ -358,7 +371,7 @@ class _Stages:
         found = self._timed(
             "strength",
             lambda: choose_strength(
-                stage, sets, settings, self.config.data_config, self.config.compute
+                stage, sets, unseen, settings, self.config.data_config, self.config.compute
             ),
         )
         text = json.dumps(asdict(found), indent=1) + "\n"
@@ -496,7 +509,7 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
             f"{method.min_task_vectors}."
         )
     if method.moments is None:
-        _refuse_general(config)
+        _refuse_moments(config)
     # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
     # windows that rows do not count.
     share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
@@ -509,30 +522,66 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
         )
 
 
-def _refuse_general(config: UnlearnConfig) -> None:
-    if config.general is not None:
+def _refuse_moments(config: UnlearnConfig) -> None:
+    for option, value in (("general", config.general), ("retain-moments", config.retain_moments)):
+        if value is not None:
+            raise ConfigError(
+                f"--{option} is for methods with moments, and `{config.weighting.method}` uses "
+                "none. Leave it out, or take a structured method such as `perta-project`."
+            )
+
+
+def _check_output(config: UnlearnConfig, base: Path, full: Path) -> None:
+    """Stop before an output that overlaps anything that is read, or the intermediate results."""
+    given = (
+        base,
+        full,
+        config.forget,
+        config.retain,
+        config.holdout,
+        config.general,
+        config.retain_moments,
+        config.retain_checkpoint,
+        work_folder(config),
+    )
+    check_separate(config.output, [place for place in given if place is not None])
+
+
+def _check_retain_moments(
+    config: UnlearnConfig, model: Path, sets: Mapping[str, ExampleSet]
+) -> None:
+    """Stop at saved moments that do not fit the model, or the moments that will join them."""
+    folder, method = config.retain_moments, get_method(config.weighting.method)
+    if folder is None or method.moments is None:
+        return
+    facts = check_moments(folder, [model], method.moments).facts
+    joined = "general" in sets or "forget" in method.sides
+    if joined and facts["token_choice"] != config.moments.tokens:
         raise ConfigError(
-            f"--general adds moments, and `{config.weighting.method}` uses none. Leave it out, or "
-            "take a structured method such as `perta-project`."
+            f"--retain-moments {folder} counts `{facts['token_choice']}` tokens, and the moments "
+            f"measured here would count `{config.moments.tokens}`. Give --tokens "
+            f"{facts['token_choice']}, or make them again."
         )
+    for name in ("forget", "general"):
+        if name in sets and sets[name].fingerprint in facts["data_fingerprints"]:
+            raise ConfigError(
+                f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
+                "already. Make them again without it, or leave it out."
+            )
+
+
+def _rows_config(config: UnlearnConfig, name: str) -> DataConfig:
+    """How the rows of a set are read: general text has columns of its own."""
+    return config.data_config.of_other_text() if name == "general" else config.data_config
 
 
 def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     sets = {
-        "forget": load_examples(config.forget, config.data_config),
-        "retain": load_examples(config.retain, config.data_config),
+        name: load_examples(source, _rows_config(config, name))
+        for name in ("forget", "retain", "holdout", "general")
+        if (source := getattr(config, name)) is not None
     }
-    if config.holdout:
-        sets["holdout"] = load_examples(config.holdout, config.data_config)
-    check_apart(sets["forget"], sets["retain"])
-    if config.general:
-        sets["general"] = load_examples(config.general, config.data_config)
-        check_apart(sets["forget"], sets["general"], "general")
-        if sets["general"].fingerprint == sets["retain"].fingerprint:
-            raise ConfigError(
-                f"--general {config.general} holds the rows of --retain, which would count twice. "
-                "Give text that is in neither set, or leave it out."
-            )
+    check_apart(sets)
     return sets
 
 

@@ -152,6 +152,31 @@ def refuse_foreign(
     Raises:
         OutputExistsError: it is; the message says what differs.
     """
+    refuse_other(stage, output, settings, inputs, overwrite=overwrite)
+    if output.exists() and not overwrite:
+        raise exists_error(output, "was changed since")
+
+
+def refuse_other(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> None:
+    """Stop when the output is there and was made by something else, or otherwise.
+
+    Args:
+        stage: name of the stage.
+        output: final folder.
+        settings: resolved settings.
+        inputs: name -> fingerprint of the inputs that are known by now.
+        overwrite: whether it may be replaced.
+
+    Raises:
+        OutputExistsError: the message says what differs.
+    """
     if overwrite or not output.exists():
         return
     manifest = read_manifest(output)
@@ -161,7 +186,9 @@ def refuse_foreign(
         why = f"was made by `perta {manifest.get('stage')}`"
     else:
         changed = changes(manifest, settings, inputs)
-        why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
+        if not changed:
+            return
+        why = f"was made with other {', '.join(changed)}"
     raise exists_error(output, why)
 
 

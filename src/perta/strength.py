@@ -21,22 +21,29 @@ protects, so neither says how rows fare that gave no importance or moments.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from perta.atomic import scratch_folder
 from perta.batch import Encoded
 from perta.checkpoint import copy_companions, open_index, write_tensors
 from perta.config import ComputeConfig, DataConfig
 from perta.config_stages import EditConfig
 from perta.data import ExampleSet, encode_example, encode_examples
-from perta.edit import as_inputs, at_strength, gather_inputs, with_defaults, write_edit
+from perta.edit import (
+    as_inputs,
+    at_strength,
+    find_inputs,
+    with_defaults,
+    with_direction,
+    write_edit,
+)
 from perta.errors import ConfigError
 from perta.model import load_model, load_tokenizer, longest_input, pad_id
 from perta.objectives import losses_of
@@ -45,6 +52,8 @@ from perta.progress import say, warn
 Calibration = Literal[
     "held-out set", "truth ratios under the base model", "base model on the forget set"
 ]
+
+_TRUTH_RATIOS: Final = "truth ratios under the base model"
 
 _PARAPHRASED, _WRONG = "paraphrased_answer", "perturbed_answer"
 
@@ -117,9 +126,103 @@ class StrengthSettings:
     scratch: Path
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Where the signal stands for what a model truly has not seen.
+
+    Attributes:
+        calibrated_on: what it was measured on.
+        signal: nats per token.
+    """
+
+    calibrated_on: Calibration
+    signal: float
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The sets as token sequences; `answers` is empty where they do not calibrate."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    holdout: Sequence[Encoded]
+    answers: Sequence[Sequence[Encoded]]
+    pad: int
+
+    def signal(self, model: nn.Module) -> float:
+        """What is compared with the unseen: the log truth ratio or the forget loss."""
+        if self.answers:
+            return log_truth_ratio(model, self.answers, self.pad)
+        return mean_loss(model, self.forget, self.pad)
+
+
+def _encode(
+    full: Path, sets: Mapping[str, ExampleSet], data_config: DataConfig, *, answers: bool
+) -> _Rows:
+    tokenizer, longest = load_tokenizer(full), longest_input(full)
+    encoded = {
+        name: encode_examples(sets[name], tokenizer, data_config, longest=longest).encoded
+        for name in ("forget", "retain", "holdout")
+        if name in sets
+    }
+    limit = min(data_config.max_length, longest or data_config.max_length)
+    made = _encode_answers(sets["forget"], tokenizer, data_config, limit) if answers else ()
+    holdout = encoded.get("holdout", ())
+    return _Rows(encoded["forget"], encoded["retain"], holdout, made, pad_id(tokenizer))
+
+
+def calibrate(
+    full: Path,
+    base: Path,
+    sets: Mapping[str, ExampleSet],
+    data_config: DataConfig,
+    compute: ComputeConfig,
+) -> Unseen:
+    """Measure what unseen means, and that the full model is not there already.
+
+    Args:
+        full: θ_full.
+        base: θ₀.
+        sets: `forget`, `retain`, and `holdout` if there is one.
+        data_config: how rows become tokens.
+        compute: device; weights are float32 whatever it says.
+
+    Returns:
+        The signal that the search is for.
+
+    Raises:
+        ConfigError: too few retain rows, or the forget set looks unseen to the full model.
+        PertaError: input that cannot be used.
+    """
+    rows = _encode(full, sets, data_config, answers="holdout" not in sets)
+    if len(rows.retain) < 2:
+        raise ConfigError(
+            "--scaling-coef auto selects on one half of the retain set and reports on the other; "
+            "one example is too few. Give a number, or a larger retain set."
+        )
+    model = load_model(full, compute, dtype=torch.float32)
+    start = rows.signal(model)
+    if rows.holdout:
+        found = Unseen("held-out set", mean_loss(model, rows.holdout, rows.pad))
+        cure = "Is --holdout really unseen?"
+    else:
+        del model
+        signal = rows.signal(load_model(base, compute, dtype=torch.float32))
+        found = Unseen(_TRUTH_RATIOS if rows.answers else "base model on the forget set", signal)
+        cure = f"Was {full} tuned on the forget set?"
+    if not start < found.signal - _ROUNDING:
+        raise ConfigError(
+            f"The forget set looks unseen to {full} already: its {_signal_name(found)} is "
+            f"{start:.3f} nats per token, and unseen is {found.signal:.3f} (by "
+            f"{found.calibrated_on}). {cure} Otherwise give --scaling-coef a number."
+        )
+    return found
+
+
 def choose_strength(
     edit: EditConfig,
     sets: Mapping[str, ExampleSet],
+    unseen: Unseen,
     settings: StrengthSettings,
     data_config: DataConfig,
     compute: ComputeConfig,
@@ -129,6 +232,7 @@ def choose_strength(
     Args:
         edit: the edit, its checkpoints being local folders; its strength is not used.
         sets: `forget`, `retain`, and `holdout` if there is one.
+        unseen: from `calibrate`, for the same sets.
         settings: of the search.
         data_config: how rows become tokens.
         compute: device; weights are float32 whatever it says.
@@ -139,45 +243,27 @@ def choose_strength(
     Raises:
         PertaError: input that cannot be used.
     """
-    full, base = Path(edit.full), Path(edit.base)
-    tokenizer = load_tokenizer(full)
-    pad = pad_id(tokenizer)
-    encoded = {
-        name: encode_examples(examples, tokenizer, data_config, longest=longest_input(full)).encoded
-        for name, examples in sets.items()
-    }
-    if len(encoded["retain"]) < 2:
-        raise ConfigError(
-            "--scaling-coef auto selects on one half of the retain set and reports on the other; "
-            "one example is too few. Give a number, or a larger retain set."
-        )
-    model = load_model(full, compute, dtype=torch.float32)
-    answers = _encode_answers(sets["forget"], tokenizer, data_config)
-    calibration: Calibration = "held-out set"
-    if "holdout" in encoded:
-        answers = ()
-        unseen = mean_loss(model, encoded["holdout"], pad)
-    else:
-        start = load_model(base, compute, dtype=torch.float32)
-        if answers:
-            calibration = "truth ratios under the base model"
-            unseen = log_truth_ratio(start, answers, pad)
-        else:
-            calibration = "base model on the forget set"
-            unseen = mean_loss(start, encoded["forget"], pad)
-        del start
-    with tempfile.TemporaryDirectory(dir=settings.scratch) as scratch:
-        delta = load_delta(Path(scratch), edit, compute)
+    full = Path(edit.full)
+    with_answers = unseen.calibrated_on == _TRUTH_RATIOS
+    rows = _encode(full, sets, data_config, answers=with_answers)
+    with scratch_folder(settings.scratch / "strength") as scratch:
+        delta = load_delta(scratch, edit, compute)
     order = torch.randperm(
-        len(encoded["retain"]), generator=torch.Generator().manual_seed(settings.seed)
+        len(rows.retain), generator=torch.Generator().manual_seed(settings.seed)
     ).tolist()
-    shuffled = [encoded["retain"][i] for i in order]
+    shuffled = [rows.retain[i] for i in order]
     half = len(shuffled) // 2
-    parts = (encoded["forget"], shuffled[:half], shuffled[half:])
-    measure = Trials(model, delta, parts, answers, pad).at
-    chosen, reached, points = search_strength(measure, unseen, settings.retain_budget)
+    parts = (rows.forget, shuffled[:half], shuffled[half:])
+    model = load_model(full, compute, dtype=torch.float32)
+    measure = Trials(model, delta, parts, rows.answers, rows.pad).at
+    chosen, reached, points = search_strength(measure, unseen.signal, settings.retain_budget)
     found = Strength(
-        chosen.scaling_coef, reached, calibration, unseen, settings.retain_budget, points
+        chosen.scaling_coef,
+        reached,
+        unseen.calibrated_on,
+        unseen.signal,
+        settings.retain_budget,
+        points,
     )
     _report(found, chosen)
     return found
@@ -305,24 +391,31 @@ def log_truth_ratio(model: nn.Module, answers: Sequence[Sequence[Encoded]], pad:
 
 
 def _encode_answers(
-    examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig
+    examples: ExampleSet, tokenizer: PreTrainedTokenizerBase, data_config: DataConfig, limit: int
 ) -> tuple[tuple[Encoded, ...], ...]:
     """Of each row the paraphrased answer and the wrong ones; empty unless every row has them."""
     rows = []
     for example in examples.examples:
         right, wrong = example.fields.get(_PARAPHRASED), example.fields.get(_WRONG)
-        if not right or not isinstance(right, str) or not wrong or not isinstance(wrong, list):
+        if not isinstance(right, str) or not isinstance(wrong, list) or not wrong:
             return ()
         texts = (right, *wrong)
-        rows.append(
-            tuple(encode_example(example.with_answer(t), tokenizer, data_config) for t in texts)
-        )
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            return ()
+        row = tuple(encode_example(example.with_answer(t), tokenizer, data_config) for t in texts)
+        size = max(len(answer.input_ids) for answer in row)
+        if size > limit:
+            warn(
+                f"{examples.source}: row {example.row}: a paraphrased or wrong answer makes {size} "
+                f"tokens, and the limit is {limit}. Unseen is calibrated without such answers."
+            )
+            return ()
+        rows.append(row)
     return tuple(rows)
 
 
-def _signal_name(found: Strength) -> str:
-    is_ratio = found.calibrated_on == "truth ratios under the base model"
-    return "log truth ratio" if is_ratio else "forget loss"
+def _signal_name(found: Strength | Unseen) -> str:
+    return "log truth ratio" if found.calibrated_on == _TRUTH_RATIOS else "forget loss"
 
 
 def load_delta(folder: Path, edit: EditConfig, compute: ComputeConfig) -> nn.Module:
@@ -341,7 +434,7 @@ def load_delta(folder: Path, edit: EditConfig, compute: ComputeConfig) -> nn.Mod
         A float32 model whose parameters are D.
     """
     edit = replace(edit, weighting=with_defaults(edit.weighting))
-    inputs = as_inputs(gather_inputs(edit))
+    inputs = as_inputs(with_direction(edit, find_inputs(edit)))
     zeros, delta = folder / "zeros", folder / "delta"
     zeros.mkdir()
     delta.mkdir()

@@ -161,8 +161,8 @@ class Bench:
 
     def count_tokens(self, file: str) -> int:
         """Tokens of a set, prompts included."""
-        examples = load_examples(file, self._config.data_config)
-        return sum(len(example.input_ids) for example in self.encode(examples))
+        rows = self._config.rows_config(file)
+        return sum(len(e.input_ids) for e in self.encode(load_examples(file, rows), rows))
 
     @property
     def _batch(self) -> int:

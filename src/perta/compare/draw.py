@@ -169,7 +169,7 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
 
 def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:
     sets = [load_examples(source, data_config) for source in (forget, retain)]
-    check_apart(sets[0], sets[1])
+    check_apart(dict(zip(("forget", "retain"), sets, strict=True)))
     gone, kept = (one.examples for one in sets)
     if gone[0].kind != kept[0].kind:
         raise DataError(

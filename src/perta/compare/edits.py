@@ -223,7 +223,7 @@ class _Stages:
                 output=output,
                 gradients=gradients,
                 options=MomentOptions(tokens=self.spec.tokens),
-                data_config=self.config.data_config,
+                data_config=self.config.rows_config(data),
                 compute=self.config.compute,
                 overwrite=read_manifest(output) is not None,
             )

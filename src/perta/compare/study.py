@@ -78,7 +78,8 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     if config.general is not None:
         if not users:
             raise ConfigError("--general is for methods with general=true, and there is none.")
-        load_examples(config.general, config.data_config)  # raises now what would stop it later
+        # Raises now what would stop it later.
+        load_examples(config.general, config.rows_config(config.general))
     base = resolve_checkpoint(config.base)
     records: list[Record] = []
     for seed in config.seeds:
@@ -308,7 +309,7 @@ class _Seed:
         models = (*REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
         if _uses_general(spec):
-            general = load_examples(cast(str, config.general), config.data_config)
+            general = load_examples(cast(str, config.general), config.rows_config(config.general))
             inputs["general"] = general.fingerprint
         return stage_key("bench compare", settings, inputs)
 
