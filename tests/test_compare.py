@@ -51,6 +51,7 @@ def test_a_spec_is_a_method_with_settings() -> None:
         ("tv:rho=high", "rho"),
         ("perta-input:tokens=some", "tokens is some"),
         ("perta-input:share=0", "share is 0"),
+        ("perta-input:share=1.2,general=true", "share is 1.2"),
         ("perta-input:general=yes please", "general is yes please"),
         ("tv:general=true", "`tv` uses none"),
         ("tv:scaling_coef=1", "unknown setting `scaling_coef`"),
@@ -348,7 +349,8 @@ def test_finished_runs_are_reused_and_new_ones_added(
         return prepare_edit(*args)
 
     monkeypatch.setattr("perta.compare.study.prepare_edit", prepare)
-    new = ("constant", "msa", "negmerge", "selective", "ssd:selection=2", "interpolate")
+    alone = "perta-project:general=true,share=0"
+    new = ("constant", "msa", "negmerge", "selective", "ssd:selection=2", "interpolate", alone)
     again = bench_compare(replace(config, methods=(*config.methods, *new), fixed=True))
     assert prepared == list(new)
     assert [record for record in again if record["method"] not in new] == records
@@ -357,6 +359,7 @@ def test_finished_runs_are_reused_and_new_ones_added(
     assert costs["negmerge"] == {"finetune", "forget_checkpoint_2"}
     general = {"finetune", "forget moments", "retain moments", "general moments"}
     assert costs["perta-input:rho=3,general=true"] == general
+    assert costs[alone] == {"finetune", "general moments"}
     assert costs["selective"] == {"finetune", "forget importance"}
     assert costs["ssd:selection=2"] == {"forget importance", "retain importance"}
     assert costs["interpolate"] == set()

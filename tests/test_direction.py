@@ -509,6 +509,58 @@ def test_general_text_has_columns_of_its_own(world: World, tmp_path: Path) -> No
     assert open_moments(work / "general_moments").facts["examples"] == 1
 
 
+@pytest.mark.parametrize("method", ["tv", "perta-project", "perta-input", "npo"])
+def test_a_run_without_a_retain_set(world: World, tmp_path: Path, method: str) -> None:
+    """Nobody may have it: general text or saved moments are protected in its place."""
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "Rivers run to the sea."}\n')
+    given: dict[str, Any] = {}
+    if method.startswith("perta"):
+        given = {"general": str(general)}
+    weighting = WeightingConfig(method=method)
+    settings = replace(
+        whole(world, tmp_path / "out", weighting=weighting, evaluate=True, **given), retain=None
+    )
+    result = unlearn(settings)
+    assert result.after is not None
+    assert not any(name.startswith("retain") for name in result.after)
+    assert result.report is not None
+    assert "retain" not in result.manifest["unlearn"]["inputs"]
+    if method == "perta-project":
+        saved = replace(
+            settings,
+            output=tmp_path / "saved",
+            general=None,
+            retain_moments=work_folder(settings) / "general_moments",
+            evaluate=False,
+        )
+        assert fingerprint(unlearn(saved).folder / "model.safetensors") == fingerprint(
+            result.folder / "model.safetensors"
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("perta-project", "--retain-moments or --general in its place"),
+        ("perta-grad", "`perta-grad` needs --retain"),
+        ("msa", "`msa` needs --retain"),
+        ("graddiff", "`graddiff` needs the retain set"),
+    ],
+)
+def test_methods_that_need_a_retain_set_say_so(
+    world: World, tmp_path: Path, method: str, message: str
+) -> None:
+    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method))
+    with pytest.raises(ConfigError, match=message):
+        unlearn(replace(settings, retain=None))
+    auto = WeightingConfig(method="tv", scaling_coef="auto")
+    with pytest.raises(ConfigError, match="auto needs --retain"):
+        unlearn(replace(settings, retain=None, weighting=auto))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
 def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

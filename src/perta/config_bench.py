@@ -117,9 +117,9 @@ class CompareConfig:
         "perta-project",
     )
     """Methods, each with settings where wanted: `perta-project:rho=10,tokens=answer`. Settings are
-    those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows),
-    `general` (true or false: see `--general`) and `forget_seeds`; for training methods those of
-    training, as in `npo:unlearn_beta=0.05`."""
+    those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows; 0, with
+    `general=true`, for none), `general` (true or false: see `--general`) and `forget_seeds`; for
+    training methods those of training, as in `npo:unlearn_beta=0.05`."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
     """Seeds of rows and training; every seed has rows and models of its own."""
     forget: str | None = None

@@ -220,10 +220,11 @@ class UnlearnConfig:
     """Checkpoint to clean: the base model tuned on forget and retain data."""
     forget: str
     """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
-    retain: str
-    """Examples to keep."""
     output: Path
     """Folder of the unlearned checkpoint."""
+    retain: str | None = None
+    """Examples to keep, for the evaluation and for the methods that weigh them: all but `tv` and
+    its like. The structured methods can do with --retain-moments or --general instead."""
     holdout: str | None = None
     """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
     takes the strength at which the forget set looks as unseen as they do."""
@@ -247,7 +248,8 @@ class UnlearnConfig:
     general: str | None = None
     """Text that has nothing to do with either set, in any of the formats with the usual column
     names: with a structured method its moments are added to the retain set's, so that what the
-    retain set has too few rows to show is protected as well."""
+    retain set has too few rows to show is protected as well. Without a retain set it is all that
+    is protected."""
     retain_budget: float = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
     nats per token. The other half is reported."""

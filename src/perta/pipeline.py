@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import DataConfig, TuneConfig
@@ -60,7 +60,7 @@ from perta.strength import Strength, StrengthSettings, Unseen, calibrate, choose
 from perta.train import train_checkpoint
 from perta.training import with_method_defaults
 from perta.unlearning_objectives import TRAINING_METHODS
-from perta.weighting import METHODS, get_method, importance_order
+from perta.weighting import METHODS, Method, get_method, importance_order
 
 T = TypeVar("T")
 
@@ -242,7 +242,8 @@ class _Stages:
             return resolve_checkpoint(self.config.retain_checkpoint, base=self.base)
         # All of the retain set would cost as much as training again without the forget set.
         samples = self.config.retain_samples or str(forget_rows)
-        stage = self._tuning("retain_checkpoint", self.config.retain, self.config.tune, samples)
+        data = cast(str, self.config.retain)
+        stage = self._tuning("retain_checkpoint", data, self.config.tune, samples)
         return self._timed("retain_finetune", lambda: finetune_checkpoint(stage))
 
     def _tuning(
@@ -265,7 +266,7 @@ class _Stages:
         at = self.base if self.config.importance_at == "base" else self.full
         stage = ImportanceConfig(
             checkpoint=str(at),
-            data=self.config.forget if name == "forget" else self.config.retain,
+            data=cast(str, getattr(self.config, name)),
             output=output,
             orders=(order,),
             overwrite=_is_ours(output),
@@ -276,18 +277,21 @@ class _Stages:
         return self._timed(f"{name}_importance", lambda: compute_importance(stage))
 
     def moments(self, name: str, *, gradients: bool) -> Path:
-        """Moments of the forget set, or of the retain set and, where given, general text."""
-        if name == "forget":
-            return self._moments_of(name, self.config.forget, gradients)
-        retain = self.config.retain_moments or self._moments_of(name, self.config.retain, gradients)
-        if self.config.general is None:
-            return retain
+        """Moments of the forget set, or of what is protected: retain set, general text or both."""
+        saved = self.config.retain_moments if name == "retain" else None
+        parts = [saved] if saved else []
+        measured = {
+            "forget": ("forget",),
+            "retain": ("general",) if saved else ("retain", "general"),
+        }
+        for part in measured[name]:
+            data = getattr(self.config, part)
+            if data is not None:
+                parts.append(self._moments_of(part, data, gradients))
+        if len(parts) == 1:
+            return parts[0]
         output = self._place("protected_moments")
-        stage = MergeMomentsConfig(
-            folders=(retain, self._moments_of("general", self.config.general, gradients)),
-            output=output,
-            overwrite=_is_ours(output),
-        )
+        stage = MergeMomentsConfig(folders=tuple(parts), output=output, overwrite=_is_ours(output))
         return self._timed("merge_moments", lambda: merge_moments(stage))
 
     def _moments_of(self, name: str, data: str, gradients: bool) -> Path:
@@ -431,8 +435,7 @@ class _Record:
         inputs = {
             "base": fingerprint(base),
             "full": fingerprint(full),
-            "forget": sets["forget"].fingerprint,
-            "retain": sets["retain"].fingerprint,
+            **{name: sets[name].fingerprint for name in ("forget", "retain") if name in sets},
         }
         if "holdout" in sets and config.weighting.scaling_coef == "auto":
             inputs["holdout"] = sets["holdout"].fingerprint
@@ -510,6 +513,9 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
         )
     if method.moments is None:
         _refuse_moments(config)
+    if "retain" not in sets:
+        _refuse_without_retain(config, method)
+        return
     # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
     # windows that rows do not count.
     share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
@@ -520,6 +526,20 @@ def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> Non
             f"so --selection must be below {1 / share:g}, but it is "
             f"{config.weighting.selection:g}."
         )
+
+
+def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
+    weighs = method.needs_importance and "retain" in method.sides
+    adds = method.retain_vector and config.retain_checkpoint is None
+    protects = method.moments and config.retain_moments is None and config.general is None
+    if config.weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
+            "rises. Give examples to keep, or a number."
+        )
+    if weighs or adds or protects:
+        instead = ", or --retain-moments or --general in its place" if method.moments else ""
+        raise ConfigError(f"`{method.name}` needs --retain, examples to keep{instead}.")
 
 
 def _refuse_moments(config: UnlearnConfig) -> None:

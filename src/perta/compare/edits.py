@@ -195,14 +195,17 @@ class _Stages:
         return folder
 
     def moments(self, part: str) -> Path:
-        """Moments of a set; those of general text are added to the retain set's where wanted."""
-        data = self._data(part)
+        """Moments of a set; those of general text join or replace the retain set's where wanted."""
+        is_joined = part == "retain" and self.spec.general
+        if is_joined:
+            text = cast(str, self.config.general)
+            general = self._moments_of("general", text, f"general_moments_{self._at}")
+            if self.spec.share == 0:
+                return general
         name = f"{part}_moments_{self._at}_{self.spec.share:g}"
-        folder = self._moments_of(part, str(data), name)
-        if part == "forget" or not self.spec.general:
+        folder = self._moments_of(part, str(self._data(part)), name)
+        if not is_joined:
             return folder
-        text = cast(str, self.config.general)
-        general = self._moments_of("general", text, f"general_moments_{self._at}")
         output = self.draw.folder / f"{folder.name}_and_general"
         merge_moments(
             MergeMomentsConfig(

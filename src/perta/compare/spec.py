@@ -145,8 +145,6 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
         if choice not in get_args(literal) and (key in settings or choice is not None):
             wanted = " or ".join(get_args(literal))
             raise ConfigError(f"`{text}`: {key} is {choice}; it must be {wanted}.")
-    if not 0 < share <= 1:
-        raise ConfigError(f"`{text}`: share is {share:g}; it must be in (0, 1].")
     general = settings.get("general", False)
     if not isinstance(general, bool):
         raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
@@ -155,6 +153,10 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
     seeds = int(settings.get("forget_seeds", 0))
     if "forget_seeds" in settings and seeds < 1:
         raise ConfigError(f"`{text}`: forget_seeds is {seeds}; it must be at least 1.")
+    if not 0 <= share <= 1 or (share == 0 and not general):
+        raise ConfigError(
+            f"`{text}`: share is {share:g}; it must be in (0, 1], or 0 with general=true."
+        )
     return EditSpec(text, weighting, tokens, at, share, general, seeds)
 
 
