@@ -14,7 +14,6 @@ on has changed.
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from perta.checkpoint import fingerprint, open_index
-from perta.config import DataConfig, TuneConfig
+from perta.config import TuneConfig
 from perta.config_stages import (
     EditConfig,
     EvaluateConfig,
@@ -36,8 +35,7 @@ from perta.config_stages import (
     TrainConfig,
     UnlearnConfig,
 )
-from perta.data import ExampleSet, check_apart, load_examples
-from perta.direction import check_moments
+from perta.data import ExampleSet
 from perta.edit import at_strength, edit_checkpoint, with_defaults
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.errors import ConfigError
@@ -55,12 +53,21 @@ from perta.model import pick_device, pick_dtype, resolve_checkpoint
 from perta.moments import compute_moments, merge_moments
 from perta.progress import say
 from perta.report import write_report
-from perta.stage import changes, check_separate, exists_error
+from perta.request import (
+    check_options,
+    check_output,
+    check_retain_moments,
+    known_method,
+    load_sets,
+    refuse_moments,
+    rows_config,
+)
+from perta.stage import changes, exists_error
 from perta.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.train import train_checkpoint
 from perta.training import with_method_defaults
 from perta.unlearning_objectives import TRAINING_METHODS
-from perta.weighting import METHODS, Method, get_method, importance_order
+from perta.weighting import get_method, importance_order
 
 T = TypeVar("T")
 
@@ -105,7 +112,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     order = importance_order(method, config.weighting.order)
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    _check_output(config, base, full)
+    check_output(config, base, full, work_folder(config))
     sources = {BASE: open_index(base), FORGET: open_index(base)}
     if config.retain_checkpoint is not None:
         sources[RETAIN] = open_index(resolve_checkpoint(config.retain_checkpoint, base=base))
@@ -113,10 +120,10 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     targets = plan_edit(open_index(full), sources, config.weighting)
     if method.moments is not None:
         check_linear(targets)
-    sets = _load_sets(config)
-    _check_options(config, sets)
+    sets = load_sets(config)
+    check_options(config, sets)
     if config.retain_moments is not None:
-        _check_retain_moments(config, base if config.importance_at == "base" else full, sets)
+        check_retain_moments(config, base if config.importance_at == "base" else full, sets)
     record = _Record.of(config, base, full, sets)
     stages = _Stages(config, base, full, record.seconds)
     if record.is_finished():
@@ -152,31 +159,10 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     return _evaluated(stages, record)
 
 
-def known_method(name: str) -> str:
-    """Name of a method as the tables have it; `_` may stand for `-`.
-
-    Args:
-        name: what the user typed.
-
-    Returns:
-        A key of `METHODS` or `TRAINING_METHODS`.
-
-    Raises:
-        ConfigError: there is no such method; the nearest of either table is suggested.
-    """
-    wanted = name.lower().replace("_", "-")
-    names = [*METHODS, *TRAINING_METHODS]
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
-    return wanted
-
-
 def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     """The run of a training method: one stage in place of fine-tuning, importance and edit."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
-    _refuse_moments(config)
+    refuse_moments(config)
     if config.weighting.scaling_coef is not None:
         raise ConfigError(
             f"--scaling-coef is the strength of an edit, but `{method.name}` trains. Its strength "
@@ -189,8 +175,8 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     )
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    _check_output(config, base, full)
-    record = _Record.of(config, base, full, _load_sets(config))
+    check_output(config, base, full, work_folder(config))
+    record = _Record.of(config, base, full, load_sets(config))
     stages = _Stages(config, base, full, record.seconds)
     if record.is_finished():
         say(f"unlearn: {config.output} is up to date, reused")
@@ -304,7 +290,7 @@ class _Stages:
             gradients=gradients,
             overwrite=_is_ours(output),
             options=self.config.moments,
-            data_config=_rows_config(self.config, name),
+            data_config=rows_config(self.config, name),
             compute=self.config.compute,
         )
         return self._timed(f"{name}_moments", lambda: compute_moments(stage))
@@ -501,108 +487,6 @@ def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
         forget_seeds=config.forget_seeds or method.min_task_vectors,
         estimator=replace(estimator, reduction=method.reduction or estimator.reduction),
     )
-
-
-def _check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
-    """Stop now at what would stop the edit after the first long step."""
-    method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
-    if seeds < method.min_task_vectors:
-        raise ConfigError(
-            f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
-            f"{method.min_task_vectors}."
-        )
-    if method.moments is None:
-        _refuse_moments(config)
-    if "retain" not in sets:
-        _refuse_without_retain(config, method)
-        return
-    # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
-    # windows that rows do not count.
-    share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
-    is_counted = all(e.kind != "text" for name in ("forget", "retain") for e in sets[name].examples)
-    if method.weighs_sets and is_counted and config.weighting.selection * share >= 1:
-        raise ConfigError(
-            f"`{method.name}` can select no weight: {share:.0%} of the rows are to be forgotten, "
-            f"so --selection must be below {1 / share:g}, but it is "
-            f"{config.weighting.selection:g}."
-        )
-
-
-def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
-    weighs = method.needs_importance and "retain" in method.sides
-    adds = method.retain_vector and config.retain_checkpoint is None
-    protects = method.moments and config.retain_moments is None and config.general is None
-    if config.weighting.scaling_coef == "auto":
-        raise ConfigError(
-            "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
-            "rises. Give examples to keep, or a number."
-        )
-    if weighs or adds or protects:
-        instead = ", or --retain-moments or --general in its place" if method.moments else ""
-        raise ConfigError(f"`{method.name}` needs --retain, examples to keep{instead}.")
-
-
-def _refuse_moments(config: UnlearnConfig) -> None:
-    for option, value in (("general", config.general), ("retain-moments", config.retain_moments)):
-        if value is not None:
-            raise ConfigError(
-                f"--{option} is for methods with moments, and `{config.weighting.method}` uses "
-                "none. Leave it out, or take a structured method such as `perta-project`."
-            )
-
-
-def _check_output(config: UnlearnConfig, base: Path, full: Path) -> None:
-    """Stop before an output that overlaps anything that is read, or the intermediate results."""
-    given = (
-        base,
-        full,
-        config.forget,
-        config.retain,
-        config.holdout,
-        config.general,
-        config.retain_moments,
-        config.retain_checkpoint,
-        work_folder(config),
-    )
-    check_separate(config.output, [place for place in given if place is not None])
-
-
-def _check_retain_moments(
-    config: UnlearnConfig, model: Path, sets: Mapping[str, ExampleSet]
-) -> None:
-    """Stop at saved moments that do not fit the model, or the moments that will join them."""
-    folder, method = config.retain_moments, get_method(config.weighting.method)
-    if folder is None or method.moments is None:
-        return
-    facts = check_moments(folder, [model], method.moments).facts
-    joined = "general" in sets or "forget" in method.sides
-    if joined and facts["token_choice"] != config.moments.tokens:
-        raise ConfigError(
-            f"--retain-moments {folder} counts `{facts['token_choice']}` tokens, and the moments "
-            f"measured here would count `{config.moments.tokens}`. Give --tokens "
-            f"{facts['token_choice']}, or make them again."
-        )
-    for name in ("forget", "general"):
-        if name in sets and sets[name].fingerprint in facts["data_fingerprints"]:
-            raise ConfigError(
-                f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
-                "already. Make them again without it, or leave it out."
-            )
-
-
-def _rows_config(config: UnlearnConfig, name: str) -> DataConfig:
-    """How the rows of a set are read: general text has columns of its own."""
-    return config.data_config.of_other_text() if name == "general" else config.data_config
-
-
-def _load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
-    sets = {
-        name: load_examples(source, _rows_config(config, name))
-        for name in ("forget", "retain", "holdout", "general")
-        if (source := getattr(config, name)) is not None
-    }
-    check_apart(sets)
-    return sets
 
 
 def _resolved(config: UnlearnConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import yaml
 from perta.config import MomentOptions, Tokens, TrainSettings, WeightingConfig
 from perta.edit import with_defaults
 from perta.errors import ConfigError
-from perta.pipeline import known_method
+from perta.request import known_method
 from perta.unlearning_objectives import TRAINING_METHODS, TrainingMethod, get_training_method
 from perta.weighting import Method, get_method
 

@@ -1,0 +1,183 @@
+"""A request to unlearn before any work: its sets, and what would stop it later."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from perta.config import DataConfig
+from perta.config_stages import UnlearnConfig
+from perta.data import ExampleSet, check_apart, load_examples
+from perta.direction import check_moments
+from perta.errors import ConfigError
+from perta.stage import check_separate
+from perta.unlearning_objectives import TRAINING_METHODS
+from perta.weighting import METHODS, Method, get_method
+
+
+def known_method(name: str) -> str:
+    """Name of a method as the tables have it; `_` may stand for `-`.
+
+    Args:
+        name: what the user typed.
+
+    Returns:
+        A key of `METHODS` or `TRAINING_METHODS`.
+
+    Raises:
+        ConfigError: there is no such method; the nearest of either table is suggested.
+    """
+    wanted = name.lower().replace("_", "-")
+    names = [*METHODS, *TRAINING_METHODS]
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
+    return wanted
+
+
+def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
+    """Stop now at what would stop the edit after the first long step.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        sets: from `load_sets`.
+
+    Raises:
+        ConfigError: options or sets that do not fit the method.
+    """
+    method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
+    if seeds < method.min_task_vectors:
+        raise ConfigError(
+            f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
+            f"{method.min_task_vectors}."
+        )
+    if method.moments is None:
+        refuse_moments(config)
+    if "retain" not in sets:
+        _refuse_without_retain(config, method)
+        return
+    # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
+    # windows that rows do not count.
+    share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
+    is_counted = all(e.kind != "text" for name in ("forget", "retain") for e in sets[name].examples)
+    if method.weighs_sets and is_counted and config.weighting.selection * share >= 1:
+        raise ConfigError(
+            f"`{method.name}` can select no weight: {share:.0%} of the rows are to be forgotten, "
+            f"so --selection must be below {1 / share:g}, but it is "
+            f"{config.weighting.selection:g}."
+        )
+
+
+def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
+    weighs = method.needs_importance and "retain" in method.sides
+    adds = method.retain_vector and config.retain_checkpoint is None
+    protects = method.moments and config.retain_moments is None and config.general is None
+    if config.weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
+            "rises. Give examples to keep, or a number."
+        )
+    if weighs or adds or protects:
+        instead = ", or --retain-moments or --general in its place" if method.moments else ""
+        raise ConfigError(f"`{method.name}` needs --retain, examples to keep{instead}.")
+
+
+def refuse_moments(config: UnlearnConfig) -> None:
+    """Stop at options that are for methods with moments.
+
+    Args:
+        config: a request with a method that has none.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    for option, value in (("general", config.general), ("retain-moments", config.retain_moments)):
+        if value is not None:
+            raise ConfigError(
+                f"--{option} is for methods with moments, and `{config.weighting.method}` uses "
+                "none. Leave it out, or take a structured method such as `perta-project`."
+            )
+
+
+def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> None:
+    """Stop before an output that overlaps anything that is read, or the intermediate results.
+
+    Args:
+        config: the request.
+        base: folder of θ₀.
+        full: folder of θ_full.
+        work: folder of the intermediate results.
+
+    Raises:
+        ConfigError: it does.
+    """
+    given = (
+        base,
+        full,
+        config.forget,
+        config.retain,
+        config.holdout,
+        config.general,
+        config.retain_moments,
+        config.retain_checkpoint,
+        work,
+    )
+    check_separate(config.output, [place for place in given if place is not None])
+
+
+def check_retain_moments(
+    config: UnlearnConfig, model: Path, sets: Mapping[str, ExampleSet]
+) -> None:
+    """Stop at saved moments that do not fit the model, or the moments that will join them.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        model: checkpoint at which moments are measured.
+        sets: from `load_sets`.
+
+    Raises:
+        PertaError: they do not.
+    """
+    folder, method = config.retain_moments, get_method(config.weighting.method)
+    if folder is None or method.moments is None:
+        return
+    facts = check_moments(folder, [model], method.moments).facts
+    joined = "general" in sets or "forget" in method.sides
+    if joined and facts["token_choice"] != config.moments.tokens:
+        raise ConfigError(
+            f"--retain-moments {folder} counts `{facts['token_choice']}` tokens, and the moments "
+            f"measured here would count `{config.moments.tokens}`. Give --tokens "
+            f"{facts['token_choice']}, or make them again."
+        )
+    for name in ("forget", "general"):
+        if name in sets and sets[name].fingerprint in facts["data_fingerprints"]:
+            raise ConfigError(
+                f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
+                "already. Make them again without it, or leave it out."
+            )
+
+
+def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
+    """How the rows of a set are read: general text has columns of its own."""
+    return config.data_config.of_other_text() if name == "general" else config.data_config
+
+
+def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
+    """Read the sets that were given.
+
+    Returns:
+        `forget`, and `retain`, `holdout` and `general` where there are such.
+
+    Raises:
+        DataError: a file cannot be used.
+        ConfigError: two sets are the same rows.
+    """
+    sets = {
+        name: load_examples(source, rows_config(config, name))
+        for name in ("forget", "retain", "holdout", "general")
+        if (source := getattr(config, name)) is not None
+    }
+    check_apart(sets)
+    return sets
