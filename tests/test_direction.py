@@ -398,7 +398,9 @@ def test_patterns_without_a_linear_layer_are_refused(
 
 
 @pytest.mark.parametrize("method", ["perta-project", "perta-kron", "perta-grad"])
-def test_a_base_without_the_models_prefix(world: World, tmp_path: Path, method: str) -> None:
+def test_a_base_without_the_models_prefix(
+    world: World, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """OpenAI's GPT-2 is stored as `h.0…`; what is tuned from it as `transformer.h.0…`."""
     tokenizer = load_tokenizer(world.base)
     torch.manual_seed(0)
@@ -429,6 +431,12 @@ def test_a_base_without_the_models_prefix(world: World, tmp_path: Path, method: 
         replace(settings, base=str(tmp_path / "base"), full=str(tmp_path / "bare"))
     ).folder
     assert set(tensors(cleaned)) == set(bare)
+    if method == "perta-project":
+        monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
+        position = WeightingConfig(method=method, include=("*wpe*",))
+        settings = whole(world, tmp_path / "none", weighting=position)
+        with pytest.raises(ConfigError, match="no weight of a linear layer"):
+            unlearn(replace(settings, base=str(tmp_path / "base"), full=str(full)))
 
 
 # --- pipeline and command line ------------------------------------------------------------------
@@ -489,13 +497,17 @@ def test_moments_are_for_methods_that_use_them(
     assert not (tmp_path / "out").exists()
 
 
-def test_general_text_has_columns_of_its_own(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "row",
+    ['{"text": "Rivers run to the sea."}', '{"q": "Where do rivers run?", "a": "To the sea."}'],
+)
+def test_general_text_may_have_columns_of_its_own(world: World, tmp_path: Path, row: str) -> None:
     rows = [json.loads(line) for line in world.forget.read_text("utf-8").splitlines()]
     rows += [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
     for name, part in (("forget", rows[:2]), ("retain", rows[2:])):
         lines = [json.dumps({"q": row["question"], "a": row["answer"]}) for row in part]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    (tmp_path / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
+    (tmp_path / "general.jsonl").write_text(row + "\n")
     settings = whole(
         world,
         tmp_path / "out",
@@ -590,7 +602,15 @@ def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     refuse("moments of --forget", "perta-project", forgotten)
 
 
-@pytest.mark.parametrize("option", ["general", "holdout", "retain_moments", "work_dir"])
+def test_the_work_folder_may_hold_the_output(world: World, tmp_path: Path) -> None:
+    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method="tv"))
+    unlearn(replace(settings, work_dir=tmp_path))
+    assert (tmp_path / "forget_checkpoint").is_dir()
+
+
+@pytest.mark.parametrize(
+    "option", ["general", "holdout", "retain_moments", "retain_checkpoint", "work_dir"]
+)
 def test_the_output_keeps_away_from_everything_that_is_read(
     world: World, tmp_path: Path, option: str
 ) -> None:
@@ -601,11 +621,16 @@ def test_the_output_keeps_away_from_everything_that_is_read(
     if option == "retain_moments":
         place = measure(world.base, world.retain, output / "moments")
     value = output / "work" if option == "work_dir" else place
-    if option in ("general", "holdout"):
-        value = str(value)
     weighting = WeightingConfig(method="perta-project")
+    if option == "retain_checkpoint":
+        value = shutil.copytree(world.base, output / "tuned")
+        weighting = WeightingConfig(method="msa")
+    if option in ("general", "holdout", "retain_checkpoint"):
+        value = str(value)
     settings = whole(world, output, weighting=weighting, overwrite=True, **{option: value})
-    with pytest.raises(ConfigError, match="overlaps"):
+    with pytest.raises(
+        ConfigError, match="lies in the output" if option == "work_dir" else "overlap"
+    ):
         unlearn(settings)
     assert place.exists()
 

@@ -307,6 +307,28 @@ def test_little_memory_means_more_passes_and_the_same_sums(
         torch.testing.assert_close(sums[name], value)
 
 
+@pytest.mark.parametrize("uses", [2, 5])
+def test_a_layer_that_is_used_several_times(uses: int) -> None:
+    """As in Zamba2's shared block: it has more rows than there are tokens."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**SMALL, "intermediate_size": 96, "num_hidden_layers": uses})
+    model: Any = hf.LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.mlp = model.model.layers[0].mlp
+    rows: list[Tensor] = []
+    shared = model.model.layers[0].mlp.down_proj
+    handle = shared.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].detach()))
+    for example in examples():
+        model(input_ids=torch.tensor([example.input_ids]))
+    handle.remove()
+    x = torch.cat(rows).double()
+    assert len(x) == 36 * uses
+    plan, sums = measure(model, MomentOptions(moment_batch_size=2), gradients=False)
+    found = sums[plan.inputs["model.layers.0.mlp.down_proj.weight"]]
+    assert not is_factor(found)
+    torch.testing.assert_close(found.double(), x.T @ x, rtol=1e-4, atol=1e-5)
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     model = build(llama)
     with torch.no_grad():

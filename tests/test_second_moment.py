@@ -35,6 +35,11 @@ def test_the_factor_holds_the_moment_and_not_the_rows() -> None:
     assert torch.equal(matrix(factor(rows(0, seed=0))), torch.zeros(WIDTH, WIDTH).double())
 
 
+def test_a_square_factor_would_be_taken_for_the_moment() -> None:
+    with pytest.raises(ValueError, match="have no factor"):
+        factor(rows(WIDTH, seed=0))
+
+
 def test_operations_agree_with_the_matrix() -> None:
     x, left = rows(3, seed=0), rows(2, seed=1)
     r, c = factor(x), x.T @ x

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,11 @@ class CheckpointIndex:
     shards: dict[str, tuple[str, ...]]
     metadata: dict[str, str]
 
+    @cached_property
+    def _firsts(self) -> tuple[str, ...]:
+        """First parts of the tensors' names."""
+        return tuple(sorted({name.partition(".")[0] for name in self.tensors}))
+
     def find(self, name: str) -> TensorEntry | None:
         """A tensor by its name, with or without the base model's prefix.
 
@@ -142,8 +148,7 @@ class CheckpointIndex:
         for same in (name, name.partition(".")[2]):
             if same in self.tensors:
                 return self.tensors[same]
-        firsts = sorted({stored.partition(".")[0] for stored in self.tensors})
-        names = (f"{first}.{name}" for first in firsts)
+        names = (f"{first}.{name}" for first in self._firsts)
         return next((self.tensors[n] for n in names if n in self.tensors), None)
 
 

@@ -98,8 +98,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.max_length >= 2, "max-length", self.max_length, "at least 2 tokens")
 
-    def of_other_text(self) -> DataConfig:
-        """The same for a file of rows of another kind: its columns have their usual names."""
+    def with_usual_columns(self) -> DataConfig:
+        """The same for a file whose columns have their usual names."""
         columns = ("format", "prompt_column", "answer_column", "messages_column", "text_column")
         usual = DataConfig()
         return replace(self, **{name: getattr(usual, name) for name in (*columns, "split")})

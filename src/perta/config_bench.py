@@ -211,10 +211,6 @@ class CompareConfig:
         require(self.relearn_tries >= 0, "relearn-tries", self.relearn_tries, "0 or more")
         require(self.relearn_factor > 1, "relearn-factor", self.relearn_factor, "above 1")
 
-    def rows_config(self, file: str | None) -> DataConfig:
-        """How the rows of a file are read: general text has columns of its own."""
-        return self.data_config.of_other_text() if file == self.general else self.data_config
-
 
 @Flat
 @dataclass(frozen=True, kw_only=True)

@@ -246,10 +246,10 @@ class UnlearnConfig:
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""
     general: str | None = None
-    """Text that has nothing to do with either set, in any of the formats with the usual column
-    names: with a structured method its moments are added to the retain set's, so that what the
-    retain set has too few rows to show is protected as well. Without a retain set it is all that
-    is protected."""
+    """Text that has nothing to do with either set, in any of the formats, with the usual column
+    names or those of the other sets: with a structured method its moments are added to the retain
+    set's, so that what the retain set has too few rows to show is protected as well. Without a
+    retain set it is all that is protected."""
     retain_budget: float = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
     nats per token. The other half is reported."""
@@ -272,7 +272,7 @@ class UnlearnConfig:
         seeds = self.forget_seeds
         require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
         budget = self.retain_budget
-        require(0 <= budget < math.inf, "retain-budget", budget, "0 or more nats per token")
+        require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         sample_count(self.retain_samples, "retain-samples", 1)
 
 

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from perta.batch import IGNORE, Encoded
 from perta.config import DataConfig
-from perta.errors import ConfigError, DataError, EmptyDatasetError
+from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -139,6 +139,24 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
             examples.append(Example(number, kind, messages, row))
     _report_bad_rows(str(source), bad, config.skip_bad_rows, left=len(examples))
     return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
+
+
+def general_config(source: str, config: DataConfig) -> DataConfig:
+    """How general text is read: by the usual column names, else by those of the other sets.
+
+    Args:
+        source: file or `datasets` id.
+        config: how the other sets are read.
+
+    Returns:
+        The configuration to load and encode it with.
+    """
+    usual = config.with_usual_columns()
+    try:
+        load_examples(source, usual)
+    except PertaError:
+        return config
+    return usual
 
 
 APART = {

@@ -42,6 +42,7 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
+_POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 FULL, BASE = "full checkpoint", "base checkpoint"
 FORGET, RETAIN = "forget checkpoint", "retain checkpoint"
@@ -151,7 +152,7 @@ def check_linear(targets: Iterable[Target]) -> None:
     """
     names = [target.full.name for target in targets if target.sources]
     shapes = {target.full.name: target.full.shape for target in targets}
-    ends = _HEADS + _EMBEDDINGS
+    ends = _HEADS + _EMBEDDINGS + _POSITIONS
     if not any(len(shapes[name]) > 1 and not _ends_with(name, ends) for name in names):
         raise _no_linear(names)
 

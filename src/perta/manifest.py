@@ -31,7 +31,6 @@ NOT_IN_KEY = {
     "show_samples",
     "direction",
     "solve_device",
-    "moment_memory",
     "save_every",
 }
 

@@ -340,16 +340,31 @@ class _Sum:
 
 
 class _Rows:
-    """The rows themselves while there are few, and then their factor."""
+    """The rows themselves while there are few, and then their factor.
 
-    def __init__(self, width: int) -> None:
-        self._rows = [torch.empty(0, width)]
+    A layer that a model uses several times has more rows than there are tokens; once they are no
+    longer few they are summed up.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._width, self._device = width, device
+        self._rows: list[Tensor] = []
+        self._sum: _Sum | None = None
 
     def add(self, rows: Tensor) -> None:
+        if self._sum is not None:
+            self._sum.add(rows)
+            return
         self._rows.append(rows.cpu())
+        if not few(sum(map(len, self._rows)), self._width):
+            self._sum = _Sum(self._width, self._device)
+            while self._rows:
+                self._sum.add(self._rows.pop().to(self._device))
 
     def result(self) -> Tensor:
-        return factor(torch.cat(self._rows))
+        if self._sum is not None:
+            return self._sum.result()
+        return factor(torch.cat([torch.empty(0, self._width), *self._rows]))
 
 
 @dataclass
@@ -371,9 +386,8 @@ class _Collector:
 
     def __post_init__(self) -> None:
         for unit in self.units:
-            few = _is_few(unit, self.tokens)
-            total = _Rows(unit.width) if few else _Sum(unit.width, self.model.device)
-            self.sums[unit.kind, unit.slots[0]] = total
+            kind = _Rows if _is_few(unit, self.tokens) else _Sum
+            self.sums[unit.kind, unit.slots[0]] = kind(unit.width, self.model.device)
 
     @property
     def needs_gradients(self) -> bool:

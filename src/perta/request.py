@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perta.config import DataConfig
 from perta.config_stages import UnlearnConfig
-from perta.data import ExampleSet, check_apart, load_examples
+from perta.data import ExampleSet, check_apart, general_config, load_examples
 from perta.direction import check_moments
 from perta.errors import ConfigError
 from perta.stage import check_separate
@@ -102,7 +102,7 @@ def refuse_moments(config: UnlearnConfig) -> None:
 
 
 def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> None:
-    """Stop before an output that overlaps anything that is read, or the intermediate results.
+    """Stop before an output that overlaps what is read, or holds the intermediate results.
 
     Args:
         config: the request.
@@ -122,9 +122,13 @@ def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> N
         config.general,
         config.retain_moments,
         config.retain_checkpoint,
-        work,
     )
     check_separate(config.output, [place for place in given if place is not None])
+    if work.resolve().is_relative_to(config.output.resolve()):
+        raise ConfigError(
+            f"The work folder {work} lies in the output {config.output}, which replaces what was "
+            "there. Give another --work-dir."
+        )
 
 
 def check_retain_moments(
@@ -160,8 +164,10 @@ def check_retain_moments(
 
 
 def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
-    """How the rows of a set are read: general text has columns of its own."""
-    return config.data_config.of_other_text() if name == "general" else config.data_config
+    """How the rows of a set are read; general text may have columns of its own."""
+    if name != "general" or config.general is None:
+        return config.data_config
+    return general_config(config.general, config.data_config)
 
 
 def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:

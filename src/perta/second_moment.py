@@ -44,7 +44,12 @@ def factor(rows: Tensor) -> Tensor:
 
     Returns:
         R (n, d) float64.
+
+    Raises:
+        ValueError: R would be square, and taken for C.
     """
+    if rows.shape[0] >= rows.shape[1]:
+        raise ValueError(f"{rows.shape[0]} rows of {rows.shape[1]} numbers have no factor")
     if not len(rows):
         return torch.zeros(1, rows.shape[1], dtype=torch.float64, device=rows.device)
     found: Tensor = torch.linalg.qr(rows.double(), mode="r").R

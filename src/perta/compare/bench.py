@@ -16,7 +16,7 @@ from torch import Tensor
 from perta.batch import Encoded
 from perta.benchmarks.ability import bench_ability
 from perta.benchmarks.tofu import run_tofu
-from perta.compare.draw import Draw
+from perta.compare.draw import Draw, rows_config
 from perta.config import DataConfig, ScoringConfig, TuneConfig
 from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import ExampleSet, encode_examples, load_examples
@@ -161,7 +161,7 @@ class Bench:
 
     def count_tokens(self, file: str) -> int:
         """Tokens of a set, prompts included."""
-        rows = self._config.rows_config(file)
+        rows = rows_config(self._config, file)
         return sum(len(e.input_ids) for e in self.encode(load_examples(file, rows), rows))
 
     @property

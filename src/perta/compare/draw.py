@@ -20,7 +20,7 @@ from perta.benchmarks.tofu import PEOPLE
 from perta.config import DataConfig
 from perta.config_bench import CompareConfig
 from perta.config_stages import FinetuneConfig, PeopleConfig
-from perta.data import check_apart, load_examples
+from perta.data import check_apart, general_config, load_examples
 from perta.errors import ConfigError, DataError
 from perta.finetune import finetune_checkpoint
 from perta.people import divide_people, jsonl
@@ -165,6 +165,21 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
     if config.tofu_split:
         return _whole_split(config.tofu, config.tofu_split, elsewhere)
     return _slices(config.tofu, config, seed, elsewhere)
+
+
+def rows_config(config: CompareConfig, file: str) -> DataConfig:
+    """How the rows of a file are read; general text may have columns of its own.
+
+    Args:
+        config: settings of the comparison.
+        file: the file.
+
+    Returns:
+        The configuration to load and encode it with.
+    """
+    return (
+        general_config(file, config.data_config) if file == config.general else config.data_config
+    )
 
 
 def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:

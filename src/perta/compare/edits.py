@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from perta.compare.cost import BACKWARD, FORWARD, stage_seconds, training_passes
-from perta.compare.draw import Draw
+from perta.compare.draw import Draw, rows_config
 from perta.compare.search import Try, search_equal
 from perta.compare.spec import At, EditSpec
 from perta.config import EstimatorConfig, MomentOptions, TuneConfig
@@ -226,7 +226,7 @@ class _Stages:
                 output=output,
                 gradients=gradients,
                 options=MomentOptions(tokens=self.spec.tokens),
-                data_config=self.config.rows_config(data),
+                data_config=rows_config(self.config, data),
                 compute=self.config.compute,
                 overwrite=read_manifest(output) is not None,
             )

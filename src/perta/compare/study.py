@@ -22,7 +22,7 @@ from perta.atomic import atomic_file
 from perta.checkpoint import fingerprint
 from perta.compare.bench import Bench, means
 from perta.compare.cost import stage_seconds, training_passes
-from perta.compare.draw import Draw, make_draw
+from perta.compare.draw import Draw, make_draw, rows_config
 from perta.compare.edits import WeightEdit, prepare_edit
 from perta.compare.paths import TrainingPath, prepare_path
 from perta.compare.search import nearest
@@ -79,7 +79,7 @@ def bench_compare(config: CompareConfig) -> list[Record]:
         if not users:
             raise ConfigError("--general is for methods with general=true, and there is none.")
         # Raises now what would stop it later.
-        load_examples(config.general, config.rows_config(config.general))
+        load_examples(config.general, rows_config(config, config.general))
     base = resolve_checkpoint(config.base)
     records: list[Record] = []
     for seed in config.seeds:
@@ -309,8 +309,8 @@ class _Seed:
         models = (*REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
         if _uses_general(spec):
-            general = load_examples(cast(str, config.general), config.rows_config(config.general))
-            inputs["general"] = general.fingerprint
+            general = cast(str, config.general)
+            inputs["general"] = load_examples(general, rows_config(config, general)).fingerprint
         return stage_key("bench compare", settings, inputs)
 
     def _finished(self, name: str, spec: AnySpec | None = None) -> Record | None:
