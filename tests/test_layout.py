@@ -35,6 +35,7 @@ EDGES = {
     "manifest",
     "checkpoint",
     "data",
+    "rows",
     "model",
     "stage",
     "measurement",
