@@ -199,9 +199,10 @@ def test_factors_give_the_dense_direction(few: int, other: int, mu: float) -> No
 
 
 def test_factors_without_damping_are_refused() -> None:
-    tau, few = normal(OUT, IN, seed=0), factor(normal(1, IN, seed=1))
+    tau = normal(OUT, IN, seed=0)
+    forget, retain = (factor(normal(1, IN, seed=seed)) for seed in (1, 2))
     with pytest.raises(DivergenceError, match="--damping"):
-        input_direction(tau, few, few, 1.0, 0.0)
+        input_direction(tau, forget, retain, 1.0, 0.0)
     nothing = factor(normal(0, IN, seed=1))
     assert float(input_direction(tau, nothing, nothing, 1.0, 0.01).delta.norm()) == 0
     torch.testing.assert_close(projected_direction(tau, nothing, 3.0).delta, tau)
