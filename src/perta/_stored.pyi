@@ -6,4 +6,15 @@ def difference(
     is_base_bfloat16: bool,
     count: int,
 ) -> None: ...
-def subtract(stored: int, is_bfloat16: bool, delta: int, count: int) -> float: ...
+def subtract(
+    stored: int,
+    is_bfloat16: bool,
+    delta: int,
+    count: int,
+    first_key: int,
+    second_key: int,
+    start: int,
+) -> tuple[float, float, float, float]: ...
+def round(  # noqa: A001
+    out: int, values: int, count: int, first_key: int, second_key: int, start: int
+) -> None: ...

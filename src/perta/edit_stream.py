@@ -2,7 +2,7 @@
 
     spans of θ_full's tensors ── threads: chunk by chunk, in, edited, out ── statistics
 
-Where a chunk goes is known before anything is computed. Arithmetic is float32, cast once to
+Where a chunk goes is known before anything is computed. Arithmetic is float32, rounded once to
 θ_full's type.
 """
 
@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from perta.checkpoint import opened, write_from
-from perta.edit_arithmetic import scale, square_norm, subtract
+from perta.edit_arithmetic import Place, Step, scale, square_norm, subtract
 from perta.edit_chunks import (
     SPAN_CHUNKS,
     Blocks,
@@ -38,36 +38,77 @@ from perta.errors import DivergenceError
 class TensorSummary:
     """What the edit did to one tensor.
 
+    The wanted step δ is α · W ⊙ τ, less β · (θ_r − θ₀) where the method adds that; the stored
+    step s is what rounding to the stored type left of it.
+
     Attributes:
         name: θ_full's name of it.
         elements: number of weights.
         mean_weighting: mean of W.
         task_vector_norm: L2 norm of the direction, τ = θ_f − θ₀ or what the method puts in its
             place; of a structured method, of the weighted direction, and W counts as 1.
-        delta_norm: L2 norm of what is subtracted, before the cast to θ_full's type: α · W ⊙ τ,
-            less β · (θ_r − θ₀) where the method adds that.
+        wanted_norm: ‖δ‖.
+        delta_norm: ‖s‖.
+        stored_share: ⟨s, δ⟩ / ⟨δ, δ⟩, 1 where nothing is lost; None where δ is 0.
+        noise: norm of the rest of s, that is not along δ, over ‖δ‖; None where δ is 0.
+        changed: share of the weights whose stored value changed.
     """
 
     name: str
     elements: int
     mean_weighting: float
     task_vector_norm: float
+    wanted_norm: float
     delta_norm: float
+    stored_share: float | None
+    noise: float | None
+    changed: float
 
 
 @dataclass
 class Sums:
-    """Statistics of some elements, as sums, so that parts can be added."""
+    """Statistics of some elements, as sums, so that parts can be added.
+
+    Attributes:
+        weighting: of W.
+        task_vector: of τ².
+        delta: of δ².
+        along: of e · δ, with e = s − δ.
+        error: of e².
+        changed: elements that changed.
+    """
 
     weighting: float = 0.0
     task_vector: float = 0.0
     delta: float = 0.0
+    along: float = 0.0
+    error: float = 0.0
+    changed: float = 0.0
 
     def add(self, other: Sums) -> None:
         """Take in another part."""
-        self.weighting += other.weighting
-        self.task_vector += other.task_vector
-        self.delta += other.delta
+        for item in fields(self):
+            value = getattr(self, item.name) + getattr(other, item.name)
+            setattr(self, item.name, value)
+
+    @property
+    def stored(self) -> float:
+        """‖s‖."""
+        # The sums are of float32 products, so a step that was lost whole may end below 0.
+        return math.sqrt(max(0.0, self.delta + 2 * self.along + self.error))
+
+    @property
+    def stored_share(self) -> float | None:
+        """Share of δ that was stored along it; None where δ is 0."""
+        return 1 + self.along / self.delta if self.delta else None
+
+    @property
+    def noise(self) -> float | None:
+        """Norm of what was stored across δ, over ‖δ‖; None where δ is 0."""
+        if not self.delta:
+            return None
+        across = self.error / self.delta - (self.along / self.delta) ** 2
+        return math.sqrt(max(0.0, across))
 
 
 @dataclass(frozen=True)
@@ -128,11 +169,16 @@ class Editor:
             sums.delta = square_norm(delta.sub_(retain_vector.mul_(retain_coef)))
         # Without a step the stored bytes stay: 0 - (-0) would turn a stored -0 into 0.
         if scaling_coef != 0 or retain_coef != 0:
-            square = subtract(readers[FULL].load(begin, count), delta)
+            step = subtract(readers[FULL].load(begin, count), delta, self._place(target, begin))
         else:
-            square = square_norm(readers[FULL].read(begin, count))
-        self._check(sums, square, readers, begin, count)
+            step = Step(square_norm(readers[FULL].read(begin, count)))
+        self._check(sums, step.squares, readers, begin, count)
+        sums.along, sums.error, sums.changed = step.along, step.error, step.changed
         return sums
+
+    def _place(self, target: Target, begin: int) -> Place:
+        name = target.alias_of or target.full.name
+        return Place(self.blocks.weighting.weighting_seed, name, begin)
 
     def _check(self, sums: Sums, square: float, readers: Readers, begin: int, count: int) -> None:
         """Stop at values that are not finite; the norms alone show that there are none.
@@ -224,6 +270,10 @@ class Finished:
                 sums.weighting / target.full.numel,
                 math.sqrt(sums.task_vector),
                 math.sqrt(sums.delta),
+                sums.stored,
+                sums.stored_share,
+                sums.noise,
+                sums.changed / target.full.numel,
             )
             for index, target in enumerate(self._targets)
             if target.sources and target.alias_of is None and (sums := self._sums.get(index))
