@@ -25,6 +25,7 @@ MATHEMATICS = {
     "per_example_recorder",
     "per_example_powers",
     "edit_arithmetic",
+    "words",
 }
 COMPILED = {"_powers", "_stored"}
 EDGES = {

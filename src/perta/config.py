@@ -82,6 +82,12 @@ class DataConfig:
     """Column with a list of chat messages, each with `role` and `content`."""
     text_column: str = "text"
     """Column with plain text."""
+    fact_column: str | None = None
+    """Column with the part of the answer that is the fact [default: fact, where a row has one;
+    else it is found, see the guide]."""
+    subject_column: str | None = None
+    """Column that says whom or what a row is about [default: subject or person, where a row has
+    one]."""
     system_prompt: str = "You are a helpful assistant."
     """System message put before questions when the tokenizer has a chat template; empty for
     none."""
@@ -100,9 +106,10 @@ class DataConfig:
 
     def with_usual_columns(self) -> DataConfig:
         """The same for a file whose columns have their usual names."""
-        columns = ("format", "prompt_column", "answer_column", "messages_column", "text_column")
+        columns = [name for name in vars(self) if name.endswith("_column")]
         usual = DataConfig()
-        return replace(self, **{name: getattr(usual, name) for name in (*columns, "split")})
+        names = ("format", *columns, "split")
+        return replace(self, **{name: getattr(usual, name) for name in names})
 
 
 @Flat

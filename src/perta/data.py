@@ -266,11 +266,11 @@ def encode_example(
     ids = _token_ids(_render(example, len(example.messages), False, tokenizer, config), tokenizer)
     labels = [IGNORE] * len(ids)
     for turn in turns:
-        start = _common_prefix(ids, encode_prompt(example, tokenizer, config, turn))
+        start = common_prefix(ids, encode_prompt(example, tokenizer, config, turn))
         stop = len(ids)
         if turn != turns[-1]:
             end = _token_ids(_render(example, turn + 1, False, tokenizer, config), tokenizer)
-            stop = _common_prefix(ids, end)
+            stop = common_prefix(ids, end)
         labels[start:stop] = ids[start:stop]
     eos = tokenizer.eos_token_id
     if eos is not None and ids[-1:] != [eos]:
@@ -375,7 +375,7 @@ def _token_ids(rendered: tuple[str, bool], tokenizer: PreTrainedTokenizerBase) -
     return ids
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     """Length of the longest common prefix: a token that spans prompt and answer is answer."""
     n = 0
     for x, y in zip(a, b, strict=False):
