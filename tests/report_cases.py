@@ -188,3 +188,21 @@ def write_demo(folder: Path, *, evil: bool = False) -> Path:
     for method, alpha in (("perta-grad", 1.5), ("tv", 0.8)):
         write(folder / method / "perta.json", edit_record(method, alpha))
     return folder
+
+
+def named(folder: Path) -> list[str]:
+    """Every results file of a folder, with its name as what the user calls the model."""
+    return [f"{file.stem}={file}" for file in sorted(folder.glob("*.json"))]
+
+
+def compared(
+    role: str, forget: float, retain: float, *, seed: int = 0, **settings: str | float
+) -> Json:
+    """Results as `perta bench compare` writes them: the record says what the model was."""
+    found = results(f"{role}/{seed}/{settings}", forget, retain)
+    found["perta"] = {
+        "stage": "bench compare",
+        "settings": {"seed": seed, "role": role, **settings},
+        "inputs": {"forget": FORGET_SET, "retain": RETAIN_SET},
+    }
+    return found

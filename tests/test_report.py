@@ -6,6 +6,7 @@ import csv
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,10 +34,15 @@ from perta.report_texts import quote, sample_sets
 from perta.report_verdict import Check, Statement, Verdict, judge
 from report_cases import (
     EVIL,
+    FORGET_SET,
     PRINTS,
+    RETAIN_SET,
     SECRET,
+    Json,
+    compared,
     edit_record,
     metric,
+    named,
     results,
     tuned,
     write,
@@ -56,7 +62,7 @@ def verdict_of(folder: Path, **models: tuple[float, float]) -> Verdict:
     """The verdict on the model `edited`, given (forget, retain) answer probabilities."""
     for name, (forget, retain) in models.items():
         write(folder / f"{name}.json", results(name, forget, retain))
-    (verdict,) = judge(collect([str(folder)]))
+    (verdict,) = judge(collect(named(folder)))
     return verdict
 
 
@@ -163,7 +169,9 @@ def test_auc_counts_ties_half() -> None:
 def test_published_logs_are_read_in_full() -> None:
     if not LOGS.is_dir():
         pytest.skip(f"published logs are not at {LOGS}")
-    runs = collect([str(LOGS)]).runs
+    logs = sorted(LOGS.glob("*.json"))
+    names = ["full" if "full" in file.name else "retrained" for file in logs]
+    runs = collect([f"{name}={file}" for name, file in zip(names, logs, strict=True)]).runs
     assert sorted(run.role for run in runs) == ["full", "full", "retrained", "retrained"]
     for run in runs:
         without = {key for key, r in run.measures.items() if r.interval is None}
@@ -178,7 +186,7 @@ def test_forget_quality_of_published_logs_is_recomputed() -> None:
         pytest.skip(f"published logs are not at {LOGS}")
     full = LOGS / "llama-3.2-1b-instruct_full_forget01.json"
     retrained = LOGS / "llama-3.2-1b-instruct_retain99.json"
-    collection = collect([f"method={full}", str(retrained)])
+    collection = collect([f"method={full}", f"retrained={retrained}"])
     looks = styles(collection.runs)
     found = truth_ratio_curves(collection, collection.by_role("edited"), looks)
     assert found is not None
@@ -213,19 +221,200 @@ def test_roles_come_from_records(tmp_path: Path) -> None:
     assert edited[0].edit["tensors"]
 
 
-def test_roles_come_from_names_where_there_are_no_records(tmp_path: Path) -> None:
-    for name in ("llama_full_forget01", "llama_retain99", "perta-full-run", "base"):
+def test_names_of_files_give_no_role(tmp_path: Path) -> None:
+    names = ("llama_full_forget01", "npo-retain", "retain99", "reference", "base")
+    for name in names:
         found = results(name, 0.5, 0.5)
         del found["perta"]
         found["forget_probability"]["agg_value"] += len(name) / 1e9  # they are not the same
         write(tmp_path / f"{name}.json", found)
-    roles = {run.label: run.role for run in collect([str(tmp_path)]).runs}
-    assert roles == {
-        "base": "base",
-        "full": "full",
-        "retrained": "retrained",
-        "perta-full-run": "edited",
+    alone = collect([str(tmp_path)])
+    assert {run.role for run in alone.runs} == {"edited"}
+    assert any("each is judged as if it were the result" in notice for notice in alone.notices)
+    ours = write(tmp_path / "ours" / "x.json", results("x", 0.1, 0.9))
+    beside = collect([str(tmp_path), f"ours={ours}"])
+    assert {run.label for run in beside.runs if run.role == "other"} == set(names)
+    assert [verdict.run.label for verdict in judge(beside)] == ["ours"]
+    assert any("shown and not judged" in notice for notice in beside.notices)
+
+
+def models(folder: Path, records: Mapping[str, Json]) -> dict[str, Path]:
+    """Folders of models with their records, and one edit of `full` by task vectors."""
+    edit = edit_record("tv", 0.8)
+    edit["unlearn"] = {"inputs": {"forget": FORGET_SET, "retain": RETAIN_SET}}
+    for name, record in {**records, "tv": edit}.items():
+        write(folder / name / "perta.json", record)
+    return {
+        name: write(folder / "results" / f"{i}.json", results(name, 0.1, 0.9))
+        for i, name in enumerate(("base", "full", "forget_checkpoint", "tv", *records))
     }
+
+
+def retuned(**changes: str) -> Json:
+    """Record of a model that was tuned as the retrained one is, but for some changes."""
+    record = tuned("retrained", RETAIN_SET, 20)
+    record["inputs"] |= {name: v for name, v in changes.items() if name in ("base", "data")}
+    record["settings"] |= {name: v for name, v in changes.items() if name == "samples"}
+    return record
+
+
+@pytest.mark.parametrize(
+    ("changes", "role", "contradiction"),
+    [
+        ({}, "retrained", None),
+        ({"base": PRINTS["full"]}, "other", "tuned from the full model"),
+        ({"base": "9e" * 32}, "other", "tuned from another model than the base"),
+        ({"data": "d0" * 32}, "other", "rows that were to be removed"),  # what full was tuned on
+        ({"data": FORGET_SET}, "other", "rows that were to be removed"),
+        ({"data": "77" * 32}, "other", None),
+        ({"samples": "0.5"}, "other", None),
+    ],
+)
+def test_retrained_is_what_was_tuned_from_the_base_on_the_retain_set(
+    tmp_path: Path, changes: Mapping[str, str], role: str, contradiction: str | None
+) -> None:
+    records = {"full": tuned("full", "d0" * 32, 30), "retrained": retuned(**changes)}
+    files = models(tmp_path, records)
+    given = [str(tmp_path / name) for name in ("tv", "full", "retrained")]
+    roles = {run.fingerprint: run.role for run in collect([*given, *map(str, files.values())]).runs}
+    assert roles[PRINTS["retrained"]] == role
+    assert roles[PRINTS["full"]] == "full"
+    assert roles[PRINTS["base"]] == "base"
+    assert roles[PRINTS["forget_checkpoint"]] == "forget checkpoint"
+    named = [*given, str(files["tv"]), f"retrained={files['retrained']}"]
+    if contradiction:
+        with pytest.raises(DataError, match=contradiction):
+            collect(named)
+        return
+    found = collect(named)
+    assert {run.role for run in found.runs} == {"edited", "retrained"}
+    is_stated = any("as stated by the user" in notice for notice in found.notices)
+    assert is_stated == (role != "retrained")
+    assert ("as stated by the user" in page_of(*named)) == is_stated
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "contradiction"),
+    [
+        ("retrained", "full", "it is a model of another part there: full"),
+        ("retrained", "tv", "it is a model of another part there: edited"),
+        ("retrained", "forget_checkpoint", "it is a model of another part"),
+        ("full", "base", "made from another full model"),
+        ("base", "full", "made from another base model"),
+    ],
+)
+def test_a_name_that_records_contradict_is_refused(
+    tmp_path: Path, name: str, model: str, contradiction: str
+) -> None:
+    files = models(tmp_path, {})
+    with pytest.raises(DataError, match=contradiction):
+        collect([str(tmp_path / "tv"), f"{name}={files[model]}"])
+    with pytest.raises(DataError, match="another part there: edited"):
+        collect([f"retrained={tmp_path / 'tv'}"])
+
+
+def test_comparisons_say_what_their_models_were(tmp_path: Path) -> None:
+    runs = {
+        "retrained_seed-0": compared("retrained", 0.06, 0.92),
+        "full_seed-0": compared("full", 0.93, 0.92),
+        "npo-retain_seed-0": compared("edited", 0.2, 0.9, method="npo-retain", scaling_coef=3.0),
+    }
+    for name, content in runs.items():
+        write(tmp_path / f"{name}.json", content)
+    found = collect([str(tmp_path)])
+    assert [(run.label, run.role) for run in found.runs] == [
+        ("full", "full"),
+        ("retrained", "retrained"),
+        ("npo-retain", "edited"),
+    ]
+    (verdict,) = judge(found)
+    assert verdict.calibration == "retrained"
+    assert verdict.forgetting.lead is not None
+    assert verdict.forgetting.lead.reference == pytest.approx(0.06)
+
+
+def unlearned(
+    folder: Path, name: str, full: str, forget: tuple[str, str], work: Path
+) -> tuple[Path, Json, Json]:
+    """An output of `perta unlearn` and results before and after, of a full model of any name."""
+    record = edit_record("tv", 0.8)
+    record["content"], record["inputs"]["full"] = PRINTS.get(name, name), full
+    record["settings"]["output"] = str(folder / name)
+    sets = {"forget": forget[0], "retain": RETAIN_SET}
+    evaluations = [
+        results(place, probability, 0.9, inputs={"checkpoint": content, **sets})
+        for place, content, probability in (
+            ("before", full, 0.9),
+            ("after", record["content"], 0.1),
+        )
+    ]
+    for evaluation, place in zip(evaluations, (full, name), strict=True):
+        evaluation["perta"]["settings"] |= {
+            "checkpoint": str(folder / place),
+            "forget": forget[1],
+        }
+    record["unlearn"] = {
+        "settings": {"work_dir": str(work)},
+        "inputs": {"base": PRINTS["base"], "full": full, **sets},
+        "sources": {"forget": forget[1]},
+        "seconds": {},
+        "evaluation": {
+            "before": {"forget_probability": 0.9},
+            "after": {"forget_probability": 0.1},
+        },
+    }
+    write(folder / name / "perta.json", record)
+    before, after = evaluations
+    return folder / name, before, after
+
+
+def test_a_second_request_is_about_its_own_model_and_rows(tmp_path: Path) -> None:
+    work = tmp_path / "second.work"
+    unlearned(tmp_path, "first", PRINTS["full"], ("11" * 32, "/d/first.jsonl"), tmp_path / "w")
+    output, before, after = unlearned(
+        tmp_path, "second", "first", ("22" * 32, "/d/second.jsonl"), work
+    )
+    write(work / "evaluation_before.json", before)
+    write(work / "evaluation_after.json", after)
+    for given in ([output], [output, work], [work, output]):
+        found = collect(list(map(str, given)))
+        assert [(run.role, run.fingerprint) for run in found.runs] == [
+            ("full", "first"),
+            ("edited", "second"),
+        ]
+        page = page_of(*given)
+        assert "<title>Unlearning report: second</title>" in page
+        assert "second.jsonl" in page
+        assert "first.jsonl" not in page
+    # Both requests at once: the model between them has a part in each.
+    both = collect([str(tmp_path / "first"), str(output)])
+    parts = [(run.role, run.fingerprint) for run in both.runs]
+    assert ("edited", "first") in parts
+    assert ("full", "first") in parts
+
+
+def test_a_shared_work_folder_shows_no_other_runs_numbers(tmp_path: Path) -> None:
+    work, rows = tmp_path / "work", (FORGET_SET, "/d/forget.jsonl")
+    mine, _, _ = unlearned(tmp_path, "mine", PRINTS["full"], rows, work)
+    _, before, after = unlearned(tmp_path, "theirs", PRINTS["full"], rows, work)
+    after["forget_probability"] = metric([0.3] * 40, "prob")
+    write(work / "evaluation_before.json", before)
+    write(work / "evaluation_after.json", after)
+    found = collect([str(mine)])
+    (edited,) = found.by_role("edited")
+    assert edited.measures["forget_probability"].value == 0.1
+    assert any("evaluation_after.json in work is of another model" in n for n in found.notices)
+    assert "<title>Unlearning report: mine</title>" in page_of(mine, work)
+
+
+def test_results_of_a_model_that_was_replaced_are_refused(tmp_path: Path) -> None:
+    record = edit_record("tv", 0.8)
+    write(tmp_path / "tv" / "perta.json", {**record, "content": "00" * 32})
+    old = results("tv", 0.1, 0.9)
+    old["perta"]["settings"]["checkpoint"] = str(tmp_path / "tv")
+    file = write(tmp_path / "old.json", old)
+    with pytest.raises(DataError, match="measured another model than the one in"):
+        collect([str(tmp_path / "tv"), str(file)])
 
 
 def test_labels_name_and_place_a_model(tmp_path: Path) -> None:
@@ -235,11 +424,13 @@ def test_labels_name_and_place_a_model(tmp_path: Path) -> None:
     assert [(run.label, run.role) for run in runs] == [("full", "full"), ("our edit", "edited")]
 
 
-def test_strengths_and_seeds_in_file_names_tell_runs_apart(tmp_path: Path) -> None:
+def test_strengths_and_seeds_tell_runs_apart(tmp_path: Path) -> None:
     for seed in (0, 1):
-        for alpha in ("0.5", "1.5"):
-            name = f"tv_alpha{alpha}_seed{seed}"
-            write(tmp_path / f"{name}.json", results(name, 0.1 + seed / 50, 0.9))
+        for alpha in (0.5, 1.5):
+            made = compared(
+                "edited", 0.1 + seed / 50, 0.9, seed=seed, method="tv", scaling_coef=alpha
+            )
+            write(tmp_path / f"{alpha} {seed}.json", made)
     runs = collect([str(tmp_path)]).runs
     assert [run.label for run in runs] == [
         "tv α 0.5 seed 0",
@@ -355,7 +546,7 @@ def test_one_measure_that_still_finds_the_answers_decides(tmp_path: Path) -> Non
     edited = results("edited", 0.05, 0.92)
     edited["forget_extraction_strength"] = metric([0.9] * 40)
     write(tmp_path / "edited.json", edited)
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.forgetting.status == "not"
     assert "by another measure, Extraction strength, what was learned is still there" in (
         verdict.forgetting.text
@@ -370,7 +561,7 @@ def test_few_and_scattered_examples_are_not_called_sure(tmp_path: Path) -> None:
     edited = results("edited", 0.2, 0.9, n=4)
     edited["forget_probability"] = metric([0.0, 0.0, 0.0, 0.9], "prob")
     write(tmp_path / "edited.json", edited)
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.forgetting.status == "unclear"
     assert verdict.headline.startswith("Probably forgotten")
     assert "too few examples to be sure" in verdict.forgetting.text
@@ -382,7 +573,7 @@ def test_one_exposed_example_is_named_though_the_mean_is_low(tmp_path: Path) -> 
     edited = results("edited", 0.05, 0.9)
     edited["forget_probability"] = metric([0.02] * 39 + [0.99], "prob")
     write(tmp_path / "edited.json", edited)
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert any("most exposed removed example" in n and "0.99" in n for n in verdict.notes)
 
 
@@ -391,13 +582,13 @@ def test_without_a_retrained_model_holdout_then_base_calibrate(tmp_path: Path) -
     write(tmp_path / "full.json", results("full", 0.93, 0.92))
     write(tmp_path / "base.json", results("base", 0.05, 0.1))
     write(tmp_path / "edited.json", edited)
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.calibration == "base"
     assert "There is no retrained reference and no held-out set" in verdict.calibrated_on
     assert "for the base model, which never saw them" in verdict.forgetting.text
     edited["holdout_probability"] = metric([0.05] * 30, "prob")
     write(tmp_path / "edited.json", edited)
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.calibration == "holdout"
     assert "against 0.05 on unseen examples" in verdict.forgetting.numbers
 
@@ -415,17 +606,17 @@ def test_a_reference_on_other_examples_is_not_used(tmp_path: Path) -> None:
     other = results("retrained", 0.05, 0.92, inputs={"forget": "b1" * 32})
     write(tmp_path / "retrained.json", other)
     write(tmp_path / "edited.json", results("edited", 0.06, 0.9))
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.calibration is None
-    assert "Not measured on the same examples as edited" in page_of(tmp_path)
+    assert "Not measured on the same examples as edited" in page_of(*named(tmp_path))
 
 
 def test_the_reference_of_the_same_seed_is_used(tmp_path: Path) -> None:
     for seed, forget in ((0, 0.05), (1, 0.15)):
-        found = results(f"retrained_seed{seed}", forget, 0.92)
-        write(tmp_path / f"retrained_seed{seed}.json", found)
-    write(tmp_path / "full.json", results("full", 0.93, 0.92))
-    write(tmp_path / "tv_seed1.json", results("tv_seed1", 0.15, 0.9))
+        made = compared("retrained", forget, 0.92, seed=seed)
+        write(tmp_path / f"retrained_{seed}.json", made)
+    write(tmp_path / "full.json", compared("full", 0.93, 0.92, seed=1))
+    write(tmp_path / "tv.json", compared("edited", 0.15, 0.9, seed=1, method="tv"))
     (verdict,) = judge(collect([str(tmp_path)]))
     assert verdict.forgetting.lead is not None
     assert verdict.forgetting.lead.reference == pytest.approx(0.15)
@@ -436,10 +627,10 @@ def test_forget_quality_speaks_only_beside_a_retrained_model(tmp_path: Path) -> 
     edited["forget_quality"] = {"agg_value": 0.004}
     write(tmp_path / "edited.json", edited)
     write(tmp_path / "full.json", results("full", 0.93, 0.92))
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert not any("truth ratios" in note for note in verdict.notes)
     write(tmp_path / "retrained.json", results("retrained", 0.05, 0.92))
-    (verdict,) = judge(collect([str(tmp_path)]))
+    (verdict,) = judge(collect(named(tmp_path)))
     assert any("can be told apart" in n and "p = 0.004" in n for n in verdict.notes)
 
 
@@ -577,7 +768,8 @@ def test_reasons_for_what_was_left_out_are_passed_on(tmp_path: Path) -> None:
 
 
 def test_results_without_an_edited_model_are_shown_without_a_verdict(tmp_path: Path) -> None:
-    page = page_of(write(tmp_path / "full.json", results("full", 0.9, 0.9)))
+    file = write(tmp_path / "full.json", results("full", 0.9, 0.9))
+    page = page_of(f"full={file}")
     assert "No edited model was evaluated" in page
     assert "Measurements without an edited model." in page
 

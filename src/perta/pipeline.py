@@ -385,8 +385,7 @@ class _Stages:
 
     def report(self) -> Path:
         output = self.config.output.with_name(f"{self.config.output.name}.report.html")
-        sources = (str(self.config.output), str(work_folder(self.config)))
-        return write_report(ReportConfig(results=sources, output=output))
+        return write_report(ReportConfig(results=(str(self.config.output),), output=output))
 
     def _place(self, name: str) -> Path:
         folder = work_folder(self.config)

@@ -211,9 +211,9 @@ def _subject(collection: Collection, verdicts: list[Verdict]) -> Run | None:
 
 
 def _ordered(verdicts: list[Verdict], subject: str | None) -> list[Verdict]:
-    """The verdict on the wanted model first."""
+    """The verdict on the wanted model first, else on outputs that were named themselves."""
     if subject is None:
-        return verdicts
+        return sorted(verdicts, key=lambda verdict: not verdict.run.given)
     wanted = [verdict for verdict in verdicts if verdict.run.label == subject]
     if not wanted:
         names = ", ".join(verdict.run.label for verdict in verdicts) or "none"

@@ -3,40 +3,37 @@
 Results files, checkpoint folders, an output of `perta unlearn` and a folder of results may be
 mixed. They are joined by fingerprint: a results file names the checkpoint it measured by its
 content, and a checkpoint's record names its inputs the same way. So roles (base, full,
-retrained, edited) come from what happened, and from file names only where there is no record.
+retrained, edited) come from what happened, see `provenance`, or from the user, who may state one
+as in `retrained=results.json`; never from names of files or from where they lie.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from perta.errors import DataError
 from perta.manifest import MANIFEST, read_manifest
+from perta.provenance import (
+    STATED,
+    Record,
+    Request,
+    Role,
+    is_unlearned,
+    method_of,
+    refuse_claim,
+    requests_of,
+    role_of,
+)
 from perta.report_metrics import Reading, read_measures
-
-Role = Literal["base", "full", "retrained", "edited", "forget checkpoint"]
-Record = Mapping[str, Any]
 
 REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
 
-_WORDS: Mapping[str, Role] = {
-    "base": "base",
-    "original": "base",
-    "full": "full",
-    "before": "full",
-    "finetuned": "full",
-    "retrained": "retrained",
-    "retrain": "retrained",
-    "reference": "retrained",
-}
-_RETAIN = re.compile(r"retain(ed)?\d*")
-_SEED = re.compile(r"(?:^|[-_ .])(?:seed|s)[-_=]?(\d+)(?=$|[-_ .])", re.IGNORECASE)
-_ALPHA = re.compile(r"(?:^|[-_ ])(?:alpha|a|α)[-_=]?(\d+(?:\.\d+)?)(?=$|[-_ ])", re.IGNORECASE)
+_COMPARISON = "bench compare"
+"""Stage of results whose own record says what the model was."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +50,39 @@ class Run:
         alpha: its strength.
         seed: seed of the tuning behind it.
         fingerprint: content of the checkpoint.
+        stated: whether the role is the user's word, which no record confirms.
+        given: whether the folder of its checkpoint was named.
     """
 
     label: str
     role: Role
-    measures: Mapping[str, Reading] = field(default_factory=dict)
-    results: Record = field(default_factory=dict)
-    record: Record = field(default_factory=dict)
+    measures: Mapping[str, Reading] = field(default_factory=dict, repr=False)
+    results: Record = field(default_factory=dict, repr=False)
+    record: Record = field(default_factory=dict, repr=False)
     method: str | None = None
     alpha: float | None = None
     seed: int | None = None
     fingerprint: str | None = None
+    stated: bool = False
+    given: bool = False
 
     @property
     def edit(self) -> Record:
         """What the edit did to each tensor, if the record says so."""
         found: Record = self.record.get("edit") or {}
         return found
+
+    def fits(self, reference: Run) -> bool:
+        """Whether a reference can be this model's, as far as the records of both tell."""
+        inputs = {
+            **self.record.get("unlearn", {}).get("inputs", {}),
+            **self.record.get("inputs", {}),
+        }
+        if reference.role == "retrained":
+            wanted, found = inputs.get("base"), reference.record.get("inputs", {}).get("base")
+        else:
+            wanted, found = inputs.get(reference.role), reference.fingerprint
+        return not wanted or not found or wanted == found
 
     def same_set(self, other: Run, name: str) -> bool:
         """Whether two models were measured on the same examples, as far as files can tell."""
@@ -110,7 +123,7 @@ class Collection:
     """
 
     runs: tuple[Run, ...]
-    records: Mapping[str, Record]
+    records: Mapping[str, Record] = field(repr=False)
     notices: tuple[str, ...] = ()
 
     def by_role(self, role: Role) -> list[Run]:
@@ -144,12 +157,16 @@ def collect(paths: Iterable[str]) -> Collection:
             "`perta evaluate` or `perta bench`, an output of `perta unlearn`, or a demo folder."
         )
     found.follow()
-    runs = [_make_run(item, found) for item in found.items]
+    found.refuse_stale()
+    requests = requests_of(found.records, [i.results.get("perta", {}) for i in found.items])
+    runs = [_make_run(item, found, requests) for item in found.items]
     runs += _unevaluated(runs, found)
     unique = _distinct(runs)
-    order = {role: i for i, role in enumerate((*REFERENCE_ROLES, "edited", "forget checkpoint"))}
-    ordered = sorted(unique, key=lambda run: order[run.role])
-    return Collection(tuple(_relabel(ordered)), found.records, tuple(found.notices))
+    order = {role: i for i, role in enumerate((*REFERENCE_ROLES, "edited"))}
+    ordered = sorted(unique, key=lambda run: order.get(run.role, len(order)))
+    named = tuple(_relabel(ordered))
+    notices = (*found.notices, *_stated(named), *_unknown(named))
+    return Collection(_judgeable(named), found.records, notices)
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,13 @@ class _Item:
     label: str | None = None
     role: Role | None = None
     record: Record = field(default_factory=dict)
+    given: bool = False
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Content of the checkpoint that was measured."""
+        made = self.results.get("perta", {}).get("inputs", {}).get("checkpoint")
+        return made or self.record.get("content")
 
 
 class _Found:
@@ -171,6 +195,7 @@ class _Found:
         self.items: list[_Item] = []
         self.records: dict[str, Record] = {}
         self.notices: list[str] = []
+        self.named: set[str] = set()
         self._places: dict[str, Path] = {}
 
     def add(self, path: Path, label: str | None) -> None:
@@ -187,60 +212,67 @@ class _Found:
     def follow(self) -> None:
         """Find the records of checkpoints that results and other records point to."""
         for item in list(self.items):
+            self._look(item.results.get("perta", {}), item.path)
+        # Those found on the way are followed as well: a tuned model's base, what moments join.
+        followed: set[str] = set()
+        while waiting := [content for content in self.records if content not in followed]:
+            for content in waiting:
+                followed.add(content)
+                self._look(self.records[content], self._places.get(content))
+
+    def refuse_stale(self) -> None:
+        """Stop at results of a model that is no longer the one in the folder that was named.
+
+        Raises:
+            DataError: another model lies there now.
+        """
+        folders = {self._places[content].resolve(): content for content in self.named}
+        for item in self.items:
             made = item.results.get("perta", {})
-            self._look(made, "checkpoint", item.path)
-        for fingerprint, record in list(self.records.items()):
-            place = self._places.get(fingerprint)
-            for name in (
-                "full",
-                "base",
-                "forget_checkpoint",
-                "forget_importance",
-                "retain_importance",
-            ):
-                self._look(record, name, place)
+            measured = made.get("settings", {}).get("checkpoint")
+            wanted = made.get("inputs", {}).get("checkpoint")
+            if not isinstance(measured, str) or not wanted:
+                continue
+            there = folders.get(Path(measured).resolve())
+            if there is not None and there != wanted:
+                raise DataError(
+                    f"{item.path} measured another model than the one in {measured}: fingerprint "
+                    f"{short(wanted)} there, {short(there)} here. Evaluate it again, or leave "
+                    "one of them out."
+                )
 
-    def sets(self, name: str) -> set[str]:
-        """Fingerprints of what served as forget or retain set, wherever one is recorded."""
-        known = [item.results.get("perta", {}) for item in self.items]
-        known += [record.get("unlearn", {}) for record in self.records.values()]
-        fingerprints = {made.get("inputs", {}).get(name) for made in known}
-        for record in self.records.values():
-            measured = record.get("inputs", {}).get(f"{name}_importance")
-            importance = self.records.get(str(measured), {})
-            fingerprints.add(importance.get("inputs", {}).get("data"))
-        return {str(fingerprint) for fingerprint in fingerprints if fingerprint}
+    def _look(self, record: Record, near: Path | None) -> None:
+        """Find the records of a record's inputs where its settings say that they lie."""
+        settings = record.get("settings", {})
+        for name, wanted in record.get("inputs", {}).items():
+            written = _place_of(name, settings)
+            if not isinstance(written, str) or wanted in self.records:
+                continue
+            last = Path(written).name
+            # A results folder that was moved as a whole keeps its neighbours.
+            around = [] if near is None else [near.parent / last, near.parent.parent / last]
+            for place in (Path(written), *around):
+                found = read_manifest(place) if place.is_dir() else None
+                if found is not None and found.get("content") == wanted:
+                    self._remember(found, place)
+                    break
 
-    def _look(self, record: Record, name: str, near: Path | None) -> None:
-        wanted = record.get("inputs", {}).get(name)
-        written = record.get("settings", {}).get(name)
-        if not wanted or not isinstance(written, str) or wanted in self.records:
-            return
-        last = Path(written).name
-        # A results folder that was moved as a whole keeps its neighbours.
-        around = [] if near is None else [near.parent / last, near.parent.parent / last]
-        for place in (Path(written), *around):
-            found = read_manifest(place) if place.is_dir() else None
-            if found is not None and found.get("content") == wanted:
-                self._remember(found, place)
-                for more in ("forget_checkpoint", "forget_importance", "retain_importance", "base"):
-                    self._look(found, more, place)
-                return
-
-    def _remember(self, record: Record, place: Path) -> None:
+    def _remember(self, record: Record, place: Path, *, named: bool = False) -> None:
         content = record.get("content")
         if isinstance(content, str):
+            if named:
+                self.named.add(content)
             self.records.setdefault(content, record)
             self._places.setdefault(content, place)
 
     def _add_folder(self, folder: Path, label: str | None) -> None:
         record = read_manifest(folder)
         if record is not None:
-            self._remember(record, folder)
+            self._remember(record, folder, named=True)
             if "unlearn" in record:
                 self._add_unlearned(folder, record, label)
-            elif record.get("stage") in ("edit", "train") and label:
-                self.items.append(_Item(folder.name, folder, {}, label, None, record))
+            elif is_unlearned(record) and label:
+                self.items.append(_Item(folder.name, folder, {}, label, "edited", record))
             return
         before = len(self.items)
         results = folder / "results"
@@ -251,7 +283,7 @@ class _Found:
         for child in children:
             found = read_manifest(child)
             if found is not None:
-                self._remember(found, child)
+                self._remember(found, child, named=True)
         if len(self.items) == before and not self.records:
             raise DataError(
                 f"{folder} holds neither results (*.json, or a folder results/) nor a record "
@@ -269,28 +301,50 @@ class _Found:
                 found = read_manifest(child) if child.is_dir() else None
                 if found is not None:
                     self._remember(found, child)
-        roles: dict[str, Role] = {"before": "full", "after": "edited"}
-        for when, role in roles.items():
-            files = [place / f"evaluation_{when}.json" for place in places]
-            file = next((file for file in files if file.is_file()), None)
-            results = _load(file) if file else _from_aggregates(made, when)
+        inputs = {**record.get("inputs", {}), **made.get("inputs", {})}
+        # A run that retrained has an output too, and it is not an unlearned model.
+        output: Role | None = "edited" if is_unlearned(record) else None
+        parts: tuple[tuple[str, Role | None, str | None], ...] = (
+            ("base", "base", inputs.get("base")),
+            ("before", "full", inputs.get("full")),
+            ("after", output, record.get("content")),
+        )
+        for when, role, content in parts:
+            results, file = self._evaluation(places, when, content)
+            if results is None:
+                results = _from_aggregates(made, when, content)
+                if results is not None:
+                    self.notices.append(
+                        f"The per-example results of {folder.name} ({_WHEN[when]}) are gone; its "
+                        "means are shown without intervals."
+                    )
+                elif when == "after" and label:
+                    results = {}  # its edit can still be shown under that name
+                else:
+                    continue
+            place = file or folder
+            if when == "after":
+                name = label or (folder.name if output else None)
+                item = _Item(folder.name, place, results, name, role, record, given=True)
+            else:
+                item = _Item(str(role), place, results, None, role)
+            self.items.append(item)
+
+    def _evaluation(
+        self, places: Iterable[Path], when: str, content: str | None
+    ) -> tuple[Record | None, Path | None]:
+        """The results of one model of a run; a work folder may hold those of another run."""
+        for file in (place / f"evaluation_{when}.json" for place in places):
+            results = _load(file)
             if results is None:
                 continue
-            if file is None:
-                self.notices.append(
-                    f"The per-example results of {folder.name} ({when} the edit) are gone; its "
-                    "means are shown without intervals."
-                )
-            name = label or folder.name
-            item = _Item(
-                name if role == "edited" else role,
-                file or folder,
-                results,
-                name if role == "edited" else None,
-                role,
-                record if role == "edited" else {},
+            measured = results.get("perta", {}).get("inputs", {}).get("checkpoint")
+            if measured and measured == content:
+                return results, file
+            self.notices.append(
+                f"{file.name} in {file.parent.name} is of another model, so it is not used."
             )
-            self.items.append(item)
+        return None, None
 
     def _add_file(self, path: Path, label: str | None) -> None:
         results = _load(path)
@@ -322,125 +376,142 @@ def _is_results(content: Record | None) -> bool:
     return any(isinstance(value, Mapping) and "agg_value" in value for value in values)
 
 
-def _from_aggregates(made: Record, when: str) -> Record | None:
+_WHEN = {"base": "the base model", "before": "before the edit", "after": "after the edit"}
+
+
+def _place_of(name: str, settings: Record) -> Any:
+    """Where an input lay, by the settings; of several forget checkpoints and moments, by number."""
+    stem, _, number = name.rpartition("_")
+    if not number.isdigit():
+        stem, number = name, "1"
+    written = settings.get("folders" if stem == "moments" else stem)
+    if isinstance(written, list):
+        place = int(number) - 1
+        return written[place] if place < len(written) else None
+    return settings.get(name)
+
+
+def _from_aggregates(made: Record, when: str, content: str | None) -> Record | None:
     values = made.get("evaluation", {}).get(when)
     if not values:
         return None
-    return {name: {"agg_value": value} for name, value in values.items()}
+    sets = {name: made["inputs"][name] for name in ("forget", "retain") if name in made["inputs"]}
+    inputs = {"checkpoint": content, **sets}
+    return {
+        **{name: {"agg_value": value} for name, value in values.items()},
+        "perta": {"inputs": {name: value for name, value in inputs.items() if value}},
+    }
 
 
-def _make_run(item: _Item, found: _Found) -> Run:
-    made = item.results.get("perta", {})
-    fingerprint = made.get("inputs", {}).get("checkpoint") or item.record.get("content")
+def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
+    some = list(requests)
+    fingerprint = item.fingerprint
     record = item.record or found.records.get(str(fingerprint), {})
-    role = _role_of(item, record, fingerprint, found)
-    label = item.label or item.name
-    method = _method_of(record, label) if role == "edited" else None
-    # A file name with a strength or a seed in it is not repeated; these are added where needed.
-    told = item.label is None and method and method in label and _bare(label) != label
+    role, is_stated = _role(item, fingerprint, found, some)
+    made = item.results.get("perta", {})
+    # A comparison writes no checkpoints; its results say what was measured.
+    told = made if made.get("stage") == _COMPARISON else record
+    is_edited = role == "edited"
+    label = item.label or _default_label(item, record)
     return Run(
-        label=method if told and method else label,
+        label=label,
         role=role,
         measures=read_measures(item.results),
         results=item.results,
         record=record,
-        method=method,
-        alpha=_alpha_of(record, label) if role == "edited" else None,
-        seed=_seed_of(record, label, found),
+        method=(method_of(told) or label) if is_edited else None,
+        alpha=_alpha_of(told) if is_edited else None,
+        seed=_seed_of(told, found),
         fingerprint=fingerprint,
+        stated=is_stated,
+        given=item.given,
     )
 
 
-def _role_of(item: _Item, record: Record, fingerprint: str | None, found: _Found) -> Role:
-    """What is said about it, else what happened to it, else what its file name speaks of."""
-    return (
-        item.role
-        or (_role_named(item.label) if item.label else None)
-        or _role_as_output(record)
-        or _role_as_input(fingerprint, found)
-        or _role_by_data(record, found)
-        or (_role_named(item.name) if item.label is None else None)
-        or "edited"
+def _default_label(item: _Item, record: Record) -> str:
+    """The name of an output's folder says more than that of the file with its results."""
+    made = item.results.get("perta", {})
+    if made.get("stage") == _COMPARISON:
+        return method_of(made) or str(made.get("settings", {}).get("role", item.name))
+    written = record.get("settings", {}).get("output") if is_unlearned(record) else None
+    return Path(str(written)).name if written else item.name
+
+
+def _role(
+    item: _Item, fingerprint: str | None, found: _Found, requests: list[Request]
+) -> tuple[Role, bool]:
+    """A model's role, and whether it is the user's word alone."""
+    if item.role is not None and item.label not in STATED:
+        return item.role, False
+    made = item.results.get("perta", {})
+    known = role_of(fingerprint, made.get("inputs", {}).get("forget"), found.records, requests)
+    if made.get("stage") == _COMPARISON and made.get("settings", {}).get("role"):
+        known = made["settings"]["role"]
+    if item.label in STATED:
+        claim: Role = item.label
+        if claim != known:
+            refuse_claim(claim, fingerprint, str(item.path), found.records, requests)
+        return claim, claim != known
+    # Whatever else the user calls a model is a model to be judged.
+    return ("edited" if known == "other" and item.label else known), False
+
+
+def _judgeable(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Where no record and no name says which model was edited, each of unknown part may be."""
+    if any(run.role == "edited" for run in runs):
+        return runs
+    return tuple(
+        replace(run, role="edited", method=run.label) if run.role == "other" else run
+        for run in runs
     )
 
 
-def _role_as_output(record: Record) -> Role | None:
-    """What a model is by what made it."""
-    if record.get("stage") == "train":
-        return "retrained" if record.get("settings", {}).get("method") == "retrain" else "edited"
-    return "edited" if record.get("stage") == "edit" or "edit" in record else None
-
-
-def _role_as_input(fingerprint: str | None, found: _Found) -> Role | None:
-    """The part that a model played in an edit."""
-    roles: dict[str, Role] = {
-        "base": "base",
-        "full": "full",
-        "forget_checkpoint": "forget checkpoint",
-    }
-    edits = [
-        record
-        for record in found.records.values()
-        if "edit" in record or record.get("stage") == "train"
+def _stated(runs: Iterable[Run]) -> list[str]:
+    """Sentences on references that rest on the user's word."""
+    return [
+        f"{run.label} is the {_WHAT[run.role]} as stated by the user; no record confirms it."
+        for run in runs
+        if run.stated
     ]
-    for record in edits if fingerprint else ():
-        for name, role in roles.items():
-            if record.get("inputs", {}).get(name) == fingerprint:
-                return role
-    return None
 
 
-def _role_by_data(record: Record, found: _Found) -> Role | None:
-    """What a tuned model is, by the set it was tuned on."""
-    tuned_on = record.get("inputs", {}).get("data")
-    if record.get("stage") != "finetune" or not tuned_on:
-        return None
-    if tuned_on in found.sets("retain"):
-        return "retrained"
-    return "forget checkpoint" if tuned_on in found.sets("forget") else None
+_WHAT: Mapping[Role, str] = {
+    "base": "base model",
+    "full": "model before the edit",
+    "retrained": "retrained model",
+}
 
 
-def _role_named(name: str | None) -> Role | None:
-    """A role that a name speaks of, as in `model_full_forget01` or `retain99`."""
-    words = re.split(r"[-_. ]+", (name or "").lower())
-    if any(word in ("perta", "unlearned", "tv") for word in words):
-        return None
-    for word in words:
-        if word in _WORDS:
-            return _WORDS[word]
-        if _RETAIN.fullmatch(word):
-            return "retrained"
-    return None
+def _unknown(runs: Iterable[Run]) -> list[str]:
+    listed = list(runs)
+    names = [run.label for run in listed if run.role == "other"]
+    if not names:
+        return []
+    known = any(run.role == "edited" for run in listed)
+    done = "they are shown and not judged" if known else "each is judged as if it were the result"
+    return [
+        f"No record says what part these models played, so {done}: {', '.join(names)}. A name "
+        "before a path says it, as in retrained=PATH, full=PATH, base=PATH or edited=PATH."
+    ]
 
 
-def _method_of(record: Record, label: str) -> str:
-    method = record.get("settings", {}).get("method")
-    if method:
-        return str(method)
-    return _bare(label) or label
+def short(fingerprint: str) -> str:
+    """The first 16 hexadecimal digits of a fingerprint, which are enough to tell models apart."""
+    return fingerprint[:16]
 
 
-def _bare(label: str) -> str:
-    """A label without strength and seed."""
-    return _ALPHA.sub("", _SEED.sub("", label)).strip("-_ .")
-
-
-def _alpha_of(record: Record, label: str) -> float | None:
+def _alpha_of(record: Record) -> float | None:
     value = record.get("settings", {}).get("scaling_coef")
-    if value is not None:
-        return float(value)
-    match = _ALPHA.search(label)
-    return float(match[1]) if match else None
+    return float(value) if isinstance(value, int | float) else None
 
 
-def _seed_of(record: Record, label: str, found: _Found) -> int | None:
+def _seed_of(record: Record, found: _Found) -> int | None:
     forget = found.records.get(str(record.get("inputs", {}).get("forget_checkpoint")), {})
     for made in (record.get("unlearn", {}), forget, record):
         seed = made.get("settings", {}).get("seed")
         if isinstance(seed, int):
             return seed
-    match = _SEED.search(label)
-    return int(match[1]) if match else None
+    return None
 
 
 def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
@@ -451,13 +522,14 @@ def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
             label=Path(str(record.get("settings", {}).get("output", "edited"))).name,
             role="edited",
             record=record,
-            method=_method_of(record, "edited"),
-            alpha=_alpha_of(record, ""),
-            seed=_seed_of(record, "", found),
+            method=method_of(record) or "edited",
+            alpha=_alpha_of(record),
+            seed=_seed_of(record, found),
             fingerprint=content,
+            given=True,
         )
         for content, record in found.records.items()
-        if "edit" in record and content not in known
+        if "edit" in record and content in found.named and content not in known
     ]
 
 

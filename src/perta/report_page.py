@@ -135,25 +135,24 @@ def share_text(check: Check, *, kept: bool) -> str:
 def asked(subject: Run, collection: Collection) -> list[Identity]:
     """What was to be removed, what kept, and from which model."""
     items = []
-    inputs = _evaluated_on(subject)
-    made = subject.record.get("unlearn", {})
-    sources: dict[str, str] = {
-        **{name: str(value) for name, value in _settings(subject).items()},
-        **{name: str(value) for name, value in made.get("sources", {}).items()},
-    }
-    benchmark = sources.get("forget_split") or sources.get("corpus")
+    evaluated, names = _evaluated_on(subject), _settings(subject)
+    whole = subject.record.get("unlearn", {})
+    wanted, sources = whole.get("inputs", {}), whole.get("sources", {})
+    benchmark = names.get("forget_split") or names.get("corpus")
     for name, what in (
         ("forget", "to be removed"),
         ("retain", "to be kept"),
         ("holdout", "held out"),
     ):
-        size = subject.set_size(name)
-        fingerprint = inputs.get(name) or made.get("inputs", {}).get(name, "")
+        # A name and a fingerprint from one record, or they may be of different sets.
+        fingerprint = wanted.get(name) or evaluated.get(name) or ""
+        source = (sources if name in wanted else names).get(name)
+        size = subject.set_size(name) if evaluated.get(name, fingerprint) == fingerprint else None
         if benchmark and not fingerprint:
-            fingerprint = inputs.get("data", "")
+            fingerprint = evaluated.get("data", "")
+            source = source or (benchmark if name == "forget" else None)
         if fingerprint or size:
             more = f"{size} examples" if size else ""
-            source = sources.get(name) or (benchmark if name == "forget" else "")
             items.append(Identity(what, _file(source), str(fingerprint), more))
     full = subject.record.get("inputs", {}).get("full")
     if full:

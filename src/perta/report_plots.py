@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from perta.report_inputs import Collection, Record, Run
+from perta.provenance import Record
+from perta.report_inputs import Collection, Run
 from perta.report_metrics import Reading, measure_of, truth_ratios
 from perta.report_svg import (
     SMALLEST,

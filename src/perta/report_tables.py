@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perta.report_inputs import Collection, Record, Run
+from perta.provenance import Record
+from perta.report_inputs import Collection, Run
 from perta.report_metrics import MEASURES, Measure, Reading, measure_of
 from perta.report_svg import Style
 
@@ -32,6 +33,7 @@ ROLES: Mapping[str, str] = {
     "full": "before the edit",
     "retrained": "never saw what was removed",
     "forget checkpoint": "tuned on the forget set alone",
+    "other": "part not known",
 }
 LONG = 12
 """Rows from which a table is long."""
@@ -203,7 +205,7 @@ def _metric_table(
     rows = [
         Row(
             (
-                Entry(run.label, run.label, ROLES.get(run.role, ""), run.label),
+                Entry(run.label, run.label, _part(run), run.label),
                 *(_entry(measure.key, run.measures.get(measure.key)) for measure in measures),
             ),
             run,
@@ -224,6 +226,10 @@ def _metric_table(
         many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         caption += f" n = {many} examples; small print: 95% bootstrap interval."
     return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows))
+
+
+def _part(run: Run) -> str:
+    return "as stated by the user" if run.stated else ROLES.get(run.role, "")
 
 
 def _entry(key: str, reading: Reading | None) -> Entry:
@@ -399,6 +405,7 @@ def styles(runs: Sequence[Run]) -> dict[str, Style]:
         "full": Style("r-full", "square"),
         "retrained": Style("r-retrained", "star"),
         "forget checkpoint": Style("r-other", "down"),
+        "other": Style("r-other", "plus"),
     }
     looks = {}
     for run in runs:

@@ -178,7 +178,11 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def _partner(run: Run, candidates: Iterable[Run]) -> Run | None:
     """The reference measured on the same examples, of the same seed where there are several."""
-    usable = [other for other in candidates if other.measures and run.same_set(other, "forget")]
+    usable = [
+        other
+        for other in candidates
+        if other.measures and run.same_set(other, "forget") and run.fits(other)
+    ]
     usable.sort(key=lambda other: other.seed != run.seed)
     return usable[0] if usable else None
 

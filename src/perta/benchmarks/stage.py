@@ -26,6 +26,7 @@ from perta.model import (
 )
 from perta.people import write_jsonl
 from perta.progress import say
+from perta.provenance import check_reference
 from perta.results import Results, read_results
 from perta.stage import run_file_stage
 
@@ -158,6 +159,7 @@ def _bench(
     inputs = {"checkpoint": fingerprint(checkpoint), "data": _folder_fingerprint(data), **more}
     if config.reference:
         inputs["reference"] = fingerprint(config.reference)
+        _check_reference(config, settings, inputs, reference or {})
     # Outcomes are kept as they come, so that a run that was killed goes on where it stopped.
     journal = config.output.with_name(config.output.name + ".journal")
 
@@ -170,6 +172,17 @@ def _bench(
     )
     journal.unlink(missing_ok=True)
     return results
+
+
+def _check_reference(
+    config: BenchmarkConfig,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    reference: Mapping[str, Any],
+) -> None:
+    evaluation = {"settings": settings, "inputs": inputs}
+    if not check_reference(evaluation, reference.get("perta", {}), str(config.reference)):
+        say(f"Reference: {config.reference}, of the retrained model as stated by the user")
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -138,7 +138,7 @@ class _Seed:
         bench, folder = self._open(), self._folder(name)
         bench.load(bench.weights(folder))
         results = bench.measure()
-        self._write_results(name, results)
+        self._write_results(name, results, role=name)
         at = {**means(results), **bench.elsewhere()}
         if self._config.relearn_steps:
             at["relearned"] = bench.relearned()
@@ -167,7 +167,9 @@ class _Seed:
         found = nearest(tries, target)
         move(found.strength)
         results = bench.measure()
-        self._write_results(spec.slug, results, method=spec.name, scaling_coef=found.strength)
+        self._write_results(
+            spec.slug, results, role="edited", method=spec.name, scaling_coef=found.strength
+        )
         equal = {"strength": found.strength, **means(results), **bench.elsewhere()}
         record: dict[str, Any] = {
             "equal": equal,
