@@ -1,0 +1,138 @@
+"""Which strengths to try, and which to take: two questions asked of a number, no model.
+
+The strength has to make the forget set look unseen (`forgets`) within the retain budget
+(`fits`). Neither is taken to be monotone: a larger step may bring a fact back, and harm may fall
+again. So strengths a factor `RATIO` apart are looked at in ascending order, and the first that
+passes is refined downwards from the largest below it that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+FIRST: Final = 0.5
+"""Smallest strength of the scan."""
+
+LARGEST: Final = 16.0
+"""Strength beyond which no search goes."""
+
+RATIO: Final = 2 ** (1 / 3)
+"""Factor between two strengths of the scan: its resolution."""
+
+GRID: Final = tuple(FIRST * RATIO**step for step in range(16))
+"""Strengths of the scan."""
+
+TOLERANCE: Final = 0.04
+"""Relative width of the interval of strengths at which refining stops."""
+
+_FINEST = 0.01
+"""Width at which refining stops next to 0."""
+
+_OCTAVE = 3
+"""Strengths of the scan within a factor of 2."""
+
+_CHECKS = (3, 9, 15)
+"""Places of the scan at which the budget is looked at even where the forget set is not there."""
+
+Question = Callable[[float], bool]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome of a search.
+
+    Attributes:
+        scaling_coef: the smallest strength found that passes; None where there is none.
+        within: where there is none, the strengths known to be within the budget, ascending.
+    """
+
+    scaling_coef: float | None
+    within: tuple[float, ...] = ()
+
+
+def search_strength(forgets: Question, fits: Question) -> Found:
+    """Look for the smallest strength that forgets and fits.
+
+    Every range of passing strengths that spans a factor of `RATIO`, between `FIRST` and
+    `LARGEST`, is found, however the rest of the curve runs, unless the budget was exceeded at
+    every strength of an octave before it: what lies behind is a model that collapses. Narrower
+    ranges are found where they lie between a strength that falls short and one that goes too far.
+
+    Args:
+        forgets: strength -> whether the forget set looks unseen; asked first.
+        fits: strength -> whether the retain set is within its budget; asked where the forget set
+            looks unseen, and at a few strengths besides, to know when to stop.
+
+    Returns:
+        The strength, at most `TOLERANCE` above one that does not pass.
+    """
+    known: dict[float, bool] = {}
+
+    def is_within(strength: float) -> bool:
+        known[strength] = fits(strength)
+        return known[strength]
+
+    def passes(strength: float) -> bool:
+        return forgets(strength) and is_within(strength)
+
+    if forgets(0.0):
+        return Found(0.0)
+    known[0.0] = True
+    low, was_forgotten, exceeded = 0.0, False, 0
+    for place, high in enumerate(GRID):
+        is_forgotten = forgets(high)
+        if is_forgotten or exceeded or place in _CHECKS:
+            if not is_within(high):
+                exceeded += 1
+            elif is_forgotten:
+                return Found(_smallest(passes, low, high))
+            else:
+                exceeded = 0
+        if is_forgotten and not was_forgotten:
+            # Too far already; what is just enough may still be within the budget.
+            edge = _smallest(forgets, low, high)
+            if is_within(edge):
+                return Found(edge)
+        if exceeded == _OCTAVE:
+            break
+        low, was_forgotten = high, is_forgotten
+    _find_limit(is_within, known)
+    return Found(None, tuple(sorted(strength for strength, fit in known.items() if fit)))
+
+
+def _smallest(holds: Question, low: float, high: float) -> float:
+    """Halve the interval until it is narrow: `holds` is false at `low` and true at `high`."""
+    while high - low > max(TOLERANCE * high, _FINEST):
+        middle = (low + high) / 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _find_limit(is_within: Question, known: dict[float, bool]) -> None:
+    """Look for the largest strength below the first that is known to exceed the budget."""
+    beyond = min((strength for strength, fit in known.items() if not fit), default=None)
+    if beyond is not None:
+        low = max(strength for strength, fit in known.items() if fit and strength < beyond)
+        _smallest(lambda strength: not is_within(strength), low, beyond)
+
+
+def is_monotone(answers: Sequence[tuple[float, bool | None, bool | None]]) -> bool:
+    """Whether, as far as was looked, a larger strength forgets more and costs more.
+
+    Args:
+        answers: of each strength tried, whether it forgets and whether it fits; None where
+            nobody looked.
+
+    Returns:
+        Whether no strength falls short that is larger than one that forgets, and none fits that
+        is larger than one that does not.
+    """
+    tried = sorted(answers)
+    forgot = [a for _, a, _ in tried if a is not None]
+    broke = [not a for _, _, a in tried if a is not None]
+    return forgot == sorted(forgot) and broke == sorted(broke)
