@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import TUNE, World
 from helpers import tiny_llama
@@ -331,7 +332,7 @@ def test_a_path_that_passes_the_target_is_better_than_one_that_comes_nearer(
     tmp_path: Path,
 ) -> None:
     near, passing = (
-        TrainingPath(1e-5, probabilities, tmp_path / name)
+        TrainingPath(1e-5, probabilities, tmp_path / name, torch.float32)
         for name, probabilities in (("near", [0.9, 0.11]), ("passing", [0.9, 0.2, 0.02]))
     )
     assert passing.rank(0.1) < near.rank(0.1)
@@ -483,3 +484,13 @@ def test_a_method_named_twice_is_refused(tmp_path: Path) -> None:
     config = CompareConfig(base=str(tmp_path / "base"), output=tmp_path / "o", methods=("tv", "tv"))
     with pytest.raises(ConfigError, match="twice"):
         bench_compare(config)
+
+
+def test_a_training_path_has_the_values_that_would_be_stored(tmp_path: Path) -> None:
+    """Between two epochs weights are interpolated, and rounded to the checkpoint's type."""
+    path = TrainingPath(1e-5, [1.0, 0.5], tmp_path / "path", torch.bfloat16)
+    path.folder.mkdir()
+    path.keep(1, [torch.tensor([1.0, 3.0])])
+    (value,) = path.at([torch.tensor([1.0, 1.0])], 0.12345)
+    assert value.dtype == torch.float32
+    assert value.tolist() == [1.0, 1.25]  # 1.2469; neighbours are 1/128 apart

@@ -17,13 +17,14 @@ from perta.config import ComputeConfig, DataConfig, WeightingConfig
 from perta.config_stages import EditConfig, FinetuneConfig, UnlearnConfig
 from perta.data import encode_examples, load_examples
 from perta.edit import edit_checkpoint
+from perta.edited_model import load_changes
 from perta.errors import ConfigError
 from perta.finetune import finetune_checkpoint
 from perta.importance_files import read_sidecar
 from perta.manifest import read_manifest
 from perta.model import load_model, load_tokenizer
 from perta.pipeline import unlearn, work_folder
-from perta.strength import load_delta, mean_loss
+from perta.strength import mean_loss
 
 
 def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
@@ -215,11 +216,10 @@ def test_the_loaded_direction_is_what_the_edit_subtracts(
         output=tmp_path / "out",
         weighting=WeightingConfig(method=method, scaling_coef=0.8, retain_coef=0.2),
     )
-    delta = load_delta(tmp_path / "scratch", edit, ComputeConfig())
+    changes = load_changes(tmp_path / "scratch", edit, ComputeConfig())
     full, edited = (load_model(f, ComputeConfig()) for f in (world.full, edit_checkpoint(edit)))
-    for name, step in delta.named_parameters():
-        moved = full.get_parameter(name) - edited.get_parameter(name)
-        torch.testing.assert_close(moved, 0.8 * step, rtol=1e-4, atol=1e-6)
+    for value, after, change in zip(full.parameters(), edited.parameters(), changes, strict=True):
+        torch.testing.assert_close(value - after, 0.8 * change.delta, rtol=1e-4, atol=1e-6)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conftest import TUNE, World
 from perta.config import ComputeConfig, DataConfig, WeightingConfig
@@ -20,7 +19,7 @@ from perta.errors import ConfigError
 from perta.model import load_model, load_tokenizer
 from perta.people import write_jsonl
 from perta.pipeline import unlearn, work_folder
-from perta.strength import LARGEST, Point, Trials, load_delta, mean_loss, search_strength
+from perta.strength import LARGEST, Point, mean_loss, search_strength
 
 
 def curve(tried: list[float], harm: float = 0.01, collapse: float = math.inf) -> Any:
@@ -164,29 +163,6 @@ def test_a_held_out_set_calibrates_and_counts(world: World, tmp_path: Path) -> N
     assert record["strength"]["unseen"] == pytest.approx(mean_loss(model, expected, 0))
     assert "holdout" in record["inputs"]
     assert record["settings"]["retain_budget"] == 0
-
-
-def test_trials_leave_the_model_as_it_was(world: World, tmp_path: Path) -> None:
-    edit = EditConfig(
-        full=str(world.full),
-        base=str(world.base),
-        forget_checkpoint=str(world.full),
-        output=tmp_path / "out",
-        weighting=WeightingConfig(method="constant", constant=0.5),
-    )
-    (tmp_path / "scratch").mkdir()
-    delta = load_delta(tmp_path / "scratch", edit, ComputeConfig())
-    full, base = (load_model(folder, ComputeConfig()) for folder in (world.full, world.base))
-    for name, value in delta.named_parameters():
-        expected = 0.5 * (full.get_parameter(name) - base.get_parameter(name))
-        torch.testing.assert_close(value, expected)
-    tokenizer = load_tokenizer(world.full)
-    forget = encode_examples(load_examples(world.forget), tokenizer, DataConfig()).encoded
-    trials = Trials(full, delta, (forget, forget, forget), (), 0)
-    first = trials.at(0.0)
-    halfway = trials.at(2.0)
-    assert halfway.forget_loss == pytest.approx(mean_loss(base, forget, 0), rel=1e-4)
-    assert trials.at(0.0).forget_loss == pytest.approx(first.forget_loss, rel=1e-4)
 
 
 def test_what_looks_unseen_before_the_edit_is_refused(

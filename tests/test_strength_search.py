@@ -6,6 +6,7 @@ import math
 import random
 from bisect import bisect
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -20,6 +21,14 @@ from perta.strength_search import (
 )
 
 Curve = Callable[[float], bool]
+
+
+def always(_strength: float) -> bool:
+    return True
+
+
+def never(_strength: float) -> bool:
+    return False
 
 
 def run(forgets: Curve, fits: Curve) -> tuple[Found, list[float], list[float]]:
@@ -56,7 +65,7 @@ def test_passing_strengths_in_the_middle_are_found(by_retain: bool) -> None:
         return 1.29 <= alpha <= 1.75
 
     found, looks, _ = run(
-        (lambda a: a >= 1.29) if by_retain else window, window if by_retain else (lambda a: True)
+        (lambda a: a >= 1.29) if by_retain else window, window if by_retain else always
     )
     assert found.scaling_coef == pytest.approx(1.29, rel=TOLERANCE)
     assert max(looks) < 1.75
@@ -73,7 +82,7 @@ def test_windows_as_wide_as_the_resolution_are_found_anywhere() -> None:
     for _ in range(500):
         start = FIRST * (LARGEST / FIRST / RATIO) ** chance.random()
         stop = start * RATIO * 1.0001
-        found, _, _ = run(lambda a, b=start, c=stop: b <= a <= c, lambda a: True)  # type: ignore[misc]
+        found, _, _ = run(lambda a, b=start, c=stop: b <= a <= c, always)  # type: ignore[misc]
         assert found.scaling_coef is not None
         assert start <= found.scaling_coef <= start * (1 + 2 * TOLERANCE)
 
@@ -110,13 +119,13 @@ def test_random_curves() -> None:
 
 def _passing(forgets: Curve, fits: Curve, edges: list[float]) -> list[tuple[float, float]]:
     """Ranges of passing strengths between neighbouring edges."""
-    middles = ((low + high) / 2 for low, high in zip(edges, edges[1:], strict=False))
-    pairs = zip(edges, edges[1:], middles, strict=False)
-    return [(low, high) for low, high, middle in pairs if forgets(middle) and fits(middle)]
+    middles = ((low + high) / 2 for low, high in pairwise(edges))
+    pairs = zip(pairwise(edges), middles, strict=True)
+    return [(low, high) for (low, high), middle in pairs if forgets(middle) and fits(middle)]
 
 
 def test_it_stops_at_the_budget() -> None:
-    found, looks, checks = run(lambda a: False, lambda a: a <= 1.3)
+    found, looks, checks = run(never, lambda a: a <= 1.3)
     assert found.scaling_coef is None
     assert found.within[-1] == pytest.approx(1.3, rel=TOLERANCE)
     assert found.within[-1] <= 1.3
@@ -131,19 +140,21 @@ def test_a_collapse_that_looks_unseen_is_not_taken() -> None:
 
 
 def test_what_looks_unseen_already_needs_no_edit() -> None:
-    found, looks, checks = run(lambda a: True, lambda a: True)
+    found, looks, checks = run(always, always)
     assert found == Found(0.0)
     assert (looks, checks) == ([0.0], [])
 
 
 def test_a_direction_without_effect_ends_the_search() -> None:
-    found, _, checks = run(lambda a: False, lambda a: True)
+    found, _, checks = run(never, always)
     assert found.scaling_coef is None
     assert found.within[-1] == pytest.approx(LARGEST)
     assert len(checks) == 3
 
 
 def test_monotone_or_not() -> None:
-    assert is_monotone([(0.0, False, True), (2.0, True, None), (1.0, False, None), (4, True, False)])
+    assert is_monotone(
+        [(0.0, False, True), (2.0, True, None), (1.0, False, None), (4, True, False)]
+    )
     assert not is_monotone([(0.0, False, None), (2.0, False, None), (1.0, True, None)])
     assert not is_monotone([(0.0, None, True), (1.0, None, False), (2.0, None, True)])

@@ -1,7 +1,8 @@
 """`--scaling-coef auto`: the smallest strength at which the forget set looks unseen.
 
-The weighted direction is held in memory and subtracted from a loaded model in place, so a try
-costs one evaluation of the forget set and of the retain set, and no checkpoint.
+The weighted direction is held in memory and subtracted from a loaded model, with the values that
+would be stored (see `edited_model`), so a try costs one evaluation of the forget set and of the
+retain set, and no checkpoint.
 
 Unseen means that a signal has risen to where it stands for what a model truly has not seen:
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -32,18 +33,10 @@ from transformers import PreTrainedTokenizerBase
 
 from perta.atomic import scratch_folder
 from perta.batch import Encoded
-from perta.checkpoint import copy_companions, open_index, write_tensors
 from perta.config import ComputeConfig, DataConfig
 from perta.config_stages import EditConfig
 from perta.data import ExampleSet, encode_example, encode_examples
-from perta.edit import (
-    as_inputs,
-    at_strength,
-    find_inputs,
-    with_defaults,
-    with_direction,
-    write_edit,
-)
+from perta.edited_model import EditedModel, load_changes
 from perta.errors import ConfigError
 from perta.model import load_model, load_tokenizer, longest_input, pad_id
 from perta.objectives import losses_of
@@ -247,15 +240,15 @@ def choose_strength(
     with_answers = unseen.calibrated_on == _TRUTH_RATIOS
     rows = _encode(full, sets, data_config, answers=with_answers)
     with scratch_folder(settings.scratch / "strength") as scratch:
-        delta = load_delta(scratch, edit, compute)
+        changes = load_changes(scratch, edit, compute)
     order = torch.randperm(
         len(rows.retain), generator=torch.Generator().manual_seed(settings.seed)
     ).tolist()
     shuffled = [rows.retain[i] for i in order]
     half = len(shuffled) // 2
     parts = (rows.forget, shuffled[:half], shuffled[half:])
-    model = load_model(full, compute, dtype=torch.float32)
-    measure = Trials(model, delta, parts, rows.answers, rows.pad).at
+    edited = EditedModel(load_model(full, compute, dtype=torch.float32), changes)
+    measure = Trials(edited, parts, rows.answers, rows.pad).at
     chosen, reached, points = search_strength(measure, unseen.signal, settings.retain_budget)
     found = Strength(
         chosen.scaling_coef,
@@ -330,36 +323,27 @@ def search_strength(
 
 
 class Trials:
-    """Losses at any strength, by moving a loaded model in place.
-
-    Attributes:
-        scaling_coef: strength the model is at.
-    """
+    """Losses at any strength."""
 
     def __init__(
         self,
-        model: nn.Module,
-        delta: nn.Module,
+        edited: EditedModel,
         sets: tuple[Sequence[Encoded], Sequence[Encoded], Sequence[Encoded]],
         answers: Sequence[Sequence[Encoded]],
         pad: int,
     ) -> None:
-        self.scaling_coef = 0.0
-        self._model = model
-        self._pairs = list(zip(model.parameters(), delta.parameters(), strict=True))
+        self._edited = edited
         self._sets, self._answers = sets, answers
         self._pad = pad
 
-    @torch.no_grad()
     def at(self, scaling_coef: float) -> Point:
         """Losses of θ_full − α Δ."""
-        for parameter, step in self._pairs:
-            parameter.sub_(step, alpha=scaling_coef - self.scaling_coef)
-        self.scaling_coef = scaling_coef
-        losses = [mean_loss(self._model, examples, self._pad) for examples in self._sets]
+        self._edited.move(scaling_coef)
+        model = self._edited.model
+        losses = [mean_loss(model, examples, self._pad) for examples in self._sets]
         signal = losses[0]
         if self._answers:
-            signal = log_truth_ratio(self._model, self._answers, self._pad)
+            signal = log_truth_ratio(model, self._answers, self._pad)
         return Point(scaling_coef, signal, *losses)
 
 
@@ -416,35 +400,3 @@ def _encode_answers(
 
 def _signal_name(found: Strength | Unseen) -> str:
     return "log truth ratio" if found.calibrated_on == _TRUTH_RATIOS else "forget loss"
-
-
-def load_delta(folder: Path, edit: EditConfig, compute: ComputeConfig) -> nn.Module:
-    """What an edit of any method subtracts at strength 1, as a model: θ_u = θ_full − α D.
-
-    It is what the edit makes at α = −1 when it subtracts from a checkpoint of zeros, so names,
-    tied weights and patterns are treated as in the edit itself. A retain vector is part of it in
-    its configured proportion: D = W ⊙ τ − (β/α) (θ_r − θ₀).
-
-    Args:
-        folder: empty folder for intermediate files, two float32 checkpoints.
-        edit: the edit, its checkpoints being local folders.
-        compute: device.
-
-    Returns:
-        A float32 model whose parameters are D.
-    """
-    edit = replace(edit, weighting=with_defaults(edit.weighting))
-    inputs = as_inputs(with_direction(edit, find_inputs(edit)))
-    zeros, delta = folder / "zeros", folder / "delta"
-    zeros.mkdir()
-    delta.mkdir()
-    index = open_index(inputs.full)
-    tensors = {
-        name: torch.zeros((), dtype=torch.float32).expand(entry.shape)
-        for name, entry in index.tensors.items()
-        if entry.dtype.is_floating_point
-    }
-    write_tensors(zeros, tensors, index.shards)
-    copy_companions(inputs.full, zeros)
-    write_edit(delta, inputs, at_strength(edit.weighting, -1.0), onto=zeros)
-    return load_model(delta, compute, dtype=torch.float32)

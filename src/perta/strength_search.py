@@ -68,33 +68,27 @@ def search_strength(forgets: Question, fits: Question) -> Found:
     Returns:
         The strength, at most `TOLERANCE` above one that does not pass.
     """
-    known: dict[float, bool] = {}
+    known: dict[float, bool] = {0.0: True}
 
     def is_within(strength: float) -> bool:
-        known[strength] = fits(strength)
+        if strength not in known:
+            known[strength] = fits(strength)
         return known[strength]
-
-    def passes(strength: float) -> bool:
-        return forgets(strength) and is_within(strength)
 
     if forgets(0.0):
         return Found(0.0)
-    known[0.0] = True
     low, was_forgotten, exceeded = 0.0, False, 0
     for place, high in enumerate(GRID):
         is_forgotten = forgets(high)
-        if is_forgotten or exceeded or place in _CHECKS:
-            if not is_within(high):
-                exceeded += 1
-            elif is_forgotten:
-                return Found(_smallest(passes, low, high))
-            else:
-                exceeded = 0
         if is_forgotten and not was_forgotten:
-            # Too far already; what is just enough may still be within the budget.
+            # What is just enough may be within the budget where a little more is not.
             edge = _smallest(forgets, low, high)
             if is_within(edge):
                 return Found(edge)
+        if is_forgotten or exceeded or place in _CHECKS:
+            exceeded = 0 if is_within(high) else exceeded + 1
+            if is_forgotten and not exceeded:
+                return Found(_smallest(lambda a: forgets(a) and is_within(a), low, high))
         if exceeded == _OCTAVE:
             break
         low, was_forgotten = high, is_forgotten

@@ -1,4 +1,7 @@
-"""A weight-space method at any strength: θ_full − α Δ, with Δ made once and kept in memory."""
+"""A weight-space method at any strength: θ_full − α Δ, with Δ made once and kept in memory.
+
+The weights are those that `perta edit` would store, in the type of θ_full.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from perta.config_stages import (
     MergeMomentsConfig,
     MomentsConfig,
 )
+from perta.edited_model import Change, load_changes
 from perta.finetune import finetune_checkpoint
 from perta.importance import compute_importance
 from perta.manifest import read_manifest
 from perta.moments import compute_moments, merge_moments
-from perta.strength import load_delta
 from perta.weighting import importance_order
 
 
@@ -39,14 +42,14 @@ class WeightEdit:
 
     Attributes:
         default: the method's default strength, tried first.
-        delta: Δ, in the order of the model's parameters.
+        changes: Δ and its rounding, in the order of the model's parameters.
         seconds: stage -> duration.
         passes: stage -> operations in forward passes over one token.
         fixed: measures at the default strength; empty, since any strength is a step away.
     """
 
     default: float
-    delta: Sequence[Tensor]
+    changes: Sequence[Change]
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, float] = field(default_factory=dict)
 
@@ -63,8 +66,8 @@ class WeightEdit:
 
     def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
         """Weights at a strength, in the order of the model's parameters."""
-        steps = zip(full, self.delta, strict=True)
-        return [value.sub(step, alpha=strength) for value, step in steps]
+        pairs = zip(full, self.changes, strict=True)
+        return [change.applied(value, strength) for value, change in pairs]
 
     def cost(self, _strength: float) -> dict[str, float]:
         """Operations of each stage, the same at any strength."""
@@ -114,12 +117,11 @@ def prepare_edit(
             edit_threads=config.compute.threads,
             **folders,
         )
-        model = load_delta(Path(scratch), edit, config.compute)
+        changes = load_changes(Path(scratch), edit, config.compute)
     stages.seconds["direction"] = time.perf_counter() - started
-    delta = [parameter.detach() for parameter in model.parameters()]
     first = weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
-    return WeightEdit(default, delta, stages.seconds, stages.passes)
+    return WeightEdit(default, changes, stages.seconds, stages.passes)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from perta.compare.search import Try, search_between
 from perta.compare.spec import TrainingSpec
 from perta.config_bench import CompareConfig
 from perta.errors import DivergenceError
+from perta.model import stored_dtype
 from perta.progress import warn
 from perta.refusals import refuse
 from perta.training import Trained, unlearn_by_training, with_method_defaults
@@ -51,6 +52,7 @@ class TrainingPath:
         learning_rate: of this training.
         probabilities: forget probability after each epoch, the start's first.
         folder: where the weights after each epoch are kept while the path is of use.
+        dtype: type that `perta train` stores the result in.
         trained: what the training did.
         seconds: stage -> duration, measurements included.
         attempts: learning rates tried.
@@ -60,6 +62,7 @@ class TrainingPath:
     learning_rate: float
     probabilities: list[float]
     folder: Path
+    dtype: torch.dtype
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: int = 1
@@ -94,11 +97,11 @@ class TrainingPath:
     def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
         """Weights after a number of epochs, in the order of the model's parameters."""
         first = min(int(strength), len(self.probabilities) - 1)
-        below, share = self._after(full, first), strength - first
-        if share <= 0:
-            return list(below)
-        above = self._after(full, first + 1)
-        return [b.lerp(a, share) for b, a in zip(below, above, strict=True)]
+        below, share = list(self._after(full, first)), strength - first
+        if share > 0:
+            above = self._after(full, first + 1)
+            below = [b.lerp(a, share) for b, a in zip(below, above, strict=True)]
+        return [value.to(self.dtype).to(value.dtype) for value in below]
 
     def cost(self, strength: float) -> dict[str, float]:
         """Operations of training up to a strength; those of a frozen reference are not counted."""
@@ -169,7 +172,7 @@ def prepare_path(
     for attempt in range(1, config.rate_tries + 1):
         bench.load(full)
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir=draw.folder)
-        path = TrainingPath(rate, [start], Path(folder))
+        path = TrainingPath(rate, [start], Path(folder), stored_dtype(draw.full))
         # The first path runs to its end, which is what the method does by default.
         stop_at = target if attempt > 1 else 0.0
         is_too_fast = not _train(path, draw, replace_rate(spec, rate), bench, stop_at)
