@@ -16,22 +16,16 @@ import pytest
 from perta.config_stages import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report import build_report, companion_folder, write_report
+from perta.report_checks import Check
 from perta.report_figures import _draw_ecdf, _draw_scatter, _save, _settings
 from perta.report_inputs import Collection, Run, collect
-from perta.report_metrics import (
-    auc,
-    difference_interval,
-    ks_test,
-    mean_interval,
-    read_measures,
-    unpaired_interval,
-)
+from perta.report_metrics import auc, ks_test, read_measures
 from perta.report_page import scale
 from perta.report_plots import edit_map, split_layers, truth_ratio_curves
 from perta.report_svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report_tables import costs, metric_tables, seed_table, styles, to_csv
 from perta.report_texts import quote, sample_sets
-from perta.report_verdict import Check, Statement, Verdict, judge
+from perta.report_verdict import Statement, Verdict, judge
 from report_cases import (
     EVIL,
     FORGET_SET,
@@ -95,44 +89,7 @@ class Text(HTMLParser):
             self.text += f" {data}"
 
 
-# --- intervals -------------------------------------------------------------------------------
-
-
-def test_interval_of_ten_coin_flips_is_the_binomial_one() -> None:
-    # Five of ten: a resampled mean is Binomial(10, 1/2)/10, with P(X <= 1) = .011 < .025 <
-    # P(X <= 2) = .055, so its 2.5 % quantile is 0.2, and by symmetry the other one 0.8.
-    interval = mean_interval([0.0] * 5 + [1.0] * 5)
-    assert (interval.value, interval.low, interval.high, interval.n) == (0.5, 0.2, 0.8, 10)
-
-
-def test_interval_of_equal_values_has_no_width() -> None:
-    interval = mean_interval([0.25] * 7)
-    assert interval.low == pytest.approx(0.25)
-    assert interval.high == pytest.approx(0.25)
-
-
-def test_interval_of_many_values_is_the_normal_one() -> None:
-    n = 5000  # more than fit in one table of draws
-    interval = mean_interval([i % 2 for i in range(n)])
-    half = 1.96 * 0.5 / n**0.5
-    assert interval.low == pytest.approx(0.5 - half, abs=0.1 * half)
-    assert interval.high == pytest.approx(0.5 + half, abs=0.1 * half)
-
-
-def test_intervals_are_the_same_every_time() -> None:
-    values = [0.1, 0.5, 0.9, 0.3]
-    assert mean_interval(values) == mean_interval(values)
-
-
-def test_paired_difference_cancels_how_hard_examples_are() -> None:
-    reference = {str(i): i / 10 for i in range(10)}
-    shifted = {i: value + 0.05 for i, value in reference.items()}
-    paired = difference_interval(shifted, reference)
-    assert paired is not None
-    assert paired.high - paired.low == pytest.approx(0, abs=1e-12)
-    apart = unpaired_interval(list(shifted.values()), list(reference.values()))
-    assert apart.high - apart.low > 0.3
-    assert difference_interval({"0": 1.0}, {"1": 1.0}) is None
+# --- readings ------------------------------------------------------------------------------
 
 
 def test_no_interval_around_a_number_that_the_values_do_not_give() -> None:
@@ -559,7 +516,7 @@ def test_few_and_scattered_examples_are_not_called_sure(tmp_path: Path) -> None:
     for name, (forget, retain) in names.items():
         write(tmp_path / f"{name}.json", results(name, forget, retain, n=4))
     edited = results("edited", 0.2, 0.9, n=4)
-    edited["forget_probability"] = metric([0.0, 0.0, 0.0, 0.9], "prob")
+    edited["forget_probability"] = metric([0.0, 0.1, 0.3, 0.4], "prob")
     write(tmp_path / "edited.json", edited)
     (verdict,) = judge(collect(named(tmp_path)))
     assert verdict.forgetting.status == "unclear"

@@ -23,6 +23,13 @@ from typing import Any
 from perta import __version__
 from perta.config_stages import ReportConfig
 from perta.errors import ConfigError, DataError, OutputExistsError
+from perta.report_checks import (
+    KEPT,
+    KEPT_PARTLY,
+    REMAINDER,
+    REMAINDER_PARTLY,
+    REMAINDER_SURE,
+)
 from perta.report_inputs import Collection, Run, collect
 from perta.report_page import (
     asked,
@@ -35,6 +42,7 @@ from perta.report_page import (
     share_text,
 )
 from perta.report_plots import edit_maps, probability_curves, trade_offs, truth_ratio_curves
+from perta.report_sentences import number
 from perta.report_svg import Style, ecdf, heat_map, scatter, swatch
 from perta.report_tables import (
     cost_table,
@@ -47,16 +55,7 @@ from perta.report_tables import (
     write_csv,
 )
 from perta.report_texts import sample_sets
-from perta.report_verdict import (
-    KEPT,
-    KEPT_PARTLY,
-    REMAINDER,
-    REMAINDER_PARTLY,
-    REMAINDER_SURE,
-    Verdict,
-    judge,
-    number,
-)
+from perta.report_verdict import Verdict, judge
 
 GENERATOR = "perta report"
 ABOUT = "about.txt"

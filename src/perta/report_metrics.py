@@ -8,24 +8,29 @@ report can hold both. Pure numbers: no files, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from perta.intervals import (
+    Array,
+    Groups,
+    Interval,
+    bounded_means,
+    mean_interval,
+    quantile_interval,
+    random_weights,
+    student_interval,
+)
+
 Better = Literal["low", "high", "none"]
 Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 EPSILON = 1e-10
 """Added to denominators by the published definition of the truth ratio."""
 
-_CHUNK = 1 << 20
 _AGREEMENT = 1e-6
 
 
@@ -53,22 +58,13 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean with its 95% bootstrap interval over n examples."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
 class Reading:
     """One measure of one model.
 
     Attributes:
         value: aggregate as the results file gives it.
-        interval: its interval; None where the file lacks what it needs.
+        interval: its 95% interval, over subjects where they are known; None where the file lacks
+            what it needs.
         examples: per-example values by index, in the form whose mean is `value`.
     """
 
@@ -81,6 +77,11 @@ _PROBABILITY = (
     "How likely the model finds the reference answer: the geometric mean over its tokens, "
     "from 0 to 1."
 )
+_FACT = (
+    "How likely the model finds the words of the answer that the question and the sentence around "
+    "them do not give away."
+)
+_CHOICE = "Share of the right answer's probability among right and wrong ones."
 _ROUGE = "Share of the reference answer's words, in order, that the model's own answer holds."
 _STRENGTH = "Share of an answer that the model continues word for word once given its beginning."
 _EXACT = "Share of an answer's tokens that the model predicts, given those before them."
@@ -101,6 +102,8 @@ def _per_set(group: Group, better: Better, short: str) -> tuple[Measure, ...]:
     probability = names("probability", f"{short}_Q_A_Prob")
     rouge = names("rougeL_recall", f"{short}_Q_A_ROUGE")
     return (
+        Measure(f"{short}_fact", "Fact prob.", group, better, _FACT, names("fact_probability")),
+        Measure(f"{short}_choice", "Fact choice", group, better, _CHOICE, names("fact_choice")),
         Measure(f"{short}_probability", "Answer prob.", group, better, _PROBABILITY, probability),
         Measure(f"{short}_rouge", "ROUGE-L", group, better, _ROUGE, rouge),
         Measure(f"{short}_strength", "Extraction", group, better, _STRENGTH, strength),
@@ -238,15 +241,43 @@ def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
     """
     readings: dict[str, Reading] = {}
     for name, entry in results.items():
-        if name == "perta" or not isinstance(entry, Mapping):
+        if name == "perta" or not isinstance(entry, Mapping) or name.endswith("_subject"):
             continue
         value = _number(entry.get("agg_value"))
         if value is not None:
             key = _BY_NAME[name].key if name in _BY_NAME else name
-            readings[key] = _reading(value, entry)
+            subjects = read_subjects(results, measure_of(key).group)
+            readings[key] = _reading(value, entry, measure_of(key).upper == 1, subjects)
     if "model_utility" in readings:
         readings["model_utility"] = _utility_reading(readings)
     return readings
+
+
+def read_subjects(results: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Of each row of a set the subject that it is about, by index; empty where none is given."""
+    return {
+        index: int(number)
+        for index, row in rows_of(results, f"{name}_subject").items()
+        if (number := _number(row.get("subject"))) is not None
+    }
+
+
+def rows_of(results: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """The rows of one metric by index; empty where the results lack them."""
+    entry = results.get(name)
+    rows = entry.get("value_by_index") if isinstance(entry, Mapping) else None
+    if not isinstance(rows, Mapping):
+        return {}
+    return {str(index): row for index, row in rows.items() if isinstance(row, Mapping)}
+
+
+def numbers_of(results: Mapping[str, Any], name: str, field: str) -> dict[str, float]:
+    """One column of a metric's rows by index; rows without a finite number are left out."""
+    return {
+        index: number
+        for index, row in rows_of(results, name).items()
+        if (number := _number(row.get(field))) is not None
+    }
 
 
 def measure_of(key: str) -> Measure:
@@ -256,10 +287,7 @@ def measure_of(key: str) -> Measure:
 
 def truth_ratios(results: Mapping[str, Any]) -> list[float]:
     """Raw truth ratios of the forget set, the sample behind forget quality."""
-    entry = results.get("forget_truth_ratio")
-    rows = entry.get("value_by_index", {}) if isinstance(entry, Mapping) else {}
-    values = (_number(row.get("score")) for row in rows.values() if isinstance(row, Mapping))
-    return [value for value in values if value is not None]
+    return list(numbers_of(results, "forget_truth_ratio", "score").values())
 
 
 def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
@@ -275,63 +303,6 @@ def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float,
     return float(result.statistic), float(result.pvalue)
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean with its percentile bootstrap interval, examples drawn with replacement.
-
-    Args:
-        values: one number per example, at least one.
-        seed: seed of the draws; equal seeds pair the draws of equally many examples.
-    """
-    means = bootstrap_means(np.asarray(values, dtype=np.float64), seed)
-    return _interval(float(np.mean(values)), means, len(values))
-
-
-def difference_interval(
-    values: Mapping[str, float], reference: Mapping[str, float], seed: int = 0
-) -> Interval | None:
-    """Mean difference of two models on the same examples, with its interval.
-
-    Differences are taken example by example, so that how hard an example is cancels out.
-
-    Args:
-        values: index -> value of one model.
-        reference: index -> value of the other.
-        seed: seed of the draws.
-
-    Returns:
-        None if they share no example.
-    """
-    shared = [index for index in values if index in reference]
-    if not shared:
-        return None
-    return mean_interval([values[i] - reference[i] for i in shared], seed)
-
-
-def unpaired_interval(
-    values: Sequence[float], reference: Sequence[float], seed: int = 0
-) -> Interval:
-    """Difference of the means of two sets of examples, with its interval."""
-    left = bootstrap_means(np.asarray(values, dtype=np.float64), seed)
-    right = bootstrap_means(np.asarray(reference, dtype=np.float64), seed + 1)
-    value = float(np.mean(values)) - float(np.mean(reference))
-    return _interval(value, left - right, min(len(values), len(reference)))
-
-
-def bootstrap_means(values: Array, seed: int) -> Array:
-    """Means of `RESAMPLES` samples drawn with replacement, shape (RESAMPLES,)."""
-    n = len(values)
-    if n * RESAMPLES <= _CHUNK:
-        means: Array = _draws(n, seed) @ values / n
-        return means
-    generator = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // n)
-    parts = [
-        values[generator.integers(0, n, (min(rows, RESAMPLES - done), n))].mean(axis=1)
-        for done in range(0, RESAMPLES, rows)
-    ]
-    return np.concatenate(parts)
-
-
 def auc(forget: Array, holdout: Array) -> float:
     """Probability that an unseen example scores above a removed one, ties counting half."""
     above = (holdout[:, None] > forget[None, :]).mean() + (
@@ -340,28 +311,31 @@ def auc(forget: Array, holdout: Array) -> float:
     return float(above)
 
 
-@lru_cache(maxsize=16)
-def _draws(n: int, seed: int) -> Array:
-    """How often each of n examples is drawn in each resample, (RESAMPLES, n)."""
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return counts.astype(np.float64)
-
-
-def _interval(value: float, draws: Array, n: int) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return Interval(value, float(low), float(high), n)
-
-
-def _reading(value: float, entry: Mapping[str, Any]) -> Reading:
+def _reading(
+    value: float, entry: Mapping[str, Any], is_share: bool, subjects: Mapping[str, int]
+) -> Reading:
     attack = _attack_interval(value, entry)
     if attack is not None:
         return Reading(value, attack, {})
     rows = entry.get("value_by_index")
     examples = _examples(value, rows) if isinstance(rows, Mapping) else {}
-    interval = mean_interval(list(examples.values())) if examples else None
+    interval = _interval(examples, is_share, subjects) if examples else None
     return Reading(value, interval, examples)
+
+
+def _interval(
+    examples: Mapping[str, float], is_share: bool, subjects: Mapping[str, int]
+) -> Interval | None:
+    values, groups = list(examples.values()), groups_of(examples, subjects)
+    if is_share and min(values) >= 0 and max(values) <= 1:
+        return mean_interval(values, groups=groups)
+    return student_interval(values, groups)
+
+
+def groups_of(indices: Iterable[str], subjects: Mapping[str, int]) -> Groups:
+    """The subject of every row; None unless all are known and there are several."""
+    found = [subjects.get(index) for index in indices]
+    return None if None in found or len(set(found)) < 2 else found
 
 
 def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
@@ -417,10 +391,12 @@ def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
     if abs(auc(forget, holdout) - value) > _AGREEMENT:
         return None
     wins = (holdout[:, None] > forget[None, :]) + 0.5 * (holdout[:, None] == forget[None, :])
-    left = _draws(len(holdout), 0) / len(holdout)
-    right = _draws(len(forget), 1) / len(forget)
+    left = random_weights(len(holdout), 0)[:, :-1]
+    right = random_weights(len(forget), 1)[:, :-1]
     draws = np.einsum("bi,ij,bj->b", left, wins, right, optimize=True)
-    return _interval(value, draws, min(len(forget), len(holdout)))
+    # Pairs with the example that was not seen could all be lost, or all be won.
+    rest = 1 - left.sum(axis=1) * right.sum(axis=1)
+    return quantile_interval(value, draws, draws + rest, min(len(forget), len(holdout)))
 
 
 def _utility_reading(readings: Mapping[str, Reading]) -> Reading:
@@ -429,21 +405,19 @@ def _utility_reading(readings: Mapping[str, Reading]) -> Reading:
     parts = [readings[key] for key in _UTILITY_PARTS if key in readings]
     if len(parts) != len(_UTILITY_PARTS) or not all(part.examples for part in parts):
         return reading
-    means = np.stack(
-        [
-            bootstrap_means(np.asarray(list(part.examples.values())), seed)
-            for seed, part in enumerate(parts)
-        ]
-    )
+    columns = [np.asarray(list(part.examples.values())) for part in parts]
     values = np.asarray([part.value for part in parts])
-    if min(values.min(), means.min()) <= 0:
+    if min(float(column.min()) for column in columns) < 0 or values.min() <= 0:
         return reading
     value = len(values) / float(np.sum(1 / values))
     if abs(value - reading.value) > _AGREEMENT:
         return reading
-    draws = len(values) / np.sum(1 / means, axis=0)
+    ends = [bounded_means(column, 0.0, 1.0, seed) for seed, column in enumerate(columns)]
+    low, high = (
+        len(parts) / np.sum(1 / np.stack(side), axis=0) for side in zip(*ends, strict=True)
+    )
     n = min(len(part.examples) for part in parts)
-    return Reading(reading.value, _interval(reading.value, draws, n), {})
+    return Reading(reading.value, quantile_interval(reading.value, low, high, n), {})
 
 
 def _number(value: Any) -> float | None:

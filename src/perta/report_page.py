@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perta.report_checks import Check
 from perta.report_inputs import Collection, Run
 from perta.report_metrics import MEASURES
-from perta.report_verdict import Check, Statement, Verdict, number
+from perta.report_sentences import number
+from perta.report_verdict import Statement, Verdict
 
 METHODS: Mapping[str, str] = {
     "tv": "Every weight was moved back along what learning the removed examples alone does to "
@@ -254,8 +256,8 @@ def limits(verdicts: Sequence[Verdict], collection: Collection, samples_shown: b
     if not any(key in keys for key in ("model_utility", "ra_rouge", "wf_rouge")):
         sentences.append("General ability outside the retain set was not measured.")
     sentences.append(
-        "Intervals come from resampling examples as if they were independent. Questions about "
-        "the same person are not, so the true uncertainty is larger."
+        "Intervals treat examples as independent, and are widened by subject only where the "
+        "results say which subject a row is about; other rows may be answered otherwise."
     )
     edited = [verdict.run for verdict in verdicts]
     if len(edited) > 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from perta.provenance import Record
 from perta.report_inputs import Collection, Run
 from perta.report_metrics import Reading, measure_of, truth_ratios
+from perta.report_sentences import number
 from perta.report_svg import (
     SMALLEST,
     Axis,
@@ -28,7 +29,7 @@ from perta.report_svg import (
     unit_axis,
 )
 from perta.report_tables import file_name
-from perta.report_verdict import number, reference_quality
+from perta.report_verdict import reference_quality
 
 PAIRS: tuple[tuple[str, str, str], ...] = (
     ("forget_probability", "retain_probability", "Answer probability"),

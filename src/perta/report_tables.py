@@ -224,7 +224,7 @@ def _metric_table(
     caption = meaning
     if counts:
         many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-        caption += f" n = {many} examples; small print: 95% bootstrap interval."
+        caption += f" n = {many} examples; small print: 95% interval."
     return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows))
 
 

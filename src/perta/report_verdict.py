@@ -1,97 +1,53 @@
-"""The verdict in plain words, with the numbers it rests on.
+"""The verdict on an edited model: its parts, what it rests on, and what may have gone wrong.
 
 Forgetting is judged against a model that never saw the examples: the retrained one where there
 is one, else unseen examples, else the base model. Retention is judged against the model before
-the edit. Thresholds are few, named here, and printed on the page.
+the edit, on the same rows. Both need enough rows: see `report_checks`. It is computed here alone,
+from records and results; page, terminal and `verdict.json` repeat it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from perta.report_inputs import Collection, Run
-from perta.report_metrics import (
-    BY_KEY,
-    Interval,
-    Reading,
-    difference_interval,
-    ks_test,
-    truth_ratios,
-    unpaired_interval,
+from perta.report_checks import (
+    RANK,
+    WORDS,
+    Calibration,
+    Check,
+    Status,
+    Yardstick,
+    find_yardstick,
+    forget_checks,
+    retain_checks,
+    trace_check,
+    worst,
+)
+from perta.report_inputs import Collection, Record, Run
+from perta.report_metrics import ks_test, rows_of, truth_ratios
+from perta.report_sentences import (
+    calibrated_on,
+    exposed_text,
+    facts_text,
+    forget_numbers,
+    forget_text,
+    headline,
+    number,
+    quality_text,
+    retain_numbers,
+    retain_text,
+    trace_numbers,
+    trace_text,
 )
 
-Status = Literal["met", "unclear", "partly", "not", "unknown"]
-Calibration = Literal["retrained", "holdout", "base"]
-
-FORGET_CORE = (
-    "forget_probability",
-    "forget_strength",
-    "forget_rouge",
-    "forget_verbmem",
-    "forget_knowmem",
-)
-"""Measures of being able to give the removed answers; the worst of them decides."""
-RETAIN_CORE = ("retain_probability", "retain_rouge", "retain_knowmem", "model_utility")
-"""Measures of being useful for everything else; the worst of them decides."""
-
-REMAINDER = 0.10
-"""Largest share of what the full model knew beyond the reference that counts as gone."""
-REMAINDER_SURE = 0.25
-"""Largest upper end of that share's interval that counts as sure."""
-REMAINDER_PARTLY = 0.50
-KEPT = 0.95
-"""Smallest share of the value before the edit that counts as kept."""
-KEPT_PARTLY = 0.80
-SMALLEST_GAP = 0.05
-"""Where full model and reference are closer than this, a measure cannot tell them apart."""
-SIGNIFICANCE = 0.05
-
-_RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
-_WORDS: Mapping[Status, str] = {
-    "met": "met",
-    "unclear": "not sure",
-    "partly": "partly met",
-    "not": "not met",
-    "unknown": "cannot tell",
-}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measure of the verdict.
-
-    Attributes:
-        key: the measure.
-        label: its name.
-        before: value of the full model.
-        after: value of the edited model.
-        reference: what it is judged against; None where there is nothing.
-        share: what remains (forgetting) or is kept (retention), as a share.
-        share_low: lower end of its interval.
-        share_high: upper end of its interval.
-        n: examples behind it; 0 where only a mean is known.
-        status: the outcome.
-        core: whether it counts for the verdict.
-    """
-
-    key: str
-    label: str
-    before: float | None
-    after: float
-    reference: float | None
-    share: float | None
-    share_low: float | None
-    share_high: float | None
-    n: int
-    status: Status
-    core: bool
-
-    @property
-    def word(self) -> str:
-        """The outcome in words."""
-        return _WORDS[self.status]
+SCHEMA = 1
+"""Version of `verdict.json`; it rises when a key changes its meaning."""
+STORED = 0.9
+"""Share of the wanted step below which rounding is a likely cause."""
+Wanted = Literal["met", "partly"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +62,18 @@ class Statement:
     @property
     def word(self) -> str:
         """The outcome in words."""
-        return _WORDS[self.status]
+        return WORDS[self.status]
 
     @property
     def lead(self) -> Check | None:
         """The check that the numbers come from."""
         return next((check for check in self.checks if check.core), None)
+
+    @property
+    def decisive(self) -> Check | None:
+        """The check that decides."""
+        core = [check for check in self.checks if check.core]
+        return next((check for check in core if check.status == self.status), self.lead)
 
 
 @dataclass(frozen=True)
@@ -120,11 +82,14 @@ class Verdict:
 
     Attributes:
         run: the model.
-        headline: both outcomes in one short sentence.
+        headline: all outcomes in one short sentence.
         forgetting: on the removed examples.
         retention: on everything else.
+        trace: whether the removed examples stand out by their absence.
         calibration: what forgetting is judged against.
         calibrated_on: the same in words.
+        facts: how the facts were found that are judged.
+        causes: likely reasons for what is not met, with their cure.
         notes: what a careful reader has to know about the numbers.
     """
 
@@ -132,9 +97,27 @@ class Verdict:
     headline: str
     forgetting: Statement
     retention: Statement
+    trace: Statement
     calibration: Calibration | None
     calibrated_on: str
+    facts: str
+    causes: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def status(self) -> Status:
+        """The worse of forgetting and retention; what cannot be told is the worst."""
+        return max(self.forgetting.status, self.retention.status, key=lambda s: RANK[s])
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line, with the likely cause where there is one."""
+        parts = [self.headline, self.forgetting.numbers, *self.causes[:1]]
+        return " ".join(part for part in parts if part)
+
+    def fulfils(self, wanted: Wanted) -> bool:
+        """Whether forgetting and retention are at least what is wanted."""
+        return RANK[self.status] <= RANK[wanted]
 
 
 def judge(collection: Collection) -> list[Verdict]:
@@ -152,336 +135,237 @@ def judge_run(run: Run, collection: Collection) -> Verdict:
     """The verdict on one edited model."""
     full = _partner(run, collection.by_role("full"))
     retrained = _partner(run, collection.by_role("retrained"))
-    base = _partner(run, collection.by_role("base"))
-    reference, calibration = _reference(run, retrained, base)
-    forgetting = _forgetting(run, full, reference, calibration)
-    retention = _retention(run, full, retrained)
+    yardstick = find_yardstick(run, retrained, _partner(run, collection.by_role("base")))
+    calibration = yardstick.calibration if yardstick else None
+    forgetting = _forgetting(run, full, yardstick)
+    kept_by = _partner(run, collection.by_role("full"), "retain")
+    retention, rows = _retention(
+        run, kept_by, _partner(run, collection.by_role("retrained"), "retain"), collection
+    )
+    found = trace_check(run, yardstick)
+    trace = Statement(
+        found.status if found else "unknown",
+        trace_text(found, calibration),
+        trace_numbers(found),
+        (found,) if found else (),
+    )
+    decisive = bool(yardstick and "forget_fact" in yardstick.measures)
     return Verdict(
         run=run,
-        headline=_headline(forgetting.status, retention.status),
+        headline=headline(forgetting.status, retention.status, trace.status),
         forgetting=forgetting,
         retention=retention,
+        trace=trace,
         calibration=calibration,
-        calibrated_on=_calibrated_on(calibration),
-        notes=tuple(_notes(run, full, reference, calibration, forgetting, retention)),
+        calibrated_on=calibrated_on(calibration),
+        facts=facts_text(_fact_sources(run), decisive=decisive),
+        causes=tuple(likely_causes(run, collection, forgetting.status)),
+        notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
     )
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A value for a sentence, small ones with as many digits as they need."""
-    if value is None:
-        return "–"
-    if value != 0 and abs(value) < 10**-digits:
-        return f"{value:.1g}" if abs(value) >= 1e-4 else f"{value:.0e}"
-    return f"{value:.{digits}f}"
+def as_record(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as plain values for `verdict.json`: numbers and our own sentences, no texts."""
+    run = verdict.run
+
+    def part(statement: Statement) -> dict[str, Any]:
+        return {
+            "status": statement.status,
+            "text": statement.text,
+            "numbers": statement.numbers,
+            "checks": [_check_record(check) for check in statement.checks],
+        }
+
+    return {
+        "schema": SCHEMA,
+        "status": verdict.status,
+        "headline": verdict.headline,
+        "model": {
+            "label": run.label,
+            "fingerprint": run.fingerprint,
+            "method": run.method,
+            "scaling_coef": run.alpha,
+        },
+        "yardstick": verdict.calibration,
+        "facts": {"text": verdict.facts, "sources": dict(_fact_sources(run))},
+        "forgetting": part(verdict.forgetting),
+        "retention": part(verdict.retention),
+        "over_forgetting": part(verdict.trace),
+        "causes": list(verdict.causes),
+        "notes": list(verdict.notes),
+    }
 
 
-def _partner(run: Run, candidates: Iterable[Run]) -> Run | None:
+def _check_record(check: Check) -> dict[str, Any]:
+    rows = [int(i) + 1 if i.isdigit() else i for i in check.rows]
+    return {
+        "measure": check.key,
+        "decisive": check.core,
+        "status": check.status,
+        "before": check.before,
+        "after": check.after,
+        "reference": check.reference,
+        "share": check.share,
+        "share_low": check.share_low,
+        "share_high": check.share_high,
+        "examples": check.n,
+        "rows": rows,
+        "subjects": list(check.subjects),
+    }
+
+
+def _partner(run: Run, candidates: Iterable[Run], name: str = "forget") -> Run | None:
     """The reference measured on the same examples, of the same seed where there are several."""
     usable = [
         other
         for other in candidates
-        if other.measures and run.same_set(other, "forget") and run.fits(other)
+        if other.measures and run.same_set(other, name) and run.fits(other)
     ]
     usable.sort(key=lambda other: other.seed != run.seed)
     return usable[0] if usable else None
 
 
-def _reference(
-    run: Run, retrained: Run | None, base: Run | None
-) -> tuple[Mapping[str, Reading] | None, Calibration | None]:
-    """Readings that a model without the removed examples would have, under forget keys."""
-    if retrained is not None:
-        return retrained.measures, "retrained"
-    unseen = {
-        key.replace("holdout_", "forget_", 1): reading
-        for key, reading in run.measures.items()
-        if key.startswith("holdout_")
-    }
-    if unseen:
-        return unseen, "holdout"
-    if base is not None:
-        return base.measures, "base"
-    return None, None
-
-
-def _forgetting(
-    run: Run,
-    full: Run | None,
-    reference: Mapping[str, Reading] | None,
-    calibration: Calibration | None,
-) -> Statement:
-    keys = [key for key in (*FORGET_CORE, "forget_exact") if key in run.measures]
-    checks = [
-        _forget_check(key, run.measures[key], full, (reference or {}).get(key), calibration)
-        for key in keys
-    ]
-    checks += [check for check in [_quality_check(run, full, calibration)] if check is not None]
-    status = _worst(check.status for check in checks if check.core)
-    lead = next((check for check in checks if check.core), None)
-    if lead is None:
+def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Statement:
+    checks = tuple(forget_checks(run, full, yardstick))
+    status = worst(check.status for check in checks if check.core)
+    found = Statement(status, "", "", checks)
+    if found.lead is None or found.decisive is None:
         text = "The answers about the removed examples were not measured."
-        return Statement("unknown", text, "", tuple(checks))
-    worse = next((check for check in checks if check.core and check.status == status), lead)
-    text = _forget_text(lead, worse, calibration)
-    return Statement(status, text, _forget_numbers(worse, calibration), tuple(checks))
+        return Statement("unknown", text, "", checks)
+    calibration = yardstick.calibration if yardstick else None
+    text = forget_text(found.lead, found.decisive, calibration)
+    return replace(found, text=text, numbers=forget_numbers(found.decisive, calibration))
 
 
-def _forget_check(
-    key: str,
-    after: Reading,
-    full: Run | None,
-    reference: Reading | None,
-    calibration: Calibration | None,
-) -> Check:
-    before = full.measures[key].value if full and key in full.measures else None
-    core = key in FORGET_CORE
-    label = _label(key)
-    n = len(after.examples)
-    if reference is None:
-        return Check(key, label, before, after.value, None, None, None, None, n, "unknown", core)
-    difference = _difference(after, reference, paired=calibration != "holdout")
-    value = after.value - reference.value
-    # Without the full model a gap of one is assumed: the measure's whole range.
-    gap = 1.0 if before is None else before - reference.value
-    if gap <= SMALLEST_GAP:
-        return Check(
-            key, label, before, after.value, reference.value, None, None, None, n, "unknown", core
-        )
-    low = None if difference is None else difference.low / gap
-    high = None if difference is None else difference.high / gap
-    status = _forget_status(value / gap, high)
-    return Check(
-        key, label, before, after.value, reference.value, value / gap, low, high, n, status, core
-    )
-
-
-def _forget_status(share: float, high: float | None) -> Status:
-    if share <= REMAINDER:
-        return "met" if high is not None and high <= REMAINDER_SURE else "unclear"
-    return "partly" if share <= REMAINDER_PARTLY else "not"
-
-
-def _quality_check(run: Run, full: Run | None, calibration: Calibration | None) -> Check | None:
-    """Forget quality: a test, so a p-value decides and there is no share."""
-    reading = run.measures.get("forget_quality")
-    if reading is None or calibration != "retrained":
-        return None
-    before = full.measures.get("forget_quality") if full else None
-    status: Status = "met" if reading.value >= SIGNIFICANCE else "not"
-    n = len(truth_ratios(run.results))
-    return Check(
-        "forget_quality",
-        "Forget quality (p)",
-        before.value if before else None,
-        reading.value,
-        1.0,
-        None,
-        None,
-        None,
-        n,
-        status,
-        core=False,
-    )
-
-
-def _difference(after: Reading, reference: Reading, *, paired: bool) -> Interval | None:
-    if not after.examples or not reference.examples:
-        return None
-    if paired:
-        return difference_interval(after.examples, reference.examples)
-    return unpaired_interval(list(after.examples.values()), list(reference.examples.values()))
-
-
-_NEVER_SAW: Mapping[Calibration, str] = {
-    "retrained": "for a model that never saw them",
-    "holdout": "answers that this model has never seen",
-    "base": "for the base model, which never saw them",
-}
-
-
-def _forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:
-    subject = "The answers about the removed examples"
-    if calibration is None:
-        if lead.before is not None and lead.after < lead.before:
-            return (
-                f"{subject} became less probable, but there is no model that never saw them to "
-                "say whether that is enough."
-            )
-        return f"{subject} cannot be judged: there is nothing to compare them with."
-    never_saw = _NEVER_SAW[calibration]
-    # Within the threshold and yet surely above the reference: then "as" would say too much.
-    above = lead.share_low is not None and lead.share_low > 0
-    like = f"{'nearly as' if above else 'as'} improbable as {never_saw}"
-    by_status: Mapping[Status, str] = {
-        "met": f"{subject} are now {like}.",
-        "unclear": (f"{subject} look {like}, but there are too few examples to be sure."),
-        "partly": f"{subject} are much less probable than before, but more so than {never_saw}.",
-        "not": f"{subject} are still there: they are far more probable than {never_saw}.",
-        "unknown": (
-            f"{subject} cannot be judged: the model before the edit hardly knew them better "
-            "than the reference."
-        ),
-    }
-    if worst is lead or _RANK[worst.status] <= _RANK["unclear"]:
-        return by_status[lead.status if worst is lead else worst.status]
-    if lead.status in ("met", "unclear"):
-        verb = "is not all gone" if worst.status == "partly" else "is still there"
-        if worst.status == "unknown":
-            return by_status[lead.status]
-        return (
-            f"{subject} are now {like}, but by another measure, "
-            f"{worst.label}, what was learned {verb}."
-        )
-    return by_status[worst.status]
-
-
-def _forget_numbers(check: Check, calibration: Calibration | None) -> str:
-    parts = [f"{check.label}: {number(check.after)}"]
-    if check.reference is not None and calibration is not None:
-        against = {
-            "retrained": "for the retrained model",
-            "holdout": "on unseen examples",
-            "base": "for the base model",
-        }[calibration]
-        parts.append(f"against {number(check.reference)} {against}")
-    text = " ".join(parts)
-    if check.before is not None:
-        text += f"; before the edit it was {number(check.before)}"
-    if check.n:
-        text += f" (n\u00a0=\u00a0{check.n})"
-    return text + "."
-
-
-def _retention(run: Run, full: Run | None, retrained: Run | None) -> Statement:
-    keys = [key for key in (*RETAIN_CORE, "retain_strength") if key in run.measures]
-    checks = [_retain_check(key, run.measures[key], full, retrained) for key in keys]
-    lead = next((check for check in checks if check.core), None)
-    if lead is None:
+def _retention(
+    run: Run, full: Run | None, retrained: Run | None, collection: Collection
+) -> tuple[Statement, list[str]]:
+    """The statement on what was kept, and on which rows it rests."""
+    checks = tuple(retain_checks(run, full, retrained))
+    found = Statement(worst(c.status for c in checks if c.core), "", "", checks)
+    lead, decisive = found.lead, found.decisive
+    if lead is None or decisive is None:
         text = "How much of everything else was kept was not measured."
-        return Statement("unknown", text, "", tuple(checks))
-    if lead.before is None:
+        return Statement("unknown", text, "", checks), []
+    if full is None or lead.before is None:
         text = (
             "How much of everything else was kept cannot be judged: the model before the edit "
-            "was not evaluated."
+            "was not evaluated on the same examples to keep."
         )
-        return Statement("unknown", text, f"{lead.label}: {number(lead.after)}.", tuple(checks))
-    status = _worst(check.status for check in checks if check.core)
-    worst = next((check for check in checks if check.core and check.status == status), lead)
-    by_status: Mapping[Status, str] = {
-        "met": "The answers about everything else are kept.",
-        "unclear": (
-            "The answers about everything else seem to be kept, but there are too few examples "
-            "to be sure."
-        ),
-        "partly": "Some of the answers about everything else are lost.",
-        "not": "Much of what should have been kept is lost.",
-        "unknown": "Whether everything else was kept cannot be judged.",
-    }
-    numbers = f"{worst.label}: {number(worst.after)} against {number(worst.before)} before the edit"
-    if worst.reference is not None:
-        numbers += f"; the retrained model has {number(worst.reference)}"
-    numbers += f" (n\u00a0=\u00a0{worst.n})." if worst.n else "."
-    return Statement(status, by_status[status], numbers, tuple(checks))
+        return Statement("unknown", text, f"{lead.label}: {number(lead.after)}.", checks), []
+    text = retain_text(found.status, decisive)
+    seen, note = retained_rows(run, collection)
+    if seen and found.status == "met":
+        found = replace(found, status="unclear")
+        text = (
+            "The answers about everything else seem to be kept, but those measured took part in "
+            "the edit, so others may have lost more."
+        )
+    return replace(found, text=text, numbers=retain_numbers(decisive)), [note] if note else []
 
 
-def _retain_check(key: str, after: Reading, full: Run | None, retrained: Run | None) -> Check:
-    before = full.measures.get(key) if full else None
-    reference = retrained.measures[key].value if retrained and key in retrained.measures else None
-    core = key in RETAIN_CORE
-    n = len(after.examples)
-    label = _label(key)
-    if before is None or before.value <= SMALLEST_GAP:
-        value = None if before is None else before.value
-        return Check(
-            key, label, value, after.value, reference, None, None, None, n, "unknown", core
+def retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
+    """Whether the evaluated retain rows took part in the edit, and a sentence on them.
+
+    Args:
+        run: the edited model.
+        collection: records of what took part.
+
+    Returns:
+        False and nothing where no record tells.
+    """
+    made: Record = run.record.get("unlearn", {})
+    held: Mapping[str, Any] = made.get("held_back", {})
+    evaluated = run.set_fingerprint("retain")
+    if held.get("rows") and evaluated == held.get("fingerprint"):
+        whole = " (all rows of some subjects)" if held.get("by") == "subject" else ""
+        return bool(held.get("seen_by")), (
+            f"Retention is judged on {held['rows']} of {held['of']} examples to keep{whole} that "
+            "were kept out of everything the run learned or measured"
+            + (f", but for {held['seen_by']}." if held.get("seen_by") else ".")
         )
-    difference = _difference(after, before, paired=True)
-    share = after.value / before.value
-    low = None if difference is None else 1 + difference.low / before.value
-    high = None if difference is None else 1 + difference.high / before.value
-    status = _retain_status(share, low)
-    if key == "model_utility" and status == "unclear":
-        status = "met"  # an interval of it alone would be that of many sets at once
-    return Check(
-        key, label, before.value, after.value, reference, share, low, high, n, status, core
+    used = _protected(run.record, collection)
+    if not evaluated or evaluated not in used:
+        return False, ""
+    reason = f" {held['reason']}" if held.get("reason") else ""
+    return True, (
+        "Retention is judged on examples that took part in the edit, which is flattering: others "
+        f"may have lost more.{reason}"
     )
 
 
-def _retain_status(share: float, low: float | None) -> Status:
-    if share >= KEPT:
-        return "met" if low is not None and low >= KEPT_PARTLY else "unclear"
-    return "partly" if share >= KEPT_PARTLY else "not"
+def _protected(record: Record, collection: Collection) -> set[str]:
+    """Fingerprints of the retain rows that an edit or a training used."""
+    used = {str(record.get("inputs", {}).get("retain"))}
+    for name in ("retain_importance", "retain_moments", "retain_checkpoint"):
+        made = collection.input_record(record, name)
+        used.add(str(made.get("inputs", {}).get("data")))
+        used.update(map(str, made.get("data_fingerprints", ())))
+    return used - {"None"}
 
 
-def _label(key: str) -> str:
-    labels = {
-        "probability": "Answer probability",
-        "rouge": "ROUGE-L recall",
-        "strength": "Extraction strength",
-        "exact": "Exact memorization",
-        "knowmem": "Knowledge (ROUGE-L F1)",
-        "verbmem": "Verbatim recall (ROUGE-L F1)",
-    }
-    return labels.get(key.partition("_")[2]) or BY_KEY[key].label
+def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
+    """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first.
 
-
-def _worst(statuses: Iterable[Status]) -> Status:
-    """The worst outcome among those that can tell anything."""
-    found = list(statuses)
-    telling = [status for status in found if status != "unknown"]
-    return max(telling or found or ["unknown"], key=lambda status: _RANK[status])
-
-
-def _headline(forgetting: Status, retention: Status) -> str:
-    first = {
-        "met": "Forgotten as far as measured",
-        "unclear": "Probably forgotten",
-        "partly": "Only partly forgotten",
-        "not": "Not forgotten",
-        "unknown": "Forgetting cannot be judged",
-    }[forgetting]
-    good = forgetting in ("met", "unclear")
-    second = {
-        "met": ", and the rest is kept" if good else "; the rest is kept",
-        "unclear": ", and the rest seems kept" if good else "; the rest seems kept",
-        "partly": ", at some cost to the rest",
-        "not": ", but much else is lost with it" if good else ", and much else is lost",
-        "unknown": "; what else was lost is not known",
-    }[retention]
-    return f"{first}{second}."
-
-
-def _calibrated_on(calibration: Calibration | None) -> str:
-    if calibration == "retrained":
-        return (
-            "Forgetting is judged against the retrained reference: a model tuned in the same "
-            "way on everything but the removed examples."
+    Args:
+        run: the edited model.
+        collection: records of what took part.
+        forgetting: outcome on the removed examples.
+    """
+    if forgetting not in ("partly", "not"):
+        return []
+    record = run.record
+    if record.get("stage") == "train":
+        return [
+            "Likely cause: training stopped too early. Raise --unlearn-epochs, "
+            "--unlearn-learning-rate or --forget-weight."
+        ]
+    if not record:
+        return []
+    causes = []
+    tuned = [
+        made
+        for name in record.get("inputs", {})
+        if name.startswith("forget_checkpoint")
+        and (made := collection.input_record(record, name)).get("final_loss") is not None
+    ]
+    unlearned = [made for made in tuned if not made.get("learned", True)]
+    if unlearned:
+        loss = max(float(made["final_loss"]) for made in unlearned)
+        causes.append(
+            "Likely cause: the forget fine-tune did not learn the removed examples (final loss "
+            f"{number(loss)} nats per token), and what it did not learn cannot be removed. Raise "
+            "--epochs or --learning-rate."
         )
-    if calibration == "holdout":
-        return (
-            "There is no retrained reference. Forgetting is judged against held-out examples "
-            "that the edited model has never seen, which is weaker: they may be easier or "
-            "harder than the removed ones."
+    stored = record.get("edit", {}).get("share_stored")
+    if isinstance(stored, int | float) and stored < STORED:
+        causes.append(
+            f"Likely cause: rounding. Only {stored:.0%} of the step fits into the type that the "
+            "checkpoint is stored in. Store it as float32 with --save-dtype float32."
         )
-    if calibration == "base":
-        return (
-            "There is no retrained reference and no held-out set. Forgetting is judged against "
-            "the base model, which is weaker: it saw none of the data, so it lacks the tone and "
-            "the form of the answers too, and a model retrained without the removed examples "
-            "would commonly find them more probable."
+    strength = record.get("unlearn", {}).get("strength", {})
+    if strength.get("reached") is False:
+        causes.append(
+            "Likely cause: the search for the strength ended at the retain budget "
+            f"({number(strength.get('retain_budget'))} nats per token). Raise --retain-budget."
         )
-    return (
-        "There is neither a retrained reference nor a held-out set nor an evaluation of the base "
-        "model, so this report can say what changed, not whether it is enough."
-    )
+    if not causes and run.alpha is not None:
+        causes.append(
+            f"Likely cause: the strength {run.alpha:g} is too small. Raise --scaling-coef, or let "
+            "--scaling-coef auto find it."
+        )
+    return causes
+
+
+def _fact_sources(run: Run) -> Counter[str]:
+    rows = rows_of(run.results, "forget_fact_probability").values()
+    return Counter(str(row["source"]) for row in rows if row.get("source"))
 
 
 def _notes(
     run: Run,
     full: Run | None,
-    reference: Mapping[str, Reading] | None,
-    calibration: Calibration | None,
+    yardstick: Yardstick | None,
     forgetting: Statement,
     retention: Statement,
 ) -> list[str]:
@@ -491,48 +375,29 @@ def _notes(
             "A damaged model finds every answer improbable, so the low probability of the "
             "removed ones is weak evidence of selective forgetting here."
         )
-    lead = forgetting.lead
-    surely_below = lead is not None and lead.share_high is not None and lead.share_high < 0
-    if lead and surely_below and lead.reference and lead.after < 0.5 * lead.reference:
-        notes.append(
-            "The removed answers are less probable than for the reference. An answer that is "
-            "conspicuously absent can itself show that something was removed."
-        )
-    worst = _most_exposed(run, reference, calibration)
-    if worst is not None:
-        notes.append(worst)
-    if calibration == "retrained" and "forget_quality" in run.measures:
-        p = run.measures["forget_quality"].value
-        outcome = "cannot be told apart" if p >= SIGNIFICANCE else "can be told apart"
-        notes.append(
-            f"By their truth ratios, edited and retrained model {outcome} "
-            f"(forget quality: p = {number(p, 3)})."
-        )
+    exposed = _most_exposed(run, yardstick)
+    if exposed is not None:
+        notes.append(exposed)
+    notes += [
+        quality_text(check.after, check.status)
+        for check in forgetting.checks
+        if check.key == "forget_quality"
+    ]
     if full is None:
         notes.append("The model before the edit was not evaluated on the same examples.")
     return notes
 
 
-def _most_exposed(
-    run: Run, reference: Mapping[str, Reading] | None, calibration: Calibration | None
-) -> str | None:
-    """A mean can hide one example that is still there."""
-    reading = run.measures.get("forget_probability")
-    if reading is None or not reading.examples:
-        return None
-    text = (
-        "The most exposed removed example is answered with probability "
-        f"{number(max(reading.examples.values()))}"
-    )
-    other = (reference or {}).get("forget_probability")
-    if other is not None and other.examples and calibration is not None:
-        whom = {
-            "retrained": "the retrained model's highest",
-            "holdout": "the highest on unseen examples",
-            "base": "the base model's highest",
-        }[calibration]
-        text += f"; {whom} is {number(max(other.examples.values()))}"
-    return text + "."
+def _most_exposed(run: Run, yardstick: Yardstick | None) -> str | None:
+    for key in ("forget_fact", "forget_probability"):
+        reading = run.measures.get(key)
+        if reading is None or not reading.examples:
+            continue
+        other = yardstick.measures.get(key) if yardstick else None
+        highest = max(other.examples.values()) if other and other.examples else None
+        calibration = yardstick.calibration if yardstick else None
+        return exposed_text(max(reading.examples.values()), highest, calibration)
+    return None
 
 
 def reference_quality(run: Run, collection: Collection) -> tuple[float, float] | None:
@@ -546,4 +411,4 @@ def reference_quality(run: Run, collection: Collection) -> tuple[float, float] |
 
 def _preference(verdict: Verdict) -> tuple[int, float]:
     kept = [check.after for check in verdict.retention.checks if check.core]
-    return _RANK[verdict.forgetting.status], -(kept[0] if kept else 0.0)
+    return RANK[verdict.forgetting.status], -(kept[0] if kept else 0.0)
