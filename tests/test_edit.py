@@ -43,7 +43,7 @@ from perta.checkpoint import (
     write_from,
     write_tensors,
 )
-from perta.config import WeightingConfig
+from perta.config import SaveType, WeightingConfig
 from perta.edit import EditSummary, write_edit
 from perta.edit_arithmetic import Place
 from perta.edit_chunks import Span
@@ -124,9 +124,8 @@ class Inputs:
     def edit(self, write: bool = True, chunk: int = 16, threads: int = 2, **kw: Any) -> EditSummary:
         if write:
             self.write()
-        options = {
-            name: kw.pop(name) for name in ("overwrite", "fingerprints", "folders") if name in kw
-        }
+        names = ("overwrite", "fingerprints", "folders", "save_dtype")
+        options = {name: kw.pop(name) for name in names if name in kw}
         folders = options.pop("folders", self.folders())
         weighting = WeightingConfig(**kw)
         return edit_into(self.output, folders, weighting, chunk=chunk, threads=threads, **options)
@@ -513,6 +512,116 @@ def test_summary(inputs: Inputs) -> None:
     ).tensors[0]
     assert constant.mean_weighting == 0.25
     assert constant.delta_norm == pytest.approx(constant.task_vector_norm / 2)
+
+
+# --- what is stored
+
+
+def flat_step(inputs: Inputs, alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The wanted and the stored step of the whole model, float64."""
+    wanted, stored = [], []
+    for name, after in inputs.result().items():
+        full, base, forget = (inputs.stored(role)[name] for role in ("full", "base", "forget"))
+        wanted.append(alpha * (forget.double() - base.double()).flatten().numpy())
+        stored.append((full.double() - after.double()).flatten().numpy())
+    return np.concatenate(wanted), np.concatenate(stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_record_is_of_what_was_stored(inputs: Inputs, route: str, dtype: torch.dtype) -> None:
+    inputs.cast(full=dtype)
+    for name, base in inputs.tensors["base"].items():
+        inputs.tensors["forget"][name] = base + 0.001 * inputs.tensors["I_f"][name]
+    summary = inputs.edit(method="tv", scaling_coef=0.7)
+    wanted, stored = flat_step(inputs, 0.7)
+    share = stored @ wanted / (wanted @ wanted)
+    noise = np.linalg.norm(stored - share * wanted) / np.linalg.norm(wanted)
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-4
+    assert summary.stored.stored_share == pytest.approx(share, rel=tolerance)
+    assert summary.stored.noise == pytest.approx(noise, rel=tolerance, abs=1e-4)
+    assert summary.stored.delta_norm == pytest.approx(np.linalg.norm(stored), rel=1e-5)
+    assert summary.stored.wanted_norm == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+    assert summary.stored.changed == pytest.approx((stored != 0).mean())
+    if dtype != torch.float32:
+        assert noise > 0.05
+    for tensor in summary.tensors:
+        before, after = inputs.stored("full")[tensor.name], inputs.result()[tensor.name]
+        step = before.double() - after.double()
+        assert tensor.delta_norm == pytest.approx(float(step.norm()), rel=1e-5, abs=1e-6)
+        assert tensor.changed == pytest.approx(float((step != 0).double().mean()))
+
+
+def test_steps_far_below_the_distance_of_stored_numbers_are_stored(tmp_path: Path) -> None:
+    """Rounding to the nearest would store nothing of steps that are a tenth of half a distance."""
+    inputs = Inputs(tmp_path)
+    names = {"model.layers.0.mlp.weight": (200, 200)}
+    step = torch.rand(200, 200, generator=torch.Generator().manual_seed(0)) * 2**-11
+    base = torch.zeros(200, 200)
+    inputs.tensors = {
+        role: dict.fromkeys(names, tensor)
+        for role, tensor in (("full", base + 1), ("base", base), ("forget", -step))
+    } | {role: dict.fromkeys(names, base + 1) for role in ("I_f", "I_r")}
+    inputs.cast(full=torch.bfloat16)
+    summary = inputs.edit(method="tv", scaling_coef=1.0, chunk=1 << 14)
+    # The mean of 40,000 draws; above 1 the distance is 2^-7.
+    moved = inputs.result()["model.layers.0.mlp.weight"].double() - 1
+    assert set(moved.unique().tolist()) == {0.0, 2.0**-7}
+    assert float(moved.mean()) == pytest.approx(float(step.double().mean()), rel=0.1)
+    assert summary.stored.stored_share == pytest.approx(1, abs=0.1)
+    assert summary.stored.changed == pytest.approx(2**-12 / 2**-7, rel=0.1)
+
+
+def test_a_step_that_no_type_can_hold_stops(inputs: Inputs) -> None:
+    for name, base in inputs.tensors["base"].items():
+        inputs.tensors["base"][name] = torch.zeros_like(base)
+        inputs.tensors["full"][name] = torch.ones_like(base)
+        inputs.tensors["forget"][name] = torch.full_like(base, 1e-9)
+    with pytest.raises(CheckpointError, match=r"0\.0% would be stored.*--save-dtype"):
+        inputs.edit(method="tv")
+    assert not inputs.output.exists()
+
+
+@pytest.mark.parametrize("save", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shards", [None, SHARDS], ids=["one-file", "two-files"])
+def test_the_output_in_another_type(
+    inputs: Inputs, dtype: torch.dtype, save: SaveType, shards: Mapping[str, Sequence[str]] | None
+) -> None:
+    inputs.shards = shards
+    inputs.config |= {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16"}}
+    inputs.cast(full=dtype)
+    wanted = getattr(torch, save)
+    for alpha in (0.0, 0.7):
+        inputs.edit(method="tv", scaling_coef=alpha, save_dtype=save, overwrite=True, chunk=7)
+        result = inputs.result()
+        for name, full in inputs.stored("full").items():
+            start = full.to(wanted)
+            delta = alpha * (inputs.tensors["forget"][name] - inputs.tensors["base"][name])
+            expected = rounded(start.float() - delta, wanted, name) if alpha else start
+            assert_same_bytes(result[name], expected)
+        config = json.loads((inputs.output / "config.json").read_text())
+        types = {config["dtype"], config["text_config"]["torch_dtype"]}
+        assert types == ({save} if wanted != dtype else {save, "bfloat16"} & types)
+    if shards is not None:
+        index = json.loads((inputs.output / "model.safetensors.index.json").read_text())
+        total = sum(tensor.numel() * tensor.itemsize for tensor in result.values())
+        assert index["metadata"]["total_size"] == total
+
+
+def test_another_type_leaves_tensors_of_a_type_of_their_own(inputs: Inputs) -> None:
+    inputs.cast(full=torch.bfloat16)
+    inputs.tensors["full"]["counts"] = torch.arange(3)
+    inputs.edit(method="tv", include=("*mlp*",), save_dtype="float32")
+    assert inputs.result()["counts"].dtype == torch.int64
+    assert_same_bytes(inputs.result()[EMBEDDING], inputs.stored("full")[EMBEDDING].float())
+
+
+def test_numbers_that_another_type_cannot_hold_stop(inputs: Inputs) -> None:
+    inputs.tensors["full"][EMBEDDING][2, 1] = 1e6
+    for exclude in ((), ("*embed*",)):
+        with pytest.raises(DivergenceError, match="range of float16"):
+            inputs.edit(method="tv", exclude=exclude, save_dtype="float16")
+    assert not inputs.output.exists()
 
 
 # --- which tensors

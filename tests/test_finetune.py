@@ -12,7 +12,7 @@ import torch
 from conftest import World
 from perta.batch import IGNORE, Encoded, collate
 from perta.checkpoint import fingerprint, open_index, read_tensor
-from perta.config import ComputeConfig, DataConfig, TuneConfig
+from perta.config import ComputeConfig, DataConfig, TuneConfig, TunedType
 from perta.config_stages import FinetuneConfig
 from perta.data import encode_examples, load_examples
 from perta.errors import DivergenceError, OutputExistsError
@@ -146,14 +146,18 @@ def test_companions_are_carried_over_and_type_kept_when_asked(world: World, tmp_
     half.save_pretrained(tmp_path / "half")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "half" / name).write_bytes((world.base / name).read_bytes())
-    for save, wanted in (("float32", torch.float32), ("base", torch.bfloat16)):
-        settings = TuneConfig(epochs=1, save_dtype=save)  # type: ignore[arg-type]
+    cases: tuple[tuple[TunedType, torch.dtype], ...] = (
+        ("float32", torch.float32),
+        ("base", torch.bfloat16),
+    )
+    for save, wanted in cases:
         output = finetune_checkpoint(
             FinetuneConfig(
                 base=str(tmp_path / "half"),
                 data=str(world.forget),
                 output=tmp_path / save,
-                tune=settings,
+                save_dtype=save,
+                tune=TuneConfig(epochs=1),
             )
         )
         assert {e.dtype for e in open_index(output).tensors.values()} == {wanted}

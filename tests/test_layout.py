@@ -71,7 +71,8 @@ def test_mathematics_knows_no_files_and_no_settings() -> None:
 
 
 def test_the_edit_flows_one_way() -> None:
-    steps = ["edit_arithmetic", "edit_plan", "edit_chunks", "edit_passes", "edit_stream", "edit"]
+    names = ("arithmetic", "plan", "chunks", "passes", "output", "stream")
+    steps = [*(f"edit_{name}" for name in names), "edit"]
     for place, step in enumerate(steps):
         assert not imported(step) & set(steps[place + 1 :]), step
         assert not imported(step) & (STAGES - {"edit"} | {"pipeline", "demo", "cli"}), step

@@ -540,25 +540,44 @@ def _present(
     return {file: names for file, names in layout.items() if names}
 
 
-def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first bytes of a safetensors file, up to its tensors.
+
+    Args:
+        tensors: name -> type and shape. Wide types come first in the file, so that every tensor
+            starts at a multiple of its own item size; otherwise the order is kept.
+        metadata: free text.
+
+    Returns:
+        Length and JSON text, a multiple of 8 bytes.
+
+    Raises:
+        ConfigError: a type cannot be stored.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    # Wide types first, so that every tensor starts at a multiple of its own item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise ConfigError(f"{name} has type {tensor.dtype}, which cannot be stored.")
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+    for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
+        dtype, shape = tensors[name]
+        if dtype not in _DTYPE_NAMES:
+            raise ConfigError(f"{name} has type {dtype}, which cannot be stored.")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = safetensors_header({n: (tensors[n].dtype, tensors[n].shape) for n in names}, metadata)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(header)
         for name in names:
             flat = tensors[name].detach().contiguous().cpu().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)

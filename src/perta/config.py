@@ -19,6 +19,8 @@ Granularity = Literal["element", "row", "tensor"]
 Reduction = Literal["mean_of_power", "abs_of_mean"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
+SaveType = Literal["full", "float32", "bfloat16", "float16"]
+TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
 
 Repeated = Parameter(negative_iterable=())
@@ -159,9 +161,6 @@ class TuneConfig:
     """LoRA scale numerator [default: twice the rank]."""
     lora_targets: Annotated[tuple[str, ...], Repeated] = ()
     """Module names that get LoRA [default: all linear layers]."""
-    save_dtype: Literal["float32", "base"] = "float32"
-    """Type the tuned weights are stored in. float32 keeps the small differences from the base
-    that make up a task vector; `base` takes the base checkpoint's own type."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     seed: int = 0
@@ -275,7 +274,8 @@ class WeightingConfig:
     """Strength lambda of `ssd`: a selected weight is multiplied by lambda times the quotient of the
     two importances, at most 1."""
     weighting_seed: int = 0
-    """Seed of the methods that draw: `random` and `dare`."""
+    """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
+    than float32."""
     include: Annotated[tuple[str, ...], Repeated] = ()
     """Edit only tensors whose name matches one of these patterns, such as `*.mlp.*`."""
     exclude: Annotated[tuple[str, ...], Repeated] = ()

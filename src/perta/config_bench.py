@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from perta.config import ComputeConfig, DataConfig, Flat, Repeated, TuneConfig, require
+from perta.config import ComputeConfig, DataConfig, Flat, Repeated, TuneConfig, TunedType, require
 
 
 @Flat
@@ -177,6 +177,8 @@ class CompareConfig:
     """Folder with task files of your own."""
     ability_limit: int | None = None
     """Look at the first rows of every task only."""
+    save_dtype: TunedType = "float32"
+    """Type the tuned models are stored in: float32, or the base's own with `base`."""
     title: str = "Comparison of unlearning methods"
     """Heading of the report."""
     overwrite: bool = False

@@ -17,9 +17,11 @@ from perta.config import (
     Flat,
     MomentOptions,
     Repeated,
+    SaveType,
     ScoringConfig,
     TrainSettings,
     TuneConfig,
+    TunedType,
     WeightingConfig,
     require,
     sample_count,
@@ -48,6 +50,8 @@ class TrainConfig:
     """Examples to keep; not used by `ga`, `npo` and `undial`."""
     overwrite: bool = False
     """Replace an output that is there already."""
+    save_dtype: SaveType = "full"
+    """Type of the output [default: that of the checkpoint that training starts from]."""
     save_every: int = 1
     """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
     goes on from there; 0 never."""
@@ -73,6 +77,9 @@ class FinetuneConfig:
     samples: str | None = None
     """Tune on a sample, seeded by --seed: a share such as 0.2, or a count such as 500 [default:
     all]."""
+    save_dtype: TunedType = "float32"
+    """Type the tuned weights are stored in. float32 keeps the small differences from the base
+    that make up a task vector; `base` takes the base checkpoint's own type."""
     overwrite: bool = False
     """Replace an output that is there already."""
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -170,6 +177,8 @@ class EditConfig:
     with another strength [default: OUTPUT.direction]."""
     solve_device: Device = "auto"
     """Device on which a structured method's direction is solved for."""
+    save_dtype: SaveType = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
     overwrite: bool = False
     """Replace an output that is there already."""
     edit_threads: int | None = None
@@ -255,6 +264,8 @@ class UnlearnConfig:
     nats per token. The other half is reported."""
     strength_seed: int = 0
     """With `--scaling-coef auto`: seed of the halves of the retain set."""
+    save_dtype: SaveType = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
     evaluate: bool = True
     """Evaluate before and after the edit."""
     overwrite: bool = False

@@ -4,45 +4,52 @@ The direction is θ_f − θ₀ for most methods; the table in `weighting` says 
 
     edit_plan    headers of every input: what belongs together; stops if anything is wrong
     edit_passes  what no single chunk can know: averages over rows, the smallest value kept
+    edit_output  the output's files, with room for what is to come
     edit_stream  chunk by chunk: read, edit, write
     edit         the stage: inputs, output folder, model card
 
-The output has θ_full's files, header bytes and tensor places.
+The output has θ_full's files, header bytes and tensor places, unless another type is wanted.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 
 from perta.card import write_card
-from perta.checkpoint import (
-    INDEX,
-    CheckpointIndex,
-    copy_companions,
-    fingerprint,
-    open_index,
-)
-from perta.config import ComputeConfig, WeightingConfig
+from perta.checkpoint import copy_companions, fingerprint, open_index
+from perta.config import ComputeConfig, SaveType, WeightingConfig
 from perta.config_stages import EditConfig
 from perta.direction import checkpoint_name, open_inputs, write_direction
 from perta.edit_chunks import CHUNK, Blocks
+from perta.edit_output import create_files, write_config
 from perta.edit_passes import average_importance, find_cuts
 from perta.edit_plan import EditInputs, check_count, open_sources, plan_edit, share_of_examples
-from perta.edit_stream import Editor, TensorSummary, edit_all
+from perta.edit_stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError, ConfigError
 from perta.manifest import settings_of
 from perta.model import pick_device, resolve_checkpoint
-from perta.progress import track
+from perta.progress import say, track, warn
 from perta.stage import check_separate, refuse_other, run_stage
 from perta.weighting import Method, get_method, importance_order
+
+LEAST_STORED = 0.1
+"""Share of the wanted step below which an edit stops: it would report forgetting that is not in
+the files."""
+
+WELL_STORED = 0.9
+"""Share of the wanted step below which an edit warns."""
+
+_CURE = (
+    "Store a wider type (--save-dtype float32), tune the forget checkpoint with a higher learning "
+    "rate, or raise --scaling-coef."
+)
 
 _DIRECTIONS = {
     "forget - base": "(θ_f − θ₀)",
@@ -57,6 +64,7 @@ class EditSummary:
 
     Attributes:
         output: the new checkpoint.
+        stored: what rounding left of the step, over all edited tensors.
         tensors: every edited tensor, in the order of θ_full's files; a tied output head is
             part of its embedding.
         edited: number of weights edited.
@@ -65,6 +73,7 @@ class EditSummary:
     """
 
     output: Path
+    stored: Stored
     tensors: tuple[TensorSummary, ...]
     edited: int
     copied: int
@@ -98,9 +107,11 @@ def edit_checkpoint(config: EditConfig) -> Path:
             folder,
             as_inputs(given),
             config.weighting,
+            save_dtype=config.save_dtype,
             threads=config.edit_threads,
             fingerprints=inputs,
         )
+        _report_stored(summary.stored)
         return {"edit": asdict(summary)}
 
     run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
@@ -183,6 +194,7 @@ def write_edit(
     weighting: WeightingConfig,
     *,
     onto: Path | None = None,
+    save_dtype: SaveType = "full",
     threads: int | None = None,
     fingerprints: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
@@ -195,6 +207,7 @@ def write_edit(
         weighting: method and its settings.
         onto: checkpoint that is copied and subtracted from, in place of θ_full; what is
             subtracted stays the same.
+        save_dtype: type of the output. θ_full is cast to it, to the nearest, and then edited.
         threads: threads that read, compute and write [default: all cores, at most 8].
         fingerprints: name of each input -> hash of its content, for the model card.
         chunk: elements worked on at once; it also bounds the reach of the method `random`.
@@ -206,9 +219,9 @@ def write_edit(
         ConfigError: unknown method, missing importance, or a pattern that matches nothing.
         CheckpointMismatchError: the inputs differ in tensors or shapes.
         CorruptCheckpointError: an input is damaged or holds NaN or Inf.
-        CheckpointError: an input is quantised, the forget checkpoint equals the base, or W is 0
-            everywhere.
-        DivergenceError: the result does not fit the type of θ_full.
+        CheckpointError: an input is quantised, the forget checkpoint equals the base, W is 0
+            everywhere, or rounding loses nearly all of the step.
+        DivergenceError: the result does not fit the type of the output.
     """
     started = time.perf_counter()
     weighting = with_defaults(weighting)
@@ -222,19 +235,21 @@ def write_edit(
     averages = average_importance(targets, weighting, chunk, worker_count)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
     cuts = find_cuts(targets, blocks, worker_count)
-    _create_files(source, folder)
+    outputs = create_files(source, folder, save_dtype).tensors
     with track("edit", len(targets)) as advance:
-        summaries = edit_all(targets, Editor(folder, blocks, cuts), worker_count, advance)
+        summaries = edit_all(targets, Editor(outputs, blocks, cuts), worker_count, advance)
     _check_effect(summaries, method, inputs)
+    stored = stored_of(summaries)
+    _check_stored(stored)
     copy_companions(onto, folder)
-    if (onto / INDEX).is_file():
-        (folder / INDEX).write_bytes((onto / INDEX).read_bytes())
+    write_config(onto, folder, save_dtype)
     card = model_card(weighting, fingerprints or {})
     (folder / "README.md").write_text(card, encoding="utf-8")
     open_index(folder)
     edited = sum(target.full.numel for target in targets if target.sources)
     copied = sum(target.full.numel for target in targets if not target.sources)
-    return EditSummary(folder, summaries, edited, copied, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return EditSummary(folder, stored, summaries, edited, copied, seconds)
 
 
 def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
@@ -349,33 +364,6 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     return write_direction(output, inputs, kind, weighting.rho or 0.0, dampings, device)
 
 
-def _create_files(full: CheckpointIndex, folder: Path) -> None:
-    """Make the output's files: θ_full's header bytes, and room for the tensors."""
-    for shard in full.shards:
-        source = full.folder / shard
-        with source.open("rb") as stream:
-            length = stream.read(8)
-            header = length + stream.read(int.from_bytes(length, "little"))
-        with (folder / shard).open("wb") as stream:
-            stream.write(header)
-            stream.flush()
-            _reserve(stream, source.stat().st_size)
-
-
-def _reserve(stream: BinaryIO, size: int) -> None:
-    """Give an open file its size, with room on the disk where the system can reserve it.
-
-    Writing is faster then, and a full disk is found before any work is done.
-    """
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise OSError(error.errno, error.strerror, stream.name) from None
-    stream.truncate(size)
-
-
 def _check_effect(summaries: Sequence[TensorSummary], method: Method, inputs: EditInputs) -> None:
     """Stop at an edit that would report forgetting where none happened."""
     if not any(summary.task_vector_norm for summary in summaries):
@@ -386,6 +374,32 @@ def _check_effect(summaries: Sequence[TensorSummary], method: Method, inputs: Ed
             f"`{method.name}` gives every weight the share 0, so the edit would forget nothing; "
             f"{inputs.forget_importance} shows no weight that matters to the forget set.{cure}"
         )
+
+
+def _check_stored(stored: Stored) -> None:
+    """Stop where next to nothing of the wanted step is in the files.
+
+    Raises:
+        CheckpointError: the message says what to do.
+    """
+    if stored.stored_share is not None and abs(stored.stored_share) < LEAST_STORED:
+        raise CheckpointError(
+            f"Of the step that the edit takes {stored.stored_share:.1%} would be stored: it is too "
+            "small beside the weights for the type of the output. "
+            f"{_CURE} Nothing was written."
+        )
+
+
+def _report_stored(stored: Stored) -> None:
+    """Say in one line what was stored."""
+    if stored.stored_share is None:
+        return
+    say(
+        f"edit: {stored.stored_share:.1%} of the step is stored, with rounding noise of "
+        f"{stored.noise:.2g} of its norm; {stored.changed:.1%} of the edited weights changed"
+    )
+    if stored.stored_share < WELL_STORED:
+        warn(f"The stored weights lack {1 - stored.stored_share:.0%} of the step. {_CURE}")
 
 
 def _no_direction(method: Method, inputs: EditInputs) -> CheckpointError:

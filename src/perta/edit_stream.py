@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from perta.checkpoint import opened, write_from
+from perta.checkpoint import TensorEntry, opened, write_from
 from perta.edit_arithmetic import Place, Step, scale, square_norm, subtract
 from perta.edit_chunks import (
     SPAN_CHUNKS,
     Blocks,
     Buffers,
+    Reader,
     Readers,
     Span,
     in_threads,
@@ -34,12 +34,31 @@ from perta.edit_plan import BASE, FULL, RETAIN, Target, short_name
 from perta.errors import DivergenceError
 
 
-@dataclass(frozen=True)
-class TensorSummary:
-    """What the edit did to one tensor.
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What rounding to the stored type left of a step.
 
-    The wanted step δ is α · W ⊙ τ, less β · (θ_r − θ₀) where the method adds that; the stored
-    step s is what rounding to the stored type left of it.
+    The wanted step δ is α · W ⊙ τ, less β · (θ_r − θ₀) where the method adds that; s is what was
+    stored, the old values less the new ones.
+
+    Attributes:
+        wanted_norm: L2 norm ‖δ‖.
+        delta_norm: ‖s‖.
+        stored_share: ⟨s, δ⟩ / ⟨δ, δ⟩, 1 where nothing is lost; None where δ is 0.
+        noise: norm of the rest of s, which is not along δ, over ‖δ‖; None where δ is 0.
+        changed: share of the weights whose stored value changed.
+    """
+
+    wanted_norm: float
+    delta_norm: float
+    stored_share: float | None
+    noise: float | None
+    changed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSummary(Stored):
+    """What the edit did to one tensor.
 
     Attributes:
         name: θ_full's name of it.
@@ -47,22 +66,12 @@ class TensorSummary:
         mean_weighting: mean of W.
         task_vector_norm: L2 norm of the direction, τ = θ_f − θ₀ or what the method puts in its
             place; of a structured method, of the weighted direction, and W counts as 1.
-        wanted_norm: ‖δ‖.
-        delta_norm: ‖s‖.
-        stored_share: ⟨s, δ⟩ / ⟨δ, δ⟩, 1 where nothing is lost; None where δ is 0.
-        noise: norm of the rest of s, that is not along δ, over ‖δ‖; None where δ is 0.
-        changed: share of the weights whose stored value changed.
     """
 
     name: str
     elements: int
     mean_weighting: float
     task_vector_norm: float
-    wanted_norm: float
-    delta_norm: float
-    stored_share: float | None
-    noise: float | None
-    changed: float
 
 
 @dataclass
@@ -91,24 +100,36 @@ class Sums:
             value = getattr(self, item.name) + getattr(other, item.name)
             setattr(self, item.name, value)
 
-    @property
-    def stored(self) -> float:
-        """‖s‖."""
-        # The sums are of float32 products, so a step that was lost whole may end below 0.
-        return math.sqrt(max(0.0, self.delta + 2 * self.along + self.error))
+    def stored(self, elements: int) -> Stored:
+        """What rounding left of the step, over so many elements."""
+        # The sums are of float32 products: what should be 0 may lie below it.
+        stored = max(0.0, self.delta + 2 * self.along + self.error)
+        share = noise = None
+        if self.delta > 0:
+            along, error = self.along / self.delta, self.error / self.delta
+            share, noise = 1 + along, math.sqrt(max(0.0, error - along * along))
+        return Stored(
+            wanted_norm=math.sqrt(self.delta),
+            delta_norm=math.sqrt(stored),
+            stored_share=share,
+            noise=noise,
+            changed=self.changed / elements if elements else 0.0,
+        )
 
-    @property
-    def stored_share(self) -> float | None:
-        """Share of δ that was stored along it; None where δ is 0."""
-        return 1 + self.along / self.delta if self.delta else None
 
-    @property
-    def noise(self) -> float | None:
-        """Norm of what was stored across δ, over ‖δ‖; None where δ is 0."""
-        if not self.delta:
-            return None
-        across = self.error / self.delta - (self.along / self.delta) ** 2
-        return math.sqrt(max(0.0, across))
+def stored_of(summaries: Sequence[TensorSummary]) -> Stored:
+    """What rounding left of a step, over several tensors."""
+    total, elements = Sums(), 0
+    for each in summaries:
+        elements += each.elements
+        total.changed += each.changed * each.elements
+        if each.stored_share is None or each.noise is None:
+            continue
+        square, along = each.wanted_norm**2, each.stored_share - 1
+        total.delta += square
+        total.along += square * along
+        total.error += square * (each.noise**2 + along * along)
+    return total.stored(elements)
 
 
 @dataclass(frozen=True)
@@ -116,12 +137,12 @@ class Editor:
     """What every thread shares, and does to one span.
 
     Attributes:
-        folder: the output.
+        outputs: the output's tensors by name.
         blocks: the method, its settings, and what it looks at.
         cuts: smallest scores kept, for methods that rank weights.
     """
 
-    folder: Path
+    outputs: Mapping[str, TensorEntry]
     blocks: Blocks
     cuts: tuple[float, ...] = ()
 
@@ -133,24 +154,33 @@ class Editor:
     def run(self, target: Target, start: int, stop: int, buffers: Buffers) -> Sums:
         """Read, edit and write the elements from `start` to `stop` of one tensor."""
         sums, chunk = Sums(), self.blocks.chunk
-        place = self.folder / target.full.file.name
+        place = self.outputs[target.full.name]
         roles = (FULL, *target.sources)
         with (
             self.blocks.opened(target, roles, buffers) as readers,
-            opened(place, os.O_WRONLY) as output,
+            opened(place.file, os.O_WRONLY) as output,
         ):
             for begin in range(start, stop, chunk):
                 count = min(chunk, stop - begin)
                 if target.sources:
-                    sums.add(self._edit(target, readers, begin, count))
+                    stored = self._edit(target, readers, begin, count, sums)
                 else:
-                    readers[FULL].read(begin, count)
-                    readers[FULL].check_copy(begin, count)
-                write_from(output, readers[FULL].place(begin), readers[FULL].stored)
+                    stored = self._copy(target, readers[FULL], begin, count)
+                offset = place.offset + begin * place.dtype.itemsize
+                write_from(output, offset, stored.view(torch.uint8).numpy().data)
         return sums
 
-    def _edit(self, target: Target, readers: Readers, begin: int, count: int) -> Sums:
-        """Turn one chunk of θ_full, in its buffer, into one of θ_u."""
+    def _copy(self, target: Target, full: Reader, begin: int, count: int) -> Tensor:
+        """One chunk as it is, in the type of the output."""
+        full.read(begin, count)
+        full.check_copy(begin, count)
+        stored = full.raw.to(self.outputs[target.full.name].dtype)
+        if stored.dtype != full.raw.dtype and not bool(torch.isfinite(stored).all()):
+            raise _out_of_range(target, stored.dtype)
+        return stored
+
+    def _edit(self, target: Target, readers: Readers, begin: int, count: int, sums: Sums) -> Tensor:
+        """Turn one chunk of θ_full into one of θ_u; adds what it did to `sums`."""
         method, scaling_coef = self.blocks.method, self.scaling_coef
         vectors = self.blocks.task_vectors(readers, begin, count)
         block = self.blocks.block(target, readers, begin, count, self.cuts)
@@ -159,56 +189,66 @@ class Editor:
         norm = square_norm(task_vector)
         delta = scale(task_vector, weighting, scaling_coef)
         if isinstance(weighting, Tensor):
-            sums = Sums(float(weighting.sum()), norm, square_norm(delta))
+            done = Sums(float(weighting.sum()), norm, square_norm(delta))
         else:
-            sums = Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
+            done = Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
         retain_coef = self.blocks.weighting.retain_coef if RETAIN in readers else 0.0
         if retain_coef != 0:
             base = readers[BASE].load(begin, count)
             retain_vector = readers[RETAIN].read_difference(base, begin, count)
-            sums.delta = square_norm(delta.sub_(retain_vector.mul_(retain_coef)))
+            done.delta = square_norm(delta.sub_(retain_vector.mul_(retain_coef)))
+        stored = readers[FULL].load(begin, count).to(self.outputs[target.full.name].dtype)
         # Without a step the stored bytes stay: 0 - (-0) would turn a stored -0 into 0.
         if scaling_coef != 0 or retain_coef != 0:
-            step = subtract(readers[FULL].load(begin, count), delta, self._place(target, begin))
+            step = subtract(stored, delta, self._place(target, begin))
         else:
-            step = Step(square_norm(readers[FULL].read(begin, count)))
-        self._check(sums, step.squares, readers, begin, count)
-        sums.along, sums.error, sums.changed = step.along, step.error, step.changed
-        return sums
+            step = Step(square_norm(stored.to(torch.float32)))
+        self._check(done, step.squares, stored, readers, begin, count)
+        done.along, done.error, done.changed = step.along, step.error, step.changed
+        sums.add(done)
+        return stored
 
     def _place(self, target: Target, begin: int) -> Place:
         name = target.alias_of or target.full.name
         return Place(self.blocks.weighting.weighting_seed, name, begin)
 
-    def _check(self, sums: Sums, square: float, readers: Readers, begin: int, count: int) -> None:
+    def _check(
+        self, sums: Sums, square: float, stored: Tensor, readers: Readers, begin: int, count: int
+    ) -> None:
         """Stop at values that are not finite; the norms alone show that there are none.
 
         The norm of a chunk bounds its largest value, so a finite norm of the task vector and a
-        norm of the result below the largest number of θ_full's type clear every input and the
+        norm of the result below the largest number of the output's type clear every input and the
         cast. Only when that fails are the values themselves looked at.
 
         Args:
             sums: statistics of the chunk.
             square: squared norm of the result before the cast.
+            stored: the result.
             readers: of every input.
             begin: first element of the chunk.
             count: its elements.
         """
-        dtype = readers[FULL].entry.dtype
-        limit = torch.finfo(dtype).max / 2
+        limit = torch.finfo(stored.dtype).max / 2
         is_direction_finite = math.isfinite(sums.task_vector)
         if is_direction_finite and square < limit * limit:
             return
-        stored = readers[FULL].raw.to(torch.float32)
-        if is_direction_finite and bool(torch.isfinite(stored).all()):
+        if is_direction_finite and bool(torch.isfinite(stored.to(torch.float32)).all()):
             return
         for reader in readers.values():
             reader.check(begin, count)
         raise DivergenceError(
-            f"The edit of {readers[FULL].entry.name} leaves the range of {short_name(dtype)}. Use "
-            "a smaller --scaling-coef or a method with W in [0, 1], or save the full checkpoint "
-            "in a wider type."
+            f"The edit of {readers[FULL].entry.name} leaves the range of "
+            f"{short_name(stored.dtype)}. Use a smaller --scaling-coef or a method with W in "
+            "[0, 1], or a wider type (--save-dtype)."
         )
+
+
+def _out_of_range(target: Target, dtype: torch.dtype) -> DivergenceError:
+    return DivergenceError(
+        f"{target.full.name} holds numbers outside the range of {short_name(dtype)}. Use a wider "
+        "type (--save-dtype)."
+    )
 
 
 def edit_all(
@@ -265,15 +305,11 @@ class Finished:
         """Of every edited tensor, in the order of the files."""
         return tuple(
             TensorSummary(
-                target.full.name,
-                target.full.numel,
-                sums.weighting / target.full.numel,
-                math.sqrt(sums.task_vector),
-                math.sqrt(sums.delta),
-                sums.stored,
-                sums.stored_share,
-                sums.noise,
-                sums.changed / target.full.numel,
+                name=target.full.name,
+                elements=target.full.numel,
+                mean_weighting=sums.weighting / target.full.numel,
+                task_vector_norm=math.sqrt(sums.task_vector),
+                **vars(sums.stored(target.full.numel)),
             )
             for index, target in enumerate(self._targets)
             if target.sources and target.alias_of is None and (sums := self._sums.get(index))

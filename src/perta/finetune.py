@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perta.batch import Encoded, bucketed, seeded_sample
 from perta.checkpoint import fingerprint
@@ -33,6 +33,7 @@ from perta.model import (
     pad_id,
     pick_device,
     resolve_checkpoint,
+    round_weights,
     save_model,
     stored_dtype,
 )
@@ -117,8 +118,8 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             model, encoded.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
         )
         _warn_if_not_learned(tuned, encoded.encoded, config.data)
-        if config.tune.save_dtype == "base":
-            nn.Module.to(model, dtype=stored_dtype(base))
+        if config.save_dtype == "base":
+            round_weights(model, stored_dtype(base), config.tune.seed)
         save_model(model, tokenizer, folder, base)
         return {
             "examples": len(encoded),

@@ -21,7 +21,8 @@ import torch
 
 from perta.atomic import atomic_folder
 from perta.checkpoint import copy_companions, fingerprint, open_index
-from perta.config import ComputeConfig
+from perta.config import ComputeConfig, SaveType
+from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -182,6 +183,29 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for entry in open_index(folder).tensors.values():
         bytes_of[entry.dtype] += entry.nbytes
     return bytes_of.most_common(1)[0][0]
+
+
+def save_type(wanted: SaveType, folder: Path) -> torch.dtype:
+    """The type that `--save-dtype` stands for: a checkpoint's main one, or the one named."""
+    if wanted == "full":
+        return stored_dtype(folder)
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named[wanted]
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
+    """Turn a tuned float32 model into the type it is stored in, as the edit rounds.
+
+    Steps of training that are small beside the weights would be lost by rounding to the nearest.
+
+    Args:
+        model: changed in place.
+        dtype: type wanted.
+        seed: of the rounding.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = round_as_stored(parameter.data.float(), dtype, Place(seed, name))
+    torch.nn.Module.to(model, dtype=dtype)
 
 
 def save_model(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from perta.batch import Encoded
 from perta.card import write_card
@@ -31,8 +30,9 @@ from perta.model import (
     pad_id,
     pick_device,
     resolve_checkpoint,
+    round_weights,
     save_model,
-    stored_dtype,
+    save_type,
 )
 from perta.optimize import Resume, resumable
 from perta.progress import warn
@@ -80,7 +80,8 @@ def train_checkpoint(config: TrainConfig) -> Path:
             model, done = _solve(config, material)
         else:
             model, done = _train(config, start, material, resume)
-        nn.Module.to(model, dtype=stored_dtype(start))
+        dtype = save_type(config.save_dtype, start)
+        round_weights(model, dtype, config.training.unlearn_seed)
         save_model(model, tokenizer, folder, start)
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")

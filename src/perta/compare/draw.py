@@ -131,6 +131,7 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
                 base=str(base),
                 data=str(files[part]),
                 output=folder / name,
+                save_dtype=config.save_dtype,
                 tune=replace(config.tune, seed=seed),
                 data_config=config.data_config,
                 compute=config.compute,

@@ -160,6 +160,7 @@ class _Stages:
             data=str(data),
             output=output,
             samples=samples,
+            save_dtype=self.config.save_dtype,
             tune=tune,
             data_config=self.config.data_config,
             compute=self.config.compute,
