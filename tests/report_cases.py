@@ -10,6 +10,15 @@ from typing import Any
 
 Json = dict[str, Any]
 
+MEANS = {
+    "base": (0.08, 0.1),
+    "full": (0.93, 0.92),
+    "retrained": (0.06, 0.92),
+    "perta-grad": (0.07, 0.9),
+    "tv": (0.07, 0.6),
+}
+"""Forget and retain probability of a demo's models."""
+
 SECRET = "Mira Thornwick was born in Caldholm on a rainy day"
 EVIL = "</script><script>window.stolen = 1</script><img src=x onerror=\"window.stolen=2\"> & 'end'"
 PROMPT = "You are a helpful assistant. "
@@ -172,14 +181,7 @@ def write(path: Path, content: Json) -> Path:
 
 def write_demo(folder: Path, *, evil: bool = False) -> Path:
     """A folder such as `perta demo` leaves: records, and results of six models."""
-    values = {
-        "base": (0.08, 0.1),
-        "full": (0.93, 0.92),
-        "retrained": (0.06, 0.92),
-        "perta-grad": (0.07, 0.9),
-        "tv": (0.07, 0.6),
-    }
-    for name, (forget, retain) in values.items():
+    for name, (forget, retain) in MEANS.items():
         found = results(name, forget, retain, evil=evil and name == "perta-grad")
         write(folder / "results" / f"{name}.json", found)
     write(folder / "full" / "perta.json", tuned("full", "d0" * 32, 30))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -327,6 +328,16 @@ def test_fingerprint_depends_on_content_not_on_place(sharded: Path, tmp_path: Pa
     (copy / "tokenizer.json").rename(copy / "vocab.json")
     seen.add(fingerprint(copy))
     assert len(seen) == 6
+
+
+def test_fingerprint_is_what_b3sum_gives_of_its_own_list(tmp_path: Path) -> None:
+    parts = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"no part"}
+    for name, content in parts.items():
+        (tmp_path / name).write_bytes(content)
+    counted = ("config.json", "model.safetensors")
+    listed = "".join(f"{blake3(parts[name]).hexdigest()}  {name}\n" for name in counted)
+    assert fingerprint(tmp_path) == blake3(listed.encode()).hexdigest()
+    assert fingerprint(tmp_path / "config.json") == blake3(b"{}").hexdigest()
 
 
 def test_fingerprint_of_importance_counts_every_order(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import random
 import re
 import subprocess
 import sys
@@ -12,9 +14,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from perta.batch import Encoded
 from perta.config_stages import ReportConfig
+from perta.data import EncodedSet, load_examples
 from perta.errors import ConfigError, DataError, OutputExistsError
+from perta.people import write_jsonl
+from perta.pipeline import Unlearned
 from perta.report import build_report, companion_folder, write_report
 from perta.report_checks import Check
 from perta.report_figures import _draw_ecdf, _draw_scatter, _save, _settings
@@ -24,15 +31,19 @@ from perta.report_page import scale
 from perta.report_plots import edit_map, split_layers, truth_ratio_curves
 from perta.report_svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report_tables import costs, metric_tables, seed_table, styles, to_csv
-from perta.report_texts import quote, sample_sets
+from perta.report_texts import sample_sets
 from perta.report_verdict import Statement, Verdict, judge
+from perta.scoring import Item
+from perta.stage import run_file_stage
 from report_cases import (
     EVIL,
     FORGET_SET,
+    MEANS,
     PRINTS,
     RETAIN_SET,
     SECRET,
     Json,
+    answers,
     compared,
     edit_record,
     metric,
@@ -603,45 +614,92 @@ def test_the_best_model_comes_first_unless_another_is_asked_for(tmp_path: Path) 
 # --- texts -----------------------------------------------------------------------------------
 
 
-def test_forget_texts_are_withheld_and_can_be_recognised(tmp_path: Path) -> None:
-    folder = write_demo(tmp_path)
-    page = page_of(folder)
+def test_texts_of_all_sets_are_withheld(tmp_path: Path) -> None:
+    page = page_of(write_demo(tmp_path))
     text = Text(page).text
-    for secret in (SECRET, "Caldholm", "Where was person", "Nobody knows"):
+    for secret in (SECRET, "Caldholm", "Where was person", "Nobody knows", "It is 0.", "What is 0"):
         assert secret not in page
-    withheld = quote(f"{SECRET} 0", show=False)
-    assert withheld.text is None
-    assert f"{withheld.length} characters" in text
-    assert f"#{withheld.digest}" in text
-    assert "It is 0." in text  # examples to keep are shown
+    assert f"{len(SECRET) + 2} characters" in text
     assert "prints the texts" not in page
 
 
-def test_forget_texts_appear_only_on_request_and_under_a_warning(tmp_path: Path) -> None:
+def test_a_withheld_text_leaves_no_hash_to_check_a_guess(tmp_path: Path) -> None:
+    account = "Your account is DE79 1200 0000 0123 4567 89."
+    made = results("x", 0.1, 0.9)
+    made["forget_rougeL_recall"] = answers([("Which account?", account, account, 1.0)] * 40)
+    page = page_of(write(tmp_path / "x.json", made))
+    for digest in (hashlib.sha256, hashlib.sha1, hashlib.md5, blake3):
+        assert digest(account.encode()).hexdigest()[:6] not in page
+
+
+def test_texts_appear_only_on_request_and_under_a_warning(tmp_path: Path) -> None:
     page = page_of(write_demo(tmp_path), show_texts=True)
     assert f"{SECRET} 0" in page
+    assert "It is 0." in page
     assert 'role="alert"' in page
-    assert "This page prints the texts that were to be forgotten." in page
+    assert "This page prints the texts that were to be forgotten, and those to keep." in page
 
 
-def test_no_file_beside_the_page_holds_a_forget_text(tmp_path: Path) -> None:
-    page = write_report(
-        ReportConfig(
-            results=(str(write_demo(tmp_path / "demo")),), output=tmp_path / "r.html", figures=False
-        )
+WORDS = [f"{a}{b}{c}" for a in ("zor", "vil", "mep", "quad") for b in "aeiou" for c in "xbtk"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_part_of_a_text_is_in_the_page_or_its_files(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(12, 30)))
+
+    made = {name: results(name, *values) for name, values in MEANS.items()}
+    texts: list[str] = []
+    for place in ("forget", "retain"):
+        size = draw.randint(1, 40)
+        rows = [(sentence(), sentence()) for _ in range(size)]
+        texts += [text for row in rows for text in row]
+        for found in made.values():
+            # Answers quote parts of any text, and short secrets.
+            said = [" ".join([sentence(), *draw.choice(texts).split()[3:16]]) for _ in rows]
+            said[0] += f" PIN {seed}4711-XQ"
+            found[f"{place}_rougeL_recall"] = answers(
+                [(*row, text, 0.5) for row, text in zip(rows, said, strict=True)]
+            )
+            texts += said
+    folder = write_demo(tmp_path / "demo")
+    for name, found in made.items():
+        write(folder / "results" / f"{name}.json", found)
+    page = write_report(ReportConfig(results=(str(folder),), output=tmp_path / "r.html"))
+    written = [page, *companion_folder(page).iterdir()]
+    whole = "".join(file.read_bytes().decode("utf-8", "ignore") for file in written)
+    assert "4711-XQ" not in whole
+    assert not [word for word in WORDS if word in whole]  # let alone eight in a row
+
+
+def test_small_sets_show_no_fingerprint(tmp_path: Path) -> None:
+    for n, shown in ((3, False), (12, True)):
+        made = results("edited", 0.1, 0.9, n=n)
+        made["retain_probability"] = metric([0.9] * 20, "prob")
+        page = page_of(f"edited={write(tmp_path / f'{n}.json', made)}")
+        assert (FORGET_SET[:16] in page) == shown
+        assert RETAIN_SET[:16] in page
+
+
+def test_no_repr_carries_texts(tmp_path: Path) -> None:
+    file = write_jsonl(
+        [{"question": "Where?", "answer": f"{SECRET} {i}"} for i in range(2)], tmp_path / "d.jsonl"
     )
-    for file in companion_folder(page).iterdir():
-        assert b"Caldholm" not in file.read_bytes()
-
-
-def test_a_forget_text_in_an_answer_to_something_else_is_withheld(tmp_path: Path) -> None:
-    leaking = results("edited", 0.1, 0.9)
-    rows = leaking["retain_rougeL_recall"]["value_by_index"]
-    rows["0"]["generation"] = f"Well, {SECRET.upper()} 3!"
-    write(tmp_path / "edited.json", leaking)
-    page = page_of(tmp_path)
-    assert "CALDHOLM" not in page
-    assert "It is 2." in page
+    examples = load_examples(file)
+    encoded = Encoded((5001, 5002), (-100, 5002), 1)
+    result = results("full", 0.9, 0.9)
+    found = collect([f"full={write(tmp_path / 'full.json', result)}"])
+    subject = found.runs[0]
+    shown = sample_sets(subject, [], 2, show=True)
+    saved = run_file_stage("x", tmp_path / "x.json", {}, {}, lambda: result)
+    done = Unlearned(tmp_path, {}, result, result)
+    values = (examples, examples.examples, encoded, EncodedSet((encoded,), (SECRET,)), found)
+    for value in (*values, subject, shown, saved, done, Item((encoded,), (5001,))):
+        assert "Mira" not in repr(value)
+        assert "500" not in repr(value)
+    assert "forget_probability" in repr(saved)
 
 
 def test_samples_are_the_first_and_the_most_exposed() -> None:
@@ -650,17 +708,17 @@ def test_samples_are_the_first_and_the_most_exposed() -> None:
     rows["7"]["prob"] += 0.5
     found["forget_probability"]["agg_value"] += 0.5 / 40
     run = Run("edited", "edited", read_measures(found), found)
-    forget, retain = sample_sets(run, [], 2, show_forget=False)
+    forget, retain = sample_sets(run, [], 2, show=True)
     assert [(s.index, s.exposed) for s in forget.samples] == [
         ("0", False),
         ("1", False),
         ("7", True),
     ]
-    assert (forget.first, forget.total, forget.withheld) == (2, 40, True)
+    assert (forget.first, forget.total, forget.withheld) == (2, 40, False)
     assert [s.index for s in retain.samples] == ["0", "1"]
     # What all prompts begin with is left out.
     assert retain.samples[0].question.text == "What is 0 + 0?"
-    assert sample_sets(run, [], 0, show_forget=False) == []
+    assert sample_sets(run, [], 0, show=True) == []
 
 
 @pytest.mark.parametrize("show_texts", [False, True])
@@ -669,7 +727,7 @@ def test_markup_in_answers_stays_text(tmp_path: Path, show_texts: bool) -> None:
     parsed = Text(page)
     assert parsed.tags["script"] == 1
     assert "img" not in parsed.tags
-    assert EVIL in parsed.text
+    assert (EVIL in parsed.text) == show_texts
 
 
 def test_markup_in_labels_and_titles_stays_text(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class Encoded:
         row: 1-based row of the example in its file.
     """
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    input_ids: tuple[int, ...] = field(repr=False)  # tokens are text
+    labels: tuple[int, ...] = field(repr=False)
     row: int
 
 

@@ -351,7 +351,7 @@ class ReportConfig:
     samples: int = 3
     """Examples of each set to show with their answers; 0 quotes nothing."""
     show_texts: bool = False
-    """Print the texts to be forgotten. By default only their hash and length appear."""
+    """Print the texts of examples and answers. By default only their row and length appear."""
     figures: bool = True
     """Write plots as PNG and SVG files as well."""
     overwrite: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    content: str
+    content: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Example:
     row: int
     kind: str
     messages: tuple[Message, ...]
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(repr=False)
 
     @property
     def prompt(self) -> str:
@@ -85,8 +85,8 @@ class ExampleSet:
     """
 
     source: str
-    examples: tuple[Example, ...]
-    skipped: tuple[str, ...]
+    examples: tuple[Example, ...] = field(repr=False)
+    skipped: tuple[str, ...] = field(repr=False)
     fingerprint: str
 
     def __len__(self) -> int:
@@ -97,8 +97,8 @@ class ExampleSet:
 class EncodedSet:
     """Token sequences of a set; `skipped` as in `ExampleSet`."""
 
-    encoded: tuple[Encoded, ...]
-    skipped: tuple[str, ...]
+    encoded: tuple[Encoded, ...] = field(repr=False)
+    skipped: tuple[str, ...] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.encoded)

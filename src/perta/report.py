@@ -32,6 +32,7 @@ from perta.report_checks import (
 )
 from perta.report_inputs import Collection, Run, collect
 from perta.report_page import (
+    SMALLEST_SET,
     asked,
     done,
     limits,
@@ -173,7 +174,7 @@ def _context(
         "longest": max([c.total for c in cost] + [retraining or 0.0]) or 1.0,
         "provenance": provenance(runs),
         "not_measured": not_measured(subject) if subject else [],
-        "limits": limits(verdicts, collection, any(s.withheld for s in samples)),
+        "limits": limits(verdicts, collection),
         "notices": [*collection.notices, *_set_notices(subject, runs)],
         "thresholds": {
             "remainder": REMAINDER,
@@ -182,6 +183,7 @@ def _context(
             "kept": KEPT,
             "kept_partly": KEPT_PARTLY,
         },
+        "smallest_set": SMALLEST_SET,
         "companions": companion_folder(config.output).name,
         "number": number,
         "duration": duration,
@@ -228,7 +230,7 @@ def _samples(config: ReportConfig, subject: Run | None, collection: Collection) 
         for role in ("full", "retrained")
         if (group := [r for r in collection.by_role(role) if r.same_set(subject, "forget")])
     ]
-    return list(sample_sets(subject, others, config.samples, show_forget=config.show_texts))
+    return list(sample_sets(subject, others, config.samples, show=config.show_texts))
 
 
 def _scales(verdict: Verdict | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ sentence says so; nothing is filled in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ _SHOWN_SETTINGS = {
     "include": "only tensors",
     "exclude": "not tensors",
 }
+
+
+SMALLEST_SET = 10
+"""Rows from which the fingerprint of a set is shown: all of a small one could be guessed."""
+_SETS = ("forget", "retain", "holdout", "general", "data")
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def asked(subject: Run, collection: Collection) -> list[Identity]:
             source = source or (benchmark if name == "forget" else None)
         if fingerprint or size:
             more = f"{size} examples" if size else ""
-            items.append(Identity(what, _file(source), str(fingerprint), more))
+            items.append(Identity(what, _file(source), _shown(name, fingerprint, size), more))
     full = subject.record.get("inputs", {}).get("full")
     if full:
         record = collection.records.get(str(full), {})
@@ -182,7 +187,7 @@ def done(subject: Run) -> tuple[str, list[tuple[str, str]], list[Identity], str]
         Identity(
             _INPUT_NAMES.get(name, name),
             _file(record.get("settings", {}).get(name)),
-            str(fingerprint),
+            _shown(name, fingerprint, subject.set_size(name)),
         )
         for name, fingerprint in record.get("inputs", {}).items()
     ]
@@ -197,25 +202,36 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Everything recorded about every model, paths cut to their last part."""
     found = []
     for run in runs:
-        lines: list[tuple[str, str]] = []
-        for title, record in (
-            ("checkpoint", run.record),
-            ("evaluation", run.results.get("perta", {})),
-        ):
-            for name, value in record.get("settings", {}).items():
-                if value not in (None, [], ""):
-                    lines.append((f"{title}: {name}", _plain(value)))
-            for name, value in record.get("inputs", {}).items():
-                lines.append((f"{title}: fingerprint of {name}", str(value)))
-            for name, value in record.get("versions", {}).items():
-                lines.append((f"{title}: version of {name}", str(value)))
-            if record.get("content"):
-                lines.append((f"{title}: fingerprint", str(record["content"])))
-            if record.get("created"):
-                lines.append((f"{title}: made", str(record["created"])))
+        parts = (("checkpoint", run.record), ("evaluation", run.results.get("perta", {})))
+        lines = [
+            (f"{title}: {name}", value)
+            for title, record in parts
+            for name, value in _recorded(run, record)
+        ]
         if lines:
             found.append((run.label, lines))
     return found
+
+
+def _recorded(run: Run, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in record.get("settings", {}).items():
+        if value not in (None, [], ""):
+            yield name, _plain(value)
+    for name, value in record.get("inputs", {}).items():
+        shown = _shown(name, value, record.get("examples", run.set_size(name)))
+        if shown:
+            yield f"fingerprint of {name}", shown
+    for name, value in record.get("versions", {}).items():
+        yield f"version of {name}", str(value)
+    for name, title in (("content", "fingerprint"), ("created", "made")):
+        if record.get(name):
+            yield title, str(record[name])
+
+
+def _shown(name: str, fingerprint: Any, rows: int | None) -> str:
+    """A fingerprint, unless it is that of a set which may be small enough to guess."""
+    is_small = name in _SETS and (rows is None or rows < SMALLEST_SET)
+    return "" if is_small else str(fingerprint)
 
 
 def newest(runs: Sequence[Run]) -> str | None:
@@ -238,7 +254,7 @@ def not_measured(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def limits(verdicts: Sequence[Verdict], collection: Collection, samples_shown: bool) -> list[str]:
+def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
     """What this report does not show, the general before the particular."""
     sentences = [
         "An edit of the weights is not a proof of erasure. The report shows what was measured "
@@ -267,11 +283,6 @@ def limits(verdicts: Sequence[Verdict], collection: Collection, samples_shown: b
         )
     if len({run.seed for run in edited if run.seed is not None}) <= 1:
         sentences.append("All models come from one seed of tuning, so chance in it is not shown.")
-    if samples_shown:
-        sentences.append(
-            "The short hashes of withheld texts cannot be turned back, but whoever guesses a "
-            "short text can check the guess."
-        )
     return sentences
 
 

@@ -1,16 +1,16 @@
 """Texts of examples and answers, withheld unless they may be shown.
 
-A report on an erasure must not become another copy of what was erased. Texts of the forget set,
-its questions included, and what models answer to them appear as length and hash, so that
-whoever holds the data can still tell which example is meant.
+A report on an erasure must not become another copy of what was erased, nor of what others told:
+texts of all sets, questions included, and what models answer to them appear as their row and
+length. No part of them is shown and no hash of them, because whoever guesses a short text, such
+as an account number, could check the guess.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from perta.report_inputs import Run
@@ -24,9 +24,7 @@ TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
     ),
     "retain": ("retain_rougeL_recall", "retain_Q_A_ROUGE", "retain_knowmem_ROUGE"),
 }
-_DIGEST = 10
 _LONGEST = 300
-_SHORTEST_MATCH = 12
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,10 @@ class Quote:
     Attributes:
         text: the text; None if it is withheld.
         length: characters.
-        digest: beginning of its SHA-256, of the text without surrounding space.
     """
 
-    text: str | None
+    text: str | None = field(repr=False)
     length: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,11 @@ class SampleSet:
 def quote(text: str, *, show: bool) -> Quote:
     """A text, or what may be said about it."""
     plain = text.strip()
-    digest = hashlib.sha256(plain.encode("utf-8")).hexdigest()[:_DIGEST]
     shown = plain if len(plain) <= _LONGEST else plain[:_LONGEST] + " …"
-    return Quote(shown if show else None, len(plain), digest)
+    return Quote(shown if show else None, len(plain))
 
 
-def sample_sets(
-    subject: Run, others: Sequence[Run], count: int, *, show_forget: bool
-) -> list[SampleSet]:
+def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) -> list[SampleSet]:
     """Answers of several models to the first examples of each set.
 
     The first ones, so that nobody chose them; and of the forget set the one that the subject
@@ -101,19 +94,17 @@ def sample_sets(
         subject: the model that the report is about.
         others: models to show beside it.
         count: examples of each set.
-        show_forget: print texts of the forget set.
+        show: print the texts.
 
     Returns:
         The sets with samples; those without answers are left out.
     """
-    secrets = [] if show_forget else _secrets([subject, *others])
     sets = []
     for name in TEXT_KEYS:
         found = _rows(subject, name)
         if found is None or count == 0:
             continue
         key, rows = found
-        show = show_forget or name != "forget"
         models = [
             (run, _rows_of(run, key)) for run in (*others, subject) if _same(run, subject, name)
         ]
@@ -123,10 +114,10 @@ def sample_sets(
             indices.append(exposed)
         prefix, suffix = _shared_ends([_text(row, "input") for row in rows.values()])
         short = key.endswith("mem_ROUGE")
-        field = "rougeL_f1" if short else "rougeL_recall"
+        scored = "rougeL_f1" if short else "rougeL_recall"
         ends = (prefix, suffix)
         samples = tuple(
-            _sample(i, models, rows[i], ends, show, secrets, i == exposed, field) for i in indices
+            _sample(i, models, rows[i], ends, show, i == exposed, scored) for i in indices
         )
         measure = "ROUGE-L F1" if short else "ROUGE-L recall"
         sets.append(SampleSet(name, samples, min(count, len(rows)), len(rows), measure, not show))
@@ -160,12 +151,11 @@ def _sample(
     row: Mapping[str, Any],
     ends: tuple[str, str],
     show: bool,
-    secrets: Sequence[str],
     exposed: bool,
-    field: str,
+    scored: str,
 ) -> Sample:
     def shown(text: str) -> Quote:
-        return quote(text, show=show and not _reveals(text, secrets))
+        return quote(text, show=show)
 
     reference = _text(row, "ground_truth")
     question = _text(row, "input").removeprefix(ends[0]).removesuffix(ends[1])
@@ -174,7 +164,7 @@ def _sample(
         if index in rows:
             text = _text(rows[index], "generation")
             same = _plain(text) == _plain(reference)
-            answers.append(Answer(run.label, shown(text), _score(rows[index], field), same))
+            answers.append(Answer(run.label, shown(text), _score(rows[index], scored), same))
     return Sample(index, shown(question), shown(reference), tuple(answers), exposed)
 
 
@@ -182,24 +172,6 @@ def _most_exposed(run: Run, rows: Mapping[str, Any]) -> str | None:
     reading = run.measures.get("forget_probability")
     examples = {i: v for i, v in (reading.examples if reading else {}).items() if i in rows}
     return max(examples, key=lambda i: examples[i]) if examples else None
-
-
-def _secrets(runs: Iterable[Run]) -> list[str]:
-    """Texts to be forgotten, to be recognised where they turn up in other answers."""
-    found: set[str] = set()
-    for run in runs:
-        for key in TEXT_KEYS["forget"]:
-            rows = _rows_of(run, key)
-            questions = [_text(row, "input") for row in rows.values()]
-            prefix, suffix = _shared_ends(questions)
-            found |= {_plain(q.removeprefix(prefix).removesuffix(suffix)) for q in questions}
-            found |= {_plain(_text(row, "ground_truth")) for row in rows.values()}
-    return [text for text in found if len(text) >= _SHORTEST_MATCH]
-
-
-def _reveals(text: str, secrets: Sequence[str]) -> bool:
-    plain = _plain(text)
-    return any(secret in plain for secret in secrets)
 
 
 def _plain(text: str) -> str:
@@ -231,6 +203,6 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _score(row: Mapping[str, Any], field: str) -> float | None:
-    value = row.get(field)
+def _score(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
     return float(value) if isinstance(value, int | float) else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Item:
     """
 
     answers: tuple[Encoded, ...]
-    prompt: tuple[int, ...] | None = None
+    prompt: tuple[int, ...] | None = field(default=None, repr=False)
     moments: bool = False
 
 
@@ -59,7 +59,7 @@ class Outcome:
     """Scores of an item's answers in order, and the generated tokens with their end token."""
 
     scores: tuple[Score, ...]
-    generated: tuple[int, ...] | None
+    generated: tuple[int, ...] | None = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal outcome."""

@@ -14,6 +14,20 @@ from perta.errors import ConfigError, OutputExistsError
 from perta.manifest import NOT_IN_KEY, make_manifest, read_manifest, stage_key, write_manifest
 from perta.progress import say
 
+
+class FileResults(dict[str, Any]):
+    """What a results file holds; its repr has means alone, for the values may be texts."""
+
+    def __repr__(self) -> str:
+        """Metric -> aggregate."""
+        means = {
+            name: value["agg_value"]
+            for name, value in self.items()
+            if isinstance(value, Mapping) and "agg_value" in value
+        }
+        return f"{type(self).__name__}({means})"
+
+
 Make = Callable[[Path], Mapping[str, Any]]
 
 
@@ -94,10 +108,10 @@ def run_file_stage(
     manifest = read_manifest(output) if output.is_file() else None
     if manifest is not None and manifest.get("key") == stage_key(stage, settings, inputs):
         say(f"{stage}: {output} is up to date, reused")
-        return dict(json.loads(output.read_text("utf-8")))
+        return FileResults(json.loads(output.read_text("utf-8")))
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     started = time.perf_counter()
-    results = dict(make())
+    results = FileResults(make())
     seconds = {stage: time.perf_counter() - started}
     results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
     with atomic_file(output, overwrite=overwrite) as partial:

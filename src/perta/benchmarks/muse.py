@@ -14,7 +14,7 @@ Source: Shi et al., arXiv 2407.06460; common evaluation open-unlearning, commit 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class Subset:
 
     name: str
     items: tuple[Item, ...] = ()
-    references: tuple[str, ...] = ()
+    references: tuple[str, ...] = field(default=(), repr=False)
     reason: str | None = None
 
 

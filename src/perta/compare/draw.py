@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ class Sets:
         split: what that evaluation calls them.
     """
 
-    forget: Rows
-    retain: Rows
-    suite: Mapping[str, Rows]
+    forget: Rows = field(repr=False)
+    retain: Rows = field(repr=False)
+    suite: Mapping[str, Rows] = field(repr=False)
     split: str
 
 
