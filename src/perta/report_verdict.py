@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from perta.provenance import Record
 from perta.report_checks import (
     RANK,
     WORDS,
@@ -26,7 +27,7 @@ from perta.report_checks import (
     trace_check,
     worst,
 )
-from perta.report_inputs import Collection, Record, Run
+from perta.report_inputs import Collection, Run
 from perta.report_metrics import ks_test, rows_of, truth_ratios
 from perta.report_sentences import (
     calibrated_on,
