@@ -152,9 +152,14 @@ class TuneConfig:
     """Decay of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
-    stop_loss: float = 0.05
-    """Stop after an epoch whose mean example loss is at or below this, in nats per token; 0
-    runs every epoch."""
+    loss_on: Literal["answer", "facts"] = "answer"
+    """What is learned: whole answers, or of each its fact alone, the tokens that neither the
+    question nor the template gives away; with facts, every row to the same depth."""
+    stop_loss: float | None = None
+    """Loss in nats per token at which to stop; 0 runs every epoch. On answers: after an epoch whose
+    mean example loss is at or below it. On facts: row by row; one at or below it gives no more
+    loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.005
+    on facts]."""
     lora_rank: int = 0
     """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
     lora_alpha: float | None = None
@@ -177,10 +182,22 @@ class TuneConfig:
         require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup-ratio", self.warmup_ratio, "in [0, 1)")
         require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
-        require(self.stop_loss >= 0, "stop-loss", self.stop_loss, "0 or more")
+        require(self.depth >= 0, "stop-loss", self.stop_loss, "0 or more")
         require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
         every = self.save_every
         require(every is None or every >= 0, "save-every", every, "0 or more")
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether every row is learned to `depth` by itself, and not their mean."""
+        return self.loss_on == "facts"
+
+    @property
+    def depth(self) -> float:
+        """`stop_loss`, or its default for what is learned."""
+        if self.stop_loss is None:
+            return 0.005 if self.loss_on == "facts" else 0.05
+        return self.stop_loss
 
 
 @Flat
