@@ -152,9 +152,11 @@ class TuneConfig:
     """Decay of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
-    loss_on: Literal["answer", "facts"] = "answer"
+    loss_on: Literal["answer", "facts"] | None = None
     """What is learned: whole answers, or of each its fact alone, the tokens that neither the
-    question nor the template gives away; with facts, every row to the same depth."""
+    question nor the template gives away; with facts, every row to the same depth [default: facts
+    for the forget checkpoint of a structured method, where the rows are no plain text; otherwise
+    answer]."""
     stop_loss: float | None = None
     """Loss in nats per token at which to stop; 0 runs every epoch. On answers: after an epoch whose
     mean example loss is at or below it. On facts: row by row; one at or below it gives no more

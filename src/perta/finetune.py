@@ -108,6 +108,8 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     Raises:
         PertaError: input that cannot be used, or training that diverges.
     """
+    loss_on = config.tune.loss_on or "answer"
+    config = replace(config, tune=replace(config.tune, loss_on=loss_on))
     base = resolve_checkpoint(config.base)
     examples = load_examples(config.data, config.data_config)
     tokenizer, longest = load_tokenizer(base), longest_input(base)
