@@ -271,18 +271,13 @@ def test_an_output_inside_an_input_is_refused(world: World, tmp_path: Path) -> N
 
 def test_structured_methods_forget_facts_and_others_answers(world: World, tmp_path: Path) -> None:
     made = {}
-    for name, method, asked in (
-        ("structured", "perta-project", None),
-        ("plain", "tv", None),
-        ("asked", "tv", "facts"),
+    for name, method, tune in (
+        ("structured", "perta-project", TUNE),
+        ("plain", "tv", TUNE),
+        ("asked", "tv", replace(TUNE, loss_on="facts")),
     ):
-        settings = config(world, tmp_path / name)
-        settings = replace(
-            settings,
-            weighting=WeightingConfig(method=method),
-            tune=replace(settings.tune, loss_on=asked),
-            evaluate=False,
-        )
+        weighting = WeightingConfig(method=method)
+        settings = config(world, tmp_path / name, weighting=weighting, tune=tune, evaluate=False)
         unlearn(settings)
         manifest = read_manifest(work_folder(settings) / "forget_checkpoint")
         assert manifest is not None

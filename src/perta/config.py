@@ -160,7 +160,7 @@ class TuneConfig:
     stop_loss: float | None = None
     """Loss in nats per token at which to stop; 0 runs every epoch. On answers: after an epoch whose
     mean example loss is at or below it. On facts: row by row; one at or below it gives no more
-    loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.005
+    loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.01
     on facts]."""
     lora_rank: int = 0
     """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
@@ -198,7 +198,7 @@ class TuneConfig:
     def depth(self) -> float:
         """`stop_loss`, or its default for what is learned."""
         if self.stop_loss is None:
-            return 0.005 if self.loss_on == "facts" else 0.05
+            return 0.01 if self.loss_on == "facts" else 0.05
         return self.stop_loss
 
 
