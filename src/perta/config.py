@@ -22,6 +22,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
+Layers = Literal["mlp", "all"]
 
 Repeated = Parameter(negative_iterable=())
 Flat = Parameter(name="*")
@@ -260,8 +261,8 @@ class WeightingConfig:
     """Weighting method; `perta methods` lists them."""
     scaling_coef: float | Literal["auto"] | None = None
     """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
-    smallest at which the forget set looks unseen [default: the method's own: 2.3 for
-    `perta-project` and `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
+    smallest at which the forget set looks unseen [default: the method's own: 2.7 for
+    `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
     the diagonal Fisher information."""
@@ -295,6 +296,9 @@ class WeightingConfig:
     weighting_seed: int = 0
     """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
     than float32."""
+    layers: Layers | None = None
+    """Layers to edit: those of the MLPs, found from the model's structure, or `all` that the method
+    can edit [default: mlp for `perta-project` without --include, otherwise all]."""
     include: Annotated[tuple[str, ...], Repeated] = ()
     """Edit only tensors whose name matches one of these patterns, such as `*.mlp.*`."""
     exclude: Annotated[tuple[str, ...], Repeated] = ()
