@@ -25,6 +25,7 @@ from perta.compare.study import bench_compare
 from perta.compare.summary import summarise, write_summary
 from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import load_examples
+from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.people import write_jsonl
 from perta.results import Results
@@ -332,7 +333,7 @@ def test_a_path_that_passes_the_target_is_better_than_one_that_comes_nearer(
     tmp_path: Path,
 ) -> None:
     near, passing = (
-        TrainingPath(1e-5, probabilities, tmp_path / name, torch.float32)
+        TrainingPath(1e-5, probabilities, tmp_path / name, torch.float32, [])
         for name, probabilities in (("near", [0.9, 0.11]), ("passing", [0.9, 0.2, 0.02]))
     )
     assert passing.rank(0.1) < near.rank(0.1)
@@ -487,10 +488,12 @@ def test_a_method_named_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_training_path_has_the_values_that_would_be_stored(tmp_path: Path) -> None:
-    """Between two epochs weights are interpolated, and rounded to the checkpoint's type."""
-    path = TrainingPath(1e-5, [1.0, 0.5], tmp_path / "path", torch.bfloat16)
+    """Between two epochs weights are interpolated, and rounded as `perta train` rounds them."""
+    place = Place(3, "some.weight")
+    path = TrainingPath(1e-5, [1.0, 0.5], tmp_path / "path", torch.bfloat16, [place])
     path.folder.mkdir()
-    path.keep(1, [torch.tensor([1.0, 3.0])])
-    (value,) = path.at([torch.tensor([1.0, 1.0])], 0.12345)
+    full, tuned = torch.linspace(1, 2, 64), torch.linspace(3, 4, 64)
+    path.keep(1, [tuned])
+    (value,) = path.at([full], 0.25)
     assert value.dtype == torch.float32
-    assert value.tolist() == [1.0, 1.25]  # 1.2469; neighbours are 1/128 apart
+    assert torch.equal(value, round_as_stored(full + 0.5, torch.bfloat16, place).float())

@@ -82,6 +82,21 @@ def test_what_is_tried_is_what_is_stored(tmp_path: Path, dtype: torch.dtype, mak
     assert all(torch.equal(a, b) for a, b in zip(before, full.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "save"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_another_type_is_tried_as_it_is_stored(tmp_path: Path, dtype: str, save: Any) -> None:
+    edit = write_models(tmp_path, tiny_llama(), getattr(torch, dtype))
+    weighting = replace(edit.weighting, include=("*.mlp.*",))
+    edit = replace(edit, save_dtype=save, weighting=weighting)
+    edit_checkpoint(edit)
+    written = load_model(tmp_path / "out", CPU, dtype=torch.float32)
+    full = load_model(tmp_path / "full", CPU, dtype=torch.float32)
+    (tmp_path / "scratch").mkdir()
+    edited = EditedModel(full, load_changes(tmp_path / "scratch", edit, CPU))
+    edited.move(1.9)
+    for value, expected in zip(full.parameters(), written.parameters(), strict=True):
+        assert torch.equal(value, expected)
+
+
 def test_a_tied_head_that_is_stored_first(tmp_path: Path) -> None:
     """The rounding goes by the first of two names."""
     edit = write_models(tmp_path, tiny_llama(), torch.bfloat16)

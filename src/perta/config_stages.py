@@ -236,7 +236,7 @@ class UnlearnConfig:
     its like. The structured methods can do with --retain-moments or --general instead."""
     holdout: str | None = None
     """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
-    takes the strength at which the forget set looks as unseen as they do."""
+    takes the strength at which every row's fact looks as unseen as theirs."""
     work_dir: Path | None = None
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
     model tuned on the forget set: delete it when you are done."""
@@ -260,10 +260,10 @@ class UnlearnConfig:
     set's, so that what the retain set has too few rows to show is protected as well. Without a
     retain set it is all that is protected."""
     retain_budget: float = 0.1
-    """With `--scaling-coef auto`: largest rise of the mean loss on one half of the retain set, in
-    nats per token. The other half is reported."""
+    """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
+    nats per token."""
     strength_seed: int = 0
-    """With `--scaling-coef auto`: seed of the halves of the retain set."""
+    """With `--scaling-coef auto`: seed of the sample of the retain set."""
     save_dtype: SaveType = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
     evaluate: bool = True

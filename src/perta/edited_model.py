@@ -34,7 +34,7 @@ from perta.edit import (
     write_edit,
 )
 from perta.edit_arithmetic import Place, round_as_stored, round_by, thresholds
-from perta.model import load_model, stored_dtype
+from perta.model import load_model, save_type, stored_dtype
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -58,14 +58,14 @@ class Change:
         """The parameter at a strength.
 
         Args:
-            full: θ_full, of any type that holds its values.
+            full: θ_full; it is cast to the stored type, to the nearest, before.
             scaling_coef: α.
 
         Returns:
             float32, with values of the stored type.
         """
         # In two steps, as the edit does it: a fused one differs in the last bit.
-        values = full.to(torch.float32) - self.delta * scaling_coef
+        values = full.to(self.dtype).to(torch.float32) - self.delta * scaling_coef
         return self.rounded(values).to(torch.float32)
 
 
@@ -78,12 +78,14 @@ class EditedModel:
 
     def __init__(self, model: PreTrainedModel, changes: Sequence[Change]) -> None:
         self.model = model
-        # What the edit leaves alone needs no copy.
-        self._moved = [
-            (parameter, parameter.detach().to(change.dtype, copy=True), change)
-            for parameter, change in zip(model.parameters(), changes, strict=True)
-            if bool(change.delta.any())
-        ]
+        self._moved: list[tuple[nn.Parameter, Tensor, Change]] = []
+        for parameter, change in zip(model.parameters(), changes, strict=True):
+            full = parameter.detach().to(change.dtype, copy=True)
+            if bool(change.delta.any()):
+                self._moved.append((parameter, full, change))
+            else:
+                # What the edit leaves alone needs no copy, but may be stored in another type.
+                parameter.data.copy_(full)
 
     @torch.no_grad()
     def move(self, scaling_coef: float) -> None:
@@ -116,16 +118,30 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
     zeros = _write_like(index, folder / "zeros", lambda entry: torch.zeros(()).expand(entry.shape))
     write_edit(delta, inputs, at_strength(weighting, -1.0), onto=zeros)
     model = load_model(delta, compute, dtype=torch.float32)
-    rounded = _roundings(model, index, weighting.weighting_seed, folder / "thresholds", compute)
+    kept = _Kept(index, stored_dtype(index.folder), save_type(edit.save_dtype, index.folder))
+    rounded = _roundings(model, kept, weighting.weighting_seed, folder / "thresholds", compute)
     steps = [parameter.detach() for parameter in model.parameters()]
     return [Change(step, *how) for step, how in zip(steps, rounded, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What θ_full stores, most of it in `main`, which the edit stores in the type `saved`."""
+
+    index: CheckpointIndex
+    main: torch.dtype
+    saved: torch.dtype
+
+    def dtype(self, entry: TensorEntry) -> torch.dtype:
+        """Type in which the edit stores a tensor."""
+        return self.saved if entry.dtype == self.main else entry.dtype
 
 
 Rounding = tuple[torch.dtype, Callable[[Tensor], Tensor]]
 
 
 def _roundings(
-    model: PreTrainedModel, index: CheckpointIndex, seed: int, folder: Path, compute: ComputeConfig
+    model: PreTrainedModel, kept: _Kept, seed: int, folder: Path, compute: ComputeConfig
 ) -> list[Rounding]:
     """How the edit rounds each parameter of a model.
 
@@ -133,22 +149,21 @@ def _roundings(
     parameter of several of these (the experts of a mixture, for one), the numbers are loaded like
     weights, so that its own rules say which of them belongs where.
     """
-    entries = _stored_entries(model, index)
-    common = stored_dtype(index.folder)
+    entries = _stored_entries(model, kept.index)
     drawn: list[Tensor | None] = [None] * len(entries)
-    if None in entries and common in _NARROW:
-        _write_like(index, folder, lambda e: thresholds(Place(seed, e.name), e.numel).float())
+    if None in entries and kept.saved in _NARROW:
+        _write_like(kept.index, folder, lambda e: thresholds(Place(seed, e.name), e.numel).float())
         numbers = load_model(folder, compute, dtype=torch.float32)
         drawn = [parameter.detach().to(torch.int32) for parameter in numbers.parameters()]
     found: list[Rounding] = []
     for entry, above in zip(entries, drawn, strict=True):
         if entry is not None:
-            place, dtype = Place(seed, entry.name), entry.dtype
+            place, dtype = Place(seed, entry.name), kept.dtype(entry)
             found.append((dtype, partial(round_as_stored, dtype=dtype, place=place)))
         elif above is not None:
-            found.append((common, partial(round_by, dtype=common, above=above)))
+            found.append((kept.saved, partial(round_by, dtype=kept.saved, above=above)))
         else:
-            found.append((common, partial(Tensor.to, dtype=common)))
+            found.append((kept.saved, partial(Tensor.to, dtype=kept.saved)))
     return found
 
 

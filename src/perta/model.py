@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,31 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None
     for name, parameter in model.named_parameters():
         parameter.data = round_as_stored(parameter.data.float(), dtype, Place(seed, name))
     torch.nn.Module.to(model, dtype=dtype)
+
+
+@contextmanager
+def counting_tokens(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Count what goes through a model, padding included.
+
+    Args:
+        model: a causal language model of the transformers library, called with `input_ids`.
+
+    Yields:
+        How many tokens went through since the start; a forward pass over one costs two operations
+        a parameter.
+    """
+    count = 0
+
+    def add(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal count
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        count += 0 if ids is None else ids.numel()
+
+    handle = model.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield lambda: count
+    finally:
+        handle.remove()
 
 
 def save_model(

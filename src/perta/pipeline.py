@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import TuneConfig
@@ -125,7 +125,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     if config.retain_moments is not None:
         check_retain_moments(config, base if config.importance_at == "base" else full, sets)
     record = _Record.of(config, base, full, sets)
-    stages = _Stages(config, base, full, record.seconds)
+    stages = _Stages(config, base, full, record.seconds, record.passes)
     if record.is_finished():
         say(f"unlearn: {config.output} is up to date, reused")
     else:
@@ -133,9 +133,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
         started = time.perf_counter()
         is_auto = config.weighting.scaling_coef == "auto"
         unseen = stages.calibrate(record.sets) if is_auto else None
-        forget_checkpoints = (
-            stages.finetune(record.sets["forget"]) if method.direction == "forget - base" else []
-        )
+        forget_checkpoints = stages.finetune() if method.direction == "forget - base" else []
         retain_checkpoint = stages.tune_retain(len(record.sets["forget"]))
         importance = [
             stages.importance(name, order)
@@ -179,7 +177,7 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     full = resolve_checkpoint(config.full, base=config.base)
     check_output(config, base, full, work_folder(config))
     record = _Record.of(config, base, full, load_sets(config))
-    stages = _Stages(config, base, full, record.seconds)
+    stages = _Stages(config, base, full, record.seconds, record.passes)
     if record.is_finished():
         say(f"unlearn: {config.output} is up to date, reused")
     else:
@@ -205,31 +203,27 @@ def _evaluated(stages: _Stages, record: _Record) -> Unlearned:
 
 @dataclass(frozen=True)
 class _Stages:
-    """The stages of one run with its inputs; each adds its duration to `seconds`."""
+    """The stages of one run with its inputs; each adds its duration to `seconds`.
+
+    Stages without an output of their own, which would record it, add to `passes` what they
+    compute, in forward passes over one token.
+    """
 
     config: UnlearnConfig
     base: Path
     full: Path
     seconds: dict[str, float]
+    passes: dict[str, float]
 
-    def finetune(self, forget: ExampleSet) -> list[Path]:
+    def finetune(self) -> list[Path]:
         """Tune a forget checkpoint for every seed."""
         tuned = []
         for place in range(self.config.forget_seeds or 1):
             more = f"_{place + 1}" if place else ""
-            seed = self.config.tune.seed + place
-            tune = replace(self.config.tune, seed=seed, loss_on=self._loss_on(forget))
+            tune = replace(self.config.tune, seed=self.config.tune.seed + place)
             stage = self._tuning("forget_checkpoint" + more, self.config.forget, tune)
             tuned.append(self._timed("finetune" + more, partial(finetune_checkpoint, stage)))
         return tuned
-
-    def _loss_on(self, forget: ExampleSet) -> Literal["answer", "facts"]:
-        """What a forget checkpoint learns; plain text has no template around its facts."""
-        if self.config.tune.loss_on:
-            return self.config.tune.loss_on
-        method = get_method(self.config.weighting.method)
-        is_text = any(example.kind == "text" for example in forget.examples)
-        return "facts" if method.moments and not is_text else "answer"
 
     def tune_retain(self, forget_rows: int) -> Path | None:
         """Tune on retained examples, where the method adds a retain vector and none was given."""
@@ -240,8 +234,7 @@ class _Stages:
         # All of the retain set would cost as much as training again without the forget set.
         samples = self.config.retain_samples or str(forget_rows)
         data = cast(str, self.config.retain)
-        tune = replace(self.config.tune, loss_on="answer")
-        stage = self._tuning("retain_checkpoint", data, tune, samples)
+        stage = self._tuning("retain_checkpoint", data, self.config.tune, samples)
         return self._timed("retain_finetune", lambda: finetune_checkpoint(stage))
 
     def _tuning(
@@ -361,9 +354,11 @@ class _Stages:
     def calibrate(self, sets: Mapping[str, ExampleSet]) -> Unseen:
         """Measure what unseen means, before the first long step."""
         data_config, compute = self.config.data_config, self.config.compute
-        return self._timed(
+        unseen = self._timed(
             "calibrate", lambda: calibrate(self.full, self.base, sets, data_config, compute)
         )
+        self.passes["calibrate"] = unseen.tokens
+        return unseen
 
     def find_strength(
         self, stage: EditConfig, sets: Mapping[str, ExampleSet], unseen: Unseen
@@ -378,6 +373,7 @@ class _Stages:
                 stage, sets, unseen, settings, self.config.data_config, self.config.compute
             ),
         )
+        self.passes["strength"] = found.tokens
         text = json.dumps(asdict(found), indent=1) + "\n"
         self._place("strength.json").write_text(text, "utf-8")
         return found
@@ -426,6 +422,7 @@ class _Record:
     inputs: Mapping[str, str]
     sets: Mapping[str, ExampleSet]
     seconds: dict[str, float]
+    passes: dict[str, float]
 
     @classmethod
     def of(
@@ -445,7 +442,7 @@ class _Record:
         if config.retain_checkpoint is not None:
             retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base)
             inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
-        return cls(config, _resolved(config), inputs, sets, {})
+        return cls(config, _resolved(config), inputs, sets, {}, {})
 
     def is_finished(self) -> bool:
         manifest = read_manifest(self.config.output) or {}
@@ -475,6 +472,7 @@ class _Record:
             self.settings,
             self.inputs,
             seconds={**earlier.get("seconds", {}), **self.seconds},
+            passes={**earlier.get("passes", {}), **self.passes},
             sources={name: getattr(self.config, name) for name in self.inputs},
             evaluation=evaluation or earlier.get("evaluation", {}),
             **({"strength": earlier["strength"]} if "strength" in earlier else {}),

@@ -28,6 +28,7 @@ from perta.compare.draw import Draw
 from perta.compare.search import Try, search_between
 from perta.compare.spec import TrainingSpec
 from perta.config_bench import CompareConfig
+from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import DivergenceError
 from perta.model import stored_dtype
 from perta.progress import warn
@@ -53,6 +54,7 @@ class TrainingPath:
         probabilities: forget probability after each epoch, the start's first.
         folder: where the weights after each epoch are kept while the path is of use.
         dtype: type that `perta train` stores the result in.
+        places: where each parameter lies, for the rounding to that type.
         trained: what the training did.
         seconds: stage -> duration, measurements included.
         attempts: learning rates tried.
@@ -63,6 +65,7 @@ class TrainingPath:
     probabilities: list[float]
     folder: Path
     dtype: torch.dtype
+    places: Sequence[Place]
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: int = 1
@@ -101,7 +104,8 @@ class TrainingPath:
         if share > 0:
             above = self._after(full, first + 1)
             below = [b.lerp(a, share) for b, a in zip(below, above, strict=True)]
-        return [value.to(self.dtype).to(value.dtype) for value in below]
+        pairs = zip(below, self.places, strict=True)
+        return [round_as_stored(v, self.dtype, place).to(v.dtype) for v, place in pairs]
 
     def cost(self, strength: float) -> dict[str, float]:
         """Operations of training up to a strength; those of a frozen reference are not counted."""
@@ -167,12 +171,14 @@ def prepare_path(
     rate = settings.unlearn_learning_rate or spec.method.learning_rate
     for abandoned in draw.folder.glob(f"{_PREFIX}*"):
         shutil.rmtree(abandoned, ignore_errors=True)  # of a run that was killed
+    dtype = stored_dtype(draw.full)
+    places = [Place(draw.seed, name) for name, _ in bench.model.named_parameters()]
     best: TrainingPath | None = None
     fixed: dict[str, float] = {}
     for attempt in range(1, config.rate_tries + 1):
         bench.load(full)
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir=draw.folder)
-        path = TrainingPath(rate, [start], Path(folder), stored_dtype(draw.full))
+        path = TrainingPath(rate, [start], Path(folder), dtype, places)
         # The first path runs to its end, which is what the method does by default.
         stop_at = target if attempt > 1 else 0.0
         is_too_fast = not _train(path, draw, replace_rate(spec, rate), bench, stop_at)
