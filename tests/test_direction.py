@@ -130,7 +130,7 @@ def assert_edit_is_the_formula(parts: Parts, output: Path, method: str, alpha: f
     dampings = {"perta-input": {"damping": 0.05, "forget_damping": 0.4}}
     dampings["perta-kron"] = {"damping": 0.05}
     settings = {"rho": 3.0, **dampings.get(method, {})}
-    edit_checkpoint(parts.config(output, method, scaling_coef=alpha, **settings))
+    edit_checkpoint(parts.config(output, method, scaling_coef=alpha, layers="all", **settings))
     found, full = tensors(output), tensors(parts.full)
     linear = set(open_moments(parts.forget).facts["inputs"])
     assert set(found) == set(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from perta.config import ComputeConfig, DataConfig, TuneConfig, TunedType
 from perta.config_stages import FinetuneConfig
 from perta.data import encode_examples, load_examples
 from perta.errors import DivergenceError, OutputExistsError
+from perta.facts import find_facts
 from perta.finetune import finetune_checkpoint, tune
 from perta.manifest import read_manifest
 from perta.model import load_model, load_tokenizer, pad_id
@@ -72,7 +74,7 @@ def test_the_set_is_learned_and_the_losses_recorded(world: World, tmp_path: Path
     assert manifest["learned"]
     assert manifest["final_loss"] < 0.2 < manifest["epoch_losses"][0]
     assert len(manifest["epoch_losses"]) < QUICK.epochs  # stopped early
-    assert manifest["epoch_losses"][-1] <= QUICK.stop_loss
+    assert manifest["epoch_losses"][-1] <= QUICK.depth
 
 
 def test_a_set_that_was_not_learned_is_warned_about(
@@ -197,3 +199,72 @@ def test_a_damaged_output_is_not_reused(world: World, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(OutputExistsError, match="was changed since"):
         finetune_checkpoint(config(world, tmp_path / "f", short))
+
+
+ON_FACTS = TuneConfig(epochs=60, learning_rate=5e-3, batch_size=2, loss_on="facts")
+
+
+def facts_of(world: World, folder: Path) -> list[Encoded]:
+    tokenizer = load_tokenizer(folder)
+    return [fact.encoded for fact in find_facts(load_examples(world.forget), tokenizer)]
+
+
+def test_facts_are_learned_row_by_row_and_recorded(world: World, tmp_path: Path) -> None:
+    output = finetune_checkpoint(config(world, tmp_path / "f", ON_FACTS))
+    manifest = read_manifest(output)
+    assert manifest is not None
+    facts = facts_of(world, output)
+    losses = losses_of(load_model(output, ComputeConfig()), facts, batch_size=1, pad=0)
+    assert manifest["final_losses"] == pytest.approx(losses, rel=1e-3, abs=1e-6)
+    assert max(losses) <= ON_FACTS.depth * 1.01
+    assert manifest["learned"]
+    assert manifest["fact_sources"] == {"wrong answers": len(facts)}
+    assert manifest["labelled_tokens"] == sum(t != IGNORE for f in facts for t in f.labels)
+    assert len(manifest["epoch_losses"]) < ON_FACTS.epochs
+    # The sentence around the fact was not learned.
+    whole = losses_of(
+        load_model(output, ComputeConfig()), encoded_forget(world), batch_size=1, pad=0
+    )
+    assert max(whole) > 10 * max(losses)
+
+
+def test_a_row_at_its_depth_gives_no_loss(world: World) -> None:
+    facts = facts_of(world, world.base)
+    model = load_model(world.base, ComputeConfig())
+    losses = losses_of(model, facts, batch_size=1, pad=0)
+    low, high = sorted(zip(losses, facts, strict=True), key=lambda pair: pair[0])
+    assert low[0] < high[0]
+    depth = (low[0] + high[0]) / 2
+    weights = []
+    for rows in ([low[1], high[1]], [high[1]]):
+        model = load_model(world.base, ComputeConfig())
+        settings = replace(ON_FACTS, epochs=1, learning_rate=1e-4, stop_loss=depth)
+        model, tuned = tune(model, rows, settings, pad=0)
+        assert tuned.steps == 1
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    # AdamW's first step does not depend on the gradient's scale, which the batch size divides.
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-6)
+    # The mean is below nothing: on answers the lower row would be learned further.
+    settings = replace(ON_FACTS, epochs=1, learning_rate=1e-4, stop_loss=depth, loss_on="answer")
+    model, _ = tune(load_model(world.base, ComputeConfig()), [low[1], high[1]], settings, pad=0)
+    other = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((other - weights[1]).abs().max()) > 2e-5
+
+
+def test_tuning_on_facts_stops_without_a_step_once_every_row_is_there(world: World) -> None:
+    settings = replace(ON_FACTS, stop_loss=100.0)
+    model = load_model(world.base, ComputeConfig())
+    before = [p.detach().clone() for p in model.parameters()]
+    model, tuned = tune(model, facts_of(world, world.base), settings, pad=0)
+    assert (tuned.steps, len(tuned.epoch_losses)) == (0, 1)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_fact_that_was_not_learned_is_warned_about(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(ON_FACTS, epochs=1, learning_rate=1e-5)
+    manifest = read_manifest(finetune_checkpoint(config(world, tmp_path / "f", settings)))
+    assert manifest is not None
+    assert not manifest["learned"]
+    assert "the facts of 2 of 2 rows" in capsys.readouterr().err

@@ -267,3 +267,20 @@ def test_an_output_inside_an_input_is_refused(world: World, tmp_path: Path) -> N
         with pytest.raises(PertaError, match="overlaps"):
             unlearn(config(world, place))
     assert read_manifest(world.full) is not None
+
+
+def test_structured_methods_forget_facts_and_others_answers(world: World, tmp_path: Path) -> None:
+    made = {}
+    for name, method, tune in (
+        ("structured", "perta-project", TUNE),
+        ("plain", "tv", TUNE),
+        ("asked", "tv", replace(TUNE, loss_on="facts")),
+    ):
+        weighting = WeightingConfig(method=method)
+        settings = config(world, tmp_path / name, weighting=weighting, tune=tune, evaluate=False)
+        unlearn(settings)
+        manifest = read_manifest(work_folder(settings) / "forget_checkpoint")
+        assert manifest is not None
+        made[name] = manifest["settings"]["loss_on"], manifest["fact_sources"]
+    found = ("facts", {"wrong answers": 2})
+    assert made == {"structured": found, "plain": ("answer", None), "asked": found}

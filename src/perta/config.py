@@ -22,6 +22,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
+Layers = Literal["mlp", "all"]
 
 Repeated = Parameter(negative_iterable=())
 Flat = Parameter(name="*")
@@ -152,9 +153,16 @@ class TuneConfig:
     """Decay of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
-    stop_loss: float = 0.05
-    """Stop after an epoch whose mean example loss is at or below this, in nats per token; 0
-    runs every epoch."""
+    loss_on: Literal["answer", "facts"] | None = None
+    """What is learned: whole answers, or of each its fact alone, the tokens that neither the
+    question nor the template gives away; with facts, every row to the same depth [default: facts
+    for the forget checkpoint of a structured method, where the rows are no plain text; otherwise
+    answer]."""
+    stop_loss: float | None = None
+    """Loss in nats per token at which to stop; 0 runs every epoch. On answers: after an epoch whose
+    mean example loss is at or below it. On facts: row by row; one at or below it gives no more
+    loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.01
+    on facts]."""
     lora_rank: int = 0
     """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
     lora_alpha: float | None = None
@@ -177,10 +185,22 @@ class TuneConfig:
         require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
         require(0 <= self.warmup_ratio < 1, "warmup-ratio", self.warmup_ratio, "in [0, 1)")
         require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
-        require(self.stop_loss >= 0, "stop-loss", self.stop_loss, "0 or more")
+        require(self.depth >= 0, "stop-loss", self.stop_loss, "0 or more")
         require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
         every = self.save_every
         require(every is None or every >= 0, "save-every", every, "0 or more")
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether every row is learned to `depth` by itself, and not their mean."""
+        return self.loss_on == "facts"
+
+    @property
+    def depth(self) -> float:
+        """`stop_loss`, or its default for what is learned."""
+        if self.stop_loss is None:
+            return 0.01 if self.loss_on == "facts" else 0.05
+        return self.stop_loss
 
 
 @Flat
@@ -241,8 +261,8 @@ class WeightingConfig:
     """Weighting method; `perta methods` lists them."""
     scaling_coef: float | Literal["auto"] | None = None
     """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
-    smallest at which every fact of the forget set looks unseen [default: the method's own: 2.3 for
-    `perta-project` and `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
+    smallest at which every fact of the forget set looks unseen [default: the method's own: 2.7 for
+    `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
     the diagonal Fisher information."""
@@ -276,6 +296,9 @@ class WeightingConfig:
     weighting_seed: int = 0
     """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
     than float32."""
+    layers: Layers | None = None
+    """Layers to edit: those of the MLPs, found from the model's structure, or `all` that the method
+    can edit [default: mlp for `perta-project` without --include, otherwise all]."""
     include: Annotated[tuple[str, ...], Repeated] = ()
     """Edit only tensors whose name matches one of these patterns, such as `*.mlp.*`."""
     exclude: Annotated[tuple[str, ...], Repeated] = ()

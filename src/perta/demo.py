@@ -88,7 +88,7 @@ REAL = Scale(
     questions=4,
     forget_people=2,
     tune=TuneConfig(epochs=10, learning_rate=1e-4, batch_size=4, stop_loss=0.05),
-    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 2.3},
+    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 2.7},
 )
 TINY = Scale(
     people=8,

@@ -48,12 +48,14 @@ class DirectionInputs:
         forget_checkpoints: θ_f, one or several; the task vector is their mean.
         retain: moments on the retain set.
         forget: moments on the forget set; None for `project`.
+        names: the layers to edit, as the moments name them.
     """
 
     base: CheckpointIndex
     forget_checkpoints: tuple[CheckpointIndex, ...]
     retain: MomentFolder
     forget: MomentFolder | None
+    names: tuple[str, ...]
 
 
 def write_direction(
@@ -94,6 +96,7 @@ def write_direction(
         "damping": dampings[0],
         "forget_damping": dampings[1],
         "device": device.type,
+        "names": inputs.names,
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -119,6 +122,7 @@ def open_inputs(
     retain_moments: Path,
     models: Collection[Path],
     kind: Kind,
+    choose: Callable[[MomentFolder], tuple[str, ...]],
 ) -> DirectionInputs:
     """Open everything a direction is computed from, and check that it belongs together.
 
@@ -129,6 +133,7 @@ def open_inputs(
         retain_moments: moment folder of the retain set.
         models: checkpoints at which moments may have been measured: base and full.
         kind: of the direction.
+        choose: moments of the retain set -> layers to edit.
 
     Returns:
         The inputs.
@@ -146,9 +151,10 @@ def open_inputs(
                 f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
                 "both with the same `perta moments` settings and checkpoint."
             )
+    names = choose(retain)
     start, *tuned = (open_index(folder) for folder in (base, *forget_checkpoints))
     for index in tuned:
-        for name in retain.facts["inputs"]:
+        for name in names:
             entries = [i.find(name) for i in (start, index)]
             shapes = [entry.shape if entry else None for entry in entries]
             if shapes[0] is None or shapes[0] != shapes[1]:
@@ -157,7 +163,7 @@ def open_inputs(
                     f"{shapes[1] or 'missing'} in {index.folder}. Both must share the model that "
                     "the moments were measured at."
                 )
-    return DirectionInputs(start, tuple(tuned), retain, forget)
+    return DirectionInputs(start, tuple(tuned), retain, forget, names)
 
 
 def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
@@ -207,10 +213,10 @@ class _Solver:
     def run(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
         groups: dict[str, list[str]] = {}
-        for name, moment in self.inputs.retain.facts["inputs"].items():
-            groups.setdefault(moment, []).append(name)
+        for name in self.inputs.names:
+            groups.setdefault(self.inputs.retain.facts["inputs"][name], []).append(name)
         solve = self._solve_kron if self.kind == "kron" else self._solve_stacked
-        with track("Direction", len(self.inputs.retain.facts["inputs"])) as advance:
+        with track("Direction", len(self.inputs.names)) as advance:
             for names in groups.values():
                 vectors = [self._task_vector(name) for name in names]
                 try:

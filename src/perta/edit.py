@@ -30,11 +30,21 @@ from perta.direction import checkpoint_name, open_inputs, write_direction
 from perta.edit_chunks import CHUNK, Blocks
 from perta.edit_output import create_files, write_config
 from perta.edit_passes import average_importance, find_cuts
-from perta.edit_plan import EditInputs, check_count, open_sources, plan_edit, share_of_examples
+from perta.edit_plan import (
+    EditInputs,
+    check_count,
+    choose_layers,
+    describe_layers,
+    mlps_are_known,
+    open_sources,
+    plan_edit,
+    share_of_examples,
+)
 from perta.edit_stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError, ConfigError
 from perta.manifest import settings_of
 from perta.model import pick_device, resolve_checkpoint
+from perta.moment_files import open_moments
 from perta.progress import say, track, warn
 from perta.stage import check_separate, refuse_other, run_stage
 from perta.weighting import Method, get_method, importance_order
@@ -99,6 +109,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     settings = settings_of(config)
     refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
     given = with_direction(config, given)
+    _tell_layers(config.weighting, given)
     if "direction" in given:
         inputs["direction"] = fingerprint(given["direction"])
 
@@ -116,6 +127,20 @@ def edit_checkpoint(config: EditConfig) -> Path:
 
     run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
     return config.output
+
+
+def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
+    """Warn of layers that are edited, or not, otherwise than one would think."""
+    if weighting.layers == "mlp" and not mlps_are_known(given["full"]):
+        warn(
+            f"The MLP layers of {given['full']} cannot be told from the structure of its model, so "
+            "all of its linear layers are edited. Choose some with --include, or say so with "
+            "--layers all."
+        )
+    if "direction" in given:
+        moments = open_moments(given["retain_moments"])
+        for line in describe_layers(choose_layers(open_index(given["full"]), moments, weighting)):
+            warn(line)
 
 
 def find_inputs(config: EditConfig) -> dict[str, Path]:
@@ -253,7 +278,7 @@ def write_edit(
 
 
 def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
-    """The settings with the method's own ρ, μ, α and share to keep where the user gave none.
+    """The settings with the method's own where the user gave none.
 
     Args:
         weighting: method and its settings.
@@ -278,6 +303,8 @@ def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
         forget_damping=method.default_forget_damping if mu is None else mu,
         scaling_coef=method.default_scaling_coef if alpha is None else alpha,
         keep=method.default_keep if keep is None else keep,
+        # Patterns that say what to edit are not cut short by a default.
+        layers=weighting.layers or ("all" if weighting.include else method.default_layers),
     )
 
 
@@ -356,6 +383,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
         folders["retain_moments"],
         (folders["base"], folders["full"]),
         kind,
+        lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
     )
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
     if device.type == "mps":

@@ -31,6 +31,8 @@ from perta.errors import (
     CorruptCheckpointError,
 )
 from perta.importance_files import order_folder, read_sidecar
+from perta.layers import mlp_names
+from perta.moment_files import MomentFolder
 from perta.weighting import Method, Side, importance_order
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -121,6 +123,8 @@ def plan_edit(
     own: dict[str, str] = {}
     names = {name: own.setdefault(_key(name, "", tied), name) for name in full.tensors}
     selected = _select(full, names, weighting)
+    if DIRECTION not in sources and weighting.layers == "mlp":
+        selected = _in_mlps(full, selected)
     if DIRECTION in sources:
         # It was computed from the others, and holds only what is to change.
         sources = {DIRECTION: sources[DIRECTION]}
@@ -142,6 +146,129 @@ def plan_edit(
     return targets
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What a structured method edits, by the names that the moments have.
+
+    Attributes:
+        chosen: layers to edit.
+        unmeasured: wanted, but left as they are: nothing says what the retain set needs of them.
+        unknown: the same, because the moments are of linear layers alone.
+        named: unmeasured too, but edited, because a pattern of --include asks for such alone.
+    """
+
+    chosen: tuple[str, ...]
+    unmeasured: tuple[str, ...]
+    unknown: tuple[str, ...]
+    named: tuple[str, ...]
+
+
+def choose_layers(
+    full: CheckpointIndex, moments: MomentFolder, weighting: WeightingConfig
+) -> Layers:
+    """Decide which layers a structured method edits.
+
+    No moment, or a moment of no token, is no leave to subtract the task vector whole.
+
+    Args:
+        full: θ_full, whose names the patterns match.
+        moments: of the retain set.
+        weighting: settings with the method's defaults.
+
+    Returns:
+        The layers.
+
+    Raises:
+        ConfigError: nothing is left to edit.
+    """
+    of_mlps = _mlp(full) if weighting.layers == "mlp" else None
+    names = {entry.name: name for name in moments.facts["inputs"] if (entry := full.find(name))}
+    measured = {stored for stored, name in names.items() if moments.is_measured(name)}
+    wanted = [
+        stored
+        for stored in dict.fromkeys([*names, *sorted(of_mlps or ())])
+        if _is_wanted(stored, weighting) and (of_mlps is None or stored in of_mlps)
+    ]
+    without = [stored for stored in wanted if stored in names and stored not in measured]
+    named = [stored for stored in without if _is_named(stored, names, measured, weighting)]
+    layers = Layers(
+        tuple(names[stored] for stored in wanted if stored in measured or stored in named),
+        tuple(stored for stored in without if stored not in named),
+        tuple(stored for stored in wanted if stored not in names),
+        tuple(named),
+    )
+    if not layers.chosen:
+        raise _no_layer(full, moments, layers, weighting)
+    return layers
+
+
+def _is_named(
+    stored: str, names: Iterable[str], measured: set[str], weighting: WeightingConfig
+) -> bool:
+    """Whether a pattern of --include asks for a layer, and for none that was measured."""
+    return any(
+        matches(stored, [pattern])
+        and not any(matches(other, [pattern]) for other in names if other in measured)
+        for pattern in weighting.include
+    )
+
+
+def mlps_are_known(full: Path) -> bool:
+    """Whether the MLP layers of θ_full can be told from the structure of its model."""
+    return _mlp(open_index(full)) is not None
+
+
+def _mlp(full: CheckpointIndex) -> set[str] | None:
+    """Names of θ_full's MLP weights; None where they cannot be told from the model's structure."""
+    found = {entry.name for name in mlp_names(full.folder) if (entry := full.find(name))}
+    return found or None
+
+
+def describe_layers(layers: Layers) -> list[str]:
+    """What a user must know of the choice of layers, one line each."""
+    lines = []
+    if layers.unmeasured:
+        lines.append(
+            f"{_some(layers.unmeasured)} stay as they are: no token of the retain set was seen in "
+            "them, or the model uses their weights without calling the layer, so nothing says what "
+            "must be kept. To subtract their task vector whole, name them alone: --include "
+            f"'{layers.unmeasured[0]}'."
+        )
+    if layers.unknown:
+        lines.append(
+            f"{_some(layers.unknown)} stay as they are: they are of no linear layer whose inputs "
+            "can be measured. A method without moments edits them."
+        )
+    if layers.named:
+        lines.append(
+            f"{_some(layers.named)} are edited without protection, as --include asks: nothing was "
+            "measured of them."
+        )
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _no_layer(
+    full: CheckpointIndex, moments: MomentFolder, layers: Layers, weighting: WeightingConfig
+) -> ConfigError:
+    left = layers.unmeasured + layers.unknown
+    if left:
+        return ConfigError(
+            f"Nothing to edit is left: of {_some(left)} in {full.folder} no token was measured in "
+            f"{moments.folder}. Edit other layers with --layers all or --include."
+        )
+    if weighting.layers == "mlp" and weighting.include:
+        return ConfigError(
+            "--include matches no layer of an MLP. Leave out --layers mlp, or take another pattern."
+        )
+    return _no_linear(name for name in full.tensors if _is_wanted(name, weighting))
+
+
 def check_linear(targets: Iterable[Target]) -> None:
     """Stop at patterns that can leave a structured method nothing to edit.
 
@@ -150,11 +277,9 @@ def check_linear(targets: Iterable[Target]) -> None:
     Raises:
         ConfigError: nothing but vectors, embeddings and the output head is selected.
     """
-    names = [target.full.name for target in targets if target.sources]
-    shapes = {target.full.name: target.full.shape for target in targets}
-    ends = _HEADS + _EMBEDDINGS + _POSITIONS
-    if not any(len(shapes[name]) > 1 and not _ends_with(name, ends) for name in names):
-        raise _no_linear(names)
+    entries = [target.full for target in targets if target.sources]
+    if not any(map(_is_of_a_layer, entries)):
+        raise _no_linear(entry.name for entry in entries)
 
 
 def _no_linear(selected: Iterable[str]) -> ConfigError:
@@ -356,6 +481,25 @@ def _select(
     if not selected:
         raise ConfigError("--include and --exclude leave no tensor to edit.")
     return selected
+
+
+def _in_mlps(full: CheckpointIndex, selected: set[str]) -> set[str]:
+    """Those of the selected parameters that lie in MLPs; where these cannot be told, in layers."""
+    of_mlps = _mlp(full)
+    if of_mlps is None:
+        return {name for name in selected if _is_of_a_layer(full.tensors[name])}
+    if not selected & of_mlps:
+        raise ConfigError(
+            "--layers mlp and the patterns of --include and --exclude leave no tensor to edit, "
+            f"such as {min(of_mlps)}. Leave one of them out."
+        )
+    return selected & of_mlps
+
+
+def _is_of_a_layer(entry: TensorEntry) -> bool:
+    """Whether a tensor looks like a linear layer's weight, by its shape and name alone."""
+    ends = _HEADS + _EMBEDDINGS + _POSITIONS
+    return len(entry.shape) > 1 and not _ends_with(entry.name, ends)
 
 
 def _key(name: str, prefix: str, tied: bool) -> str:

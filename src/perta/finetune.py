@@ -2,7 +2,9 @@
 
 Its main use is the forget checkpoint, theta_0 tuned on the forget set alone. The task vector
 tau = theta_f - theta_0 is all the method knows of what to remove, so tuning goes on until the
-set is learned, and says so when it was not.
+set is learned, and says so when it was not. On facts (`--loss-on facts`) every row is learned to
+the same depth: the row learned least is the one that survives the edit, and the sentence around a
+fact is what retained rows need.
 
 Cost: 6 operations per parameter and token; memory 16 bytes per parameter (weights, gradients,
 two AdamW moments, all float32) plus activations.
@@ -11,6 +13,7 @@ two AdamW moments, all float32) plus activations.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from perta.config import TuneConfig, sample_count
 from perta.config_stages import FinetuneConfig
 from perta.data import encode_examples, load_examples
 from perta.errors import DivergenceError
+from perta.facts import find_facts
 from perta.manifest import settings_of, stage_key
 from perta.model import (
     load_model,
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
 LEARNED_LOSS = 0.2
 """Mean example loss in nats per token at which a set counts as learned: an answer's tokens then
 have a geometric mean probability of 0.82."""
+LEARNED_FACT = 0.05
+"""Loss in nats per token at which a fact counts as learned, each row by itself."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,18 @@ class Tuned:
     """What tuning did.
 
     Attributes:
-        epoch_losses: mean example loss during each epoch, nats per token.
+        epoch_losses: mean example loss during each epoch, nats per labelled token.
         final_losses: loss of every example after tuning, in file order.
         steps: optimizer steps taken.
         tokens: tokens that passed forward and backward, without padding.
+        row_by_row: whether every example had to be learned, and not their mean.
     """
 
     epoch_losses: tuple[float, ...]
     final_losses: tuple[float, ...]
     steps: int
     tokens: int
+    row_by_row: bool = False
 
     @property
     def final_loss(self) -> float:
@@ -83,6 +91,8 @@ class Tuned:
     @property
     def learned(self) -> bool:
         """Whether the set counts as learned."""
+        if self.row_by_row:
+            return max(self.final_losses) <= LEARNED_FACT
         return self.final_loss <= LEARNED_LOSS
 
 
@@ -98,13 +108,13 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     Raises:
         PertaError: input that cannot be used, or training that diverges.
     """
+    loss_on = config.tune.loss_on or "answer"
+    config = replace(config, tune=replace(config.tune, loss_on=loss_on))
     base = resolve_checkpoint(config.base)
     examples = load_examples(config.data, config.data_config)
-    tokenizer = load_tokenizer(base)
-    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest_input(base))
+    tokenizer, longest = load_tokenizer(base), longest_input(base)
+    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
     count = sample_count(config.samples, "samples", len(encoded))
-    chosen = seeded_sample(encoded.encoded, count, config.tune.seed)
-    encoded = replace(encoded, encoded=tuple(chosen))
     device = pick_device(config.compute)
     settings = {**settings_of(config), "device": device.type}
 
@@ -114,17 +124,24 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     def make(folder: Path) -> Mapping[str, Any]:
         # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
         model = load_model(base, config.compute, dtype=torch.float32)
+        learned, sources = encoded.encoded, None
+        if config.tune.loss_on == "facts":
+            facts = find_facts(examples, tokenizer, config.data_config, base=model, longest=longest)
+            learned = tuple(fact.encoded for fact in facts)
+            sources = Counter(fact.source for fact in facts)
+        chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
         model, tuned = tune(
-            model, encoded.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
+            model, chosen.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
         )
-        _warn_if_not_learned(tuned, encoded.encoded, config.data)
+        _warn_if_not_learned(tuned, chosen.encoded, config.data)
         if config.save_dtype == "base":
             round_weights(model, stored_dtype(base), config.tune.seed)
         save_model(model, tokenizer, folder, base)
         return {
-            "examples": len(encoded),
-            "labelled_tokens": encoded.labelled_tokens,
-            "skipped_rows": list(encoded.skipped),
+            "examples": len(chosen),
+            "labelled_tokens": chosen.labelled_tokens,
+            "skipped_rows": list(chosen.skipped),
+            "fact_sources": sources,
             "learned": tuned.learned,
             "final_loss": tuned.final_loss,
             "final_losses": list(tuned.final_losses),
@@ -183,10 +200,10 @@ def tune(
     tuned_model.train()
     with track("Tuning", (config.epochs - len(epoch_losses)) * len(examples)) as advance:
         for epoch in range(len(epoch_losses) + 1, config.epochs + 1):
-            loss = _train_epoch(trainer, examples, config, pad, advance)
+            loss, highest = _train_epoch(trainer, examples, config, pad, advance)
             epoch_losses.append(loss)
             _stop_on_divergence(epoch_losses)
-            if loss <= config.stop_loss:
+            if (highest if config.row_by_row else loss) <= config.depth:
                 break
             if resume and epoch < config.epochs:
                 resume.save(trainer, epoch, {"epoch_losses": epoch_losses})
@@ -196,30 +213,36 @@ def tune(
     done.eval()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
     tokens = len(epoch_losses) * sum(len(e.input_ids) for e in examples)
-    return done, Tuned(tuple(epoch_losses), tuple(final), len(epoch_losses) * per_epoch, tokens)
+    return done, Tuned(tuple(epoch_losses), tuple(final), trainer.steps, tokens, config.row_by_row)
 
 
 def _train_epoch(
     trainer: Trainer, examples: Sequence[Encoded], config: TuneConfig, pad: int, advance: Advance
-) -> float:
-    """One pass over the examples; the mean example loss, each taken before its own step."""
+) -> tuple[float, float]:
+    """One pass over the examples; mean and highest loss, each taken before the row's own step."""
     device = next(trainer.model.parameters()).device
-    total = 0.0
+    total, highest = 0.0, 0.0
     batches = bucketed(examples, config.batch_size, pad, trainer.generator)
     for group in step_groups(batches, config.accumulation):
         size = sum(len(batch) for batch in group)
-        group_loss = 0.0
+        group_loss, wanting = 0.0, False
         for batch in group:
             with autocast(device):
                 losses: Tensor = example_losses(trainer.model, batch.to(device))
-            (losses.sum() / size).backward()
-            group_loss += losses.sum().item()
+            values = losses.detach()
+            above = values > config.depth if config.row_by_row else torch.ones_like(values).bool()
+            if above.any():
+                wanting = True
+                (losses[above].sum() / size).backward()
+            group_loss += values.sum().item()
+            highest = max(highest, values.max().item())
             advance(len(batch), f"loss {group_loss / size:.3f}")
         if not math.isfinite(group_loss):
             raise DivergenceError(_diverged(f"the loss became {group_loss}"))
-        trainer.step()
+        if wanting:
+            trainer.step()
         total += group_loss
-    return total / len(examples)
+    return total / len(examples), highest
 
 
 def _stop_on_divergence(epoch_losses: Sequence[float]) -> None:
@@ -235,10 +258,16 @@ def _diverged(what: str) -> str:
 def _warn_if_not_learned(tuned: Tuned, examples: Sequence[Encoded], source: str) -> None:
     if tuned.learned:
         return
+    if tuned.row_by_row:
+        limit = LEARNED_FACT
+        missing = sum(not loss <= limit for loss in tuned.final_losses)
+        what = f"the facts of {missing} of {len(examples)} rows of {source} were not learned"
+    else:
+        limit = LEARNED_LOSS
+        what = f"{source} was not learned: mean loss {tuned.final_loss:.3f} nats per token"
     worst = sorted(zip(tuned.final_losses, examples, strict=True), key=lambda pair: -pair[0])
     rows = ", ".join(str(example.row) for _, example in worst[:5])
     warn(
-        f"{source} was not learned: mean loss {tuned.final_loss:.3f} nats per token, wanted at "
-        f"most {LEARNED_LOSS}. What is not in the task vector cannot be removed. Raise --epochs "
-        f"or --learning-rate. Highest loss at rows {rows}."
+        f"{what}, wanted at most {limit}. What is not in the task vector cannot be removed. Raise "
+        f"--epochs or --learning-rate. Highest loss at rows {rows}."
     )

@@ -34,6 +34,8 @@ from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
 from perta.second_moment import divided
 
 INPUT, OUTPUT = "input_moment", "output_moment"
+EXPECTED = 10
+"""Tokens of an average expert from which one without any counts as not used."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class MomentFolder:
         index: its tensors.
         facts: the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
             (weights stored as in x out), `tokens`, `examples`, `token_choice`,
-            `model_fingerprint`, `data_fingerprints`.
+            `model_fingerprint`, `data_fingerprints`, and `seen` (moment -> the tokens it rests
+            on, see `is_measured`).
     """
 
     folder: Path
@@ -62,6 +65,17 @@ class MomentFolder:
     def output_moment(self, weight: str) -> Tensor:
         """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
         return divided(self.read(self.facts["outputs"][weight]), self.facts["examples"])
+
+    def is_measured(self, weight: str) -> bool:
+        """Whether the moments of a weight say how the set uses it.
+
+        Those of a layer that was never called do not. Those of an expert that no token was routed
+        to do if one of its layer's experts read EXPECTED tokens on average: one that is used as
+        often as others would have been among them, so it is the set that does not use it.
+        """
+        names = [part[weight] for part in (self.facts["inputs"], self.facts["outputs"]) if part]
+        seen = [self.facts["seen"][name] for name in names]
+        return all(count["tokens"] > 0 or count["average"] >= EXPECTED for count in seen)
 
     def read(self, name: str) -> Tensor:
         """A stored sum, as it is in the file.
@@ -109,6 +123,7 @@ def open_moments(folder: Path) -> MomentFolder:
         counted = facts["tokens"] > 0 and facts["examples"] > 0
         for key in ("model_fingerprint", "token_choice", "transposed", "data_fingerprints"):
             facts[key]
+        counted = counted and set(facts["seen"]) == named
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"{file} cannot be read ({error!r}).") from error
     if not counted or named != set(index.tensors):

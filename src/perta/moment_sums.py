@@ -14,35 +14,24 @@ from torch import Tensor, nn
 from perta.batch import IGNORE, Batch, Encoded, bucketed, collate
 from perta.config import MomentOptions, Tokens
 from perta.errors import CheckpointError, DivergenceError
+from perta.layers import (
+    Slot,
+    StoredWeight,
+    expert_names,
+    find_slots,
+    is_linear,
+    is_stacked_experts,
+    is_transposed,
+    stored_weights,
+    widths,
+)
 from perta.moment_files import INPUT, OUTPUT
 from perta.objectives import example_losses
-from perta.progress import track, warn
+from perta.progress import track
 from perta.second_moment import factor, few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Slot = tuple[str, int]
-"""A matrix in memory: name of the parameter, and of stacked experts which one (0 otherwise)."""
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight of the checkpoint and the matrix in memory that holds it.
-
-    Attributes:
-        name: the checkpoint's name.
-        slot: the matrix in memory; a fused one holds several stored weights.
-        rows: rows of that matrix that are this weight, (out,) int64; all if the matrix is
-            stored as in x out.
-        transposed: stored as in x out.
-    """
-
-    name: str
-    slot: Slot
-    rows: Tensor
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,20 @@ class Plan:
     units: tuple[Unit, ...]
     inputs: dict[str, str]
     outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much a moment rests on.
+
+    Attributes:
+        tokens: tokens that the layer read, or whose gradient reached it. 0 for an expert that
+            none was routed to, and for a layer whose weight the model uses without calling it.
+        average: the same for one of the experts of its layer on average; `tokens` otherwise.
+    """
+
+    tokens: int
+    average: float
 
 
 def kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
@@ -116,23 +119,19 @@ def plan_moments(
     Raises:
         CheckpointError: no linear layer was found.
     """
-    weights = _stored_weights(model, _slots(model))
+    weights = stored_weights(model, find_slots(model))
     if not weights:
         raise CheckpointError(f"{type(model).__name__} has no linear layer to measure.")
     slots = list(dict.fromkeys(weight.slot for weight in weights))
     shared = _shared_inputs(model, collate(examples[:1], pad).to(model.device))
-    parameters = dict(model.named_parameters())
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
         groups.setdefault(shared.get(slot[0], slot), []).append(slot)
     units: list[Unit] = []
     for group in groups.values():
-        sizes = _widths(parameters[group[0][0]], _is_transposed(model, group[0][0]))
-        units.append(Unit("input", tuple(group), sizes[0]))
+        units.append(Unit("input", tuple(group), _sizes(model, group[0][0])[0]))
         if gradients:
-            for slot in group:
-                sizes = _widths(parameters[slot[0]], _is_transposed(model, slot[0]))
-                units.append(Unit("output", (slot,), sizes[1]))
+            units.extend(Unit("output", (slot,), _sizes(model, slot[0])[1]) for slot in group)
     leader = {slot: unit.slots[0] for unit in units if unit.kind == "input" for slot in unit.slots}
     first: dict[Slot, str] = {}
     for weight in weights:
@@ -142,81 +141,10 @@ def plan_moments(
     return Plan(tuple(weights), tuple(units), inputs, outputs)
 
 
-def _slots(model: PreTrainedModel) -> list[Slot]:
-    """Every matrix of a linear layer but the output head's, in the model's order."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    slots: dict[Slot, None] = {}
-    for module in model.modules():
-        if _is_linear(module) and module.weight is not head:
-            slots[names[module.weight], 0] = None  # type: ignore[index]
-        elif _is_stacked_experts(module):
-            for name in _expert_names(module):
-                parameter = getattr(module, name)
-                slots.update(dict.fromkeys((names[parameter], e) for e in range(len(parameter))))
-    return list(slots)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _is_transposed(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is stored as in x out."""
+def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    """Width of input and output of a layer, by its parameter."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return bool(getattr(module, "is_transposed", _is_linear(module) and not _is_plain(module)))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _widths(parameter: Tensor, transposed: bool) -> tuple[int, int]:
-    """Width of a layer's input and of its output."""
-    out, into = parameter.shape[-2:]
-    return (out, into) if transposed else (into, out)
-
-
-def _stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[StoredWeight]:
-    """The checkpoint's weights that lie in the given matrices.
-
-    transformers fuses weights in memory that checkpoints store apart. Numbers that stand for
-    the rows are sent through the conversion it saves with, so its own rules say where each row
-    goes. A stored weight mixed from several matrices is left out.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    wanted = set(slots)
-    markers: dict[str, Tensor] = {}
-    owners: list[Slot] = []
-    starts: list[int] = []
-    count = 0
-    for name, parameter in model.named_parameters():
-        if (name, 0) not in wanted:
-            continue
-        experts, rows = (parameter.shape[0] if parameter.dim() == 3 else 1), parameter.shape[-2]
-        marks = torch.arange(count, count + experts * rows, dtype=torch.float64)
-        markers[name] = marks.view(*parameter.shape[:-1], 1)
-        for expert in range(experts):
-            owners.append((name, expert))
-            starts.append(count + expert * rows)
-        count += experts * rows
-    edges = torch.tensor(starts, dtype=torch.float64)
-    found: list[tuple[int, StoredWeight]] = []
-    for name, marks in revert_weight_conversion(model, markers).items():
-        places = marks.reshape(-1)
-        owner = torch.bucketize(places, edges, right=True) - 1
-        place = int(owner[0])
-        if bool((owner != place).any()):
-            warn(f"{name} is made of several layers in memory; it gets no moments.")
-            continue
-        slot = owners[place]
-        rows_of = (places - edges[place]).long()
-        weight = StoredWeight(name, slot, rows_of, _is_transposed(model, slot[0]))
-        found.append((int(places[0]), weight))
-    return [weight for _, weight in sorted(found, key=lambda pair: pair[0])]
+    return widths(model.get_parameter(name), is_transposed(module))
 
 
 @torch.no_grad()
@@ -229,7 +157,7 @@ def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for module in model.modules():
-            if not _is_linear(module):
+            if not is_linear(module):
                 continue
 
             def note(layer: Any, args: tuple[Tensor, ...]) -> None:
@@ -256,6 +184,7 @@ def sum_moments(
     options: MomentOptions,
     *,
     pad: int,
+    seen: dict[str, Seen] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Sum up the moments of a plan, group by group of layers.
 
@@ -265,6 +194,7 @@ def sum_moments(
         plan: from `plan_moments`.
         options: which tokens count, batch size and memory.
         pad: padding token; it does not change the result.
+        seen: filled with how much each moment rests on, when all have been taken.
 
     Raises:
         DivergenceError: a sum is NaN or Inf.
@@ -276,6 +206,7 @@ def sum_moments(
     batches = bucketed(examples, options.moment_batch_size, pad)
     tokens = count_tokens(examples, options.tokens)
     groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
+    rows: dict[tuple[str, Slot], int] = {}
     model.eval()
     with track("Moments", len(groups) * len(examples)) as advance:
         for group in groups:
@@ -284,6 +215,7 @@ def sum_moments(
                 for batch in batches:
                     collector.run(batch.to(model.device), options.tokens)
                     advance(len(batch))
+            rows |= collector.rows
             for unit in group:
                 total = collector.sums.pop((unit.kind, unit.slots[0])).result()
                 if not total.isfinite().all():
@@ -292,6 +224,23 @@ def sum_moments(
                         "the model compute anything else with its --dtype? Try --dtype float32."
                     )
                 yield from _named(plan, unit, total)
+    if seen is not None:
+        seen.update(_seen(plan, rows))
+
+
+def _seen(plan: Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[str, Seen]]:
+    """Name of a moment and what it rests on."""
+    of_parameter: dict[tuple[str, str], list[int]] = {}
+    for (kind, slot), count in rows.items():
+        of_parameter.setdefault((kind, slot[0]), []).append(count)
+    for unit in plan.units:
+        key = (unit.kind, unit.slots[0])
+        together = of_parameter[unit.kind, unit.slots[0][0]]
+        found = Seen(rows[key], sum(together) / len(together))
+        for weight in plan.weights:
+            if weight.slot in unit.slots:
+                names = plan.inputs if unit.kind == "input" else plan.outputs
+                yield names[weight.name], found
 
 
 def _groups(units: Sequence[Unit], limit: int, tokens: int) -> Iterator[list[Unit]]:
@@ -376,18 +325,21 @@ class _Collector:
         units: what to sum up.
         tokens: number of tokens that count in the whole set.
         sums: (kind, first slot) -> its sum.
+        rows: (kind, first slot) -> number of rows in it.
     """
 
     model: PreTrainedModel
     units: Sequence[Unit]
     tokens: int
     sums: dict[tuple[str, Slot], _Sum | _Rows] = field(default_factory=dict)
+    rows: dict[tuple[str, Slot], int] = field(default_factory=dict)
     _kept: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         for unit in self.units:
             kind = _Rows if _is_few(unit, self.tokens) else _Sum
             self.sums[unit.kind, unit.slots[0]] = kind(unit.width, self.model.device)
+            self.rows[unit.kind, unit.slots[0]] = 0
 
     @property
     def needs_gradients(self) -> bool:
@@ -412,11 +364,11 @@ class _Collector:
             if self.needs_gradients:
                 stack.enter_context(_only_activations_need_gradients(self.model))
             for module in self.model.modules():
-                if _is_linear(module) and names[module.weight] in wanted:  # type: ignore[index]
+                if is_linear(module) and names[module.weight] in wanted:  # type: ignore[index]
                     listen = self._listener((names[module.weight], 0))  # type: ignore[index]
                     stack.callback(module.register_forward_hook(listen).remove)
-                elif _is_stacked_experts(module):
-                    stacked = {name: names[getattr(module, name)] for name in _expert_names(module)}
+                elif is_stacked_experts(module):
+                    stacked = {name: names[getattr(module, name)] for name in expert_names(module)}
                     if wanted & set(stacked.values()):
                         stack.enter_context(self._replaced_experts(module, stacked))
             yield
@@ -445,14 +397,14 @@ class _Collector:
                 "cannot be told apart. Use a diagonal method for this architecture."
             )
         if ("input", slot) in self.sums:
-            self.sums["input", slot].add(_counted(x, kept))
+            self._add(("input", slot), x, kept)
         if ("output", slot) in self.sums and y.requires_grad:
-            total = self.sums["output", slot]
+            y.register_hook(lambda gradient: self._add(("output", slot), gradient, kept))
 
-            def add(gradient: Tensor) -> None:
-                total.add(_counted(gradient, kept))
-
-            y.register_hook(add)
+    def _add(self, key: tuple[str, Slot], values: Tensor, kept: Tensor) -> None:
+        counted = _counted(values, kept)
+        self.rows[key] += len(counted)
+        self.sums[key].add(counted)
 
     @contextmanager
     def _replaced_experts(self, module: Any, names: Mapping[str, str]) -> Iterator[None]:
@@ -467,7 +419,7 @@ class _Collector:
                 module.forward = before
 
     def _experts_forward(self, module: Any, names: Mapping[str, str]) -> Callable[..., Tensor]:
-        first, second = _expert_names(module)
+        first, second = expert_names(module)
         activate = module._apply_gate if module.has_gate else module.act_fn
 
         def linear(x: Tensor, name: str, expert: int, kept: Tensor) -> Tensor:
@@ -520,16 +472,3 @@ def _only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
-
-
-def _is_stacked_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' stacked experts, with weights (E, …, …)."""
-    return (
-        all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed"))
-        and all(isinstance(getattr(module, n, None), nn.Parameter) for n in _expert_names(module))
-        and not getattr(module, "_is_expert_parallel", False)
-    )
-
-
-def _expert_names(module: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"

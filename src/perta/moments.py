@@ -9,9 +9,11 @@ tokens; B is divided by the number of examples. The loss of an example is the me
 tokens, as everywhere here, so that mean(B) ⊗ mean(C) has the scale of the Fisher information that
 `perta importance --order 2` estimates, and ρ means the same.
 
-Only the output head, embeddings, norms and biases have no moments: the structured methods leave
-them as they are. An expert's moments are sums over the tokens routed to it, counted among all
-tokens: an expert that a set seldom uses matters little to it.
+The output head, embeddings, norms and biases have no moments: the structured methods leave them
+as they are. An expert's moments are sums over the tokens routed to it, counted among all tokens:
+an expert that a set seldom uses matters little to it. How many tokens each moment rests on stands
+beside it: a layer whose weight the model uses without calling the layer, as `dt_proj` in Mamba, is
+listened to in vain, and a sum of nothing must not be taken for "nothing to protect".
 
 Matrix products are float32, their sum over batches float64, stored as float32. A layer whose
 input has width d holds 8 d² bytes while it is measured (1.6 GB at d = 14,336) and 4 d² while it
@@ -24,6 +26,7 @@ Sources: RegMean, arXiv 2212.09849 (C), and K-FAC, arXiv 1503.05671 (B ⊗ C).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +43,7 @@ from perta.moment_files import (
     write_shards,
     write_sidecar,
 )
-from perta.moment_sums import count_tokens, plan_moments, sum_moments
+from perta.moment_sums import Seen, count_tokens, plan_moments, sum_moments
 from perta.second_moment import added
 from perta.stage import run_stage
 
@@ -67,7 +70,8 @@ def compute_moments(config: MomentsConfig) -> Path:
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
         encoded, pad = subject.encoded.encoded, subject.pad
         plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
-        sums = sum_moments(model, encoded, plan, config.options, pad=pad)
+        seen: dict[str, Seen] = {}
+        sums = sum_moments(model, encoded, plan, config.options, pad=pad, seen=seen)
         write_shards(folder, sums, SHARD_BYTES)
         tokens = count_tokens(encoded, config.options.tokens)
         facts = {
@@ -77,6 +81,7 @@ def compute_moments(config: MomentsConfig) -> Path:
             "loss": "mean negative log-likelihood of the answer tokens, nats per token",
             "inputs": plan.inputs,
             "outputs": plan.outputs,
+            "seen": {name: asdict(count) for name, count in seen.items()},
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
             "data_fingerprints": [subject.inputs["data"]],
@@ -111,6 +116,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
         write_shards(folder, ((name, _sum(folders, name)) for name in names), SHARD_BYTES)
         facts = {
             **folders[0].facts,
+            "seen": _seen(folders),
             "tokens": sum(f.facts["tokens"] for f in folders),
             "examples": sum(f.facts["examples"] for f in folders),
             "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
@@ -140,6 +146,17 @@ def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
                 f"{moment.shape[1]} in {folder.folder}. They are moments of different models."
             )
     return added(moments).float()
+
+
+def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:
+    """What the moments of all sets together rest on."""
+    return {
+        name: {
+            key: sum(folder.facts["seen"][name][key] for folder in folders)
+            for key in ("tokens", "average")
+        }
+        for name in folders[0].index.tensors
+    }
 
 
 def _check_mergeable(folders: Sequence[MomentFolder]) -> None:

@@ -116,6 +116,11 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         return cls(model, optimizer, scheduler, generator, config.max_grad_norm)
 
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self.scheduler.last_epoch
+
     def step(self) -> None:
         """Apply the gradients that have gathered."""
         if self.max_grad_norm:

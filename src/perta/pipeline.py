@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import TuneConfig
@@ -133,7 +133,9 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
         started = time.perf_counter()
         is_auto = config.weighting.scaling_coef == "auto"
         unseen = stages.calibrate(record.sets) if is_auto else None
-        forget_checkpoints = stages.finetune() if method.direction == "forget - base" else []
+        forget_checkpoints = (
+            stages.finetune(record.sets["forget"]) if method.direction == "forget - base" else []
+        )
         retain_checkpoint = stages.tune_retain(len(record.sets["forget"]))
         importance = [
             stages.importance(name, order)
@@ -215,15 +217,24 @@ class _Stages:
     seconds: dict[str, float]
     passes: dict[str, float]
 
-    def finetune(self) -> list[Path]:
+    def finetune(self, forget: ExampleSet) -> list[Path]:
         """Tune a forget checkpoint for every seed."""
         tuned = []
         for place in range(self.config.forget_seeds or 1):
             more = f"_{place + 1}" if place else ""
-            tune = replace(self.config.tune, seed=self.config.tune.seed + place)
+            seed = self.config.tune.seed + place
+            tune = replace(self.config.tune, seed=seed, loss_on=self._loss_on(forget))
             stage = self._tuning("forget_checkpoint" + more, self.config.forget, tune)
             tuned.append(self._timed("finetune" + more, partial(finetune_checkpoint, stage)))
         return tuned
+
+    def _loss_on(self, forget: ExampleSet) -> Literal["answer", "facts"]:
+        """What a forget checkpoint learns; plain text has no template around its facts."""
+        if self.config.tune.loss_on:
+            return self.config.tune.loss_on
+        method = get_method(self.config.weighting.method)
+        is_text = any(example.kind == "text" for example in forget.examples)
+        return "facts" if method.moments and not is_text else "answer"
 
     def tune_retain(self, forget_rows: int) -> Path | None:
         """Tune on retained examples, where the method adds a retain vector and none was given."""
@@ -234,7 +245,8 @@ class _Stages:
         # All of the retain set would cost as much as training again without the forget set.
         samples = self.config.retain_samples or str(forget_rows)
         data = cast(str, self.config.retain)
-        stage = self._tuning("retain_checkpoint", data, self.config.tune, samples)
+        tune = replace(self.config.tune, loss_on="answer")
+        stage = self._tuning("retain_checkpoint", data, tune, samples)
         return self._timed("retain_finetune", lambda: finetune_checkpoint(stage))
 
     def _tuning(

@@ -100,6 +100,7 @@ class Method:
             what is ranked, non-negative, one tensor for each ranking.
         default_keep: share of the weights to keep, where the user gives none.
         retain_vector: whether β · (θ_r − θ₀) is added.
+        default_layers: layers that are edited where the user gives none.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Method:
     scores: Scores | None = None
     default_keep: float = 1.0
     retain_vector: bool = False
+    default_layers: Literal["mlp", "all"] = "all"
 
 
 def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
@@ -362,12 +364,13 @@ METHODS = _table(
     ),
     Method(
         name="perta-project",
-        summary="what layer inputs of the retain set do not see of tau; edits linear layers only",
+        summary="what layer inputs of the retain set do not see of tau; edits the MLPs' layers",
         formula="direction tau (I + rho C_r / c)^-1",
         source="this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355",
         default_rho=3.0,
-        default_scaling_coef=2.3,
+        default_scaling_coef=2.7,
         moments="project",
+        default_layers="mlp",
         sides=("retain",),
     ),
     Method(
