@@ -54,7 +54,7 @@ def unlearn(config: UnlearnConfig) -> None:
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
-    from perta.pipeline import unlearn, work_folder
+    from perta.pipeline import check_verdict, unlearn, work_folder
     from perta.tables import print_comparison, print_samples
 
     result = unlearn(config)
@@ -74,6 +74,9 @@ def unlearn(config: UnlearnConfig) -> None:
             else ""
         )
     )
+    if result.verdict:
+        _note(f"Verdict: {result.verdict.line}")
+    check_verdict(config, result)
 
 
 @app.command

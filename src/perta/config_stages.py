@@ -259,6 +259,10 @@ class UnlearnConfig:
     names or those of the other sets: with a structured method its moments are added to the retain
     set's, so that what the retain set has too few rows to show is protected as well. Without a
     retain set it is all that is protected."""
+    held_back: str | None = None
+    """Part of the retain set that is kept out of everything that makes the result, so that
+    retention is judged on rows that gave nothing: a share such as 0.2, a count such as 50, or 0
+    [default: a tenth, at least 8 and at most 200 rows, of a set of 32 or more]."""
     retain_budget: float = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
     nats per token."""
@@ -267,7 +271,10 @@ class UnlearnConfig:
     save_dtype: SaveType = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
     evaluate: bool = True
-    """Evaluate before and after the edit."""
+    """Evaluate before and after the edit, and the base model as a yardstick."""
+    fail_unless: Literal["met", "partly"] | None = None
+    """Exit with status 1 unless forgetting and retention are met, or are at least partly; the
+    output stays."""
     overwrite: bool = False
     """Replace an output that is there already."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -285,6 +292,10 @@ class UnlearnConfig:
         budget = self.retain_budget
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         sample_count(self.retain_samples, "retain-samples", 1)
+        if self.held_back is not None and self.held_back.strip() != "0":
+            sample_count(self.held_back, "held-back", 1)
+        if self.fail_unless and not self.evaluate:
+            raise ConfigError("--fail-unless needs the evaluation: leave --no-evaluate out.")
 
 
 @Flat

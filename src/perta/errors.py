@@ -10,6 +10,7 @@
         CheckpointMismatchError  a tensor missing on one side, or of another shape
       OutputExistsError        the output is there already and was made by something else
       DivergenceError          training or a solve left the finite numbers
+      VerdictError             the result is not what --fail-unless asks for
       EngineMismatchError      the fast importance engine disagrees with the example loop
 
 Messages say what is wrong, where, and how to fix it. The command line prints the message
@@ -55,6 +56,10 @@ class OutputExistsError(PertaError):
 
 class DivergenceError(PertaError):
     """A training run or a solve produced NaN, Inf or an exploding loss."""
+
+
+class VerdictError(PertaError):
+    """The output is there, and the verdict on it is worse than was asked for."""
 
 
 class EngineMismatchError(PertaError):

@@ -6,7 +6,9 @@
     retain set ─ importance(base or full) ─ retain importance ─┼─ edit(full) ─ unlearned checkpoint
     sets ── moments(base or full) ── their moments ────────────┘  (structured methods)
     training methods instead: both sets ─ train(full) ───────── unlearned checkpoint
-    all sets ─── evaluate(full) and evaluate(unlearned checkpoint)
+    all sets ─── evaluate(full), evaluate(unlearned checkpoint), evaluate(base) ─ report, verdict
+
+A part of the retain set takes no part in any of it but the evaluation; see `held_back`.
 
 Stages meet through files in the work folder; a finished one is reused when nothing it depends
 on has changed.
@@ -38,9 +40,10 @@ from perta.config_stages import (
 from perta.data import ExampleSet
 from perta.edit import at_strength, edit_checkpoint, with_defaults
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
-from perta.errors import ConfigError
+from perta.errors import ConfigError, VerdictError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
+from perta.held_back import HELD_BACK, PROTECTED, Split
 from perta.importance import compute_importance
 from perta.manifest import (
     make_manifest,
@@ -53,6 +56,8 @@ from perta.model import pick_device, pick_dtype, resolve_checkpoint
 from perta.moments import compute_moments, merge_moments
 from perta.progress import say
 from perta.report import write_report
+from perta.report_inputs import collect
+from perta.report_verdict import Verdict, judge
 from perta.request import (
     check_options,
     check_output,
@@ -61,6 +66,7 @@ from perta.request import (
     load_sets,
     refuse_moments,
     rows_config,
+    split_retain,
 )
 from perta.stage import changes, exists_error
 from perta.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
@@ -82,6 +88,7 @@ class Unlearned:
         before: results of the quick evaluation of the full checkpoint, if it ran.
         after: the same for the unlearned checkpoint.
         report: the page about it, if the evaluation ran.
+        verdict: what came of it, if the evaluation ran.
     """
 
     folder: Path
@@ -89,6 +96,7 @@ class Unlearned:
     before: Mapping[str, Any] | None = field(repr=False)
     after: Mapping[str, Any] | None = field(repr=False)
     report: Path | None = None
+    verdict: Verdict | None = None
 
 
 def unlearn(config: UnlearnConfig) -> Unlearned:
@@ -121,22 +129,25 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     if method.moments is not None:
         check_linear(targets)
     sets = load_sets(config)
-    check_options(config, sets)
+    split, held_back = split_retain(config, sets)
+    used = {**sets, "retain": split.protected} if split else sets
+    check_options(config, used)
     if config.retain_moments is not None:
         check_retain_moments(config, base if config.importance_at == "base" else full, sets)
-    record = _Record.of(config, base, full, sets)
-    stages = _Stages(config, base, full, record.seconds, record.passes)
+    record = _Record.of(config, base, full, sets, held_back)
+    stages = _Stages.of(config, base, full, record, split)
     if record.is_finished():
         say(f"unlearn: {config.output} is up to date, reused")
     else:
         record.refuse_foreign()
+        stages.write_split()
         started = time.perf_counter()
         is_auto = config.weighting.scaling_coef == "auto"
-        unseen = stages.calibrate(record.sets) if is_auto else None
+        unseen = stages.calibrate(used) if is_auto else None
         forget_checkpoints = (
-            stages.finetune(record.sets["forget"]) if method.direction == "forget - base" else []
+            stages.finetune(used["forget"]) if method.direction == "forget - base" else []
         )
-        retain_checkpoint = stages.tune_retain(len(record.sets["forget"]))
+        retain_checkpoint = stages.tune_retain(len(used["forget"]))
         importance = [
             stages.importance(name, order)
             if method.needs_importance and name in method.sides
@@ -152,7 +163,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
         edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)
         found: dict[str, Any] = {}
         if unseen is not None:
-            strength = stages.find_strength(edit, record.sets, unseen)
+            strength = stages.find_strength(edit, used, unseen)
             found = {"strength": asdict(strength)}
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         stages.edit(edit)
@@ -178,12 +189,15 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     check_output(config, base, full, work_folder(config))
-    record = _Record.of(config, base, full, load_sets(config))
-    stages = _Stages(config, base, full, record.seconds, record.passes)
+    sets = load_sets(config)
+    split, held_back = split_retain(config, sets)
+    record = _Record.of(config, base, full, sets, held_back)
+    stages = _Stages.of(config, base, full, record, split)
     if record.is_finished():
         say(f"unlearn: {config.output} is up to date, reused")
     else:
         record.refuse_foreign()
+        stages.write_split()
         stages.train()
         record.seconds["total"] = record.seconds["train"]
         record.write({})
@@ -192,15 +206,35 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
 
 def _evaluated(stages: _Stages, record: _Record) -> Unlearned:
     """The outcome of a run whose output is there: evaluation and report, where wanted."""
-    config = stages.config
-    before = after = None
-    if config.evaluate:
-        before = stages.evaluate("before", stages.full)
-        after = stages.evaluate("after", config.output)
-        record.write({"before": aggregates(before), "after": aggregates(after)})
-    manifest = read_manifest(config.output) or {}
-    report = stages.report() if config.evaluate else None
-    return Unlearned(config.output, manifest, before, after, report)
+    output = stages.config.output
+    if not stages.config.evaluate:
+        return Unlearned(output, read_manifest(output) or {}, None, None)
+    stages.write_split()
+    before = stages.evaluate("before", stages.full)
+    after = stages.evaluate("after", output)
+    base = stages.evaluate("base", stages.base)
+    results = {"before": before, "after": after, "base": base}
+    record.write({name: aggregates(found) for name, found in results.items()})
+    report = stages.report()
+    (verdict,) = judge(collect([str(output)])) or [None]
+    return Unlearned(output, read_manifest(output) or {}, before, after, report, verdict)
+
+
+def check_verdict(config: UnlearnConfig, result: Unlearned) -> None:
+    """Stop a script whose result is worse than it asked for; the output stays.
+
+    Args:
+        config: the request.
+        result: its outcome.
+
+    Raises:
+        VerdictError: the verdict is worse than `--fail-unless`.
+    """
+    wanted, verdict = config.fail_unless, result.verdict
+    if wanted is None or (verdict is not None and verdict.fulfils(wanted)):
+        return
+    what = verdict.headline if verdict else "There is no verdict."
+    raise VerdictError(f"--fail-unless {wanted}: {what} {result.folder} stays.")
 
 
 @dataclass(frozen=True)
@@ -208,7 +242,8 @@ class _Stages:
     """The stages of one run with its inputs; each adds its duration to `seconds`.
 
     Stages without an output of their own, which would record it, add to `passes` what they
-    compute, in forward passes over one token.
+    compute, in forward passes over one token. The retain set of `config` is what the run may use;
+    `judged` is what retention is judged on.
     """
 
     config: UnlearnConfig
@@ -216,6 +251,23 @@ class _Stages:
     full: Path
     seconds: dict[str, float]
     passes: dict[str, float]
+    judged: str | None
+    split: Split | None
+
+    @classmethod
+    def of(
+        cls, config: UnlearnConfig, base: Path, full: Path, record: _Record, split: Split | None
+    ) -> _Stages:
+        judged = config.retain
+        if split is not None and split.held_back is not None:
+            judged = str(work_folder(config) / HELD_BACK)
+            config = replace(config, retain=str(work_folder(config) / PROTECTED))
+        return cls(config, base, full, record.seconds, record.passes, judged, split)
+
+    def write_split(self) -> None:
+        """Write the parts of the retain set where the stages read them."""
+        if self.split is not None:
+            self.split.write(work_folder(self.config))
 
     def finetune(self, forget: ExampleSet) -> list[Path]:
         """Tune a forget checkpoint for every seed."""
@@ -392,14 +444,17 @@ class _Stages:
 
     def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
         output = self._place(f"evaluation_{name}.json")
+        # The base model is asked for what it would make of the removed rows, and that alone.
+        is_base = name == "base"
+        scoring = self.config.scoring
         stage = EvaluateConfig(
             checkpoint=str(checkpoint),
             forget=self.config.forget,
-            retain=self.config.retain,
-            holdout=self.config.holdout,
+            retain=None if is_base else self.judged,
+            holdout=None if is_base else self.config.holdout,
             output=output,
             overwrite=_is_ours(output),
-            scoring=self.config.scoring,
+            scoring=replace(scoring, generate=False) if is_base else scoring,
             data_config=self.config.data_config,
             compute=self.config.compute,
         )
@@ -432,13 +487,18 @@ class _Record:
     config: UnlearnConfig
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
-    sets: Mapping[str, ExampleSet]
+    held_back: Mapping[str, Any]
     seconds: dict[str, float]
     passes: dict[str, float]
 
     @classmethod
     def of(
-        cls, config: UnlearnConfig, base: Path, full: Path, sets: Mapping[str, ExampleSet]
+        cls,
+        config: UnlearnConfig,
+        base: Path,
+        full: Path,
+        sets: Mapping[str, ExampleSet],
+        held_back: Mapping[str, Any],
     ) -> _Record:
         inputs = {
             "base": fingerprint(base),
@@ -454,7 +514,7 @@ class _Record:
         if config.retain_checkpoint is not None:
             retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base)
             inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
-        return cls(config, _resolved(config), inputs, sets, {}, {})
+        return cls(config, _resolved(config), inputs, held_back, {}, {})
 
     def is_finished(self) -> bool:
         manifest = read_manifest(self.config.output) or {}
@@ -487,6 +547,7 @@ class _Record:
             passes={**earlier.get("passes", {}), **self.passes},
             sources={name: getattr(self.config, name) for name in self.inputs},
             evaluation=evaluation or earlier.get("evaluation", {}),
+            **({"held_back": dict(self.held_back)} if self.held_back else {}),
             **({"strength": earlier["strength"]} if "strength" in earlier else {}),
             **found,
         )
@@ -514,7 +575,7 @@ def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
 
 def _resolved(config: UnlearnConfig) -> dict[str, Any]:
     # How the result is evaluated does not decide what it is; how it is chosen does.
-    evaluation = {"evaluate", *settings_of(config.scoring)}
+    evaluation = {"evaluate", "fail_unless", *settings_of(config.scoring)}
     if config.weighting.scaling_coef != "auto":
         evaluation |= {"holdout", "retain_budget", "strength_seed"}
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}

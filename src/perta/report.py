@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -56,10 +57,11 @@ from perta.report_tables import (
     write_csv,
 )
 from perta.report_texts import sample_sets
-from perta.report_verdict import Verdict, judge
+from perta.report_verdict import Verdict, as_record, judge
 
 GENERATOR = "perta report"
 ABOUT = "about.txt"
+VERDICT = "verdict.json"
 _REFERENCE_NAMES = {"retrained": "retrained", "holdout": "unseen", "base": "base", None: ""}
 
 
@@ -283,6 +285,11 @@ def _write_companions(
             "utf-8",
         )
         write_csv(tables, partial)
+        if verdicts:
+            record = json.dumps(
+                as_record(verdicts[0]), indent=1, ensure_ascii=False, allow_nan=False
+            )
+            (partial / VERDICT).write_text(record + "\n", "utf-8")
         if config.figures:
             from perta.report_figures import write_figures
 

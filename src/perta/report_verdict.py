@@ -259,8 +259,8 @@ def _retention(
     if seen and found.status == "met":
         found = replace(found, status="unclear")
         text = (
-            "The answers about everything else seem to be kept, but those measured took part in "
-            "the edit, so others may have lost more."
+            "The answers about everything else seem to be kept, but those measured may have taken "
+            "part in what made this model, so others may have lost more."
         )
     return replace(found, text=text, numbers=retain_numbers(decisive)), [note] if note else []
 
@@ -278,20 +278,28 @@ def retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
     made: Record = run.record.get("unlearn", {})
     held: Mapping[str, Any] = made.get("held_back", {})
     evaluated = run.set_fingerprint("retain")
+    seen = held.get("seen_by")
     if held.get("rows") and evaluated == held.get("fingerprint"):
-        whole = " (all rows of some subjects)" if held.get("by") == "subject" else ""
-        return bool(held.get("seen_by")), (
+        whole = ", all rows of some subjects," if held.get("by") == "subject" else ""
+        note = (
             f"Retention is judged on {held['rows']} of {held['of']} examples to keep{whole} that "
-            "were kept out of everything the run learned or measured"
-            + (f", but for {held['seen_by']}." if held.get("seen_by") else ".")
+            "took no part in what made this model"
         )
-    used = _protected(run.record, collection)
-    if not evaluated or evaluated not in used:
+        return bool(seen), note + (f", unless they did in {seen}." if seen else ".")
+    if held and not held.get("used") and evaluated == made.get("inputs", {}).get("retain"):
+        return False, "Retention is judged on examples that took no part in what made this model."
+    used = held.get("used") or evaluated in _protected(run.record, collection)
+    if not evaluated or not used:
         return False, ""
-    reason = f" {held['reason']}" if held.get("reason") else ""
-    return True, (
-        "Retention is judged on examples that took part in the edit, which is flattering: others "
-        f"may have lost more.{reason}"
+    return True, " ".join(
+        part
+        for part in (
+            "Retention is judged on examples that took part in what made this model, which is "
+            "flattering: others may have lost more.",
+            held.get("reason", ""),
+            f"They may be in {seen}." if seen else "",
+        )
+        if part
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from perta.config import DataConfig
 from perta.config_stages import UnlearnConfig
 from perta.data import ExampleSet, check_apart, general_config, load_examples
 from perta.direction import check_moments
 from perta.errors import ConfigError
+from perta.held_back import Split, hold_back
+from perta.progress import say
 from perta.stage import check_separate
 from perta.unlearning_objectives import TRAINING_METHODS
 from perta.weighting import METHODS, Method, get_method
@@ -168,6 +171,66 @@ def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
     if name != "general" or config.general is None:
         return config.data_config
     return general_config(config.general, config.data_config)
+
+
+def uses_retain(config: UnlearnConfig) -> bool:
+    """Whether anything that makes the result reads the rows to keep.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+    """
+    name = known_method(config.weighting.method)
+    if name in TRAINING_METHODS:
+        trained = TRAINING_METHODS[name]
+        return trained.retain is not None or trained.solver == "newton"
+    method = METHODS[name]
+    return bool(
+        config.weighting.scaling_coef == "auto"
+        or (method.needs_importance and "retain" in method.sides)
+        or (method.moments and "retain" in method.sides and config.retain_moments is None)
+        or (method.retain_vector and config.retain_checkpoint is None)
+    )
+
+
+def split_retain(
+    config: UnlearnConfig, sets: Mapping[str, ExampleSet]
+) -> tuple[Split | None, dict[str, Any]]:
+    """Keep rows out of what makes the result, to judge retention by, and say which.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        sets: from `load_sets`.
+
+    Returns:
+        The parts of the retain set, None without one, and what the run's record says of them.
+
+    Raises:
+        ConfigError: `--held-back` does not fit.
+    """
+    if "retain" not in sets:
+        return None, {}
+    retain, column = sets["retain"], config.data_config.subject_column
+    saved = {
+        name: f"the {what} saved before (--{name.replace('_', '-')})"
+        for name, what in (("retain_moments", "moments"), ("retain_checkpoint", "checkpoint"))
+        if getattr(config, name) is not None
+    }
+    seen = {"seen_by": " and ".join(saved.values())} if saved else {}
+    trains = TRAINING_METHODS.get(known_method(config.weighting.method))
+    if trains is not None and trains.start == "base":
+        # Rows that retraining leaves out would not be retained at all.
+        split = Split(retain, reason="Training again needs all of them.")
+    elif not uses_retain(config):
+        split = Split(retain, reason="None took part in the edit.")
+        return split, {**split.record(), **seen, "used": bool(saved)}
+    else:
+        split = hold_back(retain, config.held_back, column)
+    if split.held_back is not None:
+        say(
+            f"retain set: {len(split.held_back)} of {len(retain)} rows are kept out of the run, "
+            "and retention is judged on them"
+        )
+    return split, {**split.record(), **seen, "used": True}
 
 
 def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
