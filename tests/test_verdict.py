@@ -366,7 +366,7 @@ def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     assert "--epochs" in cause
     (cause,) = remembered(tmp_path / "b").causes
     assert "strength 1.5 is too small" in cause
-    (cause,) = remembered(tmp_path / "c", edit={"share_stored": 0.4}).causes
+    (cause,) = remembered(tmp_path / "c", edit={"stored": {"stored_share": 0.4}}).causes
     assert "rounding" in cause
     assert "40%" in cause
     strength = {"strength": {"reached": False, "retain_budget": 0.1}}
@@ -387,3 +387,22 @@ def test_the_verdict_as_a_record_is_strict_json(tmp_path: Path) -> None:
     assert not verdict.fulfils("partly")
     assert verdict.headline in verdict.line
     assert "\n" not in verdict.line
+
+
+def test_long_facts_are_judged_by_their_tokens(tmp_path: Path) -> None:
+    # Forty tokens at 0.95 each: the whole has a probability of 0.13, and yet it is known.
+    def long_facts(per_token: float) -> Json:
+        rows = {
+            str(i): {"prob": per_token**40, "loss": -math.log(per_token), "source": "surprise"}
+            for i in range(20)
+        }
+        return {"agg_value": per_token**40, "value_by_index": rows}
+
+    verdict = verdict_on(
+        tmp_path,
+        full=results([0.95] * 20, forget_fact_probability=long_facts(0.95)),
+        base=results([0.05] * 20, forget_fact_probability=long_facts(0.2)),
+        edited=results([0.9] * 20, forget_fact_probability=long_facts(0.9)),
+    )
+    assert verdict.forgetting.status == "not"
+    assert verdict.forgetting.numbers.startswith("Fact probability per token: 0.90 against 0.20")

@@ -216,7 +216,8 @@ def _evaluated(stages: _Stages, record: _Record) -> Unlearned:
     results = {"before": before, "after": after, "base": base}
     record.write({name: aggregates(found) for name, found in results.items()})
     report = stages.report()
-    (verdict,) = judge(collect([str(output)])) or [None]
+    verdicts = judge(collect([str(output)]))
+    verdict = verdicts[0] if verdicts else None
     return Unlearned(output, read_manifest(output) or {}, before, after, report, verdict)
 
 

@@ -44,8 +44,11 @@ Status = Literal["met", "unclear", "partly", "not", "unknown"]
 Calibration = Literal["retrained", "holdout", "base"]
 Values = Mapping[str, float]
 
-FACTS = ("forget_fact", "forget_choice")
-"""Measures of what the question and the sentence around it do not give away."""
+FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
+"""Measures of what the question and the sentence around it do not give away. Of the first two one
+decides: the probability of the whole fact, or that of its tokens where facts are so long that not
+even the model before the edit gives one whole (`WHOLE`)."""
+WHOLE = 0.5
 BY_ROW = (*FACTS, "forget_probability")
 """Measures whose single rows are judged: probabilities, which have no steps."""
 FORGET_CORE = (
@@ -59,6 +62,7 @@ FORGET_CORE = (
 """Measures of being able to give the removed answers; the worst of the decisive ones decides."""
 RETAIN_CORE = (
     "retain_fact",
+    "retain_fact_token",
     "retain_choice",
     "retain_probability",
     "retain_rouge",
@@ -205,7 +209,8 @@ def is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
 
 def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> list[Check]:
     """Every forget measure against the yardstick, facts first."""
-    keys = [key for key in (*FORGET_CORE, "forget_exact") if key in run.measures]
+    left_out = _other_fact("forget", full)
+    keys = [k for k in (*FORGET_CORE, "forget_exact") if k in run.measures and k != left_out]
     subjects = read_subjects(run.results, "forget")
     checks = [
         _forget_check(
@@ -220,6 +225,13 @@ def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> li
     ]
     quality = quality_check(run, full, yardstick)
     return [*checks, *([quality] if quality else [])]
+
+
+def _other_fact(name: str, full: Run | None) -> str:
+    """The measure of facts that says less: of whole facts or of their tokens."""
+    reading = full.measures.get(f"{name}_fact") if full else None
+    whole = reading is None or reading.value >= WHOLE
+    return f"{name}_fact_token" if whole else f"{name}_fact"
 
 
 def _forget_check(
@@ -442,7 +454,8 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
 
 def retain_checks(run: Run, full: Run | None, retrained: Run | None) -> list[Check]:
     """Every retain measure against the model before the edit, on the same rows."""
-    keys = [key for key in (*RETAIN_CORE, "retain_strength") if key in run.measures]
+    left_out = _other_fact("retain", full)
+    keys = [k for k in (*RETAIN_CORE, "retain_strength") if k in run.measures and k != left_out]
     subjects = read_subjects(run.results, "retain")
     return [_retain_check(key, run.measures[key], full, retrained, subjects) for key in keys]
 
@@ -529,6 +542,7 @@ def label_of(key: str) -> str:
     """Name of a measure in a sentence."""
     labels = {
         "fact": "Fact probability",
+        "fact_token": "Fact probability per token",
         "choice": "Share of the right fact among wrong ones",
         "probability": "Answer probability",
         "rouge": "ROUGE-L recall",

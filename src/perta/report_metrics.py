@@ -81,6 +81,7 @@ _FACT = (
     "How likely the model finds the words of the answer that the question and the sentence around "
     "them do not give away."
 )
+_FACT_TOKEN = "The same as the geometric mean over the fact's tokens, for long facts."
 _CHOICE = "Share of the right answer's probability among right and wrong ones."
 _ROUGE = "Share of the reference answer's words, in order, that the model's own answer holds."
 _STRENGTH = "Share of an answer that the model continues word for word once given its beginning."
@@ -103,6 +104,7 @@ def _per_set(group: Group, better: Better, short: str) -> tuple[Measure, ...]:
     rouge = names("rougeL_recall", f"{short}_Q_A_ROUGE")
     return (
         Measure(f"{short}_fact", "Fact prob.", group, better, _FACT, names("fact_probability")),
+        Measure(f"{short}_fact_token", "Fact prob./token", group, better, _FACT_TOKEN, ()),
         Measure(f"{short}_choice", "Fact choice", group, better, _CHOICE, names("fact_choice")),
         Measure(f"{short}_probability", "Answer prob.", group, better, _PROBABILITY, probability),
         Measure(f"{short}_rouge", "ROUGE-L", group, better, _ROUGE, rouge),
@@ -248,6 +250,13 @@ def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
             key = _BY_NAME[name].key if name in _BY_NAME else name
             subjects = read_subjects(results, measure_of(key).group)
             readings[key] = _reading(value, entry, measure_of(key).upper == 1, subjects)
+    for group in ("forget", "retain", "holdout"):
+        losses = numbers_of(results, f"{group}_fact_probability", "loss")
+        if losses:
+            tokens = {i: math.exp(-loss) for i, loss in losses.items()}
+            mean = math.fsum(tokens.values()) / len(tokens)
+            interval = _interval(tokens, True, read_subjects(results, group))
+            readings[f"{group}_fact_token"] = Reading(mean, interval, tokens)
     if "model_utility" in readings:
         readings["model_utility"] = _utility_reading(readings)
     return readings

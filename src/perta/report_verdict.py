@@ -346,7 +346,7 @@ def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[
             f"{number(loss)} nats per token), and what it did not learn cannot be removed. Raise "
             "--epochs or --learning-rate."
         )
-    stored = record.get("edit", {}).get("share_stored")
+    stored = record.get("edit", {}).get("stored", {}).get("stored_share")
     if isinstance(stored, int | float) and stored < STORED:
         causes.append(
             f"Likely cause: rounding. Only {stored:.0%} of the step fits into the type that the "
