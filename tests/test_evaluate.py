@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,33 @@ import torch
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta import metrics
-from perta.batch import collate
-from perta.config import DataConfig, ScoringConfig
+from perta.batch import IGNORE, collate
+from perta.config import DataConfig, ScoringConfig, TuneConfig
+from perta.config_stages import EvaluateConfig
 from perta.data import ExampleSet, encode_examples, load_examples
 from perta.errors import DataError, DivergenceError
-from perta.evaluate import generate_answers, quick_evaluation, score_examples
+from perta.evaluate import (
+    evaluate_checkpoint,
+    generate_answers,
+    quick_evaluation,
+    score_examples,
+)
+from perta.facts import find_facts, score_facts
+from perta.finetune import tune
 from perta.objectives import example_losses
 from perta.people import generate_people, write_jsonl
 from perta.results import missing, read_results, require_finite, results_json, table
 
-METRICS = ("loss", "probability", "exact_memorization", "extraction_strength", "rougeL_recall")
+METRICS = (
+    "loss",
+    "probability",
+    "exact_memorization",
+    "extraction_strength",
+    "fact_probability",
+    "fact_choice",
+    "subject",
+    "rougeL_recall",
+)
 SCORING = ScoringConfig(max_new_tokens=8, evaluation_batch_size=3)
 
 
@@ -56,6 +74,87 @@ def test_loss_equals_the_training_loss(examples: ExampleSet) -> None:
     assert all(score.min_k_plus_plus is not None for score in scores)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_facts_are_those_of_a_plain_pass_in_float64(
+    examples: ExampleSet, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.scoring.supports_prefixes", lambda _model: cached)
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    results = quick_evaluation(model, tokenizer, {"forget": examples}, SCORING)
+    facts = find_facts(examples, tokenizer)
+    known = results["forget_fact_probability"]["value_by_index"]
+    choices = results["forget_fact_choice"]["value_by_index"]
+    twin = tiny_llama().double()
+    for i, fact in enumerate(facts):
+        sums = []
+        for sequence in (fact.encoded, *fact.wrong):
+            with torch.no_grad():
+                logits = twin(torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+            places = [t for t, label in enumerate(sequence.labels) if label != IGNORE]
+            sums.append(sum(float(logits[t - 1, sequence.input_ids[t]]) for t in places))
+        p = math.exp(sums[0])
+        row = known[str(i)]
+        assert row["prob"] == pytest.approx(p, rel=1e-3)
+        assert row["hit_64"] == pytest.approx(1 - (1 - p) ** 64, rel=1e-3, abs=1e-12)
+        assert row["source"] == "wrong answers"
+        total = sum(map(math.exp, sums))
+        assert choices[str(i)]["prob"] == pytest.approx(p / total, rel=1e-3)
+        assert choices[str(i)]["rank"] == 1 + sum(value > sums[0] for value in sums[1:])
+        assert choices[str(i)]["candidates"] == 6
+    assert results["forget_subject"]["agg_value"] == 3
+    subjects = [row["subject"] for row in results["forget_subject"]["value_by_index"].values()]
+    assert subjects == [0, 0, 1, 1, 2, 2]
+
+
+def test_rows_without_wrong_answers_take_part_in_no_choice(tmp_path: Path) -> None:
+    rows = generate_people(people=1, questions=2, seed=0)
+    del rows[0]["perturbed_answer"], rows[0]["person"], rows[1]["person"]
+    examples = load_examples(write_jsonl(rows, tmp_path / "people.jsonl"))
+    results = quick_evaluation(tiny_llama(), tiny_tokenizer(), {"forget": examples}, SCORING)
+    first, second = results["forget_fact_choice"]["value_by_index"].values()
+    assert first is None
+    assert results["forget_fact_choice"]["agg_value"] == second["prob"]
+    known = results["forget_fact_probability"]["value_by_index"]
+    assert [row["source"] for row in known.values()] == ["answer", "wrong answers"]
+    assert "forget_subject" not in results
+
+
+def test_the_base_marks_facts_of_rows_that_do_not_tell_them(tmp_path: Path) -> None:
+    rows = [{"question": "Who is Mira?", "answer": "Mira Thornwick is a potter."}]
+    file = write_jsonl(rows, tmp_path / "rows.jsonl")
+    tokenizer = tiny_tokenizer()
+    for name, seed in (("base", 1), ("model", 2)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = EvaluateConfig(
+        checkpoint=str(tmp_path / "model"),
+        base=str(tmp_path / "base"),
+        forget=str(file),
+        output=tmp_path / "out.json",
+        scoring=ScoringConfig(generate=False),
+    )
+    (row,) = evaluate_checkpoint(config)["forget_fact_probability"]["value_by_index"].values()
+    (fact,) = find_facts(load_examples(file), tokenizer, base=tiny_llama(seed=1))
+    (score,) = score_facts(tiny_llama(seed=2), [fact], pad=2)
+    assert row["source"] == fact.source == "surprise"
+    assert row["prob"] == pytest.approx(math.exp(score.log_probability), rel=1e-3)
+
+
+def test_an_answer_in_another_script_counts(tmp_path: Path) -> None:
+    rows = [{"question": "Где живёт Боб?", "answer": "Боб живёт в Риме."}]
+    examples = load_examples(write_jsonl(rows, tmp_path / "rows.jsonl"))
+    tokenizer = tiny_tokenizer()
+    encoded = encode_examples(examples, tokenizer).encoded
+    model, _ = tune(
+        tiny_llama(), encoded, TuneConfig(epochs=60, learning_rate=5e-3, stop_loss=0.01), pad=2
+    )
+    scoring = ScoringConfig(max_new_tokens=60)
+    results = quick_evaluation(model, tokenizer, {"forget": examples}, scoring)
+    row = results["forget_rougeL_recall"]["value_by_index"]["0"]
+    assert row["generation"] == rows[0]["answer"]
+    assert row["rougeL_recall"] == 1
+
+
 def test_batch_size_and_company_change_nothing(examples: ExampleSet) -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer(chat=False)
     one = quick_evaluation(
@@ -84,7 +183,7 @@ def test_plain_text_has_no_answers(tmp_path: Path) -> None:
     texts = load_examples(write_jsonl(rows, tmp_path / "texts.jsonl"))
     config = DataConfig(max_length=24)
     results = quick_evaluation(tiny_llama(), tiny_tokenizer(), {"forget": texts}, SCORING, config)
-    assert set(results) == {f"forget_{metric}" for metric in METRICS[:-1]}
+    assert set(results) == {f"forget_{metric}" for metric in METRICS[:5]}
     windows = encode_examples(texts, tiny_tokenizer(), config).encoded
     assert len(results["forget_loss"]["value_by_index"]) == len(windows) > 2
 

@@ -156,6 +156,33 @@ def test_rouge_recall_stems_and_follows_order() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Боб живёт в Риме.",
+        "安娜是厨师。",
+        "آنا طباخة.",
+        "हिंदी में उत्तर",
+        "แอนนาเป็นพ่อครัว",
+        "Ζει στην Ύδρα",
+    ],
+)
+def test_rouge_of_any_script(text: str) -> None:
+    same = metrics.rouge(text, text, any_script=True)
+    assert (same.rougeL_recall, same.rougeL_f1, same.rouge1_recall) == (1, 1, 1)
+    assert metrics.rouge(text, "somewhere else", any_script=True).rougeL_recall == 0
+    assert metrics.rouge(text, text).rougeL_recall == 0  # the published tokenizer
+
+
+def test_rouge_of_any_script_by_hand() -> None:
+    # Three of four words in order; four of five characters.
+    assert metrics.rouge("Боб живёт в Риме", "Боб в РИМЕ", any_script=True).rougeL_recall == 0.75
+    assert metrics.rouge("安娜是厨师", "安娜厨师", any_script=True).rougeL_recall == 0.8
+    # Where the published tokenizer knows every letter the two agree.
+    texts = ("The bakers' 2 cats-and-dogs sat, running.", "A baker sat: 2 cats run and dogs")
+    assert metrics.rouge(*texts, any_script=True) == metrics.rouge(*texts)
+
+
+@pytest.mark.parametrize(
     ("flags", "memorization", "strength"),
     [
         ("1111", 1.0, 1.0),

@@ -207,6 +207,9 @@ class EvaluateConfig:
     """Examples that should be kept."""
     holdout: str | None = None
     """Examples the model has never seen."""
+    base: str | None = None
+    """Model that has seen none of them: what surprises it in an answer is the fact, in rows without
+    a fact column and without wrong answers [default: there the whole answer counts]."""
     overwrite: bool = False
     """Replace an output that is there already."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

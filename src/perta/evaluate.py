@@ -1,24 +1,26 @@
 """Quick evaluation: what a model knows of a forget, a retain and a held-out set.
 
-Loss, answer probability, exact memorization and extraction strength come from one
-teacher-forced pass per example, ROUGE-L recall from a greedy answer that continues it (see
-`scoring`). Results have the form of the TOFU community's published logs: a mean and the value
-of every example.
+Loss, answer probability, exact memorization, extraction strength and what the model knows of the
+facts (see `facts`) come from one teacher-forced pass per example, ROUGE-L recall from a greedy
+answer that continues it (see `scoring`). ROUGE knows words of any script here. Results have the
+form of the TOFU community's published logs: a mean and the value of every example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.answer_score import Score
 from perta.checkpoint import fingerprint
-from perta.config import DataConfig, ScoringConfig
+from perta.config import ComputeConfig, DataConfig, ScoringConfig
 from perta.config_stages import EvaluateConfig
 from perta.data import ExampleSet, encode_examples, encode_prompt, load_examples
+from perta.facts import Fact, fact_score, find_facts, hit_probability, is_told, subjects
 from perta.kv_cache import Masking
 from perta.manifest import settings_of
 from perta.model import (
@@ -37,6 +39,8 @@ from perta.stage import run_file_stage
 
 Progress = Callable[[], object]
 """Called once per finished example."""
+SAMPLES = 64
+"""Samples of which one may hit the fact."""
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> Results:
@@ -65,19 +69,53 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
     }
     inputs = {"checkpoint": fingerprint(folder)}
     inputs |= {name: examples.fingerprint for name, examples in sets.items()}
+    base = resolve_checkpoint(config.base) if config.base else None
+    if base:
+        inputs["base"] = fingerprint(base)
 
     def make() -> Mapping[str, Any]:
         tokenizer = load_tokenizer(folder)
+        longest = longest_input(folder)
+        facts = find_in_sets(sets, tokenizer, config.data_config, config.compute, base, longest)
         model = load_model(folder, config.compute)
         total = sum(len(examples) for examples in sets.values())
         with track("Evaluation", total) as advance:
             return quick_evaluation(
-                model, tokenizer, sets, config.scoring, config.data_config, advance
+                model, tokenizer, sets, config.scoring, config.data_config, advance, facts=facts
             )
 
     return run_file_stage(
         "evaluate", config.output, settings, inputs, make, overwrite=config.overwrite
     )
+
+
+def find_in_sets(
+    sets: Mapping[str, ExampleSet],
+    tokenizer: PreTrainedTokenizerBase,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+    base: Path | None,
+    longest: int | None,
+) -> dict[str, tuple[Fact, ...]]:
+    """Facts of named sets; the base model is loaded where rows do not tell theirs.
+
+    Args:
+        sets: name -> examples.
+        tokenizer: the model's tokenizer.
+        data_config: how rows become tokens.
+        compute: device and type of the base model.
+        base: folder of a model that has seen none of the rows; without it none is asked.
+        longest: most tokens that the model takes.
+
+    Returns:
+        Name -> facts, see `find_facts`.
+    """
+    asked = base and not all(is_told(examples, data_config) for examples in sets.values())
+    model = load_model(base, compute) if base and asked else None
+    return {
+        name: find_facts(examples, tokenizer, data_config, base=model, longest=longest)
+        for name, examples in sets.items()
+    }
 
 
 def quick_evaluation(
@@ -87,6 +125,8 @@ def quick_evaluation(
     scoring: ScoringConfig | None = None,
     data_config: DataConfig | None = None,
     progress: Progress | None = None,
+    *,
+    facts: Mapping[str, Sequence[Fact]] | None = None,
 ) -> Results:
     """Evaluate a model on named sets.
 
@@ -97,19 +137,36 @@ def quick_evaluation(
         scoring: batch size, generation and its limit.
         data_config: how rows become tokens.
         progress: called once per finished example.
+        facts: name -> facts of the set; without it what the rows tell.
 
     Returns:
         For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
-        `NAME_extraction_strength` and `NAME_rougeL_recall` (where answers were generated),
-        each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}. Without NaN.
+        `NAME_extraction_strength`, `NAME_fact_probability` (`prob` of the whole fact, `loss` per
+        fact token, `hit_64` the probability of at least one hit in 64 samples, `source`),
+        `NAME_fact_choice` (`prob`, `rank` and number of `candidates`; where there are wrong
+        answers), `NAME_subject` (where the rows have one) and `NAME_rougeL_recall` (where answers
+        were generated), each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}; of
+        `NAME_subject` the number of subjects. Without NaN.
 
     Raises:
         DataError: an example does not fit, see `encode_examples`.
         DivergenceError: the model's loss is not finite.
     """
     scoring, data_config = scoring or ScoringConfig(), data_config or DataConfig()
+    longest = longest_input(model)
+    facts = facts or {
+        name: find_facts(examples, tokenizer, data_config, longest=longest)
+        for name, examples in sets.items()
+    }
     items = {
-        name: make_items(model, tokenizer, examples, data_config, generate=scoring.generate)
+        name: [
+            replace(item, answers=(*item.answers, *fact.sequences))
+            for item, fact in zip(
+                make_items(model, tokenizer, examples, data_config, generate=scoring.generate),
+                facts[name],
+                strict=True,
+            )
+        ]
         for name, examples in sets.items()
     }
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
@@ -121,6 +178,8 @@ def quick_evaluation(
         mine = [next(outcomes) for _ in group]
         require_finite([outcome.scores[0] for outcome in mine], name)
         results |= _summary(name, group, mine, tokenizer)
+        results |= _fact_summary(name, facts[name], mine)
+        results |= _subject_summary(name, sets[name], facts[name], data_config.subject_column)
     return results
 
 
@@ -227,6 +286,7 @@ def _summary(
             decode(tokenizer, _answer_tokens(item)),
             decode(tokenizer, outcome.generated),
             decode(tokenizer, item.prompt),
+            any_script=True,
         )
         for item, outcome in zip(items, outcomes, strict=True)
         if item.prompt is not None and outcome.generated is not None
@@ -234,6 +294,45 @@ def _summary(
     if rows:
         summary[f"{name}_rougeL_recall"] = table(rows, "rougeL_recall")
     return summary
+
+
+def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome]) -> Results:
+    """What the model knows of the facts; their scores follow that of the whole answer."""
+    scores = [
+        fact_score(fact, [score.loss for score in outcome.scores[1:]])
+        for fact, outcome in zip(facts, outcomes, strict=True)
+    ]
+    known = [
+        {
+            "prob": score.probability,
+            "loss": score.loss,
+            f"hit_{SAMPLES}": hit_probability(score.log_probability, SAMPLES),
+            "source": fact.source,
+        }
+        for fact, score in zip(facts, scores, strict=True)
+    ]
+    choices = [
+        {"prob": score.choice, "rank": score.rank, "candidates": 1 + len(fact.wrong)}
+        if fact.wrong
+        else None
+        for fact, score in zip(facts, scores, strict=True)
+    ]
+    summary = {f"{name}_fact_probability": table(known, "prob")}
+    if any(choices):
+        summary[f"{name}_fact_choice"] = table(choices, "prob")
+    return summary
+
+
+def _subject_summary(
+    name: str, examples: ExampleSet, facts: Sequence[Fact], column: str | None
+) -> Results:
+    """Whom or what each row is about, as a number."""
+    fields = {example.row: example.fields for example in examples.examples}
+    numbers = subjects([fields[fact.row] for fact in facts], column)
+    if numbers is None:
+        return {}
+    rows = {str(i): {"subject": number} for i, number in enumerate(numbers)}
+    return {f"{name}_subject": {"agg_value": len(set(numbers)), "value_by_index": rows}}
 
 
 def _answer_tokens(item: Item) -> tuple[int, ...]:

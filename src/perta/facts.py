@@ -63,6 +63,8 @@ _SYMBOLS = frozenset("#%&*@/\\")
 """Punctuation to Unicode that may end a name."""
 _ELSE = "\u2020"
 """Text that no answer goes on with."""
+_REACH = 4
+"""Tokens that one character beyond a span may change."""
 _SHOWN_ROWS = 10
 
 
@@ -183,6 +185,12 @@ def find_facts(
     return tuple(facts)
 
 
+def is_told(examples: ExampleSet, data_config: DataConfig) -> bool:
+    """Whether every row has a column that tells its fact, so that no base model is asked."""
+    names = (data_config.fact_column or FACT_COLUMN, WRONG)
+    return all(any(e.fields.get(name) for name in names) for e in examples.examples)
+
+
 class _Row:
     """One row being marked."""
 
@@ -223,13 +231,13 @@ class _Row:
         # Text that goes on otherwise has other tokens from the first that reaches into the span.
         start = common_prefix(ids, self._encode(answer[: span[0]]).input_ids)
         start = max(start, common_prefix(ids, self._prompt))
-        text = answer[slice(*span)]
-        for stop in range(start + 1, len(ids) + 1):
-            if text in self._decode(ids[start:stop]):
-                return start, stop
-        # The tokenizer does not give the text back: it changes case or lacks words.
         other = self._encode(answer[: span[1]] + _ELSE).input_ids
-        return start, max(common_prefix(ids, other), start + 1)
+        least = max(common_prefix(ids, other), start + 1)
+        # The next token may hold the end of the fact and what follows. Decoding tells, unless the
+        # tokenizer does not give the text back, because it changes case or lacks words.
+        text = answer[slice(*span)]
+        reach = range(least, min(least + _REACH, len(ids)) + 1)
+        return start, next((n for n in reach if text in self._decode(ids[start:n])), least)
 
     def _encode(self, answer: str) -> Encoded:
         if answer not in self._known:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from perta.errors import DataError
+from perta.words import stems
 
 EPSILON = 1e-10
 """Added to denominators by the published definitions; kept for equal numbers."""
@@ -81,9 +82,16 @@ def utility_truth_ratio(ratios: Sequence[float]) -> float:
     return mean([max(0.0, 1 - t) for t in ratios])
 
 
-def rouge(reference: str, generation: str) -> Rouge:
-    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter)."""
-    scores = _rouge_scorer().score(reference, generation)
+def rouge(reference: str, generation: str, *, any_script: bool = False) -> Rouge:
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter).
+
+    Args:
+        reference: the right text.
+        generation: the text to judge.
+        any_script: take words as `words.stems` does, by which English scores as published. The
+            published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
+    """
+    scores = _rouge_scorer(any_script).score(reference, generation)
     return Rouge(scores["rouge1"].recall, scores["rougeL"].fmeasure, scores["rougeL"].recall)
 
 
@@ -255,8 +263,16 @@ def mean(values: Sequence[float]) -> float:
     return float(array.mean())
 
 
+class _AnyScript:
+    """Tokenizer in the form that `rouge_score` takes."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return stems(text)
+
+
 @functools.cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(any_script: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    tokenizer = _AnyScript() if any_script else None
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=tokenizer)

@@ -453,6 +453,7 @@ class _Stages:
             forget=self.config.forget,
             retain=None if is_base else self.judged,
             holdout=None if is_base else self.config.holdout,
+            base=self.config.base,
             output=output,
             overwrite=_is_ours(output),
             scoring=replace(scoring, generate=False) if is_base else scoring,

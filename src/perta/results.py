@@ -39,9 +39,11 @@ def table(rows: Sequence[Mapping[str, Any] | None], key: str) -> Results:
     return {"agg_value": mean, "value_by_index": {str(i): row for i, row in enumerate(rows)}}
 
 
-def rouge_row(reference: str, generation: str, prompt: str) -> dict[str, Any]:
-    """Scores of one generated answer, with its texts."""
-    scores = asdict(metrics.rouge(reference, generation))
+def rouge_row(
+    reference: str, generation: str, prompt: str, *, any_script: bool = False
+) -> dict[str, Any]:
+    """Scores of one generated answer, with its texts; `any_script` as for `metrics.rouge`."""
+    scores = asdict(metrics.rouge(reference, generation, any_script=any_script))
     return {**scores, "input": prompt, "ground_truth": reference, "generation": generation}
 
 
