@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ from perta.data import load_examples
 from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.people import write_jsonl
-from perta.results import Results
+from perta.results import Results, read_results
 
 
 def test_a_spec_is_a_method_with_settings() -> None:
@@ -315,6 +316,39 @@ def test_every_method_is_measured_beside_the_same_models(
     assert 0 <= by_name["tv"]["suite"]["forget_quality"] <= 1
     # Importance reads 2 forget and 3 of 6 retain rows; TV reads nothing.
     assert sum(by_name["tv"]["passes"].values()) < sum(by_name["perta-grad"]["passes"].values())
+
+
+def test_facts_stand_beside_the_means(compared: tuple[CompareConfig, list[Any]]) -> None:
+    config, records = compared
+    by_name = {record["method"]: record["equal"] for record in records}
+    rows = {
+        name: read_results(config.output / "results" / f"{name}_seed-0.json")
+        for name in ("retrained", "full", "tv")
+    }
+    gold = _column(rows["retrained"], "forget_fact_probability", "prob")
+    for name, results in rows.items():
+        equal = by_name[name]
+        facts = _column(results, "forget_fact_probability", "prob")
+        ranks = _column(results, "forget_fact_choice", "rank")
+        assert equal["forget_worst_fact"] == max(facts)
+        assert equal["forget_worst_answer"] == max(_column(results, "forget_probability", "prob"))
+        assert equal["forget_choice_accuracy"] == ranks.count(1) / len(ranks)
+        limit = np.quantile(gold, 0.95)
+        assert equal["forget_beyond"] == sum(fact > limit for fact in facts) / len(facts)
+        # Of rows to be kept the worst is the least probable.
+        kept = _column(results, "retain_fact_probability", "prob")
+        assert equal["retain_worst_fact"] == min(kept)
+        hits = _column(results, "retain_fact_probability", "hit_64")
+        assert equal["retain_hit_64"] == pytest.approx(sum(hits) / len(hits))
+        assert 0 <= equal["relearned_choice_probability"] <= 1
+        assert "relearned_beyond" in equal
+    page = (config.output / "summary.md").read_text("utf-8")
+    assert "forget hit in 64" in page
+    assert "relearned worst fact" in page
+
+
+def _column(results: Mapping[str, Any], metric: str, key: str) -> list[float]:
+    return [row[key] for row in results[metric]["value_by_index"].values()]
 
 
 def test_methods_see_half_of_the_retain_rows(compared: tuple[CompareConfig, list[Any]]) -> None:

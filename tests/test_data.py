@@ -11,10 +11,13 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from helpers import tiny_llama
+from helpers import tiny_tokenizer as byte_tokenizer
 from perta.batch import IGNORE, Encoded, bucketed, collate
 from perta.config import DataConfig
 from perta.data import encode_example, encode_examples, encode_prompt, load_examples
 from perta.errors import DataError, EmptyDatasetError
+from perta.per_example import batched_moments
 from perta.tiny import tiny_tokenizer
 
 QA = [
@@ -146,6 +149,56 @@ def test_text_is_cut_into_windows_that_predict_every_token_once(
     assert max(len(part.input_ids) for part in parts) == 5
     predicted = [label for part in parts for label in part.labels if label != IGNORE]
     assert predicted == list(whole[0].input_ids[1:])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "labels", "lengths"),
+    [
+        # One token more than fits: 64 predictions, 32 in each of two windows.
+        (65, 64, [32, 32], [33, 64]),
+        (65, 65, [64], [65]),
+        (11, 5, [3, 3, 4], [4, 5, 5]),
+        (4, 2, [1, 1, 1], [2, 2, 2]),
+        (2, 9, [1], [2]),
+    ],
+)
+def test_windows_of_a_text_have_equally_many_labels(
+    tokens: int, limit: int, labels: list[int], lengths: list[int], tmp_path: Path
+) -> None:
+    words = [f"w{i}" for i in range(tokens)]
+    tokenizer = tiny_tokenizer([" ".join(words)], chat=False)
+    # Every word but the first has its space in its token; the end token is the last.
+    text = "".join(words[:1]) + "".join(f" {word}" for word in words[1 : tokens - 1])
+    texts = load_examples(write(tmp_path / "a.jsonl", [{"text": text}]))
+    windows = encode_examples(texts, tokenizer, DataConfig(max_length=limit)).encoded
+    assert [sum(label != IGNORE for label in w.labels) for w in windows] == labels
+    assert [len(window.input_ids) for window in windows] == lengths
+    for window in windows:
+        for place, label in enumerate(window.labels):
+            assert label in (IGNORE, window.input_ids[place])
+        assert window.labels[0] == IGNORE
+
+
+def test_importance_of_a_text_is_that_of_its_tokens(tmp_path: Path) -> None:
+    """A text cut in two gives what its halves give: no token counts for more than another."""
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    text = "Where was Mira Thornwick born? Mira Thornwick was born in Caldholm, by the sea."
+    texts = load_examples(write(tmp_path / "a.jsonl", [{"text": text}]))
+    (whole,) = encode_examples(texts, tokenizer).encoded
+    config = DataConfig(max_length=len(whole.input_ids) - 1)
+    windows = encode_examples(texts, tokenizer, config).encoded
+    assert len(windows) == 2
+    size = [
+        sum(
+            float(value.sum())
+            for value in batched_moments(model, bucketed([window], 1, 2), [2.0])
+            .by_order[2.0]
+            .values()
+        )
+        for window in windows
+    ]
+    # With a last window of one token its share was above nine tenths.
+    assert 0.2 < size[1] / sum(size) < 0.8
 
 
 def test_cut_off_and_empty_answers_are_reported_by_row(

@@ -97,8 +97,8 @@ class DataConfig:
     chat_template: bool = True
     """Use the tokenizer's chat template where it has one."""
     max_length: int = 2048
-    """Longest example in tokens, at most what the model takes; plain text is cut into windows of
-    this length."""
+    """Longest example in tokens, at most what the model takes; plain text is cut into
+    windows of at most this length, those of one text equally long."""
     split: str = "train"
     """Split of a `datasets` id."""
     skip_bad_rows: bool = False

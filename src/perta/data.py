@@ -7,6 +7,7 @@ A row that cannot be used is reported with its number; none disappears in silenc
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,7 +221,8 @@ def encode_examples(
         longest: most tokens the model takes.
 
     Returns:
-        One token sequence per example; for plain text one per window of `max_length` tokens.
+        One token sequence per example; for plain text one per window of at most `max_length`
+        tokens, those of one text equally long but for a token.
 
     Raises:
         DataError: answers that are empty or cut off at the length limit (unless skipped).
@@ -386,18 +388,21 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def _windows(whole: Encoded, limit: int) -> list[Encoded]:
-    """Cut plain text into windows; a last window of one token has no prediction and is merged.
+    """Cut plain text into as few windows as fit the limit, with equally many labels but for one.
 
-    Each window after the first repeats the token before it, so that every token but the very
-    first is predicted once.
+    A window counts as one example: with a label or two, a short last one would weigh as much as
+    the others, and its gradient, averaged over nothing, many times more. Every token but the very
+    first is labelled once; the room that is left shows the tokens before, without labels.
     """
     ids = whole.input_ids
+    predicted = len(ids) - 1
+    count = -(-predicted // (limit - 1))
+    edges = [1 + i * predicted // max(count, 1) for i in range(count + 1)]
     windows = []
-    start = 0
-    while start < len(ids) - 1:
-        part = ids[start : start + limit]
-        windows.append(Encoded(part, (IGNORE, *part[1:]), whole.row))
-        start += limit - 1
+    for start, stop in itertools.pairwise(edges):
+        first = max(0, stop - limit)
+        labels = (*[IGNORE] * (start - first), *ids[start:stop])
+        windows.append(Encoded(ids[first:stop], labels, whole.row))
     return windows
 
 

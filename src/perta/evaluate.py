@@ -20,7 +20,15 @@ from perta.checkpoint import fingerprint
 from perta.config import ComputeConfig, DataConfig, ScoringConfig
 from perta.config_stages import EvaluateConfig
 from perta.data import ExampleSet, encode_examples, encode_prompt, load_examples
-from perta.facts import Fact, fact_score, find_facts, hit_probability, is_told, subjects
+from perta.facts import (
+    SAMPLES,
+    Fact,
+    fact_score,
+    find_facts,
+    hit_probability,
+    is_told,
+    subjects,
+)
 from perta.kv_cache import Masking
 from perta.manifest import settings_of
 from perta.model import (
@@ -39,8 +47,6 @@ from perta.stage import run_file_stage
 
 Progress = Callable[[], object]
 """Called once per finished example."""
-SAMPLES = 64
-"""Samples of which one may hit the fact."""
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> Results:

@@ -54,6 +54,8 @@ Span = tuple[int, int]
 PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
 FACT_COLUMN = "fact"
 SUBJECT_COLUMNS = ("subject", "person")
+SAMPLES = 64
+"""Samples of which one may hit the fact, in results."""
 SURPRISE = 2.0
 """Nats from which a token is a surprise. With SmolLM2-135M and 176 rows of `perta people`, whose
 facts are known, it finds 82% of their tokens, and 76% of what it finds are theirs; F1 is within

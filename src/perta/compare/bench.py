@@ -17,10 +17,12 @@ from perta.batch import Encoded
 from perta.benchmarks.ability import bench_ability
 from perta.benchmarks.tofu import run_tofu
 from perta.compare.draw import Draw, rows_config
+from perta.compare.knowledge import Knowledge
 from perta.config import DataConfig, ScoringConfig, TuneConfig
 from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import ExampleSet, encode_examples, load_examples
-from perta.evaluate import quick_evaluation
+from perta.evaluate import find_in_sets, quick_evaluation
+from perta.facts import score_facts
 from perta.finetune import tune
 from perta.model import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.objectives import losses_of
@@ -60,6 +62,14 @@ class Bench:
             facts = load_examples(draw.files["facts"], config.data_config)
             self.sets["facts"] = replace(facts, examples=facts.examples[:_FACTS])
         self._forget = self.encode(self.sets["forget"])
+        self._facts = find_in_sets(
+            self.sets,
+            self._tokenizer,
+            config.data_config,
+            config.compute,
+            draw.base,
+            longest_input(self.model),
+        )
         self._general = self.encode(_general_text(draw.folder), _plain())
 
     def encode(
@@ -96,7 +106,12 @@ class Bench:
         """
         wanted = {name: self.sets[name] for name in sets}
         return quick_evaluation(
-            self.model, self._tokenizer, wanted, self._scoring, self._config.data_config
+            self.model,
+            self._tokenizer,
+            wanted,
+            self._scoring,
+            self._config.data_config,
+            facts=self._facts,
         )
 
     def elsewhere(self) -> dict[str, float]:
@@ -109,20 +124,23 @@ class Bench:
         losses = losses_of(self.model, self._general, batch_size=self._batch, pad=self.pad)
         return math.fsum(losses) / len(losses)
 
-    def relearned(self) -> float:
-        """Forget probability after some forget rows were shown again for a few steps.
+    def relearned(self) -> Knowledge:
+        """What is known of forget rows after others were shown again for a few steps.
 
         The model is left at the relearned weights.
 
         Returns:
-            Mean answer probability of the forget rows that were not shown.
+            Answers and facts of the forget rows that were not shown.
         """
         shown = self._forget[::RELEARNED_SHARE]
-        hidden = [e for i, e in enumerate(self._forget) if i % RELEARNED_SHARE]
+        hidden = [i for i in range(len(self._forget)) if i % RELEARNED_SHARE]
         settings = relearning(self._config, len(shown), self._draw.seed)
         tune(self.model, shown, settings, pad=self.pad)
-        losses = losses_of(self.model, hidden, batch_size=self._batch, pad=self.pad)
-        return math.fsum(math.exp(-loss) for loss in losses) / len(losses)
+        rows = [self._forget[i] for i in hidden]
+        facts = [self._facts["forget"][i] for i in hidden]
+        losses = losses_of(self.model, rows, batch_size=self._batch, pad=self.pad)
+        scores = score_facts(self.model, facts, batch_size=self._batch, pad=self.pad)
+        return Knowledge.from_scores(losses, scores)
 
     def suite(self, reference: Results | None) -> Results:
         """The whole TOFU evaluation on this draw's rows."""

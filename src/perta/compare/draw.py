@@ -38,7 +38,7 @@ class Sets:
     """Rows of one seed.
 
     Attributes:
-        forget: rows to forget, with the columns that models are tuned on.
+        forget: rows to forget, with wrong answers where there are any.
         retain: rows to keep.
         suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones. Empty
             for rows of the user's own.
@@ -209,7 +209,7 @@ def _people(config: CompareConfig, seed: int) -> Sets:
         "retain.jsonl": _unseen(retain),
         "holdout.jsonl": holdout,
     }
-    return Sets(_tuned_on(forget), _tuned_on(retain), suite, PEOPLE)
+    return Sets(forget, retain, suite, PEOPLE)
 
 
 def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[str, Rows]) -> Sets:
@@ -231,27 +231,29 @@ def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[s
         "holdout10.jsonl": _slice(rows, 0, count, forget_file),
         **elsewhere,
     }
-    return Sets(_tuned_on(forget), _tuned_on(retain), suite, _SLICED)
+    return Sets(forget, retain, suite, _SLICED)
 
 
 def _whole_split(folder: Path, split: str, elsewhere: Mapping[str, Rows]) -> Sets:
     kept = f"retain{100 - int(split.removeprefix('forget'))}.jsonl"
     # The retain rows with wrong answers are the first of the retain rows, in their order.
+    told = _rows(folder / f"{split}_perturbed.jsonl"), _rows(folder / "retain_perturbed.jsonl")
     suite = {
-        f"{split}_perturbed.jsonl": _rows(folder / f"{split}_perturbed.jsonl"),
-        "retain_perturbed.jsonl": _unseen(_rows(folder / "retain_perturbed.jsonl")),
+        f"{split}_perturbed.jsonl": told[0],
+        "retain_perturbed.jsonl": _unseen(told[1]),
         **elsewhere,
     }
     holdout = folder / f"holdout{split.removeprefix('forget')}.jsonl"
     if holdout.is_file():
         suite[holdout.name] = _rows(holdout)
     forget, retain = _rows(folder / f"{split}.jsonl"), _rows(folder / kept)
-    return Sets(_tuned_on(forget), _tuned_on(retain), suite, split)
+    return Sets(_with_columns(forget, told[0]), _with_columns(retain, told[1]), suite, split)
 
 
-def _tuned_on(rows: Rows) -> Rows:
-    """Without the paraphrases and wrong answers, which are for the evaluation."""
-    return [{PROMPT: row[PROMPT], ANSWER: row[ANSWER]} for row in rows]
+def _with_columns(rows: Rows, told: Rows) -> Rows:
+    """Rows with the paraphrases and wrong answers of the same ones elsewhere, which tell facts."""
+    known = {(row[PROMPT], row[ANSWER]): row for row in told}
+    return [known.get((row[PROMPT], row[ANSWER]), row) for row in rows]
 
 
 def _unseen(retain: Rows) -> Rows:

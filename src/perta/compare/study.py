@@ -24,6 +24,7 @@ from perta.compare.bench import Bench, means
 from perta.compare.cost import stage_seconds, training_passes
 from perta.compare.draw import Draw, make_draw, rows_config
 from perta.compare.edits import WeightEdit, prepare_edit
+from perta.compare.knowledge import Knowledge
 from perta.compare.paths import TrainingPath, prepare_path
 from perta.compare.search import nearest
 from perta.compare.spec import EditSpec, TrainingSpec, parse_spec
@@ -33,6 +34,7 @@ from perta.config_stages import ReportConfig
 from perta.data import load_examples
 from perta.errors import ConfigError
 from perta.manifest import make_manifest, settings_of, stage_key
+from perta.metrics import mean
 from perta.model import resolve_checkpoint
 from perta.progress import say
 from perta.report import write_report
@@ -117,12 +119,13 @@ class _Seed:
         self._references: dict[str, Record] = {}
 
     def run(self, specs: Sequence[AnySpec]) -> list[Record]:
-        references = {name: self._finished(name) or self._reference(name) for name in REFERENCES}
-        self._references = references
-        # The retrained model first: the others' forget quality is measured against it.
+        # The retrained model first: it is what the others are measured against.
         for name in ("retrained", "base", "full"):
+            self._references[name] = self._finished(name) or self._reference(name)
+        references = self._references
+        for name in references:
             references[name] = self._extended(name, references[name])
-        records = list(references.values())
+        records = [references[name] for name in REFERENCES]
         for spec in specs:
             record = self._finished(spec.slug, spec) or self._contender(spec)
             records.append(self._extended(spec, record))
@@ -139,14 +142,17 @@ class _Seed:
         bench.load(bench.weights(folder))
         results = bench.measure()
         self._write_results(name, results, role=name)
-        at = {**means(results), **bench.elsewhere()}
+        at = {**self._measures(results), **bench.elsewhere()}
+        relearned = None
         if self._config.relearn_steps:
-            at["relearned"] = bench.relearned()
+            relearned = bench.relearned()
+            at |= self._after(relearned)
         cost = {
             "seconds": {} if name == "base" else {"finetune": stage_seconds(folder)},
             "passes": {} if name == "base" else {"finetune": training_passes(folder)},
         }
-        return self._save(name, None, {"equal": at, "reached": True, **cost})
+        rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
+        return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
 
     def _contender(self, spec: AnySpec) -> Record:
         say(f"── {spec.name}, seed {self._draw.seed}")
@@ -170,7 +176,7 @@ class _Seed:
         self._write_results(
             spec.slug, results, role="edited", method=spec.name, scaling_coef=found.strength
         )
-        equal = {"strength": found.strength, **means(results), **bench.elsewhere()}
+        equal = {"strength": found.strength, **self._measures(results), **bench.elsewhere()}
         record: dict[str, Any] = {
             "equal": equal,
             "reached": abs(found.probability - target) <= config.equal_tolerance,
@@ -181,7 +187,7 @@ class _Seed:
             record |= self._resistant(move, bench, equal, contender.largest)
         if config.fixed and not contender.fixed:
             move(contender.default)
-            record["fixed"] = {"strength": contender.default, **means(bench.measure())}
+            record["fixed"] = {"strength": contender.default, **self._measures(bench.measure())}
         elif config.fixed:
             record["fixed"] = dict(contender.fixed)
         cost = {"seconds": contender.seconds, "passes": contender.cost(found.strength)}
@@ -207,21 +213,36 @@ class _Seed:
         """
         limit = self._references["retrained"]["equal"]["relearned"] + self._config.relearn_margin
         strength = equal["strength"]
-        equal["relearned"] = bench.relearned()
+        equal |= self._after(bench.relearned())
         points = [{"strength": strength, "relearned": equal["relearned"]}]
         while points[-1]["relearned"] > limit and len(points) <= self._config.relearn_tries:
             strength *= self._config.relearn_factor
             if strength > largest:
                 break
             move(strength)
-            points.append({"strength": strength, "relearned": bench.relearned()})
+            points.append({"strength": strength, "relearned": mean(bench.relearned().answer)})
         if points[-1]["relearned"] > limit:
             return {"relearning": points}
         move(points[-1]["strength"])
         return {
             "relearning": points,
-            "resistant": {**points[-1], **means(bench.measure())},
+            "resistant": {**points[-1], **self._measures(bench.measure())},
         }
+
+    def _measures(self, results: Results) -> dict[str, float]:
+        """Columns of a model by its results, against the retrained model's."""
+        gold = read_results(self._results_file("results", "retrained"))
+        yardstick = Knowledge.from_results(gold, "forget").fact
+        return {
+            **means(results),
+            **Knowledge.from_results(results, "forget").columns("forget", yardstick),
+            **Knowledge.from_results(results, "retain").columns("retain", kept=True),
+        }
+
+    def _after(self, relearned: Knowledge) -> dict[str, float]:
+        """Columns of a relearned model, against the retrained model after the same."""
+        gold = self._references.get("retrained", {}).get("relearned_facts", relearned.fact)
+        return {"relearned": mean(relearned.answer), **relearned.columns("relearned", gold)}
 
     def _extended(self, of: str | AnySpec, record: Record) -> Record:
         """Add what was asked for beyond the quick measures, at equal forgetting, once."""

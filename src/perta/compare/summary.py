@@ -20,6 +20,16 @@ VIEWS = {
     "fixed": "at the default strength",
     "resistant": "at equal resistance to relearning",
 }
+_FACTS_OF = {"forget": "forget", "retain": "unseen retain", "relearned": "relearned"}
+_FACTS = {
+    "choice_accuracy": "facts chosen",
+    "choice_probability": "choice prob.",
+    "fact_probability": "fact prob.",
+    "hit_64": "hit in 64",
+    "worst_answer": "worst answer",
+    "worst_fact": "worst fact",
+    "beyond": "rows beyond 95%",
+}
 COLUMNS = {
     "strength": "α",
     "forget_probability": "forget prob.",
@@ -28,6 +38,11 @@ COLUMNS = {
     "retain_extraction_strength": "unseen retain extr.",
     "protected_probability": "protected prob.",
     "protected_extraction_strength": "protected extr.",
+    **{
+        f"{name}_{measure}": f"{title} {column}"
+        for name, title in _FACTS_OF.items()
+        for measure, column in _FACTS.items()
+    },
     "facts_probability": "facts prob.",
     "general_loss": "general loss",
     "relearned": "relearned",
@@ -47,8 +62,10 @@ _NAME_WIDTH = 24
 PRINTED = (
     "strength",
     "forget_probability",
+    "forget_choice_accuracy",
+    "forget_hit_64",
+    "forget_worst_answer",
     "retain_probability",
-    "retain_extraction_strength",
     "relearned",
     "share",
 )
