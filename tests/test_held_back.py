@@ -6,7 +6,6 @@ import json
 import re
 import stat
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from perta.errors import ConfigError, VerdictError
 from perta.held_back import Split, hold_back
 from perta.manifest import read_manifest
 from perta.people import write_people
-from perta.pipeline import Unlearned, check_verdict, unlearn, work_folder
+from perta.pipeline import Unlearned, unlearn, work_folder
+from perta.report_verdict import require_verdict
 
 Row = dict[str, Any]
 
@@ -233,8 +233,8 @@ def test_a_script_can_ask_for_a_verdict(
 ) -> None:
     settings, result = run
     with pytest.raises(VerdictError, match="--fail-unless met"):
-        check_verdict(replace(settings, fail_unless="met"), result)
-    check_verdict(settings, result)
+        require_verdict("met", result.verdict, result.folder)
+    require_verdict(None, result.verdict, result.folder)
     words = ["perta", "unlearn", "--fail-unless", "met", "--method", "perta-grad"]
     for name in ("base", "full", "forget", "retain", "output"):
         words += [f"--{name}", str(getattr(settings, name))]
@@ -248,6 +248,13 @@ def test_a_script_can_ask_for_a_verdict(
     assert re.search(r"^Verdict: \S.*$", printed.out, re.MULTILINE)
     assert re.search(r"^error: --fail-unless met: .* stays\.$", printed.err, re.MULTILINE)
     assert settings.output.is_dir()
+    page = settings.output.with_name("again.html")
+    words = ["perta", "report", str(settings.output), "--output", str(page)]
+    monkeypatch.setattr(sys, "argv", [*words, "--no-figures", "--fail-unless", "met"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert page.is_file()
 
 
 def test_a_verdict_needs_an_evaluation(world: World, tmp_path: Path) -> None:

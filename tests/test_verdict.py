@@ -63,6 +63,21 @@ def test_few_rows_are_never_proof(tmp_path: Path, n: int) -> None:
     assert "too few examples" in verdict.forgetting.text
 
 
+def test_over_forgotten_rows_make_few_rows_no_proof_either(tmp_path: Path) -> None:
+    # So far below the yardstick that the mean's interval stays below a quarter left.
+    verdict = verdict_on(
+        tmp_path,
+        full=results([0.95] * 8),
+        retrained=results([0.4] * 8),
+        edited=results([0.01] * 8),
+    )
+    lead = verdict.forgetting.lead
+    assert lead is not None
+    assert lead.share_high is not None
+    assert lead.share_high < 0.25
+    assert verdict.forgetting.status == "unclear"
+
+
 @pytest.mark.parametrize("n", [13, 20, 400])
 def test_enough_rows_without_one_left_are(tmp_path: Path, n: int) -> None:
     # 1 - 0.025^(1/13) = 0.247: of 13 rows none is left, so at most a quarter may be.

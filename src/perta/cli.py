@@ -54,7 +54,8 @@ def unlearn(config: UnlearnConfig) -> None:
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
-    from perta.pipeline import check_verdict, unlearn, work_folder
+    from perta.pipeline import unlearn, work_folder
+    from perta.report_verdict import require_verdict
     from perta.tables import print_comparison, print_samples
 
     result = unlearn(config)
@@ -76,7 +77,7 @@ def unlearn(config: UnlearnConfig) -> None:
     )
     if result.verdict:
         _note(f"Verdict: {result.verdict.line}")
-    check_verdict(config, result)
+    require_verdict(config.fail_unless, result.verdict, result.folder)
 
 
 @app.command
@@ -214,11 +215,17 @@ def report(*results: str, config: ReportConfig | None = None) -> None:
             results, each optionally named as in `full=results/full.json`.
         config: output, title and what to show.
     """
-    from perta.report import write_report
+    from perta.report import judged, write_report
+    from perta.report_verdict import require_verdict
 
     chosen = config or ReportConfig()
-    page = write_report(replace(chosen, results=(*results, *chosen.results)))
+    chosen = replace(chosen, results=(*results, *chosen.results))
+    page = write_report(chosen)
     _note(f"Report: {page}")
+    verdict = next(iter(judged(chosen)), None)
+    if verdict:
+        _note(f"Verdict: {verdict.line}")
+    require_verdict(chosen.fail_unless, verdict, page)
 
 
 @app.command

@@ -28,6 +28,9 @@ from perta.config import (
 )
 from perta.errors import ConfigError
 
+Wanted = Literal["met", "partly"]
+"""The least that a verdict has to be."""
+
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +278,7 @@ class UnlearnConfig:
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
     evaluate: bool = True
     """Evaluate before and after the edit, and the base model as a yardstick."""
-    fail_unless: Literal["met", "partly"] | None = None
+    fail_unless: Wanted | None = None
     """Exit with status 1 unless forgetting and retention are met, or are at least partly; the
     output stays."""
     overwrite: bool = False
@@ -368,6 +371,9 @@ class ReportConfig:
     """Print the texts of examples and answers. By default only their row and length appear."""
     figures: bool = True
     """Write plots as PNG and SVG files as well."""
+    fail_unless: Wanted | None = None
+    """Exit with status 1 unless forgetting and retention of the model that the page is about are
+    met, or are at least partly; the page stays."""
     overwrite: bool = False
     """Replace an output that is not a report."""
 

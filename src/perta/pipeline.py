@@ -40,7 +40,7 @@ from perta.config_stages import (
 from perta.data import ExampleSet
 from perta.edit import at_strength, edit_checkpoint, with_defaults
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
-from perta.errors import ConfigError, VerdictError
+from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
 from perta.held_back import HELD_BACK, PROTECTED, Split
@@ -219,23 +219,6 @@ def _evaluated(stages: _Stages, record: _Record) -> Unlearned:
     verdicts = judge(collect([str(output)]))
     verdict = verdicts[0] if verdicts else None
     return Unlearned(output, read_manifest(output) or {}, before, after, report, verdict)
-
-
-def check_verdict(config: UnlearnConfig, result: Unlearned) -> None:
-    """Stop a script whose result is worse than it asked for; the output stays.
-
-    Args:
-        config: the request.
-        result: its outcome.
-
-    Raises:
-        VerdictError: the verdict is worse than `--fail-unless`.
-    """
-    wanted, verdict = config.fail_unless, result.verdict
-    if wanted is None or (verdict is not None and verdict.fulfils(wanted)):
-        return
-    what = verdict.headline if verdict else "There is no verdict."
-    raise VerdictError(f"--fail-unless {wanted}: {what} {result.folder} stays.")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,15 @@ def write_report(config: ReportConfig) -> Path:
     return config.output
 
 
+def judged(config: ReportConfig) -> list[Verdict]:
+    """The verdicts of a report, that on the model it is about first.
+
+    Args:
+        config: results and subject.
+    """
+    return _ordered(judge(collect(config.results)), config.subject)
+
+
 def build_report(
     config: ReportConfig, collection: Collection, verdicts: list[Verdict] | None = None
 ) -> str:

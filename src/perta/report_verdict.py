@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from perta.config_stages import Wanted
+from perta.errors import VerdictError
 from perta.provenance import Record
 from perta.report_checks import (
     RANK,
@@ -48,7 +50,6 @@ SCHEMA = 1
 """Version of `verdict.json`; it rises when a key changes its meaning."""
 STORED = 0.9
 """Share of the wanted step below which rounding is a likely cause."""
-Wanted = Literal["met", "partly"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,23 @@ def judge_run(run: Run, collection: Collection) -> Verdict:
         causes=tuple(likely_causes(run, collection, forgetting.status)),
         notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
     )
+
+
+def require_verdict(wanted: Wanted | None, verdict: Verdict | None, output: object) -> None:
+    """Stop a script whose result is worse than it asked for; the output stays.
+
+    Args:
+        wanted: the least that the verdict has to be; None for anything.
+        verdict: the verdict, if there is one.
+        output: what stays.
+
+    Raises:
+        VerdictError: it is worse.
+    """
+    if wanted is None or (verdict is not None and verdict.fulfils(wanted)):
+        return
+    what = verdict.headline if verdict else "There is no verdict."
+    raise VerdictError(f"--fail-unless {wanted}: {what} {output} stays.")
 
 
 def as_record(verdict: Verdict) -> dict[str, Any]:
