@@ -61,12 +61,6 @@ _CURE = (
     "rate, or raise --scaling-coef."
 )
 
-_DIRECTIONS = {
-    "forget - base": "(θ_f − θ₀)",
-    "full - base": "(θ_full − θ₀)",
-    "full": "θ_full",
-}
-
 
 @dataclass(frozen=True)
 class EditSummary:
@@ -104,6 +98,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     """
     config = replace(config, weighting=with_defaults(config.weighting))
     _refuse_auto(config.weighting)
+    method = get_method(config.weighting.method)
     given = find_inputs(config)
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
     settings = settings_of(config)
@@ -123,7 +118,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
             fingerprints=inputs,
         )
         _report_stored(summary.stored)
-        return {"edit": asdict(summary)}
+        return {"edit": asdict(summary), "done": method.done, "equation": method.equation}
 
     run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
     return config.output
@@ -461,10 +456,9 @@ def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> s
     """
     weighting = with_defaults(weighting)
     method = get_method(weighting.method)
-    retain_vector = " + β · (θ_r − θ₀)" if method.retain_vector else ""
     done = (
         "Part of this model's fine-tuning data was removed by one edit of its weights: "
-        f"θ_u = θ_full − α · W ⊙ {_DIRECTIONS[method.direction]}{retain_vector}."
+        f"{method.equation}. {method.done}"
     )
     caveat = (
         "An edit of the weights is not a proof of erasure: measure forgetting and retention "

@@ -167,7 +167,7 @@ def _context(
         "methods": _methods(runs, looks),
         "newest": newest(runs),
         "asked": asked(subject, collection) if subject else [],
-        "done": done(subject) if subject else ("", [], [], ""),
+        "done": done(subject) if subject else ("", "", [], [], ""),
         "trade_offs": [
             (data.label, Markup(scatter(data)), data.caption)
             for data in trade_offs(collection, looks)

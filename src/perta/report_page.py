@@ -17,30 +17,6 @@ from perta.report_metrics import MEASURES
 from perta.report_sentences import number
 from perta.report_verdict import Statement, Verdict
 
-METHODS: Mapping[str, str] = {
-    "tv": "Every weight was moved back along what learning the removed examples alone does to "
-    "it, all weights by the same factor α (task vector negation).",
-    "perta-grad": "Every weight was moved back along what learning the removed examples alone "
-    "does to it, in proportion to how much it matters for them rather than for the examples to "
-    "keep. How much a weight matters is the mean absolute gradient over examples.",
-    "perta-fisher": "Every weight was moved back along what learning the removed examples alone "
-    "does to it, in proportion to how much it matters for them rather than for the examples to "
-    "keep. How much a weight matters is the mean squared gradient over examples (diagonal "
-    "Fisher information).",
-    "perta-input": "The weights of every linear layer were moved back along what learning the "
-    "removed examples alone does to them, most in the directions of the layer's inputs that the "
-    "removed examples use and the examples to keep do not.",
-    "perta-project": "The weights of every linear layer were moved back along what learning the "
-    "removed examples alone does to them, except in the directions of the layer's inputs that the "
-    "examples to keep use.",
-    "perta-kron": "The weights of every linear layer were moved back along what learning the "
-    "removed examples alone does to them, most in the directions of the layer's inputs and "
-    "output gradients that matter for the removed examples and not for those to keep.",
-}
-_OTHER_METHOD = (
-    "Weights were moved back along what learning the removed examples alone does to them, by "
-    "shares that the method {method} sets."
-)
 _INPUT_NAMES: Mapping[str, str] = {
     "full": "model before the edit",
     "base": "base model",
@@ -64,6 +40,10 @@ _SHOWN_SETTINGS = {
     "granularity": "granularity",
     "include": "only tensors",
     "exclude": "not tensors",
+    "unlearn_epochs": "epochs",
+    "unlearn_learning_rate": "learning rate",
+    "forget_weight": "weight of the forget term",
+    "retain_weight": "weight of the retain term",
 }
 
 
@@ -171,13 +151,12 @@ def asked(subject: Run, collection: Collection) -> list[Identity]:
     return items
 
 
-def done(subject: Run) -> tuple[str, list[tuple[str, str]], list[Identity], str]:
-    """How it was done: a sentence, the settings, the inputs and the versions."""
+def done(subject: Run) -> tuple[str, str, list[tuple[str, str]], list[Identity], str]:
+    """How it was done: sentence, equation, settings, inputs and versions."""
     record = subject.record
     if not record:
-        return "", [], [], ""
-    method = subject.method or ""
-    sentence = METHODS.get(method) or _OTHER_METHOD.format(method=method)
+        return "", "", [], [], ""
+    sentence = record.get("done") or f"The record names the method {subject.method} alone."
     settings = [
         (title, _plain(record["settings"][name]))
         for name, title in _SHOWN_SETTINGS.items()
@@ -195,7 +174,8 @@ def done(subject: Run) -> tuple[str, list[tuple[str, str]], list[Identity], str]
         inputs.append(Identity(_INPUT_NAMES["content"], subject.label, str(record["content"])))
     versions = ", ".join(f"{name} {v}" for name, v in record.get("versions", {}).items())
     created = record.get("created")
-    return sentence, settings, inputs, f"Made {created} with {versions}." if created else versions
+    made = f"Made {created} with {versions}." if created else versions
+    return sentence, record.get("equation", ""), settings, inputs, made
 
 
 def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:

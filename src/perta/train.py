@@ -86,7 +86,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
         skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
-        return {**done, **skipped}
+        return {**done, **skipped, "done": method.done, "equation": method.equation}
 
     with resumable(config.output, key, config.save_every) as resume:
         run_stage(

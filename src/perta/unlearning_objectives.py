@@ -67,6 +67,7 @@ class TrainingMethod:
     Attributes:
         name: what users type.
         summary: one line on what it does.
+        done: what was done, a sentence or two for people who have not heard of any method.
         formula: what is minimised, with ℓ_f and ℓ_r the mean answer loss of a forget and a
             retain example.
         source: where it comes from.
@@ -86,6 +87,7 @@ class TrainingMethod:
 
     name: str
     summary: str
+    done: str
     formula: str
     source: str
     forget: Callable[[Scene], Tensor] | None = None
@@ -102,6 +104,11 @@ class TrainingMethod:
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     steering_coef: float | None = None
+
+    @property
+    def equation(self) -> str:
+        """What is minimised, or what is added to the weights."""
+        return f"{'step' if self.solver == 'newton' else 'loss'} = {self.formula}"
 
     @property
     def steers(self) -> bool:
@@ -362,6 +369,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="ga",
         summary="gradient ascent on the forget set; ruins the model if run long",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable (gradient ascent). The examples to keep took no part.",
         formula="-l_f",
         source=f"Jang et al., arXiv 2210.01504; {_TOFU}",
         forget=_ascent,
@@ -369,6 +378,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="graddiff",
         summary="gradient difference: ascent on the forget set, descent on the retain set",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable and, at the same time, those of the examples to keep more probable.",
         formula="-l_f + l_r",
         source=f"Liu et al., arXiv 2203.12817; {_TOFU}",
         forget=_ascent,
@@ -377,6 +388,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="kl",
         summary="gradient ascent, predictions on the retain set held to the full model's",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable, while its predictions on the examples to keep were held to those it made "
+        "before.",
         formula="-l_f + KL(full || model) on retain",
         source=_TOFU,
         forget=_ascent,
@@ -385,6 +399,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="npo",
         summary="negative preference optimisation: ascent that fades with what is forgotten",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable than before, with a force that fades as they are forgotten (negative "
+        "preference optimisation). The examples to keep took no part.",
         formula="2/b log(1 + (p/p_full)^b), p of the whole answer",
         source=_NPO,
         forget=_npo,
@@ -394,6 +411,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="npo-retain",
         summary="negative preference optimisation with descent on the retain set",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable than before, with a force that fades as they are forgotten, and those of "
+        "the examples to keep more probable at the same time.",
         formula="npo + l_r",
         source=f"{_NPO} (NPO+RT)",
         forget=_npo,
@@ -404,6 +424,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="simnpo",
         summary="negative preference optimisation per token, without a reference model",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable per token, with a force that fades as they are forgotten, and those of "
+        "the examples to keep more probable at the same time.",
         formula="-2/b log sigmoid(b l_f - margin) * 0.125 + l_r",
         source="Fan et al., arXiv 2410.07163",
         forget=_simnpo,
@@ -415,6 +438,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="dpo",
         summary="direct preference optimisation: refusals over the forget answers",
+        done="The model was trained further to prefer a refusal to the answers of the removed "
+        "examples, and to make those of the examples to keep more probable at the same "
+        "time.",
         formula="-2/b log sigmoid(b (log p/p_full of refusal - of answer)) + l_r",
         source=f"Rafailov et al., arXiv 2305.18290; {_TOFU}",
         forget=_dpo,
@@ -426,6 +452,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="idkpo",
         summary="preference optimisation as in TOFU: learn refusals for the forget prompts",
+        done="The model was trained further to answer the questions of the removed examples with "
+        "a refusal, and those of the examples to keep as they are.",
         formula="l of refusal + l_r",
         source=_TOFU,
         forget=_descent,
@@ -435,6 +463,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="rmu",
         summary="steer a layer's activations on the forget set to a random vector",
+        done="The model was trained further until one layer's activations on the removed "
+        "examples pointed in a random direction, while those on the examples to keep were "
+        "held to what they were before.",
         formula="|h_f - c u|^2/D + 1200 |h_r - h_r of full|^2/D",
         source="Li et al., arXiv 2403.03218",
         retain="activations",
@@ -445,6 +476,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="undial",
         summary="self-distillation with the forget token's logit lowered",
+        done="The model was trained further to repeat its own predictions on the removed "
+        "examples with the right token made less likely. The examples to keep took no part.",
         formula="CE(softmax(z_full - b onehot(y)), model)",
         source="Dong et al., arXiv 2402.10052",
         forget=_undial,
@@ -455,6 +488,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="wga",
         summary="gradient ascent in which tokens already forgotten count less",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable, tokens that are forgotten already counting less, and those of the "
+        "examples to keep more probable at the same time.",
         formula="mean of p^b log p + l_r, p^b constant",
         source="Wang et al., arXiv 2502.19301",
         forget=_weighted,
@@ -465,6 +501,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="satimp",
         summary="gradient ascent weighted by saturation and importance of each token",
+        done="The model was trained further to make the answers of the removed examples less "
+        "probable, tokens that are forgotten already or known for certain counting less, "
+        "and those of the examples to keep more probable at the same time.",
         formula="0.1 * mean of p^b (1-p)^b2 log p + l_r, weights constant",
         source="Yang et al., arXiv 2505.11953",
         forget=_weighted,
@@ -477,6 +516,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="retain-finetune",
         summary="go on training the full model on the retain set alone",
+        done="The model was trained further on the examples to keep alone. The removed examples "
+        "took no part, so they are forgotten only as far as other training overwrites them.",
         formula="l_r, from the full model",
         source=f"baseline, {_TOFU}",
         retain="nll",
@@ -485,6 +526,8 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="retrain",
         summary="train the base model on the retain set alone: the reference of all methods",
+        done="The base model was trained anew on the examples to keep alone. This is what "
+        "unlearning is measured against, at the price of the whole training.",
         formula="l_r, from the base model",
         source=f"reference, {_TOFU}",
         retain="nll",
@@ -494,6 +537,9 @@ TRAINING_METHODS = _table(
     TrainingMethod(
         name="influence",
         summary="one damped Newton step that takes the forget set's influence off an adapter",
+        done="The weights of the adapter were moved by one step that takes off the influence of "
+        "the removed examples, as far as the curvature of the loss foresees it. The rest of "
+        "the model stayed as it was.",
         formula="+1/n (H + lambda I)^-1 sum of gradients of l_f, on LoRA weights",
         source="Ding et al., arXiv 2412.00383, LLMEraser",
         solver="newton",

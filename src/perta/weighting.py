@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,11 @@ _STRUCTURED = "this project; curvature as in RegMean, arXiv 2212.09849, and K-FA
 _TASK_ARITHMETIC = "Ilharco et al., arXiv 2212.04089"
 
 
+_DIRECTIONS: Mapping[Directions, str] = {
+    "forget - base": "(θ_f − θ₀)",
+    "full - base": "(θ_full − θ₀)",
+    "full": "θ_full",
+}
 _NOTHING = torch.empty(0)
 
 
@@ -76,6 +81,7 @@ class Method:
     Attributes:
         name: what users type.
         summary: one line on what it does.
+        done: what was done, a sentence or two for people who have not heard of any method.
         formula: W, with I_f and I_r the importance on the forget and the retain set.
         source: where it comes from.
         needs_importance: whether importance is used.
@@ -105,6 +111,7 @@ class Method:
 
     name: str
     summary: str
+    done: str
     formula: str
     source: str
     needs_importance: bool = False
@@ -127,6 +134,13 @@ class Method:
     default_keep: float = 1.0
     retain_vector: bool = False
     default_layers: Literal["mlp", "all"] = "all"
+
+    @property
+    def equation(self) -> str:
+        """The edit as an equation."""
+        step = "Δ" if self.moments else f"W ⊙ {_DIRECTIONS[self.direction]}"
+        added = " + β · (θ_r − θ₀)" if self.retain_vector else ""
+        return f"θ_u = θ_full − α · {step}{added}"
 
 
 def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
@@ -322,12 +336,18 @@ METHODS = _table(
     Method(
         name="tv",
         summary="plain task arithmetic: subtract the whole task vector",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, all by the same factor α (task vector negation).",
         formula="W = 1",
         source=_TASK_ARITHMETIC,
     ),
     Method(
         name="perta-grad",
         summary="share of the gradient magnitude that belongs to forgetting",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, in proportion to how much it matters for them rather than for the "
+        "examples to keep. How much a weight matters is the mean absolute gradient over "
+        "examples.",
         formula="W = I_f / (I_f + rho I_r), order 1",
         source=_PERTA,
         needs_importance=True,
@@ -336,6 +356,10 @@ METHODS = _table(
     Method(
         name="perta-fisher",
         summary="share of the diagonal Fisher information that belongs to forgetting",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, in proportion to how much it matters for them rather than for the "
+        "examples to keep. How much a weight matters is the mean squared gradient over "
+        "examples (diagonal Fisher information).",
         formula="W = I_f / (I_f + rho I_r), order 2",
         source=_PERTA,
         needs_importance=True,
@@ -345,6 +369,10 @@ METHODS = _table(
     Method(
         name="perta",
         summary="the general form: the share at any order; near 0 it is 1/2, far up a hard mask",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, in proportion to how much it matters for them rather than for the "
+        "examples to keep. How much a weight matters is the mean over examples of the "
+        "absolute gradient to the power p.",
         formula="W = I_f / (I_f + rho I_r), order p",
         source=_PERTA,
         needs_importance=True,
@@ -354,6 +382,9 @@ METHODS = _table(
     Method(
         name="perta-input",
         summary="the share in directions of layer inputs; edits linear layers only",
+        done="The weights of linear layers were moved back along what learning the removed "
+        "examples alone does to them, most in the directions of the layers' inputs that the "
+        "removed examples use and the examples to keep do not.",
         formula="direction tau (C_f + mu I) (C_f + rho C_r + (lambda + mu) I)^-1",
         source=_STRUCTURED,
         default_rho=100.0,
@@ -365,6 +396,9 @@ METHODS = _table(
     Method(
         name="perta-project",
         summary="what layer inputs of the retain set do not see of tau; edits the MLPs' layers",
+        done="The weights of linear layers were moved back along what learning the removed "
+        "examples alone does to them, except in the directions of the layers' inputs that "
+        "the examples to keep use.",
         formula="direction tau (I + rho C_r / c)^-1",
         source="this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355",
         default_rho=3.0,
@@ -376,6 +410,9 @@ METHODS = _table(
     Method(
         name="perta-kron",
         summary="the share in the basis where input and gradient moments are diagonal",
+        done="The weights of linear layers were moved back along what learning the removed "
+        "examples alone does to them, most in the directions of the layers' inputs and "
+        "output gradients that matter for the removed examples and not for those to keep.",
         formula="W = b_f c_f / (b_f c_f + rho b_r c_r), rotated",
         source=_STRUCTURED,
         default_rho=10.0,
@@ -386,6 +423,9 @@ METHODS = _table(
     Method(
         name="ratio",
         summary="forget importance over retain importance, unbounded",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, multiplied by how much it matters for them over how much it matters "
+        "for the examples to keep, without a bound.",
         formula="W = I_f / (rho I_r)",
         source=f"another reading of {_PERTA}",
         needs_importance=True,
@@ -395,6 +435,9 @@ METHODS = _table(
     Method(
         name="clipped-ratio",
         summary="forget importance over retain importance, at most 1",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, multiplied by how much it matters for them over how much it matters "
+        "for the examples to keep, at most by 1.",
         formula="W = min(1, I_f / (rho I_r))",
         source=f"another reading of {_PERTA}",
         needs_importance=True,
@@ -404,6 +447,8 @@ METHODS = _table(
     Method(
         name="constant",
         summary="the same share everywhere (ablation)",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, all by the same share (an ablation).",
         formula="W = --constant",
         source=f"ablation, {_PERTA}",
         weighting=lambda block: block.constant,
@@ -411,6 +456,9 @@ METHODS = _table(
     Method(
         name="random",
         summary="the values of `perta`, shuffled within blocks of each tensor (ablation)",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, by shares that were shuffled at random within each tensor (an "
+        "ablation).",
         formula="W = shuffle(I_f / (I_f + rho I_r)), order p",
         source=f"ablation, {_PERTA}",
         needs_importance=True,
@@ -422,6 +470,9 @@ METHODS = _table(
     Method(
         name="msa",
         summary="model state arithmetic: plain task arithmetic, and a retain vector added",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, and forward along what learning some of the examples to keep alone "
+        "does to it.",
         formula="W = 1; + beta (theta_r - theta_0)",
         source="Rezaei et al., arXiv 2506.20941",
         retain_vector=True,
@@ -429,6 +480,9 @@ METHODS = _table(
     Method(
         name="selective",
         summary="only the weights whose step changes the forget loss most",
+        done="The weights whose step changes the loss on the removed examples most were moved "
+        "back along what learning those examples alone does to them; all others stayed as "
+        "they were.",
         formula="W = top-k mask of |g_f tau|, k = --keep",
         source="our reading of selective task arithmetic, arXiv 2411.16139",
         needs_importance=True,
@@ -443,6 +497,8 @@ METHODS = _table(
     Method(
         name="ssd",
         summary="selective synaptic dampening: shrink weights that matter to the forget set",
+        done="The weights that matter much more for the removed examples than for all examples "
+        "were shrunk towards zero; all others stayed as they were. No model was tuned.",
         formula="direction theta_full, W = 1 - min(lambda I / I_f, 1) where I_f > --selection I",
         source="Foster et al., arXiv 2308.07707",
         needs_importance=True,
@@ -457,6 +513,9 @@ METHODS = _table(
     Method(
         name="ties",
         summary="the largest values of each task vector, signs elected, averaged",
+        done="Every edited weight was moved back along what learning the removed examples alone "
+        "does to it, where only the largest changes count and only those with the sign that "
+        "prevails among the models tuned on them.",
         formula="direction ties(tau_1, ...), W = 1",
         source="Yadav et al., arXiv 2306.01708",
         combine=lambda vectors, block: ties(vectors, block.cuts),
@@ -466,6 +525,9 @@ METHODS = _table(
     Method(
         name="dare",
         summary="a random part of the task vector, rescaled to the same mean",
+        done="A random part of the weights was moved back along what learning the removed "
+        "examples alone does to them, further by as much as the part is smaller; all others "
+        "stayed as they were.",
         formula="direction tau * (kept with 1 - p) / (1 - p), W = 1",
         source="Yu et al., arXiv 2311.03099",
         combine=_dare,
@@ -473,6 +535,8 @@ METHODS = _table(
     Method(
         name="negmerge",
         summary="mean of several task vectors where the signs of all agree",
+        done="The weights that all models tuned on the removed examples alone move the same way "
+        "were moved back by the mean of those moves; all others stayed as they were.",
         formula="direction mean(tau_1, ...) where signs agree, W = 1",
         source="Kim et al., arXiv 2410.05583",
         combine=lambda vectors, _block: agreement(vectors),
@@ -481,6 +545,8 @@ METHODS = _table(
     Method(
         name="interpolate",
         summary="back towards the base model everywhere (control)",
+        done="Every edited weight was moved back towards the base model by the same factor α (a "
+        "control): what was learned of all examples is weakened alike. No model was tuned.",
         formula="direction theta_full - theta_0, W = 1",
         source="control",
         direction="full - base",
