@@ -54,12 +54,14 @@ def unlearn(config: UnlearnConfig) -> None:
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
+    from perta.costs import costs_of, details, duration
     from perta.pipeline import unlearn, work_folder
     from perta.report_verdict import require_verdict
     from perta.tables import print_comparison, print_samples
 
     result = unlearn(config)
     work = work_folder(config)
+    spent = costs_of(result.manifest, {})
     if result.before and result.after:
         print_comparison({"full": result.before, "unlearned": result.after})
         print_samples(
@@ -68,6 +70,7 @@ def unlearn(config: UnlearnConfig) -> None:
     _note(
         f"Unlearned checkpoint: {result.folder}\n"
         + (f"Report: {result.report}\n" if result.report else "")
+        + f"Took {duration(spent.total)}: {details(spent.stages)}\n"
         + f"Intermediate results: {work}"
         + (
             " (holds a model tuned on the forget set; delete it when you are done)"

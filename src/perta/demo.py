@@ -15,13 +15,12 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
 
 from perta.atomic import atomic_folder
 from perta.config import (
@@ -47,13 +46,14 @@ from perta.errors import CheckpointNotFoundError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
 from perta.importance import compute_importance
-from perta.manifest import read_manifest
 from perta.model import cache_folder, resolve_checkpoint
 from perta.moments import compute_moments
 from perta.people import write_people
 from perta.progress import say, track, warn
 from perta.report import write_report
-from perta.tables import print_comparison, print_samples
+from perta.report_inputs import collect
+from perta.report_tables import costs
+from perta.tables import print_comparison, print_costs, print_samples
 from perta.tiny import write_tiny_checkpoint
 from perta.weighting import get_method
 
@@ -135,7 +135,11 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
         models[method] = run.edit(method, strength, full, forget, needs)
     results = {name: run.evaluate(name, folder) for name, folder in models.items()}
     print_comparison(results)
-    _print_costs(run.seconds, scale)
+    print_costs(*costs(collect([str(config.output)])))
+    share = scale.forget_people / scale.people
+    _console().print(
+        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
+    )
     print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
     report = write_report(
         ReportConfig(
@@ -154,15 +158,12 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class _Run:
-    """The stages of one demo; each remembers how long it took when it was made."""
+    """The stages of one demo."""
 
     config: DemoConfig
     scale: Scale
     base: Path
     data: Path
-
-    def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
 
     def tune(self, name: str, part: str) -> Path:
         """Tune the base model on one part of the people."""
@@ -176,7 +177,7 @@ class _Run:
             compute=self.config.compute,
             overwrite=self.config.overwrite,
         )
-        return self._timed(name, lambda: finetune_checkpoint(stage))
+        return finetune_checkpoint(stage)
 
     def importance(self, part: str) -> Path:
         """Measure both orders of importance in one pass."""
@@ -190,7 +191,7 @@ class _Run:
             compute=self.config.compute,
             overwrite=self.config.overwrite,
         )
-        return self._timed(f"{part}_importance", lambda: compute_importance(stage))
+        return compute_importance(stage)
 
     def moments(self, part: str) -> Path:
         """Measure second moments of layer inputs."""
@@ -202,13 +203,12 @@ class _Run:
             compute=self.config.compute,
             overwrite=self.config.overwrite,
         )
-        return self._timed(f"{part}_moments", lambda: compute_moments(stage))
+        return compute_moments(stage)
 
     def edit(
         self, method: str, strength: float, full: Path, forget: Path, needs: Mapping[str, Path]
     ) -> Path:
         """Edit the full model by one method, with the importance or moments that it needs."""
-        direction = self.config.output / f"{method}_direction"
         stage = EditConfig(
             full=str(full),
             base=str(self.base),
@@ -217,14 +217,11 @@ class _Run:
             retain_importance=needs.get("retain_importance"),
             retain_moments=needs.get("retain_moments"),
             output=self.config.output / method,
-            direction=direction,
+            direction=self.config.output / f"{method}_direction",
             weighting=WeightingConfig(method=method, scaling_coef=strength),
             overwrite=self.config.overwrite,
         )
-        folder = self._timed(method, lambda: edit_checkpoint(stage))
-        if direction.is_dir():
-            self._timed(direction.name, lambda: direction)
-        return folder
+        return edit_checkpoint(stage)
 
     def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
         """Evaluate one model on the forget and the retain people."""
@@ -239,13 +236,6 @@ class _Run:
             overwrite=self.config.overwrite,
         )
         return evaluate_checkpoint(stage)
-
-    def _timed(self, name: str, run: Callable[[], Path]) -> Path:
-        folder = run()
-        # A reused stage is shown with what it cost when it ran.
-        manifest = read_manifest(folder) or {}
-        self.seconds[name] = sum(manifest.get("seconds", {}).values())
-        return folder
 
 
 _DATA = DataConfig(format="qa")
@@ -304,32 +294,6 @@ def _tiny_base(config: DemoConfig, data: Path) -> Path:
         overwrite=config.overwrite,
     )
     return finetune_checkpoint(stage)
-
-
-def _print_costs(seconds: Mapping[str, float], scale: Scale) -> None:
-    """Seconds of each way to forget, against retraining without the forget set."""
-    retraining = seconds["retrained"]
-    shared = seconds["forget_checkpoint"]
-    table = Table(title="cost", title_justify="left")
-    for column in ("way", "seconds", "share of retraining", "of which"):
-        table.add_column(column, justify="left" if column in ("way", "of which") else "right")
-    table.add_row("retrained", f"{retraining:.1f}", "1.00", "tuning without the forget people")
-    for method in scale.strengths:
-        parts = {"forget tuning": shared, "edit": seconds[method]}
-        if get_method(method).needs_importance:
-            both = seconds["forget_importance"] + seconds["retain_importance"]
-            parts["importance, both orders"] = both
-        if get_method(method).moments:
-            parts["retain moments"] = seconds["retain_moments"]
-            parts["direction"] = seconds[f"{method}_direction"]
-        total = sum(parts.values())
-        detail = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-        table.add_row(method, f"{total:.1f}", f"{total / retraining:.2f}", detail)
-    _console().print(table)
-    share = scale.forget_people / scale.people
-    _console().print(
-        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
-    )
 
 
 def obtain_smollm() -> Path:

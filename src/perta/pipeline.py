@@ -37,8 +37,15 @@ from perta.config_stages import (
     TrainConfig,
     UnlearnConfig,
 )
+from perta.costs import seconds_of
 from perta.data import ExampleSet
-from perta.edit import at_strength, edit_checkpoint, with_defaults
+from perta.edit import (
+    at_strength,
+    edit_checkpoint,
+    find_inputs,
+    with_defaults,
+    with_direction,
+)
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
@@ -161,6 +168,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
             for name in ("forget", "retain")
         ]
         edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)
+        stages.solve(edit)
         found: dict[str, Any] = {}
         if unseen is not None:
             strength = stages.find_strength(edit, used, unseen)
@@ -396,6 +404,11 @@ class _Stages:
             weighting=self.config.weighting,
         )
 
+    def solve(self, stage: EditConfig) -> None:
+        """Make a structured method's direction, which search and edit share."""
+        if get_method(stage.weighting.method).moments:
+            self._timed("direction", lambda: with_direction(stage, find_inputs(stage))["direction"])
+
     def edit(self, stage: EditConfig) -> Path:
         return self._timed("edit", lambda: edit_checkpoint(stage))
 
@@ -457,7 +470,11 @@ class _Stages:
     def _timed(self, name: str, run: Callable[[], T]) -> T:
         clock = time.perf_counter()
         result = run()
-        self.seconds[name] = time.perf_counter() - clock
+        # A stage that was reused is noted with what it took when it was made.
+        made = read_manifest(result) if isinstance(result, Path) else None
+        if isinstance(result, dict):
+            made = result.get("perta")
+        self.seconds[name] = max(time.perf_counter() - clock, seconds_of(made or {}))
         return result
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from perta import __version__
 from perta.config_stages import ReportConfig
+from perta.costs import duration
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.report_checks import (
     KEPT,
@@ -49,7 +50,6 @@ from perta.report_svg import Style, ecdf, heat_map, scatter, swatch
 from perta.report_tables import (
     cost_table,
     costs,
-    duration,
     edit_tables,
     metric_tables,
     seed_table,

@@ -151,7 +151,7 @@ def collect(paths: Iterable[str]) -> Collection:
     for text in paths:
         label, path = _split_label(text)
         found.add(path, label)
-    if not found.items and not any("edit" in record for record in found.records.values()):
+    if not found.items and not any(map(is_unlearned, found.records.values())):
         raise DataError(
             "Nothing to report on: none of the paths holds evaluation results. Give results of "
             "`perta evaluate` or `perta bench`, an output of `perta unlearn`, or a demo folder."
@@ -515,7 +515,7 @@ def _seed_of(record: Record, found: _Found) -> int | None:
 
 
 def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
-    """Edited checkpoints that were given without results: their edit can still be shown."""
+    """Unlearned checkpoints that were given without results: what was done can still be shown."""
     known = {run.fingerprint for run in runs}
     return [
         Run(
@@ -529,7 +529,7 @@ def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
             given=True,
         )
         for content, record in found.records.items()
-        if "edit" in record and content in found.named and content not in known
+        if is_unlearned(record) and content in found.named and content not in known
     ]
 
 

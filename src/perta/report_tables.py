@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perta.provenance import Record
+from perta.costs import STAGES, costs_of, seconds_of
 from perta.report_inputs import Collection, Run
 from perta.report_metrics import MEASURES, Measure, Reading, measure_of
 from perta.report_svg import Style
@@ -37,14 +37,6 @@ ROLES: Mapping[str, str] = {
 }
 LONG = 12
 """Rows from which a table is long."""
-
-STAGES: Mapping[str, str] = {
-    "forget_checkpoint": "tuning on the forget set",
-    "forget_importance": "importance, forget set",
-    "retain_importance": "importance, retain set",
-    "edit": "edit",
-}
-_UNLEARN_STAGES = {"forget_checkpoint": "finetune"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +106,7 @@ class Cost:
     segments: tuple[Segment, ...]
     total: float
     share: float | None
+    evaluation: float
 
 
 def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
@@ -275,72 +268,49 @@ def costs(collection: Collection) -> tuple[list[Cost], float | None]:
     Returns:
         One cost per edited model whose stages are recorded, and the time of retraining.
     """
-    retraining = None
-    for run in collection.by_role("retrained"):
-        seconds = run.record.get("seconds", {})
-        if seconds:
-            retraining = sum(seconds.values())
-            break
-    found = []
-    for run in collection.by_role("edited"):
-        stages = _stages(run, collection)
-        if stages:
-            total = sum(stages.values())
-            found.append((run, stages, total))
-    order = {title: i + 1 for i, title in enumerate(STAGES.values())}
-    longest = max([total for *_, total in found] + [retraining or 0.0]) or 1.0
+    retrained = [run for run in collection.by_role("retrained") if seconds_of(run.record)]
+    found = [
+        (run, costs_of(run.record, collection.records, run.results.get("perta")))
+        for run in collection.by_role("edited")
+    ]
+    found = [(run, cost) for run, cost in found if cost.stages]
+    times = [seconds_of(run.record) for run in retrained]
+    longest = max([cost.total for _, cost in found] + times) if found or times else 1.0
     return [
         Cost(
             run,
             run.label,
-            tuple(Segment(name, s, 100 * s / longest, order[name]) for name, s in stages.items()),
-            total,
-            total / retraining if retraining else None,
+            tuple(
+                Segment(name, s, 100 * s / (longest or 1.0), 1 + place % 4)
+                for place, (name, s) in enumerate(cost.stages.items())
+            ),
+            cost.total,
+            cost.share(_retraining(run, retrained)),
+            cost.evaluation,
         )
-        for run, stages, total in found
-    ], retraining
+        for run, cost in found
+    ], times[0] if times else None
 
 
-def _stages(run: Run, collection: Collection) -> dict[str, float]:
-    """Stage -> seconds, from each stage's own record, else from that of the whole run."""
-    whole = run.record.get("unlearn", {}).get("seconds", {})
-    stages: dict[str, float] = {}
-    for name, title in STAGES.items():
-        if name == "edit":
-            seconds = run.record.get("seconds", {}).get("edit")
-        else:
-            made: Record = collection.input_record(run.record, name)
-            seconds = sum(made.get("seconds", {}).values()) if made.get("seconds") else None
-        if seconds is None:
-            seconds = whole.get(_UNLEARN_STAGES.get(name, name))
-        if seconds is not None:
-            stages[title] = float(seconds)
-    return stages
-
-
-def duration(seconds: float) -> str:
-    """A duration in the unit that reads best."""
-    if seconds < 0.1:
-        return "under 0.1 s"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
+def _retraining(run: Run, retrained: Sequence[Run]) -> float | None:
+    """Seconds of the retrained model that belongs to an edited one, of its seed if there is one."""
+    fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
+    return seconds_of(fitting[0].record) if fitting else None
 
 
 def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:
     """Costs for the CSV file."""
-    names = list(STAGES.values())
+    names = [n for n in STAGES.values() if any(n == s.name for c in found for s in c.segments)]
     columns = [Column("model", "", numeric=False), *(Column(name) for name in names)]
-    columns += [Column("total seconds"), Column("share of retraining")]
+    columns += [Column("total seconds"), Column("share of retraining"), Column("evaluation")]
     rows = []
     for cost in found:
         seconds = {segment.name: segment.seconds for segment in cost.segments}
         values = [cost.label, *(seconds.get(name) for name in names), cost.total, cost.share]
+        values.append(cost.evaluation)
         rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
     if retraining is not None:
-        values = ["retrained", *(None for _ in names), retraining, 1.0]
+        values = ["retrained", *(None for _ in names), retraining, 1.0, None]
         rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
     return Table("costs", "Cost", "", tuple(columns), tuple(rows))
 

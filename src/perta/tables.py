@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from perta.costs import details, duration
+
+if TYPE_CHECKING:
+    from perta.report_tables import Cost
 
 Results = Mapping[str, Any]
 
@@ -66,6 +71,27 @@ def print_samples(models: Mapping[str, Results], count: int) -> None:
                 if entry is not None:
                     table.add_row(escape(model), escape(entry["generation"].strip()))
             _console().print(table)
+
+
+def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
+    """What each way to forget took, against retraining where that is known.
+
+    Args:
+        found: from `report_tables.costs`, as the page and its tables have them.
+        retraining: seconds.
+    """
+    table = Table(title="cost", title_justify="left")
+    for column in ("way", "took", "of retraining", "of which"):
+        right = column in ("took", "of retraining")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    if retraining is not None:
+        table.add_row("retrained", duration(retraining), "100%", "tuning without the forget set")
+    for cost in found:
+        share = "–" if cost.share is None else f"{cost.share:.0%}"
+        stages = details({segment.name: segment.seconds for segment in cost.segments})
+        apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
+        table.add_row(escape(cost.label), duration(cost.total), share, stages + apart)
+    _console().print(table)
 
 
 def print_metrics(results: Results) -> None:
