@@ -81,9 +81,10 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         retraining: seconds.
     """
     table = Table(title="cost", title_justify="left")
-    for column in ("way", "took", "of retraining", "of which"):
-        right = column in ("took", "of retraining")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for column in ("way", "took", "share of retraining"):
+        right = column != "way"
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    table.add_column("of which", overflow="fold")
     if retraining is not None:
         table.add_row("retrained", duration(retraining), "100%", "tuning without the forget set")
     for cost in found:
