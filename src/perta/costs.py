@@ -58,19 +58,16 @@ def costs_of(record: Record, records: Records, evaluation: Record | None = None)
 
     Args:
         record: of the output of an unlearning.
-        records: fingerprint -> record of its inputs, as far as they were found; what a whole run
-            noted of its stages counts as well.
+        records: fingerprint -> record of its inputs, as far as they were found, for stages of which
+            no whole run noted anything.
         evaluation: record of an evaluation of the output, where the run notes none.
 
     Returns:
         Its costs, those of models and moments included that were there before.
     """
     noted: Mapping[str, float] = record.get("unlearn", {}).get("seconds", {})
-    found: dict[str, float] = {}
-    for name, seconds in _recorded(record, records):
-        found[name] = max(found.get(name, 0.0), seconds)
-    for name, seconds in noted.items():
-        found[name] = max(found.get(name, 0.0), float(seconds))
+    # What a run noted of a stage comes first: in a shared work folder it may have been made again.
+    found = {**dict(_recorded(record, records)), **noted}
     stages = {
         title: sum(taken)
         for stage, title in STAGES.items()

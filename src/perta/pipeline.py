@@ -470,11 +470,11 @@ class _Stages:
     def _timed(self, name: str, run: Callable[[], T]) -> T:
         clock = time.perf_counter()
         result = run()
-        # A stage that was reused is noted with what it took when it was made.
+        # By its own record, so that a stage that was reused is noted as when it was made.
         made = read_manifest(result) if isinstance(result, Path) else None
         if isinstance(result, dict):
             made = result.get("perta")
-        self.seconds[name] = max(time.perf_counter() - clock, seconds_of(made or {}))
+        self.seconds[name] = seconds_of(made) if made else time.perf_counter() - clock
         return result
 
 
