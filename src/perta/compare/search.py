@@ -29,7 +29,8 @@ def search_equal(
     """Look for the strength at which the forget probability is the retrained model's.
 
     Between two strengths the logarithm of the probability is taken to be linear; outside, the
-    strength grows by half. Forgetting is taken to be monotone in the strength.
+    strength grows by half. Every bracket holds a strength of equal forgetting, the smallest one
+    where forgetting grows with the strength.
 
     Args:
         measure: strength -> mean answer probability of the forget set.
