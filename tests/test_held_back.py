@@ -131,14 +131,8 @@ def request(world: World, people: Path, output: Path, **more: Any) -> UnlearnCon
         "scoring": ScoringConfig(max_new_tokens=4),
         **more,
     }
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(people),
-        output=output,
-        **settings,
-    )
+    places = {"forget": str(world.forget), "retain": str(people), **settings}
+    return UnlearnConfig(base=str(world.base), full=str(world.full), output=output, **places)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +209,28 @@ def test_which_methods_have_rows_to_hold_back(
         assert held["rows"] == 0
         assert held["used"] is trains
         assert manifest["inputs"].get("retain", whole) == whole
+
+
+def test_facts_are_what_is_judged_and_the_base_finds_them(world: World, tmp_path: Path) -> None:
+    bare = tmp_path / "forget.jsonl"
+    rows = [json.loads(line) for line in world.forget.read_text("utf-8").splitlines()]
+    plain = [{name: row[name] for name in ("question", "answer")} for row in rows]
+    bare.write_text("".join(json.dumps(row) + "\n" for row in plain), "utf-8")
+    settings = request(
+        world,
+        world.retain,
+        tmp_path / "out",
+        forget=str(bare),
+        weighting=WeightingConfig(method="tv", scaling_coef=1.0),
+    )
+    result = unlearn(settings)
+    assert result.verdict is not None
+    assert "what the base model does not expect" in result.verdict.facts
+    assert result.verdict.forgetting.numbers.startswith("Fact probability")
+    lead = result.verdict.forgetting.lead
+    assert lead is not None
+    assert lead.core
+    assert lead.reference is not None
 
 
 def test_too_few_rows_are_judged_as_what_they_are(world: World, tmp_path: Path) -> None:
