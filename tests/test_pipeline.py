@@ -20,6 +20,7 @@ from perta.config_stages import UnlearnConfig
 from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError, PertaError
 from perta.manifest import read_manifest
 from perta.pipeline import Unlearned, aggregates, unlearn, work_folder
+from perta.report_inputs import collect
 
 
 def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
@@ -284,3 +285,31 @@ def test_structured_methods_forget_facts_and_others_answers(world: World, tmp_pa
         made[name] = manifest["settings"]["loss_on"], manifest["fact_sources"]
     found = ("facts", {"wrong answers": 2})
     assert made == {"structured": found, "plain": ("answer", None), "asked": found}
+
+
+def test_a_second_request_reports_on_its_own_model_and_rows(world: World, tmp_path: Path) -> None:
+    rows = Path(world.retain).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "second.jsonl").write_text("".join(rows[:3]), "utf-8")
+    (tmp_path / "kept.jsonl").write_text("".join(rows[3:]), "utf-8")
+    shared = {
+        "work_dir": tmp_path / "work",
+        "scoring": ScoringConfig(max_new_tokens=4),
+        "weighting": WeightingConfig(method="tv", scaling_coef=0.5),
+    }
+    first = unlearn(config(world, tmp_path / "first", **shared))
+    request = replace(
+        config(world, tmp_path / "second", **shared),
+        full=str(first.folder),
+        forget=str(tmp_path / "second.jsonl"),
+        retain=str(tmp_path / "kept.jsonl"),
+    )
+    assert unlearn(request).report is not None
+    page = (tmp_path / "second.report.html").read_text("utf-8")
+    assert "<title>Unlearning report: second</title>" in page
+    assert "second.jsonl" in page
+    assert "forget.jsonl" not in page
+    again = collect([str(first.folder)])  # the shared work folder holds the second's results
+    (edited,) = again.by_role("edited")
+    assert first.after is not None
+    value = edited.measures["forget_probability"].value
+    assert value == pytest.approx(first.after["forget_probability"]["agg_value"])
