@@ -196,7 +196,7 @@ def test_a_sentence_template_makes_no_forgotten_model_remembered(tmp_path: Path)
     assert verdict.calibration == "base"
     assert verdict.forgetting.status == "met"
     assert verdict.forgetting.numbers.startswith("Fact probability: 0.02 against 0.01")
-    assert "differs from the wrong ones (20)" in verdict.facts
+    assert "differs from the wrong ones (20 rows)." in verdict.facts
     shares = {check.key: check for check in verdict.forgetting.checks}
     assert not shares["forget_rouge"].core
     assert not shares["forget_probability"].core

@@ -237,8 +237,11 @@ def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
         "surprise": "what the base model does not expect",
         "answer": "the whole answer, for want of anything better",
     }
-    found = [f"{ways.get(way, way)} ({count})" for way, count in sources.items()]
-    return f"Facts are the words that the question does not give away: {'; '.join(found)} (rows)."
+    found = [
+        f"{ways.get(way, way)} ({count} row{'s' if count > 1 else ''})"
+        for way, count in sources.items()
+    ]
+    return f"Facts are the words that the question does not give away: {'; '.join(found)}."
 
 
 def quality_text(p: float, status: Status) -> str:
