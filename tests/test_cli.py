@@ -143,6 +143,26 @@ def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path:
     assert "learning" in failed.err
 
 
+def test_alpha_is_the_strength(perta: Run, world: World, tmp_path: Path) -> None:
+    made = ("edit", "--full", world.full, "--base", world.base, "--forget-checkpoint", world.full,
+            "--method", "tv", "--alpha", 0.25, "--output", tmp_path / "out")  # fmt: skip
+    assert perta(*made).status == 0
+    settings = json.loads((tmp_path / "out" / "perta.json").read_text())["settings"]
+    assert settings["scaling_coef"] == 0.25
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "perta", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+
+
+def test_tables_in_a_pipe_are_not_cut(perta: Run) -> None:
+    lines = perta("methods").out.splitlines()
+    summary = METHODS["perta-project"].summary
+    assert any("perta-project" in line and summary in line for line in lines)
+
+
 def test_people_are_written_and_repeatable(perta: Run, tmp_path: Path) -> None:
     made = ("people", "--output", tmp_path / "p", "--people", 5, "--questions", 3)
     assert perta(*made, "--forget-people", 2).status == 0
@@ -181,8 +201,24 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
          "--epochs"),
         (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{full}",
           "--method", "perta-gard"), 1, "perta-grad"),
+        (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{full}",
+          "--method", "perta-fisher"), 1, "importance"),
         (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{full}"), 1,
-         "importance"),
+         "`perta-project` needs --retain-moments"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}"), 1,
+         "needs --retain"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--retain",
+          "{base}/none.jsonl", "--lora-alpha", "2"), 1, "the strength of the edit is --alpha"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "tv", "--rho", "2"), 1, "`tv` has no --rho; `perta-grad`"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "tv", "--unlearn-beta", "2"), 1, "--unlearn-beta has no effect with `tv`"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "npo", "--alpha", "2"), 1, "--scaling-coef has no effect with `npo`"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "tv", "--retain-budget", "0.2"), 1, "--scaling-coef auto"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "tv", "--tokens", "answer"), 1, "--tokens has no effect with `tv`"),
         (("edit", "--full", "{full}", "--base", "{base}", "--forget-checkpoint", "{base}",
           "--method", "tv"), 1, "forget checkpoint"),
         (("finetune", "--base", "./nowhere", "--data", "{forget}"), 1, "There is no checkpoint"),

@@ -285,3 +285,13 @@ def test_buckets_cover_every_example_once_and_keep_lengths_together() -> None:
         batches = bucketed(examples, 3, 0, generator)
         assert sorted(i for b in batches for i in b.index.tolist()) == list(range(6))
         assert sorted(b.input_ids.shape[1] for b in batches) == [5, 42]
+
+
+def test_a_csv_of_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text('question;answer\n"Red; or not?";"A colour, yes"\n', "utf-8")
+    (example,) = load_examples(file).examples
+    assert (example.prompt, example.answer) == ("Red; or not?", "A colour, yes")
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="no column question or prompt"):
+        load_examples(file, DataConfig(format="qa"))

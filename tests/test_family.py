@@ -350,6 +350,31 @@ def test_the_strength_of_the_retain_vector_goes_with_alpha() -> None:
         assert at_strength(weighting, 2.0).retain_coef == 0.5
 
 
+def test_a_tensor_without_retain_importance_stays_as_it_is(
+    family: Family, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of such a tensor no retained example said anything; 0 is no leave to subtract all of τ."""
+    name = "model.experts.weight"
+    family.tensors["retain_importance"][name] = torch.zeros(SHAPES[name])
+    family.tensors["forget_importance"]["model.scale"] = torch.zeros(())
+    family.tensors["retain_importance"]["model.scale"] = torch.zeros(())
+    family.write()
+
+    def moved(**settings: Any) -> set[str]:
+        family.edit(1, f"out{len(list(family.root.iterdir()))}", **settings)
+        found = {n: read_tensor(e) for n, e in open_index(family.output).tensors.items()}
+        return {n for n in SHAPES if not torch.equal(found[n], family.tensors["full"][n])}
+
+    rest = set(SHAPES) - {name, "model.scale"}
+    for method in ("perta-fisher", "ratio", "random", "ssd"):
+        assert moved(method=method) <= rest, method
+        assert f"{name} stay as they are" in capsys.readouterr().err
+    assert moved(method="perta-grad", rho=0.0) == rest | {name}
+    assert moved(method="perta-grad", include=("*.experts.*",)) == {name}
+    assert moved(method="perta-grad", include=("model.*",)) == rest
+    assert moved(method="tv") == set(SHAPES)
+
+
 # --- what must stop it
 
 

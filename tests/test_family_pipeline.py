@@ -184,7 +184,7 @@ def test_interpolate_needs_nothing(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["msa", "interpolate", "ssd"])
 def test_the_strength_found_is_that_of_the_edit(world: World, tmp_path: Path, method: str) -> None:
-    more = {"selection": 1.2} if method == "ssd" else {"retain_coef": 0.5}
+    more = {"ssd": {"selection": 1.2}, "msa": {"retain_coef": 0.5}}.get(method, {})
     settings = config(
         world, tmp_path / "out", method, scaling_coef="auto", retain_budget=5.0, **more
     )
@@ -213,7 +213,9 @@ def test_the_loaded_direction_is_what_the_edit_subtracts(
         forget_checkpoint=str(tuned),
         retain_checkpoint=str(world.full),
         output=tmp_path / "out",
-        weighting=WeightingConfig(method=method, scaling_coef=0.8, retain_coef=0.2),
+        weighting=WeightingConfig(
+            method=method, scaling_coef=0.8, **({"retain_coef": 0.2} if method == "msa" else {})
+        ),
     )
     changes = load_changes(tmp_path / "scratch", edit, ComputeConfig())
     full, edited = (load_model(f, ComputeConfig()) for f in (world.full, edit_checkpoint(edit)))

@@ -25,7 +25,7 @@ from perta.report_inputs import collect
 
 def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
     settings: dict[str, Any] = {
-        "weighting": WeightingConfig(scaling_coef=1.5),
+        "weighting": WeightingConfig(method="perta-grad", scaling_coef=1.5),
         "tune": TUNE,
         "scoring": ScoringConfig(max_new_tokens=12),
         **more,
@@ -137,7 +137,7 @@ def test_another_strength_reuses_everything_but_the_edit(
         settings,
         output=settings.output.with_name("stronger"),
         work_dir=work,
-        weighting=WeightingConfig(scaling_coef=2.0),
+        weighting=WeightingConfig(method="perta-grad", scaling_coef=2.0),
         evaluate=False,
     )
     result = unlearn(stronger)
@@ -203,7 +203,7 @@ def test_an_output_made_otherwise_stops_the_run_at_once(
     settings, _ = run
     monkeypatch.setattr(perta.pipeline, "finetune_checkpoint", None)
     with pytest.raises(OutputExistsError, match="made with other scaling_coef"):
-        unlearn(replace(settings, weighting=WeightingConfig(scaling_coef=3.0)))
+        unlearn(replace(settings, weighting=WeightingConfig(method="perta-grad", scaling_coef=3.0)))
     (tmp_path / "mine").mkdir()
     with pytest.raises(OutputExistsError, match="was not made by perta"):
         unlearn(replace(settings, output=tmp_path / "mine"))

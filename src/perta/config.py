@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from perta.errors import ConfigError
 
@@ -25,7 +25,22 @@ Tokens = Literal["all", "answer"]
 Layers = Literal["mlp", "all"]
 
 Repeated = Parameter(negative_iterable=())
-Flat = Parameter(name="*")
+
+
+def panel(title: str, place: int) -> Parameter:
+    """Options of a class as a panel of the help; those of stages themselves come first."""
+    return Parameter(name="*", group=Group(title, sort_key=place))
+
+
+MAIN = Group("Main options", sort_key=0)
+Flat = Parameter(name="*", group=MAIN)
+More = Parameter(group=Group("Further inputs and settings of the run", sort_key=1))
+
+
+_LORA_ALONE = (
+    "above 0 where --lora-alpha or --lora-targets is given, which have no effect without an "
+    "adapter (the strength of the edit is --alpha)"
+)
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
@@ -69,7 +84,7 @@ def sample_count(text: str | None, flag: str, examples: int) -> int:
     return max(1, min(count, examples))
 
 
-@Flat
+@panel("Rows of data", 4)
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How rows become token sequences."""
@@ -115,7 +130,7 @@ class DataConfig:
         return replace(self, **{name: getattr(usual, name) for name in names})
 
 
-@Flat
+@panel("Where to compute", 9)
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Where and how to compute."""
@@ -131,7 +146,7 @@ class ComputeConfig:
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 
-@Flat
+@panel("Fine-tuning", 3)
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Fine-tuning."""
@@ -187,6 +202,8 @@ class TuneConfig:
         require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
         require(self.depth >= 0, "stop-loss", self.stop_loss, "0 or more")
         require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
+        is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
+        require(is_lora, "lora-rank", 0, _LORA_ALONE)
         every = self.save_every
         require(every is None or every >= 0, "save-every", every, "0 or more")
 
@@ -203,7 +220,7 @@ class TuneConfig:
         return self.stop_loss
 
 
-@Flat
+@panel("Importance, for the diagonal methods", 6)
 @dataclass(frozen=True, kw_only=True)
 class EstimatorConfig:
     """How importance is estimated."""
@@ -234,7 +251,7 @@ class EstimatorConfig:
         return sample_count(self.importance_samples, "importance-samples", examples)
 
 
-@Flat
+@panel("Moments, for the structured methods", 5)
 @dataclass(frozen=True, kw_only=True)
 class MomentOptions:
     """How second moments are measured, for the structured methods."""
@@ -252,16 +269,19 @@ class MomentOptions:
         require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
 
 
-@Flat
+@panel("Settings of methods that edit", 2)
 @dataclass(frozen=True, kw_only=True)
 class WeightingConfig:
     """Which weights change, and how far."""
 
-    method: str = "perta-grad"
-    """Weighting method; `perta methods` lists them."""
-    scaling_coef: float | Literal["auto"] | None = None
+    method: Annotated[str, Parameter(group=MAIN)] = "perta-project"
+    """Method; `perta methods` lists them. `perta-grad` and `perta-fisher` are the paper's own."""
+    scaling_coef: Annotated[
+        float | Literal["auto"] | None, Parameter(alias="--alpha", group=MAIN)
+    ] = None
     """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
-    smallest at which every fact of the forget set looks unseen [default: the method's own: 2.7 for
+    smallest at which every fact of the forget set looks unseen [default: auto in `perta unlearn`
+    with `perta-project` and --retain, otherwise the method's own: 2.7 for
     `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
     order: float | None = None
     """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
@@ -326,7 +346,7 @@ class WeightingConfig:
         require(0 <= dampening < float("inf"), "dampening", dampening, "0 or more")
 
 
-@Flat
+@panel("Settings of methods that train", 7)
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Unlearning by training from the full model, for the training methods."""
@@ -402,7 +422,7 @@ class TrainSettings:
         require(0 < tolerance < 1, "influence-tolerance", tolerance, "in (0, 1)")
 
 
-@Flat
+@panel("Evaluation", 8)
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
     """Quick evaluation."""

@@ -16,6 +16,7 @@ from perta.config import (
     EstimatorConfig,
     Flat,
     MomentOptions,
+    More,
     Repeated,
     SaveType,
     ScoringConfig,
@@ -243,21 +244,21 @@ class UnlearnConfig:
     holdout: str | None = None
     """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
     takes the strength at which every row's fact looks as unseen as theirs."""
-    work_dir: Path | None = None
+    work_dir: Annotated[Path | None, More] = None
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
     model tuned on the forget set: delete it when you are done."""
-    forget_seeds: int | None = None
+    forget_seeds: Annotated[int | None, More] = None
     """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
     needs at least: 2 for `negmerge`, otherwise 1]."""
-    retain_checkpoint: str | None = None
+    retain_checkpoint: Annotated[str | None, More] = None
     """Base model tuned on retained examples, for `msa`, used instead of tuning one."""
-    retain_samples: str | None = None
+    retain_samples: Annotated[str | None, More] = None
     """Sample of the retain set that `msa` tunes on, seeded by --seed: a share such as 0.2, or a
     count such as 500 [default: as many rows as the forget set has]."""
-    importance_at: Literal["base", "full"] | None = None
+    importance_at: Annotated[Literal["base", "full"] | None, More] = None
     """Model at which importance and moments are measured [default: the method's own: full for
     `ssd`, otherwise base]."""
-    retain_moments: Path | None = None
+    retain_moments: Annotated[Path | None, More] = None
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""
     general: str | None = None
@@ -265,20 +266,20 @@ class UnlearnConfig:
     names or those of the other sets: with a structured method its moments are added to the retain
     set's, so that what the retain set has too few rows to show is protected as well. Without a
     retain set it is all that is protected."""
-    held_back: str | None = None
+    held_back: Annotated[str | None, More] = None
     """Part of the retain set that is kept out of everything that makes the result, so that
     retention is judged on rows that gave nothing: a share such as 0.2, a count such as 50, or 0
     [default: a tenth, at least 8 and at most 200 rows, of a set of 32 or more]."""
-    retain_budget: float = 0.1
+    retain_budget: Annotated[float, More] = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
     nats per token."""
-    strength_seed: int = 0
+    strength_seed: Annotated[int, More] = 0
     """With `--scaling-coef auto`: seed of the sample of the retain set."""
-    save_dtype: SaveType = "full"
+    save_dtype: Annotated[SaveType, More] = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
-    evaluate: bool = True
+    evaluate: Annotated[bool, More] = True
     """Evaluate before and after the edit, and the base model as a yardstick."""
-    fail_unless: Wanted | None = None
+    fail_unless: Annotated[Wanted | None, More] = None
     """Exit with status 1 unless forgetting and retention are met, or are at least partly; the
     output stays."""
     overwrite: bool = False

@@ -450,9 +450,10 @@ def _qa_columns(
     answer = config.answer_column or _first(ANSWER_COLUMNS, row)
     for flag, column in (("prompt-column", prompt), ("answer-column", answer)):
         if column is None or column not in row:
-            wanted = repr(column) if column else "a known name"
+            usual = PROMPT_COLUMNS if flag == "prompt-column" else ANSWER_COLUMNS
+            wanted = f"{column!r} for --{flag}" if column else " or ".join(usual)
             raise DataError(
-                f"{source}, row {number}: no column {wanted} for --{flag}; the row has "
+                f"{source}, row {number}: no column {wanted}; the row has "
                 f"{', '.join(row) or 'no columns'}. Name the column with --{flag}."
             )
     return str(prompt), str(answer)

@@ -13,10 +13,11 @@ The output has θ_full's files, header bytes and tensor places, unless another t
 
 from __future__ import annotations
 
+import difflib
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,16 +30,19 @@ from perta.config_stages import EditConfig
 from perta.direction import checkpoint_name, open_inputs, write_direction
 from perta.edit_chunks import CHUNK, Blocks
 from perta.edit_output import create_files, write_config
-from perta.edit_passes import average_importance, find_cuts
+from perta.edit_passes import average_importance, find_cuts, find_unmeasured
 from perta.edit_plan import (
     EditInputs,
+    Target,
     check_count,
     choose_layers,
     describe_layers,
+    is_named,
     mlps_are_known,
     open_sources,
     plan_edit,
     share_of_examples,
+    some,
 )
 from perta.edit_stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError, ConfigError
@@ -47,7 +51,7 @@ from perta.model import pick_device, resolve_checkpoint
 from perta.moment_files import open_moments
 from perta.progress import say, track, warn
 from perta.stage import check_separate, refuse_other, run_stage
-from perta.weighting import Method, get_method, importance_order
+from perta.weighting import METHODS, Method, get_method, importance_order
 
 LEAST_STORED = 0.1
 """Share of the wanted step below which an edit stops: it would report forgetting that is not in
@@ -96,6 +100,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     Raises:
         PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
     """
+    refuse_unused(config.weighting)
     config = replace(config, weighting=with_defaults(config.weighting))
     _refuse_auto(config.weighting)
     method = get_method(config.weighting.method)
@@ -252,6 +257,9 @@ def write_edit(
     sources = open_sources(method, weighting, inputs)
     targets = plan_edit(source, sources, weighting)
     worker_count = threads or min(8, os.cpu_count() or 1)
+    if method.needs_importance and "retain" in method.sides and weighting.rho:
+        silent = find_unmeasured(targets, chunk, worker_count)
+        targets = _without(targets, silent, weighting, tell=onto == inputs.full)
     averages = average_importance(targets, weighting, chunk, worker_count)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
     cuts = find_cuts(targets, blocks, worker_count)
@@ -272,6 +280,31 @@ def write_edit(
     return EditSummary(folder, stored, summaries, edited, copied, seconds)
 
 
+def _without(
+    targets: Sequence[Target], silent: Collection[str], weighting: WeightingConfig, *, tell: bool
+) -> list[Target]:
+    """The plan without tensors of which the retain importance says nothing, but those named."""
+    names = [target.full.name for target in targets if target.sources]
+    measured = set(names) - set(silent)
+    left = [name for name in names if name in silent]
+    left = [name for name in left if not is_named(name, names, measured, weighting)]
+    if left and len(left) == len(names):
+        raise CheckpointError(
+            "The importance on the retain set is 0 in every tensor to edit, so nothing says what "
+            "must be kept. Measure it again on examples that the model can be wrong about."
+        )
+    if left and tell:
+        warn(
+            f"{some(left)} stay as they are: their importance on the retain set is 0 "
+            "throughout, as of experts that none of its tokens reached, so nothing says what must "
+            f"be kept. To edit them all the same, name them alone: --include '{left[0]}'."
+        )
+    return [
+        replace(target, sources={}) if (target.alias_of or target.full.name) in left else target
+        for target in targets
+    ]
+
+
 def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
     """The settings with the method's own where the user gave none.
 
@@ -282,15 +315,11 @@ def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
         The settings to use and to record.
 
     Raises:
-        ConfigError: there is no such method, or it has no such damping.
+        ConfigError: there is no such method.
     """
     method = get_method(weighting.method)
     rho, alpha, keep = weighting.rho, weighting.scaling_coef, weighting.keep
     damping, mu = weighting.damping, weighting.forget_damping
-    if damping is not None and method.default_damping is None:
-        raise ConfigError(f"`{method.name}` has no --damping; `perta-input` and `perta-kron` have.")
-    if mu and method.moments != "input":
-        raise ConfigError(f"`{method.name}` has no --forget-damping; `perta-input` has.")
     return replace(
         weighting,
         rho=method.default_rho if rho is None else rho,
@@ -301,6 +330,32 @@ def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
         # Patterns that say what to edit are not cut short by a default.
         layers=weighting.layers or ("all" if weighting.include else method.default_layers),
     )
+
+
+def refuse_unused(weighting: WeightingConfig) -> None:
+    """Stop at a setting that the method does not look at; its defaults may stand.
+
+    Args:
+        weighting: method and its settings, as given or with defaults.
+
+    Raises:
+        ConfigError: there is one, or there is no such method.
+    """
+    method = get_method(weighting.method)
+    for item in fields(weighting):
+        own = getattr(method, f"default_{item.name}", item.default)
+        if item.name in method.settings or item.name == "method":
+            continue
+        if getattr(weighting, item.name) in (item.default, own):
+            continue
+        flag = item.name.replace("_", "-")
+        near = difflib.get_close_matches(item.name, method.settings, n=1, cutoff=0.4)
+        hint = f" The nearest that it has is --{near[0].replace('_', '-')}." if near else ""
+        having = [f"`{other.name}`" for other in METHODS.values() if item.name in other.settings]
+        raise ConfigError(
+            f"`{method.name}` has no --{flag}; {', '.join(having)} "
+            f"{'has' if len(having) == 1 else 'have'}.{hint}"
+        )
 
 
 def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingConfig:
@@ -316,6 +371,8 @@ def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingCon
     Returns:
         The settings with both.
     """
+    if not get_method(weighting.method).retain_vector:
+        return replace(weighting, scaling_coef=scaling_coef)
     configured = with_defaults(weighting).scaling_coef
     if not isinstance(configured, float | int) or configured == 0:
         configured = get_method(weighting.method).default_scaling_coef

@@ -78,6 +78,37 @@ def _average_rows(reader: Reader, rows: int, chunk: int) -> Tensor:
     return (sums / row_length).to(torch.float32)
 
 
+def find_unmeasured(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
+    """Tensors of which no retained example said anything.
+
+    Their importance on the retain set is 0 throughout, though that on the forget set is not:
+    experts that no retained token reached, or weights that were not looked at.
+
+    Returns:
+        θ_full's name -> target. Nearly all others show it by their first numbers.
+    """
+    found: dict[str, Target] = {}
+
+    def is_silent(target: Target, role: str, buffers: Buffers) -> bool:
+        with opened(target.sources[role].file) as descriptor:
+            reader = Reader(target.sources[role], descriptor, role, buffers)
+            size = reader.entry.numel
+            return not any(
+                reader.read(begin, min(chunk, size - begin)).any()
+                for begin in range(0, size, chunk)
+            )
+
+    def work(target: Target, buffers: Buffers) -> None:
+        retain = is_silent(target, RETAIN_IMPORTANCE, buffers)
+        if retain and not is_silent(target, FORGET_IMPORTANCE, buffers):
+            found[target.full.name] = target
+
+    both = {FORGET_IMPORTANCE, RETAIN_IMPORTANCE}
+    jobs = [target for target in targets if target.alias_of is None and both <= set(target.sources)]
+    in_threads(jobs, work, chunk, worker_count)
+    return found
+
+
 def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> tuple[float, ...]:
     """Smallest score that is kept, for a method that keeps the largest scores of all weights.
 

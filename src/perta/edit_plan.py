@@ -44,6 +44,8 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
+_FEW = 8
+"""Tensors that may differ between models of one kind, such as a head or a stored buffer."""
 _POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 FULL, BASE = "full checkpoint", "base checkpoint"
@@ -190,7 +192,7 @@ def choose_layers(
         if _is_wanted(stored, weighting) and (of_mlps is None or stored in of_mlps)
     ]
     without = [stored for stored in wanted if stored in names and stored not in measured]
-    named = [stored for stored in without if _is_named(stored, names, measured, weighting)]
+    named = [stored for stored in without if is_named(stored, names, measured, weighting)]
     layers = Layers(
         tuple(names[stored] for stored in wanted if stored in measured or stored in named),
         tuple(stored for stored in without if stored not in named),
@@ -202,7 +204,7 @@ def choose_layers(
     return layers
 
 
-def _is_named(
+def is_named(
     stored: str, names: Iterable[str], measured: set[str], weighting: WeightingConfig
 ) -> bool:
     """Whether a pattern of --include asks for a layer, and for none that was measured."""
@@ -229,25 +231,25 @@ def describe_layers(layers: Layers) -> list[str]:
     lines = []
     if layers.unmeasured:
         lines.append(
-            f"{_some(layers.unmeasured)} stay as they are: no token of the retain set was seen in "
+            f"{some(layers.unmeasured)} stay as they are: no token of the retain set was seen in "
             "them, or the model uses their weights without calling the layer, so nothing says what "
             "must be kept. To subtract their task vector whole, name them alone: --include "
             f"'{layers.unmeasured[0]}'."
         )
     if layers.unknown:
         lines.append(
-            f"{_some(layers.unknown)} stay as they are: they are of no linear layer whose inputs "
+            f"{some(layers.unknown)} stay as they are: they are of no linear layer whose inputs "
             "can be measured. A method without moments edits them."
         )
     if layers.named:
         lines.append(
-            f"{_some(layers.named)} are edited without protection, as --include asks: nothing was "
+            f"{some(layers.named)} are edited without protection, as --include asks: nothing was "
             "measured of them."
         )
     return lines
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
@@ -259,7 +261,7 @@ def _no_layer(
     left = layers.unmeasured + layers.unknown
     if left:
         return ConfigError(
-            f"Nothing to edit is left: of {_some(left)} in {full.folder} no token was measured in "
+            f"Nothing to edit is left: of {some(left)} in {full.folder} no token was measured in "
             f"{moments.folder}. Edit other layers with --layers all or --include."
         )
     if weighting.layers == "mlp" and weighting.include:
@@ -609,15 +611,15 @@ def _name_mismatch(
     name = (missing or extra)[0]
     count = len(missing) + len(extra)
     more = f" ({count} tensors differ in all)" if count > 1 else ""
+    few = count <= _FEW
     here, there = (full.folder, index.folder) if missing else (index.folder, full.folder)
     if role in (FORGET_IMPORTANCE, RETAIN_IMPORTANCE):
         cure = "Rerun `perta importance` on the base of the full checkpoint"
     else:
         cure = "Both must share one base model; rerun `perta finetune --base ...` with that base"
-    return CheckpointMismatchError(
-        f"{name} is in {here} but not in {there}{more}. {cure}, or leave such tensors as they "
-        f"are with --exclude '{name}'."
-    )
+    # Where much differs the model is another one, and patterns would only hide it.
+    leave = f", or leave such tensors as they are with --exclude '{name}'" if few else ""
+    return CheckpointMismatchError(f"{name} is in {here} but not in {there}{more}. {cure}{leave}.")
 
 
 def _shape_mismatch(

@@ -43,11 +43,11 @@ from perta.edit import (
     at_strength,
     edit_checkpoint,
     find_inputs,
+    refuse_unused,
     with_defaults,
     with_direction,
 )
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
-from perta.errors import ConfigError
 from perta.evaluate import evaluate_checkpoint
 from perta.finetune import finetune_checkpoint
 from perta.held_back import HELD_BACK, PROTECTED, Split
@@ -72,6 +72,7 @@ from perta.request import (
     known_method,
     load_sets,
     refuse_moments,
+    refuse_without_effect,
     rows_config,
     split_retain,
 )
@@ -120,8 +121,10 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
+    refuse_without_effect(config)
     if known_method(config.weighting.method) in TRAINING_METHODS:
         return _unlearn_by_training(config)
+    refuse_unused(config.weighting)
     config = _with_defaults(config)
     method = get_method(config.weighting.method)
     order = importance_order(method, config.weighting.order)
@@ -184,11 +187,6 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     """The run of a training method: one stage in place of fine-tuning, importance and edit."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
     refuse_moments(config)
-    if config.weighting.scaling_coef is not None:
-        raise ConfigError(
-            f"--scaling-coef is the strength of an edit, but `{method.name}` trains. Its strength "
-            "is set by --unlearn-epochs, --unlearn-learning-rate and --forget-weight."
-        )
     config = replace(
         config,
         weighting=replace(config.weighting, method=method.name),
@@ -563,8 +561,11 @@ def work_folder(config: UnlearnConfig) -> Path:
 
 def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
     """The settings with the method's own where the user gave none."""
-    weighting = with_defaults(config.weighting)
-    method = get_method(weighting.method)
+    method = get_method(config.weighting.method)
+    weighting = config.weighting
+    if weighting.scaling_coef is None and method.searched and config.retain is not None:
+        weighting = replace(weighting, scaling_coef="auto")
+    weighting = with_defaults(weighting)
     estimator = config.estimator
     return replace(
         config,

@@ -1,7 +1,7 @@
 """Progress of long steps, with the time left, on standard error.
 
-On a terminal a live bar; elsewhere (logs, CI) one line when a step ends, so that a log stays
-readable. `quiet` turns both off.
+On a terminal a live bar; elsewhere (logs, CI) a line when a step begins, one every half minute and
+one when it ends, so that a log says what runs and stays readable. `quiet` turns both off.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import (
@@ -44,6 +45,45 @@ def warn(message: str) -> None:
     console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
 
 
+EVERY = 30.0
+"""Seconds between two lines of a step in a log."""
+
+
+@dataclass
+class _Log:
+    """Progress as lines.
+
+    Attributes:
+        description: what is being done.
+        total: units of work.
+        started: when it began, as `time.perf_counter` tells.
+    """
+
+    description: str
+    total: int
+    started: float
+    _done: int = 0
+    _note: str = ""
+    _said: float = 0.0
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        self._note = note or self._note
+        passed = time.perf_counter() - self.started
+        if passed - self._said >= EVERY:
+            self._said = passed
+            left = passed * (self.total - self._done) / self._done if self._done else None
+            rest = "" if left is None else f", about {left:.0f} s left"
+            say(
+                f"{self.description}: {self._done} of {self.total} in {passed:.0f} s{rest}"
+                f"{self.shown_note}"
+            )
+
+    @property
+    def shown_note(self) -> str:
+        return f" {self._note}" if self._note else ""
+
+
 @contextmanager
 def track(description: str, total: int) -> Iterator[Advance]:
     """Show the progress of one step.
@@ -57,14 +97,11 @@ def track(description: str, total: int) -> Iterator[Advance]:
     """
     started = time.perf_counter()
     if _quiet or not console.is_terminal:
-        last_note = [""]
-
-        def remember(_n: int = 1, note: str = "") -> None:
-            last_note[0] = note or last_note[0]
-
-        yield remember
+        log = _Log(description, total, started)
+        say(f"{description}: {total} to do")
+        yield log.advance
         seconds = time.perf_counter() - started
-        say(f"{description}: done in {seconds:.1f} s{' ' + last_note[0] if last_note[0] else ''}")
+        say(f"{description}: done in {seconds:.1f} s{log.shown_note}")
         return
     columns = (
         TextColumn("{task.description}"),

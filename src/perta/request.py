@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,77 @@ def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
         )
     if weighs or adds or protects:
         instead = ", or --retain-moments or --general in its place" if method.moments else ""
-        raise ConfigError(f"`{method.name}` needs --retain, examples to keep{instead}.")
+        raise ConfigError(
+            f"`{method.name}` needs --retain, examples to keep{instead}. The method `tv` protects "
+            "nothing and needs none."
+        )
+
+
+def refuse_without_effect(config: UnlearnConfig) -> None:
+    """Stop at an option that this run would not look at.
+
+    Settings of an edit that its method does not have are another matter: see `edit.refuse_unused`.
+
+    Args:
+        config: a request, as it was given.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    name = known_method(config.weighting.method)
+    trains = name in TRAINING_METHODS
+    method = None if trains else get_method(name)
+    alpha = config.weighting.scaling_coef
+    searches = method is not None and (alpha == "auto" or (alpha is None and method.searched))
+    measures = method is not None and (method.needs_importance or method.moments is not None)
+    groups: list[tuple[object, bool, str]] = [
+        (config.training, trains, "it is for methods that train, such as `npo-retain`"),
+        (
+            replace(config.weighting, method=""),
+            not trains,
+            "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
+            "and --forget-weight say",
+        ),
+        (
+            config.estimator,
+            method is not None and method.needs_importance,
+            "it is for methods with importance, such as `perta-fisher`",
+        ),
+        (
+            config.moments,
+            method is not None and method.moments is not None,
+            "it is for methods with moments, such as `perta-project`",
+        ),
+    ]
+    for group, is_used, why in groups:
+        for item in fields(group):  # type: ignore[arg-type]
+            usual = "" if item.name == "method" else item.default
+            if not is_used and getattr(group, item.name) != usual:
+                raise _unused(item.name, name, why)
+    retains = method is not None and method.retain_vector
+    single = (
+        ("retain_budget", searches, "it is for --scaling-coef auto"),
+        ("strength_seed", searches, "it is for --scaling-coef auto"),
+        ("retain_samples", retains, "it is for `msa`"),
+        ("retain_checkpoint", retains, "it is for `msa`"),
+        ("importance_at", measures, "it is for methods with importance or moments"),
+        (
+            "forget_seeds",
+            method is not None and method.direction == "forget - base",
+            "it is for methods that subtract task vectors",
+        ),
+    )
+    usual_of = {item.name: item.default for item in fields(config)}
+    for option, is_used, why in single:
+        if not is_used and getattr(config, option) != usual_of[option]:
+            raise _unused(option, name, why)
+
+
+def _unused(option: str, method: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"--{option.replace('_', '-')} has no effect with `{method}`: {why}. Leave it out; "
+        "`perta methods` shows what each method looks at."
+    )
 
 
 def refuse_moments(config: UnlearnConfig) -> None:

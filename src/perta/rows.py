@@ -48,7 +48,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         if suffix == ".json":
             return _read_json(path)
         if suffix in (".csv", ".tsv"):
-            return _read_csv(path, "\t" if suffix == ".tsv" else ",")
+            return _read_csv(path, "\t" if suffix == ".tsv" else _delimiter(path))
         if suffix == ".parquet":
             return _read_parquet(path)
     except UnicodeDecodeError as error:
@@ -93,6 +93,14 @@ def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}, {where}: expected an object, found {type(value).__name__}.")
     return value
+
+
+def _delimiter(path: Path) -> str:
+    """What stands between the columns of a CSV file: spreadsheets of many countries write `;`."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file), [])
+    only = header[0] if len(header) == 1 else ""
+    return next((mark for mark in (";", "\t") if mark in only), ",")
 
 
 def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:

@@ -26,6 +26,9 @@ COLUMNS = {
 }
 
 
+_WIDE = 1000
+
+
 def print_comparison(models: Mapping[str, Results], title: str | None = None) -> None:
     """One table per set: a row per model, a column per metric.
 
@@ -134,4 +137,8 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Nothing is cut where nobody looks at it: a file or a pipe has no width.
+        console.width = max(console.width, _WIDE)
+    return console

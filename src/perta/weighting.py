@@ -107,6 +107,8 @@ class Method:
         default_keep: share of the weights to keep, where the user gives none.
         retain_vector: whether β · (θ_r − θ₀) is added.
         default_layers: layers that are edited where the user gives none.
+        searched: whether `perta unlearn` searches for the strength where the user gives none and
+            there are examples to keep.
     """
 
     name: str
@@ -134,6 +136,26 @@ class Method:
     default_keep: float = 1.0
     retain_vector: bool = False
     default_layers: Literal["mlp", "all"] = "all"
+    searched: bool = False
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Names of the settings that this method looks at."""
+        used = {
+            "order": self.needs_importance,
+            "rho": "rho" in self.formula,
+            "damping": self.default_damping is not None,
+            "forget_damping": self.moments == "input",
+            "granularity": self.needs_importance,
+            "constant": "--constant" in self.formula,
+            "retain_coef": self.retain_vector,
+            "keep": self.scores is not None,
+            "drop": self.combine is _dare,
+            "selection": self.weighs_sets,
+            "dampening": self.weighs_sets,
+        }
+        always = {"scaling_coef", "layers", "include", "exclude", "weighting_seed"}
+        return frozenset(always | {name for name, is_used in used.items() if is_used})
 
     @property
     def equation(self) -> str:
@@ -405,6 +427,7 @@ METHODS = _table(
         default_scaling_coef=2.7,
         moments="project",
         default_layers="mlp",
+        searched=True,
         sides=("retain",),
     ),
     Method(

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from perta.config import MomentOptions, Tokens, TrainSettings, WeightingConfig
-from perta.edit import with_defaults
+from perta.edit import refuse_unused, with_defaults
 from perta.errors import ConfigError
 from perta.request import known_method
 from perta.unlearning_objectives import TRAINING_METHODS, TrainingMethod, get_training_method
@@ -138,7 +138,9 @@ def _training_spec(
 
 def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
     values = {key: value for key, value in settings.items() if key in _WEIGHTING}
-    weighting = with_defaults(WeightingConfig(method=get_method(name).name, **values))
+    given = WeightingConfig(method=get_method(name).name, **values)
+    refuse_unused(given)
+    weighting = with_defaults(given)
     share = float(settings.get("share", 1.0))
     tokens, at = settings.get("tokens", MomentOptions.tokens), settings.get("at")
     for key, choice, literal in (("tokens", tokens, Tokens), ("at", at, At)):

@@ -1,0 +1,5 @@
+"""`python -m perta`: the command line."""
+
+from perta.cli import main
+
+main()
