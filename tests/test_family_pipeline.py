@@ -214,7 +214,7 @@ def test_the_loaded_direction_is_what_the_edit_subtracts(
         retain_checkpoint=str(world.full),
         output=tmp_path / "out",
         weighting=WeightingConfig(
-            method=method, scaling_coef=0.8, **({"retain_coef": 0.2} if method == "msa" else {})
+            method=method, scaling_coef=0.8, retain_coef=0.2 if method == "msa" else 1.0
         ),
     )
     changes = load_changes(tmp_path / "scratch", edit, ComputeConfig())

@@ -244,3 +244,18 @@ def test_loaded_models_compute_what_was_saved(world: World) -> None:
     losses = losses_of(load_model(world.full, CPU), encoded.encoded, batch_size=3, pad=0)
     alone = losses_of(load_model(world.full, CPU), encoded.encoded, batch_size=1, pad=2)
     assert losses == pytest.approx(alone, rel=1e-4)
+
+
+def test_bars_of_libraries_do_not_leak(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    try:
+        capsys.readouterr()
+        load_model(world.base, ComputeConfig())
+        assert capsys.readouterr().err == ""
+        list(tqdm([1, 2], desc="a bar of the user's own"))
+        assert "a bar of the user's own" in capsys.readouterr().err
+    finally:
+        logging.disable_progress_bar()

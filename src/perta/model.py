@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,10 +349,27 @@ def _require_config(folder: Path) -> None:
 
 
 @contextmanager
-def _plain_errors(place: Path, what: str = "model") -> Iterator[None]:
-    """Turn the libraries' many exceptions on loading into one that names the place."""
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' progress bars out of the user's output, in a program as on a terminal.
+
+    Some know no switch: they take their bars from tqdm itself.
+    """
+    from tqdm import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
     try:
         yield
+    finally:
+        tqdm.__init__ = original
+
+
+@contextmanager
+def _plain_errors(place: Path, what: str = "model") -> Iterator[None]:
+    """Turn the libraries' many exceptions on loading into one that names the place, in silence."""
+    try:
+        with _without_bars():
+            yield
     except PertaError:
         raise
     except Exception as error:  # whatever a damaged file makes the libraries raise
