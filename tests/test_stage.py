@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import TUNE, World
 from perta.checkpoint import fingerprint
-from perta.config import TrainSettings
+from perta.config import TrainSettings, WeightingConfig
 from perta.config_stages import (
     FinetuneConfig,
     ImportanceConfig,
@@ -73,6 +74,18 @@ def _unlearn(checkpoint: str, data: str, output: Path) -> object:
             overwrite=True,
         )
     )
+
+
+def test_a_request_takes_keywords_text_and_paths(world: World, tmp_path: Path) -> None:
+    given = {"base": world.base, "full": world.full, "forget": world.forget}
+    weighting = WeightingConfig(method="interpolate")
+    more: dict[str, Any] = {"evaluate": False, "weighting": weighting}
+    result = unlearn(**given, output=str(tmp_path / "out"), **more)
+    texts = {name: str(place) for name, place in given.items()}
+    config = UnlearnConfig(**texts, output=tmp_path / "out", **more)
+    assert result.folder == tmp_path / "out"
+    assert unlearn(config).manifest == result.manifest
+    assert unlearn(config, output=tmp_path / "other").folder == tmp_path / "other"
 
 
 @pytest.mark.parametrize("stage", [_finetune, _importance, _moments, _train, _unlearn])

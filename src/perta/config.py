@@ -7,7 +7,9 @@ one raises `ConfigError` naming the flag.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
@@ -41,6 +43,21 @@ _LORA_ALONE = (
     "above 0 where --lora-alpha or --lora-targets is given, which have no effect without an "
     "adapter (the strength of the edit is --alpha)"
 )
+
+
+def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:
+    """Take places as text or as paths, whichever way they were given in a program.
+
+    Args:
+        config: a configuration that is being created.
+        paths: fields that hold paths.
+        texts: fields that hold text, such as an id as well as a place.
+    """
+    for names, kind in ((paths, Path), (texts, str)):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None:
+                object.__setattr__(config, name, kind(value))
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:

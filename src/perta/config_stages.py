@@ -24,6 +24,7 @@ from perta.config import (
     TuneConfig,
     TunedType,
     WeightingConfig,
+    places_of,
     require,
     sample_count,
 )
@@ -31,6 +32,8 @@ from perta.errors import ConfigError
 
 Wanted = Literal["met", "partly"]
 """The least that a verdict has to be."""
+
+_SOURCES = ("base", "full", "forget", "retain", "holdout", "general", "retain_checkpoint")
 
 
 @Flat
@@ -294,6 +297,7 @@ class UnlearnConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        places_of(self, paths=("output", "work_dir", "retain_moments"), texts=_SOURCES)
         seeds = self.forget_seeds
         require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
         budget = self.retain_budget

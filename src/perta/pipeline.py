@@ -107,13 +107,15 @@ class Unlearned:
     verdict: Verdict | None = None
 
 
-def unlearn(config: UnlearnConfig) -> Unlearned:
+def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     """Remove a forget set from a checkpoint (`perta unlearn`).
 
     Everything that can be wrong with the input is checked before the first long step.
 
     Args:
         config: inputs, output and settings.
+        **options: fields of the configuration, in its place or over those it has; places may be
+            text or paths.
 
     Returns:
         The unlearned checkpoint with its evaluation.
@@ -121,6 +123,7 @@ def unlearn(config: UnlearnConfig) -> Unlearned:
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
+    config = UnlearnConfig(**options) if config is None else replace(config, **options)
     refuse_without_effect(config)
     if known_method(config.weighting.method) in TRAINING_METHODS:
         return _unlearn_by_training(config)
