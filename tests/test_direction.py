@@ -420,20 +420,26 @@ def test_a_base_without_the_models_prefix(
     )
     made = []
     for base in ("base", "bare"):
-        settings = whole(world, tmp_path / f"{base}-out", weighting=WeightingConfig(method=method))
+        settings = whole(
+            world,
+            tmp_path / f"{base}-out",
+            weighting=WeightingConfig(method=method, scaling_coef=2.0),
+        )
         made.append(unlearn(replace(settings, base=str(tmp_path / base), full=str(full))).folder)
     same, found = (tensors(folder) for folder in made)
     assert all(torch.equal(found[name], value) for name, value in same.items())
     assert any(not torch.equal(found[name], value) for name, value in tensors(full).items())
     # The bare checkpoint can be the one to clean as well.
-    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method))
+    settings = whole(
+        world, tmp_path / "out", weighting=WeightingConfig(method=method, scaling_coef=2.0)
+    )
     cleaned = unlearn(
         replace(settings, base=str(tmp_path / "base"), full=str(tmp_path / "bare"))
     ).folder
     assert set(tensors(cleaned)) == set(bare)
     if method == "perta-project":
         monkeypatch.setattr("perta.pipeline.finetune_checkpoint", None)
-        position = WeightingConfig(method=method, include=("*wpe*",))
+        position = WeightingConfig(method=method, scaling_coef=2.0, include=("*wpe*",))
         settings = whole(world, tmp_path / "none", weighting=position)
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
             unlearn(replace(settings, base=str(tmp_path / "base"), full=str(full)))
@@ -462,7 +468,7 @@ def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
 def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path: Path) -> None:
     general = tmp_path / "general.jsonl"
     general.write_text('{"text": "Rivers run to the sea."}\n{"text": "What is a river?"}\n')
-    weighting = WeightingConfig(method="perta-project")
+    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
     settings = whole(world, tmp_path / "out", weighting=weighting, general=str(general))
     manifest = unlearn(settings).manifest
     assert "general" in manifest["unlearn"]["inputs"]
@@ -511,7 +517,7 @@ def test_general_text_may_have_columns_of_its_own(world: World, tmp_path: Path, 
     settings = whole(
         world,
         tmp_path / "out",
-        weighting=WeightingConfig(method="perta-project"),
+        weighting=WeightingConfig(method="perta-project", scaling_coef=2.0),
         general=str(tmp_path / "general.jsonl"),
         data_config=DataConfig(format="qa", prompt_column="q", answer_column="a"),
     )
@@ -621,7 +627,7 @@ def test_the_output_keeps_away_from_everything_that_is_read(
     if option == "retain_moments":
         place = measure(world.base, world.retain, output / "moments")
     value = output / "work" if option == "work_dir" else place
-    weighting = WeightingConfig(method="perta-project")
+    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
     if option == "retain_checkpoint":
         value = shutil.copytree(world.base, output / "tuned")
         weighting = WeightingConfig(method="msa")
@@ -700,7 +706,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_the_projection_reads_the_retain_set_alone(
     world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weighting = WeightingConfig(method="perta-project")
+    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
     config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
     monkeypatch.setattr("perta.pipeline.compute_moments", None)
     result = unlearn(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +248,9 @@ def test_loaded_models_compute_what_was_saved(world: World) -> None:
 
 
 def test_bars_of_libraries_do_not_leak(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    from tqdm import tqdm
     from transformers.utils import logging
 
+    tqdm: Any = import_module("tqdm").tqdm
     logging.enable_progress_bar()
     try:
         capsys.readouterr()

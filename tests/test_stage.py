@@ -77,11 +77,11 @@ def _unlearn(checkpoint: str, data: str, output: Path) -> object:
 
 
 def test_a_request_takes_keywords_text_and_paths(world: World, tmp_path: Path) -> None:
-    given = {"base": world.base, "full": world.full, "forget": world.forget}
+    given: dict[str, Any] = {"base": world.base, "full": world.full, "forget": world.forget}
     weighting = WeightingConfig(method="interpolate")
     more: dict[str, Any] = {"evaluate": False, "weighting": weighting}
     result = unlearn(**given, output=str(tmp_path / "out"), **more)
-    texts = {name: str(place) for name, place in given.items()}
+    texts: dict[str, Any] = {name: str(place) for name, place in given.items()}
     config = UnlearnConfig(**texts, output=tmp_path / "out", **more)
     assert result.folder == tmp_path / "out"
     assert unlearn(config).manifest == result.manifest

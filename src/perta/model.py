@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partialmethod
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,8 +355,7 @@ def _without_bars() -> Iterator[None]:
 
     Some know no switch: they take their bars from tqdm itself.
     """
-    from tqdm import tqdm
-
+    tqdm: Any = import_module("tqdm").tqdm
     original = tqdm.__init__
     tqdm.__init__ = partialmethod(original, disable=True)
     try:
