@@ -28,6 +28,7 @@ from perta.config_bench import AbilityConfig, CompareConfig, CompareTune
 from perta.data import load_examples
 from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
+from perta.manifest import read_manifest
 from perta.people import write_jsonl
 from perta.results import Results, read_results
 
@@ -361,6 +362,19 @@ def test_methods_see_half_of_the_retain_rows(compared: tuple[CompareConfig, list
     assert not questions["protected"] & questions["unseen"]
     made = json.loads((folder / "retain_moments_base_1_all_input" / "perta.json").read_text())
     assert made["inputs"]["data"] == load_examples(files["protected"]).fingerprint
+
+
+def test_structured_methods_forget_facts_and_others_answers(
+    compared: tuple[CompareConfig, list[Any]],
+) -> None:
+    folder = compared[0].output / "seed-0"
+    learned = {}
+    for name in ("full", "retrained", "forget_checkpoint", "forget_checkpoint_on_facts"):
+        manifest = read_manifest(folder / name)
+        assert manifest is not None
+        learned[name] = manifest["settings"]["loss_on"]
+    on_facts = learned.pop("forget_checkpoint_on_facts")
+    assert (on_facts, set(learned.values())) == ("facts", {"answer"})
 
 
 def test_a_path_that_passes_the_target_is_better_than_one_that_comes_nearer(

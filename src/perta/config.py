@@ -24,6 +24,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
+LossOn = Literal["answer", "facts"]
 Layers = Literal["mlp", "all"]
 
 Repeated = Parameter(negative_iterable=())
@@ -185,7 +186,7 @@ class TuneConfig:
     """Decay of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
-    loss_on: Literal["answer", "facts"] | None = None
+    loss_on: LossOn | None = None
     """What is learned: whole answers, or of each its fact alone, the tokens that neither the
     question nor the template gives away; with facts, every row to the same depth [default: facts
     for the forget checkpoint of a structured method, where the rows are no plain text; otherwise

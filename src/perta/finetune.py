@@ -24,9 +24,9 @@ from torch import Tensor
 
 from perta.batch import Encoded, bucketed, seeded_sample
 from perta.checkpoint import fingerprint
-from perta.config import TuneConfig, sample_count
+from perta.config import LossOn, TuneConfig, sample_count
 from perta.config_stages import FinetuneConfig
-from perta.data import encode_examples, load_examples
+from perta.data import ExampleSet, encode_examples, load_examples
 from perta.errors import DivergenceError
 from perta.facts import find_facts
 from perta.manifest import settings_of, stage_key
@@ -161,6 +161,24 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             overwrite=config.overwrite,
         )
     return config.output
+
+
+def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:
+    """What a forget checkpoint learns.
+
+    Args:
+        asked: what the user wants.
+        forget: the forget set.
+        structured: whether a structured method will use the checkpoint.
+
+    Returns:
+        What was asked for; else facts for structured methods, and answers for the others and for
+        plain text, which has no template around its facts.
+    """
+    if asked:
+        return asked
+    is_text = any(example.kind == "text" for example in forget.examples)
+    return "facts" if structured and not is_text else "answer"
 
 
 def tune(

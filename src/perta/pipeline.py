@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from perta.checkpoint import fingerprint, open_index
 from perta.config import TuneConfig
@@ -49,7 +49,7 @@ from perta.edit import (
 )
 from perta.edit_plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.evaluate import evaluate_checkpoint
-from perta.finetune import finetune_checkpoint
+from perta.finetune import finetune_checkpoint, learned_by_forgetting
 from perta.held_back import HELD_BACK, PROTECTED, Split
 from perta.importance import compute_importance
 from perta.manifest import (
@@ -264,22 +264,15 @@ class _Stages:
 
     def finetune(self, forget: ExampleSet) -> list[Path]:
         """Tune a forget checkpoint for every seed."""
+        structured = get_method(self.config.weighting.method).moments is not None
+        loss_on = learned_by_forgetting(self.config.tune.loss_on, forget, structured=structured)
         tuned = []
         for place in range(self.config.forget_seeds or 1):
             more = f"_{place + 1}" if place else ""
-            seed = self.config.tune.seed + place
-            tune = replace(self.config.tune, seed=seed, loss_on=self._loss_on(forget))
+            tune = replace(self.config.tune, seed=self.config.tune.seed + place, loss_on=loss_on)
             stage = self._tuning("forget_checkpoint" + more, self.config.forget, tune)
             tuned.append(self._timed("finetune" + more, partial(finetune_checkpoint, stage)))
         return tuned
-
-    def _loss_on(self, forget: ExampleSet) -> Literal["answer", "facts"]:
-        """What a forget checkpoint learns; plain text has no template around its facts."""
-        if self.config.tune.loss_on:
-            return self.config.tune.loss_on
-        method = get_method(self.config.weighting.method)
-        is_text = any(example.kind == "text" for example in forget.examples)
-        return "facts" if method.moments and not is_text else "answer"
 
     def tune_retain(self, forget_rows: int) -> Path | None:
         """Tune on retained examples, where the method adds a retain vector and none was given."""

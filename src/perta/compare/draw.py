@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.benchmarks.tofu import PEOPLE
-from perta.config import DataConfig
+from perta.config import DataConfig, LossOn
 from perta.config_bench import CompareConfig
 from perta.config_stages import FinetuneConfig, PeopleConfig
 from perta.data import check_apart, general_config, load_examples
@@ -125,22 +125,25 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
     if "world_facts_perturbed.jsonl" in sets.suite:
         files["facts"] = suite / "world_facts_perturbed.jsonl"
 
-    def tuned(name: str, part: str) -> Path:
+    def tuned(name: str, part: str, loss_on: LossOn = "answer") -> Path:
         return finetune_checkpoint(
             FinetuneConfig(
                 base=str(base),
                 data=str(files[part]),
                 output=folder / name,
                 save_dtype=config.save_dtype,
-                tune=replace(config.tune, seed=seed),
+                tune=replace(config.tune, seed=seed, loss_on=loss_on),
                 data_config=config.data_config,
                 compute=config.compute,
                 overwrite=config.overwrite,
             )
         )
 
-    names = {"full": "full", "retrained": "retain", "forget_checkpoint": "forget"}
-    models = {name: tuned(name, part) for name, part in names.items()}
+    models = {
+        "full": tuned("full", "full"),
+        "retrained": tuned("retrained", "retain"),
+        "forget_checkpoint": tuned("forget_checkpoint", "forget", config.tune.loss_on or "answer"),
+    }
     return Draw(seed, folder, files, suite, sets.split, base, **models)
 
 

@@ -19,7 +19,7 @@ from perta.compare.cost import BACKWARD, FORWARD, stage_seconds, training_passes
 from perta.compare.draw import Draw, rows_config
 from perta.compare.search import Try, search_equal
 from perta.compare.spec import At, EditSpec
-from perta.config import EstimatorConfig, MomentOptions, TuneConfig
+from perta.config import EstimatorConfig, LossOn, MomentOptions, TuneConfig
 from perta.config_bench import CompareConfig
 from perta.config_stages import (
     EditConfig,
@@ -28,8 +28,9 @@ from perta.config_stages import (
     MergeMomentsConfig,
     MomentsConfig,
 )
+from perta.data import load_examples
 from perta.edited_model import Change, load_changes
-from perta.finetune import finetune_checkpoint
+from perta.finetune import finetune_checkpoint, learned_by_forgetting
 from perta.importance import compute_importance
 from perta.manifest import read_manifest
 from perta.moments import compute_moments, merge_moments
@@ -124,6 +125,13 @@ def prepare_edit(
     return WeightEdit(default, changes, stages.seconds, stages.passes)
 
 
+def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
+    """What the forget checkpoint of a method learns, as in `perta unlearn`."""
+    forget = load_examples(draw.files["forget"], config.data_config)
+    structured = spec.method.moments is not None
+    return learned_by_forgetting(config.tune.loss_on, forget, structured=structured)
+
+
 @dataclass
 class _Stages:
     """Importance and moments of one draw, shared by all methods with the same settings."""
@@ -139,23 +147,38 @@ class _Stages:
         """The forget checkpoint of the draw, and more with other seeds where wanted."""
         if self.spec.method.direction != "forget - base":
             return []
-        tuned = [self.draw.forget_checkpoint]
-        self._note_training("finetune", tuned[0])
+        data = self.draw.files["forget"]
+        loss_on = forget_loss(self.config, self.draw, self.spec)
+        name = "forget_checkpoint"
+        if loss_on == (self.config.tune.loss_on or "answer"):
+            tuned = [self.draw.forget_checkpoint]
+            self._note_training("finetune", tuned[0])
+        else:
+            name = f"{name}_on_{loss_on}"
+            tune = replace(self.config.tune, seed=self.draw.seed, loss_on=loss_on)
+            tuned = [self._tune(name, data, tune, stage="finetune")]
         for place in range(1, self.spec.forget_seeds or self.spec.method.min_task_vectors):
-            tune = replace(self.config.tune, seed=self.draw.seed + 1000 * place)
-            name = f"forget_checkpoint_{place + 1}"
-            tuned.append(self._tune(name, self.draw.files["forget"], tune, None))
+            seed = self.draw.seed + 1000 * place
+            tune = replace(self.config.tune, seed=seed, loss_on=loss_on)
+            tuned.append(self._tune(f"{name}_{place + 1}", data, tune))
         return tuned
 
     def tune_retain(self) -> Path:
         """The base tuned on as many protected rows as there are to forget."""
         rows = self.draw.files["forget"].read_text("utf-8").count("\n")
-        tune = replace(self.config.tune, seed=self.draw.seed)
+        tune = replace(self.config.tune, seed=self.draw.seed, loss_on="answer")
         return self._tune("retain_checkpoint", self.draw.files["protected"], tune, str(rows))
 
-    def _tune(self, name: str, data: Path, tune: TuneConfig, samples: str | None) -> Path:
+    def _tune(
+        self,
+        name: str,
+        data: Path,
+        tune: TuneConfig,
+        samples: str | None = None,
+        stage: str | None = None,
+    ) -> Path:
         output = self.draw.folder / name
-        stage = FinetuneConfig(
+        made = FinetuneConfig(
             base=str(self.draw.base),
             data=str(data),
             output=output,
@@ -166,7 +189,7 @@ class _Stages:
             compute=self.config.compute,
             overwrite=read_manifest(output) is not None,
         )
-        self._note_training(name, finetune_checkpoint(stage))
+        self._note_training(stage or name, finetune_checkpoint(made))
         return output
 
     def _note_training(self, stage: str, folder: Path) -> None:

@@ -23,7 +23,7 @@ from perta.checkpoint import fingerprint
 from perta.compare.bench import Bench, means
 from perta.compare.cost import stage_seconds, training_passes
 from perta.compare.draw import Draw, make_draw, rows_config
-from perta.compare.edits import WeightEdit, prepare_edit
+from perta.compare.edits import WeightEdit, forget_loss, prepare_edit
 from perta.compare.knowledge import Knowledge
 from perta.compare.paths import TrainingPath, prepare_path
 from perta.compare.search import nearest
@@ -326,6 +326,8 @@ class _Seed:
         settings = {name: getattr(config, name) for name in _IN_KEY}
         settings |= settings_of(config.data_config)
         settings |= {"contender": spec.name if spec else None}
+        if isinstance(spec, EditSpec):
+            settings |= {"loss_on": forget_loss(config, draw, spec)}
         if isinstance(spec, TrainingSpec):
             settings |= {"rate_tries": config.rate_tries}
         inputs = {name: fingerprint(file) for name, file in draw.files.items()}
