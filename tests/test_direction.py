@@ -716,7 +716,7 @@ def test_the_projection_reads_the_retain_set_alone(
     }
     tuned = work_folder(config) / "forget_checkpoint"
     given = replace(parts, tuned=tuned).config(
-        tmp_path / "staged", "perta-project", forget_moments=None
+        tmp_path / "staged", "perta-project", scaling_coef=2.0, forget_moments=None
     )
     edit_checkpoint(given)
     for name, value in tensors(result.folder).items():
@@ -766,7 +766,7 @@ def test_stage_by_stage_on_the_command_line(
         world.forget, "--retain", world.retain, "--method", method, "--tokens", "answer",
         "--rho", 5, "--scaling-coef", 1.2, "--output", tmp_path / "whole", "--no-evaluate",
         "--epochs", TUNE.epochs, "--learning-rate", TUNE.learning_rate,
-        "--batch-size", TUNE.batch_size,
+        "--batch-size", TUNE.batch_size, "--loss-on", "answer",
     )  # fmt: skip
     staged, together = tensors(tmp_path / "staged"), tensors(tmp_path / "whole")
     for name, value in tensors(world.full).items():
