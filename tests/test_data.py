@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from helpers import tiny_llama
@@ -152,18 +153,23 @@ def test_text_is_cut_into_windows_that_predict_every_token_once(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "limit", "labels", "lengths"),
+    ("tokens", "limit", "labels", "lengths", "weights"),
     [
-        # One token more than fits: 64 predictions, 32 in each of two windows.
-        (65, 64, [32, 32], [33, 64]),
-        (65, 65, [64], [65]),
-        (11, 5, [3, 3, 4], [4, 5, 5]),
-        (4, 2, [1, 1, 1], [2, 2, 2]),
-        (2, 9, [1], [2]),
+        # One token more than fits: 64 predictions, the last in a window of its own.
+        (65, 64, [63, 1], [64, 64], [63 / 32, 1 / 32]),
+        (65, 65, [64], [65], [1.0]),
+        (11, 5, [4, 4, 2], [5, 5, 5], [1.2, 1.2, 0.6]),
+        (4, 2, [1, 1, 1], [2, 2, 2], [1.0, 1.0, 1.0]),
+        (2, 9, [1], [2], [1.0]),
     ],
 )
-def test_windows_of_a_text_have_equally_many_labels(
-    tokens: int, limit: int, labels: list[int], lengths: list[int], tmp_path: Path
+def test_windows_of_a_text_weigh_by_their_labels_and_have_context(
+    tokens: int,
+    limit: int,
+    labels: list[int],
+    lengths: list[int],
+    weights: list[float],
+    tmp_path: Path,
 ) -> None:
     words = [f"w{i}" for i in range(tokens)]
     tokenizer = tiny_tokenizer([" ".join(words)], chat=False)
@@ -173,32 +179,37 @@ def test_windows_of_a_text_have_equally_many_labels(
     windows = encode_examples(texts, tokenizer, DataConfig(max_length=limit)).encoded
     assert [sum(label != IGNORE for label in w.labels) for w in windows] == labels
     assert [len(window.input_ids) for window in windows] == lengths
+    assert [window.weight for window in windows] == pytest.approx(weights)
     for window in windows:
         for place, label in enumerate(window.labels):
             assert label in (IGNORE, window.input_ids[place])
         assert window.labels[0] == IGNORE
 
 
-def test_importance_of_a_text_is_that_of_its_tokens(tmp_path: Path) -> None:
-    """A text cut in two gives what its halves give: no token counts for more than another."""
-    model, tokenizer = tiny_llama(), byte_tokenizer()
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_importance_of_a_text_is_that_of_its_tokens(tmp_path: Path, order: float) -> None:
+    """Windows as autograd has them one by one: each token's loss over the mean number of labels."""
+    model, tokenizer = tiny_llama().double(), byte_tokenizer()
     text = "Where was Mira Thornwick born? Mira Thornwick was born in Caldholm, by the sea."
     texts = load_examples(write(tmp_path / "a.jsonl", [{"text": text}]))
     (whole,) = encode_examples(texts, tokenizer).encoded
     config = DataConfig(max_length=len(whole.input_ids) - 1)
     windows = encode_examples(texts, tokenizer, config).encoded
     assert len(windows) == 2
-    size = [
-        sum(
-            float(value.sum())
-            for value in batched_moments(model, bucketed([window], 1, 2), [2.0])
-            .by_order[2.0]
-            .values()
-        )
-        for window in windows
-    ]
-    # With a last window of one token its share was above nine tenths.
-    assert 0.2 < size[1] / sum(size) < 0.8
+    labels = (len(whole.input_ids) - 1) / 2
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for window in windows:
+        ids = torch.tensor([window.input_ids])
+        log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        model.zero_grad()
+        wanted = [t for t, label in enumerate(window.labels) if label != IGNORE]
+        (-sum(log_probs[t - 1, ids[0, t]] for t in wanted) / labels).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            expected[name] += parameter.grad.abs() ** order / 2
+    found = batched_moments(model, bucketed(windows, 2, 2), [order]).by_order[order]
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-4, atol=1e-8)
 
 
 def test_cut_off_and_empty_answers_are_reported_by_row(

@@ -303,6 +303,7 @@ def test_more_padding_changes_nothing() -> None:
         nn.functional.pad(batch.attention_mask, (0, 6), value=0),
         nn.functional.pad(batch.labels, (0, 6), value=-100),
         batch.index,
+        batch.weights,
     )
     expected = batched_moments(model, [batch], [2]).by_order[2.0]
     assert_close(batched_moments(model, [wide], [2]).by_order[2.0], expected)

@@ -21,11 +21,14 @@ class Encoded:
         labels: same length; the token itself where it carries loss, `IGNORE` elsewhere.
             Labels are not shifted: the label at position t is predicted at t - 1.
         row: 1-based row of the example in its file.
+        weight: weight of its loss in a mean over examples. Windows of one text weigh by their
+            labels, 1 in mean; everything else weighs 1.
     """
 
     input_ids: tuple[int, ...] = field(repr=False)  # tokens are text
     labels: tuple[int, ...] = field(repr=False)
     row: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Batch:
         attention_mask: (B, T) int64, 1 on real tokens, from true lengths (pad may equal eos).
         labels: (B, T) int64, `IGNORE` where a position carries no loss; not shifted.
         index: (B,) int64, place of each example in the list the batch was cut from.
+        weights: (B,) float32, weight of each example's loss.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     index: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -51,6 +56,7 @@ class Batch:
             self.attention_mask.to(device),
             self.labels.to(device),
             self.index.to(device),
+            self.weights.to(device),
         )
 
     def lengths(self) -> tuple[int, ...]:
@@ -97,7 +103,8 @@ def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | Non
         labels[i, :n] = torch.tensor(example.labels)
         attention_mask[i, :n] = 1
     places = torch.tensor(range(len(examples)) if index is None else index, dtype=torch.int64)
-    return Batch(input_ids, attention_mask, labels, places)
+    weights = torch.tensor([example.weight for example in examples], dtype=torch.float32)
+    return Batch(input_ids, attention_mask, labels, places, weights)
 
 
 def bucketed(

@@ -131,7 +131,7 @@ class DataConfig:
     """Use the tokenizer's chat template where it has one."""
     max_length: int = 2048
     """Longest example in tokens, at most what the model takes; plain text is cut into
-    windows of at most this length, those of one text equally long."""
+    windows of at most this length."""
     split: str = "train"
     """Split of a `datasets` id."""
     skip_bad_rows: bool = False

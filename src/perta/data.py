@@ -388,21 +388,20 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def _windows(whole: Encoded, limit: int) -> list[Encoded]:
-    """Cut plain text into as few windows as fit the limit, with equally many labels but for one.
+    """Cut plain text into as few windows as fit the limit; every token but the first has a label.
 
-    A window counts as one example: with a label or two, a short last one would weigh as much as
-    the others, and its gradient, averaged over nothing, many times more. Every token but the very
-    first is labelled once; the room that is left shows the tokens before, without labels.
+    A window counts as one example. So that a last one with few labels neither stands without
+    context nor counts as much as a full one, it shows as many tokens before them as fit, and
+    windows weigh by their labels: the mean over a text's windows is the mean over its tokens.
     """
     ids = whole.input_ids
-    predicted = len(ids) - 1
-    count = -(-predicted // (limit - 1))
-    edges = [1 + i * predicted // max(count, 1) for i in range(count + 1)]
+    edges = [*range(1, len(ids), limit - 1), len(ids)]
+    mean = (len(ids) - 1) / (len(edges) - 1) if len(edges) > 1 else 1.0
     windows = []
     for start, stop in itertools.pairwise(edges):
         first = max(0, stop - limit)
         labels = (*[IGNORE] * (start - first), *ids[start:stop])
-        windows.append(Encoded(ids[first:stop], labels, whole.row))
+        windows.append(Encoded(ids[first:stop], labels, whole.row, (stop - start) / mean))
     return windows
 
 

@@ -281,11 +281,12 @@ def _summary(
     probabilities = [{"prob": score.probability, "avg_loss": score.loss} for score in scores]
     memorization = [{"score": score.exact_memorization} for score in scores]
     strength = [{"score": score.extraction_strength} for score in scores]
+    weights = [item.answers[0].weight for item in items]
     summary = {
-        f"{name}_loss": table([{"score": score.loss} for score in scores], "score"),
-        f"{name}_probability": table(probabilities, "prob"),
-        f"{name}_exact_memorization": table(memorization, "score"),
-        f"{name}_extraction_strength": table(strength, "score"),
+        f"{name}_loss": table([{"score": score.loss} for score in scores], "score", weights),
+        f"{name}_probability": table(probabilities, "prob", weights),
+        f"{name}_exact_memorization": table(memorization, "score", weights),
+        f"{name}_extraction_strength": table(strength, "score", weights),
     }
     rows = [
         rouge_row(
@@ -323,7 +324,8 @@ def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome])
         else None
         for fact, score in zip(facts, scores, strict=True)
     ]
-    summary = {f"{name}_fact_probability": table(known, "prob")}
+    weights = [fact.encoded.weight for fact in facts]
+    summary = {f"{name}_fact_probability": table(known, "prob", weights)}
     if any(choices):
         summary[f"{name}_fact_choice"] = table(choices, "prob")
     return summary

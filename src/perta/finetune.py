@@ -251,7 +251,7 @@ def _train_epoch(
             above = values > config.depth if config.row_by_row else torch.ones_like(values).bool()
             if above.any():
                 wanting = True
-                (losses[above].sum() / size).backward()
+                ((losses * batch.weights.to(device))[above].sum() / size).backward()
             group_loss += values.sum().item()
             highest = max(highest, values.max().item())
             advance(len(batch), f"loss {group_loss / size:.3f}")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from perta.batch import Batch, Encoded, bucketed
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
-from perta.objectives import example_losses, losses_of
+from perta.objectives import losses_of, weighted_losses
 
 _CURE = "Raise --influence-damping. Nothing was written."
 
@@ -195,7 +195,7 @@ def mean_gradient(
     """(1/n) Σ ∇ℓ over the batches' examples, flat, with n given: (P,)."""
     total = torch.zeros_like(_flat(parameters))
     for batch in batches:
-        loss = example_losses(model, batch).sum() / examples
+        loss = weighted_losses(model, batch).sum() / examples
         total += _flat(torch.autograd.grad(loss, list(parameters)))
     return total
 
@@ -211,7 +211,7 @@ def hessian_product(
     total = torch.zeros_like(vector)
     parts = _split(vector, parameters)
     for batch in batches:
-        loss = example_losses(model, batch).sum() / examples
+        loss = weighted_losses(model, batch).sum() / examples
         gradients = torch.autograd.grad(loss, list(parameters), create_graph=True)
         along = torch.stack([(g * v).sum() for g, v in zip(gradients, parts, strict=True)]).sum()
         total += _flat(torch.autograd.grad(along, list(parameters), materialize_grads=True))

@@ -26,7 +26,7 @@ from perta.layers import (
     widths,
 )
 from perta.moment_files import INPUT, OUTPUT
-from perta.objectives import example_losses
+from perta.objectives import weighted_losses
 from perta.progress import track
 from perta.second_moment import factor, few
 
@@ -350,7 +350,7 @@ class _Collector:
         """Add one batch."""
         self._kept = kept_positions(batch, tokens).reshape(-1)
         if self.needs_gradients:
-            example_losses(self.model, batch).sum().backward()
+            weighted_losses(self.model, batch).sum().backward()
         else:
             with torch.no_grad():
                 _forward(self.model, batch)

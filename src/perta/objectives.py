@@ -81,6 +81,11 @@ def example_losses(model: nn.Module, batch: Batch) -> Tensor:
     return mean_by_example(token_losses(answers), answers.example, len(batch))
 
 
+def weighted_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Losses of a batch, each times its example's weight, (B,): what gradients are taken of."""
+    return example_losses(model, batch) * batch.weights
+
+
 @torch.no_grad()
 def losses_of(
     model: nn.Module, examples: Sequence[Encoded], *, batch_size: int, pad: int

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from perta.batch import IGNORE, Batch
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
-from perta.objectives import example_losses
+from perta.objectives import weighted_losses
 from perta.per_example_capture import Capture, checkpointed_layers, replaced_modules
 from perta.per_example_powers import Means, add_powers, power
 from perta.per_example_recorder import Recorder
@@ -143,7 +143,7 @@ def abs_of_mean(
     finished = 0
     with _inference_behaviour(model):
         for batch in listed:
-            loss = example_losses(model, batch.to(_device(model))).sum()
+            loss = weighted_losses(model, batch.to(_device(model))).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for accumulated, gradient in zip(total.values(), gradients, strict=True):
                 if gradient is not None:
@@ -261,7 +261,7 @@ def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
         return
     recorder.start(batch, model)
     with Capture(recorder):
-        loss = example_losses(model, batch.to(_device(model))).sum()
+        loss = weighted_losses(model, batch.to(_device(model))).sum()
     recorder.counting = False
     gradients = torch.autograd.grad(loss, handled, allow_unused=True)
     recorder.finish()
@@ -299,7 +299,7 @@ def _add_example_loop(
     finished = 0
     for batch in batches:
         for example in _single_examples(batch.to(_device(model))):
-            loss = example_losses(model, example).sum()
+            loss = weighted_losses(model, example).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for own, gradient in zip(means.values(), gradients, strict=True):
                 if gradient is not None:
@@ -318,6 +318,7 @@ def _single_examples(batch: Batch) -> Iterator[Batch]:
             batch.attention_mask[rows, :length],
             batch.labels[rows, :length],
             batch.index[rows],
+            batch.weights[rows],
         )
 
 

@@ -25,17 +25,21 @@ from perta.errors import DataError, DivergenceError
 Results = dict[str, Any]
 
 
-def table(rows: Sequence[Mapping[str, Any] | None], key: str) -> Results:
+def table(
+    rows: Sequence[Mapping[str, Any] | None], key: str, weights: Sequence[float] | None = None
+) -> Results:
     """A metric in the form of published logs: the mean of `key`, and every row by index.
 
-    Rows without a value (None) keep their index and stay out of the mean.
+    Rows without a value (None) keep their index and stay out of the mean, which is weighted where
+    rows are windows of a text.
     """
     values = [
-        metrics.mean(value) if isinstance(value := row[key], list) else value
-        for row in rows
+        (metrics.mean(value) if isinstance(value := row[key], list) else value, weight)
+        for row, weight in zip(rows, weights or [1.0] * len(rows), strict=True)
         if row is not None and row[key] is not None
     ]
-    mean = metrics.mean(values) if values else None
+    total = math.fsum(weight for _, weight in values)
+    mean = math.fsum(value * weight for value, weight in values) / total if values else None
     return {"agg_value": mean, "value_by_index": {str(i): row for i, row in enumerate(rows)}}
 
 

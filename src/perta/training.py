@@ -518,9 +518,9 @@ def _backward(
     """Add the gradient of weight * (sum of a batch's terms); returns the sum, unweighted."""
     device = next(trainer.model.parameters()).device
     with autocast(device):
-        total = term(batch.to(device)).sum()
-    (weight * total).backward()
-    return float(total.item())
+        terms = term(batch.to(device))
+    (weight * (terms * batch.weights.to(device)).sum()).backward()
+    return float(terms.sum().item())
 
 
 def _stop_on_divergence(row: TrainingMethod, history: _History, epoch: int) -> None:
