@@ -11,7 +11,7 @@ base=$1 tofu=$2 output=$3 general=${4:-}
 edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
     perta-project perta-project:rho=0.3 perta-project:rho=1 perta-project:rho=10 perta-project:rho=100
     perta-project:tokens=answer perta-project:at=full perta-project:share=0.2 perta-project:share=0.05
-    'perta-project:include=*.mlp.*' 'perta-project:include=*.layers.2[0-9].mlp.*'
+    perta-project:layers=all 'perta-project:include=*.layers.2[0-9].mlp.*'
     'perta-project:include=*.self_attn.*' perta-project:forget_seeds=3
     perta-input perta-input:rho=10,forget_damping=0 perta-input:rho=10,forget_damping=10 perta-kron
     msa selective ssd:selection=2 ties dare negmerge interpolate tv:forget_seeds=3
@@ -20,7 +20,7 @@ edits=(tv perta-grad perta-fisher perta:order=0.5 perta:order=4 random
 arguments=()
 if [[ -n $general ]]; then
     arguments+=(--general "$general")
-    edits+=('perta-project:general=true,include=*.mlp.*')
+    edits+=('perta-project:general=true')
 fi
 for method in "${edits[@]}"; do arguments+=(--methods "$method"); done
 for seed in 0 1 2; do arguments+=(--seeds "$seed"); done
@@ -36,6 +36,6 @@ done
 
 # What may break an edit: a full model tuned by LoRA, and one stored in the base's own type.
 harder=(--people 20 --forget-people 2 --questions 10 --methods tv --methods perta-fisher
-    --methods perta-project --methods 'perta-project:include=*.mlp.*')
+    --methods perta-project --methods perta-project:layers=all)
 perta bench compare --base "$base" "${harder[@]}" --lora-rank 16 --learning-rate 1e-3 --output "$output/lora"
 perta bench compare --base "$base" "${harder[@]}" --save-dtype base --output "$output/stored"
