@@ -173,7 +173,7 @@ def unlearn_by_training(
     tuning = _tuning(settings)
     if row.steers:
         names = train_only_down_projections(model, wanted.layer)
-        tuning = replace(tuning, lora_targets=names)
+        tuning = replace(tuning, lora_targets=names if tuning.lora_rank else ())
     trained_model: Any = add_lora(model, tuning) if tuning.lora_rank else model
     if tuning.gradient_checkpointing:
         set_checkpointing(trained_model, True)
