@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from perta.config import ComputeConfig, DataConfig, Flat, Repeated, TuneConfig, TunedType, require
+from perta.config import (
+    ComputeConfig,
+    DataConfig,
+    Flat,
+    LossOn,  # noqa: F401 - the command line resolves inherited annotations here
+    Repeated,
+    TuneConfig,
+    TunedType,
+    require,
+)
 
 
 @Flat
