@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import World
 from perta.checkpoint import fingerprint, open_index, read_tensor
-from perta.config import ComputeConfig, DataConfig
+from perta.config import ComputeConfig, DataConfig, WeightingConfig
+from perta.config_stages import EditConfig
 from perta.data import encode_examples, load_examples
+from perta.edit import edit_checkpoint
 from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
 from perta.model import load_model, load_tokenizer, resolve_checkpoint, stored_dtype
 from perta.objectives import losses_of
@@ -30,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def adapter(world: World, folder: Path) -> Path:
+def adapter(world: World, folder: Path, std: float = 0.1) -> Path:
     """A LoRA adapter with random matrices on the world's base."""
     model: Any = get_peft_model(
         load_model(world.base, CPU), LoraConfig(r=2, target_modules="all-linear")
@@ -38,7 +41,7 @@ def adapter(world: World, folder: Path) -> Path:
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     model.peft_config["default"].base_model_name_or_path = str(world.base)
     model.save_pretrained(folder)
     return folder
@@ -84,6 +87,37 @@ def test_a_merged_model_keeps_the_type_of_its_base(world: World, tmp_path: Path)
     load_tokenizer(world.base).save_pretrained(str(base))
     merged = resolve_checkpoint(adapter(world, tmp_path / "lora"), base=base)
     assert stored_dtype(merged) == torch.bfloat16
+
+
+def test_what_an_adapter_adds_is_not_rounded_to_its_base(world: World, tmp_path: Path) -> None:
+    """On bfloat16 weights the task vector is scale · B A, which that type would lose much of."""
+    half = load_model(world.base, ComputeConfig(device="cpu", dtype="bfloat16"))
+    half.save_pretrained(tmp_path / "half")
+    load_tokenizer(world.base).save_pretrained(str(tmp_path / "half"))
+    lora = adapter(world, tmp_path / "lora", std=0.01)
+    config = EditConfig(
+        full=str(tmp_path / "half"),
+        base=str(tmp_path / "half"),
+        forget_checkpoint=str(lora),
+        output=tmp_path / "out",
+        save_dtype="float32",
+        weighting=WeightingConfig(method="tv", scaling_coef=0.5),
+    )
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (
+        read_tensor(open_index_of(lora)[f"base_model.model.{name}.lora_{side}.weight"])
+        for side in "AB"
+    )
+    before = read_tensor(open_index(tmp_path / "half").tensors[f"{name}.weight"]).double()
+    for alpha in (8, 16):
+        # The same weights with another scale are another adapter.
+        settings = json.loads((lora / "adapter_config.json").read_text())
+        (lora / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": alpha}))
+        output = edit_checkpoint(replace(config, output=tmp_path / f"out{alpha}"))
+        after = read_tensor(open_index(output).tensors[f"{name}.weight"]).double()
+        tau = alpha / 2 * b.double() @ a.double()
+        error = (before - after - 0.5 * tau).norm() / (0.5 * tau).norm()
+        assert float(error) < 1e-3
 
 
 def test_adapters_that_cannot_be_merged_say_why(world: World, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""How a LoRA adapter is scaled, and what it belongs to."""
+
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -429,10 +432,10 @@ _HASHED_AT_ONCE = 1 << 20
 def fingerprint(path: Path) -> str:
     """Hash what a file or a checkpoint folder holds.
 
-    Of a folder, the weights, the configuration, the tokenizer and the chat template count;
-    model cards, logs and this package's own manifest do not. Names of files within the folder
-    count, its own path does not. Files that have not changed since they were last hashed by
-    this process are not read again.
+    Of a folder, the weights, the configuration, an adapter's settings, the tokenizer and the chat
+    template count; model cards, logs and this package's own manifest do not. Names of files
+    within the folder count, its own path does not. Files that have not changed since they were
+    last hashed by this process are not read again.
 
     Args:
         path: file, checkpoint folder or importance folder.
@@ -448,7 +451,9 @@ def fingerprint(path: Path) -> str:
         return _hash_file(path)
     if not path.exists():
         raise CheckpointNotFoundError(f"{path} does not exist.")
-    names = _matching(path, (*_WEIGHTS, *_COMPANIONS, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR))
+    names = _matching(
+        path, (*_WEIGHTS, *_COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR)
+    )
     if not names:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint and no importance.")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

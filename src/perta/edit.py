@@ -164,7 +164,7 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
         "full": resolve_checkpoint(config.full, base=config.base),
         "base": resolve_checkpoint(config.base),
         **{
-            name: resolve_checkpoint(checkpoint, base=config.base)
+            name: resolve_checkpoint(checkpoint, base=config.base, exact=True)
             for name, checkpoint in tuned.items()
             if checkpoint is not None
         },

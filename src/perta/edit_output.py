@@ -30,15 +30,13 @@ def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> C
     Returns:
         The output's tensors, whose values are still to be written.
     """
-    main = stored_dtype(full.folder)
-    dtype = save_type(save_dtype, full.folder)
-    is_same = dtype == main
+    is_same = save_type(save_dtype, full.folder) == stored_dtype(full.folder)
     for shard, names in full.shards.items():
         entries = [full.tensors[name] for name in names]
         if is_same:
             header, size = _header_bytes(full.folder / shard), (full.folder / shard).stat().st_size
         else:
-            types = {e.name: dtype if e.dtype == main else e.dtype for e in entries}
+            types = {e.name: output_type(e, full.folder, save_dtype) for e in entries}
             header, size = _new_header(entries, types, full.metadata)
         with (folder / shard).open("wb") as stream:
             stream.write(header)
@@ -50,6 +48,18 @@ def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> C
     if not is_same and (folder / INDEX).is_file():
         _write_total(folder / INDEX, sum(entry.nbytes for entry in created.tensors.values()))
     return created
+
+
+def output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
+    """Type in which the output stores one tensor of θ_full.
+
+    Args:
+        entry: the tensor.
+        full: its checkpoint.
+        save_dtype: type of the output.
+    """
+    is_main = entry.dtype == stored_dtype(full)
+    return save_type(save_dtype, full) if is_main else entry.dtype
 
 
 def write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perta.atomic import atomic_folder
-from perta.checkpoint import copy_companions, fingerprint, open_index
+from perta.checkpoint import ADAPTER_CONFIG, copy_companions, fingerprint, open_index
 from perta.config import ComputeConfig, SaveType
 from perta.edit_arithmetic import Place, round_as_stored
 from perta.errors import (
@@ -48,12 +48,16 @@ def cache_folder() -> Path:
     return Path(root).expanduser()
 
 
-def resolve_checkpoint(reference: str | Path, *, base: str | Path | None = None) -> Path:
+def resolve_checkpoint(
+    reference: str | Path, *, base: str | Path | None = None, exact: bool = False
+) -> Path:
     """The local safetensors folder a reference stands for.
 
     Args:
         reference: folder, LoRA adapter folder, GGUF file or hub id.
         base: model an adapter belongs to; by default the one its config names.
+        exact: merge an adapter into float32 weights, whatever the type of its base: what it adds
+            is a task vector, most of which the base's type may round away.
 
     Returns:
         A folder with config, tokenizer and safetensors files.
@@ -71,7 +75,7 @@ def resolve_checkpoint(reference: str | Path, *, base: str | Path | None = None)
             f"{text} is a file. Give the folder of a Hugging Face checkpoint, or a .gguf file."
         )
     if path.is_dir():
-        return _from_adapter(path, base) if (path / "adapter_config.json").exists() else path
+        return _from_adapter(path, base, exact) if (path / ADAPTER_CONFIG).exists() else path
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
         raise CheckpointNotFoundError(
             f"There is no checkpoint at {text}. Give a folder with config.json and safetensors "
@@ -281,8 +285,8 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
-def _from_adapter(path: Path, base: str | Path | None) -> Path:
-    settings = json.loads((path / "adapter_config.json").read_text("utf-8"))
+def _from_adapter(path: Path, base: str | Path | None, exact: bool) -> Path:
+    settings = json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))
     named = base or settings.get("base_model_name_or_path")
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
@@ -297,22 +301,24 @@ def _from_adapter(path: Path, base: str | Path | None) -> Path:
     if not named:
         raise CheckpointError(f"{path} does not name its base model. Pass it with --base.")
     base_folder = resolve_checkpoint(named)
-    key = f"{fingerprint(base_folder)[:12]}{fingerprint(path)[:12]}"
+    dtype = torch.float32 if exact else stored_dtype(base_folder)
+    kind = str(dtype).removeprefix("torch.")
+    key = f"{fingerprint(base_folder)[:12]}{fingerprint(path)[:12]}-{kind}"
     target = cache_folder() / "merged" / key
     if not target.is_dir():
-        _merge_adapter(path, base_folder, target)
+        _merge_adapter(path, base_folder, target, dtype)
     return target
 
 
-def _merge_adapter(path: Path, base_folder: Path, target: Path) -> None:
+def _merge_adapter(path: Path, base_folder: Path, target: Path, dtype: torch.dtype) -> None:
     from peft import PeftModel
 
     say(f"Merging adapter {path.name} into its base (once)")
     model = load_model(base_folder, ComputeConfig(device="cpu", dtype="float32"))
     with _plain_errors(path, "adapter"):
         merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    # Added in float32, rounded once to the type the base is stored in.
-    merged.to(stored_dtype(base_folder))
+    # Added in float32, rounded once.
+    merged.to(dtype)
     with atomic_folder(target, overwrite=True) as partial:
         save_model(merged, load_tokenizer(base_folder), partial, base_folder)
         # An adapter folder may bring its own tokenizer or chat template.

@@ -136,7 +136,9 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     check_output(config, base, full, work_folder(config))
     sources = {BASE: open_index(base), FORGET: open_index(base)}
     if config.retain_checkpoint is not None:
-        sources[RETAIN] = open_index(resolve_checkpoint(config.retain_checkpoint, base=base))
+        sources[RETAIN] = open_index(
+            resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
+        )
     # Both raise now what would stop the run later.
     targets = plan_edit(open_index(full), sources, config.weighting)
     if method.moments is not None:
@@ -279,7 +281,7 @@ class _Stages:
         if not get_method(self.config.weighting.method).retain_vector:
             return None
         if self.config.retain_checkpoint is not None:
-            return resolve_checkpoint(self.config.retain_checkpoint, base=self.base)
+            return resolve_checkpoint(self.config.retain_checkpoint, base=self.base, exact=True)
         # All of the retain set would cost as much as training again without the forget set.
         samples = self.config.retain_samples or str(forget_rows)
         data = cast(str, self.config.retain)
@@ -508,7 +510,7 @@ class _Record:
         if config.retain_moments is not None:
             inputs["retain_moments"] = fingerprint(config.retain_moments)
         if config.retain_checkpoint is not None:
-            retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base)
+            retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
             inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
         return cls(config, _resolved(config), inputs, held_back, {}, {})
 
