@@ -44,7 +44,8 @@ from perta.checkpoint import (
     write_tensors,
 )
 from perta.config import SaveType, WeightingConfig
-from perta.edit import EditSummary, write_edit
+from perta.config_stages import EditConfig
+from perta.edit import EditSummary, edit_checkpoint, write_edit
 from perta.edit_arithmetic import Place
 from perta.edit_chunks import Span
 from perta.edit_plan import EditInputs, Target
@@ -742,6 +743,136 @@ def test_untied_configuration_needs_both(inputs: Inputs) -> None:
     del inputs.tensors["forget"]["lm_head.weight"]
     with pytest.raises(CheckpointMismatchError, match=r"lm_head\.weight is in .*full but not in"):
         inputs.edit(method="tv")
+
+
+def test_a_buffer_that_importance_does_not_know_is_copied(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model.layers.0.mlp.e_score_correction_bias"
+    for role in ("full", "base", "forget"):
+        inputs.tensors[role][name] = torch.arange(4.0) + len(role)
+    inputs.edit(method="perta-grad")
+    assert_same_bytes(inputs.result()[name], inputs.tensors["full"][name])
+    assert name in capsys.readouterr().err
+    weighting = share(inputs.tensors["I_f"][EMBEDDING], inputs.tensors["I_r"][EMBEDDING], 1.0)
+    tau = inputs.tensors["forget"][EMBEDDING] - inputs.tensors["base"][EMBEDDING]
+    expected = inputs.tensors["full"][EMBEDDING] - weighting * tau
+    torch.testing.assert_close(inputs.result()[EMBEDDING], expected)
+    # Known on one side alone it is a mistake.
+    inputs.tensors["I_f"][name] = torch.ones(4)
+    with pytest.raises(CheckpointMismatchError, match=r"e_score_correction_bias is in .*I_r"):
+        inputs.edit(method="perta-grad", overwrite=True)
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 64, 1000])
+def test_rows_are_output_units_also_where_weights_are_stored_transposed(
+    inputs: Inputs, chunk: int
+) -> None:
+    """GPT-2 stores (in, out): one share a column."""
+    name, plain = "transformer.h.0.mlp.c_fc.weight", "transformer.wte.weight"
+    inputs.config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 6, "n_inner": 10, "n_head": 1}
+    generator = torch.Generator().manual_seed(0)
+    inputs.tensors = {
+        role: {
+            name: torch.rand(6, 10, generator=generator),
+            plain: torch.rand(5, 6, generator=generator),
+        }
+        for role in inputs.tensors
+    }
+    inputs.edit(method="perta-grad", granularity="row", chunk=chunk)
+    for tensor, inner in ((name, 0), (plain, 1)):
+        full, base, forget, i_f, i_r = (
+            inputs.tensors[role][tensor].double().numpy()
+            for role in ("full", "base", "forget", "I_f", "I_r")
+        )
+        i_f, i_r = (x.mean(axis=inner, keepdims=True) for x in (i_f, i_r))
+        expected = full - i_f / (i_f + i_r) * (forget - base)
+        np.testing.assert_allclose(inputs.result()[tensor].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- what the inputs' records say
+
+
+class Recorded:
+    """The inputs of an edit with records that fit together."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        inputs.write()
+        root = self.root = inputs.root
+        self.prints = {name: fingerprint(root / name) for name in ("base", "full")}
+        self.start = {"forget": self.prints["base"]}
+        self.rows = {"forget": "rows f", "I_f": "rows f", "I_r": "rows r"}
+        self.model = dict.fromkeys(("I_f", "I_r"), self.prints["base"])
+
+    def edit(self, **kw: Any) -> Path:
+        for name in ("I_f", "I_r"):
+            facts = {
+                "reduction": "mean_of_power",
+                "model_fingerprint": self.model[name],
+                "data_fingerprint": self.rows[name],
+                "examples_available": 5,
+            }
+            (self.root / name / "importance.json").write_text(json.dumps(facts))
+        record = {
+            "stage": "finetune",
+            "inputs": {"base": self.start["forget"], "data": self.rows["forget"]},
+        }
+        (self.root / "forget" / "perta.json").write_text(json.dumps(record))
+        return edit_checkpoint(
+            EditConfig(
+                full=str(self.root / "full"),
+                base=str(self.root / "base"),
+                forget_checkpoint=str(self.root / "forget"),
+                forget_importance=self.root / "I_f",
+                retain_importance=self.root / "I_r",
+                output=self.root / "out",
+                overwrite=True,
+                weighting=WeightingConfig(**{"method": "perta-grad", **kw}),
+            )
+        )
+
+
+def test_inputs_whose_records_fit_are_taken(inputs: Inputs) -> None:
+    for at in ("base", "full"):
+        recorded = Recorded(inputs)
+        recorded.model = dict.fromkeys(recorded.model, recorded.prints[at])
+        assert recorded.edit().is_dir()
+    # What has no record is taken as stated.
+    recorded.rows = dict.fromkeys(recorded.rows)  # type: ignore[assignment]
+    recorded.model = dict.fromkeys(recorded.model)  # type: ignore[assignment]
+    assert recorded.edit().is_dir()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"I_f": "third", "I_r": "third"}}, "another model than .*base or .*full"),
+        ({"rows": {"I_f": "rows r", "I_r": "rows f"}}, "same rows"),
+        ({"rows": {"I_f": "rows r"}}, "same rows"),
+        ({"rows": {"I_r": "rows f"}}, "same rows"),
+        ({"rows": {"forget": "rows r"}}, "same rows"),
+        ({"start": {"forget": "full"}}, "tuned from the base"),
+    ],
+)
+def test_inputs_that_their_records_show_to_be_wrong_stop(
+    inputs: Inputs, change: dict[str, dict[str, str]], message: str
+) -> None:
+    recorded = Recorded(inputs)
+    for name, values in change.items():
+        getattr(recorded, name).update({k: recorded.prints.get(v, v) for k, v in values.items()})
+    with pytest.raises(CheckpointMismatchError, match=message):
+        recorded.edit()
+    assert not (inputs.root / "out").exists()
+
+
+def test_dampening_takes_importance_at_the_full_checkpoint(inputs: Inputs) -> None:
+    recorded = Recorded(inputs)
+    for name in ("I_f", "I_r"):
+        (inputs.root / name / "order-1").rename(inputs.root / name / "order-2")
+    with pytest.raises(CheckpointMismatchError, match=r"another model than .*full, where `ssd`"):
+        recorded.edit(method="ssd", selection=0.1)
+    recorded.model = dict.fromkeys(recorded.model, recorded.prints["full"])
+    assert recorded.edit(method="ssd", selection=0.1).is_dir()
 
 
 # --- what must stop the edit

@@ -44,10 +44,11 @@ from perta.edit_plan import (
     share_of_examples,
     some,
 )
+from perta.edit_records import check_records
 from perta.edit_stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError, ConfigError
 from perta.manifest import settings_of
-from perta.model import pick_device, resolve_checkpoint
+from perta.model import pick_device, resolve_checkpoint, transposed_weights
 from perta.moment_files import open_moments
 from perta.progress import say, track, warn
 from perta.stage import check_separate, refuse_other, run_stage
@@ -106,6 +107,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     method = get_method(config.weighting.method)
     given = find_inputs(config)
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
+    check_records(method, given, inputs)
     settings = settings_of(config)
     refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
     given = with_direction(config, given)
@@ -260,7 +262,8 @@ def write_edit(
     if method.needs_importance and "retain" in method.sides and weighting.rho:
         silent = find_unmeasured(targets, chunk, worker_count)
         targets = _without(targets, silent, weighting, tell=onto == inputs.full)
-    averages = average_importance(targets, weighting, chunk, worker_count)
+    transposed = transposed_weights(onto) if weighting.granularity == "row" else frozenset()
+    averages = average_importance(targets, weighting, transposed, chunk, worker_count)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
     cuts = find_cuts(targets, blocks, worker_count)
     outputs = create_files(source, folder, save_dtype).tensors

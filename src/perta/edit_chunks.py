@@ -176,6 +176,34 @@ def _not_finite(entry: TensorEntry) -> CorruptCheckpointError:
 
 
 @dataclass(frozen=True)
+class Averages:
+    """Importance of a tensor averaged over its output units.
+
+    Attributes:
+        values: float32, one value a unit.
+        by_column: whether units are the columns of a matrix, not its rows.
+    """
+
+    values: Tensor
+    by_column: bool = False
+
+    def spread(self, elements: int, begin: int, count: int) -> Tensor:
+        """Repeat the values over the elements of a chunk.
+
+        Args:
+            elements: elements of the tensor.
+            begin: first element of the chunk, counted in the flat tensor.
+            count: elements of the chunk.
+
+        Returns:
+            (count,) float32.
+        """
+        places = torch.arange(begin, begin + count)
+        units = len(self.values)
+        return self.values[places % units if self.by_column else places // (elements // units)]
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Makes of stored chunks what a method looks at.
 
@@ -183,15 +211,15 @@ class Blocks:
         method: row of the table of methods.
         weighting: the user's settings, with the method's defaults filled in.
         chunk: elements worked on at once.
-        averages: role -> name -> importance averaged over rows or the tensor, float32; empty
-            where importance is used element by element.
+        averages: role -> name -> importance averaged over units or the tensor; empty where
+            importance is used element by element.
         forget_share: share of the examples of both sets that belongs to the forget set.
     """
 
     method: Method
     weighting: WeightingConfig
     chunk: int
-    averages: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    averages: Mapping[str, Mapping[str, Averages]] = field(default_factory=dict)
     forget_share: float = 0.5
 
     @contextmanager
@@ -239,8 +267,8 @@ class Blocks:
                     importance[side] = readers[role].read(begin, count)
                     check_importance(importance[side], readers[role])
                 else:
-                    values = self.averages[role][name]
-                    importance[side] = _spread(values, target.full.numel, begin, count)
+                    averages = self.averages[role][name]
+                    importance[side] = averages.spread(target.full.numel, begin, count)
         return Block(
             **importance,
             rho=cast(float, settings.rho),
@@ -252,22 +280,6 @@ class Blocks:
             dampening=settings.dampening,
             forget_share=self.forget_share,
         )
-
-
-def _spread(values: Tensor, elements: int, begin: int, count: int) -> Tensor:
-    """Repeat one value per row over the elements of a chunk.
-
-    Args:
-        values: (R,) float32; the tensor has R rows of equal length.
-        elements: elements of the tensor.
-        begin: first element of the chunk, counted in the flat tensor.
-        count: elements of the chunk.
-
-    Returns:
-        (count,) float32.
-    """
-    row_length = elements // len(values)
-    return values[torch.arange(begin, begin + count) // row_length]
 
 
 def in_threads(

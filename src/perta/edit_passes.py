@@ -7,7 +7,7 @@ all weights. Both need memory for their results alone, whatever the size of the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from perta.checkpoint import opened
 from perta.config import WeightingConfig
 from perta.edit_chunks import (
     SPAN_CHUNKS,
+    Averages,
     Blocks,
     Buffers,
     Reader,
@@ -29,30 +30,45 @@ from perta.edit_plan import FORGET_IMPORTANCE, RETAIN_IMPORTANCE, Target
 
 
 def average_importance(
-    targets: Iterable[Target], weighting: WeightingConfig, chunk: int, worker_count: int
-) -> dict[str, dict[str, Tensor]]:
-    """Mean importance of every row or tensor, where the granularity asks for it.
+    targets: Iterable[Target],
+    weighting: WeightingConfig,
+    transposed: Collection[str],
+    chunk: int,
+    worker_count: int,
+) -> dict[str, dict[str, Averages]]:
+    """Mean importance of every output unit or tensor, where the granularity asks for it.
+
+    Args:
+        targets: the plan.
+        weighting: its granularity is used.
+        transposed: θ_full's names of the matrices whose output units are columns.
+        chunk: elements worked on at once.
+        worker_count: number of threads.
 
     Returns:
-        Role -> θ_full's name -> (R,) float32; empty for the granularity `element`. A row is a
-        slice along the first dimension; vectors have rows of one element and stay as they are.
+        Role -> θ_full's name -> averages; empty for the granularity `element`. An output unit is a
+        slice along the first dimension, of a transposed matrix along the second; vectors have
+        units of one element and stay as they are.
     """
-    averages: dict[str, dict[str, Tensor]] = {FORGET_IMPORTANCE: {}, RETAIN_IMPORTANCE: {}}
+    averages: dict[str, dict[str, Averages]] = {FORGET_IMPORTANCE: {}, RETAIN_IMPORTANCE: {}}
     jobs = []
     for target in targets:
+        is_tensor = weighting.granularity == "tensor"
+        by_column = not is_tensor and (target.alias_of or target.full.name) in transposed
         for role in averages:
             rows = target.full.shape[0] if len(target.full.shape) > 1 else target.full.numel
-            rows = 1 if weighting.granularity == "tensor" else rows
+            rows = 1 if is_tensor else rows
             if role in target.sources and target.alias_of is None and rows < target.full.numel:
-                jobs.append((role, target, rows))
+                jobs.append((role, target, rows, by_column))
     if weighting.granularity == "element":
         return {}
 
-    def work(job: tuple[str, Target, int], buffers: Buffers) -> None:
-        role, target, rows = job
+    def work(job: tuple[str, Target, int, bool], buffers: Buffers) -> None:
+        role, target, rows, by_column = job
         with opened(target.sources[role].file) as descriptor:
             reader = Reader(target.sources[role], descriptor, role, buffers)
-            averages[role][target.full.name] = _average_rows(reader, rows, chunk)
+            average = _average_columns if by_column else _average_rows
+            averages[role][target.full.name] = Averages(average(reader, rows, chunk), by_column)
 
     in_threads(jobs, work, chunk, worker_count)
     return averages
@@ -76,6 +92,25 @@ def _average_rows(reader: Reader, rows: int, chunk: int) -> Tensor:
         sums[first : first + len(parts)] += parts
         begin += count
     return (sums / row_length).to(torch.float32)
+
+
+def _average_columns(reader: Reader, rows: int, chunk: int) -> Tensor:
+    """Mean of every column, (columns,) float32, summed in float64 in the order of the file."""
+    columns = reader.entry.numel // rows
+    sums = torch.zeros(columns, dtype=torch.float64)
+    begin = 0
+    while begin < reader.entry.numel:
+        place = begin % columns
+        if columns <= chunk:
+            count = min(chunk // columns * columns, reader.entry.numel - begin)
+        else:
+            count = min(chunk, columns - place)
+        values = reader.read(begin, count)
+        check_importance(values, reader)
+        width = min(columns, count)
+        sums[place : place + width] += values.view(-1, width).sum(0, dtype=torch.float64)
+        begin += count
+    return (sums / rows).to(torch.float32)
 
 
 def find_unmeasured(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:

@@ -33,6 +33,7 @@ from perta.errors import (
 from perta.importance_files import order_folder, read_sidecar
 from perta.layers import mlp_names
 from perta.moment_files import MomentFolder
+from perta.progress import say
 from perta.weighting import Method, Side, importance_order
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -134,6 +135,7 @@ def plan_edit(
         if not found:
             raise _no_linear(selected)
         selected = found
+    selected -= _untrained(full, sources, selected, tied)
     aligned = {
         role: _align(full, index, role, selected, tied, weighting)
         for role, index in sources.items()
@@ -269,6 +271,32 @@ def _no_layer(
             "--include matches no layer of an MLP. Leave out --layers mlp, or take another pattern."
         )
     return _no_linear(name for name in full.tensors if _is_wanted(name, weighting))
+
+
+def _untrained(
+    full: CheckpointIndex, sources: Mapping[str, CheckpointIndex], selected: set[str], tied: bool
+) -> set[str]:
+    """What every importance folder lacks: the model computes with it but does not train it.
+
+    Importance holds every parameter, so what is missing on all sides is a buffer that checkpoints
+    store, such as a router's correction bias. What is missing on one side alone is an error, and
+    so is a weight: the importance is of another model then.
+    """
+    missing = {name for name in selected if not name.endswith("weight")}
+    for role in IMPORTANCE_ROLES.values():
+        index = sources.get(role)
+        if index is None:
+            continue
+        for prefix in ("", *{name.split(".")[0] + "." for name in (*full.tensors, *index.tensors)}):
+            held = {_key(name, prefix, tied) for name in index.tensors}
+            missing -= {name for name in missing if _key(name, prefix, tied) in held}
+    if not any(role in sources for role in IMPORTANCE_ROLES.values()) or not missing:
+        return set()
+    say(
+        f"edit: {len(missing)} tensors that the importance does not know, such as {min(missing)}, "
+        "are no trained weights and stay as they are"
+    )
+    return missing
 
 
 def check_linear(targets: Iterable[Target]) -> None:

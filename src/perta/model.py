@@ -191,6 +191,26 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return bytes_of.most_common(1)[0][0]
 
 
+def transposed_weights(folder: Path) -> frozenset[str]:
+    """Names of the weights that are stored as (in, out), as GPT-2's are, instead of (out, in).
+
+    They are found in the model that the config describes, which is built without weights. A
+    config that transformers knows no model for describes none.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError):
+        return frozenset()
+    index = open_index(folder)
+    names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    return frozenset(entry.name for name in names if (entry := index.find(name)))
+
+
 def save_type(wanted: SaveType, folder: Path) -> torch.dtype:
     """The type that `--save-dtype` stands for: a checkpoint's main one, or the one named."""
     if wanted == "full":
