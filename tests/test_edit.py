@@ -790,6 +790,22 @@ def test_rows_are_output_units_also_where_weights_are_stored_transposed(
         np.testing.assert_allclose(inputs.result()[tensor].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", "tensor"])
+def test_importance_beyond_float32_keeps_its_proportions(inputs: Inputs, granularity: str) -> None:
+    inputs.cast(I_f=torch.float64, I_r=torch.float64)
+    for role in ("I_f", "I_r"):
+        inputs.tensors[role] = {k: v.double() * 1e-60 for k, v in inputs.tensors[role].items()}
+    inputs.edit(method="perta-grad", granularity=granularity)
+    for name in SHAPES:
+        full, base, forget, i_f, i_r = (
+            inputs.tensors[role][name].double().numpy()
+            for role in ("full", "base", "forget", "I_f", "I_r")
+        )
+        i_f, i_r = averaged(i_f, granularity), averaged(i_r, granularity)
+        expected = full - i_f / (i_f + i_r) * (forget - base)
+        np.testing.assert_allclose(inputs.result()[name].numpy(), expected, rtol=2e-6, atol=1e-6)
+
+
 # --- what the inputs' records say
 
 

@@ -18,12 +18,14 @@ from perta.batch import Batch, Encoded, bucketed, collate
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
 from perta.objectives import example_losses
 from perta.per_example import (
+    Moments,
     _zeros_like,
     abs_of_mean,
     batched_moments,
     example_loop_moments,
     verify_engine,
 )
+from perta.weighting import share
 
 VOCABULARY = 40
 PAD = 2
@@ -263,6 +265,27 @@ def test_engine_equals_oracle(factory: Callable[[], nn.Module], orders: tuple[in
     assert set(moments.fallback) == FALLBACK.get(factory, set())
     assert moments.examples == len(data)
     assert moments.tokens == sum(sum(t != -100 for t in e.labels) for e in data)
+
+
+@pytest.mark.parametrize("compute", [batched_moments, abs_of_mean], ids=lambda f: f.__name__)
+def test_high_orders_keep_their_proportions(compute: Callable[..., Moments]) -> None:
+    """Powers of common gradients, 1e-3 and less, leave float32: shares would turn into 0 / 0."""
+    model, data = build(llama_untied), examples()
+    sets = data[: len(data) // 2], data[len(data) // 2 :]
+    for order in (8.0, 16.0, 32.0):
+        forget, retain = (
+            compute(model, bucketed(s, 3, PAD), [order]).by_order[order] for s in sets
+        )
+        wanted = []
+        for part in sets:
+            gradients = oracle(model, part)
+            if compute is abs_of_mean:
+                gradients = [{n: torch.stack([g[n] for g in gradients]).mean(0) for n in forget}]
+            wanted.append(mean_powers(gradients, order))
+        for name in forget:
+            expected = (wanted[0][name] / (wanted[0][name] + wanted[1][name])).nan_to_num(0)
+            wrong = (share(forget[name], retain[name], 1.0).double() - expected).abs() > 0.01
+            assert float(wrong.double().mean()) < 0.01, (order, name)
 
 
 @pytest.mark.parametrize("factory", MODELS, ids=lambda f: f.__name__)

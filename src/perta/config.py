@@ -21,6 +21,9 @@ Granularity = Literal["element", "row", "tensor"]
 Reduction = Literal["mean_of_power", "abs_of_mean"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
+MOST_ORDER = 32
+"""Largest order p of the importance: beyond it powers of gradients leave the range of float64."""
+
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
@@ -346,7 +349,9 @@ class WeightingConfig:
         alpha = self.scaling_coef
         fits = alpha is None or alpha == "auto" or -1e6 < alpha < 1e6
         require(fits, "scaling-coef", alpha, "a finite number or auto")
-        require(self.order is None or 0 < self.order < 100, "order", self.order, "above 0")
+        order = self.order
+        fits = order is None or 0 < order <= MOST_ORDER
+        require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
         rho = self.rho
         require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
         damping = self.damping

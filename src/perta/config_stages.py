@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from perta.config import (
+    MOST_ORDER,
     ComputeConfig,
     DataConfig,
     Device,
@@ -116,7 +117,8 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         require(len(self.orders) > 0, "order", self.orders, "given at least once")
         for order in self.orders:
-            require(0 < order < 100, "order", order, "above 0")
+            fits = 0 < order <= MOST_ORDER
+            require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
 
 
 @Flat

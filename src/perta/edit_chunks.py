@@ -148,11 +148,25 @@ Readers = Mapping[str, Reader]
 """Role -> reader."""
 
 
-def check_importance(values: Tensor, reader: Reader) -> None:
-    """Stop unless every value is finite and none is negative."""
+def read_importance(reader: Reader, begin: int, count: int) -> Tensor:
+    """Read a chunk of importance; in float64 if it is stored so, as of high orders, else float32.
+
+    Raises:
+        CorruptCheckpointError: a value is negative or not finite.
+    """
+    if reader.entry.dtype == torch.float64:
+        values = reader.load(begin, count).clone()  # the buffer is for what is converted at once
+    else:
+        values = reader.read(begin, count)
+    _check_importance(values, reader)
+    return values
+
+
+def _check_importance(values: Tensor, reader: Reader) -> None:
     # As unsigned integers the bits of finite non-negative numbers lie below those of infinity, and
     # those of NaN and negative numbers above: one pass instead of two, and a faster one.
-    if int(values.numpy().view(np.uint32).max()) < _INFINITY_BITS:
+    is_single = values.dtype == torch.float32
+    if is_single and int(values.numpy().view(np.uint32).max()) < _INFINITY_BITS:
         return
     low, high = torch.aminmax(values)
     if not (float(low) >= 0 and float(high) < math.inf):
@@ -264,8 +278,7 @@ class Blocks:
             for side in self.method.sides:
                 role = IMPORTANCE_ROLES[side]
                 if role in readers:
-                    importance[side] = readers[role].read(begin, count)
-                    check_importance(importance[side], readers[role])
+                    importance[side] = read_importance(readers[role], begin, count)
                 else:
                     averages = self.averages[role][name]
                     importance[side] = averages.spread(target.full.numel, begin, count)

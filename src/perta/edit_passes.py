@@ -22,8 +22,8 @@ from perta.edit_chunks import (
     Buffers,
     Reader,
     Span,
-    check_importance,
     in_threads,
+    read_importance,
     spans,
 )
 from perta.edit_plan import FORGET_IMPORTANCE, RETAIN_IMPORTANCE, Target
@@ -85,13 +85,12 @@ def _average_rows(reader: Reader, rows: int, chunk: int) -> Tensor:
             count = min(chunk // row_length * row_length, elements - begin)
         else:
             count = min(chunk, row_length - begin % row_length)
-        values = reader.read(begin, count)
-        check_importance(values, reader)
+        values = read_importance(reader, begin, count)
         first = begin // row_length
         parts = values.view(-1, min(row_length, count)).sum(1, dtype=torch.float64)
         sums[first : first + len(parts)] += parts
         begin += count
-    return (sums / row_length).to(torch.float32)
+    return _as_stored(sums / row_length, reader)
 
 
 def _average_columns(reader: Reader, rows: int, chunk: int) -> Tensor:
@@ -105,12 +104,17 @@ def _average_columns(reader: Reader, rows: int, chunk: int) -> Tensor:
             count = min(chunk // columns * columns, reader.entry.numel - begin)
         else:
             count = min(chunk, columns - place)
-        values = reader.read(begin, count)
-        check_importance(values, reader)
+        values = read_importance(reader, begin, count)
         width = min(columns, count)
         sums[place : place + width] += values.view(-1, width).sum(0, dtype=torch.float64)
         begin += count
-    return (sums / rows).to(torch.float32)
+    return _as_stored(sums / rows, reader)
+
+
+def _as_stored(averages: Tensor, reader: Reader) -> Tensor:
+    """Averages in float64 where the importance is stored so, else in float32."""
+    wide = reader.entry.dtype == torch.float64
+    return averages if wide else averages.to(torch.float32)
 
 
 def find_unmeasured(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:

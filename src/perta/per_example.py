@@ -48,6 +48,9 @@ from perta.per_example_capture import Capture, checkpointed_layers, replaced_mod
 from perta.per_example_powers import Means, add_powers, power
 from perta.per_example_recorder import Recorder
 
+_FLOAT32_ORDERS = 4.0
+"""Largest order whose powers float32 holds: those of gradients down to 1e-11."""
+
 logger = logging.getLogger("perta")
 
 Progress = Callable[[int], None]
@@ -59,7 +62,8 @@ class Moments:
     """Mean powers of gradients.
 
     Attributes:
-        by_order: order -> parameter name -> float32 tensor of the parameter's shape, >= 0.
+        by_order: order -> parameter name -> tensor of the parameter's shape, >= 0; float32, and
+            float64 for orders above 4.
         examples: number of examples the mean is over.
         tokens: number of labelled tokens in them.
         fallback: names of the parameters that took the slow path, in the model's order.
@@ -139,7 +143,7 @@ def abs_of_mean(
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
     parameters = _trained(model)
-    total = _zeros_like(parameters)
+    total = _zeros_like(parameters, wide=_is_wide(orders))
     finished = 0
     with _inference_behaviour(model):
         for batch in listed:
@@ -152,7 +156,7 @@ def abs_of_mean(
             if progress is not None:
                 progress(finished)
     by_order = {
-        order: {name: power(value / finished, order).float() for name, value in total.items()}
+        order: {name: _kept(power(value / finished, order), order) for name, value in total.items()}
         for order in orders
     }
     return Moments(by_order, finished, _count_tokens(listed))
@@ -335,7 +339,7 @@ def _zero_means(
     batches: Sequence[Batch],
     device: torch.device | str | None = None,
 ) -> dict[str, Means]:
-    zeros = {order: _zeros_like(parameters, device) for order in orders}
+    zeros = {order: _zeros_like(parameters, device, wide=_is_wide(orders)) for order in orders}
     weight = 1 / sum(len(batch) for batch in batches)
     return {
         name: Means({order: tensors[name] for order, tensors in zeros.items()}, weight)
@@ -344,20 +348,33 @@ def _zero_means(
 
 
 def _zeros_like(
-    parameters: Mapping[str, nn.Parameter], device: torch.device | str | None = None
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device | str | None = None,
+    *,
+    wide: bool = False,
 ) -> dict[str, Tensor]:
-    """Zeros to accumulate in: float64 for float64 parameters, float32 for any other."""
+    """Zeros to accumulate in: float64 where wanted or for float64 parameters, else float32."""
     zeros: dict[str, Tensor] = {}
     groups: defaultdict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, parameter in parameters.items():
         place = torch.device(device) if device is not None else parameter.device
-        wide = parameter.dtype == torch.float64
-        groups[place, torch.float64 if wide else torch.float32].append(name)
+        is_wide = wide or parameter.dtype == torch.float64
+        groups[place, torch.float64 if is_wide else torch.float32].append(name)
     for (place, dtype), names in groups.items():
         sizes = [parameters[name].numel() for name in names]
         for name, flat in zip(names, _zeros(sum(sizes), dtype, place).split(sizes), strict=True):
             zeros[name] = flat.view(parameters[name].shape)
     return {name: zeros[name] for name in parameters}
+
+
+def _is_wide(orders: Sequence[float]) -> bool:
+    """Whether powers are kept in float64: in float32 the 8th power of 1e-6 is 0."""
+    return max(orders) > _FLOAT32_ORDERS
+
+
+def _kept(powers: Tensor, order: float) -> Tensor:
+    """Powers in the type they are handed on in."""
+    return powers.double() if _is_wide([order]) else powers.float()
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -373,7 +390,7 @@ def _moments(
     by_order: dict[float, dict[str, Tensor]] = {}
     for name, own in means.items():
         for order, mean in own.by_order.items():
-            by_order.setdefault(order, {})[name] = mean.float()
+            by_order.setdefault(order, {})[name] = _kept(mean, order)
     examples = sum(len(batch) for batch in batches)
     return Moments(by_order, examples, _count_tokens(batches), fallback)
 
