@@ -133,7 +133,7 @@ def find_unmeasured(targets: Iterable[Target], chunk: int, worker_count: int) ->
             reader = Reader(target.sources[role], descriptor, role, buffers)
             size = reader.entry.numel
             return not any(
-                reader.read(begin, min(chunk, size - begin)).any()
+                read_importance(reader, begin, min(chunk, size - begin)).any()
                 for begin in range(0, size, chunk)
             )
 

@@ -81,11 +81,12 @@ def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
     for name, folder in _tuned(folders):
         if name.startswith(side) and (rows := _tuning(folder).get("data")):
             found[rows] = folder
-    if (folder := folders.get(f"{side}_importance")) is not None:
-        found |= dict.fromkeys(_known([read_sidecar(folder).get("data_fingerprint")]), folder)
-    if (folder := folders.get(f"{side}_moments")) is not None:
-        facts = open_moments(folder).facts
-        found |= dict.fromkeys(_known(facts.get("data_fingerprints") or ()), folder)
+    if importance := folders.get(f"{side}_importance"):
+        rows = read_sidecar(importance).get("data_fingerprint")
+        found |= dict.fromkeys(_known([rows]), importance)
+    if moments := folders.get(f"{side}_moments"):
+        facts = open_moments(moments).facts
+        found |= dict.fromkeys(_known(facts.get("data_fingerprints") or ()), moments)
     return found
 
 
