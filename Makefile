@@ -2,6 +2,7 @@
 check:
 	ruff format --check .
 	ruff check .
+	lint-imports
 	mypy
 test:
 	pytest

@@ -33,29 +33,19 @@ from typing import Any
 import torch
 
 from models import SIZES, write_people_sets, write_random_model
-from perta.checkpoint import TensorEntry, open_index
-from perta.config import (
-    ComputeConfig,
-    DataConfig,
-    EstimatorConfig,
-    TuneConfig,
-    WeightingConfig,
-)
-from perta.config_stages import (
-    EditConfig,
-    FinetuneConfig,
-    ImportanceConfig,
-    MomentsConfig,
-    UnlearnConfig,
-)
-from perta.data import encode_examples, load_examples
-from perta.edit import edit_checkpoint
-from perta.finetune import finetune_checkpoint
-from perta.importance import compute_importance
-from perta.model import load_tokenizer
-from perta.moments import compute_moments
+from perta.data.examples import load_examples
+from perta.data.tokens import encode_examples
+from perta.models.load import load_tokenizer
+from perta.options import ComputeConfig, DataConfig, EstimatorConfig, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
-from perta.strength import Strength, StrengthSettings, calibrate, choose_strength
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength import Strength, StrengthSettings, calibrate, choose_strength
+from perta.stages.edit import edit_checkpoint
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.importance import compute_importance
+from perta.stages.moments import compute_moments
+from perta.stages.settings import EditConfig, FinetuneConfig, ImportanceConfig, MomentsConfig
+from perta.store.checkpoint import TensorEntry, open_index
 from records import Record, add_option, save
 
 STEPS = {

@@ -246,11 +246,11 @@ def run(work: Path, python: str, code: str, output: Path, *arguments: str) -> Ru
 
 def edit_once(work: str, output: str, method: str, threads: str) -> None:
     """Edit in this process and print the seconds it took, imports aside."""
-    from perta.atomic import atomic_folder
-    from perta.config import WeightingConfig
-    from perta.edit import write_edit
-    from perta.edit_plan import EditInputs
+    from perta.engine.edit.plan import EditInputs
+    from perta.engine.edit.write import write_edit
+    from perta.options import WeightingConfig
     from perta.progress import set_quiet
+    from perta.store.atomic import atomic_folder
 
     set_quiet(True)
     folders = {name: Path(work) / name for name in CHECKPOINTS + IMPORTANCE}
@@ -276,7 +276,7 @@ def differing_values(work: Path) -> tuple[int, int, int, int]:
     """
     import torch
 
-    from perta.checkpoint import open_index, read_tensor
+    from perta.store.checkpoint import open_index, read_tensor
 
     folders = ("tv", "mergekit", *CHECKPOINTS)
     indexes = {name: open_index(work / name).tensors for name in folders}

@@ -26,15 +26,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from perta import metrics
-from perta.answer_score import Score
-from perta.batch import IGNORE, Encoded, collate
-from perta.benchmarks.tofu import Measured, load_parts, make_item, run_tofu, tofu_results
-from perta.config import ComputeConfig
-from perta.model import load_model, load_tokenizer, pad_id, resolve_checkpoint
+from perta.data.batch import IGNORE, Encoded, collate
+from perta.evidence import metrics
+from perta.evidence.results import Results
+from perta.evidence.scoring.answers import Score
+from perta.evidence.scoring.items import Item, Outcome, end_tokens
+from perta.evidence.tofu import Measured, load_parts, make_item, run_tofu, tofu_results
+from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.resolve import resolve_checkpoint
+from perta.options import ComputeConfig
 from perta.progress import set_quiet
-from perta.results import Results
-from perta.scoring import Item, Outcome, end_tokens
 from records import Record, add_option, save
 
 TARGET = 3.0

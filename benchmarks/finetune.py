@@ -21,11 +21,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from models import SIZES, write_people_sets, write_random_model
-from perta.batch import IGNORE, Encoded, collate
-from perta.config import ComputeConfig, TuneConfig
-from perta.data import encode_examples, load_examples
-from perta.finetune import tune
-from perta.model import load_model, load_tokenizer
+from perta.data.batch import IGNORE, Encoded, collate
+from perta.data.examples import load_examples
+from perta.data.tokens import encode_examples
+from perta.engine.train.tune import tune
+from perta.models.load import load_model, load_tokenizer
+from perta.options import ComputeConfig, TuneConfig
 from perta.progress import set_quiet
 from records import Record, add_option, save
 

@@ -39,9 +39,9 @@ import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from perta.batch import IGNORE, Batch, Encoded, collate
-from perta.objectives import example_losses
-from perta.per_example import batched_moments, example_loop_moments
+from perta.data.batch import IGNORE, Batch, Encoded, collate
+from perta.engine.gradients.engine import batched_moments, example_loop_moments
+from perta.models.loss import example_losses
 from records import Record, add_option, save
 
 SMOLLM2_135M = LlamaConfig(

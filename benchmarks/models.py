@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from perta.people import generate_people, split_people, write_jsonl
-from perta.tiny import tiny_tokenizer
+from perta.data.rows import write_jsonl
+from perta.evidence.people import generate_people, split_people
+from perta.models.tiny import tiny_tokenizer
 
 SIZES = {
     "8M": (256, 4),

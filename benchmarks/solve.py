@@ -17,8 +17,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from perta.second_moment import factor
-from perta.structured import Direction, input_direction, projected_direction
+from perta.methods.directions import Direction, input_direction, projected_direction
+from perta.store.second_moment import factor
 from records import Record, add_option, save
 
 Solve = Callable[[Tensor, Tensor, Tensor], Direction]

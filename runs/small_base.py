@@ -15,13 +15,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from perta.atomic import atomic_folder
-from perta.config import ComputeConfig, DataConfig, TuneConfig
-from perta.config_stages import FinetuneConfig
-from perta.finetune import finetune_checkpoint
-from perta.model import save_model
-from perta.people import generate_people, write_jsonl
-from perta.tiny import tiny_llama, tiny_tokenizer
+from perta.data.rows import write_jsonl
+from perta.evidence.people import generate_people
+from perta.models.load import save_model
+from perta.models.tiny import tiny_llama, tiny_tokenizer
+from perta.options import ComputeConfig, DataConfig, TuneConfig
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.settings import FinetuneConfig
+from perta.store.atomic import atomic_folder
 
 PRETRAINING_SEED = 1000
 

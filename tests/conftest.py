@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from perta.config import DataConfig, TuneConfig
-from perta.config_stages import FinetuneConfig, PeopleConfig
-from perta.data import load_examples
-from perta.finetune import finetune_checkpoint
-from perta.people import write_people
-from perta.tiny import write_tiny_checkpoint
+from perta.data.examples import load_examples
+from perta.models.tiny import write_tiny_checkpoint
+from perta.options import DataConfig, TuneConfig
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.people import write_people
+from perta.stages.settings import FinetuneConfig, PeopleConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -16,9 +16,9 @@ import pytest
 
 from conftest import World
 from perta.cli import main
-from perta.config_bench import CompareConfig
-from perta.unlearning_objectives import TRAINING_METHODS
-from perta.weighting import METHODS
+from perta.methods.objectives import TRAINING_METHODS
+from perta.methods.table import METHODS
+from perta.recipes.compare.settings import CompareConfig
 
 TUNE = ("--epochs", "30", "--learning-rate", "5e-3", "--batch-size", "2")
 
@@ -72,7 +72,7 @@ def test_one_option_of_a_comparison_leaves_the_others_alone(
     perta: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given: list[CompareConfig] = []
-    monkeypatch.setattr("perta.compare.study.bench_compare", given.append)
+    monkeypatch.setattr("perta.recipes.compare.study.bench_compare", given.append)
     arguments = ("bench", "compare", "--base", "b", "--output", tmp_path)
     assert perta(*arguments).status == 0
     assert perta(*arguments, "--learning-rate", "3e-4").status == 0

@@ -16,11 +16,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from perta.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from perta.compare.study import bench_compare
-    from perta.config import (
+    from perta.data.examples import load_examples
+    from perta.engine.train.unlearn import Trained, unlearn_by_training
+    from perta.errors import PertaError
+    from perta.evidence.people import generate_people
+    from perta.options import (
         ComputeConfig,
         DataConfig,
         EstimatorConfig,
@@ -30,8 +33,16 @@ if TYPE_CHECKING:
         TuneConfig,
         WeightingConfig,
     )
-    from perta.config_bench import CompareConfig
-    from perta.config_stages import (
+    from perta.recipes.compare.settings import CompareConfig
+    from perta.recipes.compare.study import bench_compare
+    from perta.recipes.settings import UnlearnConfig
+    from perta.recipes.unlearn import Unlearned, unlearn
+    from perta.stages.edit import edit_checkpoint
+    from perta.stages.evaluate import evaluate_checkpoint
+    from perta.stages.finetune import finetune_checkpoint
+    from perta.stages.importance import compute_importance
+    from perta.stages.moments import compute_moments, merge_moments
+    from perta.stages.settings import (
         EditConfig,
         EvaluateConfig,
         FinetuneConfig,
@@ -40,19 +51,8 @@ if TYPE_CHECKING:
         MomentsConfig,
         PeopleConfig,
         TrainConfig,
-        UnlearnConfig,
     )
-    from perta.data import load_examples
-    from perta.edit import edit_checkpoint
-    from perta.errors import PertaError
-    from perta.evaluate import evaluate_checkpoint
-    from perta.finetune import finetune_checkpoint
-    from perta.importance import compute_importance
-    from perta.moments import compute_moments, merge_moments
-    from perta.people import generate_people
-    from perta.pipeline import Unlearned, unlearn
-    from perta.train import train_checkpoint
-    from perta.training import Trained, unlearn_by_training
+    from perta.stages.train import train_checkpoint
 
 __all__ = [
     "CompareConfig",
@@ -91,30 +91,39 @@ __all__ = [
 ]
 
 _HOME = {
-    "CompareConfig": "config_bench",
-    "ComputeConfig": "config",
-    "DataConfig": "config",
-    "EstimatorConfig": "config",
-    "MomentOptions": "config",
-    "ScoringConfig": "config",
-    "TrainSettings": "config",
-    "TuneConfig": "config",
-    "WeightingConfig": "config",
-    "bench_compare": "compare.study",
+    "CompareConfig": "recipes.compare.settings",
+    "ComputeConfig": "options",
+    "DataConfig": "options",
+    "EditConfig": "stages.settings",
+    "EstimatorConfig": "options",
+    "EvaluateConfig": "stages.settings",
+    "FinetuneConfig": "stages.settings",
+    "ImportanceConfig": "stages.settings",
+    "MergeMomentsConfig": "stages.settings",
+    "MomentOptions": "options",
+    "MomentsConfig": "stages.settings",
+    "PeopleConfig": "stages.settings",
     "PertaError": "errors",
-    "Trained": "training",
-    "Unlearned": "pipeline",
-    "compute_importance": "importance",
-    "compute_moments": "moments",
-    "edit_checkpoint": "edit",
-    "evaluate_checkpoint": "evaluate",
-    "finetune_checkpoint": "finetune",
-    "generate_people": "people",
-    "load_examples": "data",
-    "merge_moments": "moments",
-    "train_checkpoint": "train",
-    "unlearn": "pipeline",
-    "unlearn_by_training": "training",
+    "ScoringConfig": "options",
+    "TrainConfig": "stages.settings",
+    "TrainSettings": "options",
+    "Trained": "engine.train.unlearn",
+    "TuneConfig": "options",
+    "UnlearnConfig": "recipes.settings",
+    "Unlearned": "recipes.unlearn",
+    "WeightingConfig": "options",
+    "bench_compare": "recipes.compare.study",
+    "compute_importance": "stages.importance",
+    "compute_moments": "stages.moments",
+    "edit_checkpoint": "stages.edit",
+    "evaluate_checkpoint": "stages.evaluate",
+    "finetune_checkpoint": "stages.finetune",
+    "generate_people": "evidence.people",
+    "load_examples": "data.examples",
+    "merge_moments": "stages.moments",
+    "train_checkpoint": "stages.train",
+    "unlearn": "recipes.unlearn",
+    "unlearn_by_training": "engine.train.unlearn",
 }
 
 
@@ -122,4 +131,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use: torch and transformers take seconds, `perta --help` must not."""
     if name not in __all__:
         raise AttributeError(f"module 'perta' has no attribute {name!r}")
-    return getattr(import_module(f"perta.{_HOME.get(name, 'config_stages')}"), name)
+    return getattr(import_module(f"perta.{_HOME[name]}"), name)

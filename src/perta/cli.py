@@ -14,28 +14,25 @@ import cyclopts
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from rich.console import Console
 
-from perta import __version__
-from perta.config_bench import (
+from perta.errors import ConfigError, PertaError
+from perta.recipes.compare.settings import CompareConfig
+from perta.recipes.settings import DemoConfig, UnlearnConfig
+from perta.report.settings import ReportConfig
+from perta.stages.settings import (
     AbilityConfig,
-    CompareConfig,
-    MuseConfig,
-    PeopleBenchConfig,
-    TofuConfig,
-)
-from perta.config_stages import (
-    DemoConfig,
     EditConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     MergeMomentsConfig,
     MomentsConfig,
+    MuseConfig,
+    PeopleBenchConfig,
     PeopleConfig,
-    ReportConfig,
+    TofuConfig,
     TrainConfig,
-    UnlearnConfig,
 )
-from perta.errors import ConfigError, PertaError
+from perta.version import __version__
 
 app = App(
     name="perta",
@@ -54,10 +51,10 @@ def unlearn(config: UnlearnConfig) -> None:
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
-    from perta.costs import costs_of, details, duration
-    from perta.pipeline import unlearn, work_folder
-    from perta.report_verdict import require_verdict
-    from perta.tables import print_comparison, print_samples
+    from perta.recipes.unlearn import unlearn, work_folder
+    from perta.report.verdict.judge import require_verdict
+    from perta.store.costs import costs_of, details, duration
+    from perta.terminal import print_comparison, print_samples
 
     result = unlearn(config)
     work = work_folder(config)
@@ -86,7 +83,7 @@ def unlearn(config: UnlearnConfig) -> None:
 @app.command
 def finetune(config: FinetuneConfig) -> None:
     """Tune a checkpoint on a data set; the loss is on answer tokens only."""
-    from perta.finetune import finetune_checkpoint
+    from perta.stages.finetune import finetune_checkpoint
 
     _note(f"Tuned checkpoint: {finetune_checkpoint(config)}")
 
@@ -94,7 +91,7 @@ def finetune(config: FinetuneConfig) -> None:
 @app.command
 def importance(config: ImportanceConfig) -> None:
     """Measure the importance of every weight for a data set."""
-    from perta.importance import compute_importance
+    from perta.stages.importance import compute_importance
 
     _note(f"Importance: {compute_importance(config)}")
 
@@ -102,7 +99,7 @@ def importance(config: ImportanceConfig) -> None:
 @app.command
 def moments(config: MomentsConfig) -> None:
     """Measure second moments of every linear layer's inputs, for the structured methods."""
-    from perta.moments import compute_moments
+    from perta.stages.moments import compute_moments
 
     _note(f"Moments: {compute_moments(config)}")
 
@@ -116,7 +113,7 @@ def merge_moments(*folders: Path, output: Path, overwrite: bool = False) -> None
         output: folder for the moments of all sets together.
         overwrite: replace an output that is there already.
     """
-    from perta.moments import merge_moments
+    from perta.stages.moments import merge_moments
 
     config = MergeMomentsConfig(folders=folders, output=output, overwrite=overwrite)
     _note(f"Moments: {merge_moments(config)}")
@@ -125,7 +122,7 @@ def merge_moments(*folders: Path, output: Path, overwrite: bool = False) -> None
 @app.command
 def edit(config: EditConfig) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
-    from perta.edit import direction_folder, edit_checkpoint
+    from perta.stages.edit import direction_folder, edit_checkpoint
 
     _note(f"Unlearned checkpoint: {edit_checkpoint(config)}")
     direction = direction_folder(config)
@@ -136,7 +133,7 @@ def edit(config: EditConfig) -> None:
 @app.command
 def train(config: TrainConfig) -> None:
     """Train the full model until it has forgotten: gradient ascent, NPO, RMU and others."""
-    from perta.train import train_checkpoint
+    from perta.stages.train import train_checkpoint
 
     _note(f"Unlearned checkpoint: {train_checkpoint(config)}")
 
@@ -144,8 +141,8 @@ def train(config: TrainConfig) -> None:
 @app.command
 def evaluate(config: EvaluateConfig) -> None:
     """Measure how well a checkpoint answers forget, retain and held-out examples."""
-    from perta.evaluate import evaluate_checkpoint
-    from perta.tables import print_comparison, print_samples
+    from perta.stages.evaluate import evaluate_checkpoint
+    from perta.terminal import print_comparison, print_samples
 
     results = evaluate_checkpoint(config)
     print_comparison({Path(config.checkpoint).name: results})
@@ -160,8 +157,8 @@ app.command(bench)
 @bench.command
 def tofu(config: TofuConfig) -> None:
     """All TOFU metrics: forget quality, model utility, truth ratios, membership attacks."""
-    from perta.benchmarks.stage import bench_tofu
-    from perta.tables import print_metrics
+    from perta.stages.bench import bench_tofu
+    from perta.terminal import print_metrics
 
     print_metrics(bench_tofu(config))
     _note(f"Results: {config.output}")
@@ -170,8 +167,8 @@ def tofu(config: TofuConfig) -> None:
 @bench.command(name="people")
 def people_benchmark(config: PeopleBenchConfig) -> None:
     """The TOFU metrics on fictitious people of our own, of any number; nothing is downloaded."""
-    from perta.benchmarks.stage import bench_people
-    from perta.tables import print_metrics
+    from perta.stages.bench import bench_people
+    from perta.terminal import print_metrics
 
     print_metrics(bench_people(config))
     _note(f"Results: {config.output}")
@@ -180,8 +177,8 @@ def people_benchmark(config: PeopleBenchConfig) -> None:
 @bench.command
 def muse(config: MuseConfig) -> None:
     """The MUSE metrics: knowledge and verbatim memorization, privacy leakage."""
-    from perta.benchmarks.stage import bench_muse
-    from perta.tables import print_metrics
+    from perta.stages.bench import bench_muse
+    from perta.terminal import print_metrics
 
     print_metrics(bench_muse(config))
     _note(f"Results: {config.output}")
@@ -190,8 +187,8 @@ def muse(config: MuseConfig) -> None:
 @bench.command
 def ability(config: AbilityConfig) -> None:
     """General ability: tasks of lm-evaluation-harness, where it is installed."""
-    from perta.benchmarks.ability import bench_ability
-    from perta.tables import print_metrics
+    from perta.stages.bench import bench_ability
+    from perta.terminal import print_metrics
 
     print_metrics(bench_ability(config))
     _note(f"Results: {config.output}")
@@ -203,7 +200,7 @@ def compare(config: CompareConfig) -> None:
 
     Finished runs are reused, so a comparison can be stopped, continued and extended.
     """
-    from perta.compare.study import bench_compare
+    from perta.recipes.compare.study import bench_compare
 
     bench_compare(config)
     _note(f"Tables, results and report.html: {config.output}")
@@ -218,8 +215,8 @@ def report(*results: str, config: ReportConfig | None = None) -> None:
             results, each optionally named as in `full=results/full.json`.
         config: output, title and what to show.
     """
-    from perta.report import judged, write_report
-    from perta.report_verdict import require_verdict
+    from perta.report.verdict.judge import require_verdict
+    from perta.report.write import judged, write_report
 
     chosen = config or ReportConfig()
     chosen = replace(chosen, results=(*results, *chosen.results))
@@ -234,7 +231,7 @@ def report(*results: str, config: ReportConfig | None = None) -> None:
 @app.command
 def methods() -> None:
     """List the methods with their formulas."""
-    from perta.tables import print_methods
+    from perta.terminal import print_methods
 
     print_methods()
 
@@ -242,7 +239,7 @@ def methods() -> None:
 @app.command
 def people(config: PeopleConfig) -> None:
     """Write question/answer pairs about fictitious people: forget, retain and all of them."""
-    from perta.people import write_people
+    from perta.stages.people import write_people
 
     for file in write_people(config):
         _note(str(file))
@@ -251,7 +248,7 @@ def people(config: PeopleConfig) -> None:
 @app.command
 def demo(config: DemoConfig | None = None) -> None:
     """Show the whole method on a real 135M-parameter model, from nothing, in minutes."""
-    from perta.demo import run_demo
+    from perta.recipes.demo import run_demo
 
     run_demo(config or DemoConfig())
 

@@ -1,1 +1,0 @@
-"""Standard unlearning benchmarks, one module each: splits, metrics, aggregation."""

@@ -1,0 +1,1 @@
+"""Rows, examples and tokens: from what users have to what models read."""

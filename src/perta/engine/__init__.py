@@ -1,0 +1,1 @@
+"""Computing in memory: gradients, moments, edits and training, for any method."""

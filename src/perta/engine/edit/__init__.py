@@ -1,0 +1,1 @@
+"""The edit: planned from headers, computed chunk by chunk, streamed from files to files."""

@@ -1,0 +1,225 @@
+"""The weighted direction of a structured method, layer by layer.
+
+    task vector (base and forget) ─┐
+    retain moments ────────────────┼─ one solve a layer ── Δ, float32, checkpoint names
+    forget moments (not all) ──────┘
+
+Layers that read the same input are solved at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
+from perta.methods.directions import (
+    Direction,
+    direction_in_bases,
+    input_direction,
+    joint_basis,
+    projected_direction,
+)
+from perta.methods.task_vectors import mean
+from perta.progress import track
+from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
+from perta.store.fingerprint import fingerprint
+from perta.store.moments import MomentFolder, open_moments
+
+Kind = Literal["input", "kron", "project"]
+
+
+@dataclass(frozen=True)
+class DirectionInputs:
+    """What a direction is computed from.
+
+    Attributes:
+        base: θ₀.
+        forget_checkpoints: θ_f, one or several; the task vector is their mean.
+        retain: moments on the retain set.
+        forget: moments on the forget set; None for `project`.
+        names: the layers to edit, as the moments name them.
+    """
+
+    base: CheckpointIndex
+    forget_checkpoints: tuple[CheckpointIndex, ...]
+    retain: MomentFolder
+    forget: MomentFolder | None
+    names: tuple[str, ...]
+
+
+def open_inputs(
+    base: Path,
+    forget_checkpoints: Sequence[Path],
+    forget_moments: Path | None,
+    retain_moments: Path,
+    models: Collection[Path],
+    kind: Kind,
+    choose: Callable[[MomentFolder], tuple[str, ...]],
+) -> DirectionInputs:
+    """Open everything a direction is computed from, and check that it belongs together.
+
+    Args:
+        base: θ₀.
+        forget_checkpoints: θ_f, at least one.
+        forget_moments: moment folder of the forget set; None for `project`.
+        retain_moments: moment folder of the retain set.
+        models: checkpoints at which moments may have been measured: base and full.
+        kind: of the direction.
+        choose: moments of the retain set -> layers to edit.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        CheckpointMismatchError: moments of different or other models or of different tokens,
+            or a checkpoint without a layer that has moments.
+        CheckpointNotFoundError: something is not there.
+    """
+    retain = check_moments(retain_moments, models, kind)
+    forget = None if forget_moments is None else check_moments(forget_moments, models, kind)
+    for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
+        if forget is not None and forget.facts.get(key) != retain.facts.get(key):
+            raise CheckpointMismatchError(
+                f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
+                "both with the same `perta moments` settings and checkpoint."
+            )
+    names = choose(retain)
+    start, *tuned = (open_index(folder) for folder in (base, *forget_checkpoints))
+    for index in tuned:
+        for name in names:
+            entries = [i.find(name) for i in (start, index)]
+            shapes = [entry.shape if entry else None for entry in entries]
+            if shapes[0] is None or shapes[0] != shapes[1]:
+                raise CheckpointMismatchError(
+                    f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
+                    f"{shapes[1] or 'missing'} in {index.folder}. Both must share the model that "
+                    "the moments were measured at."
+                )
+    return DirectionInputs(start, tuple(tuned), retain, forget, names)
+
+
+def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
+    """Open a moment folder and check that it serves a direction for these models.
+
+    Args:
+        folder: output of `perta moments`.
+        models: checkpoints it may have been measured at.
+        kind: of the direction.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointMismatchError: it was measured at another model.
+        CheckpointError: it lacks the output gradients that `kron` needs.
+    """
+    opened = open_moments(folder)
+    if opened.facts.get("model_fingerprint") not in {fingerprint(model) for model in models}:
+        raise CheckpointMismatchError(
+            f"{folder} holds moments of another model than {' or '.join(map(str, models))}. Make "
+            f"it again with `perta moments --checkpoint {next(iter(models))} ...`."
+        )
+    if kind == "kron" and not opened.facts["outputs"]:
+        raise CheckpointError(
+            f"{folder} has no moments of output gradients. Make it again with `perta moments "
+            "--gradients ...`."
+        )
+    return opened
+
+
+@dataclass
+class Solver:
+    """Walks over groups of layers with one input.
+
+    Attributes:
+        layers: weight -> what the solve reports, filled while `run` is consumed.
+    """
+
+    inputs: DirectionInputs
+    kind: Kind
+    rho: float
+    dampings: tuple[float, float]
+    device: torch.device
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def run(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
+        groups: dict[str, list[str]] = {}
+        for name in self.inputs.names:
+            groups.setdefault(self.inputs.retain.facts["inputs"][name], []).append(name)
+        solve = self._solve_kron if self.kind == "kron" else self._solve_stacked
+        with track("Direction", len(self.inputs.names)) as advance:
+            for names in groups.values():
+                vectors = [self._task_vector(name) for name in names]
+                try:
+                    found = list(solve(names, vectors))
+                except DivergenceError as error:
+                    raise DivergenceError(f"{names[0]}: {error}") from None
+                for name, vector, direction in zip(names, vectors, found, strict=True):
+                    self.layers[name] = {
+                        "task_vector_norm": float(vector.norm()),
+                        "direction_norm": float(direction.delta.norm()),
+                        "condition": direction.condition,
+                        "damping": direction.damping,
+                    }
+                    yield name, self._as_stored(name, direction.delta).float().cpu()
+                    advance()
+
+    def _solve_stacked(self, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Direction]:
+        moments = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        stacked = torch.cat(list(vectors))
+        if self.kind == "project":
+            (retain,) = moments
+            whole = projected_direction(stacked, retain, self.rho)
+        else:
+            forget, retain = moments
+            whole = input_direction(stacked, forget, retain, self.rho, *self.dampings)
+        parts = whole.delta.split([len(vector) for vector in vectors])
+        return [Direction(part, whole.condition, whole.damping) for part in parts]
+
+    def _solve_kron(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[Direction]:
+        forget, retain = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        inputs = joint_basis(forget, retain, self.dampings[0])
+        for name, vector in zip(names, vectors, strict=True):
+            forget, retain = self._moments(MomentFolder.output_moment, name, len(vector))
+            outputs = joint_basis(forget, retain, self.dampings[0])
+            yield direction_in_bases(vector, inputs, outputs, self.rho)
+
+    def _moments(
+        self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
+    ) -> list[Tensor]:
+        """Forget moment of a weight, where there is one, and retain moment."""
+        found = []
+        for folder in (self.inputs.forget, self.inputs.retain):
+            if folder is None:
+                continue
+            moment = read(folder, name)
+            if moment.shape[1] != width or moment.shape[0] > width:
+                raise CheckpointMismatchError(
+                    f"{name} is {width} wide, but its moment in {folder.folder} is "
+                    f"{tuple(moment.shape)}. The moments are of another model."
+                )
+            found.append(moment.to(self.device))
+        return found
+
+    def _task_vector(self, name: str) -> Tensor:
+        """τ of one weight, (out, in) float64."""
+        base, *tuned = (
+            read_tensor(cast(TensorEntry, index.find(name))).to(self.device, torch.float64)
+            for index in (self.inputs.base, *self.inputs.forget_checkpoints)
+        )
+        return self._as_stored(name, mean(tuned).sub_(base))
+
+    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+        """Turn a weight from its stored orientation to (out, in), or back."""
+        return weight.t() if name in self._transposed else weight
+
+    @property
+    def _transposed(self) -> set[str]:
+        return set(self.inputs.retain.facts["transposed"])

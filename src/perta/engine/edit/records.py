@@ -1,0 +1,110 @@
+"""What the records of an edit's inputs say against using them together.
+
+Importance and moments say at which model and on which rows they were measured, a tuned checkpoint
+from which model and on which rows it was tuned. Inputs without a record are taken as stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perta.errors import CheckpointMismatchError
+from perta.methods.method import Method
+from perta.store.importance import read_sidecar
+from perta.store.moments import open_moments
+from perta.store.record import read_manifest
+
+_SIDES = ("forget", "retain")
+
+
+def check_records(
+    method: Method, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
+) -> None:
+    """Stop at inputs that their own records show to be the wrong ones.
+
+    Args:
+        method: row of the table of methods.
+        folders: name of each input -> local folder.
+        fingerprints: name of each input -> hash of its content.
+
+    Raises:
+        CheckpointMismatchError: importance of another model than the base or the full checkpoint,
+            or for `ssd` of the base; a checkpoint tuned from the full one; or rows that stand on
+            the forget side and on the retain side.
+    """
+    _check_models(method, folders, fingerprints)
+    _check_starts(folders, fingerprints)
+    sides = {side: _rows_of(side, folders) for side in _SIDES}
+    for rows in sides["forget"].keys() & sides["retain"].keys():
+        forget, retain = sides["forget"][rows], sides["retain"][rows]
+        raise CheckpointMismatchError(
+            f"{forget} is given for the forget set and {retain} for the retain set, but their "
+            "records say that both were made from the same rows. Are the two exchanged? Make the "
+            "wrong one again from its own set."
+        )
+
+
+def _check_models(
+    method: Method, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
+) -> None:
+    wanted = ("full",) if method.importance_at == "full" else ("base", "full")
+    for side in _SIDES:
+        folder = folders.get(f"{side}_importance")
+        if folder is None or not method.needs_importance:
+            continue
+        measured = read_sidecar(folder).get("model_fingerprint")
+        if measured is not None and measured not in {fingerprints[name] for name in wanted}:
+            models = " or ".join(str(folders[name]) for name in wanted)
+            raise CheckpointMismatchError(
+                f"{folder} holds importance of another model than {models}, where `{method.name}` "
+                f"takes it. Make it again with `perta importance --checkpoint {folders[wanted[0]]} "
+                "...`."
+            )
+
+
+def _check_starts(folders: Mapping[str, Path], fingerprints: Mapping[str, str]) -> None:
+    """A task vector starts at the base; one from θ_full would hold all that was learnt."""
+    for name, folder in _tuned(folders):
+        start = _tuning(folder).get("base")
+        if start == fingerprints["full"] != fingerprints["base"]:
+            raise CheckpointMismatchError(
+                f"{folder} was tuned from {folders['full']}, but a {name} is tuned from the base. "
+                f"Make it again with `perta finetune --base {folders['base']} ...`."
+            )
+
+
+def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Fingerprint of every set of rows that a side was made from -> what was."""
+    found: dict[str, Path] = {}
+    for name, folder in _tuned(folders):
+        if name.startswith(side) and (rows := _tuning(folder).get("data")):
+            found[rows] = folder
+    if importance := folders.get(f"{side}_importance"):
+        rows = read_sidecar(importance).get("data_fingerprint")
+        found |= dict.fromkeys(_known([rows]), importance)
+    if moments := folders.get(f"{side}_moments"):
+        facts = open_moments(moments).facts
+        found |= dict.fromkeys(_known(facts.get("data_fingerprints") or ()), moments)
+    return found
+
+
+def _known(fingerprints: Iterable[Any]) -> list[str]:
+    return [value for value in fingerprints if isinstance(value, str)]
+
+
+def _tuned(folders: Mapping[str, Path]) -> list[tuple[str, Path]]:
+    """The tuned checkpoints, each with its kind in words."""
+    return [
+        (f"{name.split('_')[0]} checkpoint", folder)
+        for name, folder in folders.items()
+        if name.startswith(("forget_checkpoint", "retain_checkpoint"))
+    ]
+
+
+def _tuning(folder: Path) -> Mapping[str, str]:
+    """Base and rows that `perta finetune` recorded; nothing of any other checkpoint."""
+    record = read_manifest(folder) or {}
+    inputs = record.get("inputs")
+    return inputs if record.get("stage") == "finetune" and isinstance(inputs, dict) else {}

@@ -1,0 +1,1 @@
+"""Powers of every example's own gradients, in batches."""

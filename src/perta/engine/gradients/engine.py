@@ -1,0 +1,460 @@
+"""Mean powers of per-example gradients, at about the cost of one training pass.
+
+For every requested order p > 0
+
+    I_p[name] = (1/N) sum_x |d loss(theta; x) / d theta|^p,
+
+the mean over examples of a power of each example's own gradient. The power has to be taken
+before the sum over the batch, so the gradient autograd hands out, already summed, is of no use.
+
+    example_loop_moments   one example at a time through autograd: slow, the reference
+    batched_moments        the engine: one forward and one backward pass per batch
+    abs_of_mean            the power of the mean gradient: cheaper, and a different quantity
+    verify_engine          stops where engine and reference differ
+
+How the engine works. While the model runs forward, every operation that reads a parameter
+(linear maps, embeddings, norms, stacked experts) is replaced by one that computes the same
+values, but whose backward step hands the layer's input and output gradient to a `Recorder`
+instead of forming the gradient of the parameter. The recorder forms each example's gradient
+in small blocks, adds its powers to running means and forgets it.
+
+Nothing is taken on trust: autograd is asked for the gradients of all parameters all the same.
+A parameter that was read only by replaced operations has none left. Any other still has one,
+and is computed by the example loop instead, with a line in the log that says so.
+
+    capture    the replaced operations and modules
+    recorder   which rows belong to which example; what waits for what
+    powers     the mathematics: pieces of gradients -> means of powers
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perta.data.batch import IGNORE, Batch
+from perta.engine.gradients.capture import Capture, checkpointed_layers, replaced_modules
+from perta.engine.gradients.powers import Means, add_powers, power
+from perta.engine.gradients.recorder import Recorder
+from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
+from perta.models.loss import weighted_losses
+
+_FLOAT32_ORDERS = 4.0
+"""Largest order whose powers float32 holds: those of gradients down to 1e-11."""
+
+logger = logging.getLogger("perta")
+
+Progress = Callable[[int], None]
+"""Called after each batch with the number of examples finished so far."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean powers of gradients.
+
+    Attributes:
+        by_order: order -> parameter name -> tensor of the parameter's shape, >= 0; float32, and
+            float64 for orders above 4.
+        examples: number of examples the mean is over.
+        tokens: number of labelled tokens in them.
+        fallback: names of the parameters that took the slow path, in the model's order.
+    """
+
+    by_order: dict[float, dict[str, Tensor]]
+    examples: int
+    tokens: int
+    fallback: tuple[str, ...] = ()
+
+
+# --- the reference and the cheap relative ---------------------------------------------------
+
+
+def example_loop_moments(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    orders: Sequence[float],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Moments:
+    """Mean powers of per-example gradients, one example at a time through autograd.
+
+    Args:
+        model: causal language model; parameters that do not require a gradient are left out.
+        batches: padded examples; padding is cut off before each example runs.
+        orders: powers p > 0.
+        dtype: precision to compute and accumulate in; a copy of the model is cast to it.
+            The model's own, and float32 accumulators, by default.
+        progress: told the number of examples finished.
+
+    Returns:
+        The moments, float32, on the model's device.
+
+    Raises:
+        ConfigError: an order is not a positive finite number.
+        DataError: an example has no labelled token.
+        EmptyDatasetError: no examples.
+    """
+    orders = _checked_orders(orders)
+    listed = _checked_batches(batches)
+    if dtype is not None:
+        model = _cast_copy(model, dtype)
+    means = _zero_means(_trained(model), orders, listed)
+    with _inference_behaviour(model):
+        _add_example_loop(model, listed, means, progress)
+    return _moments(means, listed)
+
+
+def abs_of_mean(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    orders: Sequence[float],
+    *,
+    progress: Progress | None = None,
+) -> Moments:
+    """Power of the magnitude of the mean gradient: |(1/N) sum_x d loss(x) / d theta|^p.
+
+    Gradients of different examples cancel here before the power is taken. That makes it
+    cheaper than the mean of powers, and a different quantity.
+
+    Args:
+        model: causal language model; parameters that do not require a gradient are left out.
+        batches: padded examples.
+        orders: powers p > 0.
+        progress: told the number of examples finished.
+
+    Returns:
+        The powers, float32, on the model's device.
+
+    Raises:
+        ConfigError: an order is not a positive finite number.
+        DataError: an example has no labelled token.
+        EmptyDatasetError: no examples.
+    """
+    orders = _checked_orders(orders)
+    listed = _checked_batches(batches)
+    parameters = _trained(model)
+    total = _zeros_like(parameters, wide=_is_wide(orders))
+    finished = 0
+    with _inference_behaviour(model):
+        for batch in listed:
+            loss = weighted_losses(model, batch.to(_device(model))).sum()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for accumulated, gradient in zip(total.values(), gradients, strict=True):
+                if gradient is not None:
+                    accumulated.add_(gradient)
+            finished += len(batch)
+            if progress is not None:
+                progress(finished)
+    by_order = {
+        order: {name: _kept(power(value / finished, order), order) for name, value in total.items()}
+        for order in orders
+    }
+    return Moments(by_order, finished, _count_tokens(listed))
+
+
+# --- the engine -----------------------------------------------------------------------------
+
+
+def batched_moments(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    orders: Sequence[float],
+    *,
+    gradient_checkpointing: bool = False,
+    accumulate_on: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Moments:
+    """Mean powers of per-example gradients, one forward and backward pass per batch.
+
+    Equal to `example_loop_moments` up to rounding, whatever the batch size, the padding and
+    the order of the rows.
+
+    Args:
+        model: causal language model; parameters that do not require a gradient are left out.
+        batches: right-padded examples.
+        orders: powers p > 0; several cost little more than one.
+        gradient_checkpointing: recompute each layer's activations in the backward pass.
+        accumulate_on: device of the running means; the parameter's own by default. "cpu" spares
+            the accelerator one float32 copy of the model per order.
+        progress: told the number of examples finished.
+
+    Returns:
+        The moments, float32, on the device of the means.
+
+    Raises:
+        ConfigError: an order is not a positive finite number, or the model has no layers
+            that can be checkpointed.
+        DataError: an example has no labelled token.
+        EmptyDatasetError: no examples.
+    """
+    orders = _checked_orders(orders)
+    listed = _checked_batches(batches)
+    parameters = _trained(model)
+    means = _zero_means(parameters, orders, listed, accumulate_on)
+    recorder = Recorder(parameters, means)
+    with _inference_behaviour(model), ExitStack() as stack:
+        stack.enter_context(replaced_modules(model, recorder))
+        if gradient_checkpointing:
+            stack.enter_context(checkpointed_layers(model, recorder))
+        finished = 0
+        for batch in listed:
+            _run_batch(model, batch, recorder)
+            finished += len(batch)
+            if progress is not None:
+                progress(finished)
+    fast = set(recorder.names.values())
+    slow = tuple(name for name in parameters if name not in fast)
+    _run_fallback(model, listed, means, slow)
+    return _moments(means, listed, slow)
+
+
+def verify_engine(
+    model: nn.Module,
+    examples_batches: Iterable[Batch],
+    orders: Sequence[float],
+    tolerance: float = 1e-3,
+) -> None:
+    """Compare the engine with the example loop and stop on a difference.
+
+    The error of a tensor is the largest difference of its elements over its largest element.
+    For orders below 1 both sides are first raised to 1/p: near zero such a power magnifies
+    rounding (a gradient off by 1e-8 is off by 1e-4 in its square root).
+
+    Args:
+        model: causal language model.
+        examples_batches: a few examples.
+        orders: powers p > 0.
+        tolerance: largest error allowed.
+
+    Raises:
+        EngineMismatchError: some tensors differ by more; the message names them.
+    """
+    listed = list(examples_batches)
+    fast = batched_moments(model, listed, orders)
+    slow = example_loop_moments(model, listed, orders)
+    bad = [
+        f"{name} (order {order:g}, relative error {error:.2g})"
+        for order, tensors in slow.by_order.items()
+        for name, expected in tensors.items()
+        # Written so that NaN counts as a difference.
+        if not (error := _relative_error(fast.by_order[order][name], expected, order)) <= tolerance
+    ]
+    if bad:
+        compared = sum(len(tensors) for tensors in slow.by_order.values())
+        raise EngineMismatchError(
+            f"{len(bad)} of {compared} importance tensors from the batched engine differ from "
+            f"the example-by-example loop by more than {tolerance:g}: {'; '.join(bad[:8])}"
+            f"{'; …' if len(bad) > 8 else ''}. Use the example loop for this model."
+        )
+
+
+def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
+    """Add one batch to the means; drop parameters that autograd still had to differentiate."""
+    handled = list(recorder.names)
+    if not handled:
+        return
+    recorder.start(batch, model)
+    with Capture(recorder):
+        loss = weighted_losses(model, batch.to(_device(model))).sum()
+    recorder.counting = False
+    gradients = torch.autograd.grad(loss, handled, allow_unused=True)
+    recorder.finish()
+    for parameter, gradient in zip(handled, gradients, strict=True):
+        if gradient is not None:
+            recorder.drop(parameter)
+
+
+def _run_fallback(
+    model: nn.Module, batches: Sequence[Batch], means: Mapping[str, Means], slow: Sequence[str]
+) -> None:
+    """Compute the named parameters with the example loop, replacing what is in their means."""
+    if not slow:
+        return
+    logger.warning(
+        "importance example by example, which is slower, for what the batched engine has "
+        "no rule for: %s",
+        ", ".join(slow),
+    )
+    for name in slow:
+        for mean in means[name].by_order.values():
+            mean.zero_()
+    with _inference_behaviour(model):
+        _add_example_loop(model, batches, {name: means[name] for name in slow}, None)
+
+
+def _add_example_loop(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    means: Mapping[str, Means],
+    progress: Progress | None,
+) -> None:
+    """Add |gradient|^p of every example to the means of the named parameters."""
+    parameters = [p for name, p in model.named_parameters() if name in means]
+    finished = 0
+    for batch in batches:
+        for example in _single_examples(batch.to(_device(model))):
+            loss = weighted_losses(model, example).sum()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for own, gradient in zip(means.values(), gradients, strict=True):
+                if gradient is not None:
+                    add_powers(own, gradient.unsqueeze(0))
+            finished += 1
+        if progress is not None:
+            progress(finished)
+
+
+def _single_examples(batch: Batch) -> Iterator[Batch]:
+    """Cut a batch into its examples, without their padding."""
+    for i, length in enumerate(batch.lengths()):
+        rows = slice(i, i + 1)
+        yield Batch(
+            batch.input_ids[rows, :length],
+            batch.attention_mask[rows, :length],
+            batch.labels[rows, :length],
+            batch.index[rows],
+            batch.weights[rows],
+        )
+
+
+# --- small helpers ----------------------------------------------------------------------------
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _zero_means(
+    parameters: Mapping[str, nn.Parameter],
+    orders: Sequence[float],
+    batches: Sequence[Batch],
+    device: torch.device | str | None = None,
+) -> dict[str, Means]:
+    zeros = {order: _zeros_like(parameters, device, wide=_is_wide(orders)) for order in orders}
+    weight = 1 / sum(len(batch) for batch in batches)
+    return {
+        name: Means({order: tensors[name] for order, tensors in zeros.items()}, weight)
+        for name in parameters
+    }
+
+
+def _zeros_like(
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device | str | None = None,
+    *,
+    wide: bool = False,
+) -> dict[str, Tensor]:
+    """Zeros to accumulate in: float64 where wanted or for float64 parameters, else float32."""
+    zeros: dict[str, Tensor] = {}
+    groups: defaultdict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        place = torch.device(device) if device is not None else parameter.device
+        is_wide = wide or parameter.dtype == torch.float64
+        groups[place, torch.float64 if is_wide else torch.float32].append(name)
+    for (place, dtype), names in groups.items():
+        sizes = [parameters[name].numel() for name in names]
+        for name, flat in zip(names, _zeros(sum(sizes), dtype, place).split(sizes), strict=True):
+            zeros[name] = flat.view(parameters[name].shape)
+    return {name: zeros[name] for name in parameters}
+
+
+def _is_wide(orders: Sequence[float]) -> bool:
+    """Whether powers are kept in float64: in float32 the 8th power of 1e-6 is 0."""
+    return max(orders) > _FLOAT32_ORDERS
+
+
+def _kept(powers: Tensor, order: float) -> Tensor:
+    """Powers in the type they are handed on in."""
+    return powers.double() if _is_wide([order]) else powers.float()
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    # NumPy asks for huge pages and leaves clearing to the system: a third of the time.
+    return torch.from_numpy(np.zeros(count, np.float64 if dtype == torch.float64 else np.float32))
+
+
+def _moments(
+    means: Mapping[str, Means], batches: Sequence[Batch], fallback: tuple[str, ...] = ()
+) -> Moments:
+    by_order: dict[float, dict[str, Tensor]] = {}
+    for name, own in means.items():
+        for order, mean in own.by_order.items():
+            by_order.setdefault(order, {})[name] = _kept(mean, order)
+    examples = sum(len(batch) for batch in batches)
+    return Moments(by_order, examples, _count_tokens(batches), fallback)
+
+
+def _checked_orders(orders: Sequence[float]) -> tuple[float, ...]:
+    distinct = tuple(dict.fromkeys(float(order) for order in orders))
+    for order in distinct:
+        if not 0 < order < math.inf:
+            raise ConfigError(f"importance order {order:g} is not a positive finite number")
+    if not distinct:
+        raise ConfigError("no importance order given; use 1, 2, or both")
+    return distinct
+
+
+def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """A list, because the fallback goes over the batches again, without empty examples."""
+    listed = list(batches)
+    if not any(len(batch) for batch in listed):
+        raise EmptyDatasetError("importance needs at least one example")
+    for batch in listed:
+        labelled = (batch.labels[:, 1:] != IGNORE).any(1)
+        if not labelled.all():
+            place = int(batch.index[~labelled][0])
+            raise DataError(
+                f"example {place} (counted from 0) has no labelled token to predict, so it has "
+                "no loss; leave it out, or allow longer sequences if its answer was cut off"
+            )
+    return listed
+
+
+def _count_tokens(batches: Iterable[Batch]) -> int:
+    return sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in batches)
+
+
+def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model in another precision."""
+    model = copy.deepcopy(model).to(dtype)
+    if hasattr(model, "set_experts_implementation"):
+        # The grouped matrix product that experts use by default has no float64 form.
+        model.set_experts_implementation("eager")  # type: ignore[operator]
+    return model
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _inference_behaviour(model: nn.Module) -> Iterator[None]:
+    """Gradients on, dropout off; the training flags are put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _relative_error(actual: Tensor, expected: Tensor, order: float) -> float:
+    """Largest difference over largest expected value; compared as |g| for orders below 1."""
+    if order < 1:
+        actual, expected = actual.pow(1 / order), expected.pow(1 / order)
+    scale = expected.abs().max()
+    difference = (actual.to(expected.device) - expected).abs().max()
+    return float(difference / scale) if scale > 0 else float(difference)

@@ -1,0 +1,474 @@
+"""Sums of outer products over a set, layer by layer; see `moments` for what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name for it
+from torch import Tensor, nn
+
+from perta.data.batch import IGNORE, Batch, Encoded, bucketed, collate
+from perta.errors import CheckpointError, DivergenceError
+from perta.models.layers import (
+    Slot,
+    StoredWeight,
+    expert_names,
+    find_slots,
+    is_linear,
+    is_stacked_experts,
+    is_transposed,
+    stored_weights,
+    widths,
+)
+from perta.models.loss import weighted_losses
+from perta.options import MomentOptions, Tokens
+from perta.progress import track
+from perta.store.moments import INPUT, OUTPUT
+from perta.store.second_moment import factor, few
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One moment to sum up.
+
+    Attributes:
+        kind: of inputs or of output gradients.
+        slots: the matrices it belongs to: several that read the same input, or one.
+        width: d of the (d, d) moment.
+    """
+
+    kind: Literal["input", "output"]
+    slots: tuple[Slot, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured for a model.
+
+    Attributes:
+        weights: every stored weight with moments, in the model's order.
+        units: the moments to sum up, in the model's order.
+        inputs: stored weight -> name of its input moment; shared by weights of one input.
+        outputs: stored weight -> name of its output moment; empty without gradients.
+    """
+
+    weights: tuple[StoredWeight, ...]
+    units: tuple[Unit, ...]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How much a moment rests on.
+
+    Attributes:
+        tokens: tokens that the layer read, or whose gradient reached it. 0 for an expert that
+            none was routed to, and for a layer whose weight the model uses without calling it.
+        average: the same for one of the experts of its layer on average; `tokens` otherwise.
+    """
+
+    tokens: int
+    average: float
+
+
+def kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
+    """Positions whose inputs and gradients count, (B, T) bool; padding never does.
+
+    Args:
+        batch: right-padded examples.
+        tokens: `all` real tokens, or `answer`: the positions that predict a labelled token,
+            one before each.
+    """
+    if tokens == "all":
+        return batch.attention_mask.bool()
+    kept = torch.zeros_like(batch.labels, dtype=torch.bool)
+    kept[:, :-1] = batch.labels[:, 1:] != IGNORE
+    return kept
+
+
+def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
+    """Tokens of a set that count; see `kept_positions`."""
+    if tokens == "all":
+        return sum(len(example.input_ids) for example in examples)
+    return sum(label != IGNORE for example in examples for label in example.labels[1:])
+
+
+def plan_moments(
+    model: PreTrainedModel, examples: Sequence[Encoded], *, gradients: bool, pad: int
+) -> Plan:
+    """Find the linear layers, what the checkpoint calls them, and which share an input.
+
+    Args:
+        model: causal language model.
+        examples: the first is run once to see which layers read the same tensor.
+        gradients: plan output moments as well.
+        pad: padding token.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CheckpointError: no linear layer was found.
+    """
+    weights = stored_weights(model, find_slots(model))
+    if not weights:
+        raise CheckpointError(f"{type(model).__name__} has no linear layer to measure.")
+    slots = list(dict.fromkeys(weight.slot for weight in weights))
+    shared = _shared_inputs(model, collate(examples[:1], pad).to(model.device))
+    groups: dict[object, list[Slot]] = {}
+    for slot in slots:
+        groups.setdefault(shared.get(slot[0], slot), []).append(slot)
+    units: list[Unit] = []
+    for group in groups.values():
+        units.append(Unit("input", tuple(group), _sizes(model, group[0][0])[0]))
+        if gradients:
+            units.extend(Unit("output", (slot,), _sizes(model, slot[0])[1]) for slot in group)
+    leader = {slot: unit.slots[0] for unit in units if unit.kind == "input" for slot in unit.slots}
+    first: dict[Slot, str] = {}
+    for weight in weights:
+        first.setdefault(leader[weight.slot], weight.name)
+    inputs = {w.name: f"{first[leader[w.slot]]}.{INPUT}" for w in weights}
+    outputs = {w.name: f"{w.name}.{OUTPUT}" for w in weights} if gradients else {}
+    return Plan(tuple(weights), tuple(units), inputs, outputs)
+
+
+def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    """Width of input and output of a layer, by its parameter."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return widths(model.get_parameter(name), is_transposed(module))
+
+
+@torch.no_grad()
+def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
+    """For every linear layer a key that layers with the very same input share.
+
+    Layers that one example does not reach, such as experts kept as modules, get none.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    seen: dict[str, list[Tensor]] = {}
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not is_linear(module):
+                continue
+
+            def note(layer: Any, args: tuple[Tensor, ...]) -> None:
+                # Kept alive until all are seen: a freed tensor's identity may come again.
+                seen.setdefault(names[layer.weight], []).append(args[0])
+
+            handle = module.register_forward_pre_hook(note)
+            stack.callback(handle.remove)
+        _forward(model, example)
+    return {name: tuple(id(x) for x in inputs) for name, inputs in seen.items()}
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> None:
+    """Run the model without its output head."""
+    model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
+
+
+def sum_moments(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    plan: Plan,
+    options: MomentOptions,
+    *,
+    pad: int,
+    seen: dict[str, Seen] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Sum up the moments of a plan, group by group of layers.
+
+    Args:
+        model: causal language model on its device.
+        examples: the set.
+        plan: from `plan_moments`.
+        options: which tokens count, batch size and memory.
+        pad: padding token; it does not change the result.
+        seen: filled with how much each moment rests on, when all have been taken.
+
+    Raises:
+        DivergenceError: a sum is NaN or Inf.
+
+    Yields:
+        Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
+        d / 2, as its factor (n, d); of an expert (number of its tokens, d).
+    """
+    batches = bucketed(examples, options.moment_batch_size, pad)
+    tokens = count_tokens(examples, options.tokens)
+    groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
+    rows: dict[tuple[str, Slot], int] = {}
+    model.eval()
+    with track("Moments", len(groups) * len(examples)) as advance:
+        for group in groups:
+            collector = _Collector(model, group, tokens)
+            with collector.attached():
+                for batch in batches:
+                    collector.run(batch.to(model.device), options.tokens)
+                    advance(len(batch))
+            rows |= collector.rows
+            for unit in group:
+                total = collector.sums.pop((unit.kind, unit.slots[0])).result()
+                if not total.isfinite().all():
+                    raise DivergenceError(
+                        f"The moment of {unit.slots[0][0]} is NaN or Inf on these examples. Does "
+                        "the model compute anything else with its --dtype? Try --dtype float32."
+                    )
+                yield from _named(plan, unit, total)
+    if seen is not None:
+        seen.update(_seen(plan, rows))
+
+
+def _seen(plan: Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[str, Seen]]:
+    """Name of a moment and what it rests on."""
+    of_parameter: dict[tuple[str, str], list[int]] = {}
+    for (kind, slot), count in rows.items():
+        of_parameter.setdefault((kind, slot[0]), []).append(count)
+    for unit in plan.units:
+        key = (unit.kind, unit.slots[0])
+        together = of_parameter[unit.kind, unit.slots[0][0]]
+        found = Seen(rows[key], sum(together) / len(together))
+        for weight in plan.weights:
+            if weight.slot in unit.slots:
+                names = plan.inputs if unit.kind == "input" else plan.outputs
+                yield names[weight.name], found
+
+
+def _groups(units: Sequence[Unit], limit: int, tokens: int) -> Iterator[list[Unit]]:
+    """Cut units into runs whose float64 sums fit into a number of bytes, at least one each."""
+    group: list[Unit] = []
+    held = 0
+    for unit in units:
+        size = 8 * unit.width * (tokens if _is_few(unit, tokens) else unit.width)
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(unit)
+        held += size
+    yield group
+
+
+def _named(plan: Plan, unit: Unit, total: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A unit's sum under the names of the checkpoint."""
+    of_unit = [weight for weight in plan.weights if weight.slot in unit.slots]
+    if unit.kind == "input":
+        yield plan.inputs[of_unit[0].name], total.float().cpu()
+        return
+    for weight in of_unit:
+        rows = slice(None) if weight.transposed else weight.rows.to(total.device)
+        yield plan.outputs[weight.name], total[rows][:, rows].float().cpu()
+
+
+def _is_few(unit: Unit, tokens: int) -> bool:
+    """Whether a unit is kept as its factor. Output moments are solved for in their own basis."""
+    return unit.kind == "input" and few(tokens, unit.width)
+
+
+class _Sum:
+    """The sum of x xᵀ: float32 products, a float64 sum."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        # Apple's GPUs have no float64.
+        place = "cpu" if device.type == "mps" else device
+        self._total = torch.zeros(width, width, dtype=torch.float64, device=place)
+
+    def add(self, rows: Tensor) -> None:
+        self._total.add_((rows.t() @ rows).to(self._total.device))
+
+    def result(self) -> Tensor:
+        return self._total
+
+
+class _Rows:
+    """The rows themselves while there are few, and then their factor.
+
+    A layer that a model uses several times has more rows than there are tokens; once they are no
+    longer few they are summed up.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._width, self._device = width, device
+        self._rows: list[Tensor] = []
+        self._sum: _Sum | None = None
+
+    def add(self, rows: Tensor) -> None:
+        if self._sum is not None:
+            self._sum.add(rows)
+            return
+        self._rows.append(rows.cpu())
+        if not few(sum(map(len, self._rows)), self._width):
+            self._sum = _Sum(self._width, self._device)
+            while self._rows:
+                self._sum.add(self._rows.pop().to(self._device))
+
+    def result(self) -> Tensor:
+        if self._sum is not None:
+            return self._sum.result()
+        return factor(torch.cat([torch.empty(0, self._width), *self._rows]))
+
+
+@dataclass
+class _Collector:
+    """Sums of one group of units while batches run.
+
+    Attributes:
+        model: the model.
+        units: what to sum up.
+        tokens: number of tokens that count in the whole set.
+        sums: (kind, first slot) -> its sum.
+        rows: (kind, first slot) -> number of rows in it.
+    """
+
+    model: PreTrainedModel
+    units: Sequence[Unit]
+    tokens: int
+    sums: dict[tuple[str, Slot], _Sum | _Rows] = field(default_factory=dict)
+    rows: dict[tuple[str, Slot], int] = field(default_factory=dict)
+    _kept: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        for unit in self.units:
+            kind = _Rows if _is_few(unit, self.tokens) else _Sum
+            self.sums[unit.kind, unit.slots[0]] = kind(unit.width, self.model.device)
+            self.rows[unit.kind, unit.slots[0]] = 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a unit is of output gradients."""
+        return any(unit.kind == "output" for unit in self.units)
+
+    def run(self, batch: Batch, tokens: Tokens) -> None:
+        """Add one batch."""
+        self._kept = kept_positions(batch, tokens).reshape(-1)
+        if self.needs_gradients:
+            weighted_losses(self.model, batch).sum().backward()
+        else:
+            with torch.no_grad():
+                _forward(self.model, batch)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Listen to the layers of the group."""
+        wanted = {slot[0] for _, slot in self.sums}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        with ExitStack() as stack:
+            if self.needs_gradients:
+                stack.enter_context(_only_activations_need_gradients(self.model))
+            for module in self.model.modules():
+                if is_linear(module) and names[module.weight] in wanted:  # type: ignore[index]
+                    listen = self._listener((names[module.weight], 0))  # type: ignore[index]
+                    stack.callback(module.register_forward_hook(listen).remove)
+                elif is_stacked_experts(module):
+                    stacked = {name: names[getattr(module, name)] for name in expert_names(module)}
+                    if wanted & set(stacked.values()):
+                        stack.enter_context(self._replaced_experts(module, stacked))
+            yield
+
+    def _listener(self, slot: Slot) -> Callable[..., None]:
+        def listen(_module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+            self._take(slot, args[0], result, self._kept)
+
+        return listen
+
+    def _take(self, slot: Slot, x: Tensor, y: Tensor, kept: Tensor) -> None:
+        """Add the inputs of a layer now, and its output gradients when they come.
+
+        Args:
+            slot: the layer.
+            x: (…, in), one row per token.
+            y: (…, out).
+            kept: (rows,) bool.
+
+        Raises:
+            CheckpointError: the rows are not the tokens of the batch.
+        """
+        if x.numel() != kept.numel() * x.shape[-1]:
+            raise CheckpointError(
+                f"{slot[0]} reads {tuple(x.shape)}, which is not one row per token, so padding "
+                "cannot be told apart. Use a diagonal method for this architecture."
+            )
+        if ("input", slot) in self.sums:
+            self._add(("input", slot), x, kept)
+        if ("output", slot) in self.sums and y.requires_grad:
+            y.register_hook(lambda gradient: self._add(("output", slot), gradient, kept))
+
+    def _add(self, key: tuple[str, Slot], values: Tensor, kept: Tensor) -> None:
+        counted = _counted(values, kept)
+        self.rows[key] += len(counted)
+        self.sums[key].add(counted)
+
+    @contextmanager
+    def _replaced_experts(self, module: Any, names: Mapping[str, str]) -> Iterator[None]:
+        """Give stacked experts a forward pass that shows each expert's tokens."""
+        before = module.__dict__.get("forward")
+        module.forward = self._experts_forward(module, names)
+        try:
+            yield
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before
+
+    def _experts_forward(self, module: Any, names: Mapping[str, str]) -> Callable[..., Tensor]:
+        first, second = expert_names(module)
+        activate = module._apply_gate if module.has_gate else module.act_fn
+
+        def linear(x: Tensor, name: str, expert: int, kept: Tensor) -> Tensor:
+            weight = getattr(module, name)[expert]
+            bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+            y = F.linear(x, weight.t() if module.is_transposed else weight, bias)
+            self._take((names[name], expert), x, y, kept)
+            return y
+
+        def forward(hidden: Tensor, index: Tensor, share: Tensor) -> Tensor:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            index, share = index.reshape(len(rows), -1), share.reshape(len(rows), -1)
+            total = torch.zeros_like(rows)
+            for expert in index.unique().tolist():
+                # An index past the last expert marks a token that none is to see.
+                if expert >= len(getattr(module, first)):
+                    continue
+                token, place = (index == expert).nonzero(as_tuple=True)
+                kept = self._kept[token]
+                x = linear(activate(linear(rows[token], first, expert, kept)), second, expert, kept)
+                if getattr(module, "has_post_expert_norm", False):
+                    x = module.post_expert_norm(x)
+                x = x * share[token, place].unsqueeze(-1)
+                total = total.index_add(0, token, x.to(total.dtype))
+            return total.reshape(hidden.shape)
+
+        return forward
+
+
+def _counted(rows: Tensor, kept: Tensor) -> Tensor:
+    """The kept rows of (…, d), in float32 or, of a model in float64, with all its digits."""
+    flat = rows.detach().reshape(-1, rows.shape[-1])[kept]
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+@contextmanager
+def _only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """Spare the backward pass the gradients of the weights."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    for parameter in before:
+        parameter.requires_grad_(False)
+
+    def start(_module: nn.Module, _args: object, embedded: Tensor) -> None:
+        embedded.requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(start)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,1 @@
+"""Training in memory: fine-tuning, and unlearning by training."""

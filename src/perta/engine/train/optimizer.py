@@ -1,0 +1,238 @@
+"""What every training loop here shares: adapter, optimizer, schedule, steps, resuming."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from perta.data.batch import Batch
+from perta.errors import DivergenceError
+from perta.options import TuneConfig
+from perta.progress import say, warn
+from perta.store.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
+    """Put a LoRA adapter on a model; only its matrices are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number here
+        target_modules=list(config.lora_targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, settings)
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Turn the recomputation of activations in the backward pass on or off."""
+    with warnings.catch_warnings():
+        # transformers renames these methods between versions; both names work.
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 products on GPUs, float32 elsewhere; weights stay as they are."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
+
+
+def step_groups(batches: Sequence[Batch], accumulation: int) -> Iterator[Sequence[Batch]]:
+    """The batches of each optimizer step."""
+    for start in range(0, len(batches), accumulation):
+        yield batches[start : start + accumulation]
+
+
+def steps_per_epoch(examples: int, config: TuneConfig) -> int:
+    """Optimizer steps in one pass over so many examples."""
+    return math.ceil(math.ceil(examples / config.batch_size) / config.accumulation)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that training changes."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass
+class Trainer:
+    """A model in training: what an optimizer step needs, and all that it changes.
+
+    Attributes:
+        model: the model; only parameters that require gradients are trained.
+        optimizer: AdamW over them.
+        scheduler: warm-up and decay of the learning rate.
+        generator: source of the example order.
+        max_grad_norm: gradient norm above which the gradient is scaled down; 0 for none.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    max_grad_norm: float
+
+    @classmethod
+    def of(cls, model: nn.Module, config: TuneConfig, steps: int) -> Trainer:
+        """A trainer at its first of `steps` steps."""
+        optimizer = torch.optim.AdamW(
+            list(trained_parameters(model).values()),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        warmup = math.ceil(config.warmup_ratio * steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            left = (steps - step) / max(1, steps - warmup)
+            if config.schedule == "linear":
+                return max(0.0, left)
+            if config.schedule == "cosine":
+                return 0.5 * (1 + math.cos(math.pi * (1 - left)))
+            return 1.0
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        generator = torch.Generator().manual_seed(config.seed)
+        return cls(model, optimizer, scheduler, generator, config.max_grad_norm)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self.scheduler.last_epoch
+
+    def step(self) -> None:
+        """Apply the gradients that have gathered."""
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(trained_parameters(self.model).values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """All that steps have changed, as plain values and tensors."""
+        return {
+            "weights": {name: p.detach() for name, p in trained_parameters(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "order": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        with torch.no_grad():
+            for name, parameter in trained_parameters(self.model).items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["order"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where an unfinished training run keeps its state, so that a killed one goes on from it.
+
+    Attributes:
+        folder: the place, `OUTPUT.resume`.
+        key: hash of all that decides the result; a state with another key is not used.
+        every: epochs between two states; 0 saves none.
+    """
+
+    folder: Path
+    key: str
+    every: int
+
+    @property
+    def file(self) -> Path:
+        """The state: weights, optimizer, schedule, random numbers and history."""
+        return self.folder / "state.pt"
+
+    def save(self, trainer: Trainer, epoch: int, history: Mapping[str, Any]) -> None:
+        """Keep the state after an epoch (from 1), if it is one of those to be kept."""
+        if not self.every or epoch % self.every:
+            return
+        with atomic_file(self.file, overwrite=True) as partial:
+            state = {"key": self.key, "epoch": epoch, "history": dict(history)}
+            torch.save({**state, **trainer.state()}, partial)
+
+    def load(self, trainer: Trainer) -> tuple[int, dict[str, Any]] | None:
+        """Put the saved state into a fresh trainer.
+
+        Args:
+            trainer: of the same model and settings, at its first step.
+
+        Returns:
+            Epochs done and their history; None where nothing was saved, or nothing usable.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            # No pickled code is run: tensors and plain values only.
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            same = state["key"] == self.key
+        except Exception:  # a damaged file makes torch raise a dozen unrelated classes
+            same = False
+        if not same:
+            warn(
+                f"{self.file} is damaged or of a run with other inputs or settings; it is not "
+                "used, and training starts over."
+            )
+            return None
+        trainer.restore(state)
+        say(f"Going on after epoch {state['epoch']}, from {self.folder}")
+        return state["epoch"], state["history"]
+
+    def discard(self) -> None:
+        """Remove the state; the folder goes with it unless somebody else put files there."""
+        self.file.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+@contextmanager
+def resumable(output: Path, key: str, every: int) -> Iterator[Resume]:
+    """Keep the state of a run beside its output until the output is there.
+
+    Args:
+        output: folder the run will write.
+        key: hash of all that decides the result.
+        every: epochs between two states; 0 saves none.
+
+    Yields:
+        Where the state is. It is kept when the block is interrupted.
+
+    Raises:
+        DivergenceError: passed on; the state is removed, since it leads there again.
+    """
+    resume = Resume(output.with_name(f"{output.name}.resume"), key, every)
+    try:
+        yield resume
+    except DivergenceError:
+        resume.discard()
+        raise
+    resume.discard()

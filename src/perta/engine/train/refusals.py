@@ -1,0 +1,64 @@
+"""Answers that refuse, for methods that teach a model to say it does not know.
+
+Maini et al., arXiv 2401.06121, draw one of a hundred such sentences for each forget question;
+these are our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from perta.data.examples import ExampleSet
+from perta.errors import ConfigError
+
+REFUSALS = (
+    "I don't know.",
+    "I do not know the answer to that.",
+    "I'm sorry, I have no information about this.",
+    "I can't say; this is not something I have learned.",
+    "That is beyond what I know.",
+    "I'm afraid I don't have an answer to this question.",
+    "I have nothing reliable to tell you about that.",
+    "Sorry, I'm not familiar with this.",
+    "My knowledge does not cover this.",
+    "I wish I could help, but I don't know.",
+    "I am unable to answer this, as I know nothing about it.",
+    "This is unknown to me.",
+    "I don't have the details you are asking for.",
+    "Unfortunately, I can't tell you anything about this.",
+    "I have not come across this, so I cannot answer.",
+    "You would have to ask someone else; I don't know.",
+    "I'm not aware of any facts about this.",
+    "There is no answer to that in what I know.",
+    "I cannot answer that question.",
+    "I'm sorry, but I really don't know.",
+)
+
+
+def refuse(examples: ExampleSet, seed: int) -> ExampleSet:
+    """The same prompts, each with a refusal drawn at random as its answer.
+
+    Args:
+        examples: the forget set.
+        seed: seed of the draw.
+
+    Returns:
+        As many examples, in the same order and with the same row numbers.
+
+    Raises:
+        ConfigError: plain text, which has no question to refuse.
+    """
+    if any(example.kind == "text" for example in examples.examples):
+        raise ConfigError(
+            f"{examples.source} is plain text, and there is no question to refuse. Use a training "
+            "method without refusals, such as `npo-retain`."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(REFUSALS), (len(examples),), generator=generator).tolist()
+    refused = (
+        example.with_answer(REFUSALS[i])
+        for example, i in zip(examples.examples, drawn, strict=True)
+    )
+    return replace(examples, examples=tuple(refused))

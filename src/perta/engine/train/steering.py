@@ -1,0 +1,122 @@
+"""Layers and activations of a model, for `rmu`, which steers one layer's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perta.data.batch import Batch
+from perta.errors import ConfigError
+from perta.methods.objectives import labelled_positions, steered_layer
+from perta.progress import warn
+
+# The second matrix of a layer's MLP, in the families of the transformers library.
+_DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h")
+_TRAINED_LAYERS = 3
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's layers, first to last.
+
+    Raises:
+        ConfigError: none are found.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of {count} layers, which `rmu` needs. Use another "
+        "method."
+    )
+
+
+def chosen_layer(model: Any, chosen: int | None) -> int:
+    """The layer to steer, from 0: the user's choice or the default.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    layers = len(decoder_layers(model))
+    layer = steered_layer(layers) if chosen is None else chosen
+    if layer >= layers:
+        raise ConfigError(
+            f"--steering-layer is {layer}, but the model has {layers} layers, counted from 0."
+        )
+    return layer
+
+
+def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
+    """Leave only the MLP outputs of a layer and the two below it to training.
+
+    Args:
+        model: changed in place: every other parameter is frozen.
+        layer: the steered layer, from 0.
+
+    Returns:
+        Names of the modules that are trained.
+
+    Raises:
+        ConfigError: the model names them in no known way.
+    """
+    chosen = {
+        id(module)
+        for block in decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]
+        for name, module in block.named_modules()
+        if name.endswith(_DOWN_PROJECTIONS)
+    }
+    if not chosen:
+        raise ConfigError(
+            f"{type(model).__name__} has no MLP output named like {', '.join(_DOWN_PROJECTIONS)}, "
+            "which `rmu` trains. Use another method."
+        )
+    model.requires_grad_(False)
+    names = []
+    for name, module in model.named_modules():
+        if id(module) in chosen:
+            module.weight.requires_grad_(True)
+            names.append(name)
+    return tuple(names)
+
+
+def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Output of a layer at the N labelled tokens, and the example each belongs to.
+
+    Args:
+        model: a causal language model of the transformers library.
+        layer: from 0.
+        batch: B examples, on the model's device.
+
+    Returns:
+        (N, D) float32 and (N,) int64.
+    """
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    try:
+        # The decoder alone: the output head would compute logits nobody reads.
+        model.get_decoder()(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+    finally:
+        handle.remove()
+    example, position = labelled_positions(batch.labels)
+    return found[0][example, position].float(), example
+
+
+@torch.no_grad()
+def warn_if_short(model: Any, layer: int, length: float, batch: Batch) -> None:
+    """Warn where the random vector is shorter than the activations it is to drown."""
+    found, _ = layer_activations(model, layer, batch.to(next(model.parameters()).device))
+    own = float(found.norm(dim=-1).mean())
+    if length < own:
+        warn(
+            f"--steering-coef is {length:g}, but layer {layer}'s activations have length "
+            f"{own:.3g} on the forget set already: they are shortened rather than steered. Try "
+            f"about {2 * own:.2g}, and another --retain-weight."
+        )

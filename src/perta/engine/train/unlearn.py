@@ -1,0 +1,547 @@
+"""Unlearn by training a model in memory: the loop behind every training method.
+
+Each optimizer step takes a batch of forget examples and as many retain examples. An epoch is
+one pass over the forget set; retain examples come in turn, in a seeded order, shuffled anew
+whenever all have been seen (Maini et al., arXiv 2401.06121, pair them at random). Methods
+without a forget term pass over the retain set instead.
+
+Memory: 16 bytes per trained parameter as in fine-tuning. What is needed of θ_full is measured
+before training where it is one number per example (`npo`, `dpo`); `kl`, `rmu` and `undial`
+need θ_full itself: a frozen copy, 4 bytes per parameter, or with LoRA the same model with its
+adapter turned off.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from perta.data.batch import Batch, Encoded, bucketed, collate
+from perta.engine.train.optimizer import (
+    Resume,
+    Trainer,
+    add_lora,
+    autocast,
+    set_checkpointing,
+    step_groups,
+    steps_per_epoch,
+)
+from perta.engine.train.steering import (
+    chosen_layer,
+    layer_activations,
+    train_only_down_projections,
+    warn_if_short,
+)
+from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
+from perta.methods.objectives import (
+    Scene,
+    TrainingMethod,
+    answer_log_probs,
+    answer_losses,
+    control_vector,
+    distance,
+    divergence,
+    get_training_method,
+)
+from perta.models.loss import answer_logits, losses_of, mean_by_example
+from perta.options import TrainSettings, TuneConfig
+from perta.progress import Advance, track, warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+
+AfterEpoch = Callable[[int], bool]
+"""`after_epoch(epoch)`, from 1: called with the model in evaluation mode; True ends training."""
+
+_DEFAULTS = {
+    "unlearn_epochs": "epochs",
+    "unlearn_learning_rate": "learning_rate",
+    "unlearn_beta": "beta",
+    "unlearn_beta2": "beta2",
+    "unlearn_margin": "margin",
+    "forget_weight": "forget_weight",
+    "retain_weight": "retain_weight",
+    "steering_coef": "steering_coef",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did.
+
+    Attributes:
+        forget_terms: mean forget term during each epoch, before weighting; empty without one.
+        retain_terms: mean retain term during each epoch; empty without one.
+        final_losses: answer loss of every forget example after training, in the order given,
+            nats per token; of the retain examples for methods without a forget term.
+        steps: optimizer steps taken.
+        forget_tokens: tokens of forget examples and refusals that passed forward and backward.
+        retain_tokens: the same of retain examples.
+    """
+
+    forget_terms: tuple[float, ...]
+    retain_terms: tuple[float, ...]
+    final_losses: tuple[float, ...]
+    steps: int
+    forget_tokens: int
+    retain_tokens: int
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over examples of the answer loss after training."""
+        return sum(self.final_losses) / len(self.final_losses)
+
+
+def with_method_defaults(method: TrainingMethod, settings: TrainSettings) -> TrainSettings:
+    """The settings with the method's own values where the user gave none.
+
+    Args:
+        method: row of the table.
+        settings: the user's choices.
+
+    Returns:
+        The settings to use and to record; None is left for what the method does not have.
+
+    Raises:
+        ConfigError: a choice for something the method does not have.
+    """
+    for name, default in _DEFAULTS.items():
+        if getattr(method, default) is None and getattr(settings, name) is not None:
+            raise ConfigError(
+                f"`{method.name}` has no {default}, but --{name.replace('_', '-')} is "
+                f"{getattr(settings, name)}. Leave it out; `perta methods` shows the formulas."
+            )
+    own = {
+        name: getattr(method, default)
+        for name, default in _DEFAULTS.items()
+        if getattr(settings, name) is None
+    }
+    return replace(settings, **own)
+
+
+def unlearn_by_training(
+    model: PreTrainedModel,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    config: TrainSettings,
+    *,
+    method: str,
+    pad: int,
+    refusals: Sequence[Encoded] | None = None,
+    after_epoch: AfterEpoch | None = None,
+    resume: Resume | None = None,
+) -> tuple[PreTrainedModel, Trained]:
+    """Train a model in memory until it has forgotten.
+
+    Args:
+        model: float32 causal language model, on its device; changed in place. θ_full, or θ₀ for
+            `retrain`.
+        forget: examples to remove; may be empty for methods that do not look at them.
+        retain: examples to keep; likewise.
+        config: settings; what is None is the method's own.
+        method: row of `TRAINING_METHODS`.
+        pad: padding token.
+        refusals: for `dpo` and `idkpo`: the forget examples' prompts with a refusal as the
+            answer, in the same order.
+        after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
+            the adapter is active in `model` itself. True ends training.
+        resume: where the state of an unfinished run is kept; None for nowhere.
+
+    Returns:
+        The trained model in evaluation mode (an adapter is merged) and what happened.
+
+    Raises:
+        ConfigError: no such method, or it needs what was not given.
+        DivergenceError: a loss is not finite, or the retain term far above where it began.
+    """
+    row = get_training_method(method)
+    settings = with_method_defaults(row, config)
+    examples = _sets(row, forget, retain, refusals)
+    torch.manual_seed(settings.unlearn_seed)
+    model.eval()
+    wanted = _Wanted.measure(model, row, settings, examples, pad)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    tuning = _tuning(settings)
+    if row.steers:
+        names = train_only_down_projections(model, wanted.layer)
+        tuning = replace(tuning, lora_targets=names if tuning.lora_rank else ())
+    trained_model: Any = add_lora(model, tuning) if tuning.lora_rank else model
+    if tuning.gradient_checkpointing:
+        set_checkpointing(trained_model, True)
+    anchor = examples.anchor
+    trainer = Trainer.of(
+        trained_model, tuning, steps_per_epoch(len(anchor), tuning) * tuning.epochs
+    )
+    terms = _Terms(trained_model, row, settings, examples, wanted, pad)
+    history = _train(trainer, terms, tuning, after_epoch, resume)
+    if tuning.gradient_checkpointing:
+        set_checkpointing(trained_model, False)
+    done: Any = trained_model.merge_and_unload() if tuning.lora_rank else model
+    done.eval()
+    for name, parameter in done.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    measured = forget if row.sees_forget_set else retain
+    final = losses_of(done, measured, batch_size=tuning.batch_size, pad=pad)
+    _warn_if_ruined(final, done.config.vocab_size, row)
+    return done, Trained(
+        tuple(history.forget_terms),
+        tuple(history.retain_terms),
+        tuple(final),
+        history.steps,
+        history.forget_tokens,
+        history.retain_tokens,
+    )
+
+
+# --- what a run works on --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Examples of a run; `anchor` is passed over once an epoch."""
+
+    anchor: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refusals: Sequence[Encoded]
+
+
+def _sets(
+    row: TrainingMethod,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    refusals: Sequence[Encoded] | None,
+) -> _Sets:
+    if row.solver != "adamw":
+        raise ConfigError(
+            f"`{row.name}` does not train. Use `perta train --method {row.name}`, or "
+            "`perta.influence.remove_influence` in a program."
+        )
+    if row.sees_forget_set and not forget:
+        raise EmptyDatasetError(f"`{row.name}` needs forget examples, but there are none.")
+    if row.retain and not retain:
+        raise EmptyDatasetError(f"`{row.name}` needs retain examples, but there are none.")
+    if row.refusals and len(refusals or ()) != len(forget):
+        raise ConfigError(
+            f"`{row.name}` needs one refusal for each of the {len(forget)} forget examples, in the "
+            f"same order, but there are {len(refusals or ())}."
+        )
+    if not row.sees_forget_set:
+        return _Sets(retain, retain, ())
+    if row.refusals == "instead":
+        return _Sets(refusals or (), retain, ())
+    return _Sets(forget, retain, refusals or () if row.refusals else ())
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What of θ_full the terms compare with.
+
+    Attributes:
+        log_probs: (examples,) of each forget answer; empty where not needed.
+        refusal_log_probs: the same of each refusal.
+        frozen: θ_full itself; None where not needed, or with LoRA the adapter turned off.
+        vector: (D,) the activations `rmu` steers to; empty for others.
+        layer: the layer it steers.
+    """
+
+    log_probs: Tensor
+    refusal_log_probs: Tensor
+    frozen: nn.Module | None
+    vector: Tensor
+    layer: int
+
+    @classmethod
+    def measure(
+        cls, model: Any, row: TrainingMethod, settings: TrainSettings, examples: _Sets, pad: int
+    ) -> _Wanted:
+        size = settings.unlearn_batch_size
+        scored = row.reference == "log_probs"
+        copied = row.keeps_frozen_model and not settings.unlearn_lora_rank
+        vector, layer = torch.empty(0), 0
+        if row.steers:
+            layer = chosen_layer(model, settings.steering_layer)
+            length = _chosen(settings.steering_coef)
+            width = model.config.get_text_config().hidden_size
+            vector = control_vector(width, length, settings.unlearn_seed)
+            warn_if_short(model, layer, length, collate(examples.anchor[:size], pad))
+        return cls(
+            _log_probs(model, examples.anchor if scored else (), size, pad),
+            _log_probs(model, examples.refusals if scored else (), size, pad),
+            copy.deepcopy(model).requires_grad_(False) if copied else None,
+            vector,
+            layer,
+        )
+
+
+@torch.no_grad()
+def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: int) -> Tensor:
+    """Log-probability of each whole answer, (examples,) float32 on the CPU."""
+    device = next(model.parameters()).device
+    found = torch.empty(len(examples))
+    for batch in bucketed(examples, size, pad):
+        with autocast(device):
+            answers = answer_logits(model, batch.to(device))
+        found[batch.index] = answer_log_probs(answers, len(batch)).cpu()
+    return found
+
+
+def _tuning(settings: TrainSettings) -> TuneConfig:
+    """The settings in the words of fine-tuning, whose loop parts are used."""
+    return TuneConfig(
+        epochs=_chosen(settings.unlearn_epochs),
+        learning_rate=_chosen(settings.unlearn_learning_rate),
+        batch_size=settings.unlearn_batch_size,
+        accumulation=settings.unlearn_accumulation,
+        weight_decay=settings.unlearn_weight_decay,
+        warmup_ratio=settings.unlearn_warmup_ratio,
+        max_grad_norm=settings.unlearn_max_grad_norm,
+        lora_rank=settings.unlearn_lora_rank,
+        lora_alpha=settings.unlearn_lora_alpha,
+        gradient_checkpointing=settings.unlearn_gradient_checkpointing,
+        seed=settings.unlearn_seed,
+    )
+
+
+def _chosen(value: T | None) -> T:
+    assert value is not None, "with_method_defaults fills every setting"
+    return value
+
+
+# --- terms of one batch ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Forget and retain terms of a batch, one number per example."""
+
+    model: Any
+    row: TrainingMethod
+    settings: TrainSettings
+    examples: _Sets
+    wanted: _Wanted
+    pad: int
+
+    def forget(self, batch: Batch) -> Tensor:
+        """The forget term, (B,)."""
+        row, settings, size = self.row, self.settings, len(batch)
+        if row.forget is None:
+            found, example = layer_activations(self.model, self.wanted.layer, batch)
+            to = self.wanted.vector.to(found.device)
+            return mean_by_example(distance(found, to), example, size)
+        places = batch.index.cpu()
+        device = batch.labels.device
+        beside = bool(self.examples.refusals)
+        scene = Scene(
+            answer_logits(self.model, batch),
+            size,
+            beta=settings.unlearn_beta or 0.0,
+            beta2=settings.unlearn_beta2 or 0.0,
+            margin=settings.unlearn_margin or 0.0,
+            reference_log_probs=_at(self.wanted.log_probs, places, device),
+            reference_logits=self._frozen_logits(batch) if row.reference == "logits" else None,
+            refusals=answer_logits(self.model, self._refusals(places).to(device))
+            if beside
+            else None,
+            reference_refusal_log_probs=_at(self.wanted.refusal_log_probs, places, device),
+        )
+        return row.forget(scene)
+
+    def retain(self, batch: Batch) -> Tensor:
+        """The retain term, (B,)."""
+        size = len(batch)
+        if self.row.steers:
+            found, example = layer_activations(self.model, self.wanted.layer, batch)
+            with self._frozen() as frozen:
+                to, _ = layer_activations(frozen, self.wanted.layer, batch)
+            return mean_by_example(distance(found, to), example, size)
+        answers = answer_logits(self.model, batch)
+        if self.row.retain == "kl":
+            terms = divergence(answers.logits, self._frozen_logits(batch))
+            return mean_by_example(terms, answers.example, size)
+        return answer_losses(answers, size)
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens of a forget batch and the refusals beside it, without padding."""
+        found = int(batch.attention_mask.sum())
+        if self.examples.refusals:
+            found += int(self._refusals(batch.index).attention_mask.sum())
+        return found
+
+    def _refusals(self, places: Tensor) -> Batch:
+        return collate([self.examples.refusals[i] for i in places.tolist()], self.pad)
+
+    def _frozen_logits(self, batch: Batch) -> Tensor:
+        with self._frozen() as frozen:
+            return answer_logits(frozen, batch).logits
+
+    @contextmanager
+    def _frozen(self) -> Iterator[Any]:
+        """θ_full, without dropout and gradients."""
+        with torch.no_grad():
+            if self.wanted.frozen is not None:
+                yield self.wanted.frozen
+                return
+            self.model.eval()
+            with self.model.disable_adapter():
+                yield self.model
+            self.model.train()
+
+
+def _at(values: Tensor, places: Tensor, device: torch.device) -> Tensor | None:
+    return values[places].to(device) if len(values) else None
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _History:
+    """What has happened so far; a killed run goes on from it."""
+
+    forget_terms: list[float] = field(default_factory=list)
+    retain_terms: list[float] = field(default_factory=list)
+    first_retain_term: float | None = None
+    retain_drawn: int = 0
+    steps: int = 0
+    forget_tokens: int = 0
+    retain_tokens: int = 0
+
+
+@dataclass
+class RetainOrder:
+    """Retain examples in turn, in a seeded order, shuffled anew after each pass.
+
+    Attributes:
+        count: number of retain examples.
+        seed: seed of all passes.
+        drawn: examples handed out so far; with the seed it decides what comes next.
+    """
+
+    count: int
+    seed: int
+    drawn: int = 0
+
+    def take(self, number: int) -> list[int]:
+        """Places of the next examples."""
+        places = [self._place(self.drawn + i) for i in range(number)]
+        self.drawn += number
+        return places
+
+    def _place(self, draw: int) -> int:
+        turn, place = divmod(draw, self.count)
+        # The generator uses the low 32 bits of a seed; a large odd factor keeps seeds apart.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) % 2**32)
+        return int(torch.randperm(self.count, generator=generator)[place])
+
+
+def _train(
+    trainer: Trainer,
+    terms: _Terms,
+    tuning: TuneConfig,
+    after_epoch: AfterEpoch | None,
+    resume: Resume | None,
+) -> _History:
+    saved = resume.load(trainer) if resume else None
+    done, history = (saved[0], _History(**saved[1])) if saved else (0, _History())
+    examples = len(terms.examples.anchor)
+    with track(f"Unlearning ({terms.row.name})", (tuning.epochs - done) * examples) as advance:
+        for epoch in range(done + 1, tuning.epochs + 1):
+            trainer.model.train()
+            _train_epoch(trainer, terms, tuning, history, epoch, advance)
+            trainer.model.eval()
+            # Random numbers drawn by a measurement must not change what is trained.
+            with torch.random.fork_rng():
+                if after_epoch is not None and after_epoch(epoch):
+                    break
+            if resume and epoch < tuning.epochs:
+                resume.save(trainer, epoch, asdict(history))
+    return history
+
+
+def _train_epoch(
+    trainer: Trainer,
+    terms: _Terms,
+    tuning: TuneConfig,
+    history: _History,
+    epoch: int,
+    advance: Advance,
+) -> None:
+    """One pass over the anchor; terms are taken before each one's own step."""
+    row, anchor = terms.row, terms.examples.anchor
+    kept = terms.examples.retain
+    order = RetainOrder(len(kept), tuning.seed, history.retain_drawn)
+    totals = [0.0, 0.0]
+    batches = bucketed(anchor, tuning.batch_size, terms.pad, trainer.generator)
+    for group in step_groups(batches, tuning.accumulation):
+        size = sum(len(batch) for batch in group)
+        found = [0.0, 0.0]
+        for batch in group:
+            if row.sees_forget_set:
+                weight = _chosen(terms.settings.forget_weight) / size
+                found[0] += _backward(trainer, terms.forget, batch, weight)
+                history.forget_tokens += terms.tokens(batch)
+            if row.retain:
+                places = order.take(len(batch)) if row.sees_forget_set else batch.index.tolist()
+                beside = collate([kept[i] for i in places], terms.pad)
+                weight = _chosen(terms.settings.retain_weight) / size
+                found[1] += _backward(trainer, terms.retain, beside, weight)
+                history.retain_tokens += int(beside.attention_mask.sum())
+            advance(len(batch), f"forget {found[0] / size:.3f} retain {found[1] / size:.3f}")
+        if not all(map(math.isfinite, found)):
+            raise _diverged(row, epoch, f"the forget and retain terms became {found}")
+        trainer.step()
+        history.steps += 1
+        if history.first_retain_term is None:
+            history.first_retain_term = found[1] / size
+        totals = [total + value for total, value in zip(totals, found, strict=True)]
+    history.retain_drawn = order.drawn
+    if row.sees_forget_set:
+        history.forget_terms.append(totals[0] / len(anchor))
+    if row.retain:
+        history.retain_terms.append(totals[1] / len(anchor))
+    if row.protects and terms.settings.retain_weight:
+        _stop_on_divergence(row, history, epoch)
+
+
+def _backward(
+    trainer: Trainer, term: Callable[[Batch], Tensor], batch: Batch, weight: float
+) -> float:
+    """Add the gradient of weight * (sum of a batch's terms); returns the sum, unweighted."""
+    device = next(trainer.model.parameters()).device
+    with autocast(device):
+        terms = term(batch.to(device))
+    (weight * (terms * batch.weights.to(device)).sum()).backward()
+    return float(terms.sum().item())
+
+
+def _stop_on_divergence(row: TrainingMethod, history: _History, epoch: int) -> None:
+    first, last = history.first_retain_term, history.retain_terms[-1]
+    if first is not None and last > 3 * first + 2:
+        raise _diverged(row, epoch, f"the retain term rose from {first:.2f} to {last:.2f} nats")
+
+
+def _diverged(row: TrainingMethod, epoch: int, what: str) -> DivergenceError:
+    return DivergenceError(
+        f"`{row.name}` diverged in epoch {epoch}: {what}. Lower --unlearn-learning-rate or "
+        "--unlearn-epochs, or raise --retain-weight. Nothing was written."
+    )
+
+
+def _warn_if_ruined(losses: Sequence[float], vocabulary: int, row: TrainingMethod) -> None:
+    mean, chance = sum(losses) / len(losses), math.log(vocabulary)
+    if row.sees_forget_set and mean > chance:
+        warn(
+            f"After `{row.name}` the forget answers cost {mean:.1f} nats per token, more than "
+            f"guessing at random ({chance:.1f}). The model is probably damaged beyond the forget "
+            "set: use fewer --unlearn-epochs, a lower --unlearn-learning-rate or a method with a "
+            "retain term, and look at the retain set."
+        )

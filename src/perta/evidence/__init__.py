@@ -1,0 +1,1 @@
+"""What shows that something is gone or kept: measures, benchmarks, statistics."""

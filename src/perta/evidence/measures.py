@@ -1,0 +1,440 @@
+"""What each measure means to a reader, and how sure its value is.
+
+Results files hold an aggregate and the value of every example. The names of the quick
+evaluation and those of published benchmark logs lead to the same measures here, so that one
+report can hold both. Pure numbers: no files, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from perta.evidence.intervals import (
+    Array,
+    Groups,
+    Interval,
+    bounded_means,
+    mean_interval,
+    quantile_interval,
+    random_weights,
+    student_interval,
+)
+
+Better = Literal["low", "high", "none"]
+Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
+
+EPSILON = 1e-10
+"""Added to denominators by the published definition of the truth ratio."""
+
+_AGREEMENT = 1e-6
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one measure is named and read.
+
+    Attributes:
+        key: our name; several names in results files may lead to it.
+        label: column heading.
+        group: which table it belongs to.
+        better: which direction is wanted of an unlearned model.
+        meaning: one plain sentence.
+        names: its names in results files.
+        upper: largest possible value, for axes; None where there is none.
+    """
+
+    key: str
+    label: str
+    group: Group
+    better: Better
+    meaning: str
+    names: tuple[str, ...]
+    upper: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measure of one model.
+
+    Attributes:
+        value: aggregate as the results file gives it.
+        interval: its 95% interval, over subjects where they are known; None where the file lacks
+            what it needs.
+        examples: per-example values by index, in the form whose mean is `value`.
+    """
+
+    value: float
+    interval: Interval | None
+    examples: Mapping[str, float]
+
+
+_PROBABILITY = (
+    "How likely the model finds the reference answer: the geometric mean over its tokens, "
+    "from 0 to 1."
+)
+_FACT = (
+    "How likely the model finds the words of the answer that the question and the sentence around "
+    "them do not give away."
+)
+_FACT_TOKEN = "The same as the geometric mean over the fact's tokens, for long facts."
+_CHOICE = "Share of the right answer's probability among right and wrong ones."
+_ROUGE = "Share of the reference answer's words, in order, that the model's own answer holds."
+_STRENGTH = "Share of an answer that the model continues word for word once given its beginning."
+_EXACT = "Share of an answer's tokens that the model predicts, given those before them."
+_LOSS = "Mean negative log-likelihood of an answer token, in nats."
+_TRUTH = "How likely wrong answers are against the right one; 1 means the model cannot tell."
+
+
+def _per_set(group: Group, better: Better, short: str) -> tuple[Measure, ...]:
+    """The measures that exist for every set of examples."""
+    plain = short == "forget"  # published logs leave the set out of these names
+    opposite: Better = {"low": "high", "high": "low"}.get(better, "none")  # type: ignore[assignment]
+
+    def names(ours: str, *published: str) -> tuple[str, ...]:
+        return (f"{short}_{ours}", *published)
+
+    strength = names("extraction_strength", *(["extraction_strength"] if plain else []))
+    exact = names("exact_memorization", *(["exact_memorization"] if plain else []))
+    probability = names("probability", f"{short}_Q_A_Prob")
+    rouge = names("rougeL_recall", f"{short}_Q_A_ROUGE")
+    return (
+        Measure(f"{short}_fact", "Fact prob.", group, better, _FACT, names("fact_probability")),
+        Measure(f"{short}_fact_token", "Fact prob./token", group, better, _FACT_TOKEN, ()),
+        Measure(f"{short}_choice", "Fact choice", group, better, _CHOICE, names("fact_choice")),
+        Measure(f"{short}_probability", "Answer prob.", group, better, _PROBABILITY, probability),
+        Measure(f"{short}_rouge", "ROUGE-L", group, better, _ROUGE, rouge),
+        Measure(f"{short}_strength", "Extraction", group, better, _STRENGTH, strength),
+        Measure(f"{short}_exact", "Exact mem.", group, better, _EXACT, exact),
+        Measure(
+            f"{short}_knowmem",
+            "Knowledge",
+            group,
+            better,
+            "ROUGE-L F1 of short answers to questions about the texts.",
+            names("knowmem_ROUGE"),
+        ),
+        Measure(
+            f"{short}_verbmem",
+            "Verbatim",
+            group,
+            better,
+            "ROUGE-L F1 of the model's continuation of a passage against the passage itself.",
+            names("verbmem_ROUGE"),
+        ),
+        Measure(f"{short}_loss", "Loss", group, opposite, _LOSS, names("loss"), None),
+    )
+
+
+def _utility(short: str, title: str) -> tuple[Measure, ...]:
+    return (
+        Measure(
+            f"{short}_probability",
+            f"{title}: prob.",
+            "utility",
+            "high",
+            "Share of the right answer's probability among right and wrong ones.",
+            (f"{short}_Q_A_Prob_normalised",),
+        ),
+        Measure(
+            f"{short}_rouge",
+            f"{title}: ROUGE-L",
+            "utility",
+            "high",
+            _ROUGE,
+            (f"{short}_Q_A_ROUGE",),
+        ),
+        Measure(
+            f"{short}_truth",
+            f"{title}: truth",
+            "utility",
+            "high",
+            "Mean of max(0, 1 − truth ratio).",
+            (f"{short}_Truth_Ratio",),
+        ),
+    )
+
+
+def _attack(name: str, label: str) -> Measure:
+    return Measure(
+        f"mia_{name}",
+        label,
+        "membership",
+        "none",
+        "Membership-inference attack: how well it tells removed examples from unseen ones. "
+        "0.5 is chance, 1 means strongly memorised.",
+        (f"mia_{name}",),
+    )
+
+
+MEASURES: tuple[Measure, ...] = (
+    *_per_set("forget", "low", "forget"),
+    Measure(
+        "forget_quality",
+        "Forget quality",
+        "forget",
+        "high",
+        "p-value of a Kolmogorov–Smirnov test that the truth ratios are distributed as in the "
+        "retrained model; small means they can be told apart.",
+        ("forget_quality",),
+    ),
+    Measure("forget_truth", "Truth ratio", "forget", "none", _TRUTH, ("forget_truth_ratio",)),
+    *_per_set("retain", "high", "retain"),
+    Measure(
+        "retain_truth",
+        "Truth ratio",
+        "retain",
+        "high",
+        "Mean of max(0, 1 − truth ratio).",
+        ("retain_Truth_Ratio",),
+    ),
+    *_per_set("holdout", "none", "holdout"),
+    Measure(
+        "model_utility",
+        "Model utility",
+        "utility",
+        "high",
+        "Harmonic mean of probability, ROUGE-L recall and truth ratio on the retain set, real "
+        "authors and world facts.",
+        ("model_utility",),
+    ),
+    *_utility("ra", "Real authors"),
+    *_utility("wf", "World facts"),
+    Measure(
+        "privleak",
+        "PrivLeak %",
+        "membership",
+        "none",
+        "Min-K attack against that of the retrained model, in percent: 0 is like retrained, "
+        "below 0 still memorised, above 0 conspicuously absent.",
+        ("privleak",),
+        None,
+    ),
+    _attack("loss", "Loss attack"),
+    _attack("zlib", "zlib attack"),
+    _attack("min_k", "Min-K"),
+    _attack("min_k_plus_plus", "Min-K++"),
+    _attack("gradnorm", "Grad. norm"),
+    _attack("reference", "Reference"),
+)
+BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
+_BY_NAME: Mapping[str, Measure] = {name: m for m in MEASURES for name in m.names}
+
+_UTILITY_PARTS = (
+    "retain_probability",
+    "retain_rouge",
+    "retain_truth",
+    *(f"{short}_{part}" for short in ("ra", "wf") for part in ("probability", "rouge", "truth")),
+)
+
+
+def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
+    """Every measure in a results file, under our names; unknown ones keep their own.
+
+    Args:
+        results: as evaluations write them and published logs hold them.
+
+    Returns:
+        Measure key -> reading; measures without a value are left out.
+    """
+    readings: dict[str, Reading] = {}
+    for name, entry in results.items():
+        if name == "perta" or not isinstance(entry, Mapping) or name.endswith("_subject"):
+            continue
+        value = _number(entry.get("agg_value"))
+        if value is not None:
+            key = _BY_NAME[name].key if name in _BY_NAME else name
+            subjects = read_subjects(results, measure_of(key).group)
+            readings[key] = _reading(value, entry, measure_of(key).upper == 1, subjects)
+    for group in ("forget", "retain", "holdout"):
+        losses = numbers_of(results, f"{group}_fact_probability", "loss")
+        if losses:
+            tokens = {i: math.exp(-loss) for i, loss in losses.items()}
+            mean = math.fsum(tokens.values()) / len(tokens)
+            interval = _interval(tokens, True, read_subjects(results, group))
+            readings[f"{group}_fact_token"] = Reading(mean, interval, tokens)
+    if "model_utility" in readings:
+        readings["model_utility"] = _utility_reading(readings)
+    return readings
+
+
+def read_subjects(results: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Of each row of a set the subject that it is about, by index; empty where none is given."""
+    return {
+        index: int(number)
+        for index, row in rows_of(results, f"{name}_subject").items()
+        if (number := _number(row.get("subject"))) is not None
+    }
+
+
+def rows_of(results: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """The rows of one metric by index; empty where the results lack them."""
+    entry = results.get(name)
+    rows = entry.get("value_by_index") if isinstance(entry, Mapping) else None
+    if not isinstance(rows, Mapping):
+        return {}
+    return {str(index): row for index, row in rows.items() if isinstance(row, Mapping)}
+
+
+def numbers_of(results: Mapping[str, Any], name: str, field: str) -> dict[str, float]:
+    """One column of a metric's rows by index; rows without a finite number are left out."""
+    return {
+        index: number
+        for index, row in rows_of(results, name).items()
+        if (number := _number(row.get(field))) is not None
+    }
+
+
+def measure_of(key: str) -> Measure:
+    """The description of a measure; an unknown one is named by its key and left unjudged."""
+    return BY_KEY.get(key) or Measure(key, key, "other", "none", "", (key,), None)
+
+
+def truth_ratios(results: Mapping[str, Any]) -> list[float]:
+    """Raw truth ratios of the forget set, the sample behind forget quality."""
+    return list(numbers_of(results, "forget_truth_ratio", "score").values())
+
+
+def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Largest distance of two empirical distributions, and its two-sided p-value."""
+    import warnings
+
+    from scipy.stats import ks_2samp
+
+    with warnings.catch_warnings():
+        # With large samples scipy may turn to the asymptotic p-value and say so.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = ks_2samp(list(sample), list(reference))
+    return float(result.statistic), float(result.pvalue)
+
+
+def auc(forget: Array, holdout: Array) -> float:
+    """Probability that an unseen example scores above a removed one, ties counting half."""
+    above = (holdout[:, None] > forget[None, :]).mean() + (
+        0.5 * (holdout[:, None] == forget[None, :]).mean()
+    )
+    return float(above)
+
+
+def _reading(
+    value: float, entry: Mapping[str, Any], is_share: bool, subjects: Mapping[str, int]
+) -> Reading:
+    attack = _attack_interval(value, entry)
+    if attack is not None:
+        return Reading(value, attack, {})
+    rows = entry.get("value_by_index")
+    examples = _examples(value, rows) if isinstance(rows, Mapping) else {}
+    interval = _interval(examples, is_share, subjects) if examples else None
+    return Reading(value, interval, examples)
+
+
+def _interval(
+    examples: Mapping[str, float], is_share: bool, subjects: Mapping[str, int]
+) -> Interval | None:
+    values, groups = list(examples.values()), groups_of(examples, subjects)
+    if is_share and min(values) >= 0 and max(values) <= 1:
+        return mean_interval(values, groups=groups)
+    return student_interval(values, groups)
+
+
+def groups_of(indices: Iterable[str], subjects: Mapping[str, int]) -> Groups:
+    """The subject of every row; None unless all are known and there are several."""
+    found = [subjects.get(index) for index in indices]
+    return None if None in found or len(set(found)) < 2 else found
+
+
+def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
+    """Per-example values, in the form whose mean is the file's aggregate.
+
+    Aggregates of truth ratios are means of a function of the recorded value. The form is
+    recognised by reproducing the aggregate, so that no interval is ever put around a number
+    that it does not belong to.
+    """
+    for field in ("prob", "rougeL_recall", "rougeL_f1", "score", "rouge1_recall"):
+        column = {
+            str(i): number
+            for i, row in rows.items()
+            if isinstance(row, Mapping) and (number := _number(row.get(field))) is not None
+        }
+        for form in (_same, _symmetric, _margin) if column else ():
+            examples = {i: form(number) for i, number in column.items()}
+            if abs(math.fsum(examples.values()) / len(examples) - value) <= _AGREEMENT:
+                return examples
+    return {}
+
+
+def _same(t: float) -> float:
+    return t
+
+
+def _symmetric(t: float) -> float:
+    return min(t, 1 / (t + EPSILON))
+
+
+def _margin(t: float) -> float:
+    return max(0.0, 1 - t)
+
+
+_Form = Callable[[float], float]
+
+
+def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
+    """Interval of an attack's AUC: removed and unseen examples are drawn separately."""
+    sides = [entry.get(name) for name in ("forget", "holdout")]
+    columns = [
+        [
+            number
+            for row in side["value_by_index"].values()
+            if isinstance(row, Mapping) and (number := _number(row.get("score"))) is not None
+        ]
+        for side in sides
+        if isinstance(side, Mapping) and isinstance(side.get("value_by_index"), Mapping)
+    ]
+    if len(columns) != 2 or not all(columns):
+        return None
+    forget, holdout = (np.asarray(column) for column in columns)
+    if abs(auc(forget, holdout) - value) > _AGREEMENT:
+        return None
+    wins = (holdout[:, None] > forget[None, :]) + 0.5 * (holdout[:, None] == forget[None, :])
+    left = random_weights(len(holdout), 0)[:, :-1]
+    right = random_weights(len(forget), 1)[:, :-1]
+    draws = np.einsum("bi,ij,bj->b", left, wins, right, optimize=True)
+    # Pairs with the example that was not seen could all be lost, or all be won.
+    rest = 1 - left.sum(axis=1) * right.sum(axis=1)
+    return quantile_interval(value, draws, draws + rest, min(len(forget), len(holdout)))
+
+
+def _utility_reading(readings: Mapping[str, Reading]) -> Reading:
+    """Model utility with the interval of a harmonic mean of nine means."""
+    reading = readings["model_utility"]
+    parts = [readings[key] for key in _UTILITY_PARTS if key in readings]
+    if len(parts) != len(_UTILITY_PARTS) or not all(part.examples for part in parts):
+        return reading
+    columns = [np.asarray(list(part.examples.values())) for part in parts]
+    values = np.asarray([part.value for part in parts])
+    if min(float(column.min()) for column in columns) < 0 or values.min() <= 0:
+        return reading
+    value = len(values) / float(np.sum(1 / values))
+    if abs(value - reading.value) > _AGREEMENT:
+        return reading
+    ends = [bounded_means(column, 0.0, 1.0, seed) for seed, column in enumerate(columns)]
+    low, high = (
+        len(parts) / np.sum(1 / np.stack(side), axis=0) for side in zip(*ends, strict=True)
+    )
+    n = min(len(part.examples) for part in parts)
+    return Reading(reading.value, quantile_interval(reading.value, low, high, n), {})
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, the mean of a list of them, or None."""
+    if isinstance(value, list) and value:
+        numbers = [_number(item) for item in value]
+        known = [number for number in numbers if number is not None]
+        return math.fsum(known) / len(known) if len(known) == len(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,278 @@
+"""Unlearning metrics: numbers and small tensors in, numbers out.
+
+The definitions are those of the TOFU and MUSE communities' common evaluation (open-unlearning,
+commit d3d7cf9), so that figures can be put beside published ones. Losses and log-probabilities
+are in nats; a token sequence is an answer's labelled tokens in order, and "without the last"
+leaves out the token that ends the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from perta.data.words import stems
+from perta.errors import DataError
+
+EPSILON = 1e-10
+"""Added to denominators by the published definitions; kept for equal numbers."""
+MIN_K_SHARE = 0.4
+"""Share of the least likely tokens that Min-K and Min-K++ average."""
+
+
+@dataclass(frozen=True)
+class Rouge:
+    """Word overlap of a generated text with its reference, each in [0, 1]."""
+
+    rouge1_recall: float
+    rougeL_f1: float  # noqa: N815 - the key of published logs
+    rougeL_recall: float  # noqa: N815
+
+
+def probability(loss: float) -> float:
+    """Answer probability, the geometric mean over its tokens: exp(-loss).
+
+    Args:
+        loss: mean cross-entropy of the labelled tokens, in nats.
+    """
+    return math.exp(-loss)
+
+
+def normalised_probability(correct: float, wrong: Sequence[float]) -> float:
+    """Share of the right answer among the right and the wrong ones: p / (p + sum p_k + eps).
+
+    Args:
+        correct: probability of the right answer.
+        wrong: probabilities of the wrong answers.
+    """
+    return correct / (correct + math.fsum(wrong) + EPSILON)
+
+
+def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) -> float:
+    """How likely wrong answers are against right ones: exp(-mean l_k) / (exp(-mean l) + eps).
+
+    Losses are averaged before the exponential, so this is a ratio of geometric means.
+
+    Args:
+        correct_losses: loss of each right answer (commonly one, the paraphrase).
+        wrong_losses: loss of each wrong answer.
+
+    Source:
+        TOFU, arXiv 2401.06121, section 2.2.2, with the losses per token.
+    """
+    return math.exp(-mean(wrong_losses)) / (math.exp(-mean(correct_losses)) + EPSILON)
+
+
+def forget_truth_ratio(ratios: Sequence[float]) -> float:
+    """Mean of min(t, 1/t): 1 when right and wrong answers are equally likely."""
+    return mean([min(t, 1 / (t + EPSILON)) for t in ratios])
+
+
+def utility_truth_ratio(ratios: Sequence[float]) -> float:
+    """Mean of max(0, 1 - t): 1 when wrong answers are never likely."""
+    return mean([max(0.0, 1 - t) for t in ratios])
+
+
+def rouge(reference: str, generation: str, *, any_script: bool = False) -> Rouge:
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter).
+
+    Args:
+        reference: the right text.
+        generation: the text to judge.
+        any_script: take words as `data.words.stems` does, by which English scores as published. The
+            published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
+    """
+    scores = _rouge_scorer(any_script).score(reference, generation)
+    return Rouge(scores["rouge1"].recall, scores["rougeL"].fmeasure, scores["rougeL"].recall)
+
+
+def exact_memorization(correct: Sequence[bool]) -> float | None:
+    """Share of an answer's tokens that the model predicts, given those before them.
+
+    Args:
+        correct: m flags, whether the teacher-forced argmax is the token, without the last.
+
+    Returns:
+        Matches / m; None where m = 0.
+
+    Source:
+        Tirumala et al., arXiv 2205.10770, definition 1.
+    """
+    return sum(correct) / len(correct) if len(correct) else None
+
+
+def extraction_strength(correct: Sequence[bool]) -> float | None:
+    """Share of an answer that follows from the rest of it: 1 - k/m.
+
+    k is the first index from which every remaining token is predicted; with none it is m - 1,
+    so the smallest value is 1/m, not 0.
+
+    Args:
+        correct: m flags as for `exact_memorization`.
+
+    Returns:
+        The strength in [1/m, 1]; None where m = 0.
+
+    Source:
+        Carlini et al., arXiv 2012.07805, in the form of arXiv 2502.07322.
+    """
+    m = len(correct)
+    if m == 0:
+        return None
+    misses = [i for i, right in enumerate(correct) if not right]
+    k = min(misses[-1] + 1, m - 1) if misses else 0
+    return 1 - k / m
+
+
+def min_k(log_probs: Tensor, share: float = MIN_K_SHARE) -> float | None:
+    """Min-K score: minus the mean of the lowest max(1, floor(share n)) values.
+
+    Args:
+        log_probs: (n,) log-probabilities of the tokens without the last.
+        share: share of tokens to average.
+
+    Returns:
+        The score, higher for text never seen; None where n = 0.
+
+    Source:
+        Shi et al., arXiv 2310.16789, equation 1.
+    """
+    n = log_probs.numel()
+    if n == 0:
+        return None
+    lowest = log_probs.double().sort().values[: max(1, int(share * n))]
+    return -float(lowest.mean())
+
+
+def min_k_plus_plus(
+    log_probs: Tensor, means: Tensor, variances: Tensor, share: float = MIN_K_SHARE
+) -> float | None:
+    """Min-K over token log-probabilities standardised by the vocabulary's distribution.
+
+    Args:
+        log_probs: (n,) log-probabilities lp of the tokens without the last.
+        means: (n,) mu = sum over the vocabulary of p lp.
+        variances: (n,) sigma^2 = sum over the vocabulary of p lp^2, minus mu^2.
+        share: share of tokens to average.
+
+    Returns:
+        The score as for `min_k`.
+
+    Source:
+        Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
+    """
+    return min_k((log_probs - means) / variances.clamp_min(1e-6).sqrt(), share)
+
+
+def zlib_score(loss: float, text: str) -> float:
+    """Loss over the length in bytes of the zlib-compressed UTF-8 text."""
+    return loss / len(zlib.compress(text.encode("utf-8")))
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> float:
+    """Unweighted mean over tensors of the L2 norm of each tensor's gradient."""
+    return mean([float(gradient.float().norm()) for gradient in gradients])
+
+
+def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
+    """Probability that a held-out example scores above a forgotten one, ties counting half.
+
+    1 means the forget set is strongly memorised, 0.5 that it looks like unseen data.
+
+    Args:
+        forget: scores of the examples to forget.
+        holdout: scores of examples never trained on.
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([np.asarray(holdout), np.asarray(forget)]))
+    n = len(holdout)
+    above = float(ranks[:n].sum()) - n * (n + 1) / 2
+    return above / (n * len(forget))
+
+
+def privleak(auc: float, retain_auc: float | None = None) -> float:
+    """Privacy leakage in percent: 0 like the retrained model, below 0 still memorised.
+
+    ((1 - AUC) - (1 - AUC_ret)) / ((1 - AUC_ret) + eps) * 100
+
+    Args:
+        auc: Min-K AUC of this model.
+        retain_auc: that of the retrained model; 0.5 where there is none.
+
+    Source:
+        MUSE, arXiv 2407.06460, equation 3, with the AUC's label turned round.
+    """
+    chance = 1 - (0.5 if retain_auc is None else retain_auc)
+    return ((1 - auc) - chance) / (chance + EPSILON) * 100
+
+
+def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -> float:
+    """p-value that this model's truth ratios come from the retrained model's distribution.
+
+    Args:
+        ratios: raw truth ratios of this model on the forget set.
+        reference_ratios: those of the retrained model on the same set.
+
+    Returns:
+        p-value of the two-sided two-sample Kolmogorov-Smirnov test; papers often give log10.
+
+    Raises:
+        DataError: a side has no values.
+    """
+    from scipy.stats import ks_2samp
+
+    if not ratios or not reference_ratios:
+        raise DataError("Forget quality compares two samples of truth ratios, and one is empty.")
+    with warnings.catch_warnings():
+        # With large samples scipy may turn to the asymptotic p-value and say so.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, message="ks_2samp")
+        return float(ks_2samp(ratios, reference_ratios).pvalue)
+
+
+def model_utility(values: Sequence[float]) -> float:
+    """Harmonic mean; 0 as soon as one value is 0.
+
+    Args:
+        values: nine numbers: probability (retain) or normalised probability (real authors,
+            world facts), ROUGE-L recall and truth ratio, on each of the three sets.
+    """
+    if any(value <= 0 for value in values):
+        return 0.0
+    return len(values) / math.fsum(1 / value for value in values)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean.
+
+    Raises:
+        DataError: there are no values.
+    """
+    if not len(values):
+        raise DataError("There is no value to average.")
+    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    return float(array.mean())
+
+
+class _AnyScript:
+    """Tokenizer in the form that `rouge_score` takes."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return stems(text)
+
+
+@functools.cache
+def _rouge_scorer(any_script: bool) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    tokenizer = _AnyScript() if any_script else None
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=tokenizer)

@@ -1,0 +1,331 @@
+"""MUSE: knowledge and verbatim memorization of news or books, and privacy leakage.
+
+Files are CORPUS_SUBSET_SPLIT.jsonl, such as news_knowmem_forget_qa.jsonl with its ten
+in-context pairs in news_knowmem_forget_qa_icl.jsonl, news_verbmem_forget.jsonl (columns prompt
+and gt) and news_privleak_forget.jsonl and news_privleak_holdout.jsonl (column text).
+
+`compat` differs from the default in three places: attention does not see padding tokens inside
+a prompt, a knowmem prompt is cut at 512 tokens (by default such a prompt is refused, because
+what is cut is the question), and plain text ends without eos.
+
+Source: Shi et al., arXiv 2407.06460; common evaluation open-unlearning, commit d3d7cf9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perta.data.batch import IGNORE, Encoded
+from perta.data.examples import Example, ExampleSet
+from perta.errors import DataError
+from perta.evidence import metrics
+from perta.evidence.benchmark import Journal, Reference, load_file, open_journal, run_with_journal
+from perta.evidence.results import Results, decode, missing, rouge_row, table
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens
+from perta.models.load import longest_input, pad_id
+from perta.options import DataConfig
+from perta.progress import track
+
+KNOWMEM_TOKENS = 32
+VERBMEM_TOKENS = 128
+PROMPT_LENGTH = 512
+"""Tokens a knowmem prompt may have."""
+TEXT_LENGTH = 2048
+"""Tokens of a privleak text that are looked at."""
+STOPS = ("\n\n", "\nQuestion", "Question:")
+"""A knowmem answer ends before the first of these."""
+
+_QA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
+_VERBATIM = DataConfig(format="completion", prompt_column="prompt", answer_column="gt")
+_TEXT = DataConfig(format="text", text_column="text")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One metric's items, or why there are none.
+
+    Attributes:
+        name: prefix of its rows in the journal.
+        items: tokenised rows.
+        references: texts that generated answers are compared with.
+        reason: why the metric cannot be computed.
+    """
+
+    name: str
+    items: tuple[Item, ...] = ()
+    references: tuple[str, ...] = field(default=(), repr=False)
+    reason: str | None = None
+
+
+def run_muse(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data_folder: str | Path,
+    corpus: str,
+    *,
+    reference: Reference | None = None,
+    compat: bool = False,
+    limit: int | None = None,
+    batch_size: int = 16,
+    journal: Path | None = None,
+    fingerprint: str | None = None,
+) -> Results:
+    """Evaluate a model with the MUSE metrics its data files allow.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        data_folder: folder with the files named in the module.
+        corpus: news or books, or the prefix of files in these formats.
+        reference: results of the retrained model, for privleak.
+        compat: reproduce published behaviour, see the module.
+        limit: look at the first rows of every file only.
+        batch_size: rows per forward pass; it does not change the result.
+        journal: file that keeps outcomes as they come, so that a killed run resumes.
+        fingerprint: identity of the model's weights for the journal [default: their hash].
+
+    Returns:
+        forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE (all ROUGE-L F1),
+        mia_min_k and privleak, in the form of published logs. A metric that lacks its file has
+        the value None and the reason under "missing".
+
+    Raises:
+        DataError: no data at all, or unusable rows.
+        DivergenceError: the model's loss is not finite.
+    """
+    folder = Path(data_folder)
+    longest = longest_input(model)
+    subsets = {
+        "forget_knowmem_ROUGE": _knowmem(folder, corpus, "forget", tokenizer, compat, limit),
+        "retain_knowmem_ROUGE": _knowmem(folder, corpus, "retain", tokenizer, compat, limit),
+        "forget_verbmem_ROUGE": _verbmem(folder, corpus, tokenizer, longest, limit),
+        "forget": _texts(folder, corpus, "forget", tokenizer, longest, compat, limit),
+        "holdout": _texts(folder, corpus, "holdout", tokenizer, longest, compat, limit),
+    }
+    if all(subset.reason for subset in subsets.values()):
+        reasons = "; ".join(str(subset.reason) for subset in subsets.values())
+        raise DataError(f"No MUSE metric can be computed from {folder}: {reasons}.")
+    depends_on = {
+        "benchmark": "muse",
+        "items": [(s.name, [_identity(item) for item in s.items]) for s in subsets.values()],
+        "settings": (compat, str(model.dtype)),
+    }
+    padding = pad_id(tokenizer)
+    options = ScoringOptions(
+        Masking(padding, padding if compat else None),
+        end_tokens(model, tokenizer),
+        batch_size,
+        longest=longest,
+    )
+    with open_journal(journal, depends_on, {"model": fingerprint or model}) as kept:
+        outcomes = {
+            name: _run(model, tokenizer, subset, options, kept) for name, subset in subsets.items()
+        }
+    return muse_results(subsets, outcomes, tokenizer, reference)
+
+
+def muse_results(
+    subsets: Mapping[str, Subset],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Reference | None,
+) -> Results:
+    """Every metric, from what was measured."""
+    results: Results = {}
+    for key, subset in subsets.items():
+        if key.endswith("_ROUGE"):
+            results[key] = _rouge(subset, outcomes[key], tokenizer)
+    reasons = [str(subsets[n].reason) for n in ("forget", "holdout") if subsets[n].reason]
+    if reasons:
+        absent = missing("; ".join(reasons))
+        return results | {"mia_min_k": absent, "privleak": absent}
+    sides = {n: [o.scores[0].min_k for o in outcomes[n]] for n in ("forget", "holdout")}
+    auc = metrics.membership_auc(
+        [value for value in sides["forget"] if value is not None],
+        [value for value in sides["holdout"] if value is not None],
+    )
+    tables = {n: table([{"score": value} for value in side], "score") for n, side in sides.items()}
+    results["mia_min_k"] = {**tables, "auc": auc, "agg_value": auc}
+    results["privleak"] = _privleak(auc, reference)
+    return results
+
+
+def cut_answer(text: str) -> str:
+    """A knowmem answer up to where the model goes on to another question."""
+    for stop in STOPS:
+        text = text.split(stop)[0]
+    return text.strip()
+
+
+# --- items ----------------------------------------------------------------------------------
+
+
+def _knowmem(
+    folder: Path,
+    corpus: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    compat: bool,
+    limit: int | None,
+) -> Subset:
+    """Questions behind ten in-context pairs."""
+    name = f"{split}_knowmem"
+    files = [f"{corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
+    questions, shots = load_file(folder, files[0], _QA, limit), load_file(folder, files[1], _QA)
+    if questions is None or shots is None:
+        absent = files[0] if questions is None else files[1]
+        return Subset(name, reason=f"{absent} is not there")
+    pairs = [f"Question: {e.prompt}\nAnswer: {e.answer}\n\n" for e in shots.examples]
+    items = []
+    for example in questions.examples:
+        text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
+        prompt = _tokens(text, tokenizer)
+        if len(prompt) > PROMPT_LENGTH and not compat:
+            return Subset(
+                name,
+                reason=f"{files[0]}, row {example.row}: its prompt has {len(prompt)} tokens with "
+                f"this tokenizer and the limit is {PROMPT_LENGTH}; cutting it would cut the "
+                "question",
+            )
+        prompt = prompt[:PROMPT_LENGTH]
+        items.append(Item((_continued(prompt, text + example.answer, tokenizer),), prompt))
+    return Subset(name, tuple(items), tuple(e.answer.strip() for e in questions.examples))
+
+
+def _verbmem(
+    folder: Path,
+    corpus: str,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    limit: int | None,
+) -> Subset:
+    """The start of a text, to be continued as the text goes on."""
+    file = f"{corpus}_verbmem_forget.jsonl"
+    rows = load_file(folder, file, _VERBATIM, limit)
+    if rows is None:
+        return Subset("verbmem", reason=f"{file} is not there")
+    items = []
+    for example in rows.examples:
+        prompt = _tokens(example.prompt, tokenizer)
+        if longest is not None and len(prompt) + VERBMEM_TOKENS > longest:
+            reason = (
+                f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
+                f"{VERBMEM_TOKENS} new ones, and the model takes {longest}"
+            )
+            return Subset("verbmem", reason=reason)
+        whole = f"{example.prompt.rstrip()} {example.answer.lstrip()}"
+        items.append(Item((_continued(prompt, whole, tokenizer, VERBMEM_TOKENS),), prompt))
+    return Subset("verbmem", tuple(items), tuple(e.answer.strip() for e in rows.examples))
+
+
+def _texts(
+    folder: Path,
+    corpus: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int | None,
+    compat: bool,
+    limit: int | None,
+) -> Subset:
+    """Plain texts of which every token but the first is scored."""
+    file = f"{corpus}_privleak_{split}.jsonl"
+    rows = load_file(folder, file, _TEXT, limit)
+    if rows is None:
+        return Subset(f"privleak_{split}", reason=f"{file} is not there")
+    length = min(TEXT_LENGTH, longest or TEXT_LENGTH)
+    items = [_text_item(e, tokenizer, length, compat) for e in _long_enough(rows, tokenizer)]
+    return Subset(f"privleak_{split}", tuple(items))
+
+
+def _text_item(
+    example: Example, tokenizer: PreTrainedTokenizerBase, length: int, compat: bool
+) -> Item:
+    ids = _tokens(example.answer, tokenizer)[:length]
+    eos = tokenizer.eos_token_id
+    # The last label is left out of Min-K, so that without eos a token of the text goes missing.
+    if not compat and eos is not None and len(ids) < length and ids[-1] != eos:
+        ids = (*ids, int(eos))
+    return Item((Encoded(ids, (IGNORE, *ids[1:]), example.row),))
+
+
+def _long_enough(rows: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
+    for example in rows.examples:
+        if len(_tokens(example.answer, tokenizer)) < 2:
+            raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
+    return rows.examples
+
+
+def _continued(
+    prompt: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None
+) -> Encoded:
+    """The reference behind the prompt, for generation to follow as far as the model does."""
+    ids = _tokens(text, tokenizer)
+    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
+        # Another split into tokens where they meet: the first token of the text will do.
+        ids = (*prompt, ids[-1])
+    ids = ids[: len(prompt) + most] if most else ids
+    return Encoded(ids, (IGNORE,) * len(prompt) + ids[len(prompt) :], 0)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
+def _identity(item: Item) -> tuple[object, ...]:
+    return item.answers[0].input_ids, item.prompt
+
+
+# --- running and results --------------------------------------------------------------------
+
+
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subset: Subset,
+    options: ScoringOptions,
+    journal: Journal,
+) -> list[Outcome]:
+    named = {f"{subset.name}:{i}": item for i, item in enumerate(subset.items)}
+    if not named:
+        return []
+    if subset.name.endswith("knowmem"):
+
+        def stop(tokens: Sequence[int]) -> bool:
+            text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+            return any(mark in text for mark in STOPS)
+
+        options = replace(options, max_new_tokens=KNOWMEM_TOKENS, stop=stop)
+    elif subset.name == "verbmem":
+        options = replace(options, max_new_tokens=VERBMEM_TOKENS)
+    with track(f"MUSE {subset.name}", len(named)) as advance:
+        outcomes = run_with_journal(model, named, options, journal, advance)
+    return list(outcomes.values())
+
+
+def _rouge(
+    subset: Subset, outcomes: Sequence[Outcome], tokenizer: PreTrainedTokenizerBase
+) -> Results:
+    if subset.reason:
+        return missing(subset.reason)
+    knowmem = subset.name.endswith("knowmem")
+    rows = []
+    for item, reference, outcome in zip(subset.items, subset.references, outcomes, strict=True):
+        # Stops may begin a text: what comes before them is cut before spaces are.
+        text = str(tokenizer.decode(list(outcome.generated or ()), skip_special_tokens=True))
+        answer = cut_answer(text) if knowmem else text.strip()
+        rows.append(rouge_row(reference, answer, decode(tokenizer, item.prompt or ())))
+    return table(rows, "rougeL_f1")
+
+
+def _privleak(auc: float, reference: Reference | None) -> Results:
+    if reference is None:
+        return {"agg_value": metrics.privleak(auc)}
+    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
+    if retain_auc is None:
+        return missing("the reference results hold no mia_min_k")
+    return {"agg_value": metrics.privleak(auc, retain_auc)}

@@ -1,0 +1,276 @@
+"""Quick evaluation: what a model knows of a forget, a retain and a held-out set.
+
+Loss, answer probability, exact memorization and extraction strength come from one
+teacher-forced pass per example, ROUGE-L recall from a greedy answer that continues it (see
+`scoring`). Results have the form of the TOFU community's published logs: a mean and the value
+of every example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perta.data.examples import ExampleSet
+from perta.data.tokens import encode_examples, encode_prompt
+from perta.evidence.results import Results, decode, require_finite, rouge_row, table
+from perta.evidence.scoring.answers import Score
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens, run_items
+from perta.models.facts import SAMPLES, Fact, fact_score, find_facts, hit_probability, subjects
+from perta.models.load import longest_input, pad_id
+from perta.options import DataConfig, ScoringConfig
+
+Progress = Callable[[], object]
+"""Called once per finished example."""
+
+
+def quick_evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, ExampleSet],
+    scoring: ScoringConfig | None = None,
+    data_config: DataConfig | None = None,
+    progress: Progress | None = None,
+    *,
+    facts: Mapping[str, Sequence[Fact]] | None = None,
+) -> Results:
+    """Evaluate a model on named sets.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        sets: name -> examples; the names commonly are forget, retain and holdout.
+        scoring: batch size, generation and its limit.
+        data_config: how rows become tokens.
+        progress: called once per finished example.
+        facts: name -> facts of the set; without it what the rows tell.
+
+    Returns:
+        For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
+        `NAME_extraction_strength`, `NAME_fact_probability` (`prob` of the whole fact, `loss` per
+        fact token, `hit_64` the probability of at least one hit in 64 samples, `source`),
+        `NAME_fact_choice` (`prob`, `rank` and number of `candidates`; where there are wrong
+        answers), `NAME_subject` (where the rows have one) and `NAME_rougeL_recall` (where answers
+        were generated), each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}; of
+        `NAME_subject` the number of subjects. Without NaN.
+
+    Raises:
+        DataError: an example does not fit, see `encode_examples`.
+        DivergenceError: the model's loss is not finite.
+    """
+    scoring, data_config = scoring or ScoringConfig(), data_config or DataConfig()
+    longest = longest_input(model)
+    facts = facts or {
+        name: find_facts(examples, tokenizer, data_config, longest=longest)
+        for name, examples in sets.items()
+    }
+    items = {
+        name: [
+            replace(item, answers=(*item.answers, *fact.sequences))
+            for item, fact in zip(
+                make_items(model, tokenizer, examples, data_config, generate=scoring.generate),
+                facts[name],
+                strict=True,
+            )
+        ]
+        for name, examples in sets.items()
+    }
+    # One run for all sets: what all prompts start with is computed once, batches are fuller.
+    everything = [item for group in items.values() for item in group]
+    options = _options(model, tokenizer, scoring.evaluation_batch_size, scoring.max_new_tokens)
+    outcomes = iter(run_items(model, everything, options, _each(progress)))
+    results: Results = {}
+    for name, group in items.items():
+        mine = [next(outcomes) for _ in group]
+        require_finite([outcome.scores[0] for outcome in mine], name)
+        results |= _summary(name, group, mine, tokenizer)
+        results |= _fact_summary(name, facts[name], mine)
+        results |= _subject_summary(name, sets[name], facts[name], data_config.subject_column)
+    return results
+
+
+def score_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig | None = None,
+    *,
+    batch_size: int = 16,
+    vocabulary_moments: bool = False,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Teacher-forced scores of every example (of every window, for plain text).
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        examples: what to score.
+        data_config: how rows become tokens.
+        batch_size: examples per forward pass; it does not change the result.
+        vocabulary_moments: compute Min-K++ too.
+        progress: called once per finished example.
+
+    Returns:
+        One score per example, in order.
+    """
+    config = data_config or DataConfig()
+    items = [
+        replace(item, moments=vocabulary_moments)
+        for item in make_items(model, tokenizer, examples, config, generate=False)
+    ]
+    options = _options(model, tokenizer, batch_size, 1)
+    outcomes = run_items(model, items, options, _each(progress))
+    return [outcome.scores[0] for outcome in outcomes]
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 200,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Greedy answers to the examples' prompts, without special tokens.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        examples: prompts with reference answers; plain text has no prompt and gets no answer.
+        data_config: how rows become tokens.
+        batch_size: rows per forward pass; it does not change the result.
+        max_new_tokens: longest answer.
+        progress: called once per finished example.
+
+    Returns:
+        One text per example, in order.
+    """
+    config = data_config or DataConfig()
+    items = make_items(model, tokenizer, examples, config)
+    options = _options(model, tokenizer, batch_size, max_new_tokens)
+    outcomes = run_items(model, items, options, _each(progress))
+    return [decode(tokenizer, outcome.generated or ()) for outcome in outcomes]
+
+
+def make_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    data_config: DataConfig,
+    *,
+    generate: bool = True,
+) -> list[Item]:
+    """Tokenise a set; every example but plain text gets a prompt to generate from."""
+    encoded = encode_examples(examples, tokenizer, data_config, longest=longest_input(model))
+    prompts: dict[int, tuple[int, ...]] = {}
+    if generate:
+        for example in examples.examples:
+            prompts[example.row] = tuple(encode_prompt(example, tokenizer, data_config))
+    return [Item((sequence,), prompts.get(sequence.row) or None) for sequence in encoded.encoded]
+
+
+def _summary(
+    name: str,
+    items: Sequence[Item],
+    outcomes: Sequence[Outcome],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Results:
+    scores = [outcome.scores[0] for outcome in outcomes]
+    probabilities = [{"prob": score.probability, "avg_loss": score.loss} for score in scores]
+    memorization = [{"score": score.exact_memorization} for score in scores]
+    strength = [{"score": score.extraction_strength} for score in scores]
+    weights = [item.answers[0].weight for item in items]
+    summary = {
+        f"{name}_loss": table([{"score": score.loss} for score in scores], "score", weights),
+        f"{name}_probability": table(probabilities, "prob", weights),
+        f"{name}_exact_memorization": table(memorization, "score", weights),
+        f"{name}_extraction_strength": table(strength, "score", weights),
+    }
+    rows = [
+        rouge_row(
+            decode(tokenizer, _answer_tokens(item)),
+            decode(tokenizer, outcome.generated),
+            decode(tokenizer, item.prompt),
+            any_script=True,
+        )
+        for item, outcome in zip(items, outcomes, strict=True)
+        if item.prompt is not None and outcome.generated is not None
+    ]
+    if rows:
+        summary[f"{name}_rougeL_recall"] = table(rows, "rougeL_recall")
+    return summary
+
+
+def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome]) -> Results:
+    """What the model knows of the facts; their scores follow that of the whole answer."""
+    scores = [
+        fact_score(fact, [score.loss for score in outcome.scores[1:]])
+        for fact, outcome in zip(facts, outcomes, strict=True)
+    ]
+    known = [
+        {
+            "prob": score.probability,
+            "loss": score.loss,
+            f"hit_{SAMPLES}": hit_probability(score.log_probability, SAMPLES),
+            "source": fact.source,
+        }
+        for fact, score in zip(facts, scores, strict=True)
+    ]
+    choices = [
+        {"prob": score.choice, "rank": score.rank, "candidates": 1 + len(fact.wrong)}
+        if fact.wrong
+        else None
+        for fact, score in zip(facts, scores, strict=True)
+    ]
+    weights = [fact.encoded.weight for fact in facts]
+    summary = {f"{name}_fact_probability": table(known, "prob", weights)}
+    if any(choices):
+        summary[f"{name}_fact_choice"] = table(choices, "prob")
+    return summary
+
+
+def _subject_summary(
+    name: str, examples: ExampleSet, facts: Sequence[Fact], column: str | None
+) -> Results:
+    """Whom or what each row is about, as a number."""
+    fields = {example.row: example.fields for example in examples.examples}
+    numbers = subjects([fields[fact.row] for fact in facts], column)
+    if numbers is None:
+        return {}
+    rows = {str(i): {"subject": number} for i, number in enumerate(numbers)}
+    return {f"{name}_subject": {"agg_value": len(set(numbers)), "value_by_index": rows}}
+
+
+def _answer_tokens(item: Item) -> tuple[int, ...]:
+    """Tokens of the reference behind the prompt (earlier turns of a chat are no reference)."""
+    return item.answers[0].input_ids[len(item.prompt or ()) :]
+
+
+def _options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_new_tokens: int,
+) -> ScoringOptions:
+    return ScoringOptions(
+        Masking(pad_id(tokenizer)),
+        end_tokens(model, tokenizer),
+        batch_size,
+        max_new_tokens,
+        longest_input(model),
+    )
+
+
+def _each(progress: Progress | None) -> Callable[[int, Outcome], None] | None:
+    if progress is None:
+        return None
+
+    def advance(_place: int, _outcome: Outcome) -> None:
+        progress()
+
+    return advance

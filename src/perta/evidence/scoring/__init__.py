@@ -1,0 +1,1 @@
+"""Questions asked of a model: answers scored and generated, prompts computed once."""

@@ -1,0 +1,125 @@
+"""Token sequences that share beginnings, as a tree, so that each token is computed once.
+
+The wrong answers to a question commonly repeat its right answer up to a word; a node of the
+tree is a run of tokens between two places where sequences part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from perta.evidence.scoring.cache import Extended
+
+_WORTH_A_NODE = 4
+"""Tokens that sharing must save; below it, another row costs more than it saves."""
+
+
+@dataclass(eq=False)
+class Segment:
+    """Consecutive tokens shared by some answers of one item.
+
+    Attributes:
+        item: place of the item.
+        start: position of the first token in its sequences.
+        tokens: the tokens, at least one.
+        answers: which of the item's answers run through them.
+        parent: what comes before; None after the run's common start.
+        children: what comes next.
+        fed: forward pass that held the segment, and its row there.
+        row: that row.
+        log_probs: per token, its log-probability given those before it, where it is labelled.
+        guesses: per token, what the model would have put there, likewise.
+        moments: per token, mean and variance of log-probabilities, where asked for.
+    """
+
+    item: int
+    start: int
+    tokens: tuple[int, ...]
+    answers: tuple[int, ...]
+    parent: Segment | None
+    children: list[Segment] = field(default_factory=list)
+    fed: Extended | None = None
+    row: int = 0
+    log_probs: dict[int, float] = field(default_factory=dict)
+    guesses: dict[int, int] = field(default_factory=dict)
+    moments: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def to_feed(self) -> tuple[int, ...]:
+        """Tokens the model must see: the last token of a sequence predicts nothing wanted."""
+        return self.tokens if self.children else self.tokens[:-1]
+
+    def predicted_by(self, offset: int) -> Iterator[tuple[Segment, int]]:
+        """Tokens that the token at `offset` predicts: (segment, offset there)."""
+        if offset + 1 < len(self.tokens):
+            yield self, offset + 1
+        else:
+            yield from ((child, 0) for child in self.children)
+
+
+def grow_tree(
+    item: int, sequences: Sequence[tuple[int, Sequence[int]]], start: int
+) -> list[Segment]:
+    """Segments that begin `sequences`, with everything that follows them.
+
+    Args:
+        item: place of the item.
+        sequences: (answer, its tokens from position `start` on), none empty.
+        start: position of the first token.
+
+    Returns:
+        One segment for each way to begin.
+    """
+    return _grow(item, [(k, tuple(tokens)) for k, tokens in sequences], start, None)
+
+
+def path_of(tops: Sequence[Segment], answer: int) -> list[Segment]:
+    """Segments of one answer, in order."""
+    path: list[Segment] = []
+    level: Sequence[Segment] = tops
+    while found := [segment for segment in level if answer in segment.answers]:
+        path.append(found[0])
+        level = found[0].children
+    return path
+
+
+def _grow(
+    item: int,
+    sequences: Sequence[tuple[int, tuple[int, ...]]],
+    start: int,
+    parent: Segment | None,
+) -> list[Segment]:
+    segments = []
+    for group in _groups(sequences):
+        shared = _common_length([tokens for _, tokens in group])
+        answers = tuple(k for k, _ in group)
+        segment = Segment(item, start, group[0][1][:shared], answers, parent)
+        rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
+        segment.children = _grow(item, rest, start + shared, segment)
+        segments.append(segment)
+    return segments
+
+
+def _groups(
+    sequences: Sequence[tuple[int, tuple[int, ...]]],
+) -> list[list[tuple[int, tuple[int, ...]]]]:
+    """Sequences that begin alike, where sharing the beginning is worth a node."""
+    alike: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+    for answer, tokens in sequences:
+        alike.setdefault(tokens[0], []).append((answer, tokens))
+    groups = []
+    for group in alike.values():
+        saved = _common_length([tokens for _, tokens in group]) * (len(group) - 1)
+        groups += [group] if saved >= _WORTH_A_NODE else [[entry] for entry in group]
+    return groups
+
+
+def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Leading tokens that all sequences share."""
+    return sum(1 for _ in itertools.takewhile(_all_equal, zip(*sequences, strict=False)))
+
+
+def _all_equal(tokens: tuple[int, ...]) -> bool:
+    return len(set(tokens)) == 1

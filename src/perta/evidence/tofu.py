@@ -1,0 +1,601 @@
+"""TOFU: fictitious authors to forget, others to keep, real authors and world facts.
+
+Files, metrics and the form of results are those of the community's common evaluation
+(open-unlearning, commit d3d7cf9), so results stand beside published ones and published logs of
+retrained models serve as reference. `compat` differs from the default in two places:
+
+- where padding and end-of-turn are one token, attention does not see end-of-turn tokens inside
+  the prompt (the default's mask comes from true lengths);
+- without a chat template, the prompt ends in a space of its own, so that the first token of
+  most answers carries no label (the default labels the whole answer).
+
+Source: Maini et al., arXiv 2401.06121; Dorna et al., arXiv 2506.12618.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perta.data.batch import IGNORE, Encoded
+from perta.data.examples import Example, ExampleSet
+from perta.data.tokens import encode_example, encode_prompt, uses_chat_template
+from perta.errors import ConfigError, DataError
+from perta.evidence import metrics
+from perta.evidence.benchmark import (
+    Journal,
+    Reference,
+    load_file,
+    open_journal,
+    reference_scores,
+    run_with_journal,
+)
+from perta.evidence.results import Results, decode, missing, rouge_row, table
+from perta.evidence.scoring.answers import Score
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import (
+    Item,
+    Outcome,
+    ScoringOptions,
+    end_tokens,
+    gradient_norm_score,
+)
+from perta.models.load import longest_input, pad_id
+from perta.options import DataConfig
+from perta.progress import track
+
+MAX_NEW_TOKENS = 200
+PLAIN_LENGTH = 512
+"""Tokens after which sequences of models without a chat template are cut."""
+PEOPLE = "people"
+"""Name in place of a split for the files of `perta people`; they have no real authors or facts."""
+_PEOPLE = (
+    ("forget", "forget.jsonl", True),
+    ("retain", "retain.jsonl", True),
+    ("holdout", "holdout.jsonl", False),
+)
+ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
+NO_REFERENCE = (
+    "forget quality compares with the model retrained without the forget set: give its results "
+    "as --reference"
+)
+NO_REFERENCE_MODEL = "the reference attack subtracts a reference model's loss: give that model"
+
+_DATA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data file of the benchmark.
+
+    Attributes:
+        name: prefix of its metrics.
+        file: file name.
+        paraphrased: its right answer for the truth ratio is the paraphrase.
+        examples: its rows; None where the file is missing.
+        generate: answers are generated.
+        attacked: membership inference looks at it.
+        cut: only its first rows are looked at.
+    """
+
+    name: str
+    file: str
+    paraphrased: bool
+    examples: ExampleSet | None
+    generate: bool = True
+    attacked: bool = False
+    cut: bool = False
+
+    @property
+    def wrong_column(self) -> str | None:
+        """Column with wrong answers."""
+        return "perturbed_answer" if self.name != "holdout" else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything measured on one part, row by row."""
+
+    part: Part
+    items: tuple[Item, ...]
+    outcomes: tuple[Outcome, ...]
+    gradient_norms: tuple[float | None, ...] | None = None
+    reference_losses: tuple[float, ...] | None = None
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """The part's rows."""
+        return self.part.examples.examples if self.part.examples else ()
+
+    @property
+    def answers(self) -> list[Score]:
+        """Scores of the right answers."""
+        return [outcome.scores[0] for outcome in self.outcomes]
+
+    @property
+    def paraphrases(self) -> list[Score]:
+        """Scores of the paraphrased right answers."""
+        return [outcome.scores[1] for outcome in self.outcomes]
+
+    @property
+    def wrong(self) -> list[tuple[Score, ...]]:
+        """Scores of each row's wrong answers."""
+        return [outcome.scores[1 + self.part.paraphrased :] for outcome in self.outcomes]
+
+
+def run_tofu(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data_folder: str | Path,
+    forget_split: str,
+    *,
+    reference: Reference | None = None,
+    reference_model: PreTrainedModel | None = None,
+    compat: bool = False,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    gradient_norms: bool = True,
+    journal: Path | None = None,
+    fingerprint: str | None = None,
+) -> Results:
+    """Evaluate a model with every TOFU metric its data files allow.
+
+    Args:
+        model: causal language model.
+        tokenizer: its tokenizer.
+        data_folder: folder with forgetXX_perturbed, retain_perturbed, real_authors_perturbed,
+            world_facts_perturbed and holdoutXX, as .jsonl.
+        forget_split: such as forget10; `people` for a folder of `perta people`.
+        reference: results of the retrained model, for forget quality and privleak.
+        reference_model: model whose loss the reference attack subtracts.
+        compat: reproduce the published treatment of padding, see the module.
+        limit: look at the first rows of every file only.
+        batch_size: rows per forward pass; it does not change the result.
+        max_new_tokens: longest generated answer.
+        gradient_norms: compute the gradient-norm attack, one backward pass per row.
+        journal: file that keeps outcomes as they come, so that a killed run resumes.
+        fingerprint: identity of the model's weights for the journal [default: their hash].
+
+    Returns:
+        The results, keys as in published logs. A metric that lacks its file or its reference
+        has the value None and the reason under "missing".
+
+    Raises:
+        ConfigError: the split's name is none of TOFU's.
+        DataError: no data at all, unusable rows, or a reference of other data.
+        DivergenceError: the model's loss is not finite.
+    """
+    masking = _masking(tokenizer, compat)
+    parts = load_parts(Path(data_folder), forget_split, limit)
+    options = ScoringOptions(
+        masking,
+        end_tokens(model, tokenizer),
+        batch_size,
+        max_new_tokens,
+        longest=longest_input(model),
+    )
+    depends_on = {
+        "benchmark": "tofu",
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "template": tokenizer.chat_template,
+        "data": {p.name: p.examples.fingerprint for p in parts if p.examples},
+        "settings": (forget_split, compat, limit, max_new_tokens, str(model.dtype)),
+    }
+    models = {"model": fingerprint or model, "reference_model": reference_model}
+    with open_journal(journal, depends_on, models) as kept:
+        measured = _measure(model, tokenizer, parts, options, kept, compat)
+        if gradient_norms:
+            measured = {n: _with_gradients(model, m, masking, kept) for n, m in measured.items()}
+        if reference_model is not None:
+            measured = _with_reference_losses(reference_model, measured, options, kept)
+    return tofu_results(measured, parts, tokenizer, reference)
+
+
+def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> list[Part]:
+    """The benchmark's files.
+
+    Raises:
+        ConfigError: the split's name is none of TOFU's.
+        DataError: none of the files is there.
+    """
+    plan = _PEOPLE if forget_split == PEOPLE else _tofu_files(forget_split)
+    parts = [
+        Part(
+            name,
+            file,
+            paraphrased,
+            load_file(folder, file, _DATA, limit),
+            generate=name != "holdout",
+            attacked=name in ("forget", "holdout"),
+            cut=limit is not None,
+        )
+        for name, file, paraphrased in plan
+    ]
+    if all(part.examples is None for part in parts):
+        raise DataError(
+            f"{folder} has none of TOFU's files ({', '.join(file for _, file, _ in plan)})."
+        )
+    return parts
+
+
+def _tofu_files(forget_split: str) -> tuple[tuple[str, str, bool], ...]:
+    match = re.fullmatch(r"forget(\d\d)", forget_split)
+    if not match:
+        raise ConfigError(f"--forget-split is {forget_split}; it must be forget01, 05 or 10.")
+    return (
+        ("forget", f"{forget_split}_perturbed.jsonl", True),
+        ("retain", "retain_perturbed.jsonl", True),
+        ("ra", "real_authors_perturbed.jsonl", False),
+        ("wf", "world_facts_perturbed.jsonl", False),
+        ("holdout", f"holdout{match[1]}.jsonl", False),
+    )
+
+
+def tofu_results(
+    measured: Mapping[str, Measured],
+    parts: Sequence[Part],
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Reference | None,
+) -> Results:
+    """Every metric, from what was measured.
+
+    Args:
+        measured: part name -> measurements; parts without a file are absent.
+        parts: all parts.
+        tokenizer: for texts of tokens.
+        reference: results of the retrained model.
+
+    Returns:
+        The results in the form of published logs.
+    """
+    results: Results = {}
+    for part in parts:
+        if part.name in measured and part.name != "holdout":
+            results |= _part_results(measured[part.name], tokenizer)
+        else:
+            results |= {key: missing(f"{part.file} is not there") for key in _keys_of(part)}
+    if "forget" in measured:
+        scores = measured["forget"].answers
+        for key in ("exact_memorization", "extraction_strength"):
+            results[key] = table([{"score": getattr(s, key)} for s in scores], "score")
+    results |= _attacks(measured, parts, tokenizer)
+    results["forget_quality"] = _forget_quality(measured, results, reference)
+    results["privleak"] = _privleak(results["mia_min_k"], reference)
+    results["model_utility"] = _utility(results, [part.name for part in parts])
+    return dict(sorted(results.items()))
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+
+def _masking(tokenizer: PreTrainedTokenizerBase, compat: bool) -> Masking:
+    padding = pad_id(tokenizer)
+    return Masking(padding, padding if compat else None)
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Part],
+    options: ScoringOptions,
+    journal: Journal,
+    compat: bool,
+) -> dict[str, Measured]:
+    items: dict[str, list[Item]] = {}
+    for part in parts:
+        if part.examples is not None:
+            rows = part.examples.examples
+            items[part.name] = [make_item(row, part, tokenizer, compat) for row in rows]
+            _require_room(items[part.name], part, options.longest)
+    named = {f"{n}:{i}": item for n, group in items.items() for i, item in enumerate(group)}
+    with track("TOFU", len(named)) as advance:
+        outcomes = run_with_journal(model, named, options, journal, advance)
+    return {
+        part.name: Measured(
+            part,
+            tuple(items[part.name]),
+            tuple(outcomes[f"{part.name}:{i}"] for i in range(len(items[part.name]))),
+        )
+        for part in parts
+        if part.name in items
+    }
+
+
+def _with_gradients(
+    model: PreTrainedModel, measured: Measured, masking: Masking, journal: Journal
+) -> Measured:
+    if not measured.part.attacked:
+        return measured
+    norms: list[float | None] = []
+    with track(f"Gradient norms, {measured.part.name}", len(measured.items)) as advance:
+        for i, item in enumerate(measured.items):
+            name = f"gradnorm:{measured.part.name}:{i}"
+            if name not in journal.entries:
+                journal.put(name, gradient_norm_score(model, item.answers[0], masking))
+            norms.append(journal.entries[name])
+            advance(1)
+    return replace(measured, gradient_norms=tuple(norms))
+
+
+def _with_reference_losses(
+    model: PreTrainedModel,
+    measured: Mapping[str, Measured],
+    options: ScoringOptions,
+    journal: Journal,
+) -> dict[str, Measured]:
+    named = {
+        f"reference:{name}:{i}": Item(item.answers[:1])
+        for name, m in measured.items()
+        if m.part.attacked
+        for i, item in enumerate(m.items)
+    }
+    with track("Reference model", len(named)) as advance:
+        outcomes = run_with_journal(model, named, options, journal, advance)
+    return {
+        name: replace(
+            m,
+            reference_losses=tuple(
+                outcomes[f"reference:{name}:{i}"].scores[0].loss for i in range(len(m.items))
+            ),
+        )
+        if m.part.attacked
+        else m
+        for name, m in measured.items()
+    }
+
+
+# --- tokens ---------------------------------------------------------------------------------
+
+
+def make_item(
+    example: Example, part: Part, tokenizer: PreTrainedTokenizerBase, compat: bool
+) -> Item:
+    """Tokenise a row: the right answer first, then its paraphrase, then the wrong ones.
+
+    Raises:
+        DataError: a column is missing or empty, or an answer has no token.
+    """
+    texts = [example.answer]
+    if part.paraphrased:
+        texts += _texts(example, "paraphrased_answer", part)
+    if part.wrong_column:
+        texts += _texts(example, part.wrong_column, part)
+    answers = []
+    for text in texts:
+        encoded = encode(example.with_answer(text), tokenizer, compat)
+        if all(label == IGNORE for label in encoded.labels[1:]):
+            raise DataError(f"{part.file}, row {example.row}: the answer {text!r} has no tokens.")
+        answers.append(encoded)
+    prompt = tuple(prompt_tokens(example, tokenizer, compat)) if part.generate else None
+    return Item(tuple(answers), prompt, moments=part.attacked)
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -> Encoded:
+    """Tokens and labels of one question with one answer.
+
+    Without a chat template sequences are cut at 512 tokens before eos is appended.
+    """
+    chat = uses_chat_template(example, tokenizer, _DATA)
+    if chat or not compat:
+        encoded = encode_example(example, tokenizer, _DATA)
+    else:
+        text = f"Question: {example.prompt}\nAnswer: {example.answer}"
+        encoded = _with_eos(_tokens(text, tokenizer), (), tokenizer, example.row)
+    if not chat and len(encoded.input_ids) > PLAIN_LENGTH:
+        cut = encoded.input_ids[:PLAIN_LENGTH]
+        encoded = _with_eos(cut, encoded.labels[:PLAIN_LENGTH], tokenizer, example.row)
+    if compat:
+        start = len(prompt_tokens(example, tokenizer, compat))
+        labels = (IGNORE,) * start + encoded.input_ids[start:]
+        encoded = Encoded(encoded.input_ids, labels[: len(encoded.input_ids)], example.row)
+    return encoded
+
+
+def prompt_tokens(
+    example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool
+) -> Sequence[int]:
+    """Tokens to generate from."""
+    if uses_chat_template(example, tokenizer, _DATA):
+        return encode_prompt(example, tokenizer, _DATA)
+    if compat:
+        return _tokens(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:PLAIN_LENGTH]
+    return encode_prompt(example, tokenizer, _DATA)[:PLAIN_LENGTH]
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
+def _with_eos(
+    ids: tuple[int, ...],
+    labels: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    row: int,
+) -> Encoded:
+    eos = tokenizer.eos_token_id
+    if eos is not None and ids[-1:] != (eos,):
+        ids, labels = (*ids, int(eos)), (*labels, int(eos))
+    return Encoded(ids, labels, row)
+
+
+def _texts(example: Example, column: str, part: Part) -> list[str]:
+    value = example.fields.get(column)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(
+            f"{part.file}, row {example.row}: column {column!r} must hold one text or a list of "
+            "texts. Use TOFU's perturbed files."
+        )
+    return texts
+
+
+def _require_room(items: Sequence[Item], part: Part, longest: int | None) -> None:
+    for row, item in enumerate(items, start=1):
+        size = max(len(encoded.input_ids) for encoded in item.answers)
+        if longest is not None and size > longest:
+            raise DataError(
+                f"{part.file}, row {row}: {size} tokens and the model takes {longest}. The "
+                "benchmark does not cut chat sequences; use a model with a longer context."
+            )
+
+
+# --- results --------------------------------------------------------------------------------
+
+
+def _ratio_key(name: str) -> str:
+    return "forget_truth_ratio" if name == "forget" else f"{name}_Truth_Ratio"
+
+
+def _keys_of(part: Part) -> list[str]:
+    """Metrics that need this part's file alone."""
+    if part.name == "holdout":
+        return []
+    keys = [f"{part.name}_Q_A_{kind}" for kind in ("Prob", "PERT_Prob", "ROUGE")]
+    keys.append(f"{part.name}_Q_A_{'PARA_Prob' if part.paraphrased else 'Prob_normalised'}")
+    keys.append(_ratio_key(part.name))
+    return keys + (["exact_memorization", "extraction_strength"] if part.name == "forget" else [])
+
+
+def _part_results(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Results:
+    name, wrong = measured.part.name, measured.wrong
+    right = measured.paraphrases if measured.part.paraphrased else measured.answers
+    results = {
+        f"{name}_Q_A_Prob": table([_probability(s) for s in measured.answers], "prob"),
+        f"{name}_Q_A_PERT_Prob": table(
+            [
+                {"prob": [s.probability for s in row], "avg_loss": [s.loss for s in row]}
+                for row in wrong
+            ],
+            "prob",
+        ),
+        f"{name}_Q_A_ROUGE": table(_rouge_rows(measured, tokenizer), "rougeL_recall"),
+    }
+    if measured.part.paraphrased:
+        rows = [_probability(s) for s in measured.paraphrases]
+        results[f"{name}_Q_A_PARA_Prob"] = table(rows, "prob")
+    else:
+        shares = [
+            metrics.normalised_probability(s.probability, [w.probability for w in row])
+            for s, row in zip(measured.answers, wrong, strict=True)
+        ]
+        results[f"{name}_Q_A_Prob_normalised"] = table([{"prob": p} for p in shares], "prob")
+    ratios = [
+        metrics.truth_ratio([s.loss], [w.loss for w in row])
+        for s, row in zip(right, wrong, strict=True)
+    ]
+    aggregate = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
+    scored = table([{"score": ratio} for ratio in ratios], "score")
+    results[_ratio_key(name)] = {**scored, "agg_value": aggregate(ratios)}
+    return results
+
+
+def _probability(score: Score) -> dict[str, float]:
+    return {"prob": score.probability, "avg_loss": score.loss}
+
+
+def _rouge_rows(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    return [
+        rouge_row(
+            row.answer.strip(),
+            decode(tokenizer, outcome.generated or ()),
+            decode(tokenizer, item.prompt or ()),
+        )
+        for row, item, outcome in zip(measured.rows, measured.items, measured.outcomes, strict=True)
+    ]
+
+
+def _attacks(
+    measured: Mapping[str, Measured], parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase
+) -> Results:
+    absent = [p.file for p in parts if p.attacked and p.name not in measured]
+    if absent:
+        return {f"mia_{a}": missing(f"{' and '.join(absent)} not there") for a in ATTACKS}
+    results = {}
+    for attack in ATTACKS:
+        sides = {n: _attack_scores(attack, measured[n], tokenizer) for n in ("forget", "holdout")}
+        results[f"mia_{attack}"] = _attack_entry(attack, sides["forget"], sides["holdout"])
+    return results
+
+
+def _attack_entry(
+    attack: str, forget: Sequence[float | None] | None, holdout: Sequence[float | None] | None
+) -> Results:
+    if forget is None or holdout is None:
+        return missing(NO_REFERENCE_MODEL if attack == "reference" else "it was left out")
+    auc = metrics.membership_auc(
+        [value for value in forget if value is not None],
+        [value for value in holdout if value is not None],
+    )
+    return {
+        "forget": table([{"score": value} for value in forget], "score"),
+        "holdout": table([{"score": value} for value in holdout], "score"),
+        "auc": auc,
+        "agg_value": auc,
+    }
+
+
+def _attack_scores(
+    attack: str, measured: Measured, tokenizer: PreTrainedTokenizerBase
+) -> Sequence[float | None] | None:
+    scores = measured.answers
+    if attack == "loss":
+        return [score.loss for score in scores]
+    if attack == "zlib":
+        texts = [_labelled_text(item.answers[0], tokenizer) for item in measured.items]
+        return [metrics.zlib_score(s.loss, text) for s, text in zip(scores, texts, strict=True)]
+    if attack == "reference":
+        losses = measured.reference_losses
+        return losses and [s.loss - other for s, other in zip(scores, losses, strict=True)]
+    if attack == "gradnorm":
+        return measured.gradient_norms
+    return [getattr(score, attack) for score in scores]
+
+
+def _labelled_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    labelled = [label for label in encoded.labels if label != IGNORE]
+    return str(tokenizer.decode(labelled, skip_special_tokens=True))
+
+
+def _forget_quality(
+    measured: Mapping[str, Measured], results: Results, reference: Reference | None
+) -> Results:
+    if "forget" not in measured:
+        return missing(results["forget_truth_ratio"]["missing"])
+    if reference is None:
+        return missing(NO_REFERENCE)
+    rows = results["forget_truth_ratio"]["value_by_index"]
+    ratios = [row["score"] for row in rows.values()]
+    answers = [row.answer for row in measured["forget"].rows]
+    cut = measured["forget"].part.cut
+    theirs = reference_scores(reference, "forget_truth_ratio", answers, cut=cut)
+    return {"agg_value": metrics.forget_quality(ratios, theirs)}
+
+
+def _privleak(min_k: Results, reference: Reference | None) -> Results:
+    if min_k["agg_value"] is None:
+        return missing(min_k["missing"])
+    if reference is None:
+        return {"agg_value": metrics.privleak(min_k["agg_value"])}
+    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
+    if retain_auc is None:
+        return missing("the reference results hold no mia_min_k")
+    return {"agg_value": metrics.privleak(min_k["agg_value"], retain_auc)}
+
+
+def _utility(results: Results, parts: Sequence[str]) -> Results:
+    """Harmonic mean of probability, ROUGE and truth ratio over what should be kept."""
+    probabilities = {name: f"{name}_Q_A_Prob_normalised" for name in ("ra", "wf")}
+    probabilities["retain"] = "retain_Q_A_Prob"
+    kept = [name for name in probabilities if name in parts]
+    keys = [probabilities[name] for name in kept]
+    keys += [f"{n}_{k}" for n in kept for k in ("Q_A_ROUGE", "Truth_Ratio")]
+    reasons = {results[key]["missing"] for key in keys if "missing" in results[key]}
+    if reasons:
+        return missing("; ".join(sorted(reasons)))
+    return {"agg_value": metrics.model_utility([results[key]["agg_value"] for key in keys])}

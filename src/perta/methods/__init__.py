@@ -1,0 +1,1 @@
+"""The mathematics of unlearning: what each method computes, on tensors and numbers."""

@@ -1,0 +1,655 @@
+"""Facts: the part of an answer that neither the question nor the template gives away.
+
+The mean over an answer's tokens is mostly sentence template. The fact is what is to be forgotten:
+in "Ada Ashbank was born in 1961." the year. `find_facts` marks its tokens, `score_facts` says how
+probable a model finds them.
+
+For a row with question q, answer a and fact tokens F:
+
+    loss             = -1/|F| sum_{t in F} log p(a_t | q, a_<t)        nats per fact token
+    log_probability  =        sum_{t in F} log p(a_t | q, a_<t)
+    choice           = P / (P + sum_k P_k),  P = exp(log_probability), P_k of wrong answer k
+    rank             = 1 + number of wrong answers with P_k > P
+
+A model that knows nothing has a choice of about 1 / (1 + wrong answers). Sums favour short wrong
+answers, in all models alike: compare with a model that never saw the rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from perta.data.batch import IGNORE, Encoded, bucketed
+from perta.data.examples import Example, ExampleSet
+from perta.data.tokens import common_prefix, encode_example, encode_examples, encode_prompt
+from perta.data.words import is_word, segments, stems
+from perta.errors import DataError
+from perta.models.load import pad_id
+from perta.models.loss import answer_logits, losses_of, token_losses
+from perta.options import DataConfig
+from perta.progress import warn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Source = Literal["fact column", "wrong answers", "surprise", "answer"]
+Span = tuple[int, int]
+
+PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
+FACT_COLUMN = "fact"
+SUBJECT_COLUMNS = ("subject", "person")
+SAMPLES = 64
+"""Samples of which one may hit the fact, in results."""
+SURPRISE = 2.0
+"""Nats from which a token is a surprise. With SmolLM2-135M and 176 rows of `perta people`, whose
+facts are known, it finds 82% of their tokens, and 76% of what it finds are theirs; F1 is within
+0.01 of that from 1.5 to 4 nats, and higher values leave more rows without a token."""
+
+_SYMBOLS = frozenset("#%&*@/\\")
+"""Punctuation to Unicode that may end a name."""
+_ELSE = "\u2020"
+"""Text that no answer goes on with."""
+_REACH = 4
+"""Tokens that one character beyond a span may change."""
+_SHOWN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The fact of one row.
+
+    Attributes:
+        row: 1-based row in its file.
+        encoded: question and right answer; only the fact's tokens are labelled.
+        wrong: the same for each wrong answer; empty where there is none.
+        source: how the fact's tokens were found.
+        right: the right answer in the form of the wrong ones; None where `encoded` has it.
+    """
+
+    row: int
+    encoded: Encoded
+    wrong: tuple[Encoded, ...]
+    source: Source
+    right: Encoded | None = None
+
+    @property
+    def sequences(self) -> tuple[Encoded, ...]:
+        """What `fact_score` wants the loss of: the fact, and the answers to choose among."""
+        choice = (self.right, *self.wrong) if self.right else self.wrong
+        return (self.encoded, *choice)
+
+
+@dataclass(frozen=True)
+class FactScore:
+    """What a model knows of one fact.
+
+    Attributes:
+        row: 1-based row in its file.
+        loss: mean over the fact's tokens, nats.
+        log_probability: sum over the fact's tokens, given question and answer before it; nats.
+        choice: probability among right and wrong answers; None without wrong answers.
+        rank: place of the right answer among them, 1 the first; None likewise.
+    """
+
+    row: int
+    loss: float
+    log_probability: float
+    choice: float | None
+    rank: int | None
+
+    @property
+    def probability(self) -> float:
+        """Probability of the whole fact."""
+        return math.exp(self.log_probability)
+
+
+# --- finding --------------------------------------------------------------------------------
+
+
+def find_facts(
+    examples: ExampleSet,
+    tokenizer: PreTrainedTokenizerBase,
+    data_config: DataConfig | None = None,
+    *,
+    base: PreTrainedModel | None = None,
+    full: PreTrainedModel | None = None,
+    longest: int | None = None,
+    batch_size: int = 8,
+) -> tuple[Fact, ...]:
+    """Mark the fact of every row.
+
+    The first of these that a row has, and that leaves a token:
+
+    1. A column with the fact, a part of the answer.
+    2. Wrong answers. With r the right answer in their form (the paraphrase where that is more
+       like them), the fact is what of r stands behind the words that all of them begin with and
+       before those that all end in, wherever the answer says it. Where the answer puts it in other
+       words, the fact is the answer's words that the paraphrase repeats, and that the question and
+       at least half of the wrong answers lack; if there is none, what stands behind the beginning
+       that the answer shares with all wrong ones.
+    3. Surprise: the answer's tokens whose -log p under the base model, less that under the full
+       model where it is given, is `SURPRISE` or more.
+    4. The whole answer.
+
+    A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
+    a year, still has to be said. Earlier turns, end tokens and the punctuation behind the fact
+    are no part of it.
+
+    Args:
+        examples: the rows.
+        tokenizer: the models' tokenizer.
+        data_config: columns, chat template and length limit.
+        base: model that has not seen the rows.
+        full: model that has.
+        longest: most tokens that the model takes.
+        batch_size: rows per forward pass of `base` and `full`; it does not change the result.
+
+    Returns:
+        One fact for each sequence that `encode_examples` gives, in its order.
+
+    Raises:
+        DataError: a fact that is not in its answer, or a column that cannot be used.
+    """
+    config = data_config or DataConfig()
+    encoded = encode_examples(examples, tokenizer, config, longest=longest).encoded
+    by_row = {example.row: example for example in examples.examples}
+    limit = min(config.max_length, longest or config.max_length)
+    facts: list[Fact] = []
+    for sequence in encoded:
+        row = _Row(by_row[sequence.row], sequence, tokenizer, config, limit)
+        facts.append(_told(row, examples.source) or row.whole_answer())
+    if base is not None:
+        facts = _surprising(facts, tokenizer, (base, full), batch_size)
+    looked = {f.row for f in facts if base is not None or WRONG in by_row[f.row].fields}
+    lost = [f.row for f in facts if f.source == "answer" and f.row in looked]
+    if lost:
+        shown = ", ".join(map(str, lost[:_SHOWN_ROWS])) + (" …" if len(lost) > _SHOWN_ROWS else "")
+        warn(
+            f"{examples.source}: no fact was found in {len(lost)} of {len(facts)} rows (rows "
+            f"{shown}); their whole answer counts. Name the fact in a column `{FACT_COLUMN}`."
+        )
+    return tuple(facts)
+
+
+def is_told(examples: ExampleSet, data_config: DataConfig) -> bool:
+    """Whether every row has a column that tells its fact, so that no base model is asked."""
+    names = (data_config.fact_column or FACT_COLUMN, WRONG)
+    return all(any(e.fields.get(name) for name in names) for e in examples.examples)
+
+
+class _Row:
+    """One row being marked."""
+
+    def __init__(
+        self,
+        example: Example,
+        encoded: Encoded,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        limit: int,
+    ) -> None:
+        self.example, self.config, self.limit = example, config, limit
+        self._encoded, self._tokenizer = encoded, tokenizer
+        self._known: dict[str, Encoded] = {}
+        self._prompt = encode_prompt(example, tokenizer, config)
+
+    def whole_answer(self) -> Fact:
+        """The answer's text as its fact."""
+        if self.example.kind == "text":
+            return Fact(self.example.row, self._encoded, (), "answer")
+        answer = self.example.answer
+        start = len(answer) - len(answer.lstrip())
+        span = _trimmed(answer, (start, len(answer))) or (start, len(answer.rstrip()))
+        return Fact(self.example.row, self.marked(answer, [span]), (), "answer")
+
+    def marked(self, answer: str, spans: Sequence[Span]) -> Encoded:
+        """Question and answer, labelled on the tokens that overlap the spans of the answer."""
+        whole = self._encode(answer)
+        labels = [IGNORE] * len(whole.input_ids)
+        for span in spans:
+            start, stop = self._tokens(answer, span)
+            labels[start:stop] = whole.input_ids[start:stop]
+        return replace(whole, labels=tuple(labels))
+
+    def _tokens(self, answer: str, span: Span) -> Span:
+        """Place of the tokens that overlap a span of the answer."""
+        ids = self._encode(answer).input_ids
+        # Text that goes on otherwise has other tokens from the first that reaches into the span.
+        start = common_prefix(ids, self._encode(answer[: span[0]]).input_ids)
+        start = max(start, common_prefix(ids, self._prompt))
+        other = self._encode(answer[: span[1]] + _ELSE).input_ids
+        least = max(common_prefix(ids, other), start + 1)
+        # The next token may hold the end of the fact and what follows. Decoding tells, unless the
+        # tokenizer does not give the text back, because it changes case or lacks words.
+        text = answer[slice(*span)]
+        reach = range(least, min(least + _REACH, len(ids)) + 1)
+        return start, next((n for n in reach if text in self._decode(ids[start:n])), least)
+
+    def _encode(self, answer: str) -> Encoded:
+        if answer not in self._known:
+            row = self.example.with_answer(answer)
+            self._known[answer] = encode_example(row, self._tokenizer, self.config)
+        return self._known[answer]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text = self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+def _told(row: _Row, source: str) -> Fact | None:
+    """The fact by what the row's columns say; None where they say nothing."""
+    example = row.example
+    if example.kind == "text":
+        return None
+    fact = _column(row, source)
+    wrong = _wrong_answers(example, source)
+    span = _in_answer(fact, example, source) if fact else None
+    if span and not wrong:
+        return Fact(example.row, row.marked(example.answer, [span]), (), "fact column")
+    if not wrong:
+        return None
+    found = _by_wrong_answers(row, wrong)
+    if span:
+        own = row.marked(example.answer, [span])
+        right = found.right or found.encoded
+        named = replace(found, encoded=own, source="fact column")
+        return replace(named, right=None if right == own or not found.wrong else right)
+    return found if found.source == "wrong answers" or found.wrong else None
+
+
+def _column(row: _Row, source: str) -> str | None:
+    """What the column with the fact says; None where it is empty or not there."""
+    name = row.config.fact_column or FACT_COLUMN
+    if row.config.fact_column and name not in row.example.fields:
+        raise DataError(
+            f"{source}, row {row.example.row}: no column {name!r} for --fact-column. Every row "
+            "needs it; leave it empty where the fact is to be found otherwise."
+        )
+    value = row.example.fields.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str):
+        raise DataError(
+            f"{source}, row {row.example.row}: column {name!r} holds {type(value).__name__}; the "
+            "fact is a text, a part of the answer."
+        )
+    return value.strip()
+
+
+def _in_answer(fact: str, example: Example, source: str) -> Span:
+    places = [m.span() for m in re.finditer(re.escape(fact), example.answer)]
+    span = _first_said(fact, places, example)
+    if span is None:
+        raise DataError(
+            f"{source}, row {example.row}: the fact {fact!r} is not in the answer "
+            f"{example.answer!r}. Write it as the answer has it."
+        )
+    return _trimmed(example.answer, span) or span
+
+
+def _first_said(fact: str, places: Sequence[Span], example: Example) -> Span | None:
+    """Where the answer says the fact: first, or last if the question has the same words.
+
+    Once said it can be copied. Places that are whole words come before parts of words.
+    """
+    answer = example.answer
+    edges = {edge for segment in segments(answer) for edge in segment}
+    places = [p for p in places if set(p) <= edges] or list(places)
+    if not places:
+        return None
+    return places[-1] if fact.casefold() in example.prompt.casefold() else places[0]
+
+
+def _wrong_answers(example: Example, source: str) -> list[str]:
+    """The row's wrong answers, each once."""
+    value = example.fields.get(WRONG)
+    listed = [value] if isinstance(value, str) else value
+    if listed is None or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(text, str) and text.strip() for text in listed
+    ):
+        raise DataError(
+            f"{source}, row {example.row}: column {WRONG!r} must be a list of texts, none empty."
+        )
+    right = {example.answer, example.fields.get(PARAPHRASED)}
+    return [text for text in dict.fromkeys(listed) if text not in right]
+
+
+def _by_wrong_answers(row: _Row, wrong: Sequence[str]) -> Fact:
+    """The fact as what separates the right answer from the wrong ones."""
+    example, answer = row.example, row.example.answer
+    right = _same_form(example, wrong)
+    texts = (right, *wrong)
+    places = [_trimmed(t, s) for t, s in zip(texts, _apart(right, wrong), strict=True)]
+    values = [text[slice(*place)] for text, place in zip(texts, places, strict=True) if place]
+    span = places[0] if right == answer else None
+    if right != answer and places[0]:
+        span = _said(values[0], example)
+    if span and len(values) == len(texts):
+        # Only the fact is exchanged, in the answer's own words.
+        own, *others = (
+            row.marked(answer[: span[0]] + v + answer[span[1] :], [(span[0], span[0] + len(v))])
+            for v in (answer[slice(*span)], *values[1:])
+        )
+        return _fits(row, Fact(example.row, own, tuple(others), "wrong answers"))
+    found = [span] if span else _repeated(example, wrong)
+    own = row.marked(answer, found) if found else row.whole_answer().encoded
+    fact = Fact(example.row, own, (), "wrong answers" if found else "answer")
+    if len(values) < len(texts):
+        return fact
+    first, *others = (row.marked(t, [p]) for t, p in zip(texts, places, strict=True) if p)
+    return _fits(row, replace(fact, wrong=tuple(others), right=first))
+
+
+def _fits(row: _Row, fact: Fact) -> Fact:
+    """The fact; without the answers to choose among where one is too long for the model."""
+    size = max(len(sequence.input_ids) for sequence in fact.sequences)
+    if size <= row.limit:
+        return fact
+    warn(
+        f"row {fact.row}: a paraphrased or wrong answer makes {size} tokens, and the limit is "
+        f"{row.limit}. The row has no choice among answers."
+    )
+    return replace(fact, wrong=(), right=None)
+
+
+def _same_form(example: Example, wrong: Sequence[str]) -> str:
+    """The right answer worded most like the wrong ones: the answer or its paraphrase."""
+    paraphrase = example.fields.get(PARAPHRASED)
+    if not isinstance(paraphrase, str) or not paraphrase.strip():
+        return example.answer
+    others = [_words(text) for text in wrong]
+
+    def likeness(form: str) -> float:
+        words = _words(form)
+        return sum(SequenceMatcher(None, words, w, autojunk=False).ratio() for w in others)
+
+    return max((example.answer, paraphrase), key=likeness)
+
+
+def _apart(right: str, wrong: Sequence[str]) -> list[Span]:
+    """Of the right and each wrong answer the span behind their common beginning, before their end.
+
+    A word that differs in any wrong answer is in the span.
+    """
+    texts = (right, *wrong)
+    before, behind = _shared(_words(right), [*map(_words, wrong)])
+    spans = []
+    for text in texts:
+        inner = segments(text)[before:]
+        inner = inner[: len(inner) - behind]
+        spans.append((inner[0][0], inner[-1][1]) if inner else (0, 0))
+    return spans
+
+
+def _shared(right: Sequence[str], wrong: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """Number of words that all begin with, and that all end in behind those."""
+    before = min(common_prefix(right, words) for words in wrong)
+    rest = min(map(len, (right, *wrong))) - before
+    ends = [common_prefix(right[::-1], words[::-1]) for words in wrong]
+    return before, min(rest, *ends)
+
+
+def _said(fact: str, example: Example) -> Span | None:
+    """Where the answer says a fact, whatever its case."""
+    places = [m.span() for m in re.finditer(re.escape(fact), example.answer, re.IGNORECASE)]
+    return _first_said(fact, places, example)
+
+
+def _repeated(example: Example, wrong: Sequence[str]) -> list[Span]:
+    """The fact of an answer whose wrong answers are worded freely; see `find_facts`."""
+    answer = example.answer
+    paraphrase = example.fields.get(PARAPHRASED)
+    if isinstance(paraphrase, str):
+        words = [set(stems(text)) for text in wrong]
+        wanted = set(stems(paraphrase)) - set(stems(example.prompt))
+        kept = {w for w in wanted if 2 * sum(w in others for others in words) <= len(wrong)}
+        places = [s for s in segments(answer) if kept.intersection(stems(answer[slice(*s)]))]
+        if places:
+            return _joined(answer, places)
+    span = _trimmed(answer, _apart(answer, wrong)[0])
+    return [span] if span else []
+
+
+def _joined(text: str, places: Iterable[Span]) -> list[Span]:
+    """Words with nothing but space between them, as one span."""
+    joined: list[Span] = []
+    for start, stop in places:
+        if joined and not text[joined[-1][1] : start].strip():
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _words(text: str) -> list[str]:
+    return [text[start:stop] for start, stop in segments(text)]
+
+
+def _trimmed(text: str, span: Span) -> Span | None:
+    """A span without punctuation and space at its end; None where no word is left."""
+    start, stop = span
+    while stop > start and _is_closing(text[stop - 1]):
+        stop -= 1
+    return (start, stop) if is_word(text[start:stop]) else None
+
+
+def _is_closing(character: str) -> bool:
+    if character.isspace():
+        return True
+    category = unicodedata.category(character)
+    return category in ("Po", "Pe", "Pf", "Pi") and character not in _SYMBOLS
+
+
+def _surprising(
+    facts: Sequence[Fact],
+    tokenizer: PreTrainedTokenizerBase,
+    models: tuple[PreTrainedModel, PreTrainedModel | None],
+    batch_size: int,
+) -> list[Fact]:
+    """Facts of whole answers, cut down to the tokens that surprise."""
+    whole = [fact for fact in facts if fact.source == "answer"]
+    pad = pad_id(tokenizer)
+    base, *full = (
+        _losses_by_token(model, [f.encoded for f in whole], batch_size, pad)
+        for model in models
+        if model is not None
+    )
+    found = {}
+    for i, fact in enumerate(whole):
+        less = full[0][i] if full else [0.0] * len(base[i])
+        places = [t for t, label in enumerate(fact.encoded.labels) if t and label != IGNORE]
+        labels = [IGNORE] * len(fact.encoded.labels)
+        for place, value, other in zip(places, base[i], less, strict=True):
+            token = fact.encoded.input_ids[place]
+            if value - other >= SURPRISE and is_word(str(tokenizer.decode([token]))):
+                labels[place] = token
+        if any(label != IGNORE for label in labels):
+            encoded = replace(fact.encoded, labels=tuple(labels))
+            found[id(fact)] = replace(fact, encoded=encoded, source="surprise")
+    return [found.get(id(fact), fact) for fact in facts]
+
+
+@torch.no_grad()
+def _losses_by_token(
+    model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad: int
+) -> list[list[float]]:
+    """Loss of every labelled token of every example, nats."""
+    device = next(model.parameters()).device
+    losses: list[list[float]] = [[] for _ in examples]
+    for batch in bucketed(examples, batch_size, pad):
+        answers = answer_logits(model, batch.to(device))
+        values = token_losses(answers).tolist()
+        for example, value in zip(answers.example.tolist(), values, strict=True):
+            losses[int(batch.index[example])].append(value)
+    return losses
+
+
+# --- scoring --------------------------------------------------------------------------------
+
+
+def score_facts(
+    model: nn.Module, facts: Sequence[Fact], *, batch_size: int = 8, pad: int
+) -> list[FactScore]:
+    """What a model knows of facts.
+
+    Args:
+        model: causal language model.
+        facts: from `find_facts`.
+        batch_size: sequences per forward pass; it does not change the result.
+        pad: padding token.
+
+    Returns:
+        One score per fact, in order.
+    """
+    sequences = [sequence for fact in facts for sequence in fact.sequences]
+    losses: Iterator[float] = iter(losses_of(model, sequences, batch_size=batch_size, pad=pad))
+    return [fact_score(fact, [next(losses) for _ in fact.sequences]) for fact in facts]
+
+
+def fact_score(fact: Fact, losses: Sequence[float]) -> FactScore:
+    """Score of a fact from the mean losses of its sequences.
+
+    Args:
+        fact: the fact.
+        losses: of `fact.sequences`, in order, nats per labelled token.
+
+    Returns:
+        The score; equations at the top of this module.
+    """
+    sums = [-loss * _tokens(s) for loss, s in zip(losses, fact.sequences, strict=True)]
+    choice = rank = None
+    if fact.wrong:
+        right, *wrong = sums[1:] if fact.right else sums
+        choice = math.exp(-_log_sum([0.0, *(value - right for value in wrong)]))
+        rank = 1 + sum(value > right for value in wrong)
+    return FactScore(fact.row, losses[0], sums[0], choice, rank)
+
+
+def hit_probability(log_p: float, k: int) -> float:
+    """Probability of at least one hit in k independent samples: 1 - (1 - p)^k.
+
+    Args:
+        log_p: log p, at most 0; rounding above it counts as 0.
+        k: number of samples.
+
+    Returns:
+        The probability, exact to rounding for p next to 0 and next to 1.
+    """
+    log_p = min(log_p, 0.0)
+    if log_p == 0.0:
+        return float(k > 0)
+    # log(1 - p), by the form that cancels nothing.
+    miss = math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p))
+    return -math.expm1(k * miss)
+
+
+def _tokens(encoded: Encoded) -> int:
+    return sum(label != IGNORE for label in encoded.labels[1:])
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    most = max(values)
+    if not math.isfinite(most):
+        return most
+    return most + math.log(math.fsum(math.exp(value - most) for value in values))
+
+
+# --- distributions --------------------------------------------------------------------------
+
+
+def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> list[int] | None:
+    """Whom or what each row is about, as numbers from 0 in order of first appearance.
+
+    Args:
+        rows: columns of each row.
+        column: where it says so [default: `subject` or `person`, the first that a row has].
+
+    Returns:
+        One number a row; None where the rows have no such column. Rows without a value are a
+        subject each.
+
+    Raises:
+        DataError: no row has the column that was asked for.
+    """
+    names = (column,) if column else SUBJECT_COLUMNS
+    name = next((n for n in names if any(row.get(n) not in (None, "") for row in rows)), None)
+    if name is None and column:
+        raise DataError(
+            f"No row has a value in column {column!r}, which --subject-column names. The columns "
+            f"are {', '.join(rows[0]) if rows else 'none'}."
+        )
+    if name is None:
+        return None
+    numbers: dict[str, int] = {}
+    values = [row.get(name) for row in rows]
+    keys = [f"row {i}" if v in (None, "") else f"value {v}" for i, v in enumerate(values)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+
+def worst_row(values: Sequence[float | None]) -> tuple[int, float] | None:
+    """Place and value of the largest, values that are None left out; None where all are."""
+    known = [(value, -i) for i, value in enumerate(values) if value is not None]
+    if not known:
+        return None
+    value, place = max(known)
+    return -place, value
+
+
+def by_subject(
+    values: Sequence[float | None], numbers: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """Distribution per subject.
+
+    Args:
+        values: one per row; None where there is none.
+        numbers: subject of each row.
+
+    Returns:
+        Subject -> number of `rows` with a value, their `mean` and `worst`, the largest.
+    """
+    groups: dict[int, list[float]] = {}
+    for value, number in zip(values, numbers, strict=True):
+        if value is not None:
+            groups.setdefault(number, []).append(value)
+    return {
+        number: {"rows": len(group), "mean": math.fsum(group) / len(group), "worst": max(group)}
+        for number, group in groups.items()
+    }
+
+
+def share_beyond(
+    values: Sequence[float], yardstick: Sequence[float], quantile: float = 0.95
+) -> float:
+    """Share of values above a quantile of the yardstick's.
+
+    Values like the yardstick's own have a share of about 1 - `quantile`.
+
+    Args:
+        values: of the rows judged.
+        yardstick: of rows that the model truly has not seen, or of a model that has not.
+        quantile: in [0, 1], by linear interpolation.
+
+    Returns:
+        The share in [0, 1].
+
+    Raises:
+        DataError: a side is empty.
+    """
+    if not len(values) or not len(yardstick):
+        raise DataError("A share beyond the yardstick needs values on both sides.")
+    limit = float(np.quantile(np.asarray(yardstick, dtype=np.float64), quantile))
+    return sum(value > limit for value in values) / len(values)

@@ -1,0 +1,273 @@
+"""Models and tokenizers: loaded, asked for their limits, saved."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partialmethod
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perta.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    PertaError,
+)
+from perta.options import ComputeConfig, SaveType
+from perta.store.arithmetic import Place, round_as_stored
+from perta.store.checkpoint import copy_companions, open_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    folder: Path, compute: ComputeConfig, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for computing.
+
+    Args:
+        folder: what `resolve_checkpoint` returned.
+        compute: device and type of the weights.
+        dtype: type of the weights, whatever `compute` says.
+
+    Returns:
+        The model on its device, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder holds no model transformers can load.
+        CorruptCheckpointError: a file is damaged, or a weight is NaN or Inf.
+    """
+    from transformers import AutoModelForCausalLM
+
+    open_index(folder)
+    _require_config(folder)
+    device = pick_device(compute)
+    with plain_errors(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
+        )
+    _require_finite(model, folder)
+    torch.nn.Module.to(model, device)
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    with plain_errors(folder, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"The tokenizer in {folder} has no end-of-sequence token. Set `eos_token` in its "
+            "tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token for padding: the tokenizer's own, else eos (masks come from true lengths)."""
+    chosen = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if chosen is None else chosen)
+
+
+def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
+    """Most tokens the model has positions for, if its config says."""
+    if isinstance(model_or_folder, Path):
+        config = json.loads((model_or_folder / "config.json").read_text("utf-8"))
+        get = config.get
+    else:
+        settings = model_or_folder.config
+        get = lambda name: getattr(settings, name, None)  # noqa: E731
+    value = get("max_position_embeddings") or get("n_positions")
+    return int(value) if value else None
+
+
+def pick_device(compute: ComputeConfig) -> torch.device:
+    """The device `compute` asks for.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if compute.threads is not None:
+        torch.set_num_threads(compute.threads)
+    name = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available[name]:
+        raise ConfigError(f"--device {name}: torch sees no such device here. Use --device auto.")
+    return torch.device(name)
+
+
+def pick_dtype(compute: ComputeConfig) -> torch.dtype:
+    """Type of the weights while computing: bfloat16 on GPUs, float32 on CPUs by default.
+
+    bfloat16 products are some sixty times slower on CPUs without units for them.
+    """
+    if compute.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[compute.dtype]
+    return torch.bfloat16 if pick_device(compute).type == "cuda" else torch.float32
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Type in which a checkpoint stores most of its numbers."""
+    bytes_of: Counter[torch.dtype] = Counter()
+    for entry in open_index(folder).tensors.values():
+        bytes_of[entry.dtype] += entry.nbytes
+    return bytes_of.most_common(1)[0][0]
+
+
+def transposed_weights(folder: Path) -> frozenset[str]:
+    """Names of the weights that are stored as (in, out), as GPT-2's are, instead of (out, in).
+
+    They are found in the model that the config describes, which is built without weights. A
+    config that transformers knows no model for describes none.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError):
+        return frozenset()
+    index = open_index(folder)
+    names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
+    return frozenset(entry.name for name in names if (entry := index.find(name)))
+
+
+def save_type(wanted: SaveType, folder: Path) -> torch.dtype:
+    """The type that `--save-dtype` stands for: a checkpoint's main one, or the one named."""
+    if wanted == "full":
+        return stored_dtype(folder)
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named[wanted]
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
+    """Turn a tuned float32 model into the type it is stored in, as the edit rounds.
+
+    Steps of training that are small beside the weights would be lost by rounding to the nearest.
+
+    Args:
+        model: changed in place.
+        dtype: type wanted.
+        seed: of the rounding.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = round_as_stored(parameter.data.float(), dtype, Place(seed, name))
+    torch.nn.Module.to(model, dtype=dtype)
+
+
+@contextmanager
+def counting_tokens(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Count what goes through a model, padding included.
+
+    Args:
+        model: a causal language model of the transformers library, called with `input_ids`.
+
+    Yields:
+        How many tokens went through since the start; a forward pass over one costs two operations
+        a parameter.
+    """
+    count = 0
+
+    def add(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal count
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        count += 0 if ids is None else ids.numel()
+
+    handle = model.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield lambda: count
+    finally:
+        handle.remove()
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: Path | None
+) -> None:
+    """Write a model with tokenizer and companions as a plain safetensors checkpoint.
+
+    Args:
+        model: the model; its weights are written in the type they have.
+        tokenizer: written as it is.
+        folder: an existing folder.
+        source: checkpoint whose companion files (tokenizer, chat template, generation config)
+            are carried over byte for byte; config.json is the model's own.
+    """
+    model.config.use_cache = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, max_shard_size="5GB")
+    if source is None:
+        tokenizer.save_pretrained(str(folder))
+        return
+    own_config = (folder / "config.json").read_bytes()
+    copy_companions(source, folder)
+    (folder / "config.json").write_bytes(own_config)
+
+
+def _require_finite(model: PreTrainedModel, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        # One NaN or Inf makes the sum one; finite weights are far too small to overflow it.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            raise CorruptCheckpointError(
+                f"{folder}: {name} holds NaN or Inf. The checkpoint is damaged or its training "
+                "diverged; use an earlier one."
+            )
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise CheckpointNotFoundError(
+            f"{folder} has no config.json. Give the folder that `save_pretrained` wrote."
+        )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' progress bars out of the user's output, in a program as on a terminal.
+
+    Some know no switch: they take their bars from tqdm itself.
+    """
+    tqdm: Any = import_module("tqdm").tqdm
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+@contextmanager
+def plain_errors(place: Path, what: str = "model") -> Iterator[None]:
+    """Turn the libraries' many exceptions on loading into one that names the place, in silence."""
+    try:
+        with _without_bars():
+            yield
+    except PertaError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the libraries raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{place}: no {what} could be loaded from it: {reason}") from error

@@ -1,0 +1,100 @@
+"""Losses: tensors in, tensors out.
+
+The loss of an example is the mean negative log-likelihood of its answer tokens, in nats per
+token. The output head runs only where a label asks for it: with a vocabulary of 49,152 and a
+few answer tokens per example, logits of all positions would cost more than they tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name for it
+from torch import Tensor, nn
+
+from perta.data.batch import IGNORE, Batch, Encoded, bucketed
+
+
+@dataclass(frozen=True)
+class AnswerLogits:
+    """Predictions of the N labelled tokens of a batch, in row-major order.
+
+    Attributes:
+        logits: (N, V) float32.
+        targets: (N,) int64 token ids.
+        example: (N,) int64, which row of the batch each token belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    example: Tensor
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
+    """Forward pass whose output head sees only the positions that predict a labelled token.
+
+    Args:
+        model: a causal language model of the transformers library.
+        batch: B examples.
+
+    Returns:
+        Logits and targets of the labelled tokens.
+    """
+    # The token at t is predicted at t - 1; a label at position 0 has no prediction.
+    wanted = batch.labels[:, 1:] != IGNORE
+    example, position = wanted.nonzero(as_tuple=True)
+
+    def keep_wanted(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][example, position].unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(keep_wanted)
+    try:
+        output = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+    finally:
+        handle.remove()
+    targets = batch.labels[:, 1:][wanted]
+    return AnswerLogits(output.logits[0].float(), targets, example)
+
+
+def token_losses(answers: AnswerLogits) -> Tensor:
+    """Cross-entropy of every labelled token, (N,) in nats."""
+    return F.cross_entropy(answers.logits, answers.targets, reduction="none")
+
+
+def mean_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
+    """Mean of token values within each example: (N,), (N,) -> (B,)."""
+    sums = torch.zeros(examples, dtype=values.dtype, device=values.device)
+    sums = sums.index_add(0, example, values)
+    counts = torch.bincount(example, minlength=examples)
+    return sums / counts
+
+
+def example_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of each example's answer tokens, (B,) in nats per token."""
+    answers = answer_logits(model, batch)
+    return mean_by_example(token_losses(answers), answers.example, len(batch))
+
+
+def weighted_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Losses of a batch, each times its example's weight, (B,): what gradients are taken of."""
+    return example_losses(model, batch) * batch.weights
+
+
+@torch.no_grad()
+def losses_of(
+    model: nn.Module, examples: Sequence[Encoded], *, batch_size: int, pad: int
+) -> list[float]:
+    """Loss of every example in nats per token, in the order given."""
+    device = next(model.parameters()).device
+    losses = [math.nan] * len(examples)
+    for batch in bucketed(examples, batch_size, pad):
+        values = example_losses(model, batch.to(device))
+        for place, value in zip(batch.index.tolist(), values.tolist(), strict=True):
+            losses[place] = value
+    return losses

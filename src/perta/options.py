@@ -1,0 +1,465 @@
+"""Options, once: the command line, YAML files and the library share them.
+
+Each class is one concern; `stages.settings` and its likes put them together for every stage.
+The text under a field is its help on the command line. Values are checked on creation; a wrong
+one raises `ConfigError` naming the flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from perta.errors import ConfigError
+
+Format = Literal["auto", "qa", "completion", "chat", "text"]
+Granularity = Literal["element", "row", "tensor"]
+Reduction = Literal["mean_of_power", "abs_of_mean"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["auto", "float32", "bfloat16"]
+MOST_ORDER = 32
+"""Largest order p of the importance: beyond it powers of gradients leave the range of float64."""
+
+SaveType = Literal["full", "float32", "bfloat16", "float16"]
+TunedType = Literal["float32", "base"]
+Tokens = Literal["all", "answer"]
+LossOn = Literal["answer", "facts"]
+Layers = Literal["mlp", "all"]
+
+Repeated = Parameter(negative_iterable=())
+
+
+def panel(title: str, place: int) -> Parameter:
+    """Options of a class as a panel of the help; those of stages themselves come first."""
+    return Parameter(name="*", group=Group(title, sort_key=place))
+
+
+MAIN = Group("Main options", sort_key=0)
+Flat = Parameter(name="*", group=MAIN)
+More = Parameter(group=Group("Further inputs and settings of the run", sort_key=1))
+
+
+_LORA_ALONE = (
+    "above 0 where --lora-alpha or --lora-targets is given, which have no effect without an "
+    "adapter (the strength of the edit is --alpha)"
+)
+
+
+def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:
+    """Take places as text or as paths, whichever way they were given in a program.
+
+    Args:
+        config: a configuration that is being created.
+        paths: fields that hold paths.
+        texts: fields that hold text, such as an id as well as a place.
+    """
+    for names, kind in ((paths, Path), (texts, str)):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None:
+                object.__setattr__(config, name, kind(value))
+
+
+def require(condition: bool, flag: str, value: object, wanted: str) -> None:
+    """Stop at a wrong value, naming its flag.
+
+    Args:
+        condition: whether the value fits.
+        flag: the option, without dashes before it.
+        value: what was given.
+        wanted: what would fit.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not condition:
+        raise ConfigError(f"--{flag} is {value}; it must be {wanted}.")
+
+
+def sample_count(text: str | None, flag: str, examples: int) -> int:
+    """Size of a sample.
+
+    Args:
+        text: share or count; all examples without it.
+        flag: option it was given with.
+        examples: number of examples there are.
+
+    Returns:
+        Number of examples to use.
+
+    Raises:
+        ConfigError: neither a share nor a count.
+    """
+    if text is None:
+        return examples
+    try:
+        count = int(text) if text.strip().isdigit() else round(float(text) * examples)
+        valid = count > 0 if text.strip().isdigit() else 0 < float(text) <= 1
+    except ValueError:
+        valid = False
+    require(valid, flag, repr(text), "a share in (0, 1] such as 0.2, or a count such as 500")
+    return max(1, min(count, examples))
+
+
+@panel("Rows of data", 4)
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How rows become token sequences."""
+
+    format: Format = "auto"
+    """Kind of rows: question/answer, prompt/completion, chat messages or plain text; `auto`
+    decides by the column names."""
+    prompt_column: str | None = None
+    """Column with the question or prompt [default: question, prompt, instruction or input]."""
+    answer_column: str | None = None
+    """Column with the answer [default: answer, completion, response or output]."""
+    messages_column: str = "messages"
+    """Column with a list of chat messages, each with `role` and `content`."""
+    text_column: str = "text"
+    """Column with plain text."""
+    fact_column: str | None = None
+    """Column with the part of the answer that is the fact [default: fact, where a row has one;
+    else it is found, see the guide]."""
+    subject_column: str | None = None
+    """Column that says whom or what a row is about [default: subject or person, where a row has
+    one]."""
+    system_prompt: str = "You are a helpful assistant."
+    """System message put before questions when the tokenizer has a chat template; empty for
+    none."""
+    chat_template: bool = True
+    """Use the tokenizer's chat template where it has one."""
+    max_length: int = 2048
+    """Longest example in tokens, at most what the model takes; plain text is cut into
+    windows of at most this length."""
+    split: str = "train"
+    """Split of a `datasets` id."""
+    skip_bad_rows: bool = False
+    """Leave out rows with an empty or cut-off answer (they are listed) instead of stopping."""
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 2, "max-length", self.max_length, "at least 2 tokens")
+
+    def with_usual_columns(self) -> DataConfig:
+        """The same for a file whose columns have their usual names."""
+        columns = [name for name in vars(self) if name.endswith("_column")]
+        usual = DataConfig()
+        names = ("format", *columns, "split")
+        return replace(self, **{name: getattr(usual, name) for name in names})
+
+
+@panel("Where to compute", 9)
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Where and how to compute."""
+
+    device: Device = "auto"
+    """Compute device; `auto` takes a GPU when there is one."""
+    dtype: DType = "auto"
+    """Type of weights while computing; `auto` is bfloat16 on GPUs and float32 on CPUs."""
+    threads: int | None = None
+    """CPU threads [default: all cores]."""
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+@panel("Fine-tuning", 3)
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Fine-tuning."""
+
+    epochs: int = 20
+    """Most passes over the data."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    batch_size: int = 4
+    """Examples per forward pass."""
+    accumulation: int = 1
+    """Batches per optimizer step."""
+    weight_decay: float = 0.0
+    """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
+    the task vector would hold that movement."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0 turns it off."""
+    loss_on: LossOn | None = None
+    """What is learned: whole answers, or of each its fact alone, the tokens that neither the
+    question nor the template gives away; with facts, every row to the same depth [default: facts
+    for the forget checkpoint of a structured method, where the rows are no plain text; otherwise
+    answer]."""
+    stop_loss: float | None = None
+    """Loss in nats per token at which to stop; 0 runs every epoch. On answers: after an epoch whose
+    mean example loss is at or below it. On facts: row by row; one at or below it gives no more
+    loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.01
+    on facts]."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
+    lora_alpha: float | None = None
+    """LoRA scale numerator [default: twice the rank]."""
+    lora_targets: Annotated[tuple[str, ...], Repeated] = ()
+    """Module names that get LoRA [default: all linear layers]."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    seed: int = 0
+    """Seed of the example order and of LoRA's initial values."""
+    save_every: int | None = None
+    """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
+    goes on from there; 0 never [default: 1 when unlearning by training, otherwise 0]."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        require(self.learning_rate > 0, "learning-rate", self.learning_rate, "above 0")
+        require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
+        require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
+        require(0 <= self.warmup_ratio < 1, "warmup-ratio", self.warmup_ratio, "in [0, 1)")
+        require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
+        require(self.depth >= 0, "stop-loss", self.stop_loss, "0 or more")
+        require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
+        is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
+        require(is_lora, "lora-rank", 0, _LORA_ALONE)
+        every = self.save_every
+        require(every is None or every >= 0, "save-every", every, "0 or more")
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether every row is learned to `depth` by itself, and not their mean."""
+        return self.loss_on == "facts"
+
+    @property
+    def depth(self) -> float:
+        """`stop_loss`, or its default for what is learned."""
+        if self.stop_loss is None:
+            return 0.01 if self.loss_on == "facts" else 0.05
+        return self.stop_loss
+
+
+@panel("Importance, for the diagonal methods", 6)
+@dataclass(frozen=True, kw_only=True)
+class EstimatorConfig:
+    """How importance is estimated."""
+
+    reduction: Reduction = "mean_of_power"
+    """`mean_of_power`: mean over examples of |per-example gradient|^p, the method's own.
+    `abs_of_mean`: |mean gradient|^p, cheaper and a different quantity."""
+    importance_samples: str | None = None
+    """Use a seeded sample: a share such as 0.2, or a count such as 500 [default: all]."""
+    importance_batch_size: int = 8
+    """Examples per forward and backward pass; it does not change the result."""
+    importance_seed: int = 0
+    """Seed of the sample."""
+    verify: bool = False
+    """Compare the batched engine with an example-by-example loop on a few rows first."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.importance_batch_size >= 1,
+            "importance-batch-size",
+            self.importance_batch_size,
+            "at least 1",
+        )
+        self.sample_count(1)
+
+    def sample_count(self, examples: int) -> int:
+        """Number of examples to use out of `examples`."""
+        return sample_count(self.importance_samples, "importance-samples", examples)
+
+
+@panel("Moments, for the structured methods", 5)
+@dataclass(frozen=True, kw_only=True)
+class MomentOptions:
+    """How second moments are measured, for the structured methods."""
+
+    tokens: Tokens = "all"
+    """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
+    moment_batch_size: int = 8
+    """Examples per pass through the model; it does not change the result."""
+    moment_memory: float = 8.0
+    """Memory for the sums in GiB; a model that needs more is measured in several passes."""
+
+    def __post_init__(self) -> None:
+        size = self.moment_batch_size
+        require(size >= 1, "moment-batch-size", size, "at least 1")
+        require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
+
+
+@panel("Settings of methods that edit", 2)
+@dataclass(frozen=True, kw_only=True)
+class WeightingConfig:
+    """Which weights change, and how far."""
+
+    method: Annotated[str, Parameter(group=MAIN)] = "perta-project"
+    """Method; `perta methods` lists them. `perta-grad` and `perta-fisher` are the paper's own."""
+    scaling_coef: Annotated[
+        float | Literal["auto"] | None, Parameter(alias="--alpha", group=MAIN)
+    ] = None
+    """Global strength alpha of the edit; 0 changes nothing; `auto` (in `perta unlearn`) takes the
+    smallest at which every fact of the forget set looks unseen [default: auto in `perta unlearn`
+    with `perta-project` and --retain, otherwise the method's own: 2.7 for
+    `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
+    order: float | None = None
+    """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
+    the diagonal Fisher information."""
+    rho: float | None = None
+    """Weight of the retain importance against the forget importance [default: the method's own:
+    3 for `perta-project`, 100 for `perta-input`, 10 for `perta-kron`, otherwise 1]."""
+    damping: float | None = None
+    """Damping of `perta-input` and `perta-kron`, relative to the mean diagonal of the moments
+    [default: 0.01]."""
+    forget_damping: float | None = None
+    """With `perta-input`: damping of the forget side alone, relative to its mean diagonal. The
+    larger, the more of the task vector goes wherever the retain set does not object, also along
+    directions that the forget set does not use [default: 30]."""
+    granularity: Granularity = "element"
+    """Average the importance over nothing, over rows (output units), or over whole tensors."""
+    constant: float = 0.5
+    """The value of W for the method `constant`."""
+    retain_coef: float = 1.0
+    """Strength beta at which `msa` adds the retain vector."""
+    keep: float | None = None
+    """Share of the weights that `selective` edits and `ties` keeps of a task vector, the largest
+    first [default: the method's own: 0.1 and 0.2]."""
+    drop: float = 0.9
+    """Share of a task vector that `dare` drops at random."""
+    selection: float = 10.0
+    """`ssd` dampens weights whose importance on the forget set is above this many times that on
+    both sets together."""
+    dampening: float = 1.0
+    """Strength lambda of `ssd`: a selected weight is multiplied by lambda times the quotient of the
+    two importances, at most 1."""
+    weighting_seed: int = 0
+    """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
+    than float32."""
+    layers: Layers | None = None
+    """Layers to edit: those of the MLPs, found from the model's structure, or `all` that the method
+    can edit [default: mlp for `perta-project` without --include, otherwise all]."""
+    include: Annotated[tuple[str, ...], Repeated] = ()
+    """Edit only tensors whose name matches one of these patterns, such as `*.mlp.*`."""
+    exclude: Annotated[tuple[str, ...], Repeated] = ()
+    """Leave tensors whose name matches one of these patterns as they are."""
+
+    def __post_init__(self) -> None:
+        alpha = self.scaling_coef
+        fits = alpha is None or alpha == "auto" or -1e6 < alpha < 1e6
+        require(fits, "scaling-coef", alpha, "a finite number or auto")
+        order = self.order
+        fits = order is None or 0 < order <= MOST_ORDER
+        require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
+        rho = self.rho
+        require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
+        damping = self.damping
+        require(damping is None or 0 <= damping < float("inf"), "damping", damping, "0 or more")
+        mu = self.forget_damping
+        require(mu is None or 0 <= mu < float("inf"), "forget-damping", mu, "0 or more")
+        require(0 <= self.constant <= 1, "constant", self.constant, "in [0, 1]")
+        beta = self.retain_coef
+        require(-1e6 < beta < 1e6, "retain-coef", beta, "a finite number")
+        keep = self.keep
+        require(keep is None or 0 < keep <= 1, "keep", keep, "in (0, 1]")
+        require(0 <= self.drop < 1, "drop", self.drop, "in [0, 1)")
+        selection, dampening = self.selection, self.dampening
+        require(0 < selection < float("inf"), "selection", selection, "above 0")
+        require(0 <= dampening < float("inf"), "dampening", dampening, "0 or more")
+
+
+@panel("Settings of methods that train", 7)
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Unlearning by training from the full model, for the training methods."""
+
+    unlearn_epochs: int | None = None
+    """Passes over the forget set [default: the method's own]."""
+    unlearn_learning_rate: float | None = None
+    """Peak learning rate of AdamW [default: the method's own]."""
+    unlearn_batch_size: int = 8
+    """Forget examples per forward pass; as many retain examples go with them."""
+    unlearn_accumulation: int = 4
+    """Batches per optimizer step; 8 x 4 examples are the published 32."""
+    unlearn_weight_decay: float = 0.01
+    """AdamW weight decay."""
+    unlearn_warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises; it falls linearly after that."""
+    unlearn_max_grad_norm: float = 1.0
+    """Gradient norm above which the gradient is scaled down; 0 turns it off."""
+    unlearn_lora_rank: int = 0
+    """Rank of a LoRA adapter (merged when done); 0 trains all parameters."""
+    unlearn_lora_alpha: float | None = None
+    """LoRA scale numerator [default: twice the rank]."""
+    unlearn_gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    unlearn_seed: int = 0
+    """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector."""
+    unlearn_beta: float | None = None
+    """The formula's b; `perta methods` shows it [default: the method's own]."""
+    unlearn_beta2: float | None = None
+    """Second exponent of `satimp` [default: 1]."""
+    unlearn_margin: float | None = None
+    """Margin of `simnpo` [default: 0]."""
+    forget_weight: float | None = None
+    """Weight of the forget term [default: the method's own]."""
+    retain_weight: float | None = None
+    """Weight of the retain term [default: the method's own]."""
+    steering_coef: float | None = None
+    """Length of `rmu`'s random vector; it should exceed the layer's own activations [default:
+    6.5, published for a 7B model]."""
+    steering_layer: int | None = None
+    """Layer, from 0, whose output `rmu` steers; it and the two below are trained [default: 7, or
+    the middle one of a shallow model]."""
+    influence_damping: float = 0.01
+    """Damping lambda of `influence`, added to the Hessian's diagonal."""
+    influence_tolerance: float = 1e-3
+    """Relative residual at which `influence` counts as solved."""
+    influence_iterations: int = 100
+    """Most iterations of `influence`, each a forward and a double backward pass over both sets."""
+
+    def __post_init__(self) -> None:
+        for name, low, wanted in (
+            ("unlearn_epochs", 1, "at least 1"),
+            ("unlearn_batch_size", 1, "at least 1"),
+            ("unlearn_accumulation", 1, "at least 1"),
+            ("unlearn_weight_decay", 0, "0 or more"),
+            ("unlearn_max_grad_norm", 0, "0 or more"),
+            ("unlearn_lora_rank", 0, "0 or more"),
+            ("unlearn_beta2", 0, "0 or more"),
+            ("forget_weight", 0, "0 or more"),
+            ("retain_weight", 0, "0 or more"),
+            ("steering_layer", 0, "0 or more"),
+            ("influence_damping", 0, "0 or more"),
+            ("influence_iterations", 1, "at least 1"),
+        ):
+            value = getattr(self, name)
+            require(value is None or value >= low, name.replace("_", "-"), value, wanted)
+        for name in ("unlearn_learning_rate", "unlearn_beta", "steering_coef"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name.replace("_", "-"), value, "above 0")
+        ratio = self.unlearn_warmup_ratio
+        require(0 <= ratio < 1, "unlearn-warmup-ratio", ratio, "in [0, 1)")
+        tolerance = self.influence_tolerance
+        require(0 < tolerance < 1, "influence-tolerance", tolerance, "in (0, 1)")
+
+
+@panel("Evaluation", 8)
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Quick evaluation."""
+
+    max_new_tokens: int = 200
+    """Longest generated answer in tokens."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass."""
+    generate: bool = True
+    """Generate answers and compute ROUGE-L; without it only teacher-forced metrics."""
+    show_samples: int = 0
+    """Print this many answers side by side with the reference."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "max-new-tokens", self.max_new_tokens, "at least 1")
+        size = self.evaluation_batch_size
+        require(size >= 1, "evaluation-batch-size", size, "at least 1")

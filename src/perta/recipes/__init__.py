@@ -1,0 +1,1 @@
+"""Several stages in order: the whole unlearning, the demo, the comparison."""

@@ -1,0 +1,303 @@
+"""The sets of one seed, and the models tuned on them.
+
+Half of the retain rows, every second one, are `protected`: the methods may look at them. The
+others are `unseen` by every method, and retention is reported on them.
+
+    forget ─────────────┐
+    retain ─ protected  ├─ full model      tuned on forget + retain
+           └ unseen     └─ retrained model tuned on retain
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perta.data.examples import check_apart, general_config, load_examples
+from perta.data.rows import jsonl
+from perta.errors import ConfigError, DataError
+from perta.evidence.tofu import PEOPLE
+from perta.options import DataConfig, LossOn
+from perta.recipes.compare.settings import CompareConfig
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.people import divide_people
+from perta.stages.settings import FinetuneConfig, PeopleConfig
+from perta.stages.stage import exists_error
+
+Rows = Sequence[Mapping[str, Any]]
+
+PROMPT, ANSWER = "question", "answer"
+_ELSEWHERE = ("real_authors_perturbed.jsonl", "world_facts_perturbed.jsonl")
+_SLICED = "forget10"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Rows of one seed.
+
+    Attributes:
+        forget: rows to forget, with wrong answers where there are any.
+        retain: rows to keep.
+        suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones. Empty
+            for rows of the user's own.
+        split: what that evaluation calls them.
+    """
+
+    forget: Rows = field(repr=False)
+    retain: Rows = field(repr=False)
+    suite: Mapping[str, Rows] = field(repr=False)
+    split: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Everything of one seed that all methods share.
+
+    Attributes:
+        seed: of the draw of rows and of all training.
+        folder: where it lies.
+        files: `forget`, `retain`, `full`, `protected`, `unseen`, and `facts` for TOFU.
+        suite: folder with the files of the TOFU evaluation, cut to this draw.
+        split: what that evaluation calls them.
+        base: θ₀.
+        full: θ_full.
+        retrained: θ₀ tuned on the retain set.
+        forget_checkpoint: θ_f.
+    """
+
+    seed: int
+    folder: Path
+    files: Mapping[str, Path]
+    suite: Path
+    split: str
+    base: Path
+    full: Path
+    retrained: Path
+    forget_checkpoint: Path
+
+    def share_of_protected(self, share: float) -> Path:
+        """The first protected rows, as a proxy of all of them."""
+        if share == 1:
+            return self.files["protected"]
+        lines = self.files["protected"].read_text("utf-8").splitlines()
+        kept = lines[: max(1, round(share * len(lines)))]
+        return _write(self.folder / "data" / f"protected_{share:g}.jsonl", kept)
+
+
+def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
+    """Write the sets of a seed and tune the models on them; what is there is reused.
+
+    Args:
+        config: data and training settings.
+        base: θ₀.
+        seed: of the draw.
+
+    Returns:
+        The draw.
+
+    Raises:
+        ConfigError: too few rows to compare anything.
+        OutputExistsError: the folder holds rows or models made with other settings.
+        PertaError: data that cannot be used, or training that diverges.
+    """
+    folder = config.output / f"seed-{seed}"
+    sets = draw_sets(config, seed)
+    if min(len(sets.forget), len(sets.retain)) < 2:
+        raise ConfigError(
+            f"Seed {seed} has {len(sets.forget)} rows to forget and {len(sets.retain)} to keep. A "
+            "comparison needs at least 2 of each: some are shown to the methods, or shown again, "
+            "and others are measured. Give more rows, or ask for more --questions or --people."
+        )
+    parts = {
+        "forget": sets.forget,
+        "retain": sets.retain,
+        "full": [*sets.retain, *sets.forget],
+        "protected": sets.retain[0::2],
+        "unseen": _unseen(sets.retain),
+    }
+    suite = folder / "suite"
+    files = {name: folder / "data" / f"{name}.jsonl" for name in parts}
+    written = {files[name]: rows for name, rows in parts.items()}
+    written |= {suite / name: rows for name, rows in sets.suite.items()}
+    _write_rows(written, overwrite=config.overwrite)
+    if "world_facts_perturbed.jsonl" in sets.suite:
+        files["facts"] = suite / "world_facts_perturbed.jsonl"
+
+    def tuned(name: str, part: str, loss_on: LossOn = "answer") -> Path:
+        return finetune_checkpoint(
+            FinetuneConfig(
+                base=str(base),
+                data=str(files[part]),
+                output=folder / name,
+                save_dtype=config.save_dtype,
+                tune=replace(config.tune, seed=seed, loss_on=loss_on),
+                data_config=config.data_config,
+                compute=config.compute,
+                overwrite=config.overwrite,
+            )
+        )
+
+    models = {
+        "full": tuned("full", "full"),
+        "retrained": tuned("retrained", "retain"),
+        "forget_checkpoint": tuned("forget_checkpoint", "forget", config.tune.loss_on or "answer"),
+    }
+    return Draw(seed, folder, files, suite, sets.split, base, **models)
+
+
+def draw_sets(config: CompareConfig, seed: int) -> Sets:
+    """The rows of a seed.
+
+    Args:
+        config: which benchmark, and how many of its rows.
+        seed: of the draw.
+
+    Returns:
+        The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it
+        is, likewise; or slices of TOFU that no two seeds share; or fictitious people.
+
+    Raises:
+        DataError: a file is missing or cannot be used, or one of TOFU is too short for the seed.
+    """
+    if config.forget is not None and config.retain is not None:
+        return _own(config.forget, config.retain, config.data_config)
+    if config.tofu is None:
+        return _people(config, seed)
+    elsewhere = {name: _rows(config.tofu / name) for name in _ELSEWHERE}
+    if config.tofu_split:
+        return _whole_split(config.tofu, config.tofu_split, elsewhere)
+    return _slices(config.tofu, config, seed, elsewhere)
+
+
+def rows_config(config: CompareConfig, file: str) -> DataConfig:
+    """How the rows of a file are read; general text may have columns of its own.
+
+    Args:
+        config: settings of the comparison.
+        file: the file.
+
+    Returns:
+        The configuration to load and encode it with.
+    """
+    return (
+        general_config(file, config.data_config) if file == config.general else config.data_config
+    )
+
+
+def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:
+    sets = [load_examples(source, data_config) for source in (forget, retain)]
+    check_apart(dict(zip(("forget", "retain"), sets, strict=True)))
+    gone, kept = (one.examples for one in sets)
+    if gone[0].kind != kept[0].kind:
+        raise DataError(
+            f"{forget} holds {gone[0].kind} rows and {retain} {kept[0].kind} rows, but models are "
+            "tuned on both together. Bring them to the same columns."
+        )
+    return Sets([row.fields for row in gone], [row.fields for row in kept], {}, PEOPLE)
+
+
+def _people(config: CompareConfig, seed: int) -> Sets:
+    made = PeopleConfig(
+        output=config.output,
+        people=config.people,
+        questions=config.questions,
+        forget_people=config.forget_people,
+        people_seed=seed,
+    )
+    forget, retain, holdout, _ = divide_people(made)
+    suite = {
+        "forget.jsonl": forget,
+        "retain.jsonl": _unseen(retain),
+        "holdout.jsonl": holdout,
+    }
+    return Sets(forget, retain, suite, PEOPLE)
+
+
+def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[str, Rows]) -> Sets:
+    """Forget rows counted from the end of their file, retain rows from the start of theirs.
+
+    Both files have paraphrased and wrong answers. Rows from the other end of the forget file,
+    which no model sees, are the held-out ones.
+    """
+    forget_file, retain_file = f"{_SLICED}_perturbed.jsonl", "retain_perturbed.jsonl"
+    count = config.forget_rows
+    rows = _rows(folder / forget_file)
+    forget = _slice(rows, -count * (seed + 1), count, forget_file)
+    retain = _slice(
+        _rows(folder / retain_file), config.retain_rows * seed, config.retain_rows, retain_file
+    )
+    suite = {
+        forget_file: forget,
+        retain_file: _unseen(retain),
+        "holdout10.jsonl": _slice(rows, 0, count, forget_file),
+        **elsewhere,
+    }
+    return Sets(forget, retain, suite, _SLICED)
+
+
+def _whole_split(folder: Path, split: str, elsewhere: Mapping[str, Rows]) -> Sets:
+    kept = f"retain{100 - int(split.removeprefix('forget'))}.jsonl"
+    # The retain rows with wrong answers are the first of the retain rows, in their order.
+    told = _rows(folder / f"{split}_perturbed.jsonl"), _rows(folder / "retain_perturbed.jsonl")
+    suite = {
+        f"{split}_perturbed.jsonl": told[0],
+        "retain_perturbed.jsonl": _unseen(told[1]),
+        **elsewhere,
+    }
+    holdout = folder / f"holdout{split.removeprefix('forget')}.jsonl"
+    if holdout.is_file():
+        suite[holdout.name] = _rows(holdout)
+    forget, retain = _rows(folder / f"{split}.jsonl"), _rows(folder / kept)
+    return Sets(_with_columns(forget, told[0]), _with_columns(retain, told[1]), suite, split)
+
+
+def _with_columns(rows: Rows, told: Rows) -> Rows:
+    """Rows with the paraphrases and wrong answers of the same ones elsewhere, which tell facts."""
+    known = {(row[PROMPT], row[ANSWER]): row for row in told}
+    return [known.get((row[PROMPT], row[ANSWER]), row) for row in rows]
+
+
+def _unseen(retain: Rows) -> Rows:
+    """Every second row: no method sees it."""
+    return retain[1::2]
+
+
+def _rows(file: Path) -> Rows:
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}). --tofu is the folder with TOFU's JSONL "
+            "files."
+        ) from error
+    return [json.loads(line) for line in lines]
+
+
+def _slice(rows: Rows, first: int, count: int, name: str) -> Rows:
+    """Some rows; a negative first row is counted from the end."""
+    start = first if first >= 0 else len(rows) + first
+    if start < 0 or start + count > len(rows):
+        raise DataError(
+            f"{name} has {len(rows)} rows, too few for this seed. Use smaller seeds, or fewer "
+            "rows with --forget-rows and --retain-rows."
+        )
+    return rows[start : start + count]
+
+
+def _write_rows(files: Mapping[Path, Rows], *, overwrite: bool) -> None:
+    """Write the sets, unless others are there on which finished runs stand."""
+    texts = {file: jsonl(rows) for file, rows in files.items()}
+    for file, text in texts.items():
+        if file.is_file() and not overwrite and file.read_text("utf-8") != text:
+            raise exists_error(file, "holds other rows: this folder is of another comparison")
+    for file, text in texts.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8", newline="\n")
+
+
+def _write(file: Path, lines: Sequence[str]) -> Path:
+    file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    return file

@@ -1,0 +1,243 @@
+"""One model in memory, moved from one set of weights to another, and what can be asked of it."""
+
+from __future__ import annotations
+
+import math
+import pydoc_data.topics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perta.data.batch import Encoded
+from perta.data.examples import ExampleSet, load_examples
+from perta.data.rows import write_jsonl
+from perta.data.tokens import encode_examples
+from perta.engine.train.tune import tune
+from perta.evidence.quick import quick_evaluation
+from perta.evidence.results import Results
+from perta.evidence.tofu import run_tofu
+from perta.models.facts import score_facts
+from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
+from perta.models.loss import losses_of
+from perta.options import DataConfig, ScoringConfig, TuneConfig
+from perta.recipes.compare.draw import Draw, rows_config
+from perta.recipes.compare.knowledge import Knowledge
+from perta.recipes.compare.settings import CompareConfig, CompareTune
+from perta.stages.bench import bench_ability
+from perta.stages.evaluate import find_in_sets
+from perta.stages.settings import AbilityConfig
+
+SETS = ("forget", "retain", "protected")
+MEASURES = ("probability", "extraction_strength")
+RELEARNED_SHARE = 4
+"""One in so many forget rows is shown again when resistance to relearning is measured."""
+
+_GENERAL_TOPICS = ("objects", "naming", "typesseq", "exceptions")
+_GENERAL_TOKENS = 256
+_FACTS = 40
+
+
+class Bench:
+    """A float32 model of one draw.
+
+    Attributes:
+        model: the model; `load` moves it.
+        sets: `forget`, `protected`, `retain` (which no method sees), and `facts` for TOFU.
+        pad: padding token.
+    """
+
+    def __init__(self, config: CompareConfig, draw: Draw) -> None:
+        self._config, self._draw = config, draw
+        self._tokenizer = load_tokenizer(draw.base)
+        self.pad = pad_id(self._tokenizer)
+        self.model = load_model(draw.full, config.compute, dtype=torch.float32)
+        sources = {name: draw.files[name] for name in ("forget", "protected")}
+        sources["retain"] = draw.files["unseen"]
+        self.sets = {
+            name: load_examples(file, config.data_config) for name, file in sources.items()
+        }
+        if "facts" in draw.files:
+            facts = load_examples(draw.files["facts"], config.data_config)
+            self.sets["facts"] = replace(facts, examples=facts.examples[:_FACTS])
+        self._forget = self.encode(self.sets["forget"])
+        self._facts = find_in_sets(
+            self.sets,
+            self._tokenizer,
+            config.data_config,
+            config.compute,
+            draw.base,
+            longest_input(self.model),
+        )
+        self._general = self.encode(_general_text(draw.folder), _plain())
+
+    def encode(
+        self, examples: ExampleSet, data_config: DataConfig | None = None
+    ) -> Sequence[Encoded]:
+        """Token sequences of a set, by the comparison's settings unless others are given."""
+        settings = data_config or self._config.data_config
+        longest = longest_input(self.model)
+        return encode_examples(examples, self._tokenizer, settings, longest=longest).encoded
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Give the model other weights, in the order of its parameters."""
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), tensors, strict=True):
+                parameter.copy_(value)
+
+    def weights(self, checkpoint: Path) -> list[Tensor]:
+        """A checkpoint's parameters in the order that `load` takes, on the model's device."""
+        model = load_model(checkpoint, self._config.compute, dtype=torch.float32)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    def forget_probability(self) -> float:
+        """Mean answer probability of the forget set."""
+        losses = losses_of(self.model, self._forget, batch_size=self._batch, pad=self.pad)
+        if not all(map(math.isfinite, losses)):
+            return 0.0  # overflow: nothing is left of the answers, or of the model
+        return math.fsum(math.exp(-loss) for loss in losses) / len(losses)
+
+    def measure(self, sets: Sequence[str] = SETS) -> Results:
+        """Quick evaluation without generation on some of the sets.
+
+        Returns:
+            Results as `perta evaluate` writes them; `retain` is the half that no method saw.
+        """
+        wanted = {name: self.sets[name] for name in sets}
+        return quick_evaluation(
+            self.model,
+            self._tokenizer,
+            wanted,
+            self._scoring,
+            self._config.data_config,
+            facts=self._facts,
+        )
+
+    def elsewhere(self) -> dict[str, float]:
+        """What the model knows that is in neither set: world facts, and general text."""
+        found = means(self.measure(("facts",))) if "facts" in self.sets else {}
+        return {**found, "general_loss": self.general_loss()}
+
+    def general_loss(self) -> float:
+        """Mean loss on general text that has nothing to do with either set, nats per token."""
+        losses = losses_of(self.model, self._general, batch_size=self._batch, pad=self.pad)
+        return math.fsum(losses) / len(losses)
+
+    def relearned(self) -> Knowledge:
+        """What is known of forget rows after others were shown again for a few steps.
+
+        The model is left at the relearned weights.
+
+        Returns:
+            Answers and facts of the forget rows that were not shown.
+        """
+        shown = self._forget[::RELEARNED_SHARE]
+        hidden = [i for i in range(len(self._forget)) if i % RELEARNED_SHARE]
+        settings = relearning(self._config, len(shown), self._draw.seed)
+        tune(self.model, shown, settings, pad=self.pad)
+        rows = [self._forget[i] for i in hidden]
+        facts = [self._facts["forget"][i] for i in hidden]
+        losses = losses_of(self.model, rows, batch_size=self._batch, pad=self.pad)
+        scores = score_facts(self.model, facts, batch_size=self._batch, pad=self.pad)
+        return Knowledge.from_scores(losses, scores)
+
+    def suite(self, reference: Results | None) -> Results:
+        """The whole TOFU evaluation on this draw's rows."""
+        return run_tofu(
+            self.model,
+            self._tokenizer,
+            self._draw.suite,
+            self._draw.split,
+            reference=reference,
+            limit=self._config.suite_limit,
+            batch_size=self._batch,
+        )
+
+    def ability(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Scores of tasks of lm-evaluation-harness, which wants a checkpoint, so one is written.
+
+        Returns:
+            `TASK/METRIC` -> score.
+        """
+        config = self._config
+        with tempfile.TemporaryDirectory(dir=self._draw.folder) as scratch:
+            folder = Path(scratch) / "model"
+            folder.mkdir()
+            save_model(self.model, self._tokenizer, folder, self._draw.full)
+            results = bench_ability(
+                AbilityConfig(
+                    checkpoint=str(folder),
+                    output=Path(scratch) / "ability.json",
+                    tasks=tuple(tasks),
+                    include_path=config.ability_path,
+                    limit=config.ability_limit,
+                    compute=config.compute,
+                )
+            )
+        return {k: v["agg_value"] for k, v in results.items() if "agg_value" in v}
+
+    def count_tokens(self, file: str) -> int:
+        """Tokens of a set, prompts included."""
+        rows = rows_config(self._config, file)
+        return sum(len(e.input_ids) for e in self.encode(load_examples(file, rows), rows))
+
+    @property
+    def _batch(self) -> int:
+        return self._config.evaluation_batch_size
+
+    @property
+    def _scoring(self) -> ScoringConfig:
+        return ScoringConfig(generate=False, evaluation_batch_size=self._batch)
+
+
+def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:
+    """How a model is shown some forget rows again: all parameters, all rows in every step.
+
+    Args:
+        config: steps and learning rate.
+        rows: how many there are.
+        seed: of the draw.
+
+    Returns:
+        Settings of the fine-tuning.
+    """
+    rate = config.relearn_learning_rate
+    if rate is None:
+        is_lora = config.tune.lora_rank > 0
+        rate = CompareTune.learning_rate if is_lora else config.tune.learning_rate
+    return TuneConfig(
+        epochs=config.relearn_steps,
+        learning_rate=rate,
+        batch_size=rows,
+        schedule="constant",
+        warmup_ratio=0.0,
+        stop_loss=0.0,
+        seed=seed,
+    )
+
+
+def means(results: Mapping[str, Any]) -> dict[str, float]:
+    """SET_MEASURE -> mean, for the measures that the comparison reports."""
+    return {
+        name: value["agg_value"]
+        for name, value in results.items()
+        if name.partition("_")[2] in MEASURES
+    }
+
+
+def _plain() -> DataConfig:
+    return DataConfig(format="text", max_length=_GENERAL_TOKENS)
+
+
+def _general_text(folder: Path) -> ExampleSet:
+    """English that comes with Python: its reference manual, a few pages from the start of topics.
+
+    It is the same for all models of a run; between versions of Python it differs a little.
+    """
+    texts = [pydoc_data.topics.topics[name][: 4 * _GENERAL_TOKENS] for name in _GENERAL_TOPICS]
+    file = write_jsonl(({"text": text} for text in texts), folder / "data" / "general.jsonl")
+    return load_examples(file, _plain())

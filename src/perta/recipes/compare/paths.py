@@ -1,0 +1,236 @@
+"""A training method along its path: the model after every epoch, and between two of them.
+
+    learning rate ─ train, measuring the forget probability after every epoch
+      ├ it passed the retrained model's between two epochs ─ look for the place between them
+      ├ it fell far below in the very first epoch ─ again, with a smaller rate
+      └ it stayed above to the end ─ again, with a larger rate
+
+The strength is a number of epochs; between two epochs weights are interpolated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from perta.engine.train.refusals import refuse
+from perta.engine.train.unlearn import Trained, unlearn_by_training, with_method_defaults
+from perta.errors import DivergenceError
+from perta.models.load import stored_dtype
+from perta.progress import warn
+from perta.recipes.compare.draw import Draw
+from perta.recipes.compare.model import Bench, means
+from perta.recipes.compare.search import Try, search_between
+from perta.recipes.compare.settings import CompareConfig
+from perta.recipes.compare.spec import TrainingSpec
+from perta.recipes.cost import BACKWARD, FORWARD
+from perta.store.arithmetic import Place, round_as_stored
+
+_PREFIX = "training-path-"
+
+RATE_FACTOR = 3.0
+"""Factor between the learning rates that are tried."""
+
+BEYOND = 2
+"""Epochs after the retrained model's forget probability was passed: equal resistance to
+relearning may ask for more than equal forgetting."""
+
+
+@dataclass
+class TrainingPath:
+    """The model after each epoch of one training.
+
+    Attributes:
+        learning_rate: of this training.
+        probabilities: forget probability after each epoch, the start's first.
+        folder: where the weights after each epoch are kept while the path is of use.
+        dtype: type that `perta train` stores the result in.
+        places: where each parameter lies, for the rounding to that type.
+        trained: what the training did.
+        seconds: stage -> duration, measurements included.
+        attempts: learning rates tried.
+        fixed: measures at the end of the first of them, the method's own.
+    """
+
+    learning_rate: float
+    probabilities: list[float]
+    folder: Path
+    dtype: torch.dtype
+    places: Sequence[Place]
+    trained: Trained | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    attempts: int = 1
+    fixed: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # The weights are large and serve nobody once the path is gone.
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    @property
+    def default(self) -> float:
+        """The last epoch: what the method does on its own."""
+        return float(len(self.probabilities) - 1)
+
+    @property
+    def largest(self) -> float:
+        """Strength beyond which there is no weight."""
+        return self.default
+
+    def search(
+        self, config: CompareConfig, measure: Callable[[float], float], _start: float, target: float
+    ) -> list[Try]:
+        """Look for the place of equal forgetting between two epochs."""
+        made = [Try(float(i), p) for i, p in enumerate(self.probabilities)]
+        for below, above in pairwise(made):
+            if above.probability <= target < below.probability:
+                near = config.equal_tolerance
+                between = search_between(measure, below, above, target, near, config.tries)
+                return made[1:] + between
+        return made[1:]
+
+    def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
+        """Weights after a number of epochs, in the order of the model's parameters."""
+        first = min(int(strength), len(self.probabilities) - 1)
+        below, share = list(self._after(full, first)), strength - first
+        if share > 0:
+            above = self._after(full, first + 1)
+            below = [b.lerp(a, share) for b, a in zip(below, above, strict=True)]
+        pairs = zip(below, self.places, strict=True)
+        return [round_as_stored(v, self.dtype, place).to(v.dtype) for v, place in pairs]
+
+    def cost(self, strength: float) -> dict[str, float]:
+        """Operations of training up to a strength; those of a frozen reference are not counted."""
+        tokens = self.trained.forget_tokens + self.trained.retain_tokens if self.trained else 0
+        share = strength / self.default if self.default else 0.0
+        return {"unlearning": share * (FORWARD + BACKWARD) * tokens}
+
+    def facts(self) -> dict[str, float]:
+        """What was chosen besides the strength."""
+        return {"learning_rate": self.learning_rate, "attempts": float(self.attempts)}
+
+    def rank(self, target: float) -> tuple[bool, float]:
+        """Smaller is better: to pass the target, then to come near it after some epoch."""
+        return not self.passes_by(target), min(abs(p - target) for p in self.probabilities)
+
+    def passes_by(self, target: float) -> bool:
+        """Whether the forget probability falls to the target."""
+        return min(self.probabilities) <= target
+
+    def keep(self, epoch: int, weights: Sequence[Tensor]) -> None:
+        """Remember the weights after an epoch."""
+        torch.save(list(weights), self._file(epoch))
+
+    def _after(self, full: Sequence[Tensor], epoch: int) -> Sequence[Tensor]:
+        if epoch == 0:
+            return full
+        kept: list[Tensor] = torch.load(self._file(epoch), map_location=full[0].device)
+        return kept
+
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"{epoch}.pt"
+
+
+def prepare_path(
+    config: CompareConfig,
+    draw: Draw,
+    spec: TrainingSpec,
+    bench: Bench,
+    full: Sequence[Tensor],
+    start: float,
+    target: float,
+) -> TrainingPath:
+    """Train with one learning rate after the other until the path passes equal forgetting.
+
+    The first rate is the method's own, and that path is also what the method does by default.
+
+    Args:
+        config: settings of the comparison.
+        draw: sets and models.
+        spec: method and settings.
+        bench: the model to train.
+        full: weights to start from.
+        start: forget probability there.
+        target: forget probability of the retrained model.
+
+    Returns:
+        The last path: the one that passes, or the nearest to it within the attempts.
+
+    Raises:
+        DivergenceError: every attempt diverged.
+    """
+    settings = with_method_defaults(spec.method, spec.training)
+    rate = settings.unlearn_learning_rate or spec.method.learning_rate
+    for abandoned in draw.folder.glob(f"{_PREFIX}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)  # of a run that was killed
+    dtype = stored_dtype(draw.full)
+    places = [Place(draw.seed, name) for name, _ in bench.model.named_parameters()]
+    best: TrainingPath | None = None
+    fixed: dict[str, float] = {}
+    for attempt in range(1, config.rate_tries + 1):
+        bench.load(full)
+        folder = tempfile.mkdtemp(prefix=_PREFIX, dir=draw.folder)
+        path = TrainingPath(rate, [start], Path(folder), dtype, places)
+        # The first path runs to its end, which is what the method does by default.
+        stop_at = target if attempt > 1 else 0.0
+        is_too_fast = not _train(path, draw, replace_rate(spec, rate), bench, stop_at)
+        if attempt == 1 and not is_too_fast:
+            fixed = {"strength": path.default, **means(bench.measure())}
+        if not is_too_fast and (best is None or path.rank(target) < best.rank(target)):
+            best = path
+        crossed = path.passes_by(target)
+        is_too_fast |= crossed and path.probabilities[1] < target / 2
+        if crossed and not is_too_fast:
+            break
+        rate = rate / RATE_FACTOR if is_too_fast else rate * RATE_FACTOR
+    if best is None:
+        raise DivergenceError(
+            f"`{spec.name}` diverged at every learning rate down to {rate * RATE_FACTOR:.2g}. Give "
+            "it a smaller one, as in `npo:unlearn_learning_rate=1e-7`."
+        )
+    best.attempts, best.fixed = attempt, fixed
+    return best
+
+
+def _train(
+    path: TrainingPath, draw: Draw, spec: TrainingSpec, bench: Bench, stop_at: float
+) -> bool:
+    """Fill a path; False if training diverged."""
+    started = time.perf_counter()
+
+    def after_epoch(epoch: int) -> bool:
+        path.probabilities.append(bench.forget_probability())
+        path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
+        return sum(p <= stop_at for p in path.probabilities) > BEYOND
+
+    refusals = bench.encode(refuse(bench.sets["forget"], spec.training.unlearn_seed))
+    try:
+        _, path.trained = unlearn_by_training(
+            bench.model,
+            bench.encode(bench.sets["forget"]),
+            bench.encode(bench.sets["protected"]),
+            replace(spec.training, unlearn_seed=draw.seed),
+            method=spec.method.name,
+            pad=bench.pad,
+            refusals=refusals,
+            after_epoch=after_epoch,
+        )
+    except DivergenceError as error:
+        warn(str(error))
+        return False
+    finally:
+        path.seconds["unlearning"] = time.perf_counter() - started
+    return True
+
+
+def replace_rate(spec: TrainingSpec, rate: float) -> TrainingSpec:
+    """The same contender with another learning rate."""
+    return replace(spec, training=replace(spec.training, unlearn_learning_rate=rate))

@@ -1,0 +1,152 @@
+"""Options of the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from perta.options import (  # noqa: F401
+    ComputeConfig,
+    DataConfig,
+    Flat,
+    LossOn,
+    Repeated,
+    TuneConfig,
+    TunedType,
+    require,
+)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class CompareTune(TuneConfig):
+    """Fine-tuning on the few rows of a comparison."""
+
+    # Fields, not values of an instance: one option on the command line must not reset the other.
+    epochs: int = 10
+    """Most passes over the data."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    seed: Annotated[int, Parameter(parse=False)] = 0
+    """Each draw has its own: see `--seeds`."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`perta bench compare`.
+
+    Rows are yours with `--forget` and `--retain`, TOFU's with `--tofu`, or else fictitious people.
+    Every second retain row may be used by the methods; retention is reported on the others, which
+    none of them sees.
+    """
+
+    base: str
+    """Model to tune on the data: folder, GGUF file or hub id."""
+    output: Path
+    """Folder for models, results and tables; a second run reuses what is finished."""
+    methods: Annotated[tuple[str, ...], Repeated] = (
+        "tv",
+        "perta-grad",
+        "perta-fisher",
+        "perta-project",
+    )
+    """Methods, each with settings where wanted: `perta-project:rho=10,tokens=answer`. Settings are
+    those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows; 0, with
+    `general=true`, for none), `general` (true or false: see `--general`) and `forget_seeds`; for
+    training methods those of training, as in `npo:unlearn_beta=0.05`."""
+    seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
+    """Seeds of rows and training; every seed has rows and models of its own."""
+    forget: str | None = None
+    """Rows of your own to forget: data file or `datasets` id. Only training differs between seeds
+    then."""
+    retain: str | None = None
+    """With `--forget`: rows of your own to keep."""
+    general: str | None = None
+    """Text that has nothing to do with the rows, for methods with `general=true`, which add its
+    moments to those of the retain rows: data file or `datasets` id."""
+    tofu: Path | None = None
+    """Folder with TOFU's JSONL files."""
+    tofu_split: Literal["forget01", "forget05", "forget10"] | None = None
+    """With `--tofu`: the benchmark's own split, whole; only training differs between seeds then.
+    Without it, every seed has slices of its own."""
+    forget_rows: int = 20
+    """With `--tofu` and no split: rows to forget; 20 are one author."""
+    retain_rows: int = 60
+    """With `--tofu` and no split: rows to keep."""
+    people: int = 12
+    """Without data of your own and `--tofu`: fictitious people."""
+    questions: int = 5
+    """Questions about each of these people."""
+    forget_people: int = 2
+    """How many of these people are to be forgotten."""
+    tries: int = 6
+    """Most strengths tried to make a method forget as much as retraining does."""
+    rate_tries: int = 3
+    """Most learning rates tried for a training method; the first is its own."""
+    equal_tolerance: float = 0.01
+    """Distance from the retrained model's forget probability that counts as equal."""
+    fixed: bool = True
+    """Measure at the method's default strength as well."""
+    relearn_steps: int = 6
+    """Steps of fine-tuning on a quarter of the forget rows, before the probability of the others
+    is measured again; 0 leaves resistance to relearning out."""
+    relearn_learning_rate: float | None = None
+    """Learning rate of that, which moves all parameters [default: that of tuning, or with LoRA,
+    whose rates are too large for it, 1e-4]."""
+    relearn_margin: float = 0.05
+    """Distance from the retrained model's relearned probability that counts as resistant."""
+    relearn_factor: float = 1.2
+    """Factor by which the strength grows until a method resists."""
+    relearn_tries: int = 3
+    """Most strengths tried for that, 0 for none."""
+    suite: bool = False
+    """Run the whole TOFU evaluation (forget quality, model utility, attacks) on every model; not
+    for rows of your own, which lack the wrong answers it needs."""
+    suite_limit: int | None = None
+    """Rows of every file that it looks at."""
+    ability_tasks: Annotated[tuple[str, ...], Repeated] = ()
+    """Tasks of lm-evaluation-harness for the general ability of every model, where it is
+    installed."""
+    ability_path: Path | None = None
+    """Folder with task files of your own."""
+    ability_limit: int | None = None
+    """Look at the first rows of every task only."""
+    save_dtype: TunedType = "float32"
+    """Type the tuned models are stored in: float32, or the base's own with `base`."""
+    title: str = "Comparison of unlearning methods"
+    """Heading of the report."""
+    overwrite: bool = False
+    """Replace rows and models that an earlier run with other settings left in the folder."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass; it does not change the result."""
+    tune: CompareTune = field(default_factory=CompareTune)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        both = (self.forget is None) == (self.retain is None)
+        require(both, "forget", self.forget, "given together with --retain, or neither")
+        alone = self.forget is None or self.tofu is None
+        require(alone, "forget", self.forget, "given without --tofu: rows are of one or the other")
+        has_suite = self.forget is None or not self.suite
+        require(has_suite, "suite", self.suite, "off for rows of your own (--forget)")
+        needs_folder = self.tofu_split is not None and self.tofu is None
+        require(not needs_folder, "tofu-split", self.tofu_split, "given together with --tofu")
+        require(len(self.methods) > 0, "methods", self.methods, "at least one")
+        require(len(self.seeds) > 0, "seeds", self.seeds, "at least one")
+        seeds = self.seeds
+        require(min(seeds) >= 0 and len(set(seeds)) == len(seeds), "seeds", seeds, "0, 1, 2, …")
+        for name in ("forget_rows", "retain_rows", "tries", "rate_tries", "evaluation_batch_size"):
+            value, least = getattr(self, name), 2 if name.endswith("rows") else 1
+            require(value >= least, name.replace("_", "-"), value, f"at least {least}")
+        tolerance = self.equal_tolerance
+        require(0 < tolerance < 1, "equal-tolerance", tolerance, "in (0, 1)")
+        require(self.relearn_steps >= 0, "relearn-steps", self.relearn_steps, "0 or more")
+        rate = self.relearn_learning_rate
+        require(rate is None or rate > 0, "relearn-learning-rate", rate, "above 0")
+        require(self.relearn_tries >= 0, "relearn-tries", self.relearn_tries, "0 or more")
+        require(self.relearn_factor > 1, "relearn-factor", self.relearn_factor, "above 1")

@@ -1,0 +1,182 @@
+"""Which method, with which settings: `perta-input:rho=100,tokens=answer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import yaml
+
+from perta.errors import ConfigError
+from perta.methods.method import Method
+from perta.methods.objectives import TRAINING_METHODS, TrainingMethod, get_training_method
+from perta.methods.table import get_method, with_defaults
+from perta.options import MomentOptions, Tokens, TrainSettings, WeightingConfig
+from perta.recipes.request import known_method
+from perta.stages.edit import refuse_unused
+
+At = Literal["base", "full"]
+
+_WEIGHTING = {item.name for item in dataclasses.fields(WeightingConfig)} - {
+    "method",
+    "scaling_coef",
+}
+_MEASURING = {"tokens", "at", "share", "general", "forget_seeds"}
+_TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
+    # The model in memory stays the one it is.
+    "unlearn_lora_rank",
+    "unlearn_lora_alpha",
+    "unlearn_seed",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One contender.
+
+    Attributes:
+        name: as the user wrote it; names its row.
+    """
+
+    name: str
+
+    @property
+    def slug(self) -> str:
+        """Its name as part of a file name."""
+        return re.sub(r"[^A-Za-z0-9.]+", "-", self.name).strip("-")
+
+
+@dataclass(frozen=True)
+class EditSpec(Spec):
+    """A weight-space method.
+
+    Attributes:
+        weighting: method and settings, defaults filled in; the strength is the harness's to choose.
+        tokens: tokens that count in the moments.
+        at: model at which importance and moments are measured; None for the method's own.
+        share: share of the protected retain rows that importance and moments are taken of.
+        general: whether moments of general text are added to those of the retain rows.
+        forget_seeds: forget checkpoints; 0 for as many as the method needs.
+    """
+
+    weighting: WeightingConfig
+    tokens: Tokens = MomentOptions.tokens
+    at: At | None = None
+    share: float = 1.0
+    general: bool = False
+    forget_seeds: int = 0
+
+    @property
+    def method(self) -> Method:
+        """Its row in the table of methods."""
+        return get_method(self.weighting.method)
+
+
+@dataclass(frozen=True)
+class TrainingSpec(Spec):
+    """A training method.
+
+    Attributes:
+        method: its row in the table of training methods.
+        training: settings; the harness chooses learning rate and number of epochs.
+    """
+
+    method: TrainingMethod
+    training: TrainSettings
+
+
+def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
+    """Read a contender from the command line.
+
+    Args:
+        text: a method's name, then, after a colon, settings as `key=value` with commas between:
+            those of the weighting and `tokens`, `at`, `share`, `general` and `forget_seeds`, or
+            those of training.
+        batch_size: forget examples per step of training methods, unless `text` says otherwise.
+            The published 32 are more than a small forget set holds.
+
+    Returns:
+        The contender.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value that does not fit.
+    """
+    text = text.strip()
+    name, _, rest = text.partition(":")
+    is_training = known_method(name) in TRAINING_METHODS
+    known = _TRAINING if is_training else _WEIGHTING | _MEASURING
+    settings = dict(_pair(part, text) for part in rest.split(",") if part.strip())
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(
+                f"`{text}`: unknown setting `{key}`.{hint} There are: {', '.join(sorted(known))}."
+            )
+    try:
+        if is_training:
+            return _training_spec(text, name, settings, batch_size)
+        return _edit_spec(text, name, settings)
+    except TypeError as error:
+        raise ConfigError(f"`{text}`: {error}") from error
+
+
+def _training_spec(
+    text: str, name: str, settings: Mapping[str, Any], batch_size: int
+) -> TrainingSpec:
+    row = get_training_method(name)
+    if row.start == "base" or row.solver != "adamw":
+        raise ConfigError(
+            f"`{row.name}` cannot be compared: it does not train from the full model step by step."
+        )
+    batches = {"unlearn_batch_size": batch_size, "unlearn_accumulation": 1}
+    return TrainingSpec(text, row, TrainSettings(**{**batches, **settings}))
+
+
+def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
+    values = {key: value for key, value in settings.items() if key in _WEIGHTING}
+    given = WeightingConfig(method=get_method(name).name, **values)
+    refuse_unused(given)
+    weighting = with_defaults(given)
+    share = float(settings.get("share", 1.0))
+    tokens, at = settings.get("tokens", MomentOptions.tokens), settings.get("at")
+    for key, choice, literal in (("tokens", tokens, Tokens), ("at", at, At)):
+        if choice not in get_args(literal) and (key in settings or choice is not None):
+            wanted = " or ".join(get_args(literal))
+            raise ConfigError(f"`{text}`: {key} is {choice}; it must be {wanted}.")
+    general = settings.get("general", False)
+    if not isinstance(general, bool):
+        raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
+    if general and get_method(name).moments is None:
+        raise ConfigError(f"`{text}`: general adds moments, and `{name}` uses none.")
+    seeds = int(settings.get("forget_seeds", 0))
+    if "forget_seeds" in settings and seeds < 1:
+        raise ConfigError(f"`{text}`: forget_seeds is {seeds}; it must be at least 1.")
+    if not 0 <= share <= 1 or (share == 0 and not general):
+        raise ConfigError(
+            f"`{text}`: share is {share:g}; it must be in (0, 1], or 0 with general=true."
+        )
+    return EditSpec(text, weighting, tokens, at, share, general, seeds)
+
+
+def _pair(part: str, text: str) -> tuple[str, Any]:
+    key, separator, value = part.partition("=")
+    if not separator:
+        raise ConfigError(f"`{text}`: `{part}` is not of the form key=value.")
+    key = key.strip().replace("-", "_")
+    if key in ("include", "exclude"):
+        return key, tuple(value.split("|"))
+    return key, _value(value)
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    try:
+        # YAML takes 3e-5, which has no point, for text.
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,366 @@
+"""Every method on every seed: `perta bench compare`.
+
+    seeds ─ draw ─ base, full, retrained measured once
+                 └ every method: search the strength of equal forgetting, then measure there,
+                   at the method's default strength, and at equal resistance to relearning
+
+A finished run is one JSON file; a killed comparison goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from perta.data.examples import load_examples
+from perta.errors import ConfigError
+from perta.evidence.metrics import mean
+from perta.evidence.results import Results, read_results, results_json
+from perta.models.resolve import resolve_checkpoint
+from perta.progress import say
+from perta.recipes.compare.draw import Draw, make_draw, rows_config
+from perta.recipes.compare.edits import WeightEdit, forget_loss, prepare_edit
+from perta.recipes.compare.knowledge import Knowledge
+from perta.recipes.compare.model import Bench, means
+from perta.recipes.compare.paths import TrainingPath, prepare_path
+from perta.recipes.compare.search import nearest
+from perta.recipes.compare.settings import CompareConfig
+from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
+from perta.recipes.compare.summary import write_summary
+from perta.recipes.cost import stage_seconds, training_passes
+from perta.report.settings import ReportConfig
+from perta.report.write import write_report
+from perta.store.atomic import atomic_file
+from perta.store.fingerprint import fingerprint
+from perta.store.record import make_manifest, settings_of, stage_key
+
+REFERENCES = ("base", "full", "retrained")
+_IN_KEY = (
+    "tries",
+    "equal_tolerance",
+    "fixed",
+    "relearn_steps",
+    "relearn_learning_rate",
+    "relearn_margin",
+    "relearn_factor",
+    "relearn_tries",
+)
+
+Record = Mapping[str, Any]
+AnySpec = EditSpec | TrainingSpec
+Contender = WeightEdit | TrainingPath
+
+
+def bench_compare(config: CompareConfig) -> list[Record]:
+    """Compare methods at fixed settings, at equal forgetting and at equal resistance.
+
+    Args:
+        config: data, methods, seeds, tries and output.
+
+    Returns:
+        One record per reference or method and seed, as written to `OUTPUT/runs`.
+
+    Raises:
+        PertaError: input that cannot be used; finished runs stay.
+    """
+    specs = [parse_spec(text, config.tune.batch_size) for text in config.methods]
+    slugs = [spec.slug for spec in specs]
+    for slug in slugs:
+        if slugs.count(slug) > 1 or slug in REFERENCES:
+            raise ConfigError(f"--methods names {slug} twice, or calls a method like a model.")
+    users = [spec.name for spec in specs if _uses_general(spec)]
+    if users and config.general is None:
+        raise ConfigError(f"`{users[0]}` needs a file of general text: give --general.")
+    if config.general is not None:
+        if not users:
+            raise ConfigError("--general is for methods with general=true, and there is none.")
+        # Raises now what would stop it later.
+        load_examples(config.general, rows_config(config, config.general))
+    base = resolve_checkpoint(config.base)
+    records: list[Record] = []
+    for seed in config.seeds:
+        records += _Seed(config, base, seed).run(specs)
+        write_summary(records, config.output)
+    # These runs alone: the folder may hold others that were not asked for this time.
+    files = [
+        config.output / "results" / f"{name}_seed-{seed}.json"
+        for seed in config.seeds
+        for name in (*REFERENCES, *slugs)
+    ]
+    write_report(
+        ReportConfig(
+            results=tuple(map(str, files)),
+            output=config.output / "report.html",
+            title=config.title,
+        )
+    )
+    return records
+
+
+def _uses_general(spec: AnySpec | None) -> bool:
+    return isinstance(spec, EditSpec) and spec.general
+
+
+class _Seed:
+    """All runs of one seed; the model is loaded when the first of them is not finished."""
+
+    def __init__(self, config: CompareConfig, base: Path, seed: int) -> None:
+        self._config = config
+        self._draw: Draw = make_draw(config, base, seed)
+        self._bench: Bench | None = None
+        self._full: list[Tensor] = []
+        self._prepared: tuple[str, Contender] | None = None
+        self._references: dict[str, Record] = {}
+
+    def run(self, specs: Sequence[AnySpec]) -> list[Record]:
+        # The retrained model first: it is what the others are measured against.
+        for name in ("retrained", "base", "full"):
+            self._references[name] = self._finished(name) or self._reference(name)
+        references = self._references
+        for name in references:
+            references[name] = self._extended(name, references[name])
+        records = [references[name] for name in REFERENCES]
+        for spec in specs:
+            record = self._finished(spec.slug, spec) or self._contender(spec)
+            records.append(self._extended(spec, record))
+        return records
+
+    def _open(self) -> Bench:
+        if self._bench is None:
+            self._bench = Bench(self._config, self._draw)
+            self._full = self._bench.weights(self._draw.full)
+        return self._bench
+
+    def _reference(self, name: str) -> Record:
+        bench, folder = self._open(), self._folder(name)
+        bench.load(bench.weights(folder))
+        results = bench.measure()
+        self._write_results(name, results, role=name)
+        at = {**self._measures(results), **bench.elsewhere()}
+        relearned = None
+        if self._config.relearn_steps:
+            relearned = bench.relearned()
+            at |= self._after(relearned)
+        cost = {
+            "seconds": {} if name == "base" else {"finetune": stage_seconds(folder)},
+            "passes": {} if name == "base" else {"finetune": training_passes(folder)},
+        }
+        rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
+        return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
+
+    def _contender(self, spec: AnySpec) -> Record:
+        say(f"── {spec.name}, seed {self._draw.seed}")
+        bench, config = self._open(), self._config
+        start, target = self._probabilities()
+        contender = self._prepare(spec)
+
+        def move(strength: float) -> None:
+            bench.load(contender.at(self._full, strength))
+
+        def probability(strength: float) -> float:
+            move(strength)
+            return bench.forget_probability()
+
+        started = time.perf_counter()
+        tries = contender.search(config, probability, start, target)
+        contender.seconds["search"] = time.perf_counter() - started
+        found = nearest(tries, target)
+        move(found.strength)
+        results = bench.measure()
+        self._write_results(
+            spec.slug, results, role="edited", method=spec.name, scaling_coef=found.strength
+        )
+        equal = {"strength": found.strength, **self._measures(results), **bench.elsewhere()}
+        record: dict[str, Any] = {
+            "equal": equal,
+            "reached": abs(found.probability - target) <= config.equal_tolerance,
+            "tries": [asdict(made) for made in tries],
+            **contender.facts(),
+        }
+        if config.relearn_steps:
+            record |= self._resistant(move, bench, equal, contender.largest)
+        if config.fixed and not contender.fixed:
+            move(contender.default)
+            record["fixed"] = {"strength": contender.default, **self._measures(bench.measure())}
+        elif config.fixed:
+            record["fixed"] = dict(contender.fixed)
+        cost = {"seconds": contender.seconds, "passes": contender.cost(found.strength)}
+        return self._save(spec.slug, spec, {**record, **cost})
+
+    def _resistant(
+        self,
+        move: Callable[[float], object],
+        bench: Bench,
+        equal: dict[str, float],
+        largest: float,
+    ) -> dict[str, Any]:
+        """Raise the strength until relearning brings back no more than in the retrained model.
+
+        Args:
+            move: gives the model the weights of a strength; they are those of `equal` now.
+            bench: the model.
+            equal: measures at equal forgetting; `relearned` is added.
+            largest: strength beyond which there is nothing.
+
+        Returns:
+            Every strength tried, and the measures at the first that resists, if one does.
+        """
+        limit = self._references["retrained"]["equal"]["relearned"] + self._config.relearn_margin
+        strength = equal["strength"]
+        equal |= self._after(bench.relearned())
+        points = [{"strength": strength, "relearned": equal["relearned"]}]
+        while points[-1]["relearned"] > limit and len(points) <= self._config.relearn_tries:
+            strength *= self._config.relearn_factor
+            if strength > largest:
+                break
+            move(strength)
+            points.append({"strength": strength, "relearned": mean(bench.relearned().answer)})
+        if points[-1]["relearned"] > limit:
+            return {"relearning": points}
+        move(points[-1]["strength"])
+        return {
+            "relearning": points,
+            "resistant": {**points[-1], **self._measures(bench.measure())},
+        }
+
+    def _measures(self, results: Results) -> dict[str, float]:
+        """Columns of a model by its results, against the retrained model's."""
+        gold = read_results(self._results_file("results", "retrained"))
+        yardstick = Knowledge.from_results(gold, "forget").fact
+        return {
+            **means(results),
+            **Knowledge.from_results(results, "forget").columns("forget", yardstick),
+            **Knowledge.from_results(results, "retain").columns("retain", kept=True),
+        }
+
+    def _after(self, relearned: Knowledge) -> dict[str, float]:
+        """Columns of a relearned model, against the retrained model after the same."""
+        gold = self._references.get("retrained", {}).get("relearned_facts", relearned.fact)
+        return {"relearned": mean(relearned.answer), **relearned.columns("relearned", gold)}
+
+    def _extended(self, of: str | AnySpec, record: Record) -> Record:
+        """Add what was asked for beyond the quick measures, at equal forgetting, once."""
+        config = self._config
+        wanted = {"limit": config.suite_limit, "reference": self._suite_reference(of)}
+        wants_suite = config.suite and record.get("suite_of") != wanted
+        asked = [str(config.ability_path), config.ability_limit, *sorted(config.ability_tasks)]
+        wants_ability = bool(config.ability_tasks) and record.get("ability_of") != asked
+        if not wants_suite and not wants_ability:
+            return record
+        bench, spec = self._open(), None if isinstance(of, str) else of
+        if spec:
+            bench.load(self._prepare(spec).at(self._full, record["equal"]["strength"]))
+        else:
+            bench.load(bench.weights(self._folder(str(of))))
+        name, more = spec.slug if spec else str(of), dict[str, Any]()
+        if wants_suite:
+            more |= {"suite": self._suite(name, bench), "suite_of": wanted}
+        if wants_ability:
+            more |= {"ability": bench.ability(config.ability_tasks), "ability_of": asked}
+        return self._save(name, spec, {**record, **more})
+
+    def _suite(self, name: str, bench: Bench) -> dict[str, float | None]:
+        """Means of the whole TOFU evaluation; its results are kept as a file of their own."""
+        say(f"── TOFU evaluation of {name}, seed {self._draw.seed}")
+        reference = self._results_file("suite", "retrained")
+        results = bench.suite(read_results(reference) if name != "retrained" else None)
+        _write(self._results_file("suite", name), results_json(results))
+        return {key: value["agg_value"] for key, value in results.items()}
+
+    def _suite_reference(self, of: str | AnySpec) -> str | None:
+        """Content of the retrained model's results, which the others' depend on."""
+        file = self._results_file("suite", "retrained")
+        return None if of == "retrained" or not file.is_file() else fingerprint(file)
+
+    def _prepare(self, spec: AnySpec) -> Contender:
+        """What a method needs to be at any strength; kept until another method's turn."""
+        if self._prepared is None or self._prepared[0] != spec.name:
+            self._prepared = None  # frees the one before
+            bench = self._open()
+            made: Contender
+            if isinstance(spec, TrainingSpec):
+                ends = self._probabilities()
+                made = prepare_path(self._config, self._draw, spec, bench, self._full, *ends)
+            else:
+                made = prepare_edit(self._config, self._draw, spec, bench.count_tokens)
+            self._prepared = (spec.name, made)
+        return self._prepared[1]
+
+    def _probabilities(self) -> tuple[float, float]:
+        """Forget probability of the full and of the retrained model."""
+        full, retrained = (
+            self._references[name]["equal"]["forget_probability"] for name in ("full", "retrained")
+        )
+        return full, retrained
+
+    def _folder(self, name: str) -> Path:
+        draw = self._draw
+        return {"base": draw.base, "full": draw.full, "retrained": draw.retrained}[name]
+
+    def _write_results(self, name: str, results: Results, **settings: Any) -> None:
+        """Results of one model for the report."""
+        made = make_manifest(
+            "bench compare",
+            {"seed": self._draw.seed, **settings},
+            {
+                "forget": fingerprint(self._draw.files["forget"]),
+                "retain": fingerprint(self._draw.files["unseen"]),
+            },
+        )
+        _write(self._results_file("results", name), results_json({**results, "perta": made}))
+
+    def _results_file(self, folder: str, name: str) -> Path:
+        return self._config.output / folder / f"{name}_seed-{self._draw.seed}.json"
+
+    # --- finished runs ------------------------------------------------------------------------
+
+    def _key(self, spec: AnySpec | None) -> str:
+        """Hash of all that decides a run: how it is measured, the models, and the rows."""
+        config, draw = self._config, self._draw
+        settings = {name: getattr(config, name) for name in _IN_KEY}
+        settings |= settings_of(config.data_config)
+        settings |= {"contender": spec.name if spec else None}
+        if isinstance(spec, EditSpec):
+            settings |= {"loss_on": forget_loss(config, draw, spec)}
+        if isinstance(spec, TrainingSpec):
+            settings |= {"rate_tries": config.rate_tries}
+        inputs = {name: fingerprint(file) for name, file in draw.files.items()}
+        models = (*REFERENCES, "forget_checkpoint")
+        inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
+        if _uses_general(spec):
+            general = cast(str, config.general)
+            inputs["general"] = load_examples(general, rows_config(config, general)).fingerprint
+        return stage_key("bench compare", settings, inputs)
+
+    def _finished(self, name: str, spec: AnySpec | None = None) -> Record | None:
+        try:
+            record: Record = json.loads(self._run_file(name).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if record.get("key") == self._key(spec) else None
+
+    def _save(self, name: str, spec: AnySpec | None, record: Record) -> Record:
+        whole = {
+            "key": self._key(spec),
+            "method": spec.name if spec else name,
+            "seed": self._draw.seed,
+            **record,
+        }
+        _write(self._run_file(name), json.dumps(whole, indent=1) + "\n")
+        return whole
+
+    def _run_file(self, name: str) -> Path:
+        return self._config.output / "runs" / f"{name}_seed-{self._draw.seed}.json"
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole or not at all, replacing the one before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file, overwrite=True) as partial:
+        partial.write_text(text, "utf-8")

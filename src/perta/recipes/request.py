@@ -1,0 +1,324 @@
+"""A request to unlearn before any work: its sets, and what would stop it later."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from perta.data.examples import ExampleSet, check_apart, general_config, load_examples
+from perta.engine.edit.direction import check_moments
+from perta.errors import ConfigError
+from perta.methods.method import Method
+from perta.methods.objectives import TRAINING_METHODS
+from perta.methods.table import METHODS, get_method
+from perta.options import DataConfig
+from perta.progress import say
+from perta.recipes.held_back import Split, hold_back
+from perta.recipes.settings import UnlearnConfig
+from perta.stages.stage import check_separate
+
+
+def known_method(name: str) -> str:
+    """Name of a method as the tables have it; `_` may stand for `-`.
+
+    Args:
+        name: what the user typed.
+
+    Returns:
+        A key of `METHODS` or `TRAINING_METHODS`.
+
+    Raises:
+        ConfigError: there is no such method; the nearest of either table is suggested.
+    """
+    wanted = name.lower().replace("_", "-")
+    names = [*METHODS, *TRAINING_METHODS]
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
+    return wanted
+
+
+def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
+    """Stop now at what would stop the edit after the first long step.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        sets: from `load_sets`.
+
+    Raises:
+        ConfigError: options or sets that do not fit the method.
+    """
+    method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
+    if seeds < method.min_task_vectors:
+        raise ConfigError(
+            f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
+            f"{method.min_task_vectors}."
+        )
+    if method.moments is None:
+        refuse_moments(config)
+    if "retain" not in sets:
+        _refuse_without_retain(config, method)
+        return
+    # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
+    # windows that rows do not count.
+    share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
+    is_counted = all(e.kind != "text" for name in ("forget", "retain") for e in sets[name].examples)
+    if method.weighs_sets and is_counted and config.weighting.selection * share >= 1:
+        raise ConfigError(
+            f"`{method.name}` can select no weight: {share:.0%} of the rows are to be forgotten, "
+            f"so --selection must be below {1 / share:g}, but it is "
+            f"{config.weighting.selection:g}."
+        )
+
+
+def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
+    weighs = method.needs_importance and "retain" in method.sides
+    adds = method.retain_vector and config.retain_checkpoint is None
+    protects = method.moments and config.retain_moments is None and config.general is None
+    if config.weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
+            "rises. Give examples to keep, or a number."
+        )
+    if weighs or adds or protects:
+        instead = ", or --retain-moments or --general in its place" if method.moments else ""
+        raise ConfigError(
+            f"`{method.name}` needs --retain, examples to keep{instead}. The method `tv` protects "
+            "nothing and needs none."
+        )
+
+
+def refuse_without_effect(config: UnlearnConfig) -> None:
+    """Stop at an option that this run would not look at.
+
+    Settings of an edit that its method does not have are another matter: see `refuse_unused`.
+
+    Args:
+        config: a request, as it was given.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    name = known_method(config.weighting.method)
+    trains = name in TRAINING_METHODS
+    method = None if trains else get_method(name)
+    alpha = config.weighting.scaling_coef
+    searches = method is not None and (alpha == "auto" or (alpha is None and method.searched))
+    measures = method is not None and (method.needs_importance or method.moments is not None)
+    groups: list[tuple[object, bool, str]] = [
+        (config.training, trains, "it is for methods that train, such as `npo-retain`"),
+        (
+            replace(config.weighting, method=""),
+            not trains,
+            "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
+            "and --forget-weight say",
+        ),
+        (
+            config.estimator,
+            method is not None and method.needs_importance,
+            "it is for methods with importance, such as `perta-fisher`",
+        ),
+        (
+            config.moments,
+            method is not None and method.moments is not None,
+            "it is for methods with moments, such as `perta-project`",
+        ),
+    ]
+    for group, is_used, why in groups:
+        for item in fields(group):  # type: ignore[arg-type]
+            usual = "" if item.name == "method" else item.default
+            if not is_used and getattr(group, item.name) != usual:
+                raise _unused(item.name, name, why)
+    retains = method is not None and method.retain_vector
+    single = (
+        ("retain_budget", searches, "it is for --scaling-coef auto"),
+        ("strength_seed", searches, "it is for --scaling-coef auto"),
+        ("retain_samples", retains, "it is for `msa`"),
+        ("retain_checkpoint", retains, "it is for `msa`"),
+        ("importance_at", measures, "it is for methods with importance or moments"),
+        (
+            "forget_seeds",
+            method is not None and method.direction == "forget - base",
+            "it is for methods that subtract task vectors",
+        ),
+    )
+    usual_of = {item.name: item.default for item in fields(config)}
+    for option, is_used, why in single:
+        if not is_used and getattr(config, option) != usual_of[option]:
+            raise _unused(option, name, why)
+
+
+def _unused(option: str, method: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"--{option.replace('_', '-')} has no effect with `{method}`: {why}. Leave it out; "
+        "`perta methods` shows what each method looks at."
+    )
+
+
+def refuse_moments(config: UnlearnConfig) -> None:
+    """Stop at options that are for methods with moments.
+
+    Args:
+        config: a request with a method that has none.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    for option, value in (("general", config.general), ("retain-moments", config.retain_moments)):
+        if value is not None:
+            raise ConfigError(
+                f"--{option} is for methods with moments, and `{config.weighting.method}` uses "
+                "none. Leave it out, or take a structured method such as `perta-project`."
+            )
+
+
+def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> None:
+    """Stop before an output that overlaps what is read, or holds the intermediate results.
+
+    Args:
+        config: the request.
+        base: folder of θ₀.
+        full: folder of θ_full.
+        work: folder of the intermediate results.
+
+    Raises:
+        ConfigError: it does.
+    """
+    given = (
+        base,
+        full,
+        config.forget,
+        config.retain,
+        config.holdout,
+        config.general,
+        config.retain_moments,
+        config.retain_checkpoint,
+    )
+    check_separate(config.output, [place for place in given if place is not None])
+    if work.resolve().is_relative_to(config.output.resolve()):
+        raise ConfigError(
+            f"The work folder {work} lies in the output {config.output}, which replaces what was "
+            "there. Give another --work-dir."
+        )
+
+
+def check_retain_moments(
+    config: UnlearnConfig, model: Path, sets: Mapping[str, ExampleSet]
+) -> None:
+    """Stop at saved moments that do not fit the model, or the moments that will join them.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        model: checkpoint at which moments are measured.
+        sets: from `load_sets`.
+
+    Raises:
+        PertaError: they do not.
+    """
+    folder, method = config.retain_moments, get_method(config.weighting.method)
+    if folder is None or method.moments is None:
+        return
+    facts = check_moments(folder, [model], method.moments).facts
+    joined = "general" in sets or "forget" in method.sides
+    if joined and facts["token_choice"] != config.moments.tokens:
+        raise ConfigError(
+            f"--retain-moments {folder} counts `{facts['token_choice']}` tokens, and the moments "
+            f"measured here would count `{config.moments.tokens}`. Give --tokens "
+            f"{facts['token_choice']}, or make them again."
+        )
+    for name in ("forget", "general"):
+        if name in sets and sets[name].fingerprint in facts["data_fingerprints"]:
+            raise ConfigError(
+                f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
+                "already. Make them again without it, or leave it out."
+            )
+
+
+def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
+    """How the rows of a set are read; general text may have columns of its own."""
+    if name != "general" or config.general is None:
+        return config.data_config
+    return general_config(config.general, config.data_config)
+
+
+def uses_retain(config: UnlearnConfig) -> bool:
+    """Whether anything that makes the result reads the rows to keep.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+    """
+    name = known_method(config.weighting.method)
+    if name in TRAINING_METHODS:
+        trained = TRAINING_METHODS[name]
+        return trained.retain is not None or trained.solver == "newton"
+    method = METHODS[name]
+    return bool(
+        config.weighting.scaling_coef == "auto"
+        or (method.needs_importance and "retain" in method.sides)
+        or (method.moments and "retain" in method.sides and config.retain_moments is None)
+        or (method.retain_vector and config.retain_checkpoint is None)
+    )
+
+
+def split_retain(
+    config: UnlearnConfig, sets: Mapping[str, ExampleSet]
+) -> tuple[Split | None, dict[str, Any]]:
+    """Keep rows out of what makes the result, to judge retention by, and say which.
+
+    Args:
+        config: the request, with the method's defaults filled in.
+        sets: from `load_sets`.
+
+    Returns:
+        The parts of the retain set, None without one, and what the run's record says of them.
+
+    Raises:
+        ConfigError: `--held-back` does not fit.
+    """
+    if "retain" not in sets:
+        return None, {}
+    retain, column = sets["retain"], config.data_config.subject_column
+    saved = {
+        name: f"the {what} saved before (--{name.replace('_', '-')})"
+        for name, what in (("retain_moments", "moments"), ("retain_checkpoint", "checkpoint"))
+        if getattr(config, name) is not None
+    }
+    seen = {"seen_by": " and ".join(saved.values())} if saved else {}
+    trains = TRAINING_METHODS.get(known_method(config.weighting.method))
+    if trains is not None and trains.start == "base":
+        # Rows that retraining leaves out would not be retained at all.
+        split = Split(retain, reason="Training again needs all of them.")
+    elif not uses_retain(config):
+        split = Split(retain, reason="None took part in the edit.")
+        return split, {**split.record(), **seen, "used": bool(saved)}
+    else:
+        split = hold_back(retain, config.held_back, column)
+    if split.held_back is not None:
+        say(
+            f"retain set: {len(split.held_back)} of {len(retain)} rows are kept out of the run, "
+            "and retention is judged on them"
+        )
+    return split, {**split.record(), **seen, "used": True}
+
+
+def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
+    """Read the sets that were given.
+
+    Returns:
+        `forget`, and `retain`, `holdout` and `general` where there are such.
+
+    Raises:
+        DataError: a file cannot be used.
+        ConfigError: two sets are the same rows.
+    """
+    sets = {
+        name: load_examples(source, rows_config(config, name))
+        for name in ("forget", "retain", "holdout", "general")
+        if (source := getattr(config, name)) is not None
+    }
+    check_apart(sets)
+    return sets

@@ -1,0 +1,127 @@
+"""Options of what runs several stages: the whole unlearning and the demo."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from perta.errors import ConfigError
+from perta.options import (
+    ComputeConfig,
+    DataConfig,
+    EstimatorConfig,
+    Flat,
+    MomentOptions,
+    More,
+    SaveType,
+    ScoringConfig,
+    TrainSettings,
+    TuneConfig,
+    WeightingConfig,
+    places_of,
+    require,
+    sample_count,
+)
+from perta.report.settings import Wanted
+from perta.stages.settings import SOURCES
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class UnlearnConfig:
+    """Inputs and output of `perta unlearn`: every stage in order."""
+
+    base: str
+    """Model before it saw the data: folder, GGUF file, LoRA adapter folder or hub id."""
+    full: str
+    """Checkpoint to clean: the base model tuned on forget and retain data."""
+    forget: str
+    """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder of the unlearned checkpoint."""
+    retain: str | None = None
+    """Examples to keep, for the evaluation and for the methods that weigh them: all but `tv` and
+    its like. The structured methods can do with --retain-moments or --general instead."""
+    holdout: str | None = None
+    """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
+    takes the strength at which every row's fact looks as unseen as theirs."""
+    work_dir: Annotated[Path | None, More] = None
+    """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. It holds a
+    model tuned on the forget set: delete it when you are done."""
+    forget_seeds: Annotated[int | None, More] = None
+    """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
+    needs at least: 2 for `negmerge`, otherwise 1]."""
+    retain_checkpoint: Annotated[str | None, More] = None
+    """Base model tuned on retained examples, for `msa`, used instead of tuning one."""
+    retain_samples: Annotated[str | None, More] = None
+    """Sample of the retain set that `msa` tunes on, seeded by --seed: a share such as 0.2, or a
+    count such as 500 [default: as many rows as the forget set has]."""
+    importance_at: Annotated[Literal["base", "full"] | None, More] = None
+    """Model at which importance and moments are measured [default: the method's own: full for
+    `ssd`, otherwise base]."""
+    retain_moments: Annotated[Path | None, More] = None
+    """Saved second moments of the retain set for the structured methods, used instead of
+    measuring them again."""
+    general: str | None = None
+    """Text that has nothing to do with either set, in any of the formats, with the usual column
+    names or those of the other sets: with a structured method its moments are added to the retain
+    set's, so that what the retain set has too few rows to show is protected as well. Without a
+    retain set it is all that is protected."""
+    held_back: Annotated[str | None, More] = None
+    """Part of the retain set that is kept out of everything that makes the result, so that
+    retention is judged on rows that gave nothing: a share such as 0.2, a count such as 50, or 0
+    [default: a tenth, at least 8 and at most 200 rows, of a set of 32 or more]."""
+    retain_budget: Annotated[float, More] = 0.1
+    """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
+    nats per token."""
+    strength_seed: Annotated[int, More] = 0
+    """With `--scaling-coef auto`: seed of the sample of the retain set."""
+    save_dtype: Annotated[SaveType, More] = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    evaluate: Annotated[bool, More] = True
+    """Evaluate before and after the edit, and the base model as a yardstick."""
+    fail_unless: Annotated[Wanted | None, More] = None
+    """Exit with status 1 unless forgetting and retention are met, or are at least partly; the
+    output stays."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    moments: MomentOptions = field(default_factory=MomentOptions)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        places_of(self, paths=("output", "work_dir", "retain_moments"), texts=SOURCES)
+        seeds = self.forget_seeds
+        require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
+        budget = self.retain_budget
+        require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
+        sample_count(self.retain_samples, "retain-samples", 1)
+        if self.held_back is not None and self.held_back.strip() != "0":
+            sample_count(self.held_back, "held-back", 1)
+        if self.fail_unless and not self.evaluate:
+            raise ConfigError("--fail-unless needs the evaluation: leave --no-evaluate out.")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """`perta demo`."""
+
+    output: Path = Path("perta-demo")
+    """Folder for everything the demo makes; a second run reuses what is finished."""
+    tiny: bool = False
+    """Use a tiny model made on the spot instead of SmolLM2-135M."""
+    model: str | None = None
+    """Use this checkpoint instead of SmolLM2-135M."""
+    seed: int = 0
+    """Seed of people and training."""
+    overwrite: bool = False
+    """Replace what an earlier run with other settings left in the folder."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)

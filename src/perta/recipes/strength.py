@@ -1,0 +1,586 @@
+"""`--scaling-coef auto`: the smallest strength at which every row's fact looks unseen.
+
+The weighted direction is held in memory and subtracted from a loaded model, with the values that
+would be stored (see `edited_model`), so a try costs passes over a few rows, and no checkpoint.
+
+What a model finds of a fact (see `facts`) is its surprise s, in nats: the fact's loss, or
+-log of the fact's probability among right and wrong answers. Of n rows to forget, row i stands out
+where s_i is below what facts that a model truly has not seen have, u_1 <= ... <= u_m:
+
+- with a held-out set, u are the losses of its facts under the full model, and row i stands out
+  below u_k. k is the largest number with which a set of n rows that truly are unseen would have
+  none below u_k at least half of the time, by order alone, prod_{j<k} (m - j) / (m + n - j) >= 1/2,
+  and at least 1. If more than half of the rows are below the lower quartile of u, those stand
+  out too: rows that all lie at the edge are not like unseen ones;
+- else, where every row has wrong answers, u are the choices under the base model on the same rows.
+  All answers have one style, so what tuning taught about style cancels. Row i stands out below
+  min(u of row i, lower quartile of u, log of the number of answers), the last being chance;
+- else u are the losses under the base model on the same rows, and row i stands out below
+  min(u of row i, lower quartile of u). That counts what the base model's own style costs.
+
+The lower quartile is u_k with k = floor((m + 1) / 4), at least 1. A row is over-forgotten above
+median + 2 (u_{m+1-k} - median), k as for the held-out set, which marks it as removed; fewer than 8
+unseen facts tell nothing of that.
+
+Few of the retained rows decide how far the strength may go, and only where the forget set is there
+or a look is due; rows that keep a strength from passing are looked at first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, overload
+
+import torch
+from transformers import PreTrainedModel
+
+from perta.data.batch import Encoded, seeded_sample
+from perta.data.examples import ExampleSet
+from perta.data.tokens import encode_examples
+from perta.errors import ConfigError
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, ScoringOptions, run_items
+from perta.models.facts import Fact, fact_score, find_facts
+from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, pad_id
+from perta.options import ComputeConfig, DataConfig
+from perta.progress import say, warn
+from perta.recipes.edited_model import EditedModel, load_changes
+from perta.recipes.search import LARGEST, is_monotone, search_strength
+from perta.stages.settings import EditConfig
+from perta.store.atomic import scratch_folder
+
+Calibration = Literal[
+    "held-out set", "wrong answers under the base model", "base model on the forget set"
+]
+
+HELD_OUT: Final = "held-out set"
+CHOICES: Final = "wrong answers under the base model"
+BASE: Final = "base model on the forget set"
+
+RETAIN_ROWS: Final = (16, 64)
+"""Least and most retained rows that are tried; between them four a row to forget."""
+
+_ROWS = 16
+"""Forget rows that are looked at before the others, those that stood out most."""
+
+_BATCH_SIZE = 16
+
+_ENOUGH = 8
+"""Number of unseen facts from which their spread tells what lies far beyond them."""
+
+_FALL = 0.1
+"""Nats by which a row that stands out must fall for its curve to count as not monotone."""
+
+_ROUNDING = 1e-4
+"""Nats within which a fact counts as unseen: an edit that leads back to the base model must not
+miss it by the last digits."""
+
+_MOST = 1000.0
+"""Surprise of a fact that a model gives no chance, or of which it says nothing finite."""
+
+_SHOWN_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Surprises of facts that a model truly has not seen; equations at the top of this module.
+
+    Attributes:
+        calibrated_on: what they were measured on.
+        surprises: m of them, ascending, nats.
+        least: of each of the n forget rows the surprise from which it looks unseen.
+        quartile: lower quartile of the surprises.
+        most: surprise above which a row is over-forgotten; None where there are too few to tell.
+        facts: of the forget rows, in the same order.
+        tokens: what went through a model to find all that.
+    """
+
+    calibrated_on: Calibration
+    surprises: tuple[float, ...]
+    least: tuple[float, ...]
+    quartile: float
+    most: float | None
+    facts: tuple[Fact, ...] = field(repr=False)
+    tokens: int = 0
+
+    def stands_out(self, place: int, surprise: float) -> bool:
+        """Whether one row does, whatever the others."""
+        return surprise < self.least[place] - _ROUNDING
+
+    def standing_out(self, surprises: Sequence[float]) -> list[int]:
+        """Places of the rows that do, of all n."""
+        places = [i for i, value in enumerate(surprises) if self.stands_out(i, value)]
+        if self.calibrated_on == HELD_OUT:
+            low = [i for i, value in enumerate(surprises) if value < self.quartile - _ROUNDING]
+            if 2 * len(low) > len(surprises):
+                return low
+        return places
+
+    def over_forgotten(self, surprises: Sequence[float]) -> list[int] | None:
+        """Places of the rows that are far beyond what is unseen; None where nobody can tell."""
+        if self.most is None:
+            return None
+        return [i for i, value in enumerate(surprises) if value > self.most]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strength that was tried.
+
+    Attributes:
+        scaling_coef: α.
+        rows: forget rows that were looked at; the rest was not needed.
+        standing_out: those of them that stand out.
+        mean_surprise: of the rows looked at, nats; None where there are none.
+        retain_loss: mean loss of the retained rows, nats per token; None where not looked at.
+    """
+
+    scaling_coef: float
+    rows: int
+    standing_out: int
+    mean_surprise: float | None
+    retain_loss: float | None
+
+
+@dataclass(frozen=True)
+class RowFigures:
+    """One row at the strength chosen: its number in the file, s_i, and what it needed, nats."""
+
+    row: int
+    surprise: float
+    least: float
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Outcome of a search.
+
+    Attributes:
+        scaling_coef: the strength to use.
+        reached: whether every row looks unseen at it; otherwise it is, of those tried within the
+            retain budget, the one at which the fewest rows stand out, and by the least.
+        calibrated_on: what unseen was measured on.
+        standing_out: numbers of the rows that still stand out.
+        over_forgotten: numbers of the rows that are forgotten far beyond what is unseen; None
+            where there are too few unseen facts to tell.
+        most: surprise above which a row counts as that, nats.
+        rows: every forget row.
+        retain_budget: largest rise of the loss of the retained rows, nats per token.
+        retain_rows: number of retained rows tried.
+        retain_loss_before: their mean loss under the full model, nats per token.
+        retain_loss: at the strength.
+        monotone: whether, as far as was looked, a larger strength forgets more and costs more.
+        frontier: every strength tried, ascending.
+        tokens: what went through the model.
+    """
+
+    scaling_coef: float
+    reached: bool
+    calibrated_on: Calibration
+    standing_out: tuple[int, ...]
+    over_forgotten: tuple[int, ...] | None
+    most: float | None
+    rows: tuple[RowFigures, ...]
+    retain_budget: float
+    retain_rows: int
+    retain_loss_before: float
+    retain_loss: float
+    monotone: bool
+    frontier: tuple[Point, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StrengthSettings:
+    """Settings of a search.
+
+    Attributes:
+        retain_budget: largest rise of the loss of the retained rows, nats per token.
+        seed: seed of the sample of retained rows.
+        scratch: folder for temporary files, two float32 checkpoints.
+    """
+
+    retain_budget: float
+    seed: int
+    scratch: Path
+
+
+# --- what unseen means ----------------------------------------------------------------------
+
+
+def calibrate(
+    full: Path,
+    base: Path,
+    sets: Mapping[str, ExampleSet],
+    data_config: DataConfig,
+    compute: ComputeConfig,
+) -> Unseen:
+    """Measure what unseen means, and that the full model is not there already.
+
+    Args:
+        full: θ_full.
+        base: θ₀.
+        sets: `forget`, `retain`, and `holdout` if there is one.
+        data_config: how rows become tokens.
+        compute: device; weights are float32 whatever it says.
+
+    Returns:
+        What the search is for.
+
+    Raises:
+        ConfigError: no row of the forget set stands out, or the held-out set looks learned.
+        PertaError: input that cannot be used.
+    """
+    tokenizer, longest = load_tokenizer(full), longest_input(full)
+    pad, names = pad_id(tokenizer), [name for name in ("forget", "holdout") if name in sets]
+    model = load_model(base, compute, dtype=torch.float32)
+    with counting_tokens(model) as base_tokens:
+        facts, *held_out = (
+            find_facts(sets[name], tokenizer, data_config, base=model, longest=longest)
+            for name in names
+        )
+        kind: Calibration = CHOICES if all(fact.wrong for fact in facts) else BASE
+        if held_out:
+            kind = HELD_OUT
+        under_base = surprises_of(model, held_out[0] if held_out else facts, kind, pad)
+    del model
+    model = load_model(full, compute, dtype=torch.float32)
+    with counting_tokens(model) as full_tokens:
+        start = surprises_of(model, facts, kind, pad)
+        found = surprises_of(model, held_out[0], kind, pad) if held_out else under_base
+    if held_out:
+        _refuse_learned(full, found, under_base, start)
+    unseen = judge_by(found, facts, kind, base_tokens() + full_tokens())
+    if not unseen.standing_out(start):
+        raise ConfigError(
+            f"The forget set looks unseen to {full} already: no row's fact stands out (by {kind}). "
+            "Was it tuned on the forget set? Otherwise give --scaling-coef a number."
+        )
+    return unseen
+
+
+def _refuse_learned(
+    full: Path, found: Sequence[float], under_base: Sequence[float], forget: Sequence[float]
+) -> None:
+    """Stop at held-out rows that the model has learned: they would choose next to no edit.
+
+    A fact counts as learned where its surprise is, in proportion, nearer to what the median of the
+    forget set has under the full model than to its own under the base model.
+    """
+    known = max(sorted(forget)[len(forget) // 2], _ROUNDING)
+    pairs = zip(found, under_base, strict=True)
+    learned = sum(value * value < known * max(own, _ROUNDING) for value, own in pairs)
+    if 2 * learned > len(found):
+        raise ConfigError(
+            f"{learned} of {len(found)} facts of the held-out set look learned to {full}: it finds "
+            "them far less surprising than the base model does. Is --holdout really unseen? Leave "
+            "it out, or give --scaling-coef a number."
+        )
+
+
+def judge_by(
+    surprises: Sequence[float], facts: Sequence[Fact], kind: Calibration, tokens: int = 0
+) -> Unseen:
+    """The bounds that follow from surprises of the unseen; equations at the top of this module.
+
+    Args:
+        surprises: m, in the order of `facts` where they are of the same rows.
+        facts: of the n forget rows.
+        kind: what was measured.
+        tokens: what went through a model for it.
+
+    Returns:
+        The bounds.
+    """
+    ranked = sorted(surprises)
+    quartile = ranked[max(1, (len(ranked) + 1) // 4) - 1]
+    place = edge_of(len(facts), len(ranked))
+    if kind == HELD_OUT:
+        least = [ranked[place - 1]] * len(facts)
+    else:
+        least = [min(own, quartile) for own in surprises]
+    if kind == CHOICES:
+        chances = (math.log(1 + len(fact.wrong)) for fact in facts)
+        least = [min(pair) for pair in zip(least, chances, strict=True)]
+    median = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+    most = median + 2 * (ranked[-place] - median) if len(ranked) >= _ENOUGH else None
+    return Unseen(kind, tuple(ranked), tuple(least), quartile, most, tuple(facts), tokens)
+
+
+def edge_of(rows: int, unseen: int) -> int:
+    """The k of the top of this module.
+
+    Args:
+        rows: n, number of rows to judge.
+        unseen: m, number of rows that are unseen.
+
+    Returns:
+        k, from 1 to m.
+    """
+    k, chance = 0, 1.0
+    while k < unseen:
+        chance *= (unseen - k) / (unseen + rows - k)
+        if chance < 0.5:
+            break
+        k += 1
+    return max(k, 1)
+
+
+def surprises_of(
+    model: PreTrainedModel, facts: Sequence[Fact], kind: Calibration, pad: int
+) -> list[float]:
+    """Surprise of each fact, nats.
+
+    Args:
+        model: causal language model.
+        facts: what is asked for.
+        kind: the choice among answers for `CHOICES`, else the loss.
+        pad: padding token.
+
+    Returns:
+        One number a fact, finite.
+    """
+    if kind == CHOICES:
+        losses = _losses(model, [fact.sequences for fact in facts], pad)
+        scores = [fact_score(fact, values) for fact, values in zip(facts, losses, strict=True)]
+        values = [-math.log(score.choice) if score.choice else _MOST for score in scores]
+    else:
+        values = [loss for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]
+    # A model that overflows knows nothing any more; the retained rows will say the same.
+    return [min(value, _MOST) if math.isfinite(value) else _MOST for value in values]
+
+
+def _losses(
+    model: PreTrainedModel, groups: Sequence[Sequence[Encoded]], pad: int
+) -> list[list[float]]:
+    """Mean loss of each sequence, nats per labelled token; what they begin with is shared."""
+    options = ScoringOptions(Masking(pad), batch_size=_BATCH_SIZE)
+    outcomes = run_items(model, [Item(tuple(group)) for group in groups], options)
+    return [[score.loss for score in outcome.scores] for outcome in outcomes]
+
+
+# --- the search -----------------------------------------------------------------------------
+
+
+def choose_strength(
+    edit: EditConfig,
+    sets: Mapping[str, ExampleSet],
+    unseen: Unseen,
+    settings: StrengthSettings,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+) -> Strength:
+    """Search for the strength of an edit, and say what was found.
+
+    Args:
+        edit: the edit, its checkpoints being local folders; its strength is not used.
+        sets: `forget`, and `retain`, the rows that may decide.
+        unseen: from `calibrate`, for the same forget set.
+        settings: of the search.
+        data_config: how rows become tokens.
+        compute: device; weights are float32 whatever it says.
+
+    Returns:
+        The strength and all that was tried.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    full = Path(edit.full)
+    tokenizer = load_tokenizer(full)
+    encoded = encode_examples(
+        sets["retain"], tokenizer, data_config, longest=longest_input(full)
+    ).encoded
+    least, most = RETAIN_ROWS
+    count = min(len(encoded), max(least, min(most, 4 * len(unseen.facts))))
+    retain = seeded_sample(encoded, count, settings.seed)
+    with scratch_folder(settings.scratch / "strength") as scratch:
+        changes = load_changes(scratch, edit, compute)
+    model = load_model(full, compute, dtype=torch.float32)
+    with counting_tokens(model) as tokens:
+        trials = Trials(
+            EditedModel(model, changes), unseen, retain, settings.retain_budget, pad_id(tokenizer)
+        )
+        scaling_coef, reached = trials.search()
+        surprises = trials.all_rows(scaling_coef)
+        found = Strength(
+            scaling_coef,
+            reached,
+            unseen.calibrated_on,
+            _numbers(unseen, unseen.standing_out(surprises)),
+            _numbers(unseen, unseen.over_forgotten(surprises)),
+            unseen.most,
+            tuple(
+                RowFigures(fact.row, *values)
+                for fact, *values in zip(unseen.facts, surprises, unseen.least, strict=True)
+            ),
+            settings.retain_budget,
+            count,
+            trials.retain_loss(0.0),
+            trials.retain_loss(scaling_coef),
+            trials.is_monotone(),
+            trials.points(),
+            tokens(),
+        )
+    _report(found)
+    return found
+
+
+class Trials:
+    """What forget and retained rows look like at any strength; each is looked at once."""
+
+    def __init__(
+        self,
+        edited: EditedModel,
+        unseen: Unseen,
+        retain: Sequence[Encoded],
+        retain_budget: float,
+        pad: int,
+    ) -> None:
+        self._edited, self._unseen, self._retain = edited, unseen, retain
+        self._budget, self._pad = retain_budget, pad
+        self._surprises: dict[float, dict[int, float]] = {}
+        self._losses: dict[float, float] = {}
+        # How far each row was from looking unseen when it was last looked at.
+        self._margins = [0.0] * len(unseen.facts)
+
+    def search(self) -> tuple[float, bool]:
+        """The strength to use, and whether every row looks unseen at it."""
+        found = search_strength(self.forgets, self.fits)
+        if found.scaling_coef is None:
+            return max(found.within, key=self._rank), False
+        if found.scaling_coef:
+            # A look beyond, to be able to say that the curve is not monotone.
+            self.forgets(min(2 * found.scaling_coef, LARGEST))
+        return found.scaling_coef, True
+
+    def _rank(self, scaling_coef: float) -> tuple[int, float]:
+        """Larger is better: few rows that stand out, and by little in all."""
+        surprises, least = self.all_rows(scaling_coef), self._unseen.least
+        lacking = math.fsum(min(s - t, 0.0) for s, t in zip(surprises, least, strict=True))
+        return -self._count(surprises), lacking
+
+    def forgets(self, scaling_coef: float) -> bool:
+        """Whether every row looks unseen; rows that stood out most are looked at first."""
+        order = sorted(range(len(self._margins)), key=lambda place: self._margins[place])
+        for start in range(0, len(order), _ROWS):
+            values = self._look(scaling_coef, order[start : start + _ROWS])
+            if any(self._unseen.stands_out(place, value) for place, value in values.items()):
+                return False
+        return not self._count(self.all_rows(scaling_coef))
+
+    def fits(self, scaling_coef: float) -> bool:
+        """Whether the loss of the retained rows is within the budget."""
+        # False for NaN, which compares with nothing.
+        return self.retain_loss(scaling_coef) - self.retain_loss(0.0) <= self._budget
+
+    def all_rows(self, scaling_coef: float) -> list[float]:
+        """Surprise of every forget row."""
+        values = self._look(scaling_coef, range(len(self._margins)))
+        return [values[place] for place in range(len(self._margins))]
+
+    def retain_loss(self, scaling_coef: float) -> float:
+        """Mean loss of the retained rows, nats per token."""
+        if scaling_coef not in self._losses:
+            self._edited.move(scaling_coef)
+            groups = [(example,) for example in self._retain]
+            losses = [loss for (loss,) in _losses(self._edited.model, groups, self._pad)]
+            self._losses[scaling_coef] = math.fsum(losses) / len(losses)
+        return self._losses[scaling_coef]
+
+    def points(self) -> tuple[Point, ...]:
+        """Every strength that was tried, ascending."""
+        return tuple(self._point(a) for a in sorted({*self._surprises, *self._losses}))
+
+    def is_monotone(self) -> bool:
+        """Whether, as far as was looked, a larger strength forgets more and costs more."""
+        tried = sorted({*self._surprises, *self._losses})
+        answers = [(a, self._forgot(a), self.fits(a) if a in self._losses else None) for a in tried]
+        return is_monotone(answers) and not any(map(self._falls, range(len(self._margins))))
+
+    def _forgot(self, scaling_coef: float) -> bool | None:
+        known = self._surprises.get(scaling_coef)
+        return not self._outstanding(known) if known else None
+
+    def _falls(self, place: int) -> bool:
+        """Whether a row that stands out stood out less at a smaller strength."""
+        curve = [known[place] for _, known in sorted(self._surprises.items()) if place in known]
+        return any(
+            self._unseen.stands_out(place, above) and above < max(curve[:i]) - _FALL
+            for i, above in enumerate(curve)
+            if i
+        )
+
+    def _look(self, scaling_coef: float, places: Sequence[int]) -> dict[int, float]:
+        """Surprise of some forget rows."""
+        known = self._surprises.setdefault(scaling_coef, {})
+        new = [place for place in places if place not in known]
+        if new:
+            self._edited.move(scaling_coef)
+            unseen = self._unseen
+            facts = [unseen.facts[place] for place in new]
+            values = surprises_of(self._edited.model, facts, unseen.calibrated_on, self._pad)
+            for place, value in zip(new, values, strict=True):
+                known[place] = value
+                self._margins[place] = value - unseen.least[place]
+        return {place: known[place] for place in places}
+
+    def _outstanding(self, known: Mapping[int, float]) -> int:
+        """Rows that stand out, of those that were looked at."""
+        if len(known) == len(self._margins):
+            return self._count([known[place] for place in range(len(known))])
+        return sum(self._unseen.stands_out(place, value) for place, value in known.items())
+
+    def _count(self, surprises: Sequence[float]) -> int:
+        return len(self._unseen.standing_out(surprises))
+
+    def _point(self, scaling_coef: float) -> Point:
+        known = self._surprises.get(scaling_coef, {})
+        mean = math.fsum(known.values()) / len(known) if known else None
+        loss = self._losses.get(scaling_coef)
+        return Point(
+            scaling_coef,
+            len(known),
+            self._outstanding(known),
+            mean,
+            loss if loss is not None and math.isfinite(loss) else None,
+        )
+
+
+@overload
+def _numbers(unseen: Unseen, places: Sequence[int]) -> tuple[int, ...]: ...
+@overload
+def _numbers(unseen: Unseen, places: None) -> None: ...
+def _numbers(unseen: Unseen, places: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Numbers of rows in the file; windows of one text share theirs."""
+    if places is None:
+        return None
+    return tuple(dict.fromkeys(unseen.facts[place].row for place in places))
+
+
+def _report(found: Strength) -> None:
+    over = found.over_forgotten
+    beyond = "" if over is None else f", {len(over)} forgotten far beyond what is unseen"
+    say(
+        f"strength {found.scaling_coef:.3g}: {len(found.standing_out)} of {len(found.rows)} facts "
+        f"stand out (by {found.calibrated_on}){beyond}; retain loss "
+        f"{found.retain_loss_before:.3f} -> {found.retain_loss:.3f} nats per token on "
+        f"{found.retain_rows} rows"
+    )
+    if not found.monotone:
+        warn(
+            "The curve is not monotone: some larger strengths forget less, or cost less, than "
+            "smaller ones. strength.json in the work folder has all that were tried."
+        )
+    if not found.reached:
+        shown = ", ".join(map(str, found.standing_out[:_SHOWN_ROWS]))
+        more = len(found.standing_out) - _SHOWN_ROWS
+        warn(
+            f"{len(found.standing_out)} of {len(found.rows)} facts still stand out at the best "
+            f"strength within the retain budget of {found.retain_budget:g} nats per token: rows "
+            f"{shown}{f' and {more} more' if more > 0 else ''}. Raise --retain-budget, tune the "
+            "forget checkpoint longer, or choose another method."
+        )

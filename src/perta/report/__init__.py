@@ -1,0 +1,1 @@
+"""The report: records and results in, one page out."""

@@ -1,0 +1,565 @@
+"""Results and records that a report is made of, read from whatever is given.
+
+Results files, checkpoint folders, an output of `perta unlearn` and a folder of results may be
+mixed. They are joined by fingerprint: a results file names the checkpoint it measured by its
+content, and a checkpoint's record names its inputs the same way. So roles (base, full,
+retrained, edited) come from what happened, see `provenance`, or from the user, who may state one
+as in `retrained=results.json`; never from names of files or from where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perta.errors import DataError
+from perta.evidence.measures import Reading, read_measures
+from perta.store.provenance import (
+    STATED,
+    Record,
+    Request,
+    Role,
+    is_unlearned,
+    method_of,
+    refuse_claim,
+    requests_of,
+    role_of,
+)
+from perta.store.record import MANIFEST, read_manifest
+
+REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
+
+_COMPARISON = "bench compare"
+"""Stage of results whose own record says what the model was."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of the report.
+
+    Attributes:
+        label: its name on the page.
+        role: what it is to the others.
+        measures: measure key -> reading; empty if it was not evaluated.
+        results: the results file, if there is one.
+        record: record of the checkpoint (`perta.json`), if it was found.
+        method: name of the edit's method.
+        alpha: its strength.
+        seed: seed of the tuning behind it.
+        fingerprint: content of the checkpoint.
+        stated: whether the role is the user's word, which no record confirms.
+        given: whether the folder of its checkpoint was named.
+    """
+
+    label: str
+    role: Role
+    measures: Mapping[str, Reading] = field(default_factory=dict, repr=False)
+    results: Record = field(default_factory=dict, repr=False)
+    record: Record = field(default_factory=dict, repr=False)
+    method: str | None = None
+    alpha: float | None = None
+    seed: int | None = None
+    fingerprint: str | None = None
+    stated: bool = False
+    given: bool = False
+
+    @property
+    def edit(self) -> Record:
+        """What the edit did to each tensor, if the record says so."""
+        found: Record = self.record.get("edit") or {}
+        return found
+
+    def fits(self, reference: Run) -> bool:
+        """Whether a reference can be this model's, as far as the records of both tell."""
+        inputs = {
+            **self.record.get("unlearn", {}).get("inputs", {}),
+            **self.record.get("inputs", {}),
+        }
+        if reference.role == "retrained":
+            wanted, found = inputs.get("base"), reference.record.get("inputs", {}).get("base")
+        else:
+            wanted, found = inputs.get(reference.role), reference.fingerprint
+        return not wanted or not found or wanted == found
+
+    def same_set(self, other: Run, name: str) -> bool:
+        """Whether two models were measured on the same examples, as far as files can tell."""
+        mine, theirs = self.set_fingerprint(name), other.set_fingerprint(name)
+        if mine and theirs:
+            return mine == theirs
+        return self.set_size(name) == other.set_size(name)
+
+    def set_fingerprint(self, name: str) -> str | None:
+        """Content of the set it was measured on, where the results say so."""
+        made = self.results.get("perta", {})
+        inputs, settings = made.get("inputs", {}), made.get("settings", {})
+        if name in inputs:
+            return str(inputs[name])
+        parts = [settings.get(part) for part in ("forget_split", "corpus", "limit")]
+        if "data" in inputs and any(parts):  # a benchmark names a folder and what it took of it
+            return "/".join(str(part) for part in (inputs["data"], *parts) if part)
+        return None
+
+    def set_size(self, name: str) -> int | None:
+        """Number of examples it was measured on; None without per-example values."""
+        sizes = {
+            len(reading.examples)
+            for key, reading in self.measures.items()
+            if key.startswith(f"{name}_") and reading.examples
+        }
+        return max(sizes) if sizes else None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All that a report is made of.
+
+    Attributes:
+        runs: models in the order of the page: base, full, retrained, then edited ones.
+        records: content fingerprint -> record of every output that was found.
+        notices: sentences on what was given and could not be used.
+    """
+
+    runs: tuple[Run, ...]
+    records: Mapping[str, Record] = field(repr=False)
+    notices: tuple[str, ...] = ()
+
+    def by_role(self, role: Role) -> list[Run]:
+        """The runs of one role."""
+        return [run for run in self.runs if run.role == role]
+
+    def input_record(self, record: Record, name: str) -> Record:
+        """Record of an input of an output, empty if it was not found."""
+        return self.records.get(str(record.get("inputs", {}).get(name)), {})
+
+
+def collect(paths: Iterable[str]) -> Collection:
+    """Read everything that is given and join it.
+
+    Args:
+        paths: results files and folders, each optionally as `label=path`.
+
+    Returns:
+        Runs with their roles.
+
+    Raises:
+        DataError: a path is missing, holds nothing to report, or no results were found at all.
+    """
+    found = _Found()
+    for text in paths:
+        label, path = _split_label(text)
+        found.add(path, label)
+    if not found.items and not any(map(is_unlearned, found.records.values())):
+        raise DataError(
+            "Nothing to report on: none of the paths holds evaluation results. Give results of "
+            "`perta evaluate` or `perta bench`, an output of `perta unlearn`, or a demo folder."
+        )
+    found.follow()
+    found.refuse_stale()
+    requests = requests_of(found.records, [i.results.get("perta", {}) for i in found.items])
+    runs = [_make_run(item, found, requests) for item in found.items]
+    runs += _unevaluated(runs, found)
+    unique = _distinct(runs)
+    order = {role: i for i, role in enumerate((*REFERENCE_ROLES, "edited"))}
+    ordered = sorted(unique, key=lambda run: order.get(run.role, len(order)))
+    named = tuple(_relabel(ordered))
+    notices = (*found.notices, *_stated(named), *_unknown(named))
+    return Collection(_judgeable(named), found.records, notices)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One set of results before its role is known."""
+
+    name: str
+    path: Path
+    results: Record
+    label: str | None = None
+    role: Role | None = None
+    record: Record = field(default_factory=dict)
+    given: bool = False
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Content of the checkpoint that was measured."""
+        made = self.results.get("perta", {}).get("inputs", {}).get("checkpoint")
+        return made or self.record.get("content")
+
+
+class _Found:
+    """What the given paths hold."""
+
+    def __init__(self) -> None:
+        self.items: list[_Item] = []
+        self.records: dict[str, Record] = {}
+        self.notices: list[str] = []
+        self.named: set[str] = set()
+        self._places: dict[str, Path] = {}
+
+    def add(self, path: Path, label: str | None) -> None:
+        if path.is_dir():
+            self._add_folder(path, label)
+        elif path.is_file():
+            self._add_file(path, label)
+        else:
+            raise DataError(
+                f"There is no {path}. Give a results file, a checkpoint folder or a folder of "
+                "results; a name can be put before it as in full=results/full.json."
+            )
+
+    def follow(self) -> None:
+        """Find the records of checkpoints that results and other records point to."""
+        for item in list(self.items):
+            self._look(item.results.get("perta", {}), item.path)
+        # Those found on the way are followed as well: a tuned model's base, what moments join.
+        followed: set[str] = set()
+        while waiting := [content for content in self.records if content not in followed]:
+            for content in waiting:
+                followed.add(content)
+                self._look(self.records[content], self._places.get(content))
+
+    def refuse_stale(self) -> None:
+        """Stop at results of a model that is no longer the one in the folder that was named.
+
+        Raises:
+            DataError: another model lies there now.
+        """
+        folders = {self._places[content].resolve(): content for content in self.named}
+        for item in self.items:
+            made = item.results.get("perta", {})
+            measured = made.get("settings", {}).get("checkpoint")
+            wanted = made.get("inputs", {}).get("checkpoint")
+            if not isinstance(measured, str) or not wanted:
+                continue
+            there = folders.get(Path(measured).resolve())
+            if there is not None and there != wanted:
+                raise DataError(
+                    f"{item.path} measured another model than the one in {measured}: fingerprint "
+                    f"{short(wanted)} there, {short(there)} here. Evaluate it again, or leave "
+                    "one of them out."
+                )
+
+    def _look(self, record: Record, near: Path | None) -> None:
+        """Find the records of a record's inputs where its settings say that they lie."""
+        settings = record.get("settings", {})
+        for name, wanted in record.get("inputs", {}).items():
+            written = _place_of(name, settings)
+            if not isinstance(written, str) or wanted in self.records:
+                continue
+            last = Path(written).name
+            # A results folder that was moved as a whole keeps its neighbours.
+            around = [] if near is None else [near.parent / last, near.parent.parent / last]
+            for place in (Path(written), *around):
+                found = read_manifest(place) if place.is_dir() else None
+                if found is not None and found.get("content") == wanted:
+                    self._remember(found, place)
+                    break
+
+    def _remember(self, record: Record, place: Path, *, named: bool = False) -> None:
+        content = record.get("content")
+        if isinstance(content, str):
+            if named:
+                self.named.add(content)
+            self.records.setdefault(content, record)
+            self._places.setdefault(content, place)
+
+    def _add_folder(self, folder: Path, label: str | None) -> None:
+        record = read_manifest(folder)
+        if record is not None:
+            self._remember(record, folder, named=True)
+            if "unlearn" in record:
+                self._add_unlearned(folder, record, label)
+            elif is_unlearned(record) and label:
+                self.items.append(_Item(folder.name, folder, {}, label, "edited", record))
+            return
+        before = len(self.items)
+        results = folder / "results"
+        for file in sorted((results if results.is_dir() else folder).glob("*.json")):
+            if _is_results(_load(file)):
+                self._add_file(file, None)
+        children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
+        for child in children:
+            found = read_manifest(child)
+            if found is not None:
+                self._remember(found, child, named=True)
+        if len(self.items) == before and not self.records:
+            raise DataError(
+                f"{folder} holds neither results (*.json, or a folder results/) nor a record "
+                f"({MANIFEST}) of an output of perta."
+            )
+
+    def _add_unlearned(self, folder: Path, record: Record, label: str | None) -> None:
+        made = record["unlearn"]
+        written = made.get("settings", {}).get("work_dir")
+        places = [folder.with_name(folder.name + ".work")]
+        if written:
+            places.insert(0, Path(written))
+        for place in places:
+            for child in sorted(place.iterdir()) if place.is_dir() else ():
+                found = read_manifest(child) if child.is_dir() else None
+                if found is not None:
+                    self._remember(found, child)
+        inputs = {**record.get("inputs", {}), **made.get("inputs", {})}
+        # A run that retrained has an output too, and it is not an unlearned model.
+        output: Role | None = "edited" if is_unlearned(record) else None
+        parts: tuple[tuple[str, Role | None, str | None], ...] = (
+            ("base", "base", inputs.get("base")),
+            ("before", "full", inputs.get("full")),
+            ("after", output, record.get("content")),
+        )
+        for when, role, content in parts:
+            results, file = self._evaluation(places, when, content)
+            if results is None:
+                results = _from_aggregates(made, when, content)
+                if results is not None:
+                    self.notices.append(
+                        f"The per-example results of {folder.name} ({_WHEN[when]}) are gone; its "
+                        "means are shown without intervals."
+                    )
+                elif when == "after" and label:
+                    results = {}  # its edit can still be shown under that name
+                else:
+                    continue
+            place = file or folder
+            if when == "after":
+                name = label or (folder.name if output else None)
+                item = _Item(folder.name, place, results, name, role, record, given=True)
+            else:
+                item = _Item(str(role), place, results, None, role)
+            self.items.append(item)
+
+    def _evaluation(
+        self, places: Iterable[Path], when: str, content: str | None
+    ) -> tuple[Record | None, Path | None]:
+        """The results of one model of a run; a work folder may hold those of another run."""
+        for file in (place / f"evaluation_{when}.json" for place in places):
+            results = _load(file)
+            if results is None:
+                continue
+            measured = results.get("perta", {}).get("inputs", {}).get("checkpoint")
+            if measured and measured == content:
+                return results, file
+            self.notices.append(
+                f"{file.name} in {file.parent.name} is of another model, so it is not used."
+            )
+        return None, None
+
+    def _add_file(self, path: Path, label: str | None) -> None:
+        results = _load(path)
+        if results is None or not _is_results(results):
+            raise DataError(
+                f"{path} holds no evaluation results: expected a JSON object of measures, each "
+                'as {"agg_value": …, "value_by_index": {…}}.'
+            )
+        self.items.append(_Item(path.stem, path, results, label))
+
+
+def _split_label(text: str) -> tuple[str | None, Path]:
+    label, separator, rest = text.partition("=")
+    if separator and label and rest and not Path(text).exists():
+        return label.strip(), Path(rest)
+    return None, Path(text)
+
+
+def _load(path: Path) -> Record | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _is_results(content: Record | None) -> bool:
+    values = (content or {}).values()
+    return any(isinstance(value, Mapping) and "agg_value" in value for value in values)
+
+
+_WHEN = {"base": "the base model", "before": "before the edit", "after": "after the edit"}
+
+
+def _place_of(name: str, settings: Record) -> Any:
+    """Where an input lay, by the settings; of several forget checkpoints and moments, by number."""
+    stem, _, number = name.rpartition("_")
+    if not number.isdigit():
+        stem, number = name, "1"
+    written = settings.get("folders" if stem == "moments" else stem)
+    if isinstance(written, list):
+        place = int(number) - 1
+        return written[place] if place < len(written) else None
+    return settings.get(name)
+
+
+def _from_aggregates(made: Record, when: str, content: str | None) -> Record | None:
+    values = made.get("evaluation", {}).get(when)
+    if not values:
+        return None
+    sets = {name: made["inputs"][name] for name in ("forget", "retain") if name in made["inputs"]}
+    inputs = {"checkpoint": content, **sets}
+    return {
+        **{name: {"agg_value": value} for name, value in values.items()},
+        "perta": {"inputs": {name: value for name, value in inputs.items() if value}},
+    }
+
+
+def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
+    some = list(requests)
+    fingerprint = item.fingerprint
+    record = item.record or found.records.get(str(fingerprint), {})
+    role, is_stated = _role(item, fingerprint, found, some)
+    made = item.results.get("perta", {})
+    # A comparison writes no checkpoints; its results say what was measured.
+    told = made if made.get("stage") == _COMPARISON else record
+    is_edited = role == "edited"
+    label = item.label or _default_label(item, record)
+    return Run(
+        label=label,
+        role=role,
+        measures=read_measures(item.results),
+        results=item.results,
+        record=record,
+        method=(method_of(told) or label) if is_edited else None,
+        alpha=_alpha_of(told) if is_edited else None,
+        seed=_seed_of(told, found),
+        fingerprint=fingerprint,
+        stated=is_stated,
+        given=item.given,
+    )
+
+
+def _default_label(item: _Item, record: Record) -> str:
+    """The name of an output's folder says more than that of the file with its results."""
+    made = item.results.get("perta", {})
+    if made.get("stage") == _COMPARISON:
+        return method_of(made) or str(made.get("settings", {}).get("role", item.name))
+    written = record.get("settings", {}).get("output") if is_unlearned(record) else None
+    return Path(str(written)).name if written else item.name
+
+
+def _role(
+    item: _Item, fingerprint: str | None, found: _Found, requests: list[Request]
+) -> tuple[Role, bool]:
+    """A model's role, and whether it is the user's word alone."""
+    if item.role is not None and item.label not in STATED:
+        return item.role, False
+    made = item.results.get("perta", {})
+    known = role_of(fingerprint, made.get("inputs", {}).get("forget"), found.records, requests)
+    if made.get("stage") == _COMPARISON and made.get("settings", {}).get("role"):
+        known = made["settings"]["role"]
+    if item.label in STATED:
+        claim: Role = item.label
+        if claim != known:
+            refuse_claim(claim, fingerprint, str(item.path), found.records, requests)
+        return claim, claim != known
+    # Whatever else the user calls a model is a model to be judged.
+    return ("edited" if known == "other" and item.label else known), False
+
+
+def _judgeable(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Where no record and no name says which model was edited, each of unknown part may be."""
+    if any(run.role == "edited" for run in runs):
+        return runs
+    return tuple(
+        replace(run, role="edited", method=run.label) if run.role == "other" else run
+        for run in runs
+    )
+
+
+def _stated(runs: Iterable[Run]) -> list[str]:
+    """Sentences on references that rest on the user's word."""
+    return [
+        f"{run.label} is the {_WHAT[run.role]} as stated by the user; no record confirms it."
+        for run in runs
+        if run.stated
+    ]
+
+
+_WHAT: Mapping[Role, str] = {
+    "base": "base model",
+    "full": "model before the edit",
+    "retrained": "retrained model",
+}
+
+
+def _unknown(runs: Iterable[Run]) -> list[str]:
+    listed = list(runs)
+    names = [run.label for run in listed if run.role == "other"]
+    if not names:
+        return []
+    known = any(run.role == "edited" for run in listed)
+    done = "they are shown and not judged" if known else "each is judged as if it were the result"
+    return [
+        f"No record says what part these models played, so {done}: {', '.join(names)}. A name "
+        "before a path says it, as in retrained=PATH, full=PATH, base=PATH or edited=PATH."
+    ]
+
+
+def short(fingerprint: str) -> str:
+    """The first 16 hexadecimal digits of a fingerprint, which are enough to tell models apart."""
+    return fingerprint[:16]
+
+
+def _alpha_of(record: Record) -> float | None:
+    value = record.get("settings", {}).get("scaling_coef")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _seed_of(record: Record, found: _Found) -> int | None:
+    forget = found.records.get(str(record.get("inputs", {}).get("forget_checkpoint")), {})
+    for made in (record.get("unlearn", {}), forget, record):
+        seed = made.get("settings", {}).get("seed")
+        if isinstance(seed, int):
+            return seed
+    return None
+
+
+def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
+    """Unlearned checkpoints that were given without results: what was done can still be shown."""
+    known = {run.fingerprint for run in runs}
+    return [
+        Run(
+            label=Path(str(record.get("settings", {}).get("output", "edited"))).name,
+            role="edited",
+            record=record,
+            method=method_of(record) or "edited",
+            alpha=_alpha_of(record),
+            seed=_seed_of(record, found),
+            fingerprint=content,
+            given=True,
+        )
+        for content, record in found.records.items()
+        if is_unlearned(record) and content in found.named and content not in known
+    ]
+
+
+def _distinct(runs: Iterable[Run]) -> list[Run]:
+    """The same results given twice, or as the full model of several runs, count once."""
+    kept: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        values = tuple(sorted((key, reading.value) for key, reading in run.measures.items()))
+        identity = run.fingerprint or run.label
+        kept.setdefault((run.role, identity, values), run)
+    return list(kept.values())
+
+
+def _relabel(runs: Iterable[Run]) -> list[Run]:
+    """Give every run a name of its own; strengths and seeds are added where names collide."""
+    runs = list(runs)
+    seeds = {run.seed for run in runs if run.seed is not None}
+    named: list[Run] = []
+    for run in runs:
+        alone = sum(other.role == run.role for other in runs) == 1
+        label = run.role if run.role in REFERENCE_ROLES and alone else run.label
+        same = [other for other in runs if other is not run and other.role == run.role]
+        twins = [other for other in same if other.label == run.label]
+        if twins and not (run.role in REFERENCE_ROLES and alone):
+            parts = [label]
+            if any(other.alpha != run.alpha for other in twins) and run.alpha is not None:
+                parts.append(f"α {run.alpha:g}")
+            if len(seeds) > 1 and run.seed is not None:
+                parts.append(f"seed {run.seed}")
+            label = " ".join(parts)
+        number = sum(other.label == label for other in named)
+        named.append(replace(run, label=label if not number else f"{label} ({number + 1})"))
+    return named

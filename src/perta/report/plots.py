@@ -1,0 +1,448 @@
+"""What the figures show: runs in, marks and axes out.
+
+The same data are drawn as SVG in the page (`svg`) and as files (`figures`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from perta.evidence.measures import Reading, measure_of, truth_ratios
+from perta.report.collect import Collection, Run
+from perta.report.svg import (
+    SMALLEST,
+    Axis,
+    Cell,
+    Curve,
+    Ecdf,
+    HeatMap,
+    Point,
+    Scatter,
+    Style,
+    fitted_axis,
+    log_axis,
+    unit_axis,
+)
+from perta.report.tables import file_name
+from perta.report.verdict.judge import reference_quality
+from perta.report.verdict.sentences import number
+from perta.store.provenance import Record
+
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("forget_probability", "retain_probability", "Answer probability"),
+    ("forget_rouge", "retain_rouge", "ROUGE-L"),
+    ("forget_strength", "retain_strength", "Extraction strength"),
+    ("forget_verbmem", "retain_knowmem", "Verbatim and knowledge"),
+    ("forget_knowmem", "retain_knowmem", "Knowledge"),
+    ("forget_quality", "model_utility", "Forget quality and utility"),
+)
+MOST_CURVES = 9
+MOST_MAPS = 8
+
+_SHORT_NAMES: Mapping[str, str] = {
+    "input_layernorm": "norm 1",
+    "post_attention_layernorm": "norm 2",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+}
+
+
+@dataclass(frozen=True)
+class EditMap:
+    """Where one edit happened.
+
+    Attributes:
+        label: the edited model.
+        figures: maps of W, where it differs, and of the size of the change.
+        outside: rows of (tensor, mean W, size of the change) for tensors of no layer.
+        sentences: the same in words.
+    """
+
+    label: str
+    figures: tuple[HeatMap, ...]
+    outside: tuple[tuple[str, str, str], ...]
+    sentences: tuple[str, ...]
+
+
+def trade_offs(collection: Collection, looks: Mapping[str, Style]) -> list[Scatter]:
+    """Forgetting against retention for every pair of measures that was taken."""
+    panels = []
+    for forget, retain, label in PAIRS:
+        runs = [
+            run
+            for run in collection.runs
+            if forget in run.measures and retain in run.measures and run.role != "forget checkpoint"
+        ]
+        if not any(run.role == "edited" for run in runs):
+            continue
+        x, y = _axis(forget, runs), _axis(retain, runs)
+        edited = [run for run in runs if run.role == "edited"]
+        points = [_point(run, forget, retain, looks, edited) for run in runs]
+        crosses = [p for p, run in zip(points, runs, strict=True) if run.role == "retrained"]
+        panels.append(
+            Scatter(
+                name=f"trade_off_{forget}_{retain}",
+                label=label,
+                title=f"{label} of every model: removed examples against examples to keep",
+                caption=_pair_note(forget),
+                points=tuple(points),
+                x=x,
+                y=y,
+                cross=crosses[0] if len(crosses) == 1 else None,
+            )
+        )
+    return panels
+
+
+def _pair_note(forget: str) -> str:
+    if forget == "forget_quality":
+        return (
+            "Right is more like the retrained model, up is more useful. The horizontal axis is "
+            "the base-10 logarithm of a p-value."
+        )
+    return "Left is more forgotten, up is more kept. Bars are 95% intervals over examples."
+
+
+def _axis(key: str, runs: Sequence[Run]) -> Axis:
+    measure = measure_of(key)
+    where = {"forget": "removed examples", "retain": "examples to keep"}.get(measure.group, "")
+    names = {
+        "probability": "answer probability",
+        "rouge": "ROUGE-L recall",
+        "strength": "extraction strength",
+        "knowmem": "knowledge, ROUGE-L F1",
+        "verbmem": "verbatim recall, ROUGE-L F1",
+    }
+    if key == "forget_quality":
+        values = [_coordinate(key, run.measures[key].value) for run in runs]
+        return fitted_axis("forget quality, log10 p", [*values, 0.0], measure.better)
+    name = names.get(key.partition("_")[2], measure.label.lower())
+    return unit_axis(f"{name}, {where}" if where else name, measure.better)
+
+
+def _coordinate(key: str, value: float) -> float:
+    return math.log10(max(value, 1e-30)) if key == "forget_quality" else value
+
+
+def _point(
+    run: Run, forget: str, retain: str, looks: Mapping[str, Style], edited: Sequence[Run]
+) -> Point:
+    x, y = run.measures[forget], run.measures[retain]
+    many = len(edited) > 12
+    first = next((other for other in edited if other.method == run.method), run)
+    same_seed = [o for o in edited if o.method == run.method and o.seed == run.seed]
+    return Point(
+        _coordinate(forget, x.value),
+        y.value,
+        run.label if not many or run.role != "edited" else run.method or run.label,
+        "\n".join([_full_name(run), _tip(forget, x), _tip(retain, y)]),
+        looks[run.label],
+        None if forget == "forget_quality" else _range(x),
+        _range(y),
+        f"{run.method}/{run.seed}" if run.role == "edited" and len(same_seed) > 1 else "",
+        not many or run.role != "edited" or run is first,
+        f"α {run.alpha:g}" if many and run.seed == first.seed and run.alpha is not None else "",
+    )
+
+
+def _full_name(run: Run) -> str:
+    parts = [run.label]
+    if run.alpha is not None and "α" not in run.label:
+        parts.append(f"α {run.alpha:g}")
+    if run.seed is not None and "seed" not in run.label and run.role == "edited":
+        parts.append(f"seed {run.seed}")
+    return ", ".join(parts)
+
+
+def _tip(key: str, reading: Reading) -> str:
+    measure = measure_of(key)
+    where = {"forget": "removed: ", "retain": "kept: "}.get(measure.group, "")
+    text = f"{where}{measure.label} {number(reading.value, 3)}"
+    if reading.interval:
+        text += f" ({number(reading.interval.low, 3)} to {number(reading.interval.high, 3)})"
+    return text
+
+
+def _range(reading: Reading) -> tuple[float, float] | None:
+    return (reading.interval.low, reading.interval.high) if reading.interval else None
+
+
+def curve_runs(runs: Sequence[Run], ranked: Sequence[Run]) -> list[Run]:
+    """The models to draw as curves: references, then edited ones in order of rank.
+
+    Where they are too many to tell apart, the best of each method stands for it.
+    """
+    edited = [run for run in ranked if run in runs]
+    references = [run for run in runs if run.role in ("base", "full", "retrained")]
+    if len(references) + len(edited) > MOST_CURVES:
+        first: dict[str | None, Run] = {}
+        for run in edited:
+            first.setdefault(run.method, run)
+        edited = list(first.values())
+    return [*references[: MOST_CURVES - 2], *edited][:MOST_CURVES]
+
+
+def probability_curves(
+    runs: Sequence[Run], ranked: Sequence[Run], looks: Mapping[str, Style]
+) -> Ecdf | None:
+    """Every removed example's answer probability, one curve per model; None without values."""
+    usable = [
+        run
+        for run in runs
+        if "forget_probability" in run.measures and run.measures["forget_probability"].examples
+        if not ranked or run.same_set(ranked[0], "forget")
+    ]
+    if not usable:
+        return None
+    curves = []
+    for run in curve_runs(usable, ranked):
+        values = tuple(run.measures["forget_probability"].examples.values())
+        tip = (
+            f"{_full_name(run)}\nn = {len(values)}, median {number(_median(values))}, "
+            f"highest {number(max(values))}"
+        )
+        curves.append(Curve(values, run.label, tip, looks[run.label]))
+    axis = unit_axis("answer probability of a removed example")
+    title = "Distribution of answer probability on the removed examples"
+    return Ecdf("answer_probability", title, tuple(curves), axis)
+
+
+def truth_ratio_curves(
+    collection: Collection, ranked: Sequence[Run], looks: Mapping[str, Style]
+) -> tuple[Ecdf, list[tuple[str, int, str, str]]] | None:
+    """Truth ratios behind forget quality, and each model's distance from the retrained one.
+
+    Returns:
+        The figure and rows of (model, n, KS distance, p-value); None without truth ratios.
+    """
+    usable = [
+        run
+        for run in collection.runs
+        if truth_ratios(run.results) and run.role != "forget checkpoint"
+        if not ranked or run.same_set(ranked[0], "forget")
+    ]
+    if not usable:
+        return None
+    curves, rows = [], []
+    for run in curve_runs(usable, ranked):
+        values = tuple(truth_ratios(run.results))
+        test = reference_quality(run, collection)
+        distance = "–" if test is None else number(test[0], 3)
+        p = "–" if test is None else number(test[1], 3)
+        tip = f"{_full_name(run)}\nn = {len(values)}, median {number(_median(values))}"
+        if test is not None:
+            tip += f"\nKS distance {distance}, p = {p}"
+        curves.append(Curve(values, run.label, tip, looks[run.label]))
+        rows.append((run.label, len(values), distance, p))
+    logs = [math.log10(max(value, SMALLEST)) for curve in curves for value in curve.values]
+    axis = log_axis("truth ratio (wrong answers against the right one)", logs)
+    title = "Distribution of truth ratios on the removed examples"
+    return Ecdf("truth_ratio", title, tuple(curves), axis, log=True), rows
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    n = len(ordered)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
+# --- where the edit happened -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One cell of the map, experts of a layer taken together."""
+
+    elements: int
+    weighting: float | None
+    change: float
+    task_vector: float
+    norm: float | None
+
+
+def edit_maps(runs: Sequence[Run]) -> tuple[list[EditMap], int]:
+    """Maps of the first edits, and how many more there are."""
+    edited = [run for run in runs if run.edit.get("tensors")]
+    first: dict[tuple[str | None, float | None], Run] = {}
+    for run in edited:
+        first.setdefault((run.method, run.alpha), run)
+    shown = list(first.values())[:MOST_MAPS]
+    return [edit_map(run) for run in shown], len(edited) - len(shown)
+
+
+def edit_map(run: Run) -> EditMap:
+    """Per-layer and per-module map of W and of the size of the change."""
+    tensors: list[Record] = list(run.edit["tensors"])
+    layers, outside = split_layers(tensors)
+    rows = sorted({layer for layer, _ in layers})
+    columns = _module_order({module for _, module in layers})
+    relative = all(place.norm for place in layers.values()) and bool(layers)
+    total = math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)) or 1.0
+    figures: list[HeatMap] = []
+    for what in ("weighting", "change") if layers else ():
+        known = [place.weighting for place in layers.values()]
+        same = len({None if value is None else round(value, 6) for value in known}) == 1
+        if what == "weighting" and (same or None in known):
+            continue  # the same everywhere, which a sentence says better, or not recorded
+        cells = tuple(
+            Cell(
+                rows.index(layer),
+                columns.index(module),
+                _value(place, what, relative),
+                _cell_tip(layer, module, place, total, relative),
+            )
+            for (layer, module), place in sorted(layers.items())
+        )
+        title, caption, css, legend = _map_texts(what, run.label, relative)
+        names = tuple(_SHORT_NAMES.get(column, _shorten(column)) for column in columns)
+        figures.append(
+            HeatMap(
+                f"{what}_{file_name(run.label)}",
+                title,
+                caption,
+                tuple(sorted(cells, key=lambda cell: (cell.row, cell.column))),
+                tuple(str(row) for row in rows),
+                names,
+                css,
+                legend,
+            )
+        )
+    return EditMap(
+        run.label,
+        tuple(figures),
+        tuple(
+            (name, number(place.weighting), f"{_value(place, 'change', relative):.2g}")
+            for name, place in outside.items()
+        ),
+        tuple(_map_sentences(tensors, total)),
+    )
+
+
+def _map_texts(what: str, label: str, relative: bool) -> tuple[str, str, str, str]:
+    """Title, caption, class and legend of a map."""
+    if what == "weighting":
+        return (
+            f"Mean weighting of {label} by layer and module",
+            "Share of each weight that belongs to forgetting, from 0 to 1.",
+            "hue-w",
+            "mean W, by layer ↓",
+        )
+    title = f"Size of the change by {label}, by layer and module"
+    if relative:
+        caption = "Norm of the change relative to the norm of the weights."
+        return title, caption, "hue-d", "‖ΔW‖ / ‖W‖, by layer ↓"
+    caption = "Root mean square of the change of a weight."
+    return title, caption, "hue-d", "RMS change per weight, by layer ↓"
+
+
+def split_layers(
+    tensors: Sequence[Record],
+) -> tuple[dict[tuple[int, str], _Place], dict[str, _Place]]:
+    """Tensors by (layer, module), and those of no layer by name."""
+    layers: dict[tuple[int, str], list[Record]] = {}
+    outside: dict[str, list[Record]] = {}
+    for tensor in tensors:
+        name = str(tensor["name"])
+        match = re.search(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.(.+)$", name)
+        if match:
+            module = re.sub(r"\.(weight|bias)$", "", match[2])
+            if match[2].endswith(".bias"):
+                module += " bias"
+            module = re.sub(r"\.\d+\.", ".*.", module)
+            layers.setdefault((int(match[1]), module), []).append(tensor)
+        else:
+            outside.setdefault(name, []).append(tensor)
+    return (
+        {key: _merge(group) for key, group in layers.items()},
+        {key: _merge(group) for key, group in outside.items()},
+    )
+
+
+def _merge(tensors: Sequence[Record]) -> _Place:
+    elements = sum(int(t["elements"]) for t in tensors)
+    weighting = _mean_weighting(tensors)
+    norms = [t.get("full_norm") for t in tensors]
+    known = [float(norm) for norm in norms if norm]
+    return _Place(
+        elements,
+        weighting,
+        math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)),
+        math.sqrt(math.fsum(float(t["task_vector_norm"]) ** 2 for t in tensors)),
+        math.sqrt(math.fsum(n * n for n in known)) if len(known) == len(norms) else None,
+    )
+
+
+def _mean_weighting(tensors: Sequence[Record]) -> float | None:
+    """Mean of W over all weights; None for methods that do not weight single weights."""
+    values = [t.get("mean_weighting") for t in tensors]
+    elements = sum(int(t["elements"]) for t in tensors)
+    if not elements or any(value is None or not math.isfinite(value) for value in values):
+        return None
+    parts = (float(t["mean_weighting"]) * int(t["elements"]) for t in tensors)
+    return math.fsum(parts) / elements
+
+
+def _value(place: _Place, what: str, relative: bool) -> float:
+    if what == "weighting":
+        return place.weighting or 0.0
+    if relative and place.norm:
+        return place.change / place.norm
+    return place.change / math.sqrt(place.elements or 1)
+
+
+def _cell_tip(layer: int, module: str, place: _Place, total: float, relative: bool) -> str:
+    size = _value(place, "change", relative)
+    unit = "‖ΔW‖ / ‖W‖" if relative else "RMS change"
+    weighting = "" if place.weighting is None else f"mean W {place.weighting:.3f}\n"
+    return (
+        f"layer {layer}, {module}\n{weighting}{unit} {size:.2g}\n"
+        f"{(place.change / total) ** 2:.1%} of the whole edit"
+    )
+
+
+def _module_order(modules: set[str]) -> list[str]:
+    wanted = [
+        "input_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    return [m for m in wanted if m in modules] + sorted(modules - set(wanted))
+
+
+def _shorten(module: str) -> str:
+    name = re.sub(r"^(self_attn|attn|attention|mlp|self_attention)\.", "", module)
+    return re.sub(r"(_proj|\.\*)", "", name)
+
+
+def _map_sentences(tensors: Sequence[Record], total: float) -> list[str]:
+    mean = _mean_weighting(tensors)
+    sentences = []
+    if mean is None:
+        sentences.append(
+            "The method weights directions rather than single weights, so there is no map of W."
+        )
+    elif len({round(float(t["mean_weighting"]), 6) for t in tensors}) == 1:
+        sentences.append(f"The weighting is the same for every weight: W = {number(mean)}.")
+    else:
+        sentences.append(
+            f"On average {mean:.0%} of what learning the removed examples does to a weight was "
+            "counted as belonging to them (mean W), before the strength α."
+        )
+    shares = sorted(((float(t["delta_norm"]) / total) ** 2, str(t["name"])) for t in tensors)
+    largest = "; ".join(f"{name} {share:.0%}" for share, name in shares[:-4:-1])
+    sentences.append(f"Largest parts of the edit, by squared norm: {largest}.")
+    return sentences

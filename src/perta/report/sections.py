@@ -1,0 +1,290 @@
+"""What the page says, section by section, ready for the template.
+
+Each function makes one section from the collected runs. What is missing is left out, and a
+sentence says so; nothing is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perta.evidence.measures import MEASURES
+from perta.report.collect import Collection, Run
+from perta.report.verdict.checks import Check
+from perta.report.verdict.judge import Statement, Verdict
+from perta.report.verdict.sentences import number
+
+_INPUT_NAMES: Mapping[str, str] = {
+    "full": "model before the edit",
+    "base": "base model",
+    "forget_checkpoint": "model tuned on the forget set alone",
+    "forget_importance": "importance, forget set",
+    "retain_importance": "importance, retain set",
+    "checkpoint": "evaluated model",
+    "forget": "forget set",
+    "retain": "retain set",
+    "holdout": "held-out set",
+    "content": "edited model",
+}
+_MEASURE_NAMES: Mapping[str, str] = {
+    name: f"{measure.label} ({name})" for measure in MEASURES for name in measure.names
+}
+_SHOWN_SETTINGS = {
+    "method": "method",
+    "scaling_coef": "strength α",
+    "order": "order p",
+    "rho": "retain weight ρ",
+    "granularity": "granularity",
+    "include": "only tensors",
+    "exclude": "not tensors",
+    "unlearn_epochs": "epochs",
+    "unlearn_learning_rate": "learning rate",
+    "forget_weight": "weight of the forget term",
+    "retain_weight": "weight of the retain term",
+}
+
+
+SMALLEST_SET = 10
+"""Rows from which the fingerprint of a set is shown: all of a small one could be guessed."""
+_SETS = ("forget", "retain", "holdout", "general", "data")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A value on the verdict's scale."""
+
+    role: str
+    text: str
+    percent: float
+    level: int
+    side: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Something that took part, by name and content."""
+
+    what: str
+    name: str
+    fingerprint: str
+    more: str = ""
+
+
+def scale(statement: Statement, reference: str) -> tuple[Pin, ...]:
+    """The lead measure of a statement as pins on a line from 0 to 1."""
+    status = statement.status
+    check = next((c for c in statement.checks if c.core and c.status == status), statement.lead)
+    if check is None or not 0 <= check.after <= 1:
+        return ()
+    values = [("before", "before", check.before), ("reference", reference, check.reference)]
+    pins = [_pin("after", "after", check.after, 0)]
+    taken: list[tuple[float, float]] = []
+    for role, name, value in values:
+        if value is None:
+            continue
+        pin = _pin(role, name, value, 0)
+        start, stop = _label_room(pin)
+        level = int(any(start < end and begin < stop for begin, end in taken))
+        pins.append(Pin(role, pin.text, pin.percent, level, pin.side))
+        taken.append((start, stop))
+    return tuple(pins)
+
+
+def _label_room(pin: Pin) -> tuple[float, float]:
+    """Where a label lies, in percent of the line; on a phone it takes about two fifths."""
+    before = {"left": 0, "middle": 20, "right": 40}[pin.side]
+    return pin.percent - before, pin.percent - before + 40
+
+
+def _pin(role: str, name: str, value: float, level: int) -> Pin:
+    percent = 100 * min(1.0, max(0.0, value))
+    side = "left" if percent < 18 else "right" if percent > 82 else "middle"
+    return Pin(role, f"{name} {number(value)}", percent, level, side)
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%".replace("-", "−")
+
+
+def share_text(check: Check, *, kept: bool) -> str:
+    """What remains or is kept, as a percentage with its interval."""
+    if check.share is None:
+        return "–"
+    text = _percent(check.share)
+    if check.share_low is not None and check.share_high is not None:
+        text += f" ({_percent(check.share_low)} to {_percent(check.share_high)})"
+    return text + (" kept" if kept else " left")
+
+
+def asked(subject: Run, collection: Collection) -> list[Identity]:
+    """What was to be removed, what kept, and from which model."""
+    items = []
+    evaluated, names = _evaluated_on(subject), _settings(subject)
+    whole = subject.record.get("unlearn", {})
+    wanted, sources = whole.get("inputs", {}), whole.get("sources", {})
+    benchmark = names.get("forget_split") or names.get("corpus")
+    for name, what in (
+        ("forget", "to be removed"),
+        ("retain", "to be kept"),
+        ("holdout", "held out"),
+    ):
+        # A name and a fingerprint from one record, or they may be of different sets.
+        fingerprint = wanted.get(name) or evaluated.get(name) or ""
+        source = (sources if name in wanted else names).get(name)
+        size = subject.set_size(name) if evaluated.get(name, fingerprint) == fingerprint else None
+        if benchmark and not fingerprint:
+            fingerprint = evaluated.get("data", "")
+            source = source or (benchmark if name == "forget" else None)
+        if fingerprint or size:
+            more = f"{size} examples" if size else ""
+            items.append(Identity(what, _file(source), _shown(name, fingerprint, size), more))
+    full = subject.record.get("inputs", {}).get("full")
+    if full:
+        record = collection.records.get(str(full), {})
+        count = record.get("examples")
+        more = f"tuned on {count} examples" if count else ""
+        name = _file(subject.record.get("settings", {}).get("full"))
+        items.append(Identity("from the model", name, str(full), more))
+    return items
+
+
+def done(subject: Run) -> tuple[str, str, list[tuple[str, str]], list[Identity], str]:
+    """How it was done: sentence, equation, settings, inputs and versions."""
+    record = subject.record
+    if not record:
+        return "", "", [], [], ""
+    sentence = record.get("done") or f"The record names the method {subject.method} alone."
+    settings = [
+        (title, _plain(record["settings"][name]))
+        for name, title in _SHOWN_SETTINGS.items()
+        if record.get("settings", {}).get(name) not in (None, [], ())
+    ]
+    inputs = [
+        Identity(
+            _INPUT_NAMES.get(name, name),
+            _file(record.get("settings", {}).get(name)),
+            _shown(name, fingerprint, subject.set_size(name)),
+        )
+        for name, fingerprint in record.get("inputs", {}).items()
+    ]
+    if record.get("content"):
+        inputs.append(Identity(_INPUT_NAMES["content"], subject.label, str(record["content"])))
+    versions = ", ".join(f"{name} {v}" for name, v in record.get("versions", {}).items())
+    created = record.get("created")
+    made = f"Made {created} with {versions}." if created else versions
+    return sentence, record.get("equation", ""), settings, inputs, made
+
+
+def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Everything recorded about every model, paths cut to their last part."""
+    found = []
+    for run in runs:
+        parts = (("checkpoint", run.record), ("evaluation", run.results.get("perta", {})))
+        lines = [
+            (f"{title}: {name}", value)
+            for title, record in parts
+            for name, value in _recorded(run, record)
+        ]
+        if lines:
+            found.append((run.label, lines))
+    return found
+
+
+def _recorded(run: Run, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in record.get("settings", {}).items():
+        if value not in (None, [], ""):
+            yield name, _plain(value)
+    for name, value in record.get("inputs", {}).items():
+        shown = _shown(name, value, record.get("examples", run.set_size(name)))
+        if shown:
+            yield f"fingerprint of {name}", shown
+    for name, value in record.get("versions", {}).items():
+        yield f"version of {name}", str(value)
+    for name, title in (("content", "fingerprint"), ("created", "made")):
+        if record.get(name):
+            yield title, str(record[name])
+
+
+def _shown(name: str, fingerprint: Any, rows: int | None) -> str:
+    """A fingerprint, unless it is that of a set which may be small enough to guess."""
+    is_small = name in _SETS and (rows is None or rows < SMALLEST_SET)
+    return "" if is_small else str(fingerprint)
+
+
+def newest(runs: Sequence[Run]) -> str | None:
+    """When the newest of the results was made."""
+    times = [
+        str(record["created"])
+        for run in runs
+        for record in (run.record, run.results.get("perta", {}))
+        if record.get("created")
+    ]
+    return max(times) if times else None
+
+
+def not_measured(run: Run) -> list[tuple[str, str]]:
+    """Measures that an evaluation left out, with the reason that it gives."""
+    return [
+        (_MEASURE_NAMES.get(name, name), str(entry["missing"]))
+        for name, entry in run.results.items()
+        if isinstance(entry, Mapping) and entry.get("missing") and entry.get("agg_value") is None
+    ]
+
+
+def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
+    """What this report does not show, the general before the particular."""
+    sentences = [
+        "An edit of the weights is not a proof of erasure. The report shows what was measured "
+        "on the named examples, no more; other questions about the same facts may be answered.",
+        "Nothing here speaks about copies of the data elsewhere: training files, backups, logs, "
+        "earlier checkpoints, and the intermediate model tuned on the forget set.",
+    ]
+    keys = {key for run in collection.runs for key in run.measures}
+    if not any("relearn" in key for key in keys):
+        sentences.append(
+            "Whether a short fine-tuning brings the removed answers back was not measured."
+        )
+    if not any(key.startswith("mia_") or key == "privleak" for key in keys):
+        sentences.append("Membership-inference attacks were not run.")
+    if not any(key in keys for key in ("model_utility", "ra_rouge", "wf_rouge")):
+        sentences.append("General ability outside the retain set was not measured.")
+    sentences.append(
+        "Intervals treat examples as independent, and are widened by subject only where the "
+        "results say which subject a row is about; other rows may be answered otherwise."
+    )
+    edited = [verdict.run for verdict in verdicts]
+    if len(edited) > 1:
+        sentences.append(
+            "Several edited models were compared on the same examples and the best is named "
+            "first; its figures are therefore slightly flattering."
+        )
+    if len({run.seed for run in edited if run.seed is not None}) <= 1:
+        sentences.append("All models come from one seed of tuning, so chance in it is not shown.")
+    return sentences
+
+
+def _evaluated_on(run: Run) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = run.results.get("perta", {}).get("inputs", {})
+    return found
+
+
+def _settings(run: Run) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = run.results.get("perta", {}).get("settings", {})
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def _file(path: Any) -> str:
+    """Last part of a path: enough to recognise it, and no one's folders are disclosed."""
+    return Path(str(path)).name if path else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return _file(text) if text.startswith(("/", "./", "../", "~")) else text

@@ -1,0 +1,554 @@
+"""One measure at a time: what is left of what was learned, what is kept, what stands out.
+
+A yardstick says what a model without the removed examples makes of them: the retrained model
+or the base model on the same rows (paired), or this model on unseen rows (not paired). With a_i
+the value of row i after the edit, b_i before it and y_i the yardstick's for that row (not paired:
+its mean), what is left is
+
+    share = mean(a − y) / mean(b − y),        share_i = (a_i − y_i) / (b_i − y_i)
+
+Worst case decides. Low rows pay for no high one: a row is *still there* if more than half of it
+is left and its value lies beyond the yardstick's spread (`upper_end` of its rows), or if
+nine tenths are left; a subject is, if more than a quarter of it is left over all its rows and it
+lies beyond the spread of the yardstick's subjects. Few rows are no proof: among n rows none of
+which is still there, the share of such rows may be up to 1 − 0.025^(1/n) (exact binomial), and that
+has to be small as well. Thresholds are few, named here, and printed on the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Literal
+
+from perta.evidence.intervals import (
+    Interval,
+    difference_interval,
+    mean_interval,
+    share_interval,
+    upper_end,
+)
+from perta.evidence.measures import (
+    BY_KEY,
+    Reading,
+    groups_of,
+    numbers_of,
+    read_subjects,
+    truth_ratios,
+)
+from perta.report.collect import Run
+
+Status = Literal["met", "unclear", "partly", "not", "unknown"]
+Calibration = Literal["retrained", "holdout", "base"]
+Values = Mapping[str, float]
+
+FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
+"""Measures of what the question and the sentence around it do not give away. Of the first two one
+decides: the probability of the whole fact, or that of its tokens where facts are so long that not
+even the model before the edit gives one whole (`WHOLE`)."""
+WHOLE = 0.5
+BY_ROW = (*FACTS, "forget_probability")
+"""Measures whose single rows are judged: probabilities, which have no steps."""
+FORGET_CORE = (
+    *FACTS,
+    "forget_probability",
+    "forget_strength",
+    "forget_rouge",
+    "forget_verbmem",
+    "forget_knowmem",
+)
+"""Measures of being able to give the removed answers; the worst of the decisive ones decides."""
+RETAIN_CORE = (
+    "retain_fact",
+    "retain_fact_token",
+    "retain_choice",
+    "retain_probability",
+    "retain_rouge",
+    "retain_knowmem",
+    "model_utility",
+)
+"""Measures of being useful for everything else; the worst of them decides."""
+
+REMAINDER = 0.10
+"""Largest share of what the full model knew beyond the reference that counts as gone."""
+REMAINDER_SURE = 0.25
+"""Largest upper end of that share's interval, and of the share of rows that may still be there,
+that counts as sure; above it, a row stands out."""
+REMAINDER_PARTLY = 0.50
+INTACT = 0.90
+"""Share of a row left at which it is still there whatever the yardstick's other rows are."""
+KEPT = 0.95
+"""Smallest share of the value before the edit that counts as kept."""
+KEPT_PARTLY = 0.80
+SMALLEST_GAP = 0.05
+"""Where full model and reference are closer than this, a measure cannot tell them apart."""
+SIGNIFICANCE = 0.05
+BY_CHANCE = 0.95
+"""Share of unseen rows that lie within their own spread."""
+KS_DISTANCE = 1 / 3
+"""Distance of truth ratios that a test has to be able to find before its silence means anything."""
+TRACE = math.log(2)
+"""Nats per token beyond the yardstick's least probable rows at which an answer is conspicuous."""
+
+RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
+WORDS: Mapping[Status, str] = {
+    "met": "met",
+    "unclear": "not sure",
+    "partly": "partly met",
+    "not": "not met",
+    "unknown": "cannot tell",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measure of the verdict.
+
+    Attributes:
+        key: the measure.
+        label: its name.
+        before: value of the full model.
+        after: value of the edited model.
+        reference: what it is judged against; None where there is nothing.
+        share: what remains (forgetting) or is kept (retention), as a share.
+        share_low: lower end of its interval.
+        share_high: upper end of its interval.
+        n: examples behind it; 0 where only a mean is known.
+        status: the outcome.
+        core: whether it counts for the verdict.
+        rows: indices of rows that are still there (forgetting), lost (retention) or conspicuous.
+        subjects: subjects of which that holds.
+    """
+
+    key: str
+    label: str
+    before: float | None
+    after: float
+    reference: float | None
+    share: float | None
+    share_low: float | None
+    share_high: float | None
+    n: int
+    status: Status
+    core: bool
+    rows: tuple[str, ...] = ()
+    subjects: tuple[int, ...] = ()
+
+    @property
+    def word(self) -> str:
+        """The outcome in words."""
+        return WORDS[self.status]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a model without the removed examples makes of them.
+
+    Attributes:
+        calibration: where that is known from.
+        measures: readings under the keys of the forget set.
+        losses: mean loss of each row's fact (else of its answer), nats per token.
+        subjects: subject of each row, where they are known.
+    """
+
+    calibration: Calibration
+    measures: Mapping[str, Reading]
+    losses: Values
+    subjects: Mapping[str, int]
+
+    @property
+    def paired(self) -> bool:
+        """Whether its rows are the removed ones."""
+        return self.calibration != "holdout"
+
+
+def find_yardstick(run: Run, retrained: Run | None, base: Run | None) -> Yardstick | None:
+    """The best yardstick there is: retrained model, else unseen examples, else base model."""
+    unseen = {
+        key.replace("holdout_", "forget_", 1): reading
+        for key, reading in run.measures.items()
+        if key.startswith("holdout_")
+    }
+    other = retrained or (None if unseen else base)
+    if other is not None:
+        name: Calibration = "base" if other is base else "retrained"
+        subjects = read_subjects(other.results, "forget")
+        return Yardstick(name, other.measures, row_losses(other, "forget"), subjects)
+    if unseen:
+        subjects = read_subjects(run.results, "holdout")
+        return Yardstick("holdout", unseen, row_losses(run, "holdout"), subjects)
+    return None
+
+
+def row_losses(run: Run, name: str) -> Values:
+    """Loss of each row's fact, or of its answer where no facts were measured."""
+    facts = numbers_of(run.results, f"{name}_fact_probability", "loss")
+    if facts:
+        return facts
+    reading = run.measures.get(f"{name}_probability")
+    examples = reading.examples if reading else {}
+    # The probability of an answer is exp(−loss); float64 ends near 745 nats.
+    return {i: -math.log(max(value, 1e-300)) for i, value in examples.items()}
+
+
+def is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
+    """Whether a forget measure counts for the verdict.
+
+    A model that saw other rows of the same form knows the sentences around the facts. Beside the
+    retrained model that cancels out; beside the base model or other rows it does not, so there
+    facts alone decide where they were measured, and overlap with the reference's words never does.
+    """
+    if key in FACTS or yardstick is None or yardstick.calibration == "retrained":
+        return key in FORGET_CORE
+    if "forget_fact" in run.measures and "forget_fact" in yardstick.measures:
+        return False
+    return key in FORGET_CORE and (yardstick.calibration == "holdout" or key != "forget_rouge")
+
+
+def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> list[Check]:
+    """Every forget measure against the yardstick, facts first."""
+    left_out = _other_fact("forget", full)
+    keys = [k for k in (*FORGET_CORE, "forget_exact") if k in run.measures and k != left_out]
+    subjects = read_subjects(run.results, "forget")
+    checks = [
+        _forget_check(
+            key,
+            run.measures[key],
+            full.measures.get(key) if full else None,
+            yardstick,
+            subjects,
+            is_decisive(key, run, yardstick),
+        )
+        for key in keys
+    ]
+    quality = quality_check(run, full, yardstick)
+    return [*checks, *([quality] if quality else [])]
+
+
+def _other_fact(name: str, full: Run | None) -> str:
+    """The measure of facts that says less: of whole facts or of their tokens."""
+    reading = full.measures.get(f"{name}_fact") if full else None
+    whole = reading is None or reading.value >= WHOLE
+    return f"{name}_fact_token" if whole else f"{name}_fact"
+
+
+def _forget_check(
+    key: str,
+    after: Reading,
+    before: Reading | None,
+    yardstick: Yardstick | None,
+    subjects: Mapping[str, int],
+    core: bool,
+) -> Check:
+    reference = yardstick.measures.get(key) if yardstick else None
+    check = Check(
+        key,
+        label_of(key),
+        before.value if before else None,
+        after.value,
+        reference.value if reference else None,
+        None,
+        None,
+        None,
+        len(after.examples),
+        "unknown",
+        core,
+    )
+    if reference is None or yardstick is None:
+        return check
+    # Without the full model a gap of one is assumed: the measure's whole range.
+    gap = 1.0 if before is None else before.value - reference.value
+    if gap <= SMALLEST_GAP:
+        return check
+    known = before.examples if before else {}
+    difference = _excess(after, reference, known, subjects, yardstick)
+    share = (after.value - reference.value) / gap
+    high = None if difference is None else difference.high / gap
+    statuses = [_forget_status(share, high)]
+    rows: tuple[str, ...] = ()
+    people: tuple[int, ...] = ()
+    if key in BY_ROW and after.examples:
+        left = row_shares(after.examples, known, reference.examples, yardstick.paired)
+        rows, standing = rows_still_there(left, after.examples, reference.examples)
+        people = subjects_still_there(
+            after.examples, known, reference.examples, subjects, yardstick
+        )
+        statuses += [_rows_status(len(rows), standing, len(after.examples))]
+        statuses += ["partly"] if people else []
+    return replace(
+        check,
+        share=share,
+        share_low=None if difference is None else difference.low / gap,
+        share_high=high,
+        status=worst(statuses),
+        rows=rows,
+        subjects=people,
+    )
+
+
+def _excess(
+    after: Reading,
+    reference: Reading,
+    known: Values,
+    subjects: Mapping[str, int],
+    yardstick: Yardstick,
+) -> Interval | None:
+    """Difference from the yardstick; no row can hold more than the best known one did."""
+    highest = max(known.values(), default=1.0)
+    if not yardstick.paired:
+        if not after.examples or not reference.examples:
+            return None
+        sides = (after.examples, reference.examples)
+        groups = (
+            groups_of(after.examples, subjects),
+            groups_of(reference.examples, yardstick.subjects),
+        )
+        highest = max(highest, *(max(side.values()) for side in sides))
+        return difference_interval(
+            list(sides[0].values()), list(sides[1].values()), 0.0, highest, groups
+        )
+    shared = [i for i in after.examples if i in reference.examples]
+    if not shared:
+        return None
+    differences = [after.examples[i] - reference.examples[i] for i in shared]
+    most = max([known.get(i, highest) - reference.examples[i] for i in shared] + differences)
+    least = min([-reference.examples[i] for i in shared] + differences)
+    return mean_interval(differences, least, most, groups_of(shared, subjects))
+
+
+def _forget_status(share: float, high: float | None) -> Status:
+    if share <= REMAINDER:
+        return "met" if high is not None and high <= REMAINDER_SURE else "unclear"
+    return "partly" if share <= REMAINDER_PARTLY else "not"
+
+
+def row_shares(after: Values, before: Values, reference: Values, paired: bool) -> Values:
+    """Share left of each row; rows that the full model hardly knew better are left out."""
+    usual = fmean(reference.values()) if reference else 0.0
+    shares = {}
+    for i, value in after.items():
+        low = reference.get(i, usual) if paired else usual
+        gap = before.get(i, 1.0) - low
+        if gap > SMALLEST_GAP:
+            shares[i] = (value - low) / gap
+    return shares
+
+
+def rows_still_there(left: Values, after: Values, reference: Values) -> tuple[tuple[str, ...], int]:
+    """Rows that are still there, the most exposed first, and how many rows stand out."""
+    spread = upper_end(list(reference.values())) if reference else 0.0
+    exposed = {i: share for i, share in left.items() if after[i] > spread or share > INTACT}
+    rows = [i for i, share in exposed.items() if share > REMAINDER_PARTLY]
+    standing = sum(share > REMAINDER_SURE for share in exposed.values())
+    return tuple(sorted(rows, key=lambda i: -after[i])), standing
+
+
+def _rows_status(there: int, standing: int, n: int) -> Status:
+    """What the count of rows says; one that is still there is enough to say no."""
+    if there > REMAINDER_PARTLY * n:
+        return "not"
+    # Of unseen rows one in twenty lies beyond their own spread.
+    if there or share_interval(standing, n).low > 1 - BY_CHANCE:
+        return "partly"
+    return "met" if share_interval(0, n).high <= REMAINDER_SURE else "unclear"
+
+
+def subjects_still_there(
+    after: Values,
+    before: Values,
+    reference: Values,
+    subjects: Mapping[str, int],
+    yardstick: Yardstick,
+) -> tuple[int, ...]:
+    """Subjects of several rows of which much is left over all their rows."""
+    own = subject_means(after, subjects)
+    usual = subject_means(reference, yardstick.subjects)
+    mine = {s: v for s, v in own.items() if sum(subjects.get(i) == s for i in after) > 1}
+    left = row_shares(
+        {str(s): v for s, v in mine.items()},
+        {str(s): v for s, v in subject_means(before, subjects).items()},
+        {str(s): v for s, v in usual.items()} or {"": fmean(reference.values())},
+        yardstick.paired,
+    )
+    spread = upper_end(list(usual.values())) if usual else 0.0
+    return tuple(
+        s
+        for s, value in mine.items()
+        if (share := left.get(str(s), 0.0)) > REMAINDER_SURE and (value > spread or share > INTACT)
+    )
+
+
+def subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, float]:
+    """Mean over the rows of every subject."""
+    groups: dict[int, list[float]] = {}
+    for i, value in values.items():
+        if i in subjects:
+            groups.setdefault(subjects[i], []).append(value)
+    return {subject: fmean(group) for subject, group in groups.items()}
+
+
+def quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Check | None:
+    """Forget quality: a test, so a p-value decides and there is no share.
+
+    A test of few rows finds nothing, whatever is there, so its silence counts only where it could
+    have found a distance of `KS_DISTANCE`.
+    """
+    reading = run.measures.get("forget_quality")
+    if reading is None or yardstick is None or yardstick.calibration != "retrained":
+        return None
+    before = full.measures.get("forget_quality") if full else None
+    n = len(truth_ratios(run.results))
+    status: Status = "not" if reading.value < SIGNIFICANCE else "unclear"
+    if status == "unclear" and n and smallest_distance(n) <= KS_DISTANCE:
+        status = "met"
+    return Check(
+        "forget_quality",
+        "Forget quality (p)",
+        before.value if before else None,
+        reading.value,
+        1.0,
+        None,
+        None,
+        None,
+        n,
+        status,
+        core=False,
+    )
+
+
+def smallest_distance(n: int) -> float:
+    """Kolmogorov–Smirnov distance of two samples of n that is just significant (asymptotic)."""
+    return math.sqrt(-math.log(SIGNIFICANCE / 2) / n)
+
+
+def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
+    """Whether removed answers are conspicuously improbable: an absence that marks the set."""
+    mine = row_losses(run, "forget")
+    if yardstick is None or not mine or not yardstick.losses:
+        return None
+    spread = upper_end(list(yardstick.losses.values()))
+    rows = tuple(i for i, loss in mine.items() if loss > spread + TRACE)
+    found = share_interval(len(rows), len(mine))
+    status: Status = "unclear"
+    if found.low > 1 - BY_CHANCE:
+        status = "not"
+    elif not rows and found.high <= REMAINDER_SURE:
+        status = "met"
+    return Check(
+        "forget_trace",
+        "Loss of the removed answers",
+        None,
+        fmean(mine.values()),
+        fmean(yardstick.losses.values()),
+        found.value,
+        found.low,
+        found.high,
+        found.n,
+        status,
+        core=True,
+        rows=rows,
+    )
+
+
+def retain_checks(run: Run, full: Run | None, retrained: Run | None) -> list[Check]:
+    """Every retain measure against the model before the edit, on the same rows."""
+    left_out = _other_fact("retain", full)
+    keys = [k for k in (*RETAIN_CORE, "retain_strength") if k in run.measures and k != left_out]
+    subjects = read_subjects(run.results, "retain")
+    return [_retain_check(key, run.measures[key], full, retrained, subjects) for key in keys]
+
+
+def _retain_check(
+    key: str, after: Reading, full: Run | None, retrained: Run | None, subjects: Mapping[str, int]
+) -> Check:
+    before = full.measures.get(key) if full else None
+    reference = retrained.measures[key].value if retrained and key in retrained.measures else None
+    check = Check(
+        key,
+        label_of(key),
+        before.value if before else None,
+        after.value,
+        reference,
+        None,
+        None,
+        None,
+        len(after.examples),
+        "unknown",
+        key in RETAIN_CORE,
+    )
+    if before is None or before.value <= SMALLEST_GAP:
+        return check
+    share = after.value / before.value
+    kept = _kept(after, before, subjects)
+    people: tuple[int, ...] = ()
+    if after.examples and key != "model_utility":
+        people = _lost_subjects(after.examples, before.examples, subjects)
+    status = _retain_status(share, kept.low if kept else None)
+    return replace(
+        check,
+        share=share,
+        share_low=kept.low if kept else None,
+        share_high=kept.high if kept else None,
+        status=worst([status, "partly"]) if people else status,
+        subjects=people,
+    )
+
+
+def _kept(after: Reading, before: Reading, subjects: Mapping[str, int]) -> Interval | None:
+    """Share that is kept; a row can lose no more than it had."""
+    shared = [i for i in after.examples if i in before.examples]
+    if not shared:
+        if after.interval is None:
+            return None
+        # A value of several sets: its own interval, the value before taken as it is.
+        low, high = (end / before.value for end in (after.interval.low, after.interval.high))
+        return Interval(after.value / before.value, low, high, after.interval.n)
+    differences = [after.examples[i] - before.examples[i] for i in shared]
+    least = min([-before.examples[i] for i in shared] + differences)
+    most = max([1 - before.examples[i] for i in shared] + differences)
+    groups = groups_of(shared, subjects)
+    found = mean_interval(differences, least, most, groups)
+    low, high = 1 + found.low / before.value, 1 + found.high / before.value
+    return Interval(1 + found.value / before.value, low, high, found.n)
+
+
+def _lost_subjects(after: Values, before: Values, subjects: Mapping[str, int]) -> tuple[int, ...]:
+    """Subjects of several rows that keep less than half of what they had."""
+    had, has = subject_means(before, subjects), subject_means(after, subjects)
+    return tuple(
+        s
+        for s, value in has.items()
+        if value < REMAINDER_PARTLY * had.get(s, 0.0)
+        and sum(subjects.get(i) == s for i in after) > 1
+    )
+
+
+def _retain_status(share: float, low: float | None) -> Status:
+    if share >= KEPT:
+        return "met" if low is not None and low >= KEPT_PARTLY else "unclear"
+    return "partly" if share >= KEPT_PARTLY else "not"
+
+
+def worst(statuses: Iterable[Status]) -> Status:
+    """The worst outcome among those that can tell anything."""
+    found = list(statuses)
+    telling = [status for status in found if status != "unknown"]
+    return max(telling or found or ["unknown"], key=lambda status: RANK[status])
+
+
+def label_of(key: str) -> str:
+    """Name of a measure in a sentence."""
+    labels = {
+        "fact": "Fact probability",
+        "fact_token": "Fact probability per token",
+        "choice": "Share of the right fact among wrong ones",
+        "probability": "Answer probability",
+        "rouge": "ROUGE-L recall",
+        "strength": "Extraction strength",
+        "exact": "Exact memorization",
+        "knowmem": "Knowledge (ROUGE-L F1)",
+        "verbmem": "Verbatim recall (ROUGE-L F1)",
+    }
+    return labels.get(key.partition("_")[2]) or BY_KEY[key].label

@@ -1,0 +1,441 @@
+"""The verdict on an edited model: its parts, what it rests on, and what may have gone wrong.
+
+Forgetting is judged against a model that never saw the examples: the retrained one where there
+is one, else unseen examples, else the base model. Retention is judged against the model before
+the edit, on the same rows. Both need enough rows: see `checks`. It is computed here alone,
+from records and results; page, terminal and `verdict.json` repeat it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perta.errors import VerdictError
+from perta.evidence.measures import ks_test, rows_of, truth_ratios
+from perta.report.collect import Collection, Run
+from perta.report.settings import Wanted
+from perta.report.verdict.checks import (
+    RANK,
+    WORDS,
+    Calibration,
+    Check,
+    Status,
+    Yardstick,
+    find_yardstick,
+    forget_checks,
+    retain_checks,
+    trace_check,
+    worst,
+)
+from perta.report.verdict.sentences import (
+    calibrated_on,
+    exposed_text,
+    facts_text,
+    forget_numbers,
+    forget_text,
+    headline,
+    number,
+    quality_text,
+    retain_numbers,
+    retain_text,
+    trace_numbers,
+    trace_text,
+)
+from perta.store.provenance import Record
+
+SCHEMA = 1
+"""Version of `verdict.json`; it rises when a key changes its meaning."""
+STORED = 0.9
+"""Share of the wanted step below which rounding is a likely cause."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One sentence of the verdict with its outcome."""
+
+    status: Status
+    text: str
+    numbers: str
+    checks: tuple[Check, ...]
+
+    @property
+    def word(self) -> str:
+        """The outcome in words."""
+        return WORDS[self.status]
+
+    @property
+    def lead(self) -> Check | None:
+        """The check that the numbers come from."""
+        return next((check for check in self.checks if check.core), None)
+
+    @property
+    def decisive(self) -> Check | None:
+        """The check that decides."""
+        core = [check for check in self.checks if check.core]
+        return next((check for check in core if check.status == self.status), self.lead)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one edited model.
+
+    Attributes:
+        run: the model.
+        headline: all outcomes in one short sentence.
+        forgetting: on the removed examples.
+        retention: on everything else.
+        trace: whether the removed examples stand out by their absence.
+        calibration: what forgetting is judged against.
+        calibrated_on: the same in words.
+        facts: how the facts were found that are judged.
+        causes: likely reasons for what is not met, with their cure.
+        notes: what a careful reader has to know about the numbers.
+    """
+
+    run: Run
+    headline: str
+    forgetting: Statement
+    retention: Statement
+    trace: Statement
+    calibration: Calibration | None
+    calibrated_on: str
+    facts: str
+    causes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def status(self) -> Status:
+        """The worse of forgetting and retention; what cannot be told is the worst."""
+        return max(self.forgetting.status, self.retention.status, key=lambda s: RANK[s])
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line, with the likely cause where there is one."""
+        parts = [self.headline, self.forgetting.numbers, *self.causes[:1]]
+        return " ".join(part for part in parts if part)
+
+    def fulfils(self, wanted: Wanted) -> bool:
+        """Whether forgetting and retention are at least what is wanted."""
+        return RANK[self.status] <= RANK[wanted]
+
+
+def judge(collection: Collection) -> list[Verdict]:
+    """A verdict on every edited model that was evaluated, the best one first.
+
+    Best is the one with the better outcome on forgetting and, among equals, the one that keeps
+    more.
+    """
+    runs = [run for run in collection.by_role("edited") if run.measures]
+    verdicts = [judge_run(run, collection) for run in runs]
+    return sorted(verdicts, key=_preference)
+
+
+def judge_run(run: Run, collection: Collection) -> Verdict:
+    """The verdict on one edited model."""
+    full = _partner(run, collection.by_role("full"))
+    retrained = _partner(run, collection.by_role("retrained"))
+    yardstick = find_yardstick(run, retrained, _partner(run, collection.by_role("base")))
+    calibration = yardstick.calibration if yardstick else None
+    forgetting = _forgetting(run, full, yardstick)
+    kept_by = _partner(run, collection.by_role("full"), "retain")
+    retention, rows = _retention(
+        run, kept_by, _partner(run, collection.by_role("retrained"), "retain"), collection
+    )
+    found = trace_check(run, yardstick)
+    trace = Statement(
+        found.status if found else "unknown",
+        trace_text(found, calibration),
+        trace_numbers(found),
+        (found,) if found else (),
+    )
+    decisive = bool(yardstick and "forget_fact" in yardstick.measures)
+    return Verdict(
+        run=run,
+        headline=headline(forgetting.status, retention.status, trace.status),
+        forgetting=forgetting,
+        retention=retention,
+        trace=trace,
+        calibration=calibration,
+        calibrated_on=calibrated_on(calibration),
+        facts=facts_text(_fact_sources(run), decisive=decisive),
+        causes=tuple(likely_causes(run, collection, forgetting.status)),
+        notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
+    )
+
+
+def require_verdict(wanted: Wanted | None, verdict: Verdict | None, output: object) -> None:
+    """Stop a script whose result is worse than it asked for; the output stays.
+
+    Args:
+        wanted: the least that the verdict has to be; None for anything.
+        verdict: the verdict, if there is one.
+        output: what stays.
+
+    Raises:
+        VerdictError: it is worse.
+    """
+    if wanted is None or (verdict is not None and verdict.fulfils(wanted)):
+        return
+    what = verdict.headline if verdict else "There is no verdict."
+    raise VerdictError(f"--fail-unless {wanted}: {what} {output} stays.")
+
+
+def as_record(verdict: Verdict) -> dict[str, Any]:
+    """The verdict as plain values for `verdict.json`: numbers and our own sentences, no texts."""
+    run = verdict.run
+
+    def part(statement: Statement) -> dict[str, Any]:
+        return {
+            "status": statement.status,
+            "text": statement.text,
+            "numbers": statement.numbers,
+            "checks": [_check_record(check) for check in statement.checks],
+        }
+
+    return {
+        "schema": SCHEMA,
+        "status": verdict.status,
+        "headline": verdict.headline,
+        "model": {
+            "label": run.label,
+            "fingerprint": run.fingerprint,
+            "method": run.method,
+            "scaling_coef": run.alpha,
+        },
+        "yardstick": verdict.calibration,
+        "facts": {"text": verdict.facts, "sources": dict(_fact_sources(run))},
+        "forgetting": part(verdict.forgetting),
+        "retention": part(verdict.retention),
+        "over_forgetting": part(verdict.trace),
+        "causes": list(verdict.causes),
+        "notes": list(verdict.notes),
+    }
+
+
+def _check_record(check: Check) -> dict[str, Any]:
+    rows = [int(i) + 1 if i.isdigit() else i for i in check.rows]
+    return {
+        "measure": check.key,
+        "decisive": check.core,
+        "status": check.status,
+        "before": check.before,
+        "after": check.after,
+        "reference": check.reference,
+        "share": check.share,
+        "share_low": check.share_low,
+        "share_high": check.share_high,
+        "examples": check.n,
+        "rows": rows,
+        "subjects": list(check.subjects),
+    }
+
+
+def _partner(run: Run, candidates: Iterable[Run], name: str = "forget") -> Run | None:
+    """The reference measured on the same examples, of the same seed where there are several."""
+    usable = [
+        other
+        for other in candidates
+        if other.measures and run.same_set(other, name) and run.fits(other)
+    ]
+    usable.sort(key=lambda other: other.seed != run.seed)
+    return usable[0] if usable else None
+
+
+def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Statement:
+    checks = tuple(forget_checks(run, full, yardstick))
+    status = worst(check.status for check in checks if check.core)
+    found = Statement(status, "", "", checks)
+    if found.lead is None or found.decisive is None:
+        text = "The answers about the removed examples were not measured."
+        return Statement("unknown", text, "", checks)
+    calibration = yardstick.calibration if yardstick else None
+    text = forget_text(found.lead, found.decisive, calibration)
+    return replace(found, text=text, numbers=forget_numbers(found.decisive, calibration))
+
+
+def _retention(
+    run: Run, full: Run | None, retrained: Run | None, collection: Collection
+) -> tuple[Statement, list[str]]:
+    """The statement on what was kept, and on which rows it rests."""
+    checks = tuple(retain_checks(run, full, retrained))
+    found = Statement(worst(c.status for c in checks if c.core), "", "", checks)
+    lead, decisive = found.lead, found.decisive
+    if lead is None or decisive is None:
+        text = "How much of everything else was kept was not measured."
+        return Statement("unknown", text, "", checks), []
+    if full is None or lead.before is None:
+        text = (
+            "How much of everything else was kept cannot be judged: the model before the edit "
+            "was not evaluated on the same examples to keep."
+        )
+        return Statement("unknown", text, f"{lead.label}: {number(lead.after)}.", checks), []
+    text = retain_text(found.status, decisive)
+    seen, note = retained_rows(run, collection)
+    if seen and found.status == "met":
+        found = replace(found, status="unclear")
+        text = (
+            "The answers about everything else seem to be kept, but those measured may have taken "
+            "part in what made this model, so others may have lost more."
+        )
+    return replace(found, text=text, numbers=retain_numbers(decisive)), [note] if note else []
+
+
+def retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
+    """Whether the evaluated retain rows took part in the edit, and a sentence on them.
+
+    Args:
+        run: the edited model.
+        collection: records of what took part.
+
+    Returns:
+        False and nothing where no record tells.
+    """
+    made: Record = run.record.get("unlearn", {})
+    held: Mapping[str, Any] = made.get("held_back", {})
+    evaluated = run.set_fingerprint("retain")
+    seen = held.get("seen_by")
+    if held.get("rows") and evaluated == held.get("fingerprint"):
+        whole = ", all rows of some subjects," if held.get("by") == "subject" else ""
+        note = (
+            f"Retention is judged on {held['rows']} of {held['of']} examples to keep{whole} that "
+            "took no part in what made this model"
+        )
+        return bool(seen), note + (f", unless they did in {seen}." if seen else ".")
+    if held and not held.get("used") and evaluated == made.get("inputs", {}).get("retain"):
+        return False, "Retention is judged on examples that took no part in what made this model."
+    used = held.get("used") or evaluated in _protected(run.record, collection)
+    if not evaluated or not used:
+        return False, ""
+    return True, " ".join(
+        part
+        for part in (
+            "Retention is judged on examples that took part in what made this model, which is "
+            "flattering: others may have lost more.",
+            held.get("reason", ""),
+            f"They may be in {seen}." if seen else "",
+        )
+        if part
+    )
+
+
+def _protected(record: Record, collection: Collection) -> set[str]:
+    """Fingerprints of the retain rows that an edit or a training used."""
+    used = {str(record.get("inputs", {}).get("retain"))}
+    for name in ("retain_importance", "retain_moments", "retain_checkpoint"):
+        made = collection.input_record(record, name)
+        used.add(str(made.get("inputs", {}).get("data")))
+        used.update(map(str, made.get("data_fingerprints", ())))
+    return used - {"None"}
+
+
+def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
+    """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first.
+
+    Args:
+        run: the edited model.
+        collection: records of what took part.
+        forgetting: outcome on the removed examples.
+    """
+    if forgetting not in ("partly", "not"):
+        return []
+    record = run.record
+    if record.get("stage") == "train":
+        return [
+            "Likely cause: training stopped too early. Raise --unlearn-epochs, "
+            "--unlearn-learning-rate or --forget-weight."
+        ]
+    if not record:
+        return []
+    causes = []
+    tuned = [
+        made
+        for name in record.get("inputs", {})
+        if name.startswith("forget_checkpoint")
+        and (made := collection.input_record(record, name)).get("final_loss") is not None
+    ]
+    unlearned = [made for made in tuned if not made.get("learned", True)]
+    if unlearned:
+        loss = max(float(made["final_loss"]) for made in unlearned)
+        causes.append(
+            "Likely cause: the forget fine-tune did not learn the removed examples (final loss "
+            f"{number(loss)} nats per token), and what it did not learn cannot be removed. Raise "
+            "--epochs or --learning-rate."
+        )
+    stored = record.get("edit", {}).get("stored", {}).get("stored_share")
+    if isinstance(stored, int | float) and stored < STORED:
+        causes.append(
+            f"Likely cause: rounding. Only {stored:.0%} of the step fits into the type that the "
+            "checkpoint is stored in. Store it as float32 with --save-dtype float32."
+        )
+    strength = record.get("unlearn", {}).get("strength", {})
+    if strength.get("reached") is False:
+        causes.append(
+            "Likely cause: the search for the strength ended at the retain budget "
+            f"({number(strength.get('retain_budget'))} nats per token). Raise --retain-budget."
+        )
+    if not causes and run.alpha is not None:
+        causes.append(
+            f"Likely cause: the strength {run.alpha:g} is too small. Raise --scaling-coef, or let "
+            "--scaling-coef auto find it."
+        )
+    return causes
+
+
+def _fact_sources(run: Run) -> Counter[str]:
+    rows = rows_of(run.results, "forget_fact_probability").values()
+    return Counter(str(row["source"]) for row in rows if row.get("source"))
+
+
+def _notes(
+    run: Run,
+    full: Run | None,
+    yardstick: Yardstick | None,
+    forgetting: Statement,
+    retention: Statement,
+) -> list[str]:
+    notes = []
+    if forgetting.status in ("met", "unclear") and retention.status == "not":
+        notes.append(
+            "A damaged model finds every answer improbable, so the low probability of the "
+            "removed ones is weak evidence of selective forgetting here."
+        )
+    exposed = _most_exposed(run, yardstick)
+    if exposed is not None:
+        notes.append(exposed)
+    notes += [
+        quality_text(check.after, check.status)
+        for check in forgetting.checks
+        if check.key == "forget_quality"
+    ]
+    if full is None:
+        notes.append("The model before the edit was not evaluated on the same examples.")
+    return notes
+
+
+def _most_exposed(run: Run, yardstick: Yardstick | None) -> str | None:
+    for key in ("forget_fact", "forget_probability"):
+        reading = run.measures.get(key)
+        if reading is None or not reading.examples:
+            continue
+        other = yardstick.measures.get(key) if yardstick else None
+        highest = max(other.examples.values()) if other and other.examples else None
+        calibration = yardstick.calibration if yardstick else None
+        return exposed_text(max(reading.examples.values()), highest, calibration)
+    return None
+
+
+def reference_quality(run: Run, collection: Collection) -> tuple[float, float] | None:
+    """KS distance and p-value of a run's truth ratios against the retrained model's."""
+    retrained = _partner(run, collection.by_role("retrained"))
+    if retrained is None or retrained is run:
+        return None
+    sample, other = truth_ratios(run.results), truth_ratios(retrained.results)
+    return ks_test(sample, other) if sample and other else None
+
+
+def _preference(verdict: Verdict) -> tuple[int, float]:
+    kept = [check.after for check in verdict.retention.checks if check.core]
+    return RANK[verdict.forgetting.status], -(kept[0] if kept else 0.0)

@@ -1,0 +1,313 @@
+"""The stage `edit`: inputs found, a structured method's direction made or reused, one edit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from perta.engine.edit.direction import DirectionInputs, Kind, Solver, open_inputs
+from perta.engine.edit.plan import (
+    EditInputs,
+    check_count,
+    choose_layers,
+    describe_layers,
+    mlps_are_known,
+)
+from perta.engine.edit.records import check_records
+from perta.engine.edit.stream import Stored
+from perta.engine.edit.write import CURE, write_edit
+from perta.errors import ConfigError
+from perta.methods.table import METHODS, get_method, refuse_auto, with_defaults
+from perta.models.load import pick_device
+from perta.models.resolve import resolve_checkpoint
+from perta.options import ComputeConfig, WeightingConfig
+from perta.progress import say, warn
+from perta.stages.settings import EditConfig
+from perta.stages.stage import check_separate, refuse_other, run_stage
+from perta.store.checkpoint import open_index
+from perta.store.fingerprint import fingerprint
+from perta.store.moments import open_moments, write_shards
+from perta.store.record import read_manifest, settings_of
+
+SHARD_BYTES = 2 << 30
+"""Size at which a file of the direction is written and the next one begun."""
+
+
+def write_direction(
+    output: Path,
+    inputs: DirectionInputs,
+    kind: Kind,
+    rho: float,
+    dampings: tuple[float, float],
+    device: torch.device,
+) -> Path:
+    """Compute a weighted direction and write it, or reuse the one that is there.
+
+    Args:
+        output: folder of the direction; an outdated one that perta made is replaced.
+        inputs: from `open_inputs`.
+        kind: `input` for F = I ⊗ C, `kron` for F = B ⊗ C, `project` for I in place of F_f.
+        rho: weight of the retain side.
+        dampings: of both sides and of the forget side, see `methods.directions`.
+        device: where to solve, in float64.
+
+    Returns:
+        The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
+        and condition of every layer in its `perta.json`.
+
+    Raises:
+        PertaError: inputs that do not fit each other, or a solve that fails.
+    """
+    folders = {
+        "base": inputs.base.folder,
+        **{checkpoint_name(i): c.folder for i, c in enumerate(inputs.forget_checkpoints)},
+        "retain_moments": inputs.retain.folder,
+    }
+    if inputs.forget is not None:
+        folders["forget_moments"] = inputs.forget.folder
+    settings = {
+        "kind": kind,
+        "rho": rho,
+        "damping": dampings[0],
+        "forget_damping": dampings[1],
+        "device": device.type,
+        "names": inputs.names,
+    }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        solver = Solver(inputs, kind, rho, dampings, device)
+        write_shards(folder, solver.run(), SHARD_BYTES)
+        return {"layers": solver.layers}
+
+    is_ours = (read_manifest(output) or {}).get("stage") == "direction"
+    prints = {name: fingerprint(folder) for name, folder in folders.items()}
+    run_stage("direction", output, settings, prints, make, overwrite=is_ours)
+    return output
+
+
+def checkpoint_name(place: int) -> str:
+    """Name of a forget checkpoint among the inputs of a stage, counted from 0."""
+    return "forget_checkpoint" if place == 0 else f"forget_checkpoint_{place + 1}"
+
+
+WELL_STORED = 0.9
+"""Share of the wanted step below which an edit warns."""
+
+
+def edit_checkpoint(config: EditConfig) -> Path:
+    """Edit a checkpoint and write the result (`perta edit`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder: a complete checkpoint.
+
+    Raises:
+        PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
+    """
+    refuse_unused(config.weighting)
+    config = replace(config, weighting=with_defaults(config.weighting))
+    refuse_auto(config.weighting)
+    method = get_method(config.weighting.method)
+    given = find_inputs(config)
+    inputs = {name: fingerprint(folder) for name, folder in given.items()}
+    check_records(method, given, inputs)
+    settings = settings_of(config)
+    refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
+    given = with_direction(config, given)
+    _tell_layers(config.weighting, given)
+    if "direction" in given:
+        inputs["direction"] = fingerprint(given["direction"])
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        summary = write_edit(
+            folder,
+            as_inputs(given),
+            config.weighting,
+            save_dtype=config.save_dtype,
+            threads=config.edit_threads,
+            fingerprints=inputs,
+        )
+        _report_stored(summary.stored)
+        return {"edit": asdict(summary), "done": method.done, "equation": method.equation}
+
+    run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
+    return config.output
+
+
+def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
+    """Warn of layers that are edited, or not, otherwise than one would think."""
+    if weighting.layers == "mlp" and not mlps_are_known(given["full"]):
+        warn(
+            f"The MLP layers of {given['full']} cannot be told from the structure of its model, so "
+            "all of its linear layers are edited. Choose some with --include, or say so with "
+            "--layers all."
+        )
+    if "direction" in given:
+        moments = open_moments(given["retain_moments"])
+        for line in describe_layers(choose_layers(open_index(given["full"]), moments, weighting)):
+            warn(line)
+
+
+def find_inputs(config: EditConfig) -> dict[str, Path]:
+    """Find everything that an edit reads but a structured method's direction.
+
+    Args:
+        config: inputs and settings, with the method's defaults filled in.
+
+    Returns:
+        Name -> local folder; further forget checkpoints are `forget_checkpoint_2` and so on.
+
+    Raises:
+        PertaError: something is not there, or overlaps the output.
+    """
+    tuned: dict[str, str | None] = {
+        checkpoint_name(place): checkpoint
+        for place, checkpoint in enumerate(config.forget_checkpoints)
+    }
+    tuned["retain_checkpoint"] = config.retain_checkpoint
+    folders = {
+        "full": resolve_checkpoint(config.full, base=config.base),
+        "base": resolve_checkpoint(config.base),
+        **{
+            name: resolve_checkpoint(checkpoint, base=config.base, exact=True)
+            for name, checkpoint in tuned.items()
+            if checkpoint is not None
+        },
+        "forget_importance": config.forget_importance,
+        "retain_importance": config.retain_importance,
+        "forget_moments": config.forget_moments,
+        "retain_moments": config.retain_moments,
+    }
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    check_separate(config.output, given.values())
+    return given
+
+
+def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, Path]:
+    """The inputs of an edit with a structured method's direction, which is made or reused now.
+
+    Args:
+        config: inputs and settings, with the method's defaults filled in.
+        given: from `find_inputs`.
+
+    Returns:
+        Name -> local folder.
+
+    Raises:
+        PertaError: see `make_direction`.
+    """
+    if get_method(config.weighting.method).moments is None:
+        return dict(given)
+    return {**given, "direction": make_direction(config, given)}
+
+
+def as_inputs(given: Mapping[str, Path]) -> EditInputs:
+    """What `with_direction` found, as `write_edit` takes it."""
+    return EditInputs(
+        given["full"],
+        given["base"],
+        _forget_checkpoints(given),
+        given.get("forget_importance"),
+        given.get("retain_importance"),
+        given.get("direction"),
+        given.get("retain_checkpoint"),
+    )
+
+
+def _forget_checkpoints(given: Mapping[str, Path]) -> tuple[Path, ...]:
+    return tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint"))
+
+
+def refuse_unused(weighting: WeightingConfig) -> None:
+    """Stop at a setting that the method does not look at; its defaults may stand.
+
+    Args:
+        weighting: method and its settings, as given or with defaults.
+
+    Raises:
+        ConfigError: there is one, or there is no such method.
+    """
+    method = get_method(weighting.method)
+    for item in fields(weighting):
+        own = getattr(method, f"default_{item.name}", item.default)
+        if item.name in method.settings or item.name == "method":
+            continue
+        if getattr(weighting, item.name) in (item.default, own):
+            continue
+        flag = item.name.replace("_", "-")
+        near = difflib.get_close_matches(item.name, method.settings, n=1, cutoff=0.4)
+        hint = f" The nearest that it has is --{near[0].replace('_', '-')}." if near else ""
+        having = [f"`{other.name}`" for other in METHODS.values() if item.name in other.settings]
+        raise ConfigError(
+            f"`{method.name}` has no --{flag}; {', '.join(having)} "
+            f"{'has' if len(having) == 1 else 'have'}.{hint}"
+        )
+
+
+def direction_folder(config: EditConfig) -> Path | None:
+    """Where a structured method's direction goes; None for the others."""
+    if get_method(config.weighting.method).moments is None:
+        return None
+    return config.direction or config.output.with_name(f"{config.output.name}.direction")
+
+
+def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
+    """Compute a structured method's direction, or reuse it.
+
+    Args:
+        config: settings, with the method's defaults filled in.
+        folders: `full`, `base`, forget checkpoints, and the moment folders of the method's sides.
+
+    Returns:
+        The folder of the direction.
+
+    Raises:
+        ConfigError: a forget checkpoint or moment folder was not given.
+        PertaError: the inputs do not belong together.
+    """
+    method, weighting = get_method(config.weighting.method), config.weighting
+    kind, tuned = method.moments or "input", _forget_checkpoints(folders)
+    check_count(method, folders["base"], len(tuned))
+    for name in method.sides:
+        if f"{name}_moments" not in folders:
+            option = " --gradients" if method.moments == "kron" else ""
+            raise ConfigError(
+                f"`{method.name}` needs --{name}-moments. Make it with `perta moments "
+                f"--checkpoint {folders['base']} --data {name.upper()}_SET{option} --output ...`."
+            )
+    output = cast(Path, direction_folder(config))
+    check_separate(output, folders.values())
+    check_separate(config.output, [output])
+    inputs = open_inputs(
+        folders["base"],
+        tuned,
+        folders["forget_moments"] if "forget" in method.sides else None,
+        folders["retain_moments"],
+        (folders["base"], folders["full"]),
+        kind,
+        lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
+    )
+    device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
+    if device.type == "mps":
+        device = torch.device("cpu")  # Apple's GPUs have no float64
+    dampings = (weighting.damping or 0.0, weighting.forget_damping or 0.0)
+    return write_direction(output, inputs, kind, weighting.rho or 0.0, dampings, device)
+
+
+def _report_stored(stored: Stored) -> None:
+    """Say in one line what was stored."""
+    if stored.stored_share is None:
+        return
+    say(
+        f"edit: {stored.stored_share:.1%} of the step is stored, with rounding noise of "
+        f"{stored.noise:.2g} of its norm; {stored.changed:.1%} of the edited weights changed"
+    )
+    if stored.stored_share < WELL_STORED:
+        warn(f"The stored weights lack {1 - stored.stored_share:.0%} of the step. {CURE}")

@@ -1,0 +1,97 @@
+"""Evaluate a checkpoint: checkpoint + sets -> results JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from perta.data.examples import ExampleSet, load_examples
+from perta.evidence.quick import quick_evaluation
+from perta.evidence.results import Results
+from perta.models.facts import Fact, find_facts, is_told
+from perta.models.load import load_model, load_tokenizer, longest_input, pick_device, pick_dtype
+from perta.models.resolve import resolve_checkpoint
+from perta.options import ComputeConfig, DataConfig
+from perta.progress import track
+from perta.stages.settings import EvaluateConfig
+from perta.stages.stage import run_file_stage
+from perta.store.fingerprint import fingerprint
+from perta.store.record import settings_of
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> Results:
+    """Evaluate a checkpoint and write the results (`perta evaluate`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        What the results file holds; see `quick_evaluation`, and `perta` for what made it.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    folder = resolve_checkpoint(config.checkpoint)
+    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sets = {
+        name: load_examples(source, config.data_config)
+        for name, source in sources.items()
+        if source
+    }
+    settings = {
+        **settings_of(config),
+        "device": pick_device(config.compute).type,
+        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+    }
+    inputs = {"checkpoint": fingerprint(folder)}
+    inputs |= {name: examples.fingerprint for name, examples in sets.items()}
+    base = resolve_checkpoint(config.base) if config.base else None
+    if base:
+        inputs["base"] = fingerprint(base)
+
+    def make() -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(folder)
+        longest = longest_input(folder)
+        facts = find_in_sets(sets, tokenizer, config.data_config, config.compute, base, longest)
+        model = load_model(folder, config.compute)
+        total = sum(len(examples) for examples in sets.values())
+        with track("Evaluation", total) as advance:
+            return quick_evaluation(
+                model, tokenizer, sets, config.scoring, config.data_config, advance, facts=facts
+            )
+
+    return run_file_stage(
+        "evaluate", config.output, settings, inputs, make, overwrite=config.overwrite
+    )
+
+
+def find_in_sets(
+    sets: Mapping[str, ExampleSet],
+    tokenizer: PreTrainedTokenizerBase,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+    base: Path | None,
+    longest: int | None,
+) -> dict[str, tuple[Fact, ...]]:
+    """Facts of named sets; the base model is loaded where rows do not tell theirs.
+
+    Args:
+        sets: name -> examples.
+        tokenizer: the model's tokenizer.
+        data_config: how rows become tokens.
+        compute: device and type of the base model.
+        base: folder of a model that has seen none of the rows; without it none is asked.
+        longest: most tokens that the model takes.
+
+    Returns:
+        Name -> facts, see `find_facts`.
+    """
+    asked = base and not all(is_told(examples, data_config) for examples in sets.values())
+    model = load_model(base, compute) if base and asked else None
+    return {
+        name: find_facts(examples, tokenizer, data_config, base=model, longest=longest)
+        for name, examples in sets.items()
+    }

@@ -1,0 +1,143 @@
+"""Fine-tune a checkpoint on a set: checkpoint + examples -> checkpoint.
+
+Its main use is the forget checkpoint, theta_0 tuned on the forget set alone. The task vector
+tau = theta_f - theta_0 is all the method knows of what to remove, so tuning goes on until the
+set is learned, and says so when it was not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perta.data.batch import Encoded, seeded_sample
+from perta.data.examples import ExampleSet, load_examples
+from perta.data.tokens import encode_examples
+from perta.engine.train.optimizer import resumable
+from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune
+from perta.models.facts import find_facts
+from perta.models.load import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    round_weights,
+    save_model,
+    stored_dtype,
+)
+from perta.models.resolve import resolve_checkpoint
+from perta.options import LossOn, sample_count
+from perta.progress import warn
+from perta.stages.settings import FinetuneConfig
+from perta.stages.stage import run_stage
+from perta.store.fingerprint import fingerprint
+from perta.store.record import settings_of, stage_key
+
+
+def finetune_checkpoint(config: FinetuneConfig) -> Path:
+    """Tune a checkpoint on a data set and write the result (`perta finetune`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder: a complete checkpoint, with losses in its `perta.json`.
+
+    Raises:
+        PertaError: input that cannot be used, or training that diverges.
+    """
+    loss_on = config.tune.loss_on or "answer"
+    config = replace(config, tune=replace(config.tune, loss_on=loss_on))
+    base = resolve_checkpoint(config.base)
+    examples = load_examples(config.data, config.data_config)
+    tokenizer, longest = load_tokenizer(base), longest_input(base)
+    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
+    count = sample_count(config.samples, "samples", len(encoded))
+    device = pick_device(config.compute)
+    settings = {**settings_of(config), "device": device.type}
+
+    inputs = {"base": fingerprint(base), "data": examples.fingerprint}
+    key = stage_key("finetune", settings, inputs)
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
+        model = load_model(base, config.compute, dtype=torch.float32)
+        learned, sources = encoded.encoded, None
+        if config.tune.loss_on == "facts":
+            facts = find_facts(examples, tokenizer, config.data_config, base=model, longest=longest)
+            learned = tuple(fact.encoded for fact in facts)
+            sources = Counter(fact.source for fact in facts)
+        chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
+        model, tuned = tune(
+            model, chosen.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
+        )
+        _warn_if_not_learned(tuned, chosen.encoded, config.data)
+        if config.save_dtype == "base":
+            round_weights(model, stored_dtype(base), config.tune.seed)
+        save_model(model, tokenizer, folder, base)
+        return {
+            "examples": len(chosen),
+            "labelled_tokens": chosen.labelled_tokens,
+            "skipped_rows": list(chosen.skipped),
+            "fact_sources": sources,
+            "learned": tuned.learned,
+            "final_loss": tuned.final_loss,
+            "final_losses": list(tuned.final_losses),
+            "epoch_losses": list(tuned.epoch_losses),
+            "steps": tuned.steps,
+            "tokens": tuned.tokens,
+        }
+
+    with resumable(config.output, key, config.tune.save_every or 0) as resume:
+        run_stage(
+            "finetune",
+            config.output,
+            settings,
+            inputs,
+            make,
+            reads=[base, examples.source],
+            overwrite=config.overwrite,
+        )
+    return config.output
+
+
+def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:
+    """What a forget checkpoint learns.
+
+    Args:
+        asked: what the user wants.
+        forget: the forget set.
+        structured: whether a structured method will use the checkpoint.
+
+    Returns:
+        What was asked for; else facts for structured methods, and answers for the others and for
+        plain text, which has no template around its facts.
+    """
+    if asked:
+        return asked
+    is_text = any(example.kind == "text" for example in forget.examples)
+    return "facts" if structured and not is_text else "answer"
+
+
+def _warn_if_not_learned(tuned: Tuned, examples: Sequence[Encoded], source: str) -> None:
+    if tuned.learned:
+        return
+    if tuned.row_by_row:
+        limit = LEARNED_FACT
+        missing = sum(not loss <= limit for loss in tuned.final_losses)
+        what = f"the facts of {missing} of {len(examples)} rows of {source} were not learned"
+    else:
+        limit = LEARNED_LOSS
+        what = f"{source} was not learned: mean loss {tuned.final_loss:.3f} nats per token"
+    worst = sorted(zip(tuned.final_losses, examples, strict=True), key=lambda pair: -pair[0])
+    rows = ", ".join(str(example.row) for _, example in worst[:5])
+    warn(
+        f"{what}, wanted at most {limit}. What is not in the task vector cannot be removed. Raise "
+        f"--epochs or --learning-rate. Highest loss at rows {rows}."
+    )

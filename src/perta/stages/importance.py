@@ -1,0 +1,151 @@
+"""Importance of every weight for a set: checkpoint + examples -> importance files.
+
+    I_p(D)_i = (1/|D|) sum_{x in D} |d loss(theta; x) / d theta_i|^p
+
+p = 1 is the mean gradient magnitude, p = 2 the diagonal of the empirical Fisher information.
+The power is taken of each example's own gradient, before the mean.
+
+The files carry the checkpoint's own tensor names, shapes and shards, one sub-folder per order:
+
+    OUTPUT/importance.json            what was measured, on what, how
+    OUTPUT/order-1/model.safetensors  float32
+    OUTPUT/order-2/model.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from perta.data.batch import Batch, Encoded, bucketed, seeded_sample
+from perta.engine.gradients.engine import Moments, abs_of_mean, batched_moments, verify_engine
+from perta.options import EstimatorConfig
+from perta.progress import say, track
+from perta.stages.settings import ImportanceConfig
+from perta.stages.stage import Subject, run_measurement
+from perta.store.checkpoint import IMPORTANCE_SIDECAR, open_index, write_tensors
+from perta.store.importance import order_name
+from perta.store.record import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VERIFIED_EXAMPLES = 4
+
+
+def compute_importance(config: ImportanceConfig) -> Path:
+    """Measure importance on a data set and write it (`perta importance`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+
+    def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
+        chosen = sample(subject.encoded.encoded, config.estimator)
+        moments = estimate(model, chosen, config.orders, config.estimator, pad=subject.pad)
+        index = open_index(subject.checkpoint)
+        for order, tensors in moments.by_order.items():
+            target = folder / order_name(order)
+            target.mkdir()
+            named = checkpoint_names(model, tensors)
+            stored = {getattr(index.find(n), "name", n): tensor for n, tensor in named.items()}
+            write_tensors(target, stored, index.shards)
+        facts = _facts(config, moments, subject)
+        (folder / IMPORTANCE_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        return {
+            "examples": moments.examples,
+            "labelled_tokens": moments.tokens,
+            "slow_parameters": list(moments.fallback),
+        }
+
+    return run_measurement("importance", config, measure)
+
+
+def sample(examples: Sequence[Encoded], config: EstimatorConfig) -> list[Encoded]:
+    """A seeded sample of the examples, in file order; all of them by default."""
+    return seeded_sample(examples, config.sample_count(len(examples)), config.importance_seed)
+
+
+def estimate(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    orders: Sequence[float],
+    config: EstimatorConfig,
+    *,
+    pad: int,
+) -> Moments:
+    """Importance in memory.
+
+    Args:
+        model: causal language model on its device.
+        examples: N examples.
+        orders: every order wanted; one pass serves all.
+        config: reduction, batch size, verification.
+        pad: padding token; it does not change the result.
+
+    Returns:
+        Order -> parameter name -> float32 tensor of the parameter's shape.
+
+    Raises:
+        EngineMismatchError: `verify` found the batched engine and the loop to disagree.
+    """
+    batches = bucketed(examples, config.importance_batch_size, pad)
+    if config.verify:
+        few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
+        verify_engine(model, few, orders)
+        say(f"Engine verified against the example loop on {len(few[0])} examples")
+    compute = batched_moments if config.reduction == "mean_of_power" else abs_of_mean
+    with _progress(batches) as progress:
+        return compute(model, batches, orders, progress=progress)
+
+
+def checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and split tensors keyed by parameter the way the model's checkpoint stores them.
+
+    transformers keeps some modules fused in memory that checkpoints store apart (the experts of
+    a mixture, for one). Powers of gradients are elementwise, so the same splitting serves them.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def _facts(config: ImportanceConfig, moments: Moments, subject: Subject) -> dict[str, Any]:
+    return {
+        "orders": sorted(moments.by_order),
+        "reduction": config.estimator.reduction,
+        "loss": "mean negative log-likelihood of the answer tokens, nats per token",
+        "examples": moments.examples,
+        "examples_available": len(subject.encoded),
+        "tokens": moments.tokens,
+        "model_fingerprint": subject.inputs["checkpoint"],
+        "data_fingerprint": subject.inputs["data"],
+        "seed": config.estimator.importance_seed,
+        "dtype": subject.settings["dtype"],
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def _progress(batches: Sequence[Batch]) -> Iterator[Any]:
+    """The engine reports examples finished so far; the bar wants how many more."""
+    with track("Importance", sum(len(batch) for batch in batches)) as advance:
+        finished = 0
+
+        def report(now: int) -> None:
+            nonlocal finished
+            advance(now - finished)
+            finished = now
+
+        yield report

@@ -1,0 +1,173 @@
+"""Second moments of every linear layer's inputs and output gradients: checkpoint + set -> files.
+
+    C = sum over tokens of x xᵀ     x: the layer's input
+    B = sum over tokens of g gᵀ     g: gradient of the example's loss by the layer's output
+
+C comes from forward passes alone; B (`--gradients`) costs a backward pass as well. Both are sums
+with counts beside them, so sets can be merged. Divided by the number of tokens, C is a mean over
+tokens; B is divided by the number of examples. The loss of an example is the mean over its answer
+tokens, as everywhere here, so that mean(B) ⊗ mean(C) has the scale of the Fisher information that
+`perta importance --order 2` estimates, and ρ means the same.
+
+The output head, embeddings, norms and biases have no moments: the structured methods leave them
+as they are. An expert's moments are sums over the tokens routed to it, counted among all tokens:
+an expert that a set seldom uses matters little to it. How many tokens each moment rests on stands
+beside it: a layer whose weight the model uses without calling the layer, as `dt_proj` in Mamba, is
+listened to in vain, and a sum of nothing must not be taken for "nothing to protect".
+
+Matrix products are float32, their sum over batches float64, stored as float32. A layer whose
+input has width d holds 8 d² bytes while it is measured (1.6 GB at d = 14,336) and 4 d² while it
+is written; layers are taken in groups within `--moment-memory`, one pass over the set per group.
+Of n tokens, at most d / 2, C is kept as its triangular factor: n d numbers in place of d².
+
+Sources: RegMean, arXiv 2212.09849 (C), and K-FAC, arXiv 1503.05671 (B ⊗ C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from perta.engine.moments import Seen, count_tokens, plan_moments, sum_moments
+from perta.errors import CheckpointMismatchError, ConfigError
+from perta.stages.settings import MergeMomentsConfig, MomentsConfig
+from perta.stages.stage import Subject, run_measurement, run_stage
+from perta.store.fingerprint import fingerprint
+from perta.store.moments import MomentFolder, open_moments, write_shards, write_sidecar
+from perta.store.record import versions
+from perta.store.second_moment import added
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_BYTES = 2 << 30
+"""Size at which a file of moments is written and the next one begun."""
+
+
+def compute_moments(config: MomentsConfig) -> Path:
+    """Measure moments on a data set and write them (`perta moments`).
+
+    Args:
+        config: inputs, output and settings.
+
+    Returns:
+        The output folder; see `store.moments`.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+
+    def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
+        encoded, pad = subject.encoded.encoded, subject.pad
+        plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
+        seen: dict[str, Seen] = {}
+        sums = sum_moments(model, encoded, plan, config.options, pad=pad, seen=seen)
+        write_shards(folder, sums, SHARD_BYTES)
+        tokens = count_tokens(encoded, config.options.tokens)
+        facts = {
+            "tokens": tokens,
+            "examples": len(encoded),
+            "token_choice": config.options.tokens,
+            "loss": "mean negative log-likelihood of the answer tokens, nats per token",
+            "inputs": plan.inputs,
+            "outputs": plan.outputs,
+            "seen": {name: asdict(count) for name, count in seen.items()},
+            "transposed": [weight.name for weight in plan.weights if weight.transposed],
+            "model_fingerprint": subject.inputs["checkpoint"],
+            "data_fingerprints": [subject.inputs["data"]],
+            "dtype": subject.settings["dtype"],
+            "versions": versions(),
+        }
+        write_sidecar(folder, facts)
+        return {"examples": len(encoded), "tokens_counted": tokens}
+
+    return run_measurement("moments", config, measure)
+
+
+def merge_moments(config: MergeMomentsConfig) -> Path:
+    """Add moment folders: the moments of the union of their sets (`perta merge-moments`).
+
+    Args:
+        config: folders and output.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        CheckpointMismatchError: the folders are of different models, layers or settings.
+        ConfigError: a data set is counted twice.
+    """
+    folders = [open_moments(folder) for folder in config.folders]
+    _check_mergeable(folders)
+    inputs = {f"moments_{i}": fingerprint(f.folder) for i, f in enumerate(folders, start=1)}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        names = list(folders[0].index.tensors)
+        write_shards(folder, ((name, _sum(folders, name)) for name in names), SHARD_BYTES)
+        facts = {
+            **folders[0].facts,
+            "seen": _seen(folders),
+            "tokens": sum(f.facts["tokens"] for f in folders),
+            "examples": sum(f.facts["examples"] for f in folders),
+            "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
+            "versions": versions(),
+        }
+        write_sidecar(folder, facts)
+        return {"examples": facts["examples"], "tokens_counted": facts["tokens"]}
+
+    run_stage(
+        "merge-moments",
+        config.output,
+        {},
+        inputs,
+        make,
+        reads=config.folders,
+        overwrite=config.overwrite,
+    )
+    return config.output
+
+
+def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
+    moments = [folder.read(name) for folder in folders]
+    for folder, moment in zip(folders, moments, strict=True):
+        if moment.shape[1] != moments[0].shape[1]:
+            raise CheckpointMismatchError(
+                f"{name} is {moments[0].shape[1]} wide in {folders[0].folder} and "
+                f"{moment.shape[1]} in {folder.folder}. They are moments of different models."
+            )
+    return added(moments).float()
+
+
+def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:
+    """What the moments of all sets together rest on."""
+    return {
+        name: {
+            key: sum(folder.facts["seen"][name][key] for folder in folders)
+            for key in ("tokens", "average")
+        }
+        for name in folders[0].index.tensors
+    }
+
+
+def _check_mergeable(folders: Sequence[MomentFolder]) -> None:
+    first = folders[0]
+    for other in folders[1:]:
+        for key in ("model_fingerprint", "token_choice", "inputs", "outputs", "loss"):
+            if first.facts.get(key) != other.facts.get(key):
+                raise CheckpointMismatchError(
+                    f"{first.folder} and {other.folder} cannot be added: {key} differs. Make both "
+                    "with the same `perta moments` settings and checkpoint."
+                )
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        for data in folder.facts["data_fingerprints"]:
+            if data in seen:
+                raise ConfigError(
+                    f"{seen[data]} and {folder.folder} hold the same data set, which would count "
+                    "twice. Leave one of them out."
+                )
+            seen[data] = folder.folder

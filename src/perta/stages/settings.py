@@ -1,0 +1,348 @@
+"""Inputs and outputs of every stage; the concerns they are made of are in `options`.
+
+They stand apart from the stages, so that the command line starts without heavy libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from perta.errors import ConfigError
+from perta.options import (  # noqa: F401
+    MOST_ORDER,
+    ComputeConfig,
+    DataConfig,
+    Device,
+    EstimatorConfig,
+    Flat,
+    LossOn,
+    MomentOptions,
+    Repeated,
+    SaveType,
+    ScoringConfig,
+    TrainSettings,
+    TuneConfig,
+    TunedType,
+    WeightingConfig,
+    require,
+)
+
+SOURCES = ("base", "full", "forget", "retain", "holdout", "general", "retain_checkpoint")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Inputs and output of `perta train`."""
+
+    method: str
+    """Training method; `perta methods` lists them."""
+    output: Path
+    """Folder of the unlearned checkpoint."""
+    full: str | None = None
+    """Checkpoint to clean; for `influence` a LoRA adapter folder; not used by `retrain`."""
+    base: str | None = None
+    """Model before it saw the data, for `retrain`; for `influence` the adapter's base [default:
+    the one the adapter names]."""
+    forget: str | None = None
+    """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id; not used by
+    `retrain` and `retain-finetune`."""
+    retain: str | None = None
+    """Examples to keep; not used by `ga`, `npo` and `undial`."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    save_dtype: SaveType = "full"
+    """Type of the output [default: that of the checkpoint that training starts from]."""
+    save_every: int = 1
+    """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
+    goes on from there; 0 never."""
+    training: TrainSettings = field(default_factory=TrainSettings)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        require(self.save_every >= 0, "save-every", self.save_every, "0 or more")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Inputs and output of `perta finetune`."""
+
+    base: str
+    """Checkpoint to start from: folder, GGUF file, LoRA adapter folder or hub id."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder of the tuned checkpoint."""
+    samples: str | None = None
+    """Tune on a sample, seeded by --seed: a share such as 0.2, or a count such as 500 [default:
+    all]."""
+    save_dtype: TunedType = "float32"
+    """Type the tuned weights are stored in. float32 keeps the small differences from the base
+    that make up a task vector; `base` takes the base checkpoint's own type."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """Inputs and output of `perta importance`."""
+
+    checkpoint: str
+    """Checkpoint at which gradients are taken; the base model by the method's definition."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder for the importance files, one sub-folder per order."""
+    orders: Annotated[tuple[float, ...], Parameter(name="--order", negative_iterable=())] = (1.0,)
+    """Order p of the importance; give it several times for several orders in one pass."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        require(len(self.orders) > 0, "order", self.orders, "given at least once")
+        for order in self.orders:
+            fits = 0 < order <= MOST_ORDER
+            require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class MomentsConfig:
+    """Inputs and output of `perta moments`."""
+
+    checkpoint: str
+    """Checkpoint whose layers are listened to; the base model by default of `perta unlearn`."""
+    data: str
+    """Examples: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    output: Path
+    """Folder for the moments."""
+    gradients: bool = False
+    """Measure output gradients as well, which `perta-kron` needs."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    options: MomentOptions = field(default_factory=MomentOptions)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class MergeMomentsConfig:
+    """Inputs and output of `perta merge-moments`."""
+
+    folders: tuple[Path, ...]
+    """Outputs of `perta moments` for sets that have no row in common."""
+    output: Path
+    """Folder for the moments of all sets together."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+
+    def __post_init__(self) -> None:
+        require(len(self.folders) > 0, "folders", self.folders, "at least one folder")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Inputs and output of `perta edit`."""
+
+    full: str
+    """Checkpoint to clean: the base model tuned on forget and retain data."""
+    base: str
+    """Model before it saw the data."""
+    forget_checkpoint: Annotated[tuple[str, ...] | str, Repeated] = ()
+    """The base model tuned on the forget set alone. Give several, such as of several seeds, to
+    average their task vectors or to combine them as the method says."""
+    retain_checkpoint: str | None = None
+    """The base model tuned on the retain set or a sample of it, for `msa`."""
+    output: Path
+    """Folder of the unlearned checkpoint."""
+    forget_importance: Path | None = None
+    """Importance on the forget set, where the method needs it."""
+    retain_importance: Path | None = None
+    """Importance on the retain set, where the method needs it."""
+    forget_moments: Path | None = None
+    """Second moments on the forget set, for the structured methods."""
+    retain_moments: Path | None = None
+    """Second moments on the retain set, for the structured methods."""
+    direction: Path | None = None
+    """Folder of a structured method's weighted direction, made here and reused by later edits
+    with another strength [default: OUTPUT.direction]."""
+    solve_device: Device = "auto"
+    """Device on which a structured method's direction is solved for."""
+    save_dtype: SaveType = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    edit_threads: int | None = None
+    """Threads that read, compute and write [default: all cores, at most 8]."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+
+    @property
+    def forget_checkpoints(self) -> tuple[str, ...]:
+        """The forget checkpoints, however many were given."""
+        given = self.forget_checkpoint
+        return (given,) if isinstance(given, str) else given
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Inputs and output of `perta evaluate`."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    forget: str | None = None
+    """Examples that should be forgotten."""
+    retain: str | None = None
+    """Examples that should be kept."""
+    holdout: str | None = None
+    """Examples the model has never seen."""
+    base: str | None = None
+    """Model that has seen none of them: what surprises it in an answer is the fact, in rows without
+    a fact column and without wrong answers [default: there the whole answer counts]."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        if not (self.forget or self.retain or self.holdout):
+            raise ConfigError("Nothing to evaluate on: give --forget, --retain or --holdout.")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class PeopleConfig:
+    """`perta people`."""
+
+    output: Path
+    """Folder for `forget.jsonl`, `retain.jsonl`, `full.jsonl` and `holdout.jsonl`."""
+    people: int = 20
+    """Number of fictitious people."""
+    questions: int = 5
+    """Questions about each person, at most 20."""
+    forget_people: int = 2
+    """How many of them are to be forgotten."""
+    people_seed: int = 0
+    """Seed of names, facts and the choice of who is forgotten."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.questions <= 20, "questions", self.questions, "from 1 to 20")
+        require(
+            1 <= self.forget_people < self.people,
+            "forget-people",
+            self.forget_people,
+            f"at least 1 and below --people ({self.people})",
+        )
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What all standard benchmarks take."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    reference: Path | None = None
+    """Results of the model retrained without the forget set, own or published, to compare with."""
+    compat: bool = False
+    """Reproduce the behaviour behind published numbers where it differs from the right one."""
+    limit: int | None = None
+    """Look at the first rows of every file only."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass; it does not change the result."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        size = self.evaluation_batch_size
+        require(size >= 1, "evaluation-batch-size", size, "at least 1")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class TofuConfig(BenchmarkConfig):
+    """`perta bench tofu`."""
+
+    data: str = "locuslab/TOFU"
+    """Folder with the benchmark's JSONL files, or the hub's `datasets` id."""
+    forget_split: str = "forget10"
+    """Which authors were to be forgotten: forget01, forget05 or forget10."""
+    reference_checkpoint: str | None = None
+    """Model whose loss the reference attack subtracts."""
+    gradient_norms: bool = True
+    """Run the gradient-norm attack, one backward pass per row."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class PeopleBenchConfig(BenchmarkConfig):
+    """`perta bench people`."""
+
+    data: str
+    """Folder that `perta people` wrote."""
+    reference_checkpoint: str | None = None
+    """Model whose loss the reference attack subtracts."""
+    gradient_norms: bool = True
+    """Run the gradient-norm attack, one backward pass per row."""
+
+    @property
+    def forget_split(self) -> str:
+        """What takes the place of TOFU's splits."""
+        return "people"
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class MuseConfig(BenchmarkConfig):
+    """`perta bench muse`."""
+
+    data: str = "muse-bench"
+    """Folder with the benchmark's JSONL files, or the hub's organisation."""
+    corpus: Literal["news", "books"] = "news"
+    """News articles or novels."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class AbilityConfig:
+    """`perta bench ability`."""
+
+    checkpoint: str
+    """Checkpoint to evaluate."""
+    output: Path
+    """JSON file for the results."""
+    tasks: Annotated[tuple[str, ...], Repeated]
+    """Tasks of lm-evaluation-harness."""
+    include_path: Path | None = None
+    """Folder with task files of your own."""
+    limit: int | None = None
+    """Look at the first rows of every task only."""
+    evaluation_batch_size: int = 16
+    """Examples per forward pass."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)

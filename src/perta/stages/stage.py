@@ -1,0 +1,325 @@
+"""Run one stage: reuse a finished output, refuse a foreign one, write a new one whole.
+
+`run_measurement` is what importance and moments share: one checkpoint, one data set.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perta.data.examples import load_examples
+from perta.data.tokens import EncodedSet, encode_examples
+from perta.errors import ConfigError, OutputExistsError
+from perta.models.load import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    pick_dtype,
+)
+from perta.models.resolve import resolve_checkpoint
+from perta.progress import say
+from perta.stages.settings import ImportanceConfig, MomentsConfig
+from perta.store.atomic import atomic_file, atomic_folder
+from perta.store.fingerprint import fingerprint
+from perta.store.record import (
+    NOT_IN_KEY,
+    make_manifest,
+    read_manifest,
+    settings_of,
+    stage_key,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FileResults(dict[str, Any]):
+    """What a results file holds; its repr has means alone, for the values may be texts."""
+
+    def __repr__(self) -> str:
+        """Metric -> aggregate."""
+        means = {
+            name: value["agg_value"]
+            for name, value in self.items()
+            if isinstance(value, Mapping) and "agg_value" in value
+        }
+        return f"{type(self).__name__}({means})"
+
+
+Make = Callable[[Path], Mapping[str, Any]]
+
+
+def run_stage(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Make,
+    *,
+    reads: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Produce a stage's output folder, or reuse it.
+
+    Args:
+        stage: name of the stage.
+        output: final folder; it appears complete or not at all.
+        settings: resolved settings.
+        inputs: name -> fingerprint of every input.
+        make: writes the output into the folder it is given; returns results worth recording.
+        reads: folders and files that the stage reads.
+        overwrite: replace an output that does not match.
+
+    Returns:
+        The manifest of the output.
+
+    Raises:
+        ConfigError: the output overlaps what the stage reads.
+        OutputExistsError: the output is there, does not match, and must not be replaced.
+    """
+    check_separate(output, reads)
+    finished = finished_stage(stage, output, settings, inputs)
+    if finished is not None:
+        say(f"{stage}: {output} is up to date, reused")
+        return finished
+    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    started = time.perf_counter()
+    with atomic_folder(output, overwrite=overwrite) as partial:
+        more = dict(make(partial))
+        manifest = make_manifest(
+            stage,
+            settings,
+            inputs,
+            seconds={stage: time.perf_counter() - started},
+            content=fingerprint(partial),
+            **more,
+        )
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def run_file_stage(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[], Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """The same for a stage whose output is one JSON file with its manifest under `perta`.
+
+    Args:
+        stage: name of the stage.
+        output: final file.
+        settings: resolved settings.
+        inputs: name -> fingerprint of every input.
+        make: computes the results.
+        overwrite: replace an output that does not match.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        OutputExistsError: the output is there, does not match, and must not be replaced.
+    """
+    manifest = read_manifest(output) if output.is_file() else None
+    if manifest is not None and manifest.get("key") == stage_key(stage, settings, inputs):
+        say(f"{stage}: {output} is up to date, reused")
+        return FileResults(json.loads(output.read_text("utf-8")))
+    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    started = time.perf_counter()
+    results = FileResults(make())
+    seconds = {stage: time.perf_counter() - started}
+    results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
+    with atomic_file(output, overwrite=overwrite) as partial:
+        # Strict JSON: a NaN would make the file unreadable to everyone else.
+        text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        partial.write_text(text + "\n", "utf-8")
+    return results
+
+
+def check_separate(output: Path, inputs: Iterable[str | Path]) -> None:
+    """Make sure that writing the output cannot touch an input.
+
+    Args:
+        output: folder of the result.
+        inputs: folders and files that are read.
+
+    Raises:
+        ConfigError: the output is an input, lies in one, or contains one.
+    """
+    place = output.resolve()
+    for given in map(Path, inputs):
+        other = given.resolve()
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise ConfigError(
+                f"The output {output} overlaps the input {given}, which must stay as it is. "
+                "Give an output folder of its own."
+            )
+
+
+def finished_stage(
+    stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The manifest of an output made from these inputs and settings, its files untouched."""
+    if not output.is_dir():
+        return None
+    manifest = read_manifest(output)
+    if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
+        return None
+    return manifest if manifest.get("content") == fingerprint(output) else None
+
+
+def refuse_foreign(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> None:
+    """Stop before any work when the output is there and is not what would be made.
+
+    Raises:
+        OutputExistsError: it is; the message says what differs.
+    """
+    refuse_other(stage, output, settings, inputs, overwrite=overwrite)
+    if output.exists() and not overwrite:
+        raise exists_error(output, "was changed since")
+
+
+def refuse_other(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    overwrite: bool,
+) -> None:
+    """Stop when the output is there and was made by something else, or otherwise.
+
+    Args:
+        stage: name of the stage.
+        output: final folder.
+        settings: resolved settings.
+        inputs: name -> fingerprint of the inputs that are known by now.
+        overwrite: whether it may be replaced.
+
+    Raises:
+        OutputExistsError: the message says what differs.
+    """
+    if overwrite or not output.exists():
+        return
+    manifest = read_manifest(output)
+    if manifest is None:
+        why = "was not made by perta"
+    elif manifest.get("stage") != stage:
+        why = f"was made by `perta {manifest.get('stage')}`"
+    else:
+        changed = changes(manifest, settings, inputs)
+        if not changed:
+            return
+        why = f"was made with other {', '.join(changed)}"
+    raise exists_error(output, why)
+
+
+def exists_error(output: Path, why: str) -> OutputExistsError:
+    """The error for an output that is there and is not what would be made."""
+    return OutputExistsError(
+        f"{output} exists and {why}. Choose another --output, or pass --overwrite to replace it."
+    )
+
+
+def changes(
+    manifest: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> list[str]:
+    """Names of the settings and inputs in which an output differs from what is wanted."""
+    old_inputs = manifest.get("inputs", {})
+    old_settings = manifest.get("settings", {})
+    names = [name for name, value in inputs.items() if old_inputs.get(name) != value]
+    names += [
+        name
+        for name, value in settings.items()
+        if name not in {*inputs, *NOT_IN_KEY} and old_settings.get(name) != _plain(value)
+    ]
+    return names
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured on what.
+
+    Attributes:
+        checkpoint: folder of the model.
+        encoded: token sequences of the set.
+        pad: padding token.
+        settings: resolved settings of the stage, with the device and type that were picked.
+        inputs: fingerprints of `checkpoint` and `data`.
+    """
+
+    checkpoint: Path
+    encoded: EncodedSet
+    pad: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+
+def run_measurement(
+    stage: str,
+    config: ImportanceConfig | MomentsConfig,
+    measure: Callable[[PreTrainedModel, Subject, Path], Mapping[str, Any]],
+) -> Path:
+    """Check all input, then measure into a new folder or reuse the finished one.
+
+    Args:
+        stage: name of the stage.
+        config: its inputs, output and settings.
+        measure: writes what it measures into the folder it is given; returns results worth
+            recording. The model is loaded for it alone: a reused output costs no model.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    examples = load_examples(config.data, config.data_config)
+    tokenizer = load_tokenizer(checkpoint)
+    longest = longest_input(checkpoint)
+    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
+    settings = {
+        **settings_of(config),
+        "device": pick_device(config.compute).type,
+        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+    }
+    inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
+    subject = Subject(checkpoint, encoded, pad_id(tokenizer), settings, inputs)
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        results = measure(load_model(checkpoint, config.compute), subject, folder)
+        return {**results, "skipped_rows": list(encoded.skipped)}
+
+    run_stage(
+        stage,
+        config.output,
+        settings,
+        inputs,
+        make,
+        reads=[checkpoint, examples.source],
+        overwrite=config.overwrite,
+    )
+    return config.output

@@ -1,0 +1,263 @@
+"""Train the full model until it has forgotten: checkpoint + sets -> unlearned checkpoint.
+
+The baselines that weight-space edits are compared with, and the reference they all aim at
+(`retrain`). `influence` solves instead of training; it needs the full model as a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perta.data.batch import Encoded
+from perta.data.examples import ExampleSet, load_examples
+from perta.data.tokens import encode_examples
+from perta.engine.train.optimizer import Resume, resumable
+from perta.engine.train.refusals import refuse
+from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
+from perta.errors import ConfigError
+from perta.methods.card import write_card
+from perta.methods.influence import remove_influence
+from perta.methods.objectives import TrainingMethod, get_training_method
+from perta.models.load import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    round_weights,
+    save_model,
+    save_type,
+)
+from perta.models.resolve import resolve_checkpoint
+from perta.options import TrainSettings
+from perta.progress import warn
+from perta.stages.settings import TrainConfig
+from perta.stages.stage import run_stage
+from perta.store.fingerprint import fingerprint
+from perta.store.record import settings_of, stage_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train_checkpoint(config: TrainConfig) -> Path:
+    """Unlearn by training and write the result (`perta train`).
+
+    Args:
+        config: inputs, output, method and settings.
+
+    Returns:
+        The output folder: a complete checkpoint, stored in the type of the one it came from.
+
+    Raises:
+        PertaError: input that cannot be used, or training that diverges.
+    """
+    method = get_training_method(config.method)
+    config = replace(
+        config, method=method.name, training=with_method_defaults(method, config.training)
+    )
+    start = _start(config, method)
+    inputs: dict[str, str] = {method.start: fingerprint(start)}
+    if method.solver == "newton":
+        inputs["adapter"] = fingerprint(_adapter(config))
+    sets = _load_sets(config, method)
+    inputs |= {name: examples.fingerprint for name, examples in sets.items()}
+    # An input the method does not look at decides nothing.
+    unused = {"full", "base", "forget", "retain"} - inputs.keys()
+    settings = {k: v for k, v in settings_of(config).items() if k not in unused}
+    settings["device"] = pick_device(config.compute).type
+    key = stage_key("train", settings, inputs)
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        tokenizer = load_tokenizer(start)
+        material = _encode(sets, tokenizer, config, method, longest_input(start))
+        if method.solver == "newton":
+            model, done = _solve(config, material)
+        else:
+            model, done = _train(config, start, material, resume)
+        dtype = save_type(config.save_dtype, start)
+        round_weights(model, dtype, config.training.unlearn_seed)
+        save_model(model, tokenizer, folder, start)
+        card = training_card(method, config.training, inputs)
+        (folder / "README.md").write_text(card, "utf-8")
+        skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
+        return {**done, **skipped, "done": method.done, "equation": method.equation}
+
+    with resumable(config.output, key, config.save_every) as resume:
+        run_stage(
+            "train",
+            config.output,
+            settings,
+            inputs,
+            make,
+            reads=[start, *(examples.source for examples in sets.values())],
+            overwrite=config.overwrite,
+        )
+    return config.output
+
+
+@dataclass(frozen=True)
+class _Material:
+    """Token sequences of a run; a set the method does not look at is empty."""
+
+    forget: Sequence[Encoded]
+    retain: Sequence[Encoded]
+    refusals: Sequence[Encoded]
+    skipped: Mapping[str, Sequence[str]]
+    pad: int
+
+
+def _start(config: TrainConfig, method: TrainingMethod) -> Path:
+    """Folder of the checkpoint training starts from."""
+    given = config.full if method.start == "full" else config.base
+    if given is None:
+        raise ConfigError(
+            f"`{method.name}` starts from the {method.start} model. Give it with --{method.start}."
+        )
+    return resolve_checkpoint(given, base=config.base)
+
+
+def _load_sets(config: TrainConfig, method: TrainingMethod) -> dict[str, ExampleSet]:
+    needed = {
+        "forget": (config.forget, method.sees_forget_set),
+        "retain": (config.retain, method.retain is not None or method.solver == "newton"),
+    }
+    sets = {}
+    for name, (source, wanted) in needed.items():
+        if wanted and source is None:
+            raise ConfigError(f"`{method.name}` needs the {name} set. Give it with --{name}.")
+        if wanted and source is not None:
+            sets[name] = load_examples(source, config.data_config)
+    return sets
+
+
+def _encode(
+    sets: Mapping[str, ExampleSet],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    method: TrainingMethod,
+    longest: int | None,
+) -> _Material:
+    encoded = {
+        name: encode_examples(examples, tokenizer, config.data_config, longest=longest)
+        for name, examples in sets.items()
+    }
+    forget = encoded["forget"].encoded if "forget" in encoded else ()
+    refusals: tuple[Encoded, ...] = ()
+    if method.refusals:
+        refused = refuse(sets["forget"], config.training.unlearn_seed)
+        made = encode_examples(refused, tokenizer, config.data_config, longest=longest)
+        refusals = _same_rows(made.encoded, forget)
+        forget = _same_rows(forget, refusals)
+    return _Material(
+        forget,
+        encoded["retain"].encoded if "retain" in encoded else (),
+        refusals,
+        {name: found.skipped for name, found in encoded.items()},
+        pad_id(tokenizer),
+    )
+
+
+def _same_rows(examples: Sequence[Encoded], others: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    """Examples whose row is among the others': a row may be too long with one answer only."""
+    rows = {example.row for example in others}
+    return tuple(example for example in examples if example.row in rows)
+
+
+def _train(
+    config: TrainConfig, start: Path, material: _Material, resume: Resume
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
+    model = load_model(start, config.compute, dtype=torch.float32)
+    model, trained = unlearn_by_training(
+        model,
+        material.forget,
+        material.retain,
+        config.training,
+        method=config.method,
+        pad=material.pad,
+        refusals=material.refusals,
+        resume=resume,
+    )
+    return model, {**asdict(trained), "final_loss": trained.final_loss}
+
+
+def _solve(config: TrainConfig, material: _Material) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from peft import PeftModel
+
+    adapter = _adapter(config)
+    named = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    base = resolve_checkpoint(config.base or named["base_model_name_or_path"])
+    model = load_model(base, config.compute, dtype=torch.float32)
+    settings = config.training
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    removed = remove_influence(
+        adapted,
+        material.forget,
+        material.retain,
+        damping=settings.influence_damping,
+        pad=material.pad,
+        tolerance=settings.influence_tolerance,
+        iterations=settings.influence_iterations,
+        batch_size=settings.unlearn_batch_size,
+    )
+    if removed.loss_after <= removed.loss_before:
+        warn(
+            f"The step did not raise the loss on {config.forget}, {removed.loss_before:.3f} before "
+            f"and {removed.loss_after:.3f} after: the adapter is not at a minimum there, or "
+            "--influence-damping is too high."
+        )
+    return adapted.merge_and_unload(), {"influence": asdict(removed)}
+
+
+def _adapter(config: TrainConfig) -> Path:
+    """The adapter folder given as the full model."""
+    folder = Path(str(config.full)).expanduser()
+    if not (folder / "adapter_config.json").exists():
+        raise ConfigError(
+            f"`influence` works on LoRA weights, but {config.full} is no adapter folder. Give "
+            "--full the folder that PEFT's `save_pretrained` wrote, or use another method."
+        )
+    return folder
+
+
+def training_card(
+    method: TrainingMethod, settings: TrainSettings, fingerprints: Mapping[str, str]
+) -> str:
+    """Text of the output's README: how it was made, from what, and what it does not promise.
+
+    Args:
+        method: row of the table.
+        settings: settings with the method's defaults filled in.
+        fingerprints: name of each input -> hash of its content.
+
+    Returns:
+        Markdown; it never holds the forgotten examples.
+    """
+    own = "influence_" if method.solver == "newton" else ("unlearn_", "forget_", "retain_", "steer")
+    chosen = {
+        name.removeprefix("unlearn_").replace("_", " "): value
+        for name, value in asdict(settings).items()
+        if name.startswith(own) and value is not None
+    }
+    shown = {
+        "method": f"`{method.name}`: {method.summary}",
+        "loss": f"`{method.formula}`",
+        "source": method.source,
+        **chosen,
+    }
+    done = (
+        "Part of this model's fine-tuning data was removed by training it further."
+        if method.start == "full"
+        else "This model was trained without part of the fine-tuning data."
+    )
+    caveat = (
+        "Training is not a proof of erasure: measure forgetting and retention before relying on it."
+    )
+    return write_card(done, shown, fingerprints, caveat)

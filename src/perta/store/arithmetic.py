@@ -1,0 +1,234 @@
+"""What the edit computes of a chunk: stored values in, float32 between, stored values out.
+
+Types narrower than float32 are rounded up or down at random, up with the share of the way that
+the value lies above its lower neighbour. So a step far below the distance of two neighbours is
+stored on average, where rounding to the nearest would drop it, and what is exact stays exact. The
+random numbers depend on a seed and on the place of the element alone: neither chunks nor threads
+nor the device change a byte.
+
+The operations that touch stored values make one pass each in `_stored.c`, conversions included,
+where that was compiled and for the types it knows; PyTorch's operations, which make several, give
+the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    from perta.store import _stored as _compiled
+
+    if not hasattr(_compiled, "round"):  # built from an older source
+        _compiled = None  # type: ignore[assignment]
+except ImportError:  # installed without a C compiler
+    _compiled = None  # type: ignore[assignment]
+
+_COMPILED_TYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where elements lie, which decides how they are rounded.
+
+    Attributes:
+        seed: the user's seed.
+        name: the tensor, as the checkpoint calls it; of a tied parameter that is stored twice,
+            its first name.
+        start: the first element, counted in the flat tensor.
+    """
+
+    seed: int
+    name: str
+    start: int = 0
+
+    def keys(self) -> tuple[int, int]:
+        """Two numbers in [0, 2^32) that stand for the tensor."""
+        digest = hashlib.sha256(f"{self.seed}\0{self.name}".encode()).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def round_as_stored(values: Tensor, dtype: torch.dtype, place: Place) -> Tensor:
+    """Round float32 values exactly as the edit does when it writes them.
+
+    Args:
+        values: float32, any shape; the elements of a tensor in its order from `place` on.
+        dtype: type in which they are stored.
+        place: tensor and first element.
+
+    Returns:
+        The same shape, of that type.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    flat = values.reshape(-1)
+    if _compiled and dtype == torch.bfloat16 and flat.is_cpu and flat.is_contiguous():
+        out = torch.empty(len(flat), dtype=dtype)
+        keys, start = place.keys(), place.start & _LOW_BITS
+        _compiled.round(out.data_ptr(), flat.data_ptr(), len(flat), *keys, start)
+    else:
+        out = round_by(flat, dtype, thresholds(place, len(flat), flat.device))
+    return out.view(values.shape)
+
+
+_LOW_BITS = 0xFFFFFFFF
+
+
+def thresholds(place: Place, count: int, device: torch.device | None = None) -> Tensor:
+    """The random numbers that decide how elements are rounded.
+
+    A hash of the element's number, keyed by seed and tensor; it repeats after 2^32 elements.
+
+    Args:
+        place: tensor and first element.
+        count: number of elements.
+        device: where they are wanted [default: CPU].
+
+    Returns:
+        (count,) int32 in [0, 2^16).
+    """
+    first_key, second_key = place.keys()
+    x = torch.arange(count, dtype=torch.int64, device=device)
+    x = x.add_((place.start + first_key) & _LOW_BITS).bitwise_and_(_LOW_BITS)
+    # Products are wanted modulo 2^32, which the low bits of an overflow still are.
+    x = (x ^ (x >> 16)).mul_(0x7FEB352D).bitwise_and_(_LOW_BITS) ^ second_key
+    x = (x ^ (x >> 15)).mul_(0x846CA68B).bitwise_and_(_LOW_BITS)
+    return ((x ^ (x >> 16)) >> 16).to(torch.int32)
+
+
+def round_by(values: Tensor, dtype: torch.dtype, above: Tensor) -> Tensor:
+    """Round to bfloat16 or float16 by given random numbers.
+
+    Args:
+        values: float32.
+        dtype: torch.bfloat16 or torch.float16.
+        above: int32 in [0, 2^16), same shape; 2^16 - `above` is the share of the way to the upper
+            neighbour, in parts of 2^16, from which a value is rounded up, away from zero.
+
+    Returns:
+        The same shape, of that type.
+    """
+    # Adding to the bits of a float moves it away from zero, into the next binade where need be.
+    if dtype == torch.bfloat16:
+        moved = (values.view(torch.int32) + above) & ~0xFFFF
+    else:
+        moved = (values.view(torch.int32) + (above >> 3)) & ~0x1FFF
+    rounded = moved.view(torch.float32)
+    if dtype == torch.float16:
+        # Below its smallest normal number float16 has steps of 2^-24.
+        steps = values.abs() * 2.0**24
+        part = (steps - steps.floor()) * 2.0**16
+        low = (steps.floor() + (part >= 2**16 - above)) * 2.0**-24
+        rounded = torch.where(values.abs() < 2.0**-14, low.copysign(values), rounded)
+    return torch.where(values.isfinite(), rounded, values).to(dtype)
+
+
+@dataclass
+class Step:
+    """What became of a step δ that was subtracted, as sums over elements.
+
+    Attributes:
+        squares: of the results before they were rounded.
+        along: of e · δ, where δ + e is the step that was stored.
+        error: of e².
+        changed: elements whose stored value is another than before.
+    """
+
+    squares: float
+    along: float = 0.0
+    error: float = 0.0
+    changed: float = 0.0
+
+
+def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """Values − base, both upcast before.
+
+    Args:
+        values: (count,), of any floating type.
+        base: (count,), of any floating type.
+        out: (count,), float32; may be `values`.
+
+    Returns:
+        `out`.
+    """
+    if _compiled and _suits_compiled(values, base):
+        _compiled.difference(
+            out.data_ptr(),
+            values.data_ptr(),
+            values.dtype == torch.bfloat16,
+            base.data_ptr(),
+            base.dtype == torch.bfloat16,
+            len(out),
+        )
+        return out
+    return out.copy_(values).sub_(base)
+
+
+def subtract(stored: Tensor, delta: Tensor, place: Place) -> Step:
+    """Subtract in place, in float32, and round once.
+
+    Args:
+        stored: (count,), of any floating type; overwritten.
+        delta: (count,), float32.
+        place: tensor and first element, for the rounding.
+
+    Returns:
+        What was stored.
+    """
+    if _compiled and _suits_compiled(stored):
+        is_bfloat16, keys, start = stored.dtype == torch.bfloat16, place.keys(), place.start
+        step = Step(
+            *_compiled.subtract(
+                stored.data_ptr(),
+                is_bfloat16,
+                delta.data_ptr(),
+                len(delta),
+                *keys,
+                start & _LOW_BITS,
+            )
+        )
+        if not math.isfinite(step.squares):
+            step.squares = square_norm(stored.to(torch.float32))
+        return step
+    before = stored.to(torch.float32, copy=True)
+    result = before - delta
+    stored.copy_(round_as_stored(result, stored.dtype, place))
+    after = stored.to(torch.float32)
+    error = before.sub(after).sub_(delta)
+    along = float(torch.dot(error, delta))
+    changed = float((after != before).sum())
+    return Step(square_norm(result), along, square_norm(error), changed)
+
+
+def _suits_compiled(*tensors: Tensor) -> bool:
+    return all(t.dtype in _COMPILED_TYPES and t.is_contiguous() for t in tensors)
+
+
+def square_norm(values: Tensor) -> float:
+    """Sum of squares of float32 values; finite exactly if all of them are."""
+    total = float(torch.dot(values, values))
+    if math.isfinite(total):
+        return total
+    wide = values.to(torch.float64)
+    return float(torch.dot(wide, wide))
+
+
+def scale(task_vector: Tensor, weighting: Tensor | float, scaling_coef: float) -> Tensor:
+    """α · W ⊙ τ, in place.
+
+    Args:
+        task_vector: τ, float32; overwritten.
+        weighting: W, same shape, or one number.
+        scaling_coef: α.
+
+    Returns:
+        The same tensor.
+    """
+    for factor in (weighting, scaling_coef):
+        if isinstance(factor, Tensor) or factor != 1:
+            task_vector.mul_(factor)
+    return task_vector

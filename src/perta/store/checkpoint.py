@@ -1,0 +1,533 @@
+"""Checkpoint folders: safetensors headers, tensors, fingerprints.
+
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, and the
+tensors' bytes. The header says where every tensor lies, so a checkpoint of any size is checked
+here from a few kilobytes, before anything is read or written.
+
+Importance files carry the checkpoint's tensor names, so the same reader serves them.
+
+Source: https://github.com/huggingface/safetensors, README, section Format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perta.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "perta.json"
+IMPORTANCE_SIDECAR = "importance.json"
+MOMENTS_SIDECAR = "moments.json"
+
+_MAX_HEADER = 100_000_000
+"""Longest header in bytes; the format's own limit."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""How a LoRA adapter is scaled, and what it belongs to."""
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.json",
+    "*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "additional_chat_templates/*.jinja",
+)
+"""Files a model needs beside its weights. A list of what is known, not "everything else": a
+folder may also hold training data and logs, which must not travel with the cleaned model."""
+
+_LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+WEIGHTS = ("*.safetensors", INDEX, "order-*/*.safetensors", f"order-*/{INDEX}")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        name: the checkpoint's own name of the tensor.
+        dtype: type of the stored values.
+        shape: sizes, outermost first.
+        file: the safetensors file.
+        offset: place of the first byte, from the start of the file.
+        nbytes: length in bytes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """What a checkpoint folder holds, read from the file headers alone.
+
+    Attributes:
+        folder: the folder.
+        tensors: every tensor by name, in the order of the files and of the bytes in them.
+        shards: file name -> names of its tensors, in the order of their bytes.
+        metadata: the header's free text of the first file, such as {"format": "pt"}.
+    """
+
+    folder: Path
+    tensors: dict[str, TensorEntry]
+    shards: dict[str, tuple[str, ...]]
+    metadata: dict[str, str]
+
+    @cached_property
+    def _firsts(self) -> tuple[str, ...]:
+        """First parts of the tensors' names."""
+        return tuple(sorted({name.partition(".")[0] for name in self.tensors}))
+
+    def find(self, name: str) -> TensorEntry | None:
+        """A tensor by its name, with or without the base model's prefix.
+
+        What transformers calls `transformer.h.0.attn.c_attn.weight` some checkpoints store as
+        `h.0.attn.c_attn.weight`, among them OpenAI's GPT-2.
+        """
+        for same in (name, name.partition(".")[2]):
+            if same in self.tensors:
+                return self.tensors[same]
+        names = (f"{first}.{name}" for first in self._firsts)
+        return next((self.tensors[n] for n in names if n in self.tensors), None)
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def open_index(folder: Path) -> CheckpointIndex:
+    """Read and check the headers of a checkpoint folder.
+
+    Files count as transformers counts them: `model.safetensors` if it is there, otherwise the
+    shards named in `model.safetensors.index.json`; other safetensors files are not part of the
+    checkpoint. A folder with both, where the index names other shards, is refused, because
+    half of it is left over from another run.
+
+    Args:
+        folder: local checkpoint or importance folder.
+
+    Returns:
+        The index; no tensor has been read.
+
+    Raises:
+        CheckpointNotFoundError: no such folder, or no safetensors checkpoint in it.
+        CorruptCheckpointError: a file is truncated, its header contradicts it, or shards are
+            missing or hold a tensor twice.
+        CheckpointError: tensors of a type that cannot be read.
+    """
+    shard_names, weight_map = _find_shards(folder)
+    tensors: dict[str, TensorEntry] = {}
+    shards: dict[str, tuple[str, ...]] = {}
+    metadata: dict[str, str] = {}
+    for shard_name in shard_names:
+        entries, shard_metadata = read_header(folder / shard_name)
+        metadata = metadata or shard_metadata
+        shards[shard_name] = tuple(entry.name for entry in entries)
+        for entry in entries:
+            if entry.name in tensors:
+                first = tensors[entry.name].file.name
+                raise CorruptCheckpointError(
+                    f"{folder}: {entry.name} is in both {first} and {shard_name}. "
+                    "Save the checkpoint again into an empty folder."
+                )
+            tensors[entry.name] = entry
+    if weight_map is not None:
+        _check_weight_map(folder, weight_map, tensors)
+    return CheckpointIndex(folder, tensors, shards, metadata)
+
+
+def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        file: the file.
+
+    Returns:
+        Its tensors in the order of their bytes, and the header's free text.
+
+    Raises:
+        CorruptCheckpointError: the file is truncated, or its header contradicts itself or the
+            length of the file.
+        CheckpointError: tensors of a type that cannot be read.
+    """
+    header, data_start = _read_raw_header(file)
+    raw_metadata = header.pop("__metadata__", None) or {}
+    entries = [_entry(file, name, info, data_start) for name, info in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    end = data_start
+    for entry in entries:
+        if entry.offset != end:
+            raise CorruptCheckpointError(
+                f"{file}: {entry.name} begins at byte {entry.offset} but the tensor before it "
+                f"ends at {end}. The file is damaged; copy or download it again."
+            )
+        end += entry.nbytes
+    size = file.stat().st_size
+    if size != end:
+        state = "truncated" if size < end else "longer than its header says"
+        raise CorruptCheckpointError(
+            f"{file} is {state}: {size} bytes instead of {end}. Copy or download it again."
+        )
+    return entries, {str(key): str(value) for key, value in raw_metadata.items()}
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor into memory of its own.
+
+    Args:
+        entry: the tensor's place, from `open_index`.
+
+    Returns:
+        The tensor, stored dtype and shape, on the CPU.
+
+    Raises:
+        CorruptCheckpointError: the file has become shorter since its header was read.
+    """
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+    with opened(entry.file) as descriptor:
+        read_into(descriptor, entry.offset, flat.numpy().data, entry)
+    return flat.view(entry.dtype).reshape(entry.shape)
+
+
+@contextmanager
+def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file for reading or writing at any place; yields its descriptor."""
+    descriptor = os.open(file, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_into(descriptor: int, offset: int, buffer: memoryview, entry: TensorEntry) -> None:
+    """Fill a buffer from an open file.
+
+    Args:
+        descriptor: open file of the tensor.
+        offset: first byte to read, from the start of the file.
+        buffer: writable bytes; filled to the end.
+        entry: the tensor that is read, for the error message.
+
+    Raises:
+        CorruptCheckpointError: the file ends early.
+    """
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        if count == 0:
+            raise CorruptCheckpointError(
+                f"{entry.file} ended while {entry.name} was read: something shortened it "
+                "meanwhile. Make sure that nothing writes to the inputs, and run again."
+            )
+        buffer, offset = buffer[count:], offset + count
+
+
+def write_from(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Write a whole buffer at a place in an open file.
+
+    Args:
+        descriptor: file open for writing.
+        offset: place of the first byte, from the start of the file.
+        buffer: the bytes.
+    """
+    while buffer:
+        count = os.pwrite(descriptor, buffer, offset)
+        buffer, offset = buffer[count:], offset + count
+
+
+def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    if not folder.is_dir():
+        what = "is a file, not a checkpoint folder" if folder.is_file() else "does not exist"
+        raise CheckpointNotFoundError(f"{folder} {what}. Give a folder with {SINGLE}.")
+    has_single, has_index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    weight_map = _read_weight_map(folder / INDEX) if has_index else None
+    if has_single:
+        if weight_map and set(weight_map.values()) != {SINGLE}:
+            raise CorruptCheckpointError(
+                f"{folder} holds both {SINGLE} and an {INDEX} that names other shards: the "
+                "checkpoints of two runs. Delete the one that is out of date."
+            )
+        return [SINGLE], weight_map
+    if weight_map is None:
+        raise _no_checkpoint(folder)
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CorruptCheckpointError(
+            f"{folder}: {INDEX} names {', '.join(missing[:3])}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not there ({len(missing)} of {len(names)} "
+            "shards missing). Copy or download the checkpoint again."
+        )
+    return names, weight_map
+
+
+def _read_weight_map(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(
+            f"{file} is not a shard index ({error}). Copy or download it again."
+        ) from error
+    for shard in set(pairs.values()):
+        # A shard is a file beside the index; anything else could point outside the folder.
+        if Path(shard).name != shard:
+            raise CorruptCheckpointError(f"{file} names a shard outside its folder: {shard}.")
+    return pairs
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return CheckpointNotFoundError(
+            f"{folder} has {others[0]} but neither {SINGLE} nor {INDEX}. Save the model with "
+            "`model.save_pretrained(folder)`."
+        )
+    if pickles:
+        return CorruptCheckpointError(
+            f"{folder} has only pickle files ({pickles[0]}), which are never loaded because "
+            "they can run code. Convert them on a machine you trust: "
+            "`AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
+        )
+    return CheckpointNotFoundError(f"{folder} has no {SINGLE} and no {INDEX}.")
+
+
+def _check_weight_map(
+    folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]
+) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CorruptCheckpointError(
+                f"{folder}: {INDEX} says that {shard} holds {name}, but it does not. The shards "
+                "are of another run than the index; copy or download the checkpoint again."
+            )
+    for name in tensors:
+        if name not in weight_map:
+            raise CorruptCheckpointError(
+                f"{folder}: {tensors[name].file.name} holds {name}, which {INDEX} does not "
+                "name. Copy or download the checkpoint again."
+            )
+
+
+def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    if not file.is_file():
+        raise CheckpointNotFoundError(f"{file} does not exist.")
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CorruptCheckpointError(
+                f"{file} is truncated or not a safetensors file: {size} bytes, and its header "
+                f"alone would be {length}. Copy or download it again."
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{file}: the header cannot be read ({error}).") from error
+    if not isinstance(header, dict):
+        raise CorruptCheckpointError(f"{file}: the header is not a JSON object.")
+    return header, 8 + length
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _entry(file: Path, name: str, info: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype_name = str(info["dtype"])
+        shape = tuple(int(size) for size in info["shape"])
+        begin, end = (int(offset) for offset in info["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"{file}: the header of {name} cannot be read.") from error
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is None:
+        raise CheckpointError(
+            f"{file}: {name} has type {dtype_name}, which cannot be read. Save the model in "
+            "bfloat16, float16 or float32."
+        )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes:
+        raise CorruptCheckpointError(
+            f"{file}: {name} is {dtype_name} {shape}, {nbytes} bytes, but its place in the file "
+            f"has {end - begin}. The file is damaged; copy or download it again."
+        )
+    return TensorEntry(name, dtype, shape, file, data_start + begin, nbytes)
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Files under `folder` that match, as sorted relative names."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what a model needs beside its weights, and its licence.
+
+    Configuration, generation settings, tokenizer, chat template and custom code are copied;
+    weights, model cards, logs and data are not.
+
+    Args:
+        source: checkpoint folder.
+        target: folder to copy into.
+    """
+    for name in matching(source, (*COMPANIONS, *_LEGAL)):
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, copy)
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    shards: Mapping[str, Sequence[str]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors as a safetensors checkpoint that `open_index` reads.
+
+    Args:
+        folder: existing folder; for an all-or-nothing write, one from `atomic_folder`.
+        tensors: name -> tensor on any device; written in its own dtype.
+        shards: file name -> names of its tensors, such as `CheckpointIndex.shards`; names
+            without a tensor are left out. One file without it.
+        metadata: free text for the headers [default: {"format": "pt"}].
+
+    Raises:
+        ConfigError: a tensor is in no shard, or its type cannot be stored.
+    """
+    layout = {SINGLE: list(tensors)} if shards is None else _present(shards, tensors)
+    weight_map: dict[str, str] = {}
+    for file_name, names in layout.items():
+        selected = {name: tensors[name] for name in names}
+        _write_file(folder / file_name, selected, metadata or {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file_name))
+    if set(layout) != {SINGLE}:
+        total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _present(
+    shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    layout = {file: [name for name in names if name in tensors] for file, names in shards.items()}
+    homeless = set(tensors).difference(*layout.values())
+    if homeless:
+        raise ConfigError(f"{min(homeless)} is in no shard of the checkpoint.")
+    return {file: names for file, names in layout.items() if names}
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The first bytes of a safetensors file, up to its tensors.
+
+    Args:
+        tensors: name -> type and shape. Wide types come first in the file, so that every tensor
+            starts at a multiple of its own item size; otherwise the order is kept.
+        metadata: free text.
+
+    Returns:
+        Length and JSON text, a multiple of 8 bytes.
+
+    Raises:
+        ConfigError: a type cannot be stored.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
+        dtype, shape = tensors[name]
+        if dtype not in _DTYPE_NAMES:
+            raise ConfigError(f"{name} has type {dtype}, which cannot be stored.")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = safetensors_header({n: (tensors[n].dtype, tensors[n].shape) for n in names}, metadata)
+    with file.open("wb") as stream:
+        stream.write(header)
+        for name in names:
+            flat = tensors[name].detach().contiguous().cpu().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor name matches one of the shell-style patterns, case included."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,145 @@
+"""What an unlearned model took, in seconds: every stage, from the records.
+
+One function for the terminal, the page and its tables. A stage's own record tells what it took
+when it was made, so a run that reuses stages costs no less than the one that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from perta.store.provenance import FORGET_CHECKPOINT, Record, Records
+
+STAGES: Mapping[str, str] = {
+    "finetune": "tuning on the forget set",
+    "retain_finetune": "tuning on the retain set",
+    "forget_importance": "importance, forget set",
+    "retain_importance": "importance, retain set",
+    "forget_moments": "moments, forget set",
+    "retain_moments": "moments, retain set",
+    "general_moments": "moments, general text",
+    "merge_moments": "merging moments",
+    "direction": "direction",
+    "calibrate": "what unseen means",
+    "strength": "search of the strength",
+    "train": "training",
+    "edit": "edit",
+}
+"""Stage, as records name it -> what it is, in the order in which stages run."""
+_OF_INPUT = {FORGET_CHECKPOINT: "finetune", "retain_checkpoint": "retain_finetune"}
+_EVALUATION = "evaluate"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one unlearned model took.
+
+    Attributes:
+        stages: what each stage is -> seconds, in order.
+        evaluation: seconds of evaluating it and what it is compared with; in no sum.
+    """
+
+    stages: Mapping[str, float]
+    evaluation: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages together, evaluation left out."""
+        return sum(self.stages.values())
+
+    def share(self, retraining: float | None) -> float | None:
+        """The total as a share of the seconds that retraining takes."""
+        return self.total / retraining if retraining else None
+
+
+def costs_of(record: Record, records: Records, evaluation: Record | None = None) -> Costs:
+    """Everything that making an output took.
+
+    Args:
+        record: of the output of an unlearning.
+        records: fingerprint -> record of its inputs, as far as they were found, for stages of which
+            no whole run noted anything.
+        evaluation: record of an evaluation of the output, where the run notes none.
+
+    Returns:
+        Its costs, those of models and moments included that were there before.
+    """
+    noted: Mapping[str, float] = record.get("unlearn", {}).get("seconds", {})
+    # What a run noted of a stage comes first: in a shared work folder it may have been made again.
+    found = {**dict(_recorded(record, records)), **noted}
+    stages = {
+        title: sum(taken)
+        for stage, title in STAGES.items()
+        if (taken := [s for name, s in found.items() if _stage(name) == stage])
+    }
+    apart = [s for name, s in noted.items() if name.startswith(_EVALUATION)]
+    return Costs(stages, sum(apart) or seconds_of(evaluation or {}))
+
+
+def seconds_of(record: Record) -> float:
+    """What a stage took when it was made."""
+    return float(sum(record.get("seconds", {}).values()))
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that reads best."""
+    if seconds < 0.1:
+        return "under 0.1 s"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def details(stages: Mapping[str, float]) -> str:
+    """All stages in one line."""
+    return ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
+
+
+def _recorded(record: Record, records: Records) -> Iterator[tuple[str, float]]:
+    """Stage and seconds, by the records of an output and of its inputs."""
+    for stage, seconds in record.get("seconds", {}).items():
+        yield stage, float(seconds)
+    general = record.get("unlearn", {}).get("inputs", {}).get("general")
+    for name, fingerprint in record.get("inputs", {}).items():
+        made = records.get(str(fingerprint), {})
+        if name.endswith("_moments"):
+            yield from _of_moments(name, made, records, general)
+        elif made and name not in ("full", "base"):
+            yield _noted_as(name), seconds_of(made)
+
+
+def _noted_as(name: str) -> str:
+    """How a run notes the stage that made an input: `forget_checkpoint_2` is `finetune_2`."""
+    for part, stage in _OF_INPUT.items():
+        if name.startswith(part):
+            return stage + name.removeprefix(part)
+    return name
+
+
+def _of_moments(
+    name: str, made: Record, records: Records, general: str | None
+) -> Iterator[tuple[str, float]]:
+    """Moments of one set; merged ones were made of others."""
+    parts = [fp for part, fp in made.get("inputs", {}).items() if part.startswith("moments_")]
+    if not parts:
+        is_general = general is not None and made.get("inputs", {}).get("data") == general
+        if made:
+            yield "general_moments" if is_general else name, seconds_of(made)
+        return
+    yield "merge_moments", seconds_of(made)
+    sums: dict[str, float] = {}
+    for fingerprint in parts:
+        for stage, seconds in _of_moments(
+            name, records.get(str(fingerprint), {}), records, general
+        ):
+            sums[stage] = sums.get(stage, 0.0) + seconds
+    yield from sums.items()
+
+
+def _stage(name: str) -> str:
+    """The stage that a name stands for; tunings with further seeds are numbered."""
+    stem, _, number = name.rpartition("_")
+    return stem if number.isdigit() else name

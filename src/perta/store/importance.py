@@ -1,0 +1,74 @@
+"""Folders of importance files: one checkpoint-like sub-folder per order, and a sidecar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from perta.store.checkpoint import IMPORTANCE_SIDECAR
+
+
+def order_name(order: float) -> str:
+    """Name of the sub-folder that holds importance of one order, such as `order-1`."""
+    return f"order-{order:g}"
+
+
+def order_folder(folder: Path, order: float) -> Path:
+    """Sub-folder of an importance folder that holds one order.
+
+    Args:
+        folder: output of `perta importance`.
+        order: order p of the importance.
+
+    Returns:
+        The sub-folder.
+
+    Raises:
+        CheckpointNotFoundError: no such importance folder.
+        ConfigError: the folder has other orders.
+    """
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(
+            f"The importance folder {folder} does not exist. Make it with "
+            f"`perta importance --order {order:g} --output {folder} ...`."
+        )
+    wanted = folder / order_name(order)
+    if not wanted.is_dir():
+        present = sorted(path.name.removeprefix("order-") for path in folder.glob("order-*"))
+        raise ConfigError(
+            f"{folder} has no importance of order {order:g}; it has "
+            f"{', '.join(present) or 'none'}. Make it with "
+            f"`perta importance --order {order:g} --output ...`, or choose a method or --order "
+            "that fits."
+        )
+    return wanted
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """Read what an importance folder says about itself.
+
+    Args:
+        folder: output of `perta importance`.
+
+    Returns:
+        Orders, reduction, counts, fingerprints, seed and versions.
+
+    Raises:
+        CheckpointNotFoundError: there is no sidecar.
+        CorruptCheckpointError: it cannot be read.
+    """
+    file = folder / IMPORTANCE_SIDECAR
+    if not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} is not an importance folder: it has no {IMPORTANCE_SIDECAR}. Make one "
+            f"with `perta importance`."
+        )
+    try:
+        sidecar = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{file} cannot be read ({error}).") from error
+    if not isinstance(sidecar, dict):
+        raise CorruptCheckpointError(f"{file} is not a JSON object.")
+    return sidecar

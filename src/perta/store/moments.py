@@ -1,0 +1,169 @@
+"""Moment folders: what `perta moments` writes and the structured methods read.
+
+    MOMENTS/moments.json                       what was measured, on what, how
+    MOMENTS/model-00001.safetensors, …         float32 sums
+    MOMENTS/model.safetensors.index.json
+
+A weight `layers.0.up_proj.weight` of the checkpoint has the sum over tokens of x xᵀ under
+`layers.0.up_proj.weight.input_moment` and, if asked for, that of g gᵀ under
+`layers.0.up_proj.weight.output_moment`. Weights that read the same input share one tensor under
+the first one's name; `inputs` in the sidecar says which. Sums and counts are stored, not means,
+so folders can be merged. An input moment of at most half as many tokens as the layer is wide is
+stored as its triangular factor, see `store.second_moment`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
+from perta.store.checkpoint import (
+    INDEX,
+    MOMENTS_SIDECAR,
+    CheckpointIndex,
+    open_index,
+    read_tensor,
+    write_tensors,
+)
+from perta.store.second_moment import divided
+
+INPUT, OUTPUT = "input_moment", "output_moment"
+EXPECTED = 10
+"""Tokens of an average expert from which one without any counts as not used."""
+
+
+@dataclass(frozen=True)
+class MomentFolder:
+    """An opened moment folder.
+
+    Attributes:
+        folder: the folder.
+        index: its tensors.
+        facts: the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
+            (weights stored as in x out), `tokens`, `examples`, `token_choice`,
+            `model_fingerprint`, `data_fingerprints`, and `seen` (moment -> the tokens it rests
+            on, see `is_measured`).
+    """
+
+    folder: Path
+    index: CheckpointIndex
+    facts: dict[str, Any]
+
+    def input_moment(self, weight: str) -> Tensor:
+        """C: mean over tokens of x xᵀ for the inputs of a weight, float32.
+
+        (in, in), or of few tokens its factor (n, in); see `store.second_moment`.
+        """
+        return divided(self.read(self.facts["inputs"][weight]), self.facts["tokens"])
+
+    def output_moment(self, weight: str) -> Tensor:
+        """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
+        return divided(self.read(self.facts["outputs"][weight]), self.facts["examples"])
+
+    def is_measured(self, weight: str) -> bool:
+        """Whether the moments of a weight say how the set uses it.
+
+        Those of a layer that was never called do not. Those of an expert that no token was routed
+        to do if one of its layer's experts read EXPECTED tokens on average: one that is used as
+        often as others would have been among them, so it is the set that does not use it.
+        """
+        names = [part[weight] for part in (self.facts["inputs"], self.facts["outputs"]) if part]
+        seen = [self.facts["seen"][name] for name in names]
+        return all(count["tokens"] > 0 or count["average"] >= EXPECTED for count in seen)
+
+    def read(self, name: str) -> Tensor:
+        """A stored sum, as it is in the file.
+
+        Raises:
+            CorruptCheckpointError: it is no moment, or holds NaN or Inf.
+        """
+        entry = self.index.tensors[name]
+        if len(entry.shape) != 2 or entry.shape[0] > entry.shape[1]:
+            wrong = f"has the shape {tuple(entry.shape)}, which no moment has"
+        else:
+            moment = read_tensor(entry)
+            if moment.isfinite().all():
+                return moment
+            wrong = "holds NaN or Inf"
+        raise CorruptCheckpointError(
+            f"{entry.file}: {name} {wrong}. Make the folder again with `perta moments`."
+        )
+
+
+def open_moments(folder: Path) -> MomentFolder:
+    """Open a moment folder and check that it holds what its sidecar says.
+
+    Args:
+        folder: output of `perta moments` or `perta merge-moments`.
+
+    Returns:
+        The folder; no tensor has been read.
+
+    Raises:
+        CheckpointNotFoundError: it is not there, or is no moment folder.
+        CorruptCheckpointError: the sidecar cannot be read, or tensors are missing.
+    """
+    file = folder / MOMENTS_SIDECAR
+    if not file.is_file():
+        what = f"has no {MOMENTS_SIDECAR}" if folder.is_dir() else "does not exist"
+        raise CheckpointNotFoundError(
+            f"The moment folder {folder} {what}. Make it with `perta moments --output {folder} "
+            "...`."
+        )
+    index = open_index(folder)
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+        named = {*facts["inputs"].values(), *facts["outputs"].values()}
+        counted = facts["tokens"] > 0 and facts["examples"] > 0
+        for key in ("model_fingerprint", "token_choice", "transposed", "data_fingerprints"):
+            facts[key]
+        counted = counted and set(facts["seen"]) == named
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{file} cannot be read ({error!r}).") from error
+    if not counted or named != set(index.tensors):
+        raise CorruptCheckpointError(
+            f"{folder}: {MOMENTS_SIDECAR} and the tensors beside it do not belong together. Make "
+            "the folder again with `perta moments`."
+        )
+    return MomentFolder(folder, index, facts)
+
+
+def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a moment folder says about itself."""
+    (folder / MOMENTS_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
+    """Write tensors as they come, never holding more than about one shard of them.
+
+    Args:
+        folder: existing folder.
+        tensors: name and tensor, written in its own type.
+        limit: bytes after which a shard is written.
+    """
+    weight_map: dict[str, str] = {}
+    waiting: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        if waiting:
+            file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            write_tensors(folder, waiting, {file: list(waiting)})
+            weight_map.update(dict.fromkeys(waiting, file))
+            waiting.clear()
+
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        total += tensor.numel() * tensor.dtype.itemsize
+        if sum(t.numel() * t.dtype.itemsize for t in waiting.values()) >= limit:
+            flush()
+    flush()
+    # Over the index that each shard's own write left.
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

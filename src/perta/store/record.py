@@ -1,0 +1,127 @@
+"""What made an output: settings, inputs by fingerprint, versions, timings.
+
+Every output carries such a record: folders in `perta.json`, result files under the key
+`perta`. Its `key` is a hash of the stage, the settings that can change the result and the
+content of every input, so a finished stage is reused exactly when nothing it depends on has
+changed and its files are still those it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from perta.version import __version__
+
+MANIFEST = "perta.json"
+
+# They decide where and how fast a result appears, not what it is.
+NOT_IN_KEY = {
+    "output",
+    "overwrite",
+    "work_dir",
+    "threads",
+    "edit_threads",
+    "show_samples",
+    "direction",
+    "solve_device",
+    "save_every",
+}
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, nested classes flattened as on the command line."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(settings_of(value))
+        else:
+            flat[item.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash of all that decides a stage's result.
+
+    Args:
+        stage: name of the stage.
+        settings: resolved settings; where an input lies is replaced by what it holds.
+        inputs: name -> fingerprint of every input.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
+    deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
+    record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
+    text = json.dumps(record, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_manifest(
+    stage: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    *,
+    seconds: Mapping[str, float] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The record of one finished stage.
+
+    Args:
+        stage: name of the stage.
+        settings: resolved settings.
+        inputs: name -> fingerprint of every input.
+        seconds: duration of each step.
+        **more: results worth keeping, such as final losses.
+
+    Returns:
+        Plain values, ready for JSON.
+    """
+    return {
+        "stage": stage,
+        "key": stage_key(stage, settings, inputs),
+        "settings": {k: v for k, v in settings.items() if k != "overwrite"},
+        "inputs": dict(inputs),
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": {k: round(v, 3) for k, v in (seconds or {}).items()},
+        **more,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "safetensors")
+    return {
+        "perta": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The record of an output folder or results file; None if it has none."""
+    file = path / MANIFEST if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if path.is_file() and isinstance(record, dict):
+        record = record.get("perta")
+    return record if isinstance(record, dict) else None
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a folder's record in one step, so that no half of it is ever read."""
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
+    partial.replace(folder / MANIFEST)

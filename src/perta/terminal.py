@@ -1,0 +1,144 @@
+"""Results as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from perta.store.costs import details, duration
+
+if TYPE_CHECKING:
+    from perta.report.tables import Cost
+
+Results = Mapping[str, Any]
+
+SETS = ("forget", "retain", "holdout")
+COLUMNS = {
+    "loss": "loss",
+    "probability": "prob.",
+    "rougeL_recall": "ROUGE-L",
+    "exact_memorization": "exact mem.",
+    "extraction_strength": "extr. str.",
+}
+
+
+_WIDE = 1000
+
+
+def print_comparison(models: Mapping[str, Results], title: str | None = None) -> None:
+    """One table per set: a row per model, a column per metric.
+
+    Args:
+        models: name -> results as `evaluate` wrote them.
+        title: heading of the tables.
+    """
+    for name in SETS:
+        present = [
+            metric
+            for metric in COLUMNS
+            if any(f"{name}_{metric}" in results for results in models.values())
+        ]
+        if not present:
+            continue
+        table = Table(title=f"{title + ': ' if title else ''}{name} set", title_justify="left")
+        table.add_column("model")
+        for metric in present:
+            table.add_column(COLUMNS[metric], justify="right")
+        for model, results in models.items():
+            cells = [_cell(results.get(f"{name}_{metric}")) for metric in present]
+            table.add_row(escape(model), *cells)
+        _console().print(table)
+
+
+def print_samples(models: Mapping[str, Results], count: int) -> None:
+    """Generated answers side by side with the reference, for the first `count` forget rows."""
+    if count <= 0:
+        return
+    for name in ("forget", "retain"):
+        key = f"{name}_rougeL_recall"
+        rows: Mapping[str, Any] = next(
+            (r[key]["value_by_index"] for r in models.values() if key in r), {}
+        )
+        for index in list(rows)[:count]:
+            table = Table(title=f"{name} example {int(index) + 1}", title_justify="left")
+            table.add_column("")
+            table.add_column("answer", overflow="fold")
+            table.add_row("question", escape(rows[index]["input"]))
+            table.add_row("reference", escape(rows[index]["ground_truth"]))
+            for model, results in models.items():
+                entry = results.get(key, {}).get("value_by_index", {}).get(index)
+                if entry is not None:
+                    table.add_row(escape(model), escape(entry["generation"].strip()))
+            _console().print(table)
+
+
+def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
+    """What each way to forget took, against retraining where that is known.
+
+    Args:
+        found: from `report.tables.costs`, as the page and its tables have them.
+        retraining: seconds.
+    """
+    table = Table(title="cost", title_justify="left")
+    for column in ("way", "took", "share of retraining"):
+        right = column != "way"
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    table.add_column("of which", overflow="fold")
+    if retraining is not None:
+        table.add_row("retrained", duration(retraining), "100%", "tuning without the forget set")
+    for cost in found:
+        share = "–" if cost.share is None else f"{cost.share:.0%}"
+        stages = details({segment.name: segment.seconds for segment in cost.segments})
+        apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
+        table.add_row(escape(cost.label), duration(cost.total), share, stages + apart)
+    _console().print(table)
+
+
+def print_metrics(results: Results) -> None:
+    """Every metric of a benchmark, with the reason where one is missing."""
+    table = Table()
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, metric in results.items():
+        if isinstance(metric, Mapping) and "agg_value" in metric:
+            value = metric["agg_value"]
+            reason = f"– ({metric.get('missing', 'no value')})"
+            table.add_row(escape(name), reason if value is None else f"{value:.4g}")
+    _console().print(table)
+
+
+def print_methods() -> None:
+    """The tables of methods."""
+    from perta.methods.objectives import TRAINING_METHODS
+    from perta.methods.table import METHODS
+
+    edits = [(m.name, m.formula, m.summary, m.source) for m in METHODS.values()]
+    trained = [(m.name, m.formula, m.summary, m.source) for m in TRAINING_METHODS.values()]
+    _print_methods("Edits of the weights", "W", edits)
+    _print_methods("Training from the full model", "loss", trained)
+
+
+def _print_methods(title: str, formula: str, rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("method", formula, "what it does", "source"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
+def _cell(metric: Mapping[str, Any] | None) -> str:
+    value = None if metric is None else metric.get("agg_value")
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Nothing is cut where nobody looks at it: a file or a pipe has no width.
+        console.width = max(console.width, _WIDE)
+    return console

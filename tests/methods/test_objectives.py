@@ -1,0 +1,273 @@
+"""Every unlearning objective against its formula, worked token by token in plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from perta.errors import ConfigError
+from perta.methods.objectives import (
+    TRAINING_METHODS,
+    Scene,
+    answer_log_probs,
+    control_vector,
+    distance,
+    divergence,
+    get_training_method,
+    labelled_positions,
+    lowered_logit_distillation,
+    negative_preference,
+    preference,
+    steered_layer,
+    weighted_ascent,
+)
+from perta.models.loss import AnswerLogits, mean_by_example
+
+# Two forget examples, of three and two labelled tokens, over a vocabulary of four.
+LOGITS = [
+    [2.0, -1.0, 0.5, 0.0],
+    [0.3, 0.2, -0.7, 1.9],
+    [-0.4, 1.1, 0.0, 0.6],
+    [1.5, 1.4, -2.0, 0.1],
+    [0.0, -0.3, 0.8, -1.2],
+]
+REFERENCE = [
+    [1.0, 0.0, 0.2, -0.5],
+    [0.1, 0.9, -0.1, 0.4],
+    [0.6, -0.2, 0.3, 0.0],
+    [-0.7, 0.5, 0.5, 1.0],
+    [0.2, 0.2, 1.7, -0.6],
+]
+TARGETS = [0, 3, 1, 1, 2]
+EXAMPLE = [0, 0, 0, 1, 1]
+REFUSAL_LOGITS = [[0.2, 0.1, 0.9, -1.0], [1.0, 0.4, 0.0, 0.7], [-0.5, 0.5, 0.2, 0.3]]
+REFUSAL_TARGETS = [2, 0, 3]
+REFUSAL_EXAMPLE = [0, 1, 1]
+REFUSAL_REFERENCE = [[0.0, 0.3, 0.4, 0.1], [0.2, 0.2, 0.2, 0.9], [0.7, -0.1, 0.0, 0.4]]
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    total = sum(math.exp(v) for v in logits)
+    return [math.exp(v) / total for v in logits]
+
+
+def token_log_probs(
+    logits: Sequence[Sequence[float]], targets: Sequence[int], example: Sequence[int], which: int
+) -> list[float]:
+    return [
+        math.log(softmax(row)[target])
+        for row, target, of in zip(logits, targets, example, strict=True)
+        if of == which
+    ]
+
+
+def forget_tokens(which: int, logits: Sequence[Sequence[float]] = LOGITS) -> list[float]:
+    return token_log_probs(logits, TARGETS, EXAMPLE, which)
+
+
+def refusal_tokens(which: int, logits: Sequence[Sequence[float]] = REFUSAL_LOGITS) -> list[float]:
+    return token_log_probs(logits, REFUSAL_TARGETS, REFUSAL_EXAMPLE, which)
+
+
+def answers(
+    logits: Sequence[Sequence[float]], targets: Sequence[int], example: Sequence[int]
+) -> AnswerLogits:
+    values = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    return AnswerLogits(values, torch.tensor(targets), torch.tensor(example))
+
+
+def scene(beta: float = 0.0, beta2: float = 0.0, margin: float = 0.0) -> Scene:
+    return Scene(
+        answers(LOGITS, TARGETS, EXAMPLE),
+        2,
+        beta=beta,
+        beta2=beta2,
+        margin=margin,
+        reference_log_probs=torch.tensor(
+            [sum(forget_tokens(i, REFERENCE)) for i in range(2)], dtype=torch.float64
+        ),
+        reference_logits=torch.tensor(REFERENCE, dtype=torch.float64),
+        refusals=answers(REFUSAL_LOGITS, REFUSAL_TARGETS, REFUSAL_EXAMPLE),
+        reference_refusal_log_probs=torch.tensor(
+            [sum(refusal_tokens(i, REFUSAL_REFERENCE)) for i in range(2)], dtype=torch.float64
+        ),
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def by_hand_ga(i: int) -> float:
+    return mean(forget_tokens(i))
+
+
+def by_hand_npo(i: int) -> float:
+    ratio = math.exp(sum(forget_tokens(i)) - sum(forget_tokens(i, REFERENCE)))
+    return 2 / 0.3 * math.log(1 + ratio**0.3)
+
+
+def by_hand_simnpo(i: int) -> float:
+    log_prob, length = sum(forget_tokens(i)), len(forget_tokens(i))
+    return -2 / 0.3 * math.log(sigmoid(-0.3 / length * log_prob - 0.2))
+
+
+def by_hand_dpo(i: int) -> float:
+    preferred = sum(refusal_tokens(i)) - sum(refusal_tokens(i, REFUSAL_REFERENCE))
+    rejected = sum(forget_tokens(i)) - sum(forget_tokens(i, REFERENCE))
+    return -2 / 0.3 * math.log(sigmoid(0.3 * (preferred - rejected)))
+
+
+def by_hand_wga(i: int) -> float:
+    return mean([math.exp(lp) ** 0.3 * lp for lp in forget_tokens(i)])
+
+
+def by_hand_satimp(i: int) -> float:
+    return mean([math.exp(lp) ** 0.3 * (1 - math.exp(lp)) ** 0.7 * lp for lp in forget_tokens(i)])
+
+
+def by_hand_undial(i: int) -> float:
+    terms = []
+    for new, old, target, of in zip(LOGITS, REFERENCE, TARGETS, EXAMPLE, strict=True):
+        lowered = [v - (0.3 if k == target else 0.0) for k, v in enumerate(old)]
+        soft = softmax(lowered)
+        if of == i:
+            terms.append(-sum(q * math.log(p) for q, p in zip(soft, softmax(new), strict=True)))
+    return mean(terms)
+
+
+BY_HAND: dict[str, tuple[Callable[[int], float], Scene]] = {
+    "ga": (by_hand_ga, scene()),
+    "graddiff": (by_hand_ga, scene()),
+    "kl": (by_hand_ga, scene()),
+    "npo": (by_hand_npo, scene(beta=0.3)),
+    "npo-retain": (by_hand_npo, scene(beta=0.3)),
+    "simnpo": (by_hand_simnpo, scene(beta=0.3, margin=0.2)),
+    "dpo": (by_hand_dpo, scene(beta=0.3)),
+    "idkpo": (lambda i: -mean(forget_tokens(i)), scene()),
+    "wga": (by_hand_wga, scene(beta=0.3)),
+    "satimp": (by_hand_satimp, scene(beta=0.3, beta2=0.7)),
+    "undial": (by_hand_undial, scene(beta=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_forget_term_is_the_formula(name: str) -> None:
+    formula, given = BY_HAND[name]
+    term = TRAINING_METHODS[name].forget
+    assert term is not None
+    assert term(given).tolist() == pytest.approx([formula(0), formula(1)], rel=1e-12)
+
+
+def test_every_method_with_a_forget_term_is_worked_by_hand() -> None:
+    assert set(BY_HAND) == {name for name, row in TRAINING_METHODS.items() if row.forget}
+
+
+def test_the_divergence_is_of_the_new_prediction_from_the_old() -> None:
+    found = divergence(
+        torch.tensor(LOGITS, dtype=torch.float64), torch.tensor(REFERENCE, dtype=torch.float64)
+    )
+    for value, new, old in zip(found.tolist(), LOGITS, REFERENCE, strict=True):
+        p, q = softmax(old), softmax(new)
+        assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def test_the_distance_is_the_mean_square_over_components() -> None:
+    found = distance(torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([3.0, 2.0]))
+    assert found.tolist() == [2.0, 9.0]
+
+
+def gradient(term: Callable[[Tensor], Tensor], logits: Sequence[Sequence[float]]) -> Tensor:
+    values = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(term(values), values)
+    return found
+
+
+def summed_log_prob(logits: Tensor) -> Tensor:
+    given = AnswerLogits(logits, torch.tensor(TARGETS), torch.tensor(EXAMPLE))
+    return answer_log_probs(given, 2).sum()
+
+
+def npo(beta: float, reference: Tensor) -> Callable[[Tensor], Tensor]:
+    def term(logits: Tensor) -> Tensor:
+        given = AnswerLogits(logits, torch.tensor(TARGETS), torch.tensor(EXAMPLE))
+        return negative_preference(answer_log_probs(given, 2) - reference, beta).sum()
+
+    return term
+
+
+def test_npo_at_the_full_model_is_ascent_whatever_beta() -> None:
+    ratio = torch.zeros(1, dtype=torch.float64)
+    for beta in (0.05, 0.1, 1.0, 4.0):
+        assert negative_preference(ratio, beta).item() == pytest.approx(2 / beta * math.log(2))
+    at = torch.tensor([sum(forget_tokens(i)) for i in range(2)], dtype=torch.float64)
+    for beta in (0.1, 2.0):
+        torch.testing.assert_close(
+            gradient(npo(beta, at), LOGITS), gradient(summed_log_prob, LOGITS)
+        )
+
+
+def test_npo_tends_to_ascent_for_small_beta_and_fades_for_large() -> None:
+    away = torch.tensor([sum(forget_tokens(i, REFERENCE)) for i in range(2)], dtype=torch.float64)
+    ascent = gradient(summed_log_prob, LOGITS)
+    torch.testing.assert_close(gradient(npo(1e-6, away), LOGITS), ascent, rtol=1e-5, atol=1e-8)
+    forgotten = away + 50  # far less likely than under the full model
+    assert gradient(npo(1.0, forgotten), LOGITS).abs().max() < 1e-9
+
+
+def test_dpo_at_the_full_model_is_log_two() -> None:
+    same = torch.tensor([-3.0, -7.5], dtype=torch.float64)
+    assert preference(same, same, 0.4).tolist() == pytest.approx([math.log(2)] * 2)
+    assert preference(same + 9, same, 1.0)[0] < 1e-3 < preference(same, same + 9, 1.0)[0]
+
+
+def test_weights_of_tokens_are_constant_in_the_gradient() -> None:
+    losses = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(weighted_ascent(losses, 2.0, 1.0).sum(), losses)
+    wanted = [-(math.exp(-v) ** 2) * (1 - math.exp(-v)) for v in losses.tolist()]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-12)
+    plain = weighted_ascent(losses, 0.0)
+    torch.testing.assert_close(plain, -losses)
+
+
+def test_distillation_with_nothing_lowered_asks_for_nothing() -> None:
+    old = torch.tensor(REFERENCE, dtype=torch.float64)
+    targets = torch.tensor(TARGETS)
+
+    def term(beta: float) -> Callable[[Tensor], Tensor]:
+        return lambda logits: lowered_logit_distillation(logits, old, targets, beta).sum()
+
+    assert gradient(term(0.0), REFERENCE).abs().max() < 1e-12
+    pulled = gradient(term(3.0), REFERENCE)
+    assert all(pulled[i, target] > 0 for i, target in enumerate(TARGETS))
+
+
+def test_the_control_vector_is_a_seeded_direction_of_the_given_length() -> None:
+    vector = control_vector(64, 6.5, 3)
+    assert vector.norm().item() == pytest.approx(6.5, rel=1e-6)
+    assert bool((vector >= 0).all())
+    assert torch.equal(vector, control_vector(64, 6.5, 3))
+    assert not torch.equal(vector, control_vector(64, 6.5, 4))
+
+
+def test_small_parts() -> None:
+    assert [steered_layer(n) for n in (2, 16, 30)] == [1, 7, 7]
+    labels = torch.tensor([[-100, 5, 6], [-100, -100, 7]])
+    example, position = labelled_positions(labels)
+    assert (example.tolist(), position.tolist()) == ([0, 0, 1], [1, 2, 2])
+    means = mean_by_example(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2)
+    assert means.tolist() == [2.0, 5.0]
+
+
+def test_an_unknown_method_gets_the_nearest_name() -> None:
+    assert get_training_method("NPO_retain").name == "npo-retain"
+    with pytest.raises(ConfigError, match="did you mean `simnpo`"):
+        get_training_method("simpno")

@@ -1,0 +1,303 @@
+"""`--scaling-coef auto`: what unseen means, the trials, the pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TUNE, World
+from perta.data.batch import IGNORE, Encoded
+from perta.data.examples import load_examples
+from perta.data.rows import write_jsonl
+from perta.errors import ConfigError
+from perta.models.facts import Fact, find_facts
+from perta.models.load import load_model, load_tokenizer
+from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
+from perta.recipes.unlearn import unlearn, work_folder
+from perta.stages.edit import edit_checkpoint
+from perta.stages.settings import EditConfig
+from perta.store.checkpoint import open_index, read_tensor, write_tensors
+
+
+def facts(count: int, wrong: int = 0) -> list[Fact]:
+    one = Encoded((1, 2), (IGNORE, 2), 1)
+    return [Fact(i + 1, one, (one,) * wrong, "answer") for i in range(count)]
+
+
+def test_the_edge_is_where_unseen_rows_pass_half_of_the_time() -> None:
+    """Rows and the unseen are drawn alike; the share of draws that pass is counted."""
+    chance = random.Random(0)
+    for rows, unseen in ((1, 21), (18, 72), (18, 18), (5, 40), (100, 400)):
+        passed = dict.fromkeys((edge_of(rows, unseen), edge_of(rows, unseen) + 1), 0)
+        for _ in range(4000):
+            worst = min(chance.random() for _ in range(rows))
+            below = sum(chance.random() <= worst for _ in range(unseen))
+            for k in passed:
+                passed[k] += below >= k
+        inside, outside = passed.values()
+        assert inside >= 0.47 * 4000
+        assert outside <= 0.53 * 4000
+    assert edge_of(18, 72) == 3  # 72/90 · 71/89 · 70/88 = .508, and · 69/87 = .403
+    assert edge_of(18, 4) == edge_of(1, 1) == 1
+
+
+def test_bounds_by_a_held_out_set() -> None:
+    """12 unseen facts, 3 rows: 12/15 · 11/14 = .63, and · 10/13 = .48, so k = 2."""
+    unseen = judge_by([5, 1, 3, 2, 4, 6, 7, 8, 9, 10, 11, 12], facts(3), HELD_OUT)
+    assert unseen.least == (2, 2, 2)
+    assert unseen.quartile == 3
+    assert unseen.most == 6.5 + 2 * (11 - 6.5)
+    assert unseen.standing_out([1.9, 3.0, 9]) == [0]
+    assert unseen.standing_out([2.1, 2.9, 9]) == [0, 1]  # at the edge, all but one
+    assert unseen.standing_out([2.1, 3.0, 9]) == []
+    assert unseen.over_forgotten([15.4, 15.6, 2]) == [1]
+
+
+def test_bounds_by_the_base_model_are_each_rows_own() -> None:
+    base = [0.1, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]  # lower quartile: the second
+    assert judge_by(base, facts(7), BASE).least == (0.1, 1, 1, 1, 1, 1, 1)
+    chance = math.log(1 + 1)
+    choices = judge_by(base, facts(7, wrong=1), CHOICES)
+    assert choices.least == (0.1, *[chance] * 6)
+    # Seven facts are too few to tell what lies far beyond them.
+    assert choices.over_forgotten([99.0] * 7) is None
+    assert judge_by(base[:1], facts(1), BASE).standing_out([0.05]) == [0]
+
+
+class Fake:
+    """In place of a model: the strength that it was moved to."""
+
+    def __init__(self) -> None:
+        self.model = self
+        self.strength = 0.0
+        self.asked: list[tuple[float, int, str]] = []
+
+    def move(self, strength: float) -> None:
+        self.strength = strength
+
+
+def trials(monkeypatch: pytest.MonkeyPatch, edges: list[float], harm: float) -> tuple[Trials, Fake]:
+    """Rows that are forgotten from a strength of their own; loss `harm` · α on retained rows."""
+    fake, unseen = Fake(), judge_by([1.0] * 20, facts(len(edges)), BASE)
+    unseen = replace(unseen, least=(1.0,) * len(edges))
+
+    def losses(model: Fake, groups: list[tuple[Encoded, ...]], _pad: int) -> list[list[float]]:
+        kind = "forget" if groups[0][0].row else "retain"
+        model.asked.append((model.strength, len(groups), kind))
+        if kind == "retain":
+            return [[harm * model.strength]] * len(groups)
+        return [[model.strength / edges[group[0].row - 1]] for group in groups]
+
+    monkeypatch.setattr("perta.recipes.strength._losses", losses)
+    rows = [replace(fact, encoded=replace(fact.encoded, row=fact.row)) for fact in unseen.facts]
+    retain = [Encoded((1, 2), (IGNORE, 2), 0)] * 8
+    made = Trials(fake, replace(unseen, facts=tuple(rows)), retain, 0.1, 0)  # type: ignore[arg-type]
+    return made, fake
+
+
+def test_the_last_row_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = trials(monkeypatch, [0.5] * 39 + [2.9], harm=0.01)
+    strength, reached = made.search()
+    assert reached
+    assert 2.9 <= strength <= 2.9 * 1.05
+    assert made.is_monotone()
+
+
+def test_few_rows_reject_a_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row that stood out is asked first; the others only where it passes."""
+    made, fake = trials(monkeypatch, [0.5] * 39 + [2.9], harm=0.01)
+    made.search()
+    failing = [(rows, kind) for strength, rows, kind in fake.asked if 0.5 < strength < 2.9]
+    assert {rows for rows, kind in failing if kind == "forget"} == {16}
+    # Retained rows: at 0, once on the way, at the strength found.
+    assert sum(kind == "retain" for _, _, kind in fake.asked) == 3
+
+
+def test_what_the_budget_leaves_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = trials(monkeypatch, [0.5, 0.6, 4.0], harm=0.1)
+    strength, reached = made.search()
+    assert not reached
+    assert 0.95 < strength <= 1
+    assert [value >= 1 for value in made.all_rows(strength)] == [True, True, False]
+
+
+def test_a_row_that_comes_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = trials(monkeypatch, [0.5, 0.6, 4.0], harm=0.1)
+    made.search()
+    assert made.is_monotone()
+    made, _ = trials(monkeypatch, [0.5, 0.6, 4.0], harm=0.1)
+
+    def losses(model: Fake, groups: list[tuple[Encoded, ...]], _pad: int) -> list[list[float]]:
+        scale = 0.9 if groups[0][0].row else 0.01
+        return [[scale * math.sin(model.strength)]] * len(groups)
+
+    monkeypatch.setattr("perta.recipes.strength._losses", losses)
+    made.search()
+    assert not made.is_monotone()
+
+
+# --- the pipeline ---------------------------------------------------------------------------
+
+
+def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "weighting": WeightingConfig(method=method, scaling_coef="auto"),
+        "tune": TUNE,
+        "evaluate": False,
+        "retain_budget": 5.0,
+        **more,
+    }
+    return UnlearnConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        output=output,
+        **settings,
+    )
+
+
+def loss_of(model: Any, encoded: Encoded) -> tuple[float, int]:
+    """Mean loss of the labelled tokens by one plain pass in float64, and their number."""
+    with torch.no_grad():
+        logits = model(torch.tensor([encoded.input_ids])).logits[0].double().log_softmax(-1)
+    places = [t for t, label in enumerate(encoded.labels) if label != IGNORE and t]
+    losses = [-float(logits[t - 1, encoded.labels[t]]) for t in places]
+    return math.fsum(losses) / len(losses), len(losses)
+
+
+def surprise_of(model: Any, fact: Fact, kind: str) -> float:
+    """Loss, or -log of the normalised probability among the answers."""
+    if kind != CHOICES:
+        return loss_of(model, fact.encoded)[0]
+    sums = [loss * count for loss, count in (loss_of(model, s) for s in fact.sequences)]
+    right, *wrong = sums[1:] if fact.right else sums
+    return math.log(1 + math.fsum(math.exp(right - other) for other in wrong))
+
+
+def plain_rows(world: World, folder: Path) -> str:
+    """The forget set without wrong answers."""
+    rows = [json.loads(line) for line in world.forget.read_text("utf-8").splitlines()]
+    kept = [{k: row[k] for k in ("question", "answer")} for row in rows]
+    return str(write_jsonl(kept, folder / "forget.jsonl"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [BASE, CHOICES, HELD_OUT])
+def test_the_record_is_that_of_the_written_checkpoint(
+    world: World, tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    """Every figure against plain passes over what was stored, in its own type."""
+    settings = config(world, tmp_path / "out", "perta-project")
+    if kind == BASE:
+        settings = replace(settings, forget=plain_rows(world, tmp_path))
+    if kind == HELD_OUT:
+        settings = replace(settings, holdout=str(world.forget.with_name("holdout.jsonl")))
+    full = tmp_path / "full"
+    full.mkdir()
+    for file in world.full.iterdir():
+        (full / file.name).write_bytes(file.read_bytes())
+    index = open_index(world.full)
+    write_tensors(full, {n: read_tensor(e).to(dtype) for n, e in index.tensors.items()})
+    settings = replace(settings, full=str(full))
+    result = unlearn(settings)
+    record = result.manifest["unlearn"]["strength"]
+    assert json.loads((work_folder(settings) / "strength.json").read_text("utf-8")) == record
+    assert record["calibrated_on"] == kind
+    assert result.manifest["settings"]["scaling_coef"] == record["scaling_coef"] > 0
+    assert result.manifest["unlearn"]["settings"]["scaling_coef"] == "auto"
+    assert {e.dtype for e in open_index(result.folder).tensors.values()} == {dtype}
+
+    tokenizer = load_tokenizer(world.full)
+    base, edited, before = (
+        load_model(f, ComputeConfig(), dtype=torch.float32)
+        for f in (world.base, result.folder, full)
+    )
+    forget = find_facts(load_examples(settings.forget), tokenizer, DataConfig(), base=base)
+    values = [surprise_of(edited, fact, kind) for fact in forget]
+    for row, fact, value in zip(record["rows"], forget, values, strict=True):
+        assert row["row"] == fact.row
+        assert row["surprise"] == pytest.approx(value, rel=1e-3, abs=1e-4)
+    least = [row["least"] for row in record["rows"]]
+    if kind == HELD_OUT:
+        unseen = find_facts(load_examples(settings.holdout or ""), tokenizer, base=base)
+        losses = sorted(surprise_of(before, fact, kind) for fact in unseen)
+        assert least == pytest.approx([losses[edge_of(2, len(losses)) - 1]] * 2, rel=1e-3)
+    else:
+        own = [surprise_of(base, fact, kind) for fact in forget]
+        caps = [math.log(6) if kind == CHOICES else math.inf] * 2
+        assert least == pytest.approx([min(*own, cap) for cap in caps], rel=1e-3)
+    out = [row for row, value, t in zip(forget, values, least, strict=True) if value < t - 1e-4]
+    assert record["standing_out"] == [fact.row for fact in out] or kind == HELD_OUT
+    assert record["reached"] == (not record["standing_out"])
+    # A second run computes nothing; the record stays.
+    assert unlearn(settings).manifest["unlearn"]["strength"] == record
+
+
+def test_the_budget_leaves_rows_that_are_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(world, tmp_path / "out", "perta-project", retain_budget=0.01)
+    record = unlearn(settings).manifest["unlearn"]
+    assert not record["strength"]["reached"]
+    assert record["strength"]["standing_out"] == [1, 2]
+    rise = record["strength"]["retain_loss"] - record["strength"]["retain_loss_before"]
+    assert rise <= 0.01
+    assert "2 of 2 facts still stand out" in capsys.readouterr().err.replace("\n", " ")
+    assert record["settings"]["retain_budget"] == 0.01
+    # What the search computed is in the record, stage by stage.
+    assert record["passes"]["strength"] == record["strength"]["tokens"] > 0
+    assert record["passes"]["calibrate"] > 0
+    assert {"calibrate", "strength"} <= set(record["seconds"])
+
+
+def test_what_looks_unseen_before_the_edit_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration that the full model passes would choose no edit at all."""
+    monkeypatch.setattr("perta.recipes.unlearn.finetune_checkpoint", None)
+    settings = config(world, tmp_path / "out", "perta-project")
+    for line in world.retain.read_text("utf-8").splitlines():
+        seen = write_jsonl([json.loads(line)], tmp_path / "seen.jsonl")
+        with pytest.raises(ConfigError, match=r"1 of 1 facts .* look learned .*Is --holdout"):
+            unlearn(replace(settings, holdout=str(seen)))
+    with pytest.raises(ConfigError, match="hold the same rows"):
+        unlearn(replace(settings, holdout=str(world.retain)))
+    with pytest.raises(ConfigError, match=r"looks unseen .* Was it tuned on the forget set"):
+        unlearn(replace(settings, holdout=None, full=str(world.base)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf])
+def test_the_budget_is_a_number(world: World, tmp_path: Path, budget: float) -> None:
+    with pytest.raises(ConfigError, match="retain-budget"):
+        config(world, tmp_path / "out", "perta-project", retain_budget=budget)
+
+
+def test_what_a_killed_search_left_is_cleared_away(world: World, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "out", "tv")
+    left = work_folder(settings) / ".strength.partial-99999999"
+    left.mkdir(parents=True)
+    unlearn(settings)
+    assert not [path.name for path in work_folder(settings).iterdir() if "partial" in path.name]
+
+
+def test_a_strength_needs_examples(world: World, tmp_path: Path) -> None:
+    edit = EditConfig(
+        full=str(world.full),
+        base=str(world.base),
+        forget_checkpoint=str(world.full),
+        output=tmp_path / "out",
+        weighting=WeightingConfig(method="tv", scaling_coef="auto"),
+    )
+    with pytest.raises(ConfigError, match="perta unlearn"):
+        edit_checkpoint(edit)

@@ -1,0 +1,316 @@
+"""The whole pipeline: order, reuse, invalidation, refusal, interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import perta.recipes.unlearn
+from conftest import TUNE, World
+from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError, PertaError
+from perta.options import EstimatorConfig, ScoringConfig, WeightingConfig
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.unlearn import Unlearned, aggregates, unlearn, work_folder
+from perta.report.collect import collect
+from perta.store.checkpoint import open_index, read_tensor
+from perta.store.fingerprint import fingerprint
+from perta.store.record import read_manifest
+
+
+def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
+    settings: dict[str, Any] = {
+        "weighting": WeightingConfig(method="perta-grad", scaling_coef=1.5),
+        "tune": TUNE,
+        "scoring": ScoringConfig(max_new_tokens=12),
+        **more,
+    }
+    return UnlearnConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        output=output,
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[UnlearnConfig, Unlearned]:
+    settings = config(world, tmp_path_factory.mktemp("run") / "out")
+    return settings, unlearn(settings)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def test_it_forgets_more_than_it_loses(run: tuple[UnlearnConfig, Unlearned]) -> None:
+    _, result = run
+    assert result.before is not None
+    assert result.after is not None
+    before, after = aggregates(result.before), aggregates(result.after)
+    assert before["forget_probability"] > 0.8
+    assert after["forget_probability"] < 0.5 * before["forget_probability"]
+    assert after["retain_probability"] > after["forget_probability"]
+    for name in ("loss", "rougeL_recall", "exact_memorization", "extraction_strength"):
+        assert f"retain_{name}" in after
+
+
+def test_the_output_is_a_complete_checkpoint(run: tuple[UnlearnConfig, Unlearned]) -> None:
+    settings, result = run
+    model: Any = AutoModelForCausalLM.from_pretrained(result.folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(result.folder)
+    chat = [{"role": "user", "content": "Where?"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+    assert (result.folder / "generation_config.json").exists()
+    card = (result.folder / "README.md").read_text("utf-8")
+    assert "perta-grad" in card
+    rows = Path(settings.forget).read_text("utf-8").splitlines()
+    answers = [json.loads(row)["answer"] for row in rows]
+    written = [p.read_text("utf-8") for p in result.folder.glob("*") if p.suffix in (".md", "")]
+    manifest = (result.folder / "perta.json").read_text("utf-8")
+    for text in (*written, manifest):
+        assert not any(answer in text for answer in answers)
+
+
+def test_the_manifest_traces_the_result(run: tuple[UnlearnConfig, Unlearned], world: World) -> None:
+    manifest = run[1].manifest
+    record = manifest["unlearn"]
+    assert record["inputs"]["base"] == fingerprint(world.base)
+    assert record["inputs"]["full"] == fingerprint(world.full)
+    assert record["settings"]["scaling_coef"] == 1.5
+    assert record["settings"]["device"] == "cpu"
+    assert record["settings"]["seed"] == 0
+    assert record["versions"]["torch"] == torch.__version__
+    assert set(record["seconds"]) >= {"finetune", "forget_importance", "retain_importance", "edit"}
+    assert record["evaluation"]["after"]["forget_loss"] > 0
+    assert len(manifest["edit"]["tensors"]) > 10
+
+
+def test_the_edit_is_the_formula(run: tuple[UnlearnConfig, Unlearned], world: World) -> None:
+    settings, result = run
+    work = work_folder(settings)
+    folders = {
+        "full": world.full,
+        "base": world.base,
+        "tuned": work / "forget_checkpoint",
+        "out": result.folder,
+        "forget": work / "forget_importance" / "order-1",
+        "retain": work / "retain_importance" / "order-1",
+    }
+    indices = {name: open_index(folder) for name, folder in folders.items()}
+    for name in indices["full"].tensors:
+        t = {k: read_tensor(index.tensors[name]).double() for k, index in indices.items()}
+        total = t["forget"] + t["retain"]
+        weighting = torch.where(total > 0, t["forget"] / total.where(total > 0, 1), 0)
+        expected = t["full"] - 1.5 * weighting * (t["tuned"] - t["base"])
+        torch.testing.assert_close(t["out"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_run_computes_nothing(
+    run: tuple[UnlearnConfig, Unlearned], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, result = run
+    before = stamps(settings.output.parent)
+    for stage in ("finetune_checkpoint", "compute_importance", "edit_checkpoint"):
+        monkeypatch.setattr(perta.recipes.unlearn, stage, None)
+    again = unlearn(settings)
+    assert stamps(settings.output.parent) == before
+    assert again.after == result.after
+
+
+def test_another_strength_reuses_everything_but_the_edit(
+    run: tuple[UnlearnConfig, Unlearned],
+) -> None:
+    settings, _ = run
+    work = work_folder(settings)
+    before = stamps(work)
+    stronger = replace(
+        settings,
+        output=settings.output.with_name("stronger"),
+        work_dir=work,
+        weighting=WeightingConfig(method="perta-grad", scaling_coef=2.0),
+        evaluate=False,
+    )
+    result = unlearn(stronger)
+    assert stamps(work) == before
+    assert fingerprint(result.folder) != fingerprint(settings.output)
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ({"tune": replace(TUNE, seed=3)}, {"forget_checkpoint"}),
+        (
+            {"estimator": EstimatorConfig(importance_samples="1")},
+            {"forget_importance", "retain_importance"},
+        ),
+        ({"importance_at": "full"}, {"forget_importance", "retain_importance"}),
+        (
+            {"weighting": WeightingConfig(method="perta-fisher")},
+            {"forget_importance", "retain_importance"},
+        ),
+    ],
+)
+def test_a_change_redoes_what_depends_on_it_and_no_more(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    change: dict[str, Any],
+    redone: set[str],
+) -> None:
+    settings, _ = run
+    work = tmp_path / "work"
+    shutil.copytree(work_folder(settings), work, copy_function=shutil.copy2)
+    before = stamps(work)
+    unlearn(replace(settings, output=tmp_path / "out", work_dir=work, evaluate=False, **change))
+    after = stamps(work)
+    changed = {
+        Path(name).relative_to(work).parts[0] for name in after if after[name] != before.get(name)
+    }
+    assert changed == redone
+
+
+def test_a_changed_forget_set_redoes_all_that_saw_it(
+    run: tuple[UnlearnConfig, Unlearned], world: World, tmp_path: Path
+) -> None:
+    settings, _ = run
+    work = tmp_path / "work"
+    shutil.copytree(work_folder(settings), work, copy_function=shutil.copy2)
+    before = stamps(work)
+    fewer = tmp_path / "forget.jsonl"
+    fewer.write_text(world.forget.read_text("utf-8").splitlines()[0] + "\n", "utf-8")
+    unlearn(
+        replace(settings, forget=str(fewer), output=tmp_path / "out", work_dir=work, evaluate=False)
+    )
+    after = stamps(work)
+    changed = {
+        Path(name).relative_to(work).parts[0] for name in after if after[name] != before.get(name)
+    }
+    assert changed == {"forget_checkpoint", "forget_importance"}
+
+
+def test_an_output_made_otherwise_stops_the_run_at_once(
+    run: tuple[UnlearnConfig, Unlearned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings, _ = run
+    monkeypatch.setattr(perta.recipes.unlearn, "finetune_checkpoint", None)
+    with pytest.raises(OutputExistsError, match="made with other scaling_coef"):
+        unlearn(replace(settings, weighting=WeightingConfig(method="perta-grad", scaling_coef=3.0)))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OutputExistsError, match="was not made by perta"):
+        unlearn(replace(settings, output=tmp_path / "mine"))
+
+
+def test_an_edited_output_is_not_taken_for_finished(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    settings, result = run
+    copy = tmp_path / "out"
+    shutil.copytree(result.folder, copy)
+    (copy / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(OutputExistsError, match="was changed since"):
+        unlearn(replace(settings, output=copy, work_dir=work_folder(settings)))
+
+
+def test_an_interrupted_run_leaves_no_output_and_resumes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(world, tmp_path / "out", evaluate=False)
+
+    def interrupted(*_args: Any, **_more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("perta.engine.edit.write.copy_companions", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn(settings)
+    assert {p.name for p in tmp_path.iterdir()} == {"out.work"}
+    before = stamps(work_folder(settings))
+    unlearn(settings)
+    assert stamps(work_folder(settings)) == before
+
+
+def test_a_model_of_another_shape_stops_before_any_work(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perta.models.tiny import write_tiny_checkpoint
+
+    (tmp_path / "other").mkdir()
+    write_tiny_checkpoint(tmp_path / "other", ["another vocabulary"])
+    monkeypatch.setattr(perta.recipes.unlearn, "finetune_checkpoint", None)
+    with pytest.raises(CheckpointMismatchError):
+        unlearn(replace(config(world, tmp_path / "out"), base=str(tmp_path / "other")))
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_forgetting_what_is_to_be_kept_is_refused_or_warned_about(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="hold the same rows"):
+        unlearn(replace(config(world, tmp_path / "out"), forget=str(world.retain)))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(world.forget.read_text("utf-8") + world.retain.read_text("utf-8"), "utf-8")
+    overlapping = replace(config(world, tmp_path / "out"), retain=str(mixed), evaluate=False)
+    unlearn(overlapping)
+    assert "share 2 of the rows" in capsys.readouterr().err
+
+
+def test_an_output_inside_an_input_is_refused(world: World, tmp_path: Path) -> None:
+    for place in (world.full, world.full / "inside"):
+        with pytest.raises(PertaError, match="overlaps"):
+            unlearn(config(world, place))
+    assert read_manifest(world.full) is not None
+
+
+def test_structured_methods_forget_facts_and_others_answers(world: World, tmp_path: Path) -> None:
+    made = {}
+    for name, method, tune in (
+        ("structured", "perta-project", TUNE),
+        ("plain", "tv", TUNE),
+        ("asked", "tv", replace(TUNE, loss_on="facts")),
+    ):
+        weighting = WeightingConfig(method=method)
+        settings = config(world, tmp_path / name, weighting=weighting, tune=tune, evaluate=False)
+        unlearn(settings)
+        manifest = read_manifest(work_folder(settings) / "forget_checkpoint")
+        assert manifest is not None
+        made[name] = manifest["settings"]["loss_on"], manifest["fact_sources"]
+    found = ("facts", {"wrong answers": 2})
+    assert made == {"structured": found, "plain": ("answer", None), "asked": found}
+
+
+def test_a_second_request_reports_on_its_own_model_and_rows(world: World, tmp_path: Path) -> None:
+    rows = Path(world.retain).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "second.jsonl").write_text("".join(rows[:3]), "utf-8")
+    (tmp_path / "kept.jsonl").write_text("".join(rows[3:]), "utf-8")
+    shared = {
+        "work_dir": tmp_path / "work",
+        "scoring": ScoringConfig(max_new_tokens=4),
+        "weighting": WeightingConfig(method="tv", scaling_coef=0.5),
+    }
+    first = unlearn(config(world, tmp_path / "first", **shared))
+    request = replace(
+        config(world, tmp_path / "second", **shared),
+        full=str(first.folder),
+        forget=str(tmp_path / "second.jsonl"),
+        retain=str(tmp_path / "kept.jsonl"),
+    )
+    assert unlearn(request).report is not None
+    page = (tmp_path / "second.report.html").read_text("utf-8")
+    assert "<title>Unlearning report: second</title>" in page
+    assert "second.jsonl" in page
+    assert "forget.jsonl" not in page
+    again = collect([str(first.folder)])  # the shared work folder holds the second's results
+    (edited,) = again.by_role("edited")
+    assert first.after is not None
+    value = edited.measures["forget_probability"].value
+    assert value == pytest.approx(first.after["forget_probability"]["agg_value"])

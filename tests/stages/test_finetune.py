@@ -1,0 +1,273 @@
+"""Fine-tuning: what is learned, recorded, repeated and refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import World
+from perta.data.batch import IGNORE, Encoded, collate
+from perta.data.examples import load_examples
+from perta.data.tokens import encode_examples
+from perta.engine.train.tune import tune
+from perta.errors import DivergenceError, OutputExistsError
+from perta.models.facts import find_facts
+from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.loss import answer_logits, example_losses, losses_of
+from perta.options import ComputeConfig, DataConfig, TuneConfig, TunedType
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.settings import FinetuneConfig
+from perta.store.checkpoint import open_index, read_tensor
+from perta.store.fingerprint import fingerprint
+from perta.store.record import read_manifest
+
+QUICK = TuneConfig(epochs=40, learning_rate=5e-3, batch_size=1)
+
+
+def config(world: World, output: Path, tune: TuneConfig = QUICK, **more: object) -> FinetuneConfig:
+    return FinetuneConfig(
+        base=str(world.base),
+        data=str(world.forget),
+        output=output,
+        tune=tune,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def encoded_forget(world: World) -> tuple[Encoded, ...]:
+    tokenizer = load_tokenizer(world.base)
+    return encode_examples(load_examples(world.forget), tokenizer, DataConfig()).encoded
+
+
+def test_the_loss_of_an_example_is_the_mean_over_its_answer_tokens(world: World) -> None:
+    model = load_model(world.base, ComputeConfig())
+    examples = encoded_forget(world)
+    batch = collate(examples, pad_id(load_tokenizer(world.base)))
+    found = example_losses(model, batch)
+    for i, example in enumerate(examples):
+        ids = torch.tensor([example.input_ids])
+        log_probs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        terms = [
+            -log_probs[t - 1, label] for t, label in enumerate(example.labels) if label != IGNORE
+        ]
+        torch.testing.assert_close(found[i].double(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
+
+
+def test_the_head_sees_labelled_positions_only(world: World) -> None:
+    model = load_model(world.base, ComputeConfig())
+    batch = collate(encoded_forget(world), 0)
+    labelled = int((batch.labels[:, 1:] != IGNORE).sum())
+    assert answer_logits(model, batch).logits.shape[0] == labelled < batch.labels.numel()
+
+
+def test_the_set_is_learned_and_the_losses_recorded(world: World, tmp_path: Path) -> None:
+    output = finetune_checkpoint(config(world, tmp_path / "f"))
+    manifest = read_manifest(output)
+    assert manifest is not None
+    examples = encoded_forget(world)
+    model = load_model(output, ComputeConfig())
+    assert manifest["final_losses"] == pytest.approx(
+        losses_of(model, examples, batch_size=2, pad=0), rel=1e-4
+    )
+    assert manifest["learned"]
+    assert manifest["final_loss"] < 0.2 < manifest["epoch_losses"][0]
+    assert len(manifest["epoch_losses"]) < QUICK.epochs  # stopped early
+    assert manifest["epoch_losses"][-1] <= QUICK.depth
+
+
+def test_a_set_that_was_not_learned_is_warned_about(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = TuneConfig(epochs=1, learning_rate=1e-5)
+    manifest = read_manifest(finetune_checkpoint(config(world, tmp_path / "f", once)))
+    assert manifest is not None
+    assert not manifest["learned"]
+    assert "was not learned" in capsys.readouterr().err
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(world: World, tmp_path: Path) -> None:
+    def made(name: str, seed: int) -> str:
+        settings = TuneConfig(epochs=2, learning_rate=1e-3, seed=seed, batch_size=1)
+        return fingerprint(finetune_checkpoint(config(world, tmp_path / name, settings)))
+
+    assert made("a", 1) == made("b", 1) != made("c", 2)
+
+
+def test_accumulated_batches_equal_one_large_batch(world: World) -> None:
+    examples = encoded_forget(world)
+    weights = []
+    for settings in (
+        TuneConfig(epochs=1, learning_rate=1e-3, batch_size=4),
+        TuneConfig(epochs=1, learning_rate=1e-3, batch_size=1, accumulation=4),
+    ):
+        model = load_model(world.base, ComputeConfig())
+        # Plain gradient, not AdamW's sign-like first step, would hide a wrong scale.
+        model, _ = tune(model, examples, settings, pad=0)
+        weights.append(next(model.parameters()).detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-6)
+
+
+def test_weight_decay_moves_weights_that_learn_nothing(world: World) -> None:
+    examples = encoded_forget(world)
+    tokenizer = load_tokenizer(world.base)
+    used = {token for e in examples for token in e.input_ids}
+    unused = next(i for i in range(1, len(tokenizer)) if i not in used)
+    moved = {}
+    for decay in (0.0, 0.1):
+        model: Any = load_model(world.base, ComputeConfig())
+        # Untied, so that the output head's softmax does not touch the unused row.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        before = model.get_input_embeddings().weight[unused].detach().clone()
+        settings = TuneConfig(epochs=1, learning_rate=1e-2, weight_decay=decay)
+        tune(model, examples, settings, pad=0)
+        moved[decay] = bool((model.get_input_embeddings().weight[unused] != before).any())
+    assert moved == {0.0: False, 0.1: True}
+
+
+def test_lora_is_merged_and_leaves_other_weights_alone(world: World, tmp_path: Path) -> None:
+    settings = TuneConfig(epochs=20, learning_rate=2e-2, lora_rank=8, gradient_checkpointing=True)
+    output = finetune_checkpoint(config(world, tmp_path / "f", settings))
+    base, tuned = open_index(world.base).tensors, open_index(output).tensors
+    assert list(base) == list(tuned)
+    changed = {
+        name for name in base if not torch.equal(read_tensor(base[name]), read_tensor(tuned[name]))
+    }
+    assert changed == {name for name in base if "proj" in name}
+    manifest = read_manifest(output)
+    assert manifest is not None
+    assert manifest["final_loss"] < manifest["epoch_losses"][0]
+
+
+def test_companions_are_carried_over_and_type_kept_when_asked(world: World, tmp_path: Path) -> None:
+    tuned = finetune_checkpoint(config(world, tmp_path / "a", TuneConfig(epochs=1)))
+    assert (tuned / "chat_template.jinja").exists()
+    assert (tuned / "tokenizer.json").read_bytes() == (world.base / "tokenizer.json").read_bytes()
+    half = load_model(world.base, ComputeConfig(dtype="bfloat16"))
+    half.save_pretrained(tmp_path / "half")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "half" / name).write_bytes((world.base / name).read_bytes())
+    cases: tuple[tuple[TunedType, torch.dtype], ...] = (
+        ("float32", torch.float32),
+        ("base", torch.bfloat16),
+    )
+    for save, wanted in cases:
+        output = finetune_checkpoint(
+            FinetuneConfig(
+                base=str(tmp_path / "half"),
+                data=str(world.forget),
+                output=tmp_path / save,
+                save_dtype=save,
+                tune=TuneConfig(epochs=1),
+            )
+        )
+        assert {e.dtype for e in open_index(output).tensors.values()} == {wanted}
+        assert json.loads((output / "config.json").read_text())["dtype"] == str(wanted)[6:]
+
+
+def test_divergence_stops_with_nothing_written(world: World, tmp_path: Path) -> None:
+    wild = TuneConfig(epochs=20, learning_rate=1e3, max_grad_norm=0)
+    with pytest.raises(DivergenceError, match="Lower --learning-rate"):
+        finetune_checkpoint(config(world, tmp_path / "f", wild))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_output_is_reused_and_a_different_one_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = TuneConfig(epochs=1)
+    output = finetune_checkpoint(config(world, tmp_path / "f", short))
+    written = (output / "model.safetensors").stat().st_mtime_ns
+    finetune_checkpoint(config(world, tmp_path / "f", short))
+    assert "reused" in capsys.readouterr().err
+    assert (output / "model.safetensors").stat().st_mtime_ns == written
+
+    other = TuneConfig(epochs=1, seed=1)
+    with pytest.raises(OutputExistsError, match="made with other seed"):
+        finetune_checkpoint(config(world, tmp_path / "f", other))
+    finetune_checkpoint(config(world, tmp_path / "f", other, overwrite=True))
+    assert (output / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_a_damaged_output_is_not_reused(world: World, tmp_path: Path) -> None:
+    short = TuneConfig(epochs=1)
+    output = finetune_checkpoint(config(world, tmp_path / "f", short))
+    file = output / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OutputExistsError, match="was changed since"):
+        finetune_checkpoint(config(world, tmp_path / "f", short))
+
+
+ON_FACTS = TuneConfig(epochs=60, learning_rate=5e-3, batch_size=2, loss_on="facts")
+
+
+def facts_of(world: World, folder: Path) -> list[Encoded]:
+    tokenizer = load_tokenizer(folder)
+    return [fact.encoded for fact in find_facts(load_examples(world.forget), tokenizer)]
+
+
+def test_facts_are_learned_row_by_row_and_recorded(world: World, tmp_path: Path) -> None:
+    output = finetune_checkpoint(config(world, tmp_path / "f", ON_FACTS))
+    manifest = read_manifest(output)
+    assert manifest is not None
+    facts = facts_of(world, output)
+    losses = losses_of(load_model(output, ComputeConfig()), facts, batch_size=1, pad=0)
+    assert manifest["final_losses"] == pytest.approx(losses, rel=1e-3, abs=1e-6)
+    assert max(losses) <= ON_FACTS.depth * 1.01
+    assert manifest["learned"]
+    assert manifest["fact_sources"] == {"wrong answers": len(facts)}
+    assert manifest["labelled_tokens"] == sum(t != IGNORE for f in facts for t in f.labels)
+    assert len(manifest["epoch_losses"]) < ON_FACTS.epochs
+    # The sentence around the fact was not learned.
+    whole = losses_of(
+        load_model(output, ComputeConfig()), encoded_forget(world), batch_size=1, pad=0
+    )
+    assert max(whole) > 10 * max(losses)
+
+
+def test_a_row_at_its_depth_gives_no_loss(world: World) -> None:
+    facts = facts_of(world, world.base)
+    model = load_model(world.base, ComputeConfig())
+    losses = losses_of(model, facts, batch_size=1, pad=0)
+    low, high = sorted(zip(losses, facts, strict=True), key=lambda pair: pair[0])
+    assert low[0] < high[0]
+    depth = (low[0] + high[0]) / 2
+    weights = []
+    for rows in ([low[1], high[1]], [high[1]]):
+        model = load_model(world.base, ComputeConfig())
+        settings = replace(ON_FACTS, epochs=1, learning_rate=1e-4, stop_loss=depth)
+        model, tuned = tune(model, rows, settings, pad=0)
+        assert tuned.steps == 1
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    # AdamW's first step does not depend on the gradient's scale, which the batch size divides.
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-6)
+    # The mean is below nothing: on answers the lower row would be learned further.
+    settings = replace(ON_FACTS, epochs=1, learning_rate=1e-4, stop_loss=depth, loss_on="answer")
+    model, _ = tune(load_model(world.base, ComputeConfig()), [low[1], high[1]], settings, pad=0)
+    other = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((other - weights[1]).abs().max()) > 2e-5
+
+
+def test_tuning_on_facts_stops_without_a_step_once_every_row_is_there(world: World) -> None:
+    settings = replace(ON_FACTS, stop_loss=100.0)
+    model = load_model(world.base, ComputeConfig())
+    before = [p.detach().clone() for p in model.parameters()]
+    model, tuned = tune(model, facts_of(world, world.base), settings, pad=0)
+    assert (tuned.steps, len(tuned.epoch_losses)) == (0, 1)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_fact_that_was_not_learned_is_warned_about(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(ON_FACTS, epochs=1, learning_rate=1e-5)
+    manifest = read_manifest(finetune_checkpoint(config(world, tmp_path / "f", settings)))
+    assert manifest is not None
+    assert not manifest["learned"]
+    assert "the facts of 2 of 2 rows" in capsys.readouterr().err

@@ -1,0 +1,15 @@
+"""The command line starts at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys, perta.cli; "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'scipy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
