@@ -419,7 +419,8 @@ def spread(values: Sequence[float]) -> str:
 
 def report_accuracy(model: Any, batch: Batch, contenders: Container[str]) -> None:
     """Print the distance to the float64 loop, on two examples, of all that give mean squares."""
-    few = [Batch(batch.input_ids[:2], batch.attention_mask[:2], batch.labels[:2], batch.index[:2])]
+    fields = (batch.input_ids, batch.attention_mask, batch.labels, batch.index, batch.weights)
+    few = [Batch(*(field[:2] for field in fields))]
     exact = example_loop_moments(model, few, [1, 2], dtype=torch.float64).by_order
     engine = batched_moments(model, few, [1, 2]).by_order
     for order, tensors in engine.items():
