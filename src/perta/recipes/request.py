@@ -58,6 +58,11 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
             f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
             f"{method.min_task_vectors}."
         )
+    if config.rounds > 1 and seeds > 1:
+        raise ConfigError(
+            f"--rounds {config.rounds} starts from one forget checkpoint, but --forget-seeds is "
+            f"{seeds}. Leave one of the two out."
+        )
     if method.moments is None:
         refuse_moments(config)
     if "retain" not in sets:
@@ -137,6 +142,11 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     single = (
         ("retain_budget", searches, "it is for --scaling-coef auto"),
         ("strength_seed", searches, "it is for --scaling-coef auto"),
+        (
+            "rounds",
+            searches and method is not None and method.moments is not None,
+            "it is for --scaling-coef auto with a structured method, such as `perta-project`",
+        ),
         ("retain_samples", retains, "it is for `msa`"),
         ("retain_checkpoint", retains, "it is for `msa`"),
         ("importance_at", measures, "it is for methods with importance or moments"),

@@ -31,7 +31,7 @@ from perta.methods.objectives import TRAINING_METHODS
 from perta.methods.table import at_strength, get_method, importance_order, with_defaults
 from perta.models.load import pick_device, pick_dtype
 from perta.models.resolve import resolve_checkpoint
-from perta.options import TuneConfig
+from perta.options import LossOn, TuneConfig
 from perta.progress import say
 from perta.recipes.held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes.request import (
@@ -45,6 +45,7 @@ from perta.recipes.request import (
     rows_config,
     split_retain,
 )
+from perta.recipes.rounds import write_rounds
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.report.collect import collect
@@ -165,6 +166,8 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
             for name in ("forget", "retain")
         ]
         edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)
+        if unseen is not None and config.rounds > 1:
+            edit = stages.rounds(edit, unseen, used["forget"])
         stages.solve(edit)
         found: dict[str, Any] = {}
         if unseen is not None:
@@ -255,8 +258,7 @@ class _Stages:
 
     def finetune(self, forget: ExampleSet) -> list[Path]:
         """Tune a forget checkpoint for every seed."""
-        structured = get_method(self.config.weighting.method).moments is not None
-        loss_on = learned_by_forgetting(self.config.tune.loss_on, forget, structured=structured)
+        loss_on = self._loss_on(forget)
         tuned = []
         for place in range(self.config.forget_seeds or 1):
             more = f"_{place + 1}" if place else ""
@@ -264,6 +266,29 @@ class _Stages:
             stage = self._tuning("forget_checkpoint" + more, self.config.forget, tune)
             tuned.append(self._timed("finetune" + more, partial(finetune_checkpoint, stage)))
         return tuned
+
+    def _loss_on(self, forget: ExampleSet) -> LossOn:
+        structured = get_method(self.config.weighting.method).moments is not None
+        return learned_by_forgetting(self.config.tune.loss_on, forget, structured=structured)
+
+    def rounds(self, edit: EditConfig, unseen: Unseen, forget: ExampleSet) -> EditConfig:
+        """The edit with a forget checkpoint of several rounds."""
+        output = self._place("forget_rounds")
+        tune = replace(self.config.tune, loss_on=self._loss_on(forget))
+        made = self._timed(
+            "rounds",
+            lambda: write_rounds(
+                output,
+                edit,
+                unseen,
+                tune,
+                self.config.compute,
+                most=self.config.rounds,
+                overwrite=_is_ours(output),
+            ),
+        )
+        self.passes["rounds"] = (read_manifest(made) or {})["passes"]
+        return replace(edit, forget_checkpoint=str(made))
 
     def tune_retain(self, forget_rows: int) -> Path | None:
         """Tune on retained examples, where the method adds a retain vector and none was given."""

@@ -20,6 +20,7 @@ STAGES: Mapping[str, str] = {
     "retain_moments": "moments, retain set",
     "general_moments": "moments, general text",
     "merge_moments": "merging moments",
+    "rounds": "further rounds of tuning",
     "direction": "direction",
     "calibrate": "what unseen means",
     "strength": "search of the strength",

@@ -1,0 +1,200 @@
+"""A forget checkpoint in rounds: what an edit leaves is learned again, and added.
+
+One strength for all rows forgets them unevenly: where the last fact is gone, the first are far
+beyond unseen, and retained rows have paid for that. So each round tunes the base on the rows that
+still stand out, and goes as far as half of them need:
+
+    S_0 = all forget rows
+    M_0 = θ_full
+    τ_k = (θ₀ tuned on the facts of S_k) − θ₀,   Δ_k its direction
+    α_k = the smallest α at which at most half of S_k stands out,   M_{k+1} = M_k − α_k Δ_k
+    S_{k+1} = the rows that stand out at M_{k+1}
+
+until none does. The directions of the structured methods are linear in τ, so all rounds are one
+edit, with the forget checkpoint
+
+    θ_f = θ₀ + Σ_k (α_k / α_0) τ_k,
+
+whose strength is then searched for as that of any other. What stands out is said in `strength`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from perta.engine.train.tune import tune
+from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_id, save_model
+from perta.options import ComputeConfig, TuneConfig
+from perta.progress import say
+from perta.recipes.edited_model import load_changes
+from perta.recipes.search import search_strength
+from perta.recipes.strength import Unseen, surprises_of
+from perta.stages.settings import EditConfig
+from perta.stages.stage import run_stage
+from perta.store.atomic import scratch_folder
+from perta.store.fingerprint import fingerprint
+from perta.store.record import settings_of
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round did.
+
+    Attributes:
+        rows: forget rows that it tuned on.
+        scaling_coef: α_k.
+        left: numbers of the rows that stand out after it.
+    """
+
+    rows: int
+    scaling_coef: float
+    left: tuple[int, ...]
+
+
+def write_rounds(
+    output: Path,
+    edit: EditConfig,
+    unseen: Unseen,
+    config: TuneConfig,
+    compute: ComputeConfig,
+    *,
+    most: int,
+    overwrite: bool,
+) -> Path:
+    """Write the forget checkpoint of all rounds.
+
+    Args:
+        output: its folder.
+        edit: the edit of the first round, its checkpoints being local folders: the forget
+            checkpoint is θ₀ tuned on all forget rows.
+        unseen: from `calibrate`.
+        config: how the base is tuned on the rows that are left.
+        compute: device; weights are float32 whatever it says.
+        most: most rounds, the first included.
+        overwrite: replace an output that is there.
+
+    Returns:
+        The folder; what the rounds did is under `rounds` in its `perta.json`.
+
+    Raises:
+        PertaError: input that cannot be used, or training that diverges.
+    """
+    folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}
+    folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}
+    inputs = {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
+    judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
+    settings = {**settings_of(config), **settings_of(edit.weighting), "most": most, **judged}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        with scratch_folder(output.with_name(f"{output.name}.rounds")) as scratch:
+            run = _Run(edit, unseen, config, compute, scratch)
+            with counting_tokens(run.model) as tokens:
+                rounds = run.all(most)
+            save_model(run.total, run.tokenizer, folder, Path(edit.base))
+        passes = 3 * run.tuned + tokens()
+        return {"rounds": [asdict(made) for made in rounds], "passes": passes}
+
+    run_stage("rounds", output, settings, inputs, make, overwrite=overwrite)
+    return output
+
+
+class _Run:
+    """The rounds of one request, in memory.
+
+    Attributes:
+        model: θ_full less what the rounds so far take.
+        total: the forget checkpoint of the rounds so far.
+        tokens: that were tuned on.
+    """
+
+    def __init__(
+        self,
+        edit: EditConfig,
+        unseen: Unseen,
+        config: TuneConfig,
+        compute: ComputeConfig,
+        scratch: Path,
+    ) -> None:
+        self._edit, self._unseen, self._config = edit, unseen, config
+        self._compute, self._scratch = compute, scratch
+        self.tokenizer = load_tokenizer(Path(edit.base))
+        self.model = self._load(edit.full)
+        self.total = self._load(edit.base)
+        self.tuned = 0
+        self._pad = pad_id(self.tokenizer)
+
+    def all(self, most: int) -> list[Round]:
+        """Every round until no row stands out, or there were enough, or one finds no strength."""
+        rows: Sequence[int] = range(len(self._unseen.facts))
+        checkpoint = Path(str(self._edit.forget_checkpoint))
+        rounds: list[Round] = []
+        while rows and len(rounds) < most:
+            if rounds:
+                checkpoint = self._tune(rows, len(rounds))
+            scaling_coef, rows_left = self._forget(checkpoint, rows)
+            if scaling_coef is None:
+                say(f"round {len(rounds) + 1}: no strength takes half of the {len(rows)} rows")
+                break
+            self._add(
+                checkpoint, scaling_coef / (rounds[0].scaling_coef if rounds else scaling_coef)
+            )
+            numbers = tuple(self._unseen.facts[place].row for place in rows_left)
+            rounds.append(Round(len(rows), scaling_coef, numbers))
+            say(
+                f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
+            )
+            rows = rows_left
+        return rounds
+
+    def _tune(self, rows: Sequence[int], number: int) -> Path:
+        """θ₀ tuned on the facts of some rows."""
+        examples = [self._unseen.facts[place].encoded for place in rows]
+        model, tuned = tune(self._load(self._edit.base), examples, self._config, pad=self._pad)
+        self.tuned += tuned.tokens
+        folder = self._scratch / f"round_{number}"
+        folder.mkdir()
+        save_model(model, self.tokenizer, folder, Path(self._edit.base))
+        return folder
+
+    @torch.no_grad()
+    def _forget(self, checkpoint: Path, rows: Sequence[int]) -> tuple[float | None, list[int]]:
+        """Take from `model` what half of the rows need: the strength, and what is left."""
+        with scratch_folder(self._scratch / "changes") as scratch:
+            edit = replace(
+                self._edit, forget_checkpoint=str(checkpoint), direction=scratch / "direction"
+            )
+            changes = load_changes(scratch, edit, self._compute)
+        steps = [change.delta for change in changes]
+        now = 0.0
+
+        def left(scaling_coef: float) -> list[int]:
+            nonlocal now
+            for parameter, step in zip(self.model.parameters(), steps, strict=True):
+                parameter.sub_(step, alpha=scaling_coef - now)
+            now = scaling_coef
+            kind, facts = self._unseen.calibrated_on, self._unseen.facts
+            found = surprises_of(self.model, facts, kind, self._pad)
+            return self._unseen.standing_out(found)
+
+        def forgets(scaling_coef: float) -> bool:
+            return 2 * len(set(rows).intersection(left(scaling_coef))) <= len(rows)
+
+        chosen = search_strength(forgets, lambda _: True).scaling_coef
+        return chosen, left(chosen or 0.0)
+
+    @torch.no_grad()
+    def _add(self, checkpoint: Path, weight: float) -> None:
+        """Add a round's task vector to the forget checkpoint."""
+        tuned, base = (self._load(folder) for folder in (checkpoint, self._edit.base))
+        parameters = (model.parameters() for model in (self.total, tuned, base))
+        for total, other, start in zip(*parameters, strict=True):
+            total.add_(other - start, alpha=weight)
+
+    def _load(self, folder: str | Path) -> PreTrainedModel:
+        return load_model(Path(folder), self._compute, dtype=torch.float32)

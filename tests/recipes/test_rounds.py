@@ -1,0 +1,147 @@
+"""Rounds of the forget fine-tune: what is left is tuned on again, and added."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import TUNE
+from perta.data.examples import load_examples
+from perta.errors import ConfigError
+from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.tiny import write_tiny_checkpoint
+from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength import calibrate, surprises_of
+from perta.recipes.unlearn import Unlearned, unlearn, work_folder
+from perta.stages.edit import edit_checkpoint
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.people import write_people
+from perta.stages.settings import EditConfig, FinetuneConfig, PeopleConfig
+from perta.store.checkpoint import open_index, read_tensor
+from perta.store.record import read_manifest
+
+PROJECT = WeightingConfig(method="perta-project", scaling_coef="auto")
+
+
+@pytest.fixture(scope="module")
+def request_of_rounds(tmp_path_factory: pytest.TempPathFactory) -> UnlearnConfig:
+    """Six people, three of them to be forgotten."""
+    root = tmp_path_factory.mktemp("rounds")
+    write_people(PeopleConfig(output=root / "data", people=6, questions=2, forget_people=3))
+    rows = load_examples(root / "data" / "full.jsonl")
+    texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
+    base = root / "base"
+    base.mkdir()
+    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt])
+    data = str(root / "data" / "full.jsonl")
+    full = finetune_checkpoint(
+        FinetuneConfig(base=str(base), data=data, output=root / "full", tune=TUNE)
+    )
+    return UnlearnConfig(
+        base=str(base),
+        full=str(full),
+        forget=str(root / "data" / "forget.jsonl"),
+        retain=str(root / "data" / "retain.jsonl"),
+        output=root / "clean",
+        weighting=PROJECT,
+        tune=replace(TUNE, epochs=60),
+        retain_budget=5.0,
+        rounds=4,
+        evaluate=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(request_of_rounds: UnlearnConfig) -> tuple[UnlearnConfig, Unlearned]:
+    return request_of_rounds, unlearn(request_of_rounds)
+
+
+def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearned]) -> None:
+    config, result = run
+    manifest = read_manifest(work_folder(config) / "forget_rounds")
+    assert manifest is not None
+    rounds: list[dict[str, Any]] = manifest["rounds"]
+    assert rounds[0]["rows"] == 6
+    assert 1 < len(rounds) <= 4
+    for before, after in itertools.pairwise(rounds):
+        assert len(before["left"]) == after["rows"]
+    record = result.manifest["unlearn"]
+    assert record["passes"]["rounds"] == manifest["passes"] > 0
+    assert record["seconds"]["rounds"] > 0
+
+
+def test_all_rounds_are_one_edit_of_one_forget_checkpoint(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    config, _ = run
+    work = work_folder(config)
+    manifest = read_manifest(work / "forget_rounds")
+    assert manifest is not None
+    rounds = manifest["rounds"]
+    # The edit that users make, of the checkpoint that was written, at the first round's strength.
+    edited = edit_checkpoint(
+        EditConfig(
+            base=config.base,
+            full=config.full,
+            forget_checkpoint=str(work / "forget_rounds"),
+            retain_moments=work / "retain_moments",
+            output=tmp_path / "edited",
+            weighting=replace(PROJECT, scaling_coef=rounds[0]["scaling_coef"]),
+        )
+    )
+    sets = {name: load_examples(getattr(config, name)) for name in ("forget", "retain")}
+    unseen = calibrate(
+        Path(config.full), Path(config.base), sets, config.data_config, config.compute
+    )
+    pad = pad_id(load_tokenizer(edited))
+    model = load_model(edited, ComputeConfig(), dtype=torch.float32)
+    surprises = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
+    left = [unseen.facts[place].row for place in unseen.standing_out(surprises)]
+    assert left == rounds[-1]["left"]
+
+
+def test_a_first_round_that_leaves_nothing_is_the_forget_checkpoint(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    config, _ = run
+    once = replace(config, rounds=1, output=tmp_path / "once")
+    unlearn(once)
+    assert not (work_folder(once) / "forget_rounds").exists()
+    first, more = (
+        open_index(folder).tensors
+        for folder in (
+            work_folder(once) / "forget_checkpoint",
+            work_folder(config) / "forget_checkpoint",
+        )
+    )
+    assert all(torch.equal(read_tensor(first[name]), read_tensor(more[name])) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "more", "message"),
+    [
+        (WeightingConfig(method="tv"), {}, "structured method"),
+        (replace(PROJECT, scaling_coef=2.0), {}, "scaling-coef auto"),
+        (PROJECT, {"forget_seeds": 2}, "forget-seeds"),
+    ],
+)
+def test_rounds_without_effect_are_refused(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    weighting: WeightingConfig,
+    more: dict[str, Any],
+    message: str,
+) -> None:
+    usual = UnlearnConfig.retain_budget
+    config = replace(
+        run[0], weighting=weighting, retain_budget=usual, output=tmp_path / "refused", **more
+    )
+    with pytest.raises(ConfigError, match=message):
+        unlearn(config)
+    assert not work_folder(config).exists()
