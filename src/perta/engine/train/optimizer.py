@@ -1,4 +1,4 @@
-"""What every training loop here shares: adapter, optimizer, schedule, steps, resuming."""
+"""What the training loop steps with: adapter, optimizer, schedule, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
+def _add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
     """Put a LoRA adapter on a model; only its matrices are trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -39,7 +39,7 @@ def add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
     return get_peft_model(model, settings)
 
 
-def set_checkpointing(model: Any, on: bool) -> None:
+def _set_checkpointing(model: Any, on: bool) -> None:
     """Turn the recomputation of activations in the backward pass on or off."""
     with warnings.catch_warnings():
         # transformers renames these methods between versions; both names work.
@@ -63,12 +63,7 @@ def step_groups(batches: Sequence[Batch], accumulation: int) -> Iterator[Sequenc
         yield batches[start : start + accumulation]
 
 
-def steps_per_epoch(examples: int, config: TuneConfig) -> int:
-    """Optimizer steps in one pass over so many examples."""
-    return math.ceil(math.ceil(examples / config.batch_size) / config.accumulation)
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of all that training changes."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -78,28 +73,35 @@ class Trainer:
     """A model in training: what an optimizer step needs, and all that it changes.
 
     Attributes:
-        model: the model; only parameters that require gradients are trained.
+        model: the model, with its adapter if it has one; only parameters that require gradients
+            are trained.
+        settings: settings of the run.
         optimizer: AdamW over them.
         scheduler: warm-up and decay of the learning rate.
         generator: source of the example order.
-        max_grad_norm: gradient norm above which the gradient is scaled down; 0 for none.
     """
 
     model: Any
+    settings: TuneConfig
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
-    max_grad_norm: float
 
     @classmethod
-    def of(cls, model: nn.Module, config: TuneConfig, steps: int) -> Trainer:
-        """A trainer at its first of `steps` steps."""
+    def of(cls, model: PreTrainedModel, config: TuneConfig, examples: int) -> Trainer:
+        """A trainer at its first step over so many examples an epoch; random numbers are seeded."""
+        torch.manual_seed(config.seed)
+        trained: Any = _add_lora(model, config) if config.lora_rank else model
+        if config.gradient_checkpointing:
+            _set_checkpointing(trained, True)
         optimizer = torch.optim.AdamW(
-            list(trained_parameters(model).values()),
+            list(_trained_parameters(trained).values()),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
         )
+        batches = math.ceil(examples / config.batch_size)
+        steps = math.ceil(batches / config.accumulation) * config.epochs
         warmup = math.ceil(config.warmup_ratio * steps)
 
         def factor(step: int) -> float:
@@ -114,7 +116,7 @@ class Trainer:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(config.seed)
-        return cls(model, optimizer, scheduler, generator, config.max_grad_norm)
+        return cls(trained, config, optimizer, scheduler, generator)
 
     @property
     def steps(self) -> int:
@@ -123,16 +125,23 @@ class Trainer:
 
     def step(self) -> None:
         """Apply the gradients that have gathered."""
-        if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(trained_parameters(self.model).values(), self.max_grad_norm)
+        if norm := self.settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(_trained_parameters(self.model).values(), norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def finish(self) -> Any:
+        """The trained model in evaluation mode, an adapter merged."""
+        if self.settings.gradient_checkpointing:
+            _set_checkpointing(self.model, False)
+        done = self.model.merge_and_unload() if self.settings.lora_rank else self.model
+        return done.eval()
+
     def state(self) -> dict[str, Any]:
         """All that steps have changed, as plain values and tensors."""
         return {
-            "weights": {name: p.detach() for name, p in trained_parameters(self.model).items()},
+            "weights": {name: p.detach() for name, p in _trained_parameters(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "order": self.generator.get_state(),
@@ -143,7 +152,7 @@ class Trainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         with torch.no_grad():
-            for name, parameter in trained_parameters(self.model).items():
+            for name, parameter in _trained_parameters(self.model).items():
                 parameter.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

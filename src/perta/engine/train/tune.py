@@ -7,27 +7,16 @@ two AdamW moments, all float32) plus activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from perta.data.batch import Encoded, bucketed
-from perta.engine.train.optimizer import (
-    Resume,
-    Trainer,
-    add_lora,
-    autocast,
-    set_checkpointing,
-    step_groups,
-    steps_per_epoch,
-)
+from perta.data.batch import Batch, Encoded
+from perta.engine.train.loop import add_gradient, train
+from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of
 from perta.options import TuneConfig
-from perta.progress import Advance, track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,67 +86,73 @@ def tune(
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
     """
-    torch.manual_seed(config.seed)
-    tuned_model: Any = add_lora(model, config) if config.lora_rank else model
-    if config.gradient_checkpointing:
-        set_checkpointing(tuned_model, True)
-    per_epoch = steps_per_epoch(len(examples), config)
-    trainer = Trainer.of(tuned_model, config, per_epoch * config.epochs)
-    saved = resume.load(trainer) if resume else None
-    epoch_losses: list[float] = saved[1]["epoch_losses"] if saved else []
-    tuned_model.train()
-    with track("Tuning", (config.epochs - len(epoch_losses)) * len(examples)) as advance:
-        for epoch in range(len(epoch_losses) + 1, config.epochs + 1):
-            loss, highest = _train_epoch(trainer, examples, config, pad, advance)
-            epoch_losses.append(loss)
-            _stop_on_divergence(epoch_losses)
-            if (highest if config.row_by_row else loss) <= config.depth:
-                break
-            if resume and epoch < config.epochs:
-                resume.save(trainer, epoch, {"epoch_losses": epoch_losses})
-    if config.gradient_checkpointing:
-        set_checkpointing(tuned_model, False)
-    done: Any = tuned_model.merge_and_unload() if config.lora_rank else model
-    done.eval()
+    trainer = Trainer.of(model, config, len(examples))
+    learning = _Learning(trainer, len(examples))
+    train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume)
+    done = trainer.finish()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
-    tokens = len(epoch_losses) * sum(len(e.input_ids) for e in examples)
-    return done, Tuned(tuple(epoch_losses), tuple(final), trainer.steps, tokens, config.row_by_row)
+    losses = tuple(learning.epoch_losses)
+    tokens = len(losses) * sum(len(e.input_ids) for e in examples)
+    return done, Tuned(losses, tuple(final), trainer.steps, tokens, config.row_by_row)
 
 
-def _train_epoch(
-    trainer: Trainer, examples: Sequence[Encoded], config: TuneConfig, pad: int, advance: Advance
-) -> tuple[float, float]:
-    """One pass over the examples; mean and highest loss, each taken before the row's own step."""
-    device = next(trainer.model.parameters()).device
-    total, highest = 0.0, 0.0
-    batches = bucketed(examples, config.batch_size, pad, trainer.generator)
-    for group in step_groups(batches, config.accumulation):
-        size = sum(len(batch) for batch in group)
-        group_loss, wanting = 0.0, False
-        for batch in group:
-            with autocast(device):
-                losses: Tensor = example_losses(trainer.model, batch.to(device))
-            values = losses.detach()
-            above = values > config.depth if config.row_by_row else torch.ones_like(values).bool()
-            if above.any():
-                wanting = True
-                ((losses * batch.weights.to(device))[above].sum() / size).backward()
-            group_loss += values.sum().item()
-            highest = max(highest, values.max().item())
-            advance(len(batch), f"loss {group_loss / size:.3f}")
-        if not math.isfinite(group_loss):
-            raise DivergenceError(_diverged(f"the loss became {group_loss}"))
-        if wanting:
-            trainer.step()
-        total += group_loss
-    return total / len(examples), highest
+@dataclass
+class _Learning:
+    """The loss of every example's answer; with facts, each is learned to the same depth.
+
+    Losses of an epoch are taken before each row's own step.
+    """
+
+    trainer: Trainer
+    examples: int
+    epoch_losses: list[float] = field(default_factory=list)
+    _step: float = 0.0
+    _epoch: float = 0.0
+    _highest: float = 0.0
+    _wanting: bool = False
+
+    @property
+    def history(self) -> Mapping[str, Any]:
+        return {"epoch_losses": self.epoch_losses}
+
+    def restore(self, history: Mapping[str, Any]) -> None:
+        self.epoch_losses = history["epoch_losses"]
+
+    def backward(self, batch: Batch, size: int) -> str:
+        model, depth = self.trainer.model, self._row_depth
+        losses = add_gradient(
+            model, lambda rows: example_losses(model, rows), batch, 1 / size, above=depth
+        )
+        highest = losses.max().item()
+        self._wanting |= depth is None or highest > depth
+        self._step += losses.sum().item()
+        self._highest = max(self._highest, highest)
+        return f"loss {self._step / size:.3f}"
+
+    def finish_step(self, size: int, epoch: int) -> bool:
+        del size, epoch
+        if not math.isfinite(self._step):
+            raise _diverged(f"the loss became {self._step}")
+        self._epoch += self._step
+        wanting, self._wanting, self._step = self._wanting, False, 0.0
+        return wanting
+
+    def finish_epoch(self, epoch: int) -> bool:
+        del epoch
+        loss, highest = self._epoch / self.examples, self._highest
+        self._epoch = self._highest = 0.0
+        self.epoch_losses.append(loss)
+        if loss > 3 * self.epoch_losses[0] + 1:
+            rise = f"from {self.epoch_losses[0]:.2f} to {loss:.2f}"
+            raise _diverged(f"the epoch's loss rose {rise}")
+        settings = self.trainer.settings
+        return (highest if settings.row_by_row else loss) <= settings.depth
+
+    @property
+    def _row_depth(self) -> float | None:
+        settings = self.trainer.settings
+        return settings.depth if settings.row_by_row else None
 
 
-def _stop_on_divergence(epoch_losses: Sequence[float]) -> None:
-    first, last = epoch_losses[0], epoch_losses[-1]
-    if last > 3 * first + 1:
-        raise DivergenceError(_diverged(f"the epoch's loss rose from {first:.2f} to {last:.2f}"))
-
-
-def _diverged(what: str) -> str:
-    return f"Tuning diverged: {what}. Lower --learning-rate. Nothing was written."
+def _diverged(what: str) -> DivergenceError:
+    return DivergenceError(f"Tuning diverged: {what}. Lower --learning-rate. Nothing was written.")

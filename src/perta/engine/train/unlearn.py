@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,15 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import Batch, Encoded, bucketed, collate
-from perta.engine.train.optimizer import (
-    Resume,
-    Trainer,
-    add_lora,
-    autocast,
-    set_checkpointing,
-    step_groups,
-    steps_per_epoch,
-)
+from perta.engine.train.loop import add_gradient, train
+from perta.engine.train.optimizer import Resume, Trainer, autocast
 from perta.engine.train.steering import (
     chosen_layer,
     layer_activations,
@@ -52,7 +45,7 @@ from perta.methods.objectives import (
 )
 from perta.models.loss import answer_logits, losses_of, mean_by_example
 from perta.options import TrainSettings, TuneConfig
-from perta.progress import Advance, track, warn
+from perta.progress import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -166,7 +159,6 @@ def unlearn_by_training(
     row = get_training_method(method)
     settings = with_method_defaults(row, config)
     examples = _sets(row, forget, retain, refusals)
-    torch.manual_seed(settings.unlearn_seed)
     model.eval()
     wanted = _Wanted.measure(model, row, settings, examples, pad)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -174,31 +166,24 @@ def unlearn_by_training(
     if row.steers:
         names = train_only_down_projections(model, wanted.layer)
         tuning = replace(tuning, lora_targets=names if tuning.lora_rank else ())
-    trained_model: Any = add_lora(model, tuning) if tuning.lora_rank else model
-    if tuning.gradient_checkpointing:
-        set_checkpointing(trained_model, True)
-    anchor = examples.anchor
-    trainer = Trainer.of(
-        trained_model, tuning, steps_per_epoch(len(anchor), tuning) * tuning.epochs
-    )
-    terms = _Terms(trained_model, row, settings, examples, wanted, pad)
-    history = _train(trainer, terms, tuning, after_epoch, resume)
-    if tuning.gradient_checkpointing:
-        set_checkpointing(trained_model, False)
-    done: Any = trained_model.merge_and_unload() if tuning.lora_rank else model
-    done.eval()
+    trainer = Trainer.of(model, tuning, len(examples.anchor))
+    terms = _Terms(trainer.model, row, settings, examples, wanted, pad)
+    run = _Unlearning(terms, tuning.seed, after_epoch)
+    title = f"Unlearning ({row.name})"
+    train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume)
+    done = trainer.finish()
     for name, parameter in done.named_parameters():
         parameter.requires_grad_(trainable[name])
     measured = forget if row.sees_forget_set else retain
     final = losses_of(done, measured, batch_size=tuning.batch_size, pad=pad)
     _warn_if_ruined(final, done.config.vocab_size, row)
     return done, Trained(
-        tuple(history.forget_terms),
-        tuple(history.retain_terms),
+        tuple(run.seen.forget_terms),
+        tuple(run.seen.retain_terms),
         tuple(final),
-        history.steps,
-        history.forget_tokens,
-        history.retain_tokens,
+        trainer.steps,
+        run.seen.forget_tokens,
+        run.seen.retain_tokens,
     )
 
 
@@ -400,7 +385,7 @@ def _at(values: Tensor, places: Tensor, device: torch.device) -> Tensor | None:
     return values[places].to(device) if len(values) else None
 
 
-# --- the loop ---------------------------------------------------------------------------------
+# --- what the loop trains for -----------------------------------------------------------------
 
 
 @dataclass
@@ -411,7 +396,6 @@ class _History:
     retain_terms: list[float] = field(default_factory=list)
     first_retain_term: float | None = None
     retain_drawn: int = 0
-    steps: int = 0
     forget_tokens: int = 0
     retain_tokens: int = 0
 
@@ -443,88 +427,77 @@ class RetainOrder:
         return int(torch.randperm(self.count, generator=generator)[place])
 
 
-def _train(
-    trainer: Trainer,
-    terms: _Terms,
-    tuning: TuneConfig,
-    after_epoch: AfterEpoch | None,
-    resume: Resume | None,
-) -> _History:
-    saved = resume.load(trainer) if resume else None
-    done, history = (saved[0], _History(**saved[1])) if saved else (0, _History())
-    examples = len(terms.examples.anchor)
-    with track(f"Unlearning ({terms.row.name})", (tuning.epochs - done) * examples) as advance:
-        for epoch in range(done + 1, tuning.epochs + 1):
-            trainer.model.train()
-            _train_epoch(trainer, terms, tuning, history, epoch, advance)
-            trainer.model.eval()
-            # Random numbers drawn by a measurement must not change what is trained.
-            with torch.random.fork_rng():
-                if after_epoch is not None and after_epoch(epoch):
-                    break
-            if resume and epoch < tuning.epochs:
-                resume.save(trainer, epoch, asdict(history))
-    return history
+@dataclass
+class _Unlearning:
+    """A forget and a retain term for each batch, as the loop asks; taken before its own step."""
+
+    terms: _Terms
+    seed: int
+    after_epoch: AfterEpoch | None
+    seen: _History = field(default_factory=_History)
+    # Sums of the forget and the retain term over a step and over an epoch.
+    _step: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _epoch: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    @property
+    def history(self) -> Mapping[str, Any]:
+        return asdict(self.seen)
+
+    def restore(self, history: Mapping[str, Any]) -> None:
+        self.seen = _History(**history)
+
+    def backward(self, batch: Batch, size: int) -> str:
+        terms, row, settings = self.terms, self.terms.row, self.terms.settings
+        if row.sees_forget_set:
+            weight = _chosen(settings.forget_weight) / size
+            self._step[0] += float(add_gradient(terms.model, terms.forget, batch, weight).sum())
+            self.seen.forget_tokens += terms.tokens(batch)
+        if row.retain:
+            beside = self._beside(batch)
+            weight = _chosen(settings.retain_weight) / size
+            self._step[1] += float(add_gradient(terms.model, terms.retain, beside, weight).sum())
+            self.seen.retain_tokens += int(beside.attention_mask.sum())
+        return f"forget {self._step[0] / size:.3f} retain {self._step[1] / size:.3f}"
+
+    def _beside(self, batch: Batch) -> Batch:
+        """The retain examples that go with a batch; itself where it is of the retain set."""
+        if not self.terms.row.sees_forget_set:
+            return batch
+        kept = self.terms.examples.retain
+        order = RetainOrder(len(kept), self.seed, self.seen.retain_drawn)
+        places = order.take(len(batch))
+        self.seen.retain_drawn = order.drawn
+        return collate([kept[i] for i in places], self.terms.pad)
+
+    def finish_step(self, size: int, epoch: int) -> bool:
+        if not all(map(math.isfinite, self._step)):
+            what = f"the forget and retain terms became {self._step}"
+            raise _diverged(self.terms.row, epoch, what)
+        if self.seen.first_retain_term is None:
+            self.seen.first_retain_term = self._step[1] / size
+        self._epoch = [sum(pair) for pair in zip(self._epoch, self._step, strict=True)]
+        self._step = [0.0, 0.0]
+        return True
+
+    def finish_epoch(self, epoch: int) -> bool:
+        row, seen, count = self.terms.row, self.seen, len(self.terms.examples.anchor)
+        forget, retain = self._epoch
+        self._epoch = [0.0, 0.0]
+        if row.sees_forget_set:
+            seen.forget_terms.append(forget / count)
+        if row.retain:
+            seen.retain_terms.append(retain / count)
+        if row.protects and self.terms.settings.retain_weight:
+            _stop_on_divergence(row, seen, epoch)
+        if self.after_epoch is None:
+            return False
+        # Random numbers drawn by a measurement must not change what is trained.
+        with torch.random.fork_rng():
+            return self.after_epoch(epoch)
 
 
-def _train_epoch(
-    trainer: Trainer,
-    terms: _Terms,
-    tuning: TuneConfig,
-    history: _History,
-    epoch: int,
-    advance: Advance,
-) -> None:
-    """One pass over the anchor; terms are taken before each one's own step."""
-    row, anchor = terms.row, terms.examples.anchor
-    kept = terms.examples.retain
-    order = RetainOrder(len(kept), tuning.seed, history.retain_drawn)
-    totals = [0.0, 0.0]
-    batches = bucketed(anchor, tuning.batch_size, terms.pad, trainer.generator)
-    for group in step_groups(batches, tuning.accumulation):
-        size = sum(len(batch) for batch in group)
-        found = [0.0, 0.0]
-        for batch in group:
-            if row.sees_forget_set:
-                weight = _chosen(terms.settings.forget_weight) / size
-                found[0] += _backward(trainer, terms.forget, batch, weight)
-                history.forget_tokens += terms.tokens(batch)
-            if row.retain:
-                places = order.take(len(batch)) if row.sees_forget_set else batch.index.tolist()
-                beside = collate([kept[i] for i in places], terms.pad)
-                weight = _chosen(terms.settings.retain_weight) / size
-                found[1] += _backward(trainer, terms.retain, beside, weight)
-                history.retain_tokens += int(beside.attention_mask.sum())
-            advance(len(batch), f"forget {found[0] / size:.3f} retain {found[1] / size:.3f}")
-        if not all(map(math.isfinite, found)):
-            raise _diverged(row, epoch, f"the forget and retain terms became {found}")
-        trainer.step()
-        history.steps += 1
-        if history.first_retain_term is None:
-            history.first_retain_term = found[1] / size
-        totals = [total + value for total, value in zip(totals, found, strict=True)]
-    history.retain_drawn = order.drawn
-    if row.sees_forget_set:
-        history.forget_terms.append(totals[0] / len(anchor))
-    if row.retain:
-        history.retain_terms.append(totals[1] / len(anchor))
-    if row.protects and terms.settings.retain_weight:
-        _stop_on_divergence(row, history, epoch)
-
-
-def _backward(
-    trainer: Trainer, term: Callable[[Batch], Tensor], batch: Batch, weight: float
-) -> float:
-    """Add the gradient of weight * (sum of a batch's terms); returns the sum, unweighted."""
-    device = next(trainer.model.parameters()).device
-    with autocast(device):
-        terms = term(batch.to(device))
-    (weight * (terms * batch.weights.to(device)).sum()).backward()
-    return float(terms.sum().item())
-
-
-def _stop_on_divergence(row: TrainingMethod, history: _History, epoch: int) -> None:
-    first, last = history.first_retain_term, history.retain_terms[-1]
+def _stop_on_divergence(row: TrainingMethod, seen: _History, epoch: int) -> None:
+    first, last = seen.first_retain_term, seen.retain_terms[-1]
     if first is not None and last > 3 * first + 2:
         raise _diverged(row, epoch, f"the retain term rose from {first:.2f} to {last:.2f} nats")
 

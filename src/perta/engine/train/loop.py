@@ -1,0 +1,123 @@
+"""The one training loop: fine-tuning and unlearning by training are two objectives of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from perta.data.batch import Batch, Encoded, bucketed
+from perta.engine.train.optimizer import Resume, Trainer, autocast, step_groups
+from perta.progress import track
+
+
+class Objective(Protocol):
+    """What a run trains for, and what it has seen so far."""
+
+    @property
+    def history(self) -> Mapping[str, Any]:
+        """All that a killed run needs of this object to go on, as plain values."""
+        ...
+
+    def restore(self, history: Mapping[str, Any]) -> None:
+        """Go on from what `history` gave."""
+        ...
+
+    def backward(self, batch: Batch, size: int) -> str:
+        """Add the gradient of one batch of a step that has `size` examples; a note on it."""
+        ...
+
+    def finish_step(self, size: int, epoch: int) -> bool:
+        """Whether the gradients that have gathered are worth a step.
+
+        Raises:
+            DivergenceError: the loss is not finite.
+        """
+        ...
+
+    def finish_epoch(self, epoch: int) -> bool:
+        """Whether an epoch, from 1, was the last one needed; the model is in evaluation mode.
+
+        Raises:
+            DivergenceError: the loss is far above where it began.
+        """
+        ...
+
+
+def train(
+    trainer: Trainer,
+    objective: Objective,
+    examples: Sequence[Encoded],
+    *,
+    title: str,
+    pad: int,
+    resume: Resume | None,
+) -> None:
+    """Run every epoch, or as many as the objective needs.
+
+    Args:
+        trainer: at its first step; its model is changed in place.
+        objective: what to train for.
+        examples: they are passed over once an epoch, in a seeded order.
+        title: what is being done, for the progress.
+        pad: padding token.
+        resume: where the state of an unfinished run is kept; None for nowhere.
+
+    Raises:
+        DivergenceError: the loss is not finite, or far above where it began.
+    """
+    settings = trainer.settings
+    done, epochs = 0, settings.epochs
+    saved = resume.load(trainer) if resume else None
+    if saved:
+        done = saved[0]
+        objective.restore(saved[1])
+    with track(title, (epochs - done) * len(examples)) as advance:
+        for epoch in range(done + 1, epochs + 1):
+            trainer.model.train()
+            batches = bucketed(examples, settings.batch_size, pad, trainer.generator)
+            for group in step_groups(batches, settings.accumulation):
+                size = sum(len(batch) for batch in group)
+                for batch in group:
+                    advance(len(batch), objective.backward(batch, size))
+                if objective.finish_step(size, epoch):
+                    trainer.step()
+            trainer.model.eval()
+            if objective.finish_epoch(epoch):
+                break
+            if resume and epoch < epochs:
+                resume.save(trainer, epoch, objective.history)
+
+
+def add_gradient(
+    model: torch.nn.Module,
+    term: Callable[[Batch], Tensor],
+    batch: Batch,
+    weight: float,
+    *,
+    above: float | None = None,
+) -> Tensor:
+    """Add the gradient of weight * (sum of a batch's terms).
+
+    Args:
+        model: what the gradients are of.
+        term: batch on the model's device -> one number per example.
+        batch: B examples; their own weights count as well.
+        weight: of every term.
+        above: terms at or below it add nothing; None for all.
+
+    Returns:
+        The terms, (B,), unweighted.
+    """
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    with autocast(device):
+        terms = term(batch)
+    values, weighted = terms.detach(), terms * batch.weights
+    if above is not None:
+        weighted = weighted[values > above]
+    if len(weighted):
+        (weight * weighted.sum()).backward()
+    return values
