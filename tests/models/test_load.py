@@ -17,7 +17,7 @@ from conftest import World
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from perta.models.load import load_model, load_tokenizer, stored_dtype
+from perta.models.load import load_model, load_tokenizer, round_weights, stored_dtype
 from perta.models.loss import losses_of
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
@@ -121,6 +121,18 @@ def test_what_an_adapter_adds_is_not_rounded_to_its_base(world: World, tmp_path:
         tau = alpha / 2 * b.double() @ a.double()
         error = (before - after - 0.5 * tau).norm() / (0.5 * tau).norm()
         assert float(error) < 1e-3
+
+
+def test_small_steps_of_training_survive_a_narrow_type(world: World) -> None:
+    model = load_model(world.base, CPU)
+    weight: Any = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    with torch.no_grad():
+        weight.copy_(torch.full_like(weight, 1 + 2**-11))
+    round_weights(model, torch.bfloat16, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # A sixteenth of the way to the next number above 1, which the nearest would never take.
+    moved = (weight.detach().double() - 1) / 2**-7
+    assert float(moved.mean()) == pytest.approx(1 / 16, abs=5 * (1 / 16 / moved.numel()) ** 0.5)
 
 
 def test_adapters_that_cannot_be_merged_say_why(world: World, tmp_path: Path) -> None:

@@ -843,6 +843,25 @@ class Recorded:
         )
 
 
+def test_a_step_that_is_stored_in_part_is_warned_of(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Just below 1 float32 has steps of 2^-24: one step is one of them, the others a third."""
+    for name, base in inputs.tensors["base"].items():
+        step = torch.full_like(base, 2**-24 if name == EMBEDDING else 2**-24 / 3)
+        inputs.tensors["full"][name] = torch.ones_like(base)
+        inputs.tensors["base"][name], inputs.tensors["forget"][name] = torch.zeros_like(base), step
+    Recorded(inputs).edit(method="tv")
+    whole, parts = 40, sum(math.prod(shape) for shape in SHAPES.values()) - 40
+    share = whole / (whole + parts / 9)
+    said = capsys.readouterr().err
+    assert f"edit: {share:.1%} of the step is stored" in said
+    assert f"{40 / (40 + parts):.1%} of the edited weights changed" in said
+    assert f"lack {1 - share:.0%} of the step. Store a wider type (--save-dtype float32)" in said
+    manifest = json.loads((inputs.root / "out" / "perta.json").read_text())
+    assert manifest["edit"]["stored"]["stored_share"] == pytest.approx(share, rel=1e-5)
+
+
 def test_inputs_whose_records_fit_are_taken(inputs: Inputs) -> None:
     for at in ("base", "full"):
         recorded = Recorded(inputs)
