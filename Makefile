@@ -1,4 +1,4 @@
-.PHONY: check test slow format
+.PHONY: check test slow format docs
 check:
 	ruff format --check .
 	ruff check .
@@ -11,3 +11,5 @@ slow:
 format:
 	ruff format .
 	ruff check --fix .
+docs:
+	mkdocs build --strict

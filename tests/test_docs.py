@@ -1,0 +1,126 @@
+"""The pages: the README's limits, links that lead somewhere, every public name, tutorials that run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import perta
+from perta.cli import main
+from perta.models.tiny import write_tiny_checkpoint
+from perta.options import DataConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# In this order each goes on where the one before ended.
+TUTORIALS = ("first-request", "strength", "second-request", "own-method", "comparing")
+# The model before it saw the data is tiny and random here, so it learns at another rate.
+TINY = ("--learning-rate", "5e-3", "--epochs", "30", "--batch-size", "2")
+
+
+def prose(page: str) -> list[str]:
+    """Paragraphs and list items of a page, without code, tables, pictures and headings."""
+    page = re.sub(r"(?ms)^```.*?^```$|<!--.*?-->", "", page)
+    page = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", page)
+    blocks = re.split(r"\n\s*\n|\n(?=- )", page)
+    return [block for block in blocks if block.strip() and not re.match(r"#|\||    |!", block)]
+
+
+def sentences(block: str) -> list[str]:
+    return re.split(r"(?<=[.:?])\s+", re.sub(r"`[^`]*`", "CODE", block.strip()))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 500
+    assert max(len(block.split()) for block in prose(README)) <= 80
+
+
+def test_the_readme_is_easy_to_read() -> None:
+    lengths = [len(s.split()) for block in prose(README) for s in sentences(block)]
+    assert len(lengths) > 20
+    assert sum(length < 30 for length in lengths) >= 0.9 * len(lengths)
+    numbers = [re.findall(r"\d[\d.,]*", s) for block in prose(README) for s in sentences(block)]
+    assert max(map(len, numbers)) <= 1
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    found = re.findall(r"(?m)^#+ (.*)$", page.read_text("utf-8"))
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.lower())) for title in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert sorted(re.findall(r"(?m)^::: perta\.(\w+)$", page)) == sorted(perta.__all__)
+
+
+class Tutorials:
+    """A folder in which the tutorials run one after the other, with a tiny model as `BASE`."""
+
+    def __init__(self, folder: Path) -> None:
+        pages = ROOT / "docs" / "tutorials"
+        self.pages = {name: (pages / f"{name}.md").read_text("utf-8") for name in TUTORIALS}
+        self.folder, self.ran = folder, set[str]()
+        (folder / "BASE").mkdir()
+        write_tiny_checkpoint(folder / "BASE", [*self.pages.values(), DataConfig().system_prompt])
+
+    def run(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run a page's code, after that of the pages before it."""
+        monkeypatch.chdir(self.folder)
+        for page in TUTORIALS[: TUTORIALS.index(name) + 1]:
+            if page not in self.ran:
+                self.ran.add(page)
+                self._run(self.pages[page], monkeypatch)
+
+    def _run(self, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        blocks = re.findall(r'(?ms)^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', page)
+        for language, title, code in blocks:
+            if title:
+                (self.folder / title).write_text(code, "utf-8")
+            elif language == "python":
+                exec(compile(code, "page", "exec"), {"__name__": "page"})  # noqa: S102
+            else:
+                for line in code.replace("\\\n", " ").splitlines():
+                    self._command(line, monkeypatch)
+
+    def _command(self, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not line.startswith("perta "):
+            subprocess.run(line, shell=True, check=True)  # noqa: S602
+            return
+        words = shlex.split(line)
+        tunes = {"finetune", "unlearn", "compare"} & set(words[1:3])
+        gently = ("--relearn-learning-rate", "1e-3") if "compare" in tunes else ()
+        monkeypatch.setattr(sys, "argv", [*words, *(TINY if tunes else ()), *gently])
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, line
+
+
+@pytest.fixture(scope="module")
+def tutorials(tmp_path_factory: pytest.TempPathFactory) -> Tutorials:
+    return Tutorials(tmp_path_factory.mktemp("tutorials"))
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_runs(
+    name: str, tutorials: Tutorials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tutorials.run(name, monkeypatch)
