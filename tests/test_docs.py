@@ -1,4 +1,4 @@
-"""The pages: the README's limits, links that lead somewhere, every public name, tutorials that run."""
+"""The pages: the README, links that lead somewhere, every public name, tutorials that run."""
 
 from __future__ import annotations
 
