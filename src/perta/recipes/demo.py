@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
@@ -21,31 +21,19 @@ from perta.methods.table import get_method
 from perta.models.resolve import resolve_checkpoint
 from perta.models.smollm import obtain_smollm
 from perta.models.tiny import write_tiny_checkpoint
-from perta.options import DataConfig, EstimatorConfig, ScoringConfig, TuneConfig, WeightingConfig
+from perta.options import DataConfig, ScoringConfig, TuneConfig, WeightingConfig
 from perta.progress import say
 from perta.recipes.settings import DemoConfig
+from perta.recipes.workspace import Workspace, needs
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import costs
 from perta.report.write import write_report
 from perta.stages.edit import edit_checkpoint
-from perta.stages.evaluate import evaluate_checkpoint
-from perta.stages.finetune import finetune_checkpoint
-from perta.stages.importance import compute_importance
-from perta.stages.moments import compute_moments
 from perta.stages.people import write_people
-from perta.stages.settings import (
-    EditConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    ImportanceConfig,
-    MomentsConfig,
-    PeopleConfig,
-)
+from perta.stages.settings import PeopleConfig
 from perta.store.atomic import atomic_folder
 from perta.terminal import print_comparison, print_costs, print_samples
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,22 +87,19 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
         config = replace(config, compute=replace(config.compute, threads=1))
     data = _make_people(config, scale)
     base = _base_model(config, data)
-    run = _Run(config, scale, base, data)
+    work = _workspace(config, base, scale.tune, data)
     say(
         f"{scale.people} fictitious people, {scale.questions} questions each; the answers about "
         f"{scale.forget_people} of them are to be forgotten"
     )
-    full = run.tune("full", "full")
-    retrained = run.tune("retrained", "retain")
-    forget = run.tune("forget_checkpoint", "forget")
-    importance = {f"{part}_importance": run.importance(part) for part in ("forget", "retain")}
-    moments = {"retain_moments": run.moments("retain")}
-    models = {"base": base, "full": full, "retrained": retrained}
+    models = {"base": base}
+    for name, part in (("full", "full"), ("retrained", "retain")):
+        say(f"── {name}: tune the base model on the {part} set")
+        models[name] = work.tuned(name, part, work.tune, name)
+    say("── forget_checkpoint: tune the base model on the forget set")
     for method, strength in scale.strengths.items():
-        row = get_method(method)
-        needs = (importance if row.needs_importance else {}) | (moments if row.moments else {})
-        models[method] = run.edit(method, strength, full, forget, needs)
-    results = {name: run.evaluate(name, folder) for name, folder in models.items()}
+        models[method] = _edited(config, work, models["full"], method, strength)
+    results = {name: _evaluated(config, work, name, place) for name, place in models.items()}
     print_comparison(results)
     print_costs(*costs(collect([str(config.output)])))
     share = scale.forget_people / scale.people
@@ -137,86 +122,41 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     return results
 
 
-@dataclass
-class _Run:
-    """The stages of one demo."""
+def _workspace(config: DemoConfig, base: Path, tune: TuneConfig, data: Path) -> Workspace:
+    """Everything in the demo's folder, about the people of one folder of data."""
+    return Workspace(
+        folder=config.output,
+        base=base,
+        measured=base,
+        sets={part: str(data / f"{part}.jsonl") for part in ("full", "forget", "retain")},
+        tune=replace(tune, seed=config.seed),
+        data_config=_DATA,
+        compute=config.compute,
+        overwrite=config.overwrite,
+    )
 
-    config: DemoConfig
-    scale: Scale
-    base: Path
-    data: Path
 
-    def tune(self, name: str, part: str) -> Path:
-        """Tune the base model on one part of the people."""
-        say(f"── {name}: tune the base model on the {part} set")
-        stage = FinetuneConfig(
-            base=str(self.base),
-            data=str(self.data / f"{part}.jsonl"),
-            output=self.config.output / name,
-            tune=replace(self.scale.tune, seed=self.config.seed),
-            data_config=_DATA,
-            compute=self.config.compute,
-            overwrite=self.config.overwrite,
-        )
-        return finetune_checkpoint(stage)
+def _edited(config: DemoConfig, work: Workspace, full: Path, method: str, strength: float) -> Path:
+    """The full model edited by one method, with what it needs made before."""
+    # One pass measures both orders of importance, for both methods that use one.
+    given = work.make(replace(needs(get_method(method)), orders=(1.0, 2.0)))
+    edit = work.edit_config(
+        full=str(full),
+        output=config.output / method,
+        direction=config.output / f"{method}_direction",
+        weighting=WeightingConfig(method=method, scaling_coef=strength),
+        overwrite=config.overwrite,
+        **given,
+    )
+    return edit_checkpoint(edit)
 
-    def importance(self, part: str) -> Path:
-        """Measure both orders of importance in one pass."""
-        stage = ImportanceConfig(
-            checkpoint=str(self.base),
-            data=str(self.data / f"{part}.jsonl"),
-            output=self.config.output / f"{part}_importance",
-            orders=(1.0, 2.0),
-            estimator=EstimatorConfig(),
-            data_config=_DATA,
-            compute=self.config.compute,
-            overwrite=self.config.overwrite,
-        )
-        return compute_importance(stage)
 
-    def moments(self, part: str) -> Path:
-        """Measure second moments of layer inputs."""
-        stage = MomentsConfig(
-            checkpoint=str(self.base),
-            data=str(self.data / f"{part}.jsonl"),
-            output=self.config.output / f"{part}_moments",
-            data_config=_DATA,
-            compute=self.config.compute,
-            overwrite=self.config.overwrite,
-        )
-        return compute_moments(stage)
-
-    def edit(
-        self, method: str, strength: float, full: Path, forget: Path, needs: Mapping[str, Path]
-    ) -> Path:
-        """Edit the full model by one method, with the importance or moments that it needs."""
-        stage = EditConfig(
-            full=str(full),
-            base=str(self.base),
-            forget_checkpoint=str(forget),
-            forget_importance=needs.get("forget_importance"),
-            retain_importance=needs.get("retain_importance"),
-            retain_moments=needs.get("retain_moments"),
-            output=self.config.output / method,
-            direction=self.config.output / f"{method}_direction",
-            weighting=WeightingConfig(method=method, scaling_coef=strength),
-            overwrite=self.config.overwrite,
-        )
-        return edit_checkpoint(stage)
-
-    def evaluate(self, name: str, folder: Path) -> dict[str, Any]:
-        """Evaluate one model on the forget and the retain people."""
-        stage = EvaluateConfig(
-            checkpoint=str(folder),
-            forget=str(self.data / "forget.jsonl"),
-            retain=str(self.data / "retain.jsonl"),
-            output=self.config.output / "results" / f"{name}.json",
-            scoring=ScoringConfig(max_new_tokens=32, evaluation_batch_size=16),
-            data_config=_DATA,
-            compute=self.config.compute,
-            overwrite=self.config.overwrite,
-        )
-        return evaluate_checkpoint(stage)
+def _evaluated(config: DemoConfig, work: Workspace, name: str, model: Path) -> dict[str, Any]:
+    """Results of one model on the forget and the retain people."""
+    output = config.output / "results" / f"{name}.json"
+    scoring = ScoringConfig(max_new_tokens=32, evaluation_batch_size=16)
+    sets = {part: work.sets[part] for part in ("forget", "retain")}
+    return work.evaluate(name, model, output, scoring, **sets)
 
 
 _DATA = DataConfig(format="qa")
@@ -265,16 +205,8 @@ def _tiny_base(config: DemoConfig, data: Path) -> Path:
     with atomic_folder(random, overwrite=True) as folder:
         write_tiny_checkpoint(folder, [*texts, _DATA.system_prompt], seed=config.seed)
     say("── base: teach a tiny random model to answer questions about other people")
-    stage = FinetuneConfig(
-        base=str(random),
-        data=str(others / "full.jsonl"),
-        output=config.output / "base",
-        tune=TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8, seed=config.seed),
-        data_config=_DATA,
-        compute=config.compute,
-        overwrite=config.overwrite,
-    )
-    return finetune_checkpoint(stage)
+    tune = TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8)
+    return _workspace(config, random, tune, others).tuned("base", "full", tune, "base")
 
 
 def _console() -> Console:

@@ -1,0 +1,270 @@
+"""One folder of what recipes stand on: tuned models, importance, moments, evaluations.
+
+What is there and still right is reused, everything else is made; either way its duration is noted,
+for a reused one that of when it was made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from perta.data.examples import general_config
+from perta.evidence.results import Results
+from perta.methods.method import Method, Side
+from perta.methods.table import importance_order
+from perta.options import (
+    ComputeConfig,
+    DataConfig,
+    EstimatorConfig,
+    LossOn,
+    MomentOptions,
+    ScoringConfig,
+    TuneConfig,
+    TunedType,
+)
+from perta.stages.edit import checkpoint_name
+from perta.stages.evaluate import evaluate_checkpoint
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.importance import compute_importance
+from perta.stages.moments import compute_moments, merge_moments
+from perta.stages.settings import (
+    EditConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    MergeMomentsConfig,
+    MomentsConfig,
+)
+from perta.store.costs import seconds_of
+from perta.store.record import read_manifest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an edit by a method reads besides θ₀ and θ_full.
+
+    Attributes:
+        forget_checkpoints: least number of models tuned on the forget set.
+        retain_checkpoint: whether a model tuned on the retain set is read.
+        importance: sets whose importance is read.
+        orders: orders of the importance that are made in one pass.
+        moments: sets whose moments are read.
+        gradients: whether these are of output gradients as well.
+    """
+
+    forget_checkpoints: int
+    retain_checkpoint: bool
+    importance: tuple[Side, ...]
+    orders: tuple[float, ...]
+    moments: tuple[Side, ...]
+    gradients: bool
+
+
+def needs(method: Method, order: float | None = None) -> Needs:
+    """What a method needs, at an order of its importance where the user chose one."""
+    return Needs(
+        method.min_task_vectors if method.direction == "forget - base" else 0,
+        method.retain_vector,
+        method.sides if method.needs_importance else (),
+        (importance_order(method, order),),
+        method.sides if method.moments else (),
+        method.moments == "kron",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workspace:
+    """Makes or reuses what one run needs.
+
+    Attributes:
+        folder: where everything lies.
+        base: θ₀, from which models are tuned.
+        measured: model at which importance and moments are measured.
+        sets: `forget`, `retain` and so on -> their file or `datasets` id.
+        tune: fine-tuning; `save_dtype` is the type of its results.
+        estimator: how importance is measured, and `moments` how moments are.
+        data_config: how rows become tokens.
+        compute: where to compute.
+        overwrite: whether outputs of another origin are replaced; None for those alone that this
+            package made.
+        names: what is made -> name of its folder, where it has another.
+        seconds: stage -> duration.
+        made: stage -> output, as far as this run has asked for it.
+    """
+
+    folder: Path
+    base: Path
+    measured: Path
+    sets: Mapping[str, str]
+    tune: TuneConfig
+    save_dtype: TunedType = "float32"
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    moments: MomentOptions = field(default_factory=MomentOptions)
+    data_config: DataConfig
+    compute: ComputeConfig
+    overwrite: bool | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    made: dict[str, Path] = field(default_factory=dict)
+
+    def make(
+        self,
+        wanted: Needs,
+        *,
+        loss_on: LossOn | None = None,
+        seeds: Sequence[int] = (),
+        samples: str | None = None,
+        protected: Sequence[str] = ("retain",),
+        saved: Path | None = None,
+    ) -> dict[str, Any]:
+        """Everything that an edit reads.
+
+        Args:
+            wanted: what the method needs.
+            loss_on: what forget checkpoints learn.
+            seeds: of the forget checkpoints [default: as many as needed, from that of `tune` on].
+            samples: sample of the retain set that a retain checkpoint is tuned on.
+            protected: sets whose moments, added, stand for what is to be kept.
+            saved: moments that are added to these.
+
+        Returns:
+            Fields of `EditConfig`.
+        """
+        given: dict[str, Any] = {}
+        if wanted.forget_checkpoints:
+            first = self.tune.seed
+            seeds = seeds or range(first, first + wanted.forget_checkpoints)
+            tuned = tuple(str(self._forget(*numbered, loss_on)) for numbered in enumerate(seeds))
+            given["forget_checkpoint"] = tuned[0] if len(tuned) == 1 else tuned
+        if wanted.retain_checkpoint:
+            tune = replace(self.tune, loss_on="answer")
+            output = self.tuned("retain_checkpoint", "retain", tune, "retain_finetune", samples)
+            given["retain_checkpoint"] = str(output)
+        for side in wanted.importance:
+            given[f"{side}_importance"] = self._importance(side, wanted.orders)
+        for side in wanted.moments:
+            parts = protected if side == "retain" else (side,)
+            folders = [self._moments(part, wanted.gradients) for part in parts]
+            added = [saved, *folders] if saved and side == "retain" else folders
+            given[f"{side}_moments"] = self._merged(added)
+        return given
+
+    def tuned(
+        self, name: str, data: str, tune: TuneConfig, stage: str, samples: str | None = None
+    ) -> Path:
+        """The base model tuned on one of the sets."""
+        output = self.place(name)
+        config = FinetuneConfig(
+            base=str(self.base),
+            data=self.sets[data],
+            output=output,
+            samples=samples,
+            save_dtype=self.save_dtype,
+            overwrite=self._replaces(output),
+            tune=tune,
+            data_config=self.data_config,
+            compute=self.compute,
+        )
+        return self._once(stage, lambda: finetune_checkpoint(config))
+
+    def _forget(self, place: int, seed: int, loss_on: LossOn | None) -> Path:
+        number = checkpoint_name(place).removeprefix(checkpoint_name(0))
+        name = self.names.get(checkpoint_name(0), checkpoint_name(0)) + number
+        tune = replace(self.tune, seed=seed, loss_on=loss_on)
+        return self.tuned(name, "forget", tune, f"finetune{number}")
+
+    def _importance(self, side: Side, orders: tuple[float, ...]) -> Path:
+        output = self.place(f"{side}_importance")
+        config = ImportanceConfig(
+            checkpoint=str(self.measured),
+            data=self.sets[side],
+            output=output,
+            orders=orders,
+            overwrite=self._replaces(output),
+            estimator=self.estimator,
+            data_config=self.data_config,
+            compute=self.compute,
+        )
+        return self._once(f"{side}_importance", lambda: compute_importance(config))
+
+    def _moments(self, part: str, gradients: bool) -> Path:
+        output, data = self.place(f"{part}_moments"), self.sets[part]
+        rows = general_config(data, self.data_config) if part == "general" else self.data_config
+        config = MomentsConfig(
+            checkpoint=str(self.measured),
+            data=data,
+            output=output,
+            gradients=gradients,
+            overwrite=self._replaces(output),
+            options=self.moments,
+            data_config=rows,
+            compute=self.compute,
+        )
+        return self._once(f"{part}_moments", lambda: compute_moments(config))
+
+    def _merged(self, folders: Sequence[Path]) -> Path:
+        if len(folders) == 1:
+            return folders[0]
+        output = self.place("protected_moments")
+        config = MergeMomentsConfig(
+            folders=tuple(folders), output=output, overwrite=self._replaces(output)
+        )
+        return self._once("merge_moments", lambda: merge_moments(config))
+
+    def edit_config(self, **given: Any) -> EditConfig:
+        """An edit of what was made; `given` are its fields but for the base and the computer."""
+        return EditConfig(
+            base=str(self.base),
+            solve_device=self.compute.device,
+            edit_threads=self.compute.threads,
+            **given,
+        )
+
+    def evaluate(
+        self,
+        name: str,
+        checkpoint: Path,
+        output: Path,
+        scoring: ScoringConfig,
+        **sets: str | None,
+    ) -> Results:
+        """Evaluate a model on some sets, with a base model where `sets` has one."""
+        config = EvaluateConfig(
+            checkpoint=str(checkpoint),
+            output=output,
+            overwrite=self._replaces(output),
+            scoring=scoring,
+            data_config=self.data_config,
+            compute=self.compute,
+            **sets,
+        )
+        return self.timed(f"evaluate_{name}", lambda: evaluate_checkpoint(config))
+
+    def timed(self, stage: str, run: Callable[[], T]) -> T:
+        """Run a stage and note its duration, by its output's own record where that has one."""
+        started = time.perf_counter()
+        result = run()
+        made = read_manifest(result) if isinstance(result, Path) else None
+        if isinstance(result, dict):
+            made = result.get("perta")
+        self.seconds[stage] = seconds_of(made) if made else time.perf_counter() - started
+        return result
+
+    def place(self, name: str) -> Path:
+        """Where something lies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / self.names.get(name, name)
+
+    def _once(self, stage: str, run: Callable[[], Path]) -> Path:
+        if stage not in self.made:
+            self.made[stage] = self.timed(stage, run)
+        return self.made[stage]
+
+    def _replaces(self, output: Path) -> bool:
+        return read_manifest(output) is not None if self.overwrite is None else self.overwrite
