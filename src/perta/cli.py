@@ -51,7 +51,8 @@ def unlearn(config: UnlearnConfig) -> None:
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
-    from perta.recipes.unlearn import unlearn, work_folder
+    from perta.recipes.run_record import work_folder
+    from perta.recipes.unlearn import unlearn
     from perta.report.verdict.judge import require_verdict
     from perta.store.costs import costs_of, details, duration
     from perta.terminal import print_comparison, print_samples

@@ -17,8 +17,9 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.errors import ConfigError, VerdictError
 from perta.options import ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes.held_back import Split, hold_back
+from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import Unlearned, unlearn, work_folder
+from perta.recipes.unlearn import Unlearned, unlearn
 from perta.report.verdict.judge import require_verdict
 from perta.stages.people import write_people
 from perta.stages.settings import PeopleConfig

@@ -20,9 +20,10 @@ from perta.errors import ConfigError
 from perta.models.facts import Fact, find_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
-from perta.recipes.unlearn import unlearn, work_folder
+from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
@@ -264,7 +265,7 @@ def test_what_looks_unseen_before_the_edit_is_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A calibration that the full model passes would choose no edit at all."""
-    monkeypatch.setattr("perta.recipes.unlearn.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
     settings = config(world, tmp_path / "out", "perta-project")
     for line in world.retain.read_text("utf-8").splitlines():
         seen = write_jsonl([json.loads(line)], tmp_path / "seen.jsonl")

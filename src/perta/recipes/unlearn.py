@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from perta.data.examples import ExampleSet
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.table import at_strength, get_method, importance_order, with_defaults
-from perta.models.load import pick_device, pick_dtype
+from perta.methods.table import at_strength, get_method, with_defaults
 from perta.models.resolve import resolve_checkpoint
-from perta.options import LossOn, TuneConfig
 from perta.progress import say
 from perta.recipes.held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes.request import (
@@ -42,38 +39,22 @@ from perta.recipes.request import (
     load_sets,
     refuse_moments,
     refuse_without_effect,
-    rows_config,
     split_retain,
 )
-from perta.recipes.rounds import write_rounds
+from perta.recipes.run_record import RunRecord, work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
+from perta.recipes.workspace import Workspace, needs
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
 from perta.stages.edit import edit_checkpoint, find_inputs, refuse_unused, with_direction
-from perta.stages.evaluate import evaluate_checkpoint
-from perta.stages.finetune import finetune_checkpoint, learned_by_forgetting
-from perta.stages.importance import compute_importance
-from perta.stages.moments import compute_moments, merge_moments
-from perta.stages.settings import (
-    EditConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    ImportanceConfig,
-    MergeMomentsConfig,
-    MomentsConfig,
-    TrainConfig,
-)
-from perta.stages.stage import changes, exists_error
+from perta.stages.finetune import learned_by_forgetting
+from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.train import train_checkpoint
 from perta.store.checkpoint import open_index
-from perta.store.costs import seconds_of
-from perta.store.fingerprint import fingerprint
-from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
-
-T = TypeVar("T")
+from perta.store.record import read_manifest
 
 
 @dataclass(frozen=True)
@@ -115,12 +96,24 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     """
     config = UnlearnConfig(**options) if config is None else replace(config, **options)
     refuse_without_effect(config)
-    if known_method(config.weighting.method) in TRAINING_METHODS:
-        return _unlearn_by_training(config)
+    trains = known_method(config.weighting.method) in TRAINING_METHODS
+    run = _checked_training(config) if trains else _checked_edit(config)
+    if run.record.is_finished():
+        say(f"unlearn: {config.output} is up to date, reused")
+    else:
+        run.record.refuse_foreign()
+        run.write_split()
+        found = run.train() if trains else run.edit()
+        run.record.write({}, **found)
+    return run.evaluated()
+
+
+def _checked_edit(config: UnlearnConfig) -> _Run:
+    """The run of a method that edits, after every check that needs no long step."""
     refuse_unused(config.weighting)
     config = _with_defaults(config)
     method = get_method(config.weighting.method)
-    order = importance_order(method, config.weighting.order)
+    needs(method, config.weighting.order)  # raises now what would stop it later
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     check_output(config, base, full, work_folder(config))
@@ -135,53 +128,15 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
         check_linear(targets)
     sets = load_sets(config)
     split, held_back = split_retain(config, sets)
-    used = {**sets, "retain": split.protected} if split else sets
-    check_options(config, used)
+    run = _Run.of(config, base, full, sets, split, held_back)
+    check_options(config, run.used)
     if config.retain_moments is not None:
-        check_retain_moments(config, base if config.importance_at == "base" else full, sets)
-    record = _Record.of(config, base, full, sets, held_back)
-    stages = _Stages.of(config, base, full, record, split)
-    if record.is_finished():
-        say(f"unlearn: {config.output} is up to date, reused")
-    else:
-        record.refuse_foreign()
-        stages.write_split()
-        started = time.perf_counter()
-        is_auto = config.weighting.scaling_coef == "auto"
-        unseen = stages.calibrate(used) if is_auto else None
-        forget_checkpoints = (
-            stages.finetune(used["forget"]) if method.direction == "forget - base" else []
-        )
-        retain_checkpoint = stages.tune_retain(len(used["forget"]))
-        importance = [
-            stages.importance(name, order)
-            if method.needs_importance and name in method.sides
-            else None
-            for name in ("forget", "retain")
-        ]
-        moments = [
-            stages.moments(name, gradients=method.moments == "kron")
-            if method.moments and name in method.sides
-            else None
-            for name in ("forget", "retain")
-        ]
-        edit = stages.edit_config(forget_checkpoints, retain_checkpoint, *importance, *moments)
-        if unseen is not None and config.rounds > 1:
-            edit = stages.rounds(edit, unseen, used["forget"])
-        stages.solve(edit)
-        found: dict[str, Any] = {}
-        if unseen is not None:
-            strength = stages.find_strength(edit, used, unseen)
-            found = {"strength": asdict(strength)}
-            edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
-        stages.edit(edit)
-        record.seconds["total"] = time.perf_counter() - started
-        record.write({}, **found)
-    return _evaluated(stages, record)
+        check_retain_moments(config, run.work.measured, sets)
+    return run
 
 
-def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
-    """The run of a training method: one stage in place of fine-tuning, importance and edit."""
+def _checked_training(config: UnlearnConfig) -> _Run:
+    """The run of a method that trains: one stage in place of fine-tuning, importance and edit."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
     refuse_moments(config)
     config = replace(
@@ -193,180 +148,149 @@ def _unlearn_by_training(config: UnlearnConfig) -> Unlearned:
     full = resolve_checkpoint(config.full, base=config.base)
     check_output(config, base, full, work_folder(config))
     sets = load_sets(config)
-    split, held_back = split_retain(config, sets)
-    record = _Record.of(config, base, full, sets, held_back)
-    stages = _Stages.of(config, base, full, record, split)
-    if record.is_finished():
-        say(f"unlearn: {config.output} is up to date, reused")
-    else:
-        record.refuse_foreign()
-        stages.write_split()
-        stages.train()
-        record.seconds["total"] = record.seconds["train"]
-        record.write({})
-    return _evaluated(stages, record)
-
-
-def _evaluated(stages: _Stages, record: _Record) -> Unlearned:
-    """The outcome of a run whose output is there: evaluation and report, where wanted."""
-    output = stages.config.output
-    if not stages.config.evaluate:
-        return Unlearned(output, read_manifest(output) or {}, None, None)
-    stages.write_split()
-    before = stages.evaluate("before", stages.full)
-    after = stages.evaluate("after", output)
-    base = stages.evaluate("base", stages.base)
-    results = {"before": before, "after": after, "base": base}
-    record.write({name: aggregates(found) for name, found in results.items()})
-    report = stages.report()
-    verdicts = judge(collect([str(output)]))
-    verdict = verdicts[0] if verdicts else None
-    return Unlearned(output, read_manifest(output) or {}, before, after, report, verdict)
+    return _Run.of(config, base, full, sets, *split_retain(config, sets))
 
 
 @dataclass(frozen=True)
-class _Stages:
-    """The stages of one run with its inputs; each adds its duration to `seconds`.
+class _Run:
+    """One run with its inputs.
 
-    Stages without an output of their own, which would record it, add to `passes` what they
-    compute, in forward passes over one token. The retain set of `config` is what the run may use;
-    `judged` is what retention is judged on.
+    Attributes:
+        config: the request; its retain set is what the run may use.
+        full: folder of θ_full.
+        sets: as given.
+        split: the retain set in two parts, the second of which is `judged` retention on.
+        work: what is made on the way.
+        record: of the run.
     """
 
     config: UnlearnConfig
-    base: Path
     full: Path
-    seconds: dict[str, float]
-    passes: dict[str, float]
-    judged: str | None
+    sets: Mapping[str, ExampleSet]
     split: Split | None
+    judged: str | None
+    work: Workspace
+    record: RunRecord
 
     @classmethod
     def of(
-        cls, config: UnlearnConfig, base: Path, full: Path, record: _Record, split: Split | None
-    ) -> _Stages:
-        judged = config.retain
+        cls,
+        config: UnlearnConfig,
+        base: Path,
+        full: Path,
+        sets: Mapping[str, ExampleSet],
+        split: Split | None,
+        held_back: Mapping[str, Any],
+    ) -> _Run:
+        record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
         if split is not None and split.held_back is not None:
             judged = str(work_folder(config) / HELD_BACK)
             config = replace(config, retain=str(work_folder(config) / PROTECTED))
-        return cls(config, base, full, record.seconds, record.passes, judged, split)
+        given = {name: getattr(config, name) for name in ("forget", "retain", "general")}
+        work = Workspace(
+            folder=work_folder(config),
+            base=base,
+            measured=full if config.importance_at == "full" else base,
+            sets={name: data for name, data in given.items() if data is not None},
+            tune=config.tune,
+            estimator=config.estimator,
+            moments=config.moments,
+            data_config=config.data_config,
+            compute=config.compute,
+            seconds=record.seconds,
+        )
+        return cls(config, full, sets, split, judged, work, record)
+
+    @property
+    def used(self) -> Mapping[str, ExampleSet]:
+        """The sets that may decide what the result is."""
+        return {**self.sets, "retain": self.split.protected} if self.split else self.sets
 
     def write_split(self) -> None:
         """Write the parts of the retain set where the stages read them."""
         if self.split is not None:
-            self.split.write(work_folder(self.config))
+            self.split.write(self.work.folder)
 
-    def finetune(self, forget: ExampleSet) -> list[Path]:
-        """Tune a forget checkpoint for every seed."""
-        loss_on = self._loss_on(forget)
-        tuned = []
-        for place in range(self.config.forget_seeds or 1):
-            more = f"_{place + 1}" if place else ""
-            tune = replace(self.config.tune, seed=self.config.tune.seed + place, loss_on=loss_on)
-            stage = self._tuning("forget_checkpoint" + more, self.config.forget, tune)
-            tuned.append(self._timed("finetune" + more, partial(finetune_checkpoint, stage)))
-        return tuned
+    def edit(self) -> dict[str, Any]:
+        """Make what the method needs and edit; what the search for the strength found."""
+        started, work = time.perf_counter(), self.work
+        is_auto = self.config.weighting.scaling_coef == "auto"
+        unseen = self._calibrated() if is_auto else None
+        edit = work.edit_config(
+            full=str(self.full),
+            output=self.config.output,
+            direction=work.place("direction"),
+            save_dtype=self.config.save_dtype,
+            overwrite=self.config.overwrite,
+            weighting=self.config.weighting,
+            **self._needed(),
+        )
+        if get_method(edit.weighting.method).moments:
+            # Search and edit share it.
+            work.timed("direction", lambda: with_direction(edit, find_inputs(edit))["direction"])
+        found: dict[str, Any] = {}
+        if unseen is not None:
+            strength = self._strength(edit, unseen)
+            found = {"strength": asdict(strength)}
+            edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
+        work.timed("edit", lambda: edit_checkpoint(edit))
+        self.record.seconds["total"] = time.perf_counter() - started
+        return found
 
-    def _loss_on(self, forget: ExampleSet) -> LossOn:
-        structured = get_method(self.config.weighting.method).moments is not None
-        return learned_by_forgetting(self.config.tune.loss_on, forget, structured=structured)
+    def _needed(self) -> dict[str, Any]:
+        config, forget = self.config, self.sets["forget"]
+        method = get_method(config.weighting.method)
+        wanted, given = needs(method, config.weighting.order), config.retain_checkpoint
+        theirs = {}
+        if wanted.retain_checkpoint and given is not None:
+            wanted = replace(wanted, retain_checkpoint=False)
+            folder = resolve_checkpoint(given, base=self.work.base, exact=True)
+            theirs = {"retain_checkpoint": str(folder)}
+        first = config.tune.seed
+        made = self.work.make(
+            wanted,
+            loss_on=learned_by_forgetting(
+                config.tune.loss_on, forget, structured=bool(wanted.moments)
+            ),
+            seeds=range(first, first + (config.forget_seeds or 1)),
+            # All of the retain set would cost as much as training again without the forget set.
+            samples=config.retain_samples or str(len(forget)),
+            protected=[
+                name
+                for name in ("retain", "general")
+                if name in self.work.sets and not (name == "retain" and config.retain_moments)
+            ],
+            saved=config.retain_moments,
+        )
+        return {**made, **theirs}
 
-    def rounds(self, edit: EditConfig, unseen: Unseen, forget: ExampleSet) -> EditConfig:
-        """The edit with a forget checkpoint of several rounds."""
-        output = self._place("forget_rounds")
-        tune = replace(self.config.tune, loss_on=self._loss_on(forget))
-        made = self._timed(
-            "rounds",
-            lambda: write_rounds(
-                output,
-                edit,
-                unseen,
-                tune,
-                self.config.compute,
-                most=self.config.rounds,
-                overwrite=_is_ours(output),
+    def _calibrated(self) -> Unseen:
+        """Measure what unseen means, before the first long step."""
+        config, work = self.config, self.work
+        unseen = work.timed(
+            "calibrate",
+            lambda: calibrate(self.full, work.base, self.used, config.data_config, config.compute),
+        )
+        self.record.passes["calibrate"] = unseen.tokens
+        return unseen
+
+    def _strength(self, edit: EditConfig, unseen: Unseen) -> Strength:
+        """Search for the strength and save every point of it as `strength.json`."""
+        config, work = self.config, self.work
+        settings = StrengthSettings(config.retain_budget, config.strength_seed, work.folder)
+        found = work.timed(
+            "strength",
+            lambda: choose_strength(
+                edit, self.used, unseen, settings, config.data_config, config.compute
             ),
         )
-        self.passes["rounds"] = (read_manifest(made) or {})["passes"]
-        return replace(edit, forget_checkpoint=str(made))
+        self.record.passes["strength"] = found.tokens
+        text = json.dumps(asdict(found), indent=1) + "\n"
+        work.place("strength.json").write_text(text, "utf-8")
+        return found
 
-    def tune_retain(self, forget_rows: int) -> Path | None:
-        """Tune on retained examples, where the method adds a retain vector and none was given."""
-        if not get_method(self.config.weighting.method).retain_vector:
-            return None
-        if self.config.retain_checkpoint is not None:
-            return resolve_checkpoint(self.config.retain_checkpoint, base=self.base, exact=True)
-        # All of the retain set would cost as much as training again without the forget set.
-        samples = self.config.retain_samples or str(forget_rows)
-        data = cast(str, self.config.retain)
-        tune = replace(self.config.tune, loss_on="answer")
-        stage = self._tuning("retain_checkpoint", data, tune, samples)
-        return self._timed("retain_finetune", lambda: finetune_checkpoint(stage))
-
-    def _tuning(
-        self, name: str, data: str, tune: TuneConfig, samples: str | None = None
-    ) -> FinetuneConfig:
-        output = self._place(name)
-        return FinetuneConfig(
-            base=str(self.base),
-            data=data,
-            output=output,
-            samples=samples,
-            overwrite=_is_ours(output),
-            tune=tune,
-            data_config=self.config.data_config,
-            compute=self.config.compute,
-        )
-
-    def importance(self, name: str, order: float) -> Path:
-        output = self._place(f"{name}_importance")
-        at = self.base if self.config.importance_at == "base" else self.full
-        stage = ImportanceConfig(
-            checkpoint=str(at),
-            data=cast(str, getattr(self.config, name)),
-            output=output,
-            orders=(order,),
-            overwrite=_is_ours(output),
-            estimator=self.config.estimator,
-            data_config=self.config.data_config,
-            compute=self.config.compute,
-        )
-        return self._timed(f"{name}_importance", lambda: compute_importance(stage))
-
-    def moments(self, name: str, *, gradients: bool) -> Path:
-        """Moments of the forget set, or of what is protected: retain set, general text or both."""
-        saved = self.config.retain_moments if name == "retain" else None
-        parts = [saved] if saved else []
-        measured = {
-            "forget": ("forget",),
-            "retain": ("general",) if saved else ("retain", "general"),
-        }
-        for part in measured[name]:
-            data = getattr(self.config, part)
-            if data is not None:
-                parts.append(self._moments_of(part, data, gradients))
-        if len(parts) == 1:
-            return parts[0]
-        output = self._place("protected_moments")
-        stage = MergeMomentsConfig(folders=tuple(parts), output=output, overwrite=_is_ours(output))
-        return self._timed("merge_moments", lambda: merge_moments(stage))
-
-    def _moments_of(self, name: str, data: str, gradients: bool) -> Path:
-        output = self._place(f"{name}_moments")
-        at = self.base if self.config.importance_at == "base" else self.full
-        stage = MomentsConfig(
-            checkpoint=str(at),
-            data=data,
-            output=output,
-            gradients=gradients,
-            overwrite=_is_ours(output),
-            options=self.config.moments,
-            data_config=rows_config(self.config, name),
-            compute=self.config.compute,
-        )
-        return self._timed(f"{name}_moments", lambda: compute_moments(stage))
-
-    def train(self) -> Path:
+    def train(self) -> dict[str, Any]:
+        """Train in place of an edit."""
         config = self.config
         every = config.tune.save_every
         stage = TrainConfig(
@@ -384,191 +308,45 @@ class _Stages:
             data_config=config.data_config,
             compute=config.compute,
         )
-        return self._timed("train", lambda: train_checkpoint(stage))
+        self.work.timed("train", lambda: train_checkpoint(stage))
+        self.record.seconds["total"] = self.record.seconds["train"]
+        return {}
 
-    def edit_config(
-        self,
-        forget_checkpoints: Sequence[Path],
-        retain_checkpoint: Path | None,
-        forget: Path | None,
-        retain: Path | None,
-        forget_moments: Path | None,
-        retain_moments: Path | None,
-    ) -> EditConfig:
-        names = tuple(map(str, forget_checkpoints))
-        return EditConfig(
-            full=str(self.full),
-            base=str(self.base),
-            forget_checkpoint=names[0] if len(names) == 1 else names,
-            retain_checkpoint=None if retain_checkpoint is None else str(retain_checkpoint),
-            forget_importance=forget,
-            retain_importance=retain,
-            forget_moments=forget_moments,
-            retain_moments=retain_moments,
-            direction=self._place("direction"),
-            solve_device=self.config.compute.device,
-            save_dtype=self.config.save_dtype,
-            output=self.config.output,
-            overwrite=self.config.overwrite,
-            edit_threads=self.config.compute.threads,
-            weighting=self.config.weighting,
+    def evaluated(self) -> Unlearned:
+        """The outcome, once the output is there: evaluation and report, where wanted."""
+        output = self.config.output
+        if not self.config.evaluate:
+            return Unlearned(output, read_manifest(output) or {}, None, None)
+        self.write_split()
+        models = {"before": self.full, "after": output, "base": self.work.base}
+        results = {name: self._evaluation(name, model) for name, model in models.items()}
+        self.record.write({name: aggregates(found) for name, found in results.items()})
+        page = output.with_name(f"{output.name}.report.html")
+        report = write_report(ReportConfig(results=(str(output),), output=page))
+        verdicts = judge(collect([str(output)]))
+        return Unlearned(
+            output,
+            read_manifest(output) or {},
+            results["before"],
+            results["after"],
+            report,
+            verdicts[0] if verdicts else None,
         )
 
-    def solve(self, stage: EditConfig) -> None:
-        """Make a structured method's direction, which search and edit share."""
-        if get_method(stage.weighting.method).moments:
-            self._timed("direction", lambda: with_direction(stage, find_inputs(stage))["direction"])
-
-    def edit(self, stage: EditConfig) -> Path:
-        return self._timed("edit", lambda: edit_checkpoint(stage))
-
-    def calibrate(self, sets: Mapping[str, ExampleSet]) -> Unseen:
-        """Measure what unseen means, before the first long step."""
-        data_config, compute = self.config.data_config, self.config.compute
-        unseen = self._timed(
-            "calibrate", lambda: calibrate(self.full, self.base, sets, data_config, compute)
-        )
-        self.passes["calibrate"] = unseen.tokens
-        return unseen
-
-    def find_strength(
-        self, stage: EditConfig, sets: Mapping[str, ExampleSet], unseen: Unseen
-    ) -> Strength:
-        """Search for the strength and save every point of it as `strength.json`."""
-        settings = StrengthSettings(
-            self.config.retain_budget, self.config.strength_seed, work_folder(self.config)
-        )
-        found = self._timed(
-            "strength",
-            lambda: choose_strength(
-                stage, sets, unseen, settings, self.config.data_config, self.config.compute
-            ),
-        )
-        self.passes["strength"] = found.tokens
-        text = json.dumps(asdict(found), indent=1) + "\n"
-        self._place("strength.json").write_text(text, "utf-8")
-        return found
-
-    def evaluate(self, name: str, checkpoint: Path) -> dict[str, Any]:
-        output = self._place(f"evaluation_{name}.json")
+    def _evaluation(self, name: str, checkpoint: Path) -> dict[str, Any]:
+        config, scoring = self.config, self.config.scoring
         # The base model is asked for what it would make of the removed rows, and that alone.
         is_base = name == "base"
-        scoring = self.config.scoring
-        stage = EvaluateConfig(
-            checkpoint=str(checkpoint),
-            forget=self.config.forget,
+        return self.work.evaluate(
+            name,
+            checkpoint,
+            self.work.place(f"evaluation_{name}.json"),
+            replace(scoring, generate=False) if is_base else scoring,
+            forget=config.forget,
             retain=None if is_base else self.judged,
-            holdout=None if is_base else self.config.holdout,
-            base=self.config.base,
-            output=output,
-            overwrite=_is_ours(output),
-            scoring=replace(scoring, generate=False) if is_base else scoring,
-            data_config=self.config.data_config,
-            compute=self.config.compute,
+            holdout=None if is_base else config.holdout,
+            base=config.base,
         )
-        return self._timed(f"evaluate_{name}", lambda: evaluate_checkpoint(stage))
-
-    def report(self) -> Path:
-        output = self.config.output.with_name(f"{self.config.output.name}.report.html")
-        return write_report(ReportConfig(results=(str(self.config.output),), output=output))
-
-    def _place(self, name: str) -> Path:
-        folder = work_folder(self.config)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
-
-    def _timed(self, name: str, run: Callable[[], T]) -> T:
-        clock = time.perf_counter()
-        result = run()
-        # By its own record, so that a stage that was reused is noted as when it was made.
-        made = read_manifest(result) if isinstance(result, Path) else None
-        if isinstance(result, dict):
-            made = result.get("perta")
-        self.seconds[name] = seconds_of(made) if made else time.perf_counter() - clock
-        return result
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What a run as a whole was made from, kept in the output's manifest under `unlearn`.
-
-    It lets a run with an output that does not match stop before the first long step, and one
-    whose output matches skip them all, even when the work folder is gone.
-    """
-
-    config: UnlearnConfig
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    held_back: Mapping[str, Any]
-    seconds: dict[str, float]
-    passes: dict[str, float]
-
-    @classmethod
-    def of(
-        cls,
-        config: UnlearnConfig,
-        base: Path,
-        full: Path,
-        sets: Mapping[str, ExampleSet],
-        held_back: Mapping[str, Any],
-    ) -> _Record:
-        inputs = {
-            "base": fingerprint(base),
-            "full": fingerprint(full),
-            **{name: sets[name].fingerprint for name in ("forget", "retain") if name in sets},
-        }
-        if "holdout" in sets and config.weighting.scaling_coef == "auto":
-            inputs["holdout"] = sets["holdout"].fingerprint
-        if "general" in sets:
-            inputs["general"] = sets["general"].fingerprint
-        if config.retain_moments is not None:
-            inputs["retain_moments"] = fingerprint(config.retain_moments)
-        if config.retain_checkpoint is not None:
-            retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-            inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
-        return cls(config, _resolved(config), inputs, held_back, {}, {})
-
-    def is_finished(self) -> bool:
-        manifest = read_manifest(self.config.output) or {}
-        return manifest.get("unlearn", {}).get("key") == stage_key(
-            "unlearn", self.settings, self.inputs
-        ) and manifest.get("content") == fingerprint(self.config.output)
-
-    def refuse_foreign(self) -> None:
-        output = self.config.output
-        if self.config.overwrite or not output.exists():
-            return
-        manifest = read_manifest(output)
-        if manifest is None:
-            why = "was not made by perta"
-        elif "unlearn" not in manifest:
-            why = f"was made by `perta {manifest.get('stage')}`"
-        else:
-            changed = changes(manifest["unlearn"], self.settings, self.inputs)
-            why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
-        raise exists_error(output, why)
-
-    def write(self, evaluation: Mapping[str, Any], **found: Any) -> None:
-        manifest = read_manifest(self.config.output) or {}
-        earlier = manifest.get("unlearn", {})
-        manifest["unlearn"] = make_manifest(
-            "unlearn",
-            self.settings,
-            self.inputs,
-            seconds={**earlier.get("seconds", {}), **self.seconds},
-            passes={**earlier.get("passes", {}), **self.passes},
-            sources={name: getattr(self.config, name) for name in self.inputs},
-            evaluation=evaluation or earlier.get("evaluation", {}),
-            **({"held_back": dict(self.held_back)} if self.held_back else {}),
-            **({"strength": earlier["strength"]} if "strength" in earlier else {}),
-            **found,
-        )
-        write_manifest(self.config.output, manifest)
-
-
-def work_folder(config: UnlearnConfig) -> Path:
-    """Folder of a run's intermediate results."""
-    return config.work_dir or config.output.with_name(config.output.name + ".work")
 
 
 def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
@@ -586,25 +364,6 @@ def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
         forget_seeds=config.forget_seeds or method.min_task_vectors,
         estimator=replace(estimator, reduction=method.reduction or estimator.reduction),
     )
-
-
-def _resolved(config: UnlearnConfig) -> dict[str, Any]:
-    # How the result is evaluated does not decide what it is; how it is chosen does.
-    evaluation = {"evaluate", "fail_unless", *settings_of(config.scoring)}
-    if config.weighting.scaling_coef != "auto":
-        evaluation |= {"holdout", "retain_budget", "strength_seed"}
-    settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
-    return {
-        **settings,
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
-        "work_dir": str(work_folder(config)),
-    }
-
-
-def _is_ours(output: Path) -> bool:
-    """Whether an intermediate result may be replaced: one that perta made."""
-    return read_manifest(output) is not None
 
 
 def aggregates(results: Mapping[str, Any]) -> dict[str, float]:

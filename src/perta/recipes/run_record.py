@@ -1,0 +1,118 @@
+"""What a whole run was made from, beside the record of its last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perta.data.examples import ExampleSet
+from perta.models.load import pick_device, pick_dtype
+from perta.models.resolve import resolve_checkpoint
+from perta.recipes.settings import UnlearnConfig
+from perta.stages.stage import changes, exists_error
+from perta.store.fingerprint import fingerprint
+from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run as a whole was made from, kept in the output's manifest under `unlearn`.
+
+    It lets a run with an output that does not match stop before the first long step, and one
+    whose output matches skip them all, even when the work folder is gone. Stages without an output
+    of their own note in `passes` what they compute, in forward passes over one token.
+    """
+
+    config: UnlearnConfig
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    held_back: Mapping[str, Any]
+    seconds: dict[str, float]
+    passes: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        config: UnlearnConfig,
+        base: Path,
+        full: Path,
+        sets: Mapping[str, ExampleSet],
+        held_back: Mapping[str, Any],
+    ) -> RunRecord:
+        """The record of a run that is about to begin."""
+        inputs = {
+            "base": fingerprint(base),
+            "full": fingerprint(full),
+            **{name: sets[name].fingerprint for name in ("forget", "retain") if name in sets},
+        }
+        if "holdout" in sets and config.weighting.scaling_coef == "auto":
+            inputs["holdout"] = sets["holdout"].fingerprint
+        if "general" in sets:
+            inputs["general"] = sets["general"].fingerprint
+        if config.retain_moments is not None:
+            inputs["retain_moments"] = fingerprint(config.retain_moments)
+        if config.retain_checkpoint is not None:
+            retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
+            inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
+        return cls(config, _resolved(config), inputs, held_back, {}, {})
+
+    def is_finished(self) -> bool:
+        """Whether the output is there, as this run would make it."""
+        manifest = read_manifest(self.config.output) or {}
+        return manifest.get("unlearn", {}).get("key") == stage_key(
+            "unlearn", self.settings, self.inputs
+        ) and manifest.get("content") == fingerprint(self.config.output)
+
+    def refuse_foreign(self) -> None:
+        """Stop before an output of another origin that must not be replaced."""
+        output = self.config.output
+        if self.config.overwrite or not output.exists():
+            return
+        manifest = read_manifest(output)
+        if manifest is None:
+            why = "was not made by perta"
+        elif "unlearn" not in manifest:
+            why = f"was made by `perta {manifest.get('stage')}`"
+        else:
+            changed = changes(manifest["unlearn"], self.settings, self.inputs)
+            why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
+        raise exists_error(output, why)
+
+    def write(self, evaluation: Mapping[str, Any], **found: Any) -> None:
+        """Put the record into the output's, with results; what an earlier write noted stays."""
+        manifest = read_manifest(self.config.output) or {}
+        earlier = manifest.get("unlearn", {})
+        manifest["unlearn"] = make_manifest(
+            "unlearn",
+            self.settings,
+            self.inputs,
+            seconds={**earlier.get("seconds", {}), **self.seconds},
+            passes={**earlier.get("passes", {}), **self.passes},
+            sources={name: getattr(self.config, name) for name in self.inputs},
+            evaluation=evaluation or earlier.get("evaluation", {}),
+            **({"held_back": dict(self.held_back)} if self.held_back else {}),
+            **({"strength": earlier["strength"]} if "strength" in earlier else {}),
+            **found,
+        )
+        write_manifest(self.config.output, manifest)
+
+
+def work_folder(config: UnlearnConfig) -> Path:
+    """Folder of a run's intermediate results."""
+    return config.work_dir or config.output.with_name(config.output.name + ".work")
+
+
+def _resolved(config: UnlearnConfig) -> dict[str, Any]:
+    # How the result is evaluated does not decide what it is; how it is chosen does.
+    evaluation = {"evaluate", "fail_unless", *settings_of(config.scoring)}
+    if config.weighting.scaling_coef != "auto":
+        evaluation |= {"holdout", "retain_budget", "strength_seed"}
+    settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
+    return {
+        **settings,
+        "device": pick_device(config.compute).type,
+        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+        "work_dir": str(work_folder(config)),
+    }
