@@ -11,7 +11,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from blake3 import blake3
@@ -43,7 +45,7 @@ from perta.evidence.measures import auc, ks_test, read_measures
 from perta.evidence.scoring.items import Item
 from perta.recipes.unlearn import Unlearned
 from perta.report.collect import Collection, Run, collect
-from perta.report.figures import _draw_ecdf, _draw_scatter, _save, _settings
+from perta.report.figures import document, inline_style, write_figures
 from perta.report.plots import edit_map, split_layers, truth_ratio_curves
 from perta.report.sections import scale
 from perta.report.settings import ReportConfig
@@ -886,8 +888,8 @@ def test_page_and_files_are_written_and_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "report_files"
     names = {file.name for file in folder.iterdir()}
     for stem in ("trade_off_forget_probability_retain_probability", "answer_probability"):
-        assert {f"{stem}.png", f"{stem}.svg"} <= names
-    assert {"measures_forget.csv", "costs.csv", "edit_tv.csv", "change_tv.png"} <= names
+        assert f"{stem}.svg" in names
+    assert {"measures_forget.csv", "costs.csv", "edit_tv.csv", "change_tv.svg"} <= names
     first = {file.name: file.read_bytes() for file in folder.iterdir()}
     before = page.read_bytes()
     assert write_report(config) == page
@@ -950,13 +952,37 @@ def test_labels_of_the_verdicts_scale_do_not_touch(before: float, reference: flo
     assert level != other_level or abs(first - second) >= width
 
 
-def test_a_long_name_leaves_a_figure_its_room(tmp_path: Path) -> None:
+def test_a_file_names_every_curve_and_needs_no_page(tmp_path: Path) -> None:
     axis = Axis("share", 0.0, 1.0, ((0.0, "0"), (1.0, "1")))
     settings = "unlearn_learning_rate=1e-4,unlearn_epochs=10,steering_coef=240,retain_weight=1"
-    name = f"rmu:{settings} at equal forgetting, seed 0"
-    point = Point(0.5, 0.5, name, "", Style("s0", "circle"))
-    curve = Curve((0.1, 0.2), name, "", Style("s0", "circle"))
-    # A figure without room warns, and warnings are errors here.
-    with _settings():
-        _save(_draw_scatter(Scatter("a", "", "", "", (point,), axis, axis)), "a", tmp_path)
-        _save(_draw_ecdf(Ecdf("b", "", (curve,), axis)), "b", tmp_path)
+    name = f"rmu:{settings} at equal forgetting & resistance, seed 0, of all that were drawn"
+    style, css = Style("s0", "circle"), files("perta").joinpath("report/assets/report.css")
+    scatter = Scatter("a", "", "", "", (Point(0.9, 0.5, name, "", style),), axis, axis)
+    curves = (Curve((0.1, 0.2), name, "", style), Curve((0.3,), "short", "", style))
+    for figure in (scatter, Ecdf("b", "", curves, axis)):
+        text = document(figure, inline_style(css.read_text("utf-8")))
+        assert "var(" not in text
+        assert ".s0 { color: #0065a8; }" in text
+        root = ElementTree.fromstring(text)
+        written = list(root.iter("{http://www.w3.org/2000/svg}text"))
+        # Nothing lies outside the drawing, at 6.5 units to a character.
+        width, height = float(root.attrib["width"]), float(root.attrib["height"])
+        mine = [n for n in written if n.text and n.attrib["text-anchor"] == "start"]
+        assert all(float(n.attrib["x"]) + 6.5 * len(n.text or "") <= width for n in mine)
+        assert all(float(n.attrib["y"]) < height for n in written)
+        assert "steering_coef=240" in "".join(n.text or "" for n in mine)
+
+
+def test_png_files_are_written_where_they_can_be_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis = Axis("share", 0.0, 1.0, ((0.0, "0"), (1.0, "1")))
+    figure = Ecdf("b", "", (Curve((0.1,), "x", "", Style("s0", "circle")),), axis)
+    css = files("perta").joinpath("report/assets/report.css").read_text("utf-8")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    write_figures([figure], css, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["b.svg"]
+    monkeypatch.delitem(sys.modules, "resvg_py")
+    pytest.importorskip("resvg_py")
+    write_figures([figure], css, tmp_path)
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")

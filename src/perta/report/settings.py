@@ -32,7 +32,7 @@ class ReportConfig:
     show_texts: bool = False
     """Print the texts of examples and answers. By default only their row and length appear."""
     figures: bool = True
-    """Write plots as PNG and SVG files as well."""
+    """Write plots as SVG files as well, and as PNG where `perta[png]` is installed."""
     fail_unless: Wanted | None = None
     """Exit with status 1 unless forgetting and retention of the model that the page is about are
     met, or are at least partly; the page stays."""

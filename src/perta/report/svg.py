@@ -8,6 +8,8 @@ tooltip that also follows the keyboard.
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -16,8 +18,10 @@ TEXT_WIDTH = 6.5
 """Mean width of a character of a label, for placing labels without measuring them."""
 SMALLEST = 1e-12
 """Values below are drawn here on logarithmic axes."""
-
-SHAPES = ("circle", "square", "triangle", "diamond", "plus", "down", "cross", "hexagon")
+LONG_LABEL = 40
+"""Characters from which a name stands below a figure that is a file."""
+_LINE = 18
+_LINE_LENGTH = 110
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,9 @@ class HeatMap:
     legend: str
 
 
+Figure = Scatter | Ecdf | HeatMap
+
+
 @dataclass(frozen=True)
 class Frame:
     """Size of a figure and the room around its plot."""
@@ -190,6 +197,7 @@ class Frame:
 
 WIDE = Frame(800, 450, top=30)
 NARROW = Frame(360, 370, left=48, right=10, top=30)
+_ECDF_WIDE, _ECDF_NARROW = (replace(f, top=14, height=f.height - 40) for f in (WIDE, NARROW))
 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
@@ -242,11 +250,22 @@ def scatter(data: Scatter) -> str:
 
 def ecdf(data: Ecdf) -> str:
     """Distribution functions as SVG, in two sizes."""
-    frames = [replace(frame, top=14, height=frame.height - 40) for frame in (WIDE, NARROW)]
     return "".join(
         f'<div class="{css}">{_ecdf(data, frame)}</div>'
-        for css, frame in zip(("wide", "narrow"), frames, strict=True)
+        for css, frame in (("wide", _ECDF_WIDE), ("narrow", _ECDF_NARROW))
     )
+
+
+def drawing(figure: Figure) -> str:
+    """A figure in one size, with the names below it that the page has beside it."""
+    if isinstance(figure, HeatMap):
+        return heat_map(figure)
+    if isinstance(figure, Ecdf):
+        return _ecdf(figure, _ECDF_WIDE, [(c.style, c.label) for c in figure.curves])
+    long = [p for p in figure.points if p.named and len(p.label) > LONG_LABEL]
+    points = tuple(replace(p, named=p.named and p not in long) for p in figure.points)
+    names = [(p.style, p.label) for p in long]
+    return _scatter(replace(figure, points=points), WIDE, names)
 
 
 def heat_map(data: HeatMap) -> str:
@@ -302,13 +321,30 @@ def _open(width: float, height: float, title: str, css: str, *, grid: bool = Fal
     )
 
 
-def _scatter(data: Scatter, frame: Frame) -> str:
+_Names = Sequence[tuple[Style, str]]
+
+
+def _legend(names: _Names, top: float) -> tuple[str, float]:
+    """Marks with their names, one below the other, and the height that they take."""
+    parts, y = [], top
+    for style, name in names:
+        parts.append(_mark(20, y + 4, style, 5))
+        # Settings of a method have no spaces to break at.
+        spaced = re.sub(r"(?<=[:,])(?=\S)", " ", name)
+        for line in textwrap.wrap(spaced, _LINE_LENGTH) or [""]:
+            parts.append(_text(34, y + 8, line, "name"))
+            y += _LINE
+    return "".join(parts), y - top + 6 * bool(names)
+
+
+def _scatter(data: Scatter, frame: Frame, names: _Names = ()) -> str:
     points, x, y, cross = data.points, data.x, data.y, data.cross
 
     def at(px: float, py: float) -> tuple[float, float]:
         return x.place(px, frame.x0, frame.x1), y.place(py, frame.y1, frame.y0)
 
-    parts = [_open(frame.width, frame.height, data.title, "scatter"), _axes(x, y, frame)]
+    legend, more = _legend(names, frame.height + 6)
+    parts = [_open(frame.width, frame.height + more, data.title, "scatter"), _axes(x, y, frame)]
     if cross is not None:
         cx, cy = at(cross.x, cross.y)
         parts.append(
@@ -330,7 +366,7 @@ def _scatter(data: Scatter, frame: Frame) -> str:
             f'<circle class="hit" cx="{px:.1f}" cy="{py:.1f}" r="13"/>{mark}</g>'
         )
     parts += _labels(points, placed, frame)
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, legend, "</svg>"])
 
 
 def _bars(point: Point, at: Callable[[float, float], tuple[float, float]]) -> str:
@@ -417,9 +453,10 @@ def _better(x: Axis, y: Axis, frame: Frame) -> str:
     return _text(place[0], frame.y0 - 14, f"{arrow}better{end}", "hint", place[1])
 
 
-def _ecdf(data: Ecdf, frame: Frame) -> str:
+def _ecdf(data: Ecdf, frame: Frame, names: _Names = ()) -> str:
     x, y = data.x, unit_axis("share of the removed examples")
-    parts = [_open(frame.width, frame.height, data.title, "ecdf"), _axes(x, y, frame)]
+    legend, more = _legend(names, frame.height + 6)
+    parts = [_open(frame.width, frame.height + more, data.title, "ecdf"), _axes(x, y, frame)]
     for curve in data.curves:
         values = sorted(math.log10(max(v, SMALLEST)) if data.log else v for v in curve.values)
         n = len(values)
@@ -435,7 +472,7 @@ def _ecdf(data: Ecdf, frame: Frame) -> str:
             f'<path class="step {curve.style.css}" d="{line}"/>'
             f"{_beads(values, x, y, curve, frame)}</g>"
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, legend, "</svg>"])
 
 
 def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: Frame) -> str:
