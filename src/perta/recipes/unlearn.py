@@ -41,6 +41,7 @@ from perta.recipes.request import (
     refuse_without_effect,
     split_retain,
 )
+from perta.recipes.rounds import write_rounds
 from perta.recipes.run_record import RunRecord, work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
@@ -225,6 +226,8 @@ class _Run:
             weighting=self.config.weighting,
             **self._needed(),
         )
+        if unseen is not None and self.config.rounds > 1:
+            edit = self._rounds(edit, unseen)
         if get_method(edit.weighting.method).moments:
             # Search and edit share it.
             work.timed("direction", lambda: with_direction(edit, find_inputs(edit))["direction"])
@@ -263,6 +266,22 @@ class _Run:
             saved=config.retain_moments,
         )
         return {**made, **theirs}
+
+    def _rounds(self, edit: EditConfig, unseen: Unseen) -> EditConfig:
+        """The edit with a forget checkpoint of several rounds."""
+        config, work = self.config, self.work
+        output = work.place("forget_rounds")
+        loss_on = learned_by_forgetting(config.tune.loss_on, self.sets["forget"], structured=True)
+        tune = replace(config.tune, loss_on=loss_on)
+        most, ours = config.rounds, read_manifest(output) is not None
+        work.timed(
+            "rounds",
+            lambda: write_rounds(
+                output, edit, unseen, tune, config.compute, most=most, overwrite=ours
+            ),
+        )
+        self.record.passes["rounds"] = (read_manifest(output) or {})["passes"]
+        return replace(edit, forget_checkpoint=str(output))
 
     def _calibrated(self) -> Unseen:
         """Measure what unseen means, before the first long step."""
