@@ -406,13 +406,13 @@ def test_finished_runs_are_reused_and_new_ones_added(
     assert prepared == list(new)
     assert [record for record in again if record["method"] not in new] == records
     costs = {record["method"]: set(record["passes"]) for record in again}
-    assert costs["msa"] == {"finetune", "retain_checkpoint"}
-    assert costs["negmerge"] == {"finetune", "forget_checkpoint_2"}
-    general = {"finetune", "forget moments", "retain moments", "general moments"}
+    assert costs["msa"] == {"finetune", "retain_finetune"}
+    assert costs["negmerge"] == {"finetune", "finetune_2"}
+    general = {"finetune", "forget_moments", "retain_moments", "general_moments"}
     assert costs["perta-input:rho=3,general=true"] == general
-    assert costs[alone] == {"finetune", "general moments"}
-    assert costs["selective"] == {"finetune", "forget importance"}
-    assert costs["ssd:selection=2"] == {"forget importance", "retain importance"}
+    assert costs[alone] == {"finetune", "general_moments"}
+    assert costs["selective"] == {"finetune", "forget_importance"}
+    assert costs["ssd:selection=2"] == {"forget_importance", "retain_importance"}
     assert costs["interpolate"] == set()
 
 

@@ -1,4 +1,4 @@
-"""What a run costs, in seconds and in operations: a forward pass over one token counts 1."""
+"""What a run costs in operations: a forward pass over one token counts 1."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from typing import Any
 from perta.store.record import read_manifest
 
 FORWARD, BACKWARD = 1, 2
-
-
-def stage_seconds(folder: Path) -> float:
-    """Duration of a finished stage, when it was made."""
-    record: Mapping[str, Any] = read_manifest(folder) or {}
-    return float(sum(record.get("seconds", {}).values()))
 
 
 def training_passes(folder: Path) -> float:

@@ -20,11 +20,11 @@ from perta.data.examples import check_apart, general_config, load_examples
 from perta.data.rows import jsonl
 from perta.errors import ConfigError, DataError
 from perta.evidence.tofu import PEOPLE
-from perta.options import DataConfig, LossOn
+from perta.options import DataConfig
 from perta.recipes.compare.settings import CompareConfig
-from perta.stages.finetune import finetune_checkpoint
+from perta.recipes.workspace import Workspace
 from perta.stages.people import divide_people
-from perta.stages.settings import FinetuneConfig, PeopleConfig
+from perta.stages.settings import PeopleConfig
 from perta.stages.stage import exists_error
 
 Rows = Sequence[Mapping[str, Any]]
@@ -126,24 +126,22 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
     if "world_facts_perturbed.jsonl" in sets.suite:
         files["facts"] = suite / "world_facts_perturbed.jsonl"
 
-    def tuned(name: str, part: str, loss_on: LossOn = "answer") -> Path:
-        return finetune_checkpoint(
-            FinetuneConfig(
-                base=str(base),
-                data=str(files[part]),
-                output=folder / name,
-                save_dtype=config.save_dtype,
-                tune=replace(config.tune, seed=seed, loss_on=loss_on),
-                data_config=config.data_config,
-                compute=config.compute,
-                overwrite=config.overwrite,
-            )
-        )
-
+    work = Workspace(
+        folder=folder,
+        base=base,
+        measured=base,
+        sets={name: str(file) for name, file in files.items()},
+        tune=replace(config.tune, seed=seed, loss_on="answer"),
+        save_dtype=config.save_dtype,
+        data_config=config.data_config,
+        compute=config.compute,
+        overwrite=config.overwrite,
+    )
+    on_forget = replace(work.tune, loss_on=config.tune.loss_on or "answer")
     models = {
-        "full": tuned("full", "full"),
-        "retrained": tuned("retrained", "retain"),
-        "forget_checkpoint": tuned("forget_checkpoint", "forget", config.tune.loss_on or "answer"),
+        "full": work.tuned("full", "full", work.tune, "full"),
+        "retrained": work.tuned("retrained", "retain", work.tune, "retrained"),
+        "forget_checkpoint": work.tuned("forget_checkpoint", "forget", on_forget, "finetune"),
     }
     return Draw(seed, folder, files, suite, sets.split, base, **models)
 

@@ -7,33 +7,22 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
 
 from torch import Tensor
 
 from perta.data.examples import load_examples
-from perta.methods.table import importance_order
-from perta.options import EstimatorConfig, LossOn, MomentOptions, TuneConfig
-from perta.recipes.compare.draw import Draw, rows_config
+from perta.options import EstimatorConfig, LossOn, MomentOptions
+from perta.recipes.compare.draw import Draw
 from perta.recipes.compare.search import Try, search_equal
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.compare.spec import At, EditSpec
-from perta.recipes.cost import BACKWARD, FORWARD, stage_seconds, training_passes
+from perta.recipes.compare.spec import EditSpec
+from perta.recipes.cost import BACKWARD, FORWARD, training_passes
 from perta.recipes.edited_model import Change, load_changes
-from perta.stages.finetune import finetune_checkpoint, learned_by_forgetting
-from perta.stages.importance import compute_importance
-from perta.stages.moments import compute_moments, merge_moments
-from perta.stages.settings import (
-    EditConfig,
-    FinetuneConfig,
-    ImportanceConfig,
-    MergeMomentsConfig,
-    MomentsConfig,
-)
+from perta.recipes.workspace import Needs, Workspace, needs
+from perta.stages.finetune import learned_by_forgetting
 from perta.store.record import read_manifest
 
 
@@ -96,33 +85,49 @@ def prepare_edit(
     Raises:
         PertaError: a stage fails.
     """
-    stages = _Stages(config, draw, spec, count_tokens)
-    weighting = spec.weighting
-    folders: dict[str, Any] = {}
-    if spec.method.needs_importance:
-        folders |= {f"{part}_importance": stages.importance(part) for part in spec.method.sides}
-    if spec.method.moments:
-        folders |= {f"{part}_moments": stages.moments(part) for part in spec.method.sides}
-    if spec.method.retain_vector:
-        folders["retain_checkpoint"] = str(stages.tune_retain())
-    forget_checkpoints = stages.tune_forget()
-    started = time.perf_counter()
+    work = _workspace(config, draw, spec)
+    wanted = _wanted(spec)
+    count = spec.forget_seeds or wanted.forget_checkpoints
+    parts = ("retain", "general") if spec.share else ("general",)
+    given = work.make(
+        wanted,
+        loss_on=forget_loss(config, draw, spec),
+        seeds=[draw.seed + 1000 * place for place in range(count)],
+        # As many rows as there are to forget.
+        samples=str(draw.files["forget"].read_text("utf-8").count("\n")),
+        protected=parts if spec.general else ("retain",),
+    )
     with tempfile.TemporaryDirectory(dir=draw.folder) as scratch:
-        edit = EditConfig(
+        edit = work.edit_config(
             full=str(draw.full),
-            base=str(draw.base),
-            forget_checkpoint=tuple(map(str, forget_checkpoints)),
             output=Path(scratch) / "unused",
             direction=Path(scratch) / "direction",
-            weighting=weighting,
-            edit_threads=config.compute.threads,
-            **folders,
+            weighting=spec.weighting,
+            **given,
         )
-        changes = load_changes(Path(scratch), edit, config.compute)
-    stages.seconds["direction"] = time.perf_counter() - started
-    first = weighting.scaling_coef
+        changes = work.timed("direction", lambda: load_changes(Path(scratch), edit, config.compute))
+    first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
-    return WeightEdit(default, changes, stages.seconds, stages.passes)
+    return WeightEdit(default, changes, work.seconds, _passes(work, count_tokens))
+
+
+def _wanted(spec: EditSpec) -> Needs:
+    wanted = needs(spec.method, spec.weighting.order)
+    # One pass serves both named methods.
+    return replace(wanted, orders=(1.0, 2.0)) if wanted.orders[0] in (1.0, 2.0) else wanted
+
+
+def _passes(work: Workspace, count_tokens: Callable[[str], int]) -> dict[str, float]:
+    """Operations of each stage, in forward passes over one token."""
+    found: dict[str, float] = {}
+    for stage, folder in work.made.items():
+        record, data = read_manifest(folder) or {}, work.sets.get(stage.partition("_")[0])
+        if record.get("stage") == "finetune":
+            found[stage] = training_passes(folder)
+        elif data is not None:
+            backward = record.get("stage") == "importance" or record["settings"]["gradients"]
+            found[stage] = (FORWARD + BACKWARD * bool(backward)) * count_tokens(data)
+    return found
 
 
 def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
@@ -132,149 +137,37 @@ def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
     return learned_by_forgetting(config.tune.loss_on, forget, structured=structured)
 
 
-@dataclass
-class _Stages:
-    """Importance and moments of one draw, shared by all methods with the same settings."""
+def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
+    """The folder of a draw, in which methods with the same settings share what they stand on.
 
-    config: CompareConfig
-    draw: Draw
-    spec: EditSpec
-    count_tokens: Callable[[str], int]
-    seconds: dict[str, float] = field(default_factory=dict)
-    passes: dict[str, float] = field(default_factory=dict)
-
-    def tune_forget(self) -> list[Path]:
-        """The forget checkpoint of the draw, and more with other seeds where wanted."""
-        if self.spec.method.direction != "forget - base":
-            return []
-        data = self.draw.files["forget"]
-        loss_on = forget_loss(self.config, self.draw, self.spec)
-        name = "forget_checkpoint"
-        if loss_on == (self.config.tune.loss_on or "answer"):
-            tuned = [self.draw.forget_checkpoint]
-            self._note_training("finetune", tuned[0])
-        else:
-            name = f"{name}_on_{loss_on}"
-            tune = replace(self.config.tune, seed=self.draw.seed, loss_on=loss_on)
-            tuned = [self._tune(name, data, tune, stage="finetune")]
-        for place in range(1, self.spec.forget_seeds or self.spec.method.min_task_vectors):
-            seed = self.draw.seed + 1000 * place
-            tune = replace(self.config.tune, seed=seed, loss_on=loss_on)
-            tuned.append(self._tune(f"{name}_{place + 1}", data, tune))
-        return tuned
-
-    def tune_retain(self) -> Path:
-        """The base tuned on as many protected rows as there are to forget."""
-        rows = self.draw.files["forget"].read_text("utf-8").count("\n")
-        tune = replace(self.config.tune, seed=self.draw.seed, loss_on="answer")
-        return self._tune("retain_checkpoint", self.draw.files["protected"], tune, str(rows))
-
-    def _tune(
-        self,
-        name: str,
-        data: Path,
-        tune: TuneConfig,
-        samples: str | None = None,
-        stage: str | None = None,
-    ) -> Path:
-        output = self.draw.folder / name
-        made = FinetuneConfig(
-            base=str(self.draw.base),
-            data=str(data),
-            output=output,
-            samples=samples,
-            save_dtype=self.config.save_dtype,
-            tune=tune,
-            data_config=self.config.data_config,
-            compute=self.config.compute,
-            overwrite=read_manifest(output) is not None,
-        )
-        self._note_training(stage or name, finetune_checkpoint(made))
-        return output
-
-    def _note_training(self, stage: str, folder: Path) -> None:
-        self.seconds[stage] = stage_seconds(folder)
-        self.passes[stage] = training_passes(folder)
-
-    def importance(self, part: str) -> Path:
-        order = importance_order(self.spec.method, self.spec.weighting.order)
-        # One pass serves both named methods.
-        orders = (1.0, 2.0) if order in (1.0, 2.0) else (order,)
-        reduction = self.spec.method.reduction or EstimatorConfig.reduction
-        name = "_".join(
-            [f"{part}_importance", self._at, f"{self.spec.share:g}", *(f"{o:g}" for o in orders)]
-        )
-        name += "" if reduction == EstimatorConfig.reduction else f"_{reduction}"
-        folder = compute_importance(
-            ImportanceConfig(
-                checkpoint=str(self._model),
-                data=str(self._data(part)),
-                output=self.draw.folder / name,
-                orders=orders,
-                estimator=EstimatorConfig(reduction=reduction),
-                data_config=self.config.data_config,
-                compute=self.config.compute,
-                overwrite=read_manifest(self.draw.folder / name) is not None,
-            )
-        )
-        self._note(f"{part} importance", folder, str(self._data(part)), FORWARD + BACKWARD)
-        return folder
-
-    def moments(self, part: str) -> Path:
-        """Moments of a set; those of general text join or replace the retain set's where wanted."""
-        is_joined = part == "retain" and self.spec.general
-        if is_joined:
-            text = cast(str, self.config.general)
-            general = self._moments_of("general", text, f"general_moments_{self._at}")
-            if self.spec.share == 0:
-                return general
-        name = f"{part}_moments_{self._at}_{self.spec.share:g}"
-        folder = self._moments_of(part, str(self._data(part)), name)
-        if not is_joined:
-            return folder
-        output = self.draw.folder / f"{folder.name}_and_general"
-        merge_moments(
-            MergeMomentsConfig(
-                folders=(folder, general),
-                output=output,
-                overwrite=read_manifest(output) is not None,
-            )
-        )
-        return output
-
-    def _moments_of(self, part: str, data: str, name: str) -> Path:
-        gradients = self.spec.method.moments == "kron"
-        output = self.draw.folder / f"{name}_{self.spec.tokens}_{'kron' if gradients else 'input'}"
-        compute_moments(
-            MomentsConfig(
-                checkpoint=str(self._model),
-                data=data,
-                output=output,
-                gradients=gradients,
-                options=MomentOptions(tokens=self.spec.tokens),
-                data_config=rows_config(self.config, data),
-                compute=self.config.compute,
-                overwrite=read_manifest(output) is not None,
-            )
-        )
-        per_token = FORWARD + (BACKWARD if gradients else 0)
-        self._note(f"{part} moments", output, data, per_token)
-        return output
-
-    def _note(self, stage: str, folder: Path, data: str, per_token: int) -> None:
-        """Book what a stage cost when it was made."""
-        self.seconds[stage] = stage_seconds(folder)
-        self.passes[stage] = per_token * self.count_tokens(data)
-
-    @property
-    def _model(self) -> Path:
-        return self.draw.base if self._at == "base" else self.draw.full
-
-    @property
-    def _at(self) -> At:
-        return self.spec.at or self.spec.method.importance_at
-
-    def _data(self, part: str) -> Path:
-        if part == "forget":
-            return self.draw.files["forget"]
-        return self.draw.share_of_protected(self.spec.share)
+    Names of folders tell the settings that methods may differ in.
+    """
+    at, method = spec.at or spec.method.importance_at, spec.method
+    reduction = method.reduction or EstimatorConfig.reduction
+    loss_on = forget_loss(config, draw, spec)
+    is_usual = loss_on == (config.tune.loss_on or "answer")
+    orders = "_".join(f"{order:g}" for order in _wanted(spec).orders)
+    reduced = "" if reduction == EstimatorConfig.reduction else f"_{reduction}"
+    counted = f"{spec.tokens}_{'kron' if _wanted(spec).gradients else 'input'}"
+    names = {"forget_checkpoint": "forget_checkpoint" + ("" if is_usual else f"_on_{loss_on}")}
+    for part in ("forget", "retain"):
+        names[f"{part}_importance"] = f"{part}_importance_{at}_{spec.share:g}_{orders}{reduced}"
+        names[f"{part}_moments"] = f"{part}_moments_{at}_{spec.share:g}_{counted}"
+    names["general_moments"] = f"general_moments_{at}_{counted}"
+    names["protected_moments"] = f"{names['retain_moments']}_and_general"
+    # All protected rows are there to tune on.
+    retain = draw.share_of_protected(1.0 if method.retain_vector else spec.share or 1.0)
+    sets = {"forget": str(draw.files["forget"]), "retain": str(retain)}
+    return Workspace(
+        folder=draw.folder,
+        base=draw.base,
+        measured=draw.base if at == "base" else draw.full,
+        sets=sets | ({"general": config.general} if config.general else {}),
+        tune=replace(config.tune, seed=draw.seed),
+        save_dtype=config.save_dtype,
+        estimator=EstimatorConfig(reduction=reduction),
+        moments=MomentOptions(tokens=spec.tokens),
+        data_config=config.data_config,
+        compute=config.compute,
+        names=names,
+    )

@@ -33,12 +33,13 @@ from perta.recipes.compare.search import nearest
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare.summary import write_summary
-from perta.recipes.cost import stage_seconds, training_passes
+from perta.recipes.cost import training_passes
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import atomic_file
+from perta.store.costs import seconds_of
 from perta.store.fingerprint import fingerprint
-from perta.store.record import make_manifest, settings_of, stage_key
+from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
 
 REFERENCES = ("base", "full", "retrained")
 _IN_KEY = (
@@ -148,7 +149,9 @@ class _Seed:
             relearned = bench.relearned()
             at |= self._after(relearned)
         cost = {
-            "seconds": {} if name == "base" else {"finetune": stage_seconds(folder)},
+            "seconds": {}
+            if name == "base"
+            else {"finetune": seconds_of(read_manifest(folder) or {})},
             "passes": {} if name == "base" else {"finetune": training_passes(folder)},
         }
         rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
