@@ -29,6 +29,7 @@ from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.objectives import TRAINING_METHODS
 from perta.methods.table import at_strength, get_method, with_defaults
 from perta.models.resolve import resolve_checkpoint
+from perta.options import LossOn
 from perta.progress import say
 from perta.recipes.held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes.request import (
@@ -252,9 +253,7 @@ class _Run:
         first = config.tune.seed
         made = self.work.make(
             wanted,
-            loss_on=learned_by_forgetting(
-                config.tune.loss_on, forget, structured=bool(wanted.moments)
-            ),
+            loss_on=self._loss_on,
             seeds=range(first, first + (config.forget_seeds or 1)),
             # All of the retain set would cost as much as training again without the forget set.
             samples=config.retain_samples or str(len(forget)),
@@ -267,21 +266,30 @@ class _Run:
         )
         return {**made, **theirs}
 
+    @property
+    def _loss_on(self) -> LossOn:
+        structured = get_method(self.config.weighting.method).moments is not None
+        asked = self.config.tune.loss_on
+        return learned_by_forgetting(asked, self.sets["forget"], structured=structured)
+
     def _rounds(self, edit: EditConfig, unseen: Unseen) -> EditConfig:
         """The edit with a forget checkpoint of several rounds."""
-        config, work = self.config, self.work
-        output = work.place("forget_rounds")
-        loss_on = learned_by_forgetting(config.tune.loss_on, self.sets["forget"], structured=True)
-        tune = replace(config.tune, loss_on=loss_on)
-        most, ours = config.rounds, read_manifest(output) is not None
-        work.timed(
+        config, output = self.config, self.work.place("forget_rounds")
+        tune, overwrite = replace(config.tune, loss_on=self._loss_on), self.work.replaces(output)
+        made = self.work.timed(
             "rounds",
             lambda: write_rounds(
-                output, edit, unseen, tune, config.compute, most=most, overwrite=ours
+                output,
+                edit,
+                unseen,
+                tune,
+                config.compute,
+                most=config.rounds,
+                overwrite=overwrite,
             ),
         )
-        self.record.passes["rounds"] = (read_manifest(output) or {})["passes"]
-        return replace(edit, forget_checkpoint=str(output))
+        self.record.passes["rounds"] = (read_manifest(made) or {})["passes"]
+        return replace(edit, forget_checkpoint=str(made))
 
     def _calibrated(self) -> Unseen:
         """Measure what unseen means, before the first long step."""

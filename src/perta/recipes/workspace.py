@@ -166,7 +166,7 @@ class Workspace:
             output=output,
             samples=samples,
             save_dtype=self.save_dtype,
-            overwrite=self._replaces(output),
+            overwrite=self.replaces(output),
             tune=tune,
             data_config=self.data_config,
             compute=self.compute,
@@ -186,7 +186,7 @@ class Workspace:
             data=self.sets[side],
             output=output,
             orders=orders,
-            overwrite=self._replaces(output),
+            overwrite=self.replaces(output),
             estimator=self.estimator,
             data_config=self.data_config,
             compute=self.compute,
@@ -201,7 +201,7 @@ class Workspace:
             data=data,
             output=output,
             gradients=gradients,
-            overwrite=self._replaces(output),
+            overwrite=self.replaces(output),
             options=self.moments,
             data_config=rows,
             compute=self.compute,
@@ -213,7 +213,7 @@ class Workspace:
             return folders[0]
         output = self.place("protected_moments")
         config = MergeMomentsConfig(
-            folders=tuple(folders), output=output, overwrite=self._replaces(output)
+            folders=tuple(folders), output=output, overwrite=self.replaces(output)
         )
         return self._once("merge_moments", lambda: merge_moments(config))
 
@@ -238,7 +238,7 @@ class Workspace:
         config = EvaluateConfig(
             checkpoint=str(checkpoint),
             output=output,
-            overwrite=self._replaces(output),
+            overwrite=self.replaces(output),
             scoring=scoring,
             data_config=self.data_config,
             compute=self.compute,
@@ -266,5 +266,6 @@ class Workspace:
             self.made[stage] = self.timed(stage, run)
         return self.made[stage]
 
-    def _replaces(self, output: Path) -> bool:
+    def replaces(self, output: Path) -> bool:
+        """Whether what lies there may be replaced."""
         return read_manifest(output) is not None if self.overwrite is None else self.overwrite
