@@ -20,6 +20,11 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # In this order each goes on where the one before ended.
 TUTORIALS = ("first-request", "strength", "second-request", "own-method", "comparing")
+COMMANDS = (
+    "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train", "evaluate",
+    "bench tofu", "bench muse", "bench people", "bench ability", "bench compare",
+    "people", "demo", "methods", "report",
+)  # fmt: skip
 # The model before it saw the data is tiny and random here, so it learns at another rate.
 TINY = ("--learning-rate", "5e-3", "--epochs", "30", "--batch-size", "2")
 
@@ -69,6 +74,22 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_api_page_has_every_public_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text("utf-8")
     assert sorted(re.findall(r"(?m)^::: perta\.(\w+)$", page)) == sorted(perta.__all__)
+
+
+def test_options_on_the_pages_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for command in COMMANDS:
+        monkeypatch.setattr(sys, "argv", ["perta", *command.split(), "--help"])
+        main()
+    option = r"(?<![\w-])--[a-z][a-z-]+"
+    known = {"--help", *re.findall(option, capsys.readouterr().out)}
+    # Other programs' options stand on the pages about speed; experiments tell of their own time.
+    others = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md"]
+    pages = [p for p in PAGES if p not in others and "experiments" not in p.parts]
+    named = {(p.name, o) for p in pages for o in re.findall(option, p.read_text("utf-8"))}
+    assert [(page, o) for page, o in named if o not in known] == []
 
 
 class Tutorials:
