@@ -41,7 +41,8 @@ from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
 from perta.data.tokens import EncodedSet
 from perta.errors import ConfigError, DataError, OutputExistsError
-from perta.evidence.measures import auc, ks_test, read_measures
+from perta.evidence.measures import read_measures
+from perta.evidence.metrics import ks_test
 from perta.evidence.scoring.items import Item
 from perta.recipes.unlearn import Unlearned
 from perta.report.collect import Collection, Run, collect
@@ -129,12 +130,6 @@ def test_values_that_are_missing_or_not_finite_stay_out() -> None:
     assert read_measures({"forget_exact_memorization": entry})["forget_exact"].interval
     assert read_measures({"forget_quality": {"agg_value": None}}) == {}
     assert read_measures({"forget_quality": {"agg_value": float("nan")}}) == {}
-
-
-def test_auc_counts_ties_half() -> None:
-    import numpy as np
-
-    assert auc(np.array([1.0, 2.0]), np.array([2.0, 3.0])) == 0.875
 
 
 def test_published_logs_are_read_in_full() -> None:

@@ -8,14 +8,14 @@ report can hold both. Pure numbers: no files, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from perta.evidence import metrics
 from perta.evidence.intervals import (
-    Array,
     Groups,
     Interval,
     bounded_means,
@@ -27,9 +27,6 @@ from perta.evidence.intervals import (
 
 Better = Literal["low", "high", "none"]
 Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
-
-EPSILON = 1e-10
-"""Added to denominators by the published definition of the truth ratio."""
 
 _AGREEMENT = 1e-6
 
@@ -224,6 +221,54 @@ MEASURES: tuple[Measure, ...] = (
 BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
 _BY_NAME: Mapping[str, Measure] = {name: m for m in MEASURES for name in m.names}
 
+FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
+"""Measures of what the question and the sentence around it do not give away. Of the first two one
+decides: the probability of the whole fact, or that of its tokens where facts are so long that not
+even the model before the edit gives one whole."""
+BY_ROW = (*FACTS, "forget_probability")
+"""Measures whose single rows are judged: probabilities, which have no steps."""
+FORGET_CORE = (
+    *FACTS,
+    "forget_probability",
+    "forget_strength",
+    "forget_rouge",
+    "forget_verbmem",
+    "forget_knowmem",
+)
+"""Measures of being able to give the removed answers; the worst of the decisive ones decides."""
+RETAIN_CORE = (
+    "retain_fact",
+    "retain_fact_token",
+    "retain_choice",
+    "retain_probability",
+    "retain_rouge",
+    "retain_knowmem",
+    "model_utility",
+)
+"""Measures of being useful for everything else; the worst of them decides."""
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("forget_probability", "retain_probability", "Answer probability"),
+    ("forget_rouge", "retain_rouge", "ROUGE-L"),
+    ("forget_strength", "retain_strength", "Extraction strength"),
+    ("forget_verbmem", "retain_knowmem", "Verbatim and knowledge"),
+    ("forget_knowmem", "retain_knowmem", "Knowledge"),
+    ("forget_quality", "model_utility", "Forget quality and utility"),
+)
+"""Forgetting against keeping: the two measures and what they have in common."""
+SUMMARY = (
+    "forget_probability",
+    "forget_rouge",
+    "forget_strength",
+    "forget_quality",
+    "forget_verbmem",
+    "retain_probability",
+    "retain_rouge",
+    "retain_strength",
+    "retain_knowmem",
+    "model_utility",
+)
+"""Measures of a short table."""
+
 _UTILITY_PARTS = (
     "retain_probability",
     "retain_rouge",
@@ -299,27 +344,6 @@ def truth_ratios(results: Mapping[str, Any]) -> list[float]:
     return list(numbers_of(results, "forget_truth_ratio", "score").values())
 
 
-def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Largest distance of two empirical distributions, and its two-sided p-value."""
-    import warnings
-
-    from scipy.stats import ks_2samp
-
-    with warnings.catch_warnings():
-        # With large samples scipy may turn to the asymptotic p-value and say so.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        result = ks_2samp(list(sample), list(reference))
-    return float(result.statistic), float(result.pvalue)
-
-
-def auc(forget: Array, holdout: Array) -> float:
-    """Probability that an unseen example scores above a removed one, ties counting half."""
-    above = (holdout[:, None] > forget[None, :]).mean() + (
-        0.5 * (holdout[:, None] == forget[None, :]).mean()
-    )
-    return float(above)
-
-
 def _reading(
     value: float, entry: Mapping[str, Any], is_share: bool, subjects: Mapping[str, int]
 ) -> Reading:
@@ -360,7 +384,7 @@ def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
             for i, row in rows.items()
             if isinstance(row, Mapping) and (number := _number(row.get(field))) is not None
         }
-        for form in (_same, _symmetric, _margin) if column else ():
+        for form in (_same, metrics.symmetric, metrics.margin) if column else ():
             examples = {i: form(number) for i, number in column.items()}
             if abs(math.fsum(examples.values()) / len(examples) - value) <= _AGREEMENT:
                 return examples
@@ -369,17 +393,6 @@ def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
 
 def _same(t: float) -> float:
     return t
-
-
-def _symmetric(t: float) -> float:
-    return min(t, 1 / (t + EPSILON))
-
-
-def _margin(t: float) -> float:
-    return max(0.0, 1 - t)
-
-
-_Form = Callable[[float], float]
 
 
 def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
@@ -397,7 +410,7 @@ def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
     if len(columns) != 2 or not all(columns):
         return None
     forget, holdout = (np.asarray(column) for column in columns)
-    if abs(auc(forget, holdout) - value) > _AGREEMENT:
+    if abs(metrics.membership_auc(columns[0], columns[1]) - value) > _AGREEMENT:
         return None
     wins = (holdout[:, None] > forget[None, :]) + 0.5 * (holdout[:, None] == forget[None, :])
     left = random_weights(len(holdout), 0)[:, :-1]
@@ -418,8 +431,7 @@ def _utility_reading(readings: Mapping[str, Reading]) -> Reading:
     values = np.asarray([part.value for part in parts])
     if min(float(column.min()) for column in columns) < 0 or values.min() <= 0:
         return reading
-    value = len(values) / float(np.sum(1 / values))
-    if abs(value - reading.value) > _AGREEMENT:
+    if abs(metrics.model_utility(values.tolist()) - reading.value) > _AGREEMENT:
         return reading
     ends = [bounded_means(column, 0.0, 1.0, seed) for seed, column in enumerate(columns)]
     low, high = (

@@ -1,9 +1,9 @@
-"""Unlearning metrics: numbers and small tensors in, numbers out.
+"""Unlearning metrics, the one home of statistics: numbers and small tensors in, numbers out.
 
 The definitions are those of the TOFU and MUSE communities' common evaluation (open-unlearning,
 commit d3d7cf9), so that figures can be put beside published ones. Losses and log-probabilities
 are in nats; a token sequence is an answer's labelled tokens in order, and "without the last"
-leaves out the token that ends the answer.
+leaves out the token that ends the answer. Importing this loads no torch: the report uses it too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from perta.data.words import stems
 from perta.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = 1e-10
 """Added to denominators by the published definitions; kept for equal numbers."""
@@ -74,12 +76,22 @@ def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) 
 
 def forget_truth_ratio(ratios: Sequence[float]) -> float:
     """Mean of min(t, 1/t): 1 when right and wrong answers are equally likely."""
-    return mean([min(t, 1 / (t + EPSILON)) for t in ratios])
+    return mean([symmetric(t) for t in ratios])
 
 
 def utility_truth_ratio(ratios: Sequence[float]) -> float:
     """Mean of max(0, 1 - t): 1 when wrong answers are never likely."""
-    return mean([max(0.0, 1 - t) for t in ratios])
+    return mean([margin(t) for t in ratios])
+
+
+def symmetric(ratio: float) -> float:
+    """min(t, 1/t) of a truth ratio."""
+    return min(ratio, 1 / (ratio + EPSILON))
+
+
+def margin(ratio: float) -> float:
+    """max(0, 1 - t) of a truth ratio."""
+    return max(0.0, 1 - ratio)
 
 
 def rouge(reference: str, generation: str, *, any_script: bool = False) -> Rouge:
@@ -229,14 +241,20 @@ def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -
     Raises:
         DataError: a side has no values.
     """
-    from scipy.stats import ks_2samp
-
     if not ratios or not reference_ratios:
         raise DataError("Forget quality compares two samples of truth ratios, and one is empty.")
+    return ks_test(ratios, reference_ratios)[1]
+
+
+def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Largest distance of two empirical distributions, and its two-sided p-value."""
+    from scipy.stats import ks_2samp
+
     with warnings.catch_warnings():
         # With large samples scipy may turn to the asymptotic p-value and say so.
         warnings.filterwarnings("ignore", category=RuntimeWarning, message="ks_2samp")
-        return float(ks_2samp(ratios, reference_ratios).pvalue)
+        result = ks_2samp(list(sample), list(reference))
+    return float(result.statistic), float(result.pvalue)
 
 
 def model_utility(values: Sequence[float]) -> float:

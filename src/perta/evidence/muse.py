@@ -22,9 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet
 from perta.errors import DataError
-from perta.evidence import metrics
 from perta.evidence.benchmark import Journal, Reference, load_file, open_journal, run_with_journal
-from perta.evidence.results import Results, decode, missing, rouge_row, table
+from perta.evidence.results import (
+    Results,
+    attack_entry,
+    decode,
+    missing,
+    privleak_entry,
+    rouge_row,
+    table,
+    token_ids,
+)
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens
 from perta.models.load import longest_input, pad_id
@@ -145,13 +153,8 @@ def muse_results(
         absent = missing("; ".join(reasons))
         return results | {"mia_min_k": absent, "privleak": absent}
     sides = {n: [o.scores[0].min_k for o in outcomes[n]] for n in ("forget", "holdout")}
-    auc = metrics.membership_auc(
-        [value for value in sides["forget"] if value is not None],
-        [value for value in sides["holdout"] if value is not None],
-    )
-    tables = {n: table([{"score": value} for value in side], "score") for n, side in sides.items()}
-    results["mia_min_k"] = {**tables, "auc": auc, "agg_value": auc}
-    results["privleak"] = _privleak(auc, reference)
+    results["mia_min_k"] = attack_entry(sides["forget"], sides["holdout"])
+    results["privleak"] = privleak_entry(results["mia_min_k"], reference)
     return results
 
 
@@ -184,7 +187,7 @@ def _knowmem(
     items = []
     for example in questions.examples:
         text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
-        prompt = _tokens(text, tokenizer)
+        prompt = token_ids(text, tokenizer)
         if len(prompt) > PROMPT_LENGTH and not compat:
             return Subset(
                 name,
@@ -211,7 +214,7 @@ def _verbmem(
         return Subset("verbmem", reason=f"{file} is not there")
     items = []
     for example in rows.examples:
-        prompt = _tokens(example.prompt, tokenizer)
+        prompt = token_ids(example.prompt, tokenizer)
         if longest is not None and len(prompt) + VERBMEM_TOKENS > longest:
             reason = (
                 f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
@@ -245,7 +248,7 @@ def _texts(
 def _text_item(
     example: Example, tokenizer: PreTrainedTokenizerBase, length: int, compat: bool
 ) -> Item:
-    ids = _tokens(example.answer, tokenizer)[:length]
+    ids = token_ids(example.answer, tokenizer)[:length]
     eos = tokenizer.eos_token_id
     # The last label is left out of Min-K, so that without eos a token of the text goes missing.
     if not compat and eos is not None and len(ids) < length and ids[-1] != eos:
@@ -255,7 +258,7 @@ def _text_item(
 
 def _long_enough(rows: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
     for example in rows.examples:
-        if len(_tokens(example.answer, tokenizer)) < 2:
+        if len(token_ids(example.answer, tokenizer)) < 2:
             raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
     return rows.examples
 
@@ -264,16 +267,12 @@ def _continued(
     prompt: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None
 ) -> Encoded:
     """The reference behind the prompt, for generation to follow as far as the model does."""
-    ids = _tokens(text, tokenizer)
+    ids = token_ids(text, tokenizer)
     if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
         # Another split into tokens where they meet: the first token of the text will do.
         ids = (*prompt, ids[-1])
     ids = ids[: len(prompt) + most] if most else ids
     return Encoded(ids, (IGNORE,) * len(prompt) + ids[len(prompt) :], 0)
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
 
 def _identity(item: Item) -> tuple[object, ...]:
@@ -320,12 +319,3 @@ def _rouge(
         answer = cut_answer(text) if knowmem else text.strip()
         rows.append(rouge_row(reference, answer, decode(tokenizer, item.prompt or ())))
     return table(rows, "rougeL_f1")
-
-
-def _privleak(auc: float, reference: Reference | None) -> Results:
-    if reference is None:
-        return {"agg_value": metrics.privleak(auc)}
-    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
-    if retain_auc is None:
-        return missing("the reference results hold no mia_min_k")
-    return {"agg_value": metrics.privleak(auc, retain_auc)}

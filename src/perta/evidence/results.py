@@ -88,6 +88,37 @@ def missing(reason: str) -> Results:
     return {"agg_value": None, "missing": reason}
 
 
+def attack_entry(forget: Sequence[float | None], holdout: Sequence[float | None]) -> Results:
+    """A membership attack: the scores of both sides and the AUC between those that have one."""
+    auc = metrics.membership_auc(
+        [value for value in forget if value is not None],
+        [value for value in holdout if value is not None],
+    )
+    return {
+        "forget": table([{"score": value} for value in forget], "score"),
+        "holdout": table([{"score": value} for value in holdout], "score"),
+        "auc": auc,
+        "agg_value": auc,
+    }
+
+
+def privleak_entry(min_k: Results, reference: Mapping[str, Any] | None) -> Results:
+    """Privacy leakage from the Min-K attack on this model, and on the retrained one if given."""
+    if min_k["agg_value"] is None:
+        return missing(min_k["missing"])
+    if reference is None:
+        return {"agg_value": metrics.privleak(min_k["agg_value"])}
+    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
+    if retain_auc is None:
+        return missing("the reference results hold no mia_min_k")
+    return {"agg_value": metrics.privleak(min_k["agg_value"], retain_auc)}
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens of a text, with the special ones that the tokenizer puts around it."""
+    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+
+
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Text of tokens, without special tokens and surrounding space."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

@@ -35,7 +35,16 @@ from perta.evidence.benchmark import (
     reference_scores,
     run_with_journal,
 )
-from perta.evidence.results import Results, decode, missing, rouge_row, table
+from perta.evidence.results import (
+    Results,
+    attack_entry,
+    decode,
+    missing,
+    privleak_entry,
+    rouge_row,
+    table,
+    token_ids,
+)
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import (
@@ -266,7 +275,7 @@ def tofu_results(
             results[key] = table([{"score": getattr(s, key)} for s in scores], "score")
     results |= _attacks(measured, parts, tokenizer)
     results["forget_quality"] = _forget_quality(measured, results, reference)
-    results["privleak"] = _privleak(results["mia_min_k"], reference)
+    results["privleak"] = privleak_entry(results["mia_min_k"], reference)
     results["model_utility"] = _utility(results, [part.name for part in parts])
     return dict(sorted(results.items()))
 
@@ -386,7 +395,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -
         encoded = encode_example(example, tokenizer, _DATA)
     else:
         text = f"Question: {example.prompt}\nAnswer: {example.answer}"
-        encoded = _with_eos(_tokens(text, tokenizer), (), tokenizer, example.row)
+        encoded = _with_eos(token_ids(text, tokenizer), (), tokenizer, example.row)
     if not chat and len(encoded.input_ids) > PLAIN_LENGTH:
         cut = encoded.input_ids[:PLAIN_LENGTH]
         encoded = _with_eos(cut, encoded.labels[:PLAIN_LENGTH], tokenizer, example.row)
@@ -404,12 +413,8 @@ def prompt_tokens(
     if uses_chat_template(example, tokenizer, _DATA):
         return encode_prompt(example, tokenizer, _DATA)
     if compat:
-        return _tokens(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:PLAIN_LENGTH]
+        return token_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:PLAIN_LENGTH]
     return encode_prompt(example, tokenizer, _DATA)[:PLAIN_LENGTH]
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
 
 def _with_eos(
@@ -519,25 +524,13 @@ def _attacks(
     results = {}
     for attack in ATTACKS:
         sides = {n: _attack_scores(attack, measured[n], tokenizer) for n in ("forget", "holdout")}
-        results[f"mia_{attack}"] = _attack_entry(attack, sides["forget"], sides["holdout"])
+        forget, holdout = sides["forget"], sides["holdout"]
+        if forget is None or holdout is None:
+            reason = NO_REFERENCE_MODEL if attack == "reference" else "it was left out"
+            results[f"mia_{attack}"] = missing(reason)
+        else:
+            results[f"mia_{attack}"] = attack_entry(forget, holdout)
     return results
-
-
-def _attack_entry(
-    attack: str, forget: Sequence[float | None] | None, holdout: Sequence[float | None] | None
-) -> Results:
-    if forget is None or holdout is None:
-        return missing(NO_REFERENCE_MODEL if attack == "reference" else "it was left out")
-    auc = metrics.membership_auc(
-        [value for value in forget if value is not None],
-        [value for value in holdout if value is not None],
-    )
-    return {
-        "forget": table([{"score": value} for value in forget], "score"),
-        "holdout": table([{"score": value} for value in holdout], "score"),
-        "auc": auc,
-        "agg_value": auc,
-    }
 
 
 def _attack_scores(
@@ -575,17 +568,6 @@ def _forget_quality(
     cut = measured["forget"].part.cut
     theirs = reference_scores(reference, "forget_truth_ratio", answers, cut=cut)
     return {"agg_value": metrics.forget_quality(ratios, theirs)}
-
-
-def _privleak(min_k: Results, reference: Reference | None) -> Results:
-    if min_k["agg_value"] is None:
-        return missing(min_k["missing"])
-    if reference is None:
-        return {"agg_value": metrics.privleak(min_k["agg_value"])}
-    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
-    if retain_auc is None:
-        return missing("the reference results hold no mia_min_k")
-    return {"agg_value": metrics.privleak(min_k["agg_value"], retain_auc)}
 
 
 def _utility(results: Results, parts: Sequence[str]) -> Results:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from perta.evidence.measures import Reading, measure_of, truth_ratios
+from perta.evidence.measures import PAIRS, Reading, measure_of, truth_ratios
 from perta.report.collect import Collection, Run
 from perta.report.svg import (
     SMALLEST,
@@ -31,14 +31,6 @@ from perta.report.verdict.judge import reference_quality
 from perta.report.verdict.sentences import number
 from perta.store.provenance import Record
 
-PAIRS: tuple[tuple[str, str, str], ...] = (
-    ("forget_probability", "retain_probability", "Answer probability"),
-    ("forget_rouge", "retain_rouge", "ROUGE-L"),
-    ("forget_strength", "retain_strength", "Extraction strength"),
-    ("forget_verbmem", "retain_knowmem", "Verbatim and knowledge"),
-    ("forget_knowmem", "retain_knowmem", "Knowledge"),
-    ("forget_quality", "model_utility", "Forget quality and utility"),
-)
 MOST_CURVES = 9
 MOST_MAPS = 8
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perta.evidence.measures import MEASURES, Measure, Reading, measure_of
+from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
 from perta.report.collect import Collection, Run
 from perta.report.svg import Style
 from perta.store.costs import STAGES, costs_of, seconds_of
@@ -147,7 +147,7 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
         m.key
         for m in MEASURES
         if all(m.key in run.measures for group in several.values() for run in group)
-        and m.key in _SEED_MEASURES
+        and m.key in SUMMARY
     ]
     rows = []
     for (method, alpha), group in several.items():
@@ -168,20 +168,6 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
         tuple(columns),
         tuple(rows),
     )
-
-
-_SEED_MEASURES = (
-    "forget_probability",
-    "forget_rouge",
-    "forget_strength",
-    "forget_quality",
-    "forget_verbmem",
-    "retain_probability",
-    "retain_rouge",
-    "retain_strength",
-    "retain_knowmem",
-    "model_utility",
-)
 
 
 def _long_label(key: str) -> str:

@@ -32,6 +32,10 @@ from perta.evidence.intervals import (
 )
 from perta.evidence.measures import (
     BY_KEY,
+    BY_ROW,
+    FACTS,
+    FORGET_CORE,
+    RETAIN_CORE,
     Reading,
     groups_of,
     numbers_of,
@@ -44,32 +48,8 @@ Status = Literal["met", "unclear", "partly", "not", "unknown"]
 Calibration = Literal["retrained", "holdout", "base"]
 Values = Mapping[str, float]
 
-FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
-"""Measures of what the question and the sentence around it do not give away. Of the first two one
-decides: the probability of the whole fact, or that of its tokens where facts are so long that not
-even the model before the edit gives one whole (`WHOLE`)."""
 WHOLE = 0.5
-BY_ROW = (*FACTS, "forget_probability")
-"""Measures whose single rows are judged: probabilities, which have no steps."""
-FORGET_CORE = (
-    *FACTS,
-    "forget_probability",
-    "forget_strength",
-    "forget_rouge",
-    "forget_verbmem",
-    "forget_knowmem",
-)
-"""Measures of being able to give the removed answers; the worst of the decisive ones decides."""
-RETAIN_CORE = (
-    "retain_fact",
-    "retain_fact_token",
-    "retain_choice",
-    "retain_probability",
-    "retain_rouge",
-    "retain_knowmem",
-    "model_utility",
-)
-"""Measures of being useful for everything else; the worst of them decides."""
+"""Mean probability of whole facts from which those are judged, not their tokens."""
 
 REMAINDER = 0.10
 """Largest share of what the full model knew beyond the reference that counts as gone."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perta.errors import VerdictError
-from perta.evidence.measures import ks_test, rows_of, truth_ratios
+from perta.evidence.measures import rows_of, truth_ratios
+from perta.evidence.metrics import ks_test
 from perta.report.collect import Collection, Run
 from perta.report.settings import Wanted
 from perta.report.verdict.checks import (
