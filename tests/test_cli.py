@@ -208,7 +208,7 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}"), 1,
          "needs --retain"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--retain",
-          "{base}/none.jsonl", "--lora-alpha", "2"), 1, "the strength of the edit is --alpha"),
+          "{base}/none.jsonl", "--lora-targets", "q_proj"), 1, "--lora-rank is 0"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "tv", "--rho", "2"), 1, "`tv` has no --rho; `perta-grad`"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",

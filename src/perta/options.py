@@ -7,7 +7,7 @@ one raises `ConfigError` naming the flag.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +30,11 @@ Tokens = Literal["all", "answer"]
 LossOn = Literal["answer", "facts"]
 Layers = Literal["mlp", "all"]
 
+Schedule = Literal["linear", "cosine", "constant"]
+
 Repeated = Parameter(negative_iterable=())
+Hidden = Parameter(parse=False)
+"""For programs alone: the command line has no such option."""
 
 
 def panel(title: str, place: int) -> Parameter:
@@ -44,8 +48,7 @@ More = Parameter(group=Group("Further inputs and settings of the run", sort_key=
 
 
 _LORA_ALONE = (
-    "above 0 where --lora-alpha or --lora-targets is given, which have no effect without an "
-    "adapter (the strength of the edit is --alpha)"
+    "above 0 where modules for an adapter or its scale are given, which have no effect without one"
 )
 
 
@@ -62,6 +65,18 @@ def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> 
             value = getattr(config, name)
             if value is not None:
                 object.__setattr__(config, name, kind(value))
+
+
+def option_name(config: object, field: str) -> str:
+    """A field's name among all options: in records, and with dashes on the command line."""
+    recorded_as: Callable[[str], str] = getattr(config, "recorded_as", str)
+    return recorded_as(field)
+
+
+def _unlearn_name(field: str) -> str:
+    """The same for `TrainSettings`, whose names would be those of fine-tuning."""
+    own = ("forget_", "retain_", "steering_", "influence_")
+    return field if field.startswith(own) else f"unlearn_{field}"
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
@@ -167,28 +182,74 @@ class ComputeConfig:
         require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 
-@panel("Fine-tuning", 3)
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """Fine-tuning."""
+class Training:
+    """A run of the training loop: fine-tuning and unlearning by training have other defaults."""
 
-    epochs: int = 20
+    epochs: int | None = None
     """Most passes over the data."""
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None
     """Peak learning rate of AdamW."""
     batch_size: int = 4
     """Examples per forward pass."""
     accumulation: int = 1
     """Batches per optimizer step."""
     weight_decay: float = 0.0
-    """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
-    the task vector would hold that movement."""
-    warmup_ratio: float = 0.1
+    """AdamW weight decay."""
+    warmup_ratio: Annotated[float, Hidden] = 0.1
     """Share of the steps over which the learning rate rises."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Schedule = "linear"
     """Decay of the learning rate after the warm-up."""
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
+    lora_alpha: Annotated[float | None, Hidden] = None
+    """LoRA scale numerator [default: twice the rank]."""
+    lora_targets: Annotated[tuple[str, ...], Repeated] = ()
+    """Module names that get LoRA [default: all linear layers]."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    seed: int = 0
+    """Seed of the example order and of LoRA's initial values."""
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("epochs", "batch_size", "accumulation"), 1)
+        least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_rank"), 0)
+        self._require_least(least)
+        self._require_above_0("learning_rate")
+        ratio = self.warmup_ratio
+        require(0 <= ratio < 1, self._flag("warmup_ratio"), ratio, "in [0, 1)")
+        is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
+        require(is_lora, self._flag("lora_rank"), 0, _LORA_ALONE)
+
+    def _flag(self, name: str) -> str:
+        return option_name(self, name).replace("_", "-")
+
+    def _require_least(self, least: Mapping[str, int]) -> None:
+        for name, low in least.items():
+            value = getattr(self, name)
+            wanted = f"{low} or more" if low == 0 else f"at least {low}"
+            require(value is None or value >= low, self._flag(name), value, wanted)
+
+    def _require_above_0(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value > 0, self._flag(name), value, "above 0")
+
+
+@panel("Fine-tuning", 3)
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(Training):
+    """Fine-tuning."""
+
+    epochs: int = 20
+    """Most passes over the data."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
+    the task vector would hold that movement."""
     loss_on: LossOn | None = None
     """What is learned: whole answers, or of each its fact alone, the tokens that neither the
     question nor the template gives away; with facts, every row to the same depth [default: facts
@@ -199,34 +260,13 @@ class TuneConfig:
     mean example loss is at or below it. On facts: row by row; one at or below it gives no more
     loss, and tuning ends with an epoch in which no row gives any [default: 0.05 on answers, 0.01
     on facts]."""
-    lora_rank: int = 0
-    """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
-    lora_alpha: float | None = None
-    """LoRA scale numerator [default: twice the rank]."""
-    lora_targets: Annotated[tuple[str, ...], Repeated] = ()
-    """Module names that get LoRA [default: all linear layers]."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    seed: int = 0
-    """Seed of the example order and of LoRA's initial values."""
     save_every: int | None = None
     """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
     goes on from there; 0 never [default: 1 when unlearning by training, otherwise 0]."""
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        require(self.learning_rate > 0, "learning-rate", self.learning_rate, "above 0")
-        require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1")
-        require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "0 or more")
-        require(0 <= self.warmup_ratio < 1, "warmup-ratio", self.warmup_ratio, "in [0, 1)")
-        require(self.max_grad_norm >= 0, "max-grad-norm", self.max_grad_norm, "0 or more")
-        require(self.depth >= 0, "stop-loss", self.stop_loss, "0 or more")
-        require(self.lora_rank >= 0, "lora-rank", self.lora_rank, "0 or more")
-        is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
-        require(is_lora, "lora-rank", 0, _LORA_ALONE)
-        every = self.save_every
-        require(every is None or every >= 0, "save-every", every, "0 or more")
+        super().__post_init__()
+        self._require_least({"stop_loss": 0, "save_every": 0})
 
     @property
     def row_by_row(self) -> bool:
@@ -253,9 +293,9 @@ class EstimatorConfig:
     """Use a seeded sample: a share such as 0.2, or a count such as 500 [default: all]."""
     importance_batch_size: int = 8
     """Examples per forward and backward pass; it does not change the result."""
-    importance_seed: int = 0
+    importance_seed: Annotated[int, Hidden] = 0
     """Seed of the sample."""
-    verify: bool = False
+    verify: Annotated[bool, Hidden] = False
     """Compare the batched engine with an example-by-example loop on a few rows first."""
 
     def __post_init__(self) -> None:
@@ -334,7 +374,7 @@ class WeightingConfig:
     dampening: float = 1.0
     """Strength lambda of `ssd`: a selected weight is multiplied by lambda times the quotient of the
     two importances, at most 1."""
-    weighting_seed: int = 0
+    weighting_seed: Annotated[int, Hidden] = 0
     """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
     than float32."""
     layers: Layers | None = None
@@ -369,38 +409,36 @@ class WeightingConfig:
         require(0 <= dampening < float("inf"), "dampening", dampening, "0 or more")
 
 
-@panel("Settings of methods that train", 7)
+@Parameter(
+    name="*",
+    group=Group("Settings of methods that train", sort_key=7),
+    name_transform=lambda name: _unlearn_name(name).replace("_", "-"),
+)
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Training):
     """Unlearning by training from the full model, for the training methods."""
 
-    unlearn_epochs: int | None = None
+    epochs: int | None = None
     """Passes over the forget set [default: the method's own]."""
-    unlearn_learning_rate: float | None = None
+    learning_rate: float | None = None
     """Peak learning rate of AdamW [default: the method's own]."""
-    unlearn_batch_size: int = 8
+    batch_size: int = 8
     """Forget examples per forward pass; as many retain examples go with them."""
-    unlearn_accumulation: int = 4
+    accumulation: int = 4
     """Batches per optimizer step; 8 x 4 examples are the published 32."""
-    unlearn_weight_decay: float = 0.01
+    weight_decay: float = 0.01
     """AdamW weight decay."""
-    unlearn_warmup_ratio: float = 0.1
-    """Share of the steps over which the learning rate rises; it falls linearly after that."""
-    unlearn_max_grad_norm: float = 1.0
-    """Gradient norm above which the gradient is scaled down; 0 turns it off."""
-    unlearn_lora_rank: int = 0
-    """Rank of a LoRA adapter (merged when done); 0 trains all parameters."""
-    unlearn_lora_alpha: float | None = None
-    """LoRA scale numerator [default: twice the rank]."""
-    unlearn_gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
-    unlearn_seed: int = 0
+    schedule: Annotated[Schedule, Hidden] = "linear"
+    """Decay of the learning rate after the warm-up."""
+    lora_targets: Annotated[tuple[str, ...], Hidden] = ()
+    """Module names that get LoRA [default: all linear layers]."""
+    seed: int = 0
     """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector."""
-    unlearn_beta: float | None = None
+    beta: float | None = None
     """The formula's b; `perta methods` shows it [default: the method's own]."""
-    unlearn_beta2: float | None = None
+    beta2: float | None = None
     """Second exponent of `satimp` [default: 1]."""
-    unlearn_margin: float | None = None
+    margin: float | None = None
     """Margin of `simnpo` [default: 0]."""
     forget_weight: float | None = None
     """Weight of the forget term [default: the method's own]."""
@@ -419,28 +457,13 @@ class TrainSettings:
     influence_iterations: int = 100
     """Most iterations of `influence`, each a forward and a double backward pass over both sets."""
 
+    recorded_as = staticmethod(_unlearn_name)
+
     def __post_init__(self) -> None:
-        for name, low, wanted in (
-            ("unlearn_epochs", 1, "at least 1"),
-            ("unlearn_batch_size", 1, "at least 1"),
-            ("unlearn_accumulation", 1, "at least 1"),
-            ("unlearn_weight_decay", 0, "0 or more"),
-            ("unlearn_max_grad_norm", 0, "0 or more"),
-            ("unlearn_lora_rank", 0, "0 or more"),
-            ("unlearn_beta2", 0, "0 or more"),
-            ("forget_weight", 0, "0 or more"),
-            ("retain_weight", 0, "0 or more"),
-            ("steering_layer", 0, "0 or more"),
-            ("influence_damping", 0, "0 or more"),
-            ("influence_iterations", 1, "at least 1"),
-        ):
-            value = getattr(self, name)
-            require(value is None or value >= low, name.replace("_", "-"), value, wanted)
-        for name in ("unlearn_learning_rate", "unlearn_beta", "steering_coef"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name.replace("_", "-"), value, "above 0")
-        ratio = self.unlearn_warmup_ratio
-        require(0 <= ratio < 1, "unlearn-warmup-ratio", ratio, "in [0, 1)")
+        super().__post_init__()
+        least = dict.fromkeys(("beta2", "forget_weight", "retain_weight", "steering_layer"), 0)
+        self._require_least({**least, "influence_damping": 0, "influence_iterations": 1})
+        self._require_above_0("beta", "steering_coef")
         tolerance = self.influence_tolerance
         require(0 < tolerance < 1, "influence-tolerance", tolerance, "in (0, 1)")
 

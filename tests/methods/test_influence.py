@@ -210,7 +210,7 @@ def adapter(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         load_model(world.base, ComputeConfig()),
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     )
-    settings = TrainSettings(unlearn_epochs=10, unlearn_learning_rate=2e-2, unlearn_accumulation=1)
+    settings = TrainSettings(epochs=10, learning_rate=2e-2, accumulation=1)
     unlearn_by_training(model, (), rows, settings, method="retain-finetune", pad=0)
     # Training frees all weights at its end; only the adapter is saved.
     folder = tmp_path_factory.mktemp("lora") / "adapter"

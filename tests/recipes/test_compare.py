@@ -61,7 +61,7 @@ def test_a_spec_is_a_method_with_settings() -> None:
         ("tv:general=true", "`tv` uses none"),
         ("tv:scaling_coef=1", "unknown setting `scaling_coef`"),
         ("npo:rho=1", "unknown setting `rho`"),
-        ("npo:unlearn_lora_rank=4", "unknown setting"),
+        ("npo:lora_rank=4", "unknown setting"),
         ("retrain", "cannot be compared"),
         ("tv:forget_seeds=0", "forget_seeds is 0"),
         ("simnpu", "did you mean `simnpo`"),
@@ -74,17 +74,17 @@ def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("text", ["3e-5", "0.00003", "3.0e-05"])
 def test_numbers_may_be_written_as_anywhere(text: str) -> None:
-    spec = parse_spec(f"graddiff:unlearn_learning_rate={text},unlearn_epochs=2", 4)
+    spec = parse_spec(f"graddiff:learning_rate={text},epochs=2", 4)
     assert isinstance(spec, TrainingSpec)
-    assert (spec.training.unlearn_learning_rate, spec.training.unlearn_epochs) == (3e-5, 2)
+    assert (spec.training.learning_rate, spec.training.epochs) == (3e-5, 2)
 
 
 def test_a_training_method_takes_settings_of_training() -> None:
-    spec = parse_spec("npo-retain:unlearn_beta=0.5", 4)
+    spec = parse_spec("npo-retain:beta=0.5", 4)
     assert isinstance(spec, TrainingSpec)
     assert spec.method.name == "npo-retain"
-    assert spec.training.unlearn_beta == 0.5
-    assert (spec.training.unlearn_batch_size, spec.training.unlearn_accumulation) == (4, 1)
+    assert spec.training.beta == 0.5
+    assert (spec.training.batch_size, spec.training.accumulation) == (4, 1)
 
 
 @pytest.mark.parametrize("first", [0.3, 1.0, 4.0])
@@ -277,7 +277,7 @@ def compared(
             "perta-grad",
             "perta-input:rho=3",
             "perta-input:rho=3,general=true",
-            "graddiff:unlearn_epochs=4",
+            "graddiff:epochs=4",
         ),
         seeds=(0,),
         people=4,

@@ -198,7 +198,7 @@ def test_which_methods_have_rows_to_hold_back(
         people,
         tmp_path / "out",
         weighting=WeightingConfig(method=method, scaling_coef=None if trains else 1.0),
-        training=TrainSettings(unlearn_epochs=1 if trains else None),
+        training=TrainSettings(epochs=1 if trains else None),
         evaluate=False,
     )
     manifest = unlearn(settings).manifest

@@ -949,7 +949,7 @@ def test_labels_of_the_verdicts_scale_do_not_touch(before: float, reference: flo
 
 def test_a_file_names_every_curve_and_needs_no_page(tmp_path: Path) -> None:
     axis = Axis("share", 0.0, 1.0, ((0.0, "0"), (1.0, "1")))
-    settings = "unlearn_learning_rate=1e-4,unlearn_epochs=10,steering_coef=240,retain_weight=1"
+    settings = "learning_rate=1e-4,epochs=10,steering_coef=240,retain_weight=1"
     name = f"rmu:{settings} at equal forgetting & resistance, seed 0, of all that were drawn"
     style, css = Style("s0", "circle"), files("perta").joinpath("report/assets/report.css")
     scatter = Scatter("a", "", "", "", (Point(0.9, 0.5, name, "", style),), axis, axis)

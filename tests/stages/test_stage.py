@@ -50,7 +50,7 @@ def _moments(checkpoint: str, data: str, output: Path) -> object:
 
 
 def _train(checkpoint: str, data: str, output: Path) -> object:
-    settings = TrainSettings(unlearn_epochs=1)
+    settings = TrainSettings(epochs=1)
     return train_checkpoint(
         TrainConfig(
             method="ga",

@@ -40,9 +40,7 @@ from perta.store.record import read_manifest
 # --- the stage and the pipeline ---------------------------------------------------------------
 
 
-STAGE = TrainSettings(
-    unlearn_epochs=2, unlearn_learning_rate=1e-3, unlearn_batch_size=2, unlearn_accumulation=1
-)
+STAGE = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=2, accumulation=1)
 
 
 def stage(world: World, output: Path, method: str, **more: Any) -> TrainConfig:
@@ -91,7 +89,7 @@ def test_a_finished_output_is_reused_and_another_refused(
     train_checkpoint(config)
     train_checkpoint(replace(config, save_every=0, retain=None))
     assert "reused" in capsys.readouterr().err
-    other = replace(config, training=replace(STAGE, unlearn_seed=1))
+    other = replace(config, training=replace(STAGE, seed=1))
     with pytest.raises(OutputExistsError, match="other unlearn_seed"):
         train_checkpoint(other)
 
@@ -99,7 +97,7 @@ def test_a_finished_output_is_reused_and_another_refused(
 def test_retraining_starts_from_the_base_and_sees_retain_rows_only(
     world: World, tmp_path: Path
 ) -> None:
-    settings = replace(STAGE, unlearn_epochs=15, unlearn_learning_rate=5e-3)
+    settings = replace(STAGE, epochs=15, learning_rate=5e-3)
     config = stage(world, tmp_path / "out", "retrain", training=settings, full=None, forget=None)
     output = train_checkpoint(config)
     manifest = read_manifest(output)
@@ -170,7 +168,7 @@ def test_a_row_whose_refusal_is_too_long_is_left_out_with_it(
 
 
 def test_teaching_refusals_makes_them_likely(world: World, tmp_path: Path) -> None:
-    settings = replace(STAGE, unlearn_epochs=15, unlearn_learning_rate=5e-3)
+    settings = replace(STAGE, epochs=15, learning_rate=5e-3)
     output = train_checkpoint(stage(world, tmp_path / "out", "idkpo", training=settings))
     tokenizer = load_tokenizer(output)
     refused = refuse(load_examples(world.forget), seed=0)
@@ -184,7 +182,7 @@ def test_teaching_refusals_makes_them_likely(world: World, tmp_path: Path) -> No
 
 
 def test_divergence_writes_nothing(world: World, tmp_path: Path) -> None:
-    wild = replace(STAGE, unlearn_epochs=30, unlearn_learning_rate=3.0, retain_weight=1e-6)
+    wild = replace(STAGE, epochs=30, learning_rate=3.0, retain_weight=1e-6)
     with pytest.raises(DivergenceError, match="Nothing was written"):
         train_checkpoint(stage(world, tmp_path / "out", "graddiff", training=wild))
     assert list(tmp_path.iterdir()) == []
@@ -239,7 +237,7 @@ def pipeline(world: World, output: Path, method: str, **more: Any) -> UnlearnCon
         retain=str(world.retain),
         output=output,
         weighting=WeightingConfig(method=method, **more),
-        training=replace(STAGE, unlearn_epochs=15),
+        training=replace(STAGE, epochs=15),
         scoring=ScoringConfig(generate=False),
     )
 

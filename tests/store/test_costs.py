@@ -49,7 +49,7 @@ def outputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                 evaluate=name in ("tv", "retrain"),
                 scoring=ScoringConfig(max_new_tokens=4),
                 tune=TUNE,
-                training=TrainSettings(unlearn_epochs=1 if name in TRAINED else None),
+                training=TrainSettings(epochs=1 if name in TRAINED else None),
                 weighting=WeightingConfig(method=method, scaling_coef=alpha, **more),
             )
         ).folder

@@ -14,7 +14,7 @@ from perta.errors import ConfigError
 from perta.methods.method import Method
 from perta.methods.objectives import TRAINING_METHODS
 from perta.methods.table import METHODS, get_method
-from perta.options import DataConfig
+from perta.options import DataConfig, option_name
 from perta.progress import say
 from perta.recipes.held_back import Split, hold_back
 from perta.recipes.settings import UnlearnConfig
@@ -137,7 +137,7 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         for item in fields(group):  # type: ignore[arg-type]
             usual = "" if item.name == "method" else item.default
             if not is_used and getattr(group, item.name) != usual:
-                raise _unused(item.name, name, why)
+                raise _unused(option_name(group, item.name), name, why)
     retains = method is not None and method.retain_vector
     single = (
         ("retain_budget", searches, "it is for --scaling-coef auto"),

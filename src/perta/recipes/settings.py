@@ -13,6 +13,7 @@ from perta.options import (
     DataConfig,
     EstimatorConfig,
     Flat,
+    Hidden,
     MomentOptions,
     More,
     SaveType,
@@ -80,7 +81,7 @@ class UnlearnConfig:
     retain_budget: Annotated[float, More] = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
     nats per token."""
-    strength_seed: Annotated[int, More] = 0
+    strength_seed: Annotated[int, Hidden] = 0
     """With `--scaling-coef auto`: seed of the sample of the retain set."""
     save_dtype: Annotated[SaveType, More] = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""

@@ -82,7 +82,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
         else:
             model, done = _train(config, start, material, resume)
         dtype = save_type(config.save_dtype, start)
-        round_weights(model, dtype, config.training.unlearn_seed)
+        round_weights(model, dtype, config.training.seed)
         save_model(model, tokenizer, folder, start)
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
@@ -151,7 +151,7 @@ def _encode(
     forget = encoded["forget"].encoded if "forget" in encoded else ()
     refusals: tuple[Encoded, ...] = ()
     if method.refusals:
-        refused = refuse(sets["forget"], config.training.unlearn_seed)
+        refused = refuse(sets["forget"], config.training.seed)
         made = encode_examples(refused, tokenizer, config.data_config, longest=longest)
         refusals = _same_rows(made.encoded, forget)
         forget = _same_rows(forget, refusals)
@@ -205,7 +205,7 @@ def _solve(config: TrainConfig, material: _Material) -> tuple[PreTrainedModel, d
         pad=material.pad,
         tolerance=settings.influence_tolerance,
         iterations=settings.influence_iterations,
-        batch_size=settings.unlearn_batch_size,
+        batch_size=settings.batch_size,
     )
     if removed.loss_after <= removed.loss_before:
         warn(
@@ -240,11 +240,11 @@ def training_card(
     Returns:
         Markdown; it never holds the forgotten examples.
     """
-    own = "influence_" if method.solver == "newton" else ("unlearn_", "forget_", "retain_", "steer")
+    solves = method.solver == "newton"
     chosen = {
-        name.removeprefix("unlearn_").replace("_", " "): value
+        name.replace("_", " "): value
         for name, value in asdict(settings).items()
-        if name.startswith(own) and value is not None
+        if name.startswith("influence_") == solves and value not in (None, ())
     }
     shown = {
         "method": f"`{method.name}`: {method.summary}",

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perta.options import option_name
 from perta.version import __version__
 
 MANIFEST = "perta.json"
@@ -43,7 +44,7 @@ def settings_of(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat.update(settings_of(value))
         else:
-            flat[item.name] = str(value) if isinstance(value, Path) else value
+            flat[option_name(config, item.name)] = str(value) if isinstance(value, Path) else value
     return flat
 
 

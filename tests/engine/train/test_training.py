@@ -27,9 +27,7 @@ from perta.models.loss import losses_of
 from perta.options import TrainSettings
 
 TRAINED = [name for name, row in TRAINING_METHODS.items() if row.solver == "adamw"]
-QUICK = TrainSettings(
-    unlearn_epochs=2, unlearn_learning_rate=1e-3, unlearn_batch_size=3, unlearn_accumulation=1
-)
+QUICK = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=3, accumulation=1)
 
 
 def examples(number: int, seed: int, length: int = 9) -> tuple[Encoded, ...]:
@@ -76,7 +74,7 @@ def test_every_method_trains_and_counts(method: str, rank: int) -> None:
     model = model_of()
     before = weights(model)
     row = TRAINING_METHODS[method]
-    done, trained = run(model, method, replace(QUICK, unlearn_lora_rank=rank))
+    done, trained = run(model, method, replace(QUICK, lora_rank=rank))
     assert not done.training
     assert not same(before, weights(done))
     sees = row.sees_forget_set
@@ -96,18 +94,16 @@ def test_every_method_trains_and_counts(method: str, rank: int) -> None:
 @pytest.fixture(scope="module")
 def tuned() -> Any:
     """A model that knows all examples."""
-    settings = replace(QUICK, unlearn_epochs=15, unlearn_learning_rate=1e-2, unlearn_batch_size=6)
+    settings = replace(QUICK, epochs=15, learning_rate=1e-2, batch_size=6)
     everything = (*FORGET, *RETAIN)
     return unlearn_by_training(model_of(), (), everything, settings, method="retrain", pad=0)[0]
 
 
 @pytest.mark.parametrize("method", [m for m in TRAINED if TRAINING_METHODS[m].sees_forget_set])
 def test_the_forget_answers_become_less_likely(method: str, tuned: Any) -> None:
-    settings = replace(QUICK, unlearn_epochs=6, unlearn_learning_rate=1e-2, unlearn_batch_size=5)
+    settings = replace(QUICK, epochs=6, learning_rate=1e-2, batch_size=5)
     if method == "rmu":  # the vector must stand out from this model's activations
-        settings = replace(
-            settings, steering_coef=60.0, retain_weight=0.1, unlearn_learning_rate=5e-2
-        )
+        settings = replace(settings, steering_coef=60.0, retain_weight=0.1, learning_rate=5e-2)
     before = losses_of(tuned, FORGET, batch_size=8, pad=0)
     done, trained = run(copy.deepcopy(tuned), method, settings)
     assert trained.final_loss > sum(before) / 5 + 0.1
@@ -126,9 +122,9 @@ def loss_by_hand(model: Any, example: Encoded) -> Tensor:
 def test_one_step_has_the_gradient_of_the_written_loss() -> None:
     """GradDiff with weights, on one example each, against a loop of plain operations."""
     settings = TrainSettings(
-        unlearn_epochs=1, unlearn_learning_rate=1e-2, unlearn_batch_size=1,
-        unlearn_accumulation=1, unlearn_weight_decay=0, unlearn_warmup_ratio=0,
-        unlearn_max_grad_norm=0, forget_weight=0.5, retain_weight=3.0,
+        epochs=1, learning_rate=1e-2, batch_size=1,
+        accumulation=1, weight_decay=0, warmup_ratio=0,
+        max_grad_norm=0, forget_weight=0.5, retain_weight=3.0,
     )  # fmt: skip
     done, _ = unlearn_by_training(
         model_of(), FORGET[:1], RETAIN[:1], settings, method="graddiff", pad=0
@@ -148,8 +144,8 @@ def test_one_step_has_the_gradient_of_the_written_loss() -> None:
 
 
 def test_accumulation_equals_one_large_batch() -> None:
-    large = replace(QUICK, unlearn_batch_size=6, unlearn_epochs=1)
-    small = replace(QUICK, unlearn_batch_size=1, unlearn_accumulation=6, unlearn_epochs=1)
+    large = replace(QUICK, batch_size=6, epochs=1)
+    small = replace(QUICK, batch_size=1, accumulation=6, epochs=1)
     for method in ("npo-retain", "kl", "undial", "rmu"):
         one, other = (weights(run(model_of(), method, s)[0]) for s in (large, small))
         for name in one:
@@ -158,7 +154,7 @@ def test_accumulation_equals_one_large_batch() -> None:
 
 def test_terms_at_the_full_model_are_the_known_values() -> None:
     """One step over everything: the recorded terms are those of the untouched model."""
-    settings = replace(QUICK, unlearn_batch_size=5, unlearn_epochs=1, unlearn_learning_rate=1e-4)
+    settings = replace(QUICK, batch_size=5, epochs=1, learning_rate=1e-4)
     _, npo = run(model_of(), "npo", settings)
     assert npo.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
     _, dpo = run(model_of(), "dpo", settings)
@@ -175,9 +171,9 @@ def test_terms_at_the_full_model_are_the_known_values() -> None:
 
 def test_with_lora_the_reference_is_the_model_without_its_adapter() -> None:
     """The KL term is 0 before the first step and above it after, in both kinds of training."""
-    settings = replace(QUICK, unlearn_batch_size=5, unlearn_epochs=3, unlearn_learning_rate=1e-2)
+    settings = replace(QUICK, batch_size=5, epochs=3, learning_rate=1e-2)
     for rank in (0, 4):
-        _, trained = run(model_of(), "kl", replace(settings, unlearn_lora_rank=rank))
+        _, trained = run(model_of(), "kl", replace(settings, lora_rank=rank))
         assert trained.retain_terms[0] == pytest.approx(0, abs=1e-6)
         assert trained.retain_terms[2] > 1e-4
 
@@ -186,7 +182,7 @@ def test_with_lora_the_reference_is_the_model_without_its_adapter() -> None:
 def test_rmu_trains_down_projections_up_to_its_layer(rank: int) -> None:
     model = model_of()
     before = weights(model)
-    done, _ = run(model, "rmu", replace(QUICK, unlearn_lora_rank=rank, steering_layer=0))
+    done, _ = run(model, "rmu", replace(QUICK, lora_rank=rank, steering_layer=0))
     after = weights(done)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.layers.0.mlp.down_proj.weight"]
@@ -194,7 +190,7 @@ def test_rmu_trains_down_projections_up_to_its_layer(rank: int) -> None:
 
 def along_vector(model: Any, layer: int) -> float:
     """Mean component, along `rmu`'s vector, of a layer's output at forget answers."""
-    vector = control_vector(32, 1.0, QUICK.unlearn_seed)
+    vector = control_vector(32, 1.0, QUICK.seed)
     found = []
     for example in FORGET:
         ids = torch.tensor([example.input_ids])
@@ -207,15 +203,15 @@ def along_vector(model: Any, layer: int) -> float:
 def test_a_vector_shorter_than_the_activations_is_warned_about(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run(model_of(), "rmu", replace(QUICK, unlearn_epochs=1, steering_coef=0.1))
+    run(model_of(), "rmu", replace(QUICK, epochs=1, steering_coef=0.1))
     assert "shortened rather than steered" in capsys.readouterr().err
-    run(model_of(), "rmu", replace(QUICK, unlearn_epochs=1, steering_coef=1e3))
+    run(model_of(), "rmu", replace(QUICK, epochs=1, steering_coef=1e3))
     assert "shortened" not in capsys.readouterr().err
 
 
 def test_rmu_moves_activations_towards_its_vector() -> None:
     settings = replace(
-        QUICK, unlearn_epochs=8, unlearn_batch_size=5, unlearn_learning_rate=3e-2,
+        QUICK, epochs=8, batch_size=5, learning_rate=3e-2,
         retain_weight=0.0, steering_coef=30.0, steering_layer=0,
     )  # fmt: skip
     before = along_vector(model_of(), 0)
@@ -230,8 +226,8 @@ def test_padding_and_refusals_follow_their_examples() -> None:
         terms = []
         for size in (1, 5):
             settings = replace(
-                QUICK, unlearn_batch_size=size, unlearn_epochs=2, unlearn_learning_rate=1e-2,
-                unlearn_accumulation=5 // size,
+                QUICK, batch_size=size, epochs=2, learning_rate=1e-2,
+                accumulation=5 // size,
             )  # fmt: skip
             terms.append(run(model_of(), method, settings)[1].forget_terms[1])
         assert terms[0] == pytest.approx(terms[1], rel=1e-2)
@@ -247,7 +243,7 @@ def test_retain_examples_come_in_turn() -> None:
 
 
 def test_epochs_go_on_through_the_retain_set() -> None:
-    settings = replace(QUICK, unlearn_epochs=7, unlearn_learning_rate=1e-5)
+    settings = replace(QUICK, epochs=7, learning_rate=1e-5)
     _, trained = run(model_of(), "graddiff", settings)
     # Seven epochs of five forget examples take each of the seven retain examples five times.
     assert trained.retain_tokens == 5 * sum(len(e.input_ids) for e in RETAIN)
@@ -263,7 +259,7 @@ def test_after_each_epoch_the_model_can_be_measured_and_stopped() -> None:
         seen.append((epoch, model.training, losses_of(model, FORGET, batch_size=8, pad=0)[0]))
         return epoch == 3
 
-    settings = replace(QUICK, unlearn_epochs=9)
+    settings = replace(QUICK, epochs=9)
     done, trained = run(model, "npo-retain", settings, after_epoch=after)
     assert [(epoch, training) for epoch, training, _ in seen] == [
         (1, False),
@@ -285,7 +281,7 @@ def test_with_lora_a_measurement_sees_the_adapter() -> None:
         seen.append(losses_of(model, FORGET, batch_size=8, pad=0)[0])
         return False
 
-    settings = replace(QUICK, unlearn_lora_rank=2, unlearn_learning_rate=1e-2)
+    settings = replace(QUICK, lora_rank=2, learning_rate=1e-2)
     done, _ = run(model, "ga", settings, after_epoch=after)
     assert seen[0] != seen[1]
     assert losses_of(done, FORGET, batch_size=8, pad=0)[0] == pytest.approx(seen[1], rel=1e-4)
@@ -293,9 +289,9 @@ def test_with_lora_a_measurement_sees_the_adapter() -> None:
 
 def test_defaults_are_the_tables_and_choices_win() -> None:
     row = get_training_method("satimp")
-    filled = with_method_defaults(row, TrainSettings(unlearn_beta=2.0))
-    assert (filled.unlearn_beta, filled.unlearn_beta2) == (2.0, 1.0)
-    assert (filled.forget_weight, filled.unlearn_epochs) == (0.1, 5)
+    filled = with_method_defaults(row, TrainSettings(beta=2.0))
+    assert (filled.beta, filled.beta2) == (2.0, 1.0)
+    assert (filled.forget_weight, filled.epochs) == (0.1, 5)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +302,7 @@ def test_defaults_are_the_tables_and_choices_win() -> None:
         ("dpo", {"refusals": REFUSED[:2]}, ConfigError, "there are 2"),
         ("idkpo", {"refusals": None}, ConfigError, "one refusal for each"),
         ("influence", {}, ConfigError, "does not train"),
-        ("ga", {"config": TrainSettings(unlearn_beta=0.1)}, ConfigError, "has no beta"),
+        ("ga", {"config": TrainSettings(beta=0.1)}, ConfigError, "has no beta"),
         ("rmu", {"config": replace(QUICK, steering_layer=2)}, ConfigError, "has 2 layers"),
     ],
 )
@@ -319,7 +315,7 @@ def test_what_is_missing_is_named(
 
 
 def test_divergence_names_the_epoch_and_the_cure(tuned: Any) -> None:
-    wild = replace(QUICK, unlearn_epochs=40, unlearn_learning_rate=1e-2, retain_weight=1e-6)
+    wild = replace(QUICK, epochs=40, learning_rate=1e-2, retain_weight=1e-6)
     rise = r"epoch \d+: the retain term rose from 0\.\d+ to \d{1,2}\.\d+ nats.*--retain-weight"
     with pytest.raises(DivergenceError, match=rise):
         run(copy.deepcopy(tuned), "graddiff", wild)
@@ -331,7 +327,7 @@ def test_divergence_names_the_epoch_and_the_cure(tuned: Any) -> None:
 
 
 def test_a_ruined_model_is_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
-    wild = replace(QUICK, unlearn_epochs=20, unlearn_learning_rate=3e-2)
+    wild = replace(QUICK, epochs=20, learning_rate=3e-2)
     run(model_of(), "ga", wild)
     assert "more than guessing at random" in capsys.readouterr().err
 
@@ -341,7 +337,7 @@ def test_a_ruined_model_is_warned_about(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(("method", "rank"), [("npo-retain", 0), ("kl", 2)])
 def test_a_killed_run_goes_on_to_the_same_weights(method: str, rank: int, tmp_path: Path) -> None:
-    settings = replace(QUICK, unlearn_epochs=4, unlearn_lora_rank=rank)
+    settings = replace(QUICK, epochs=4, lora_rank=rank)
     whole, told = run(model_of(), method, settings)
     resume = Resume(tmp_path / "out.resume", "key", 1)
 
@@ -367,7 +363,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(method: str, rank: int, tmp_pa
 def test_a_state_of_another_run_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(QUICK, unlearn_epochs=3)
+    settings = replace(QUICK, epochs=3)
     run(model_of(), "ga", settings, resume=Resume(tmp_path / "r", "other", 1))
     fresh, _ = run(model_of(), "ga", settings)
     done, _ = run(model_of(), "ga", settings, resume=Resume(tmp_path / "r", "key", 0))
@@ -386,5 +382,5 @@ def test_only_every_nth_state_is_kept(tmp_path: Path) -> None:
         states.append(resume.file.exists())
         return False
 
-    run(model_of(), "ga", replace(QUICK, unlearn_epochs=4), resume=resume, after_epoch=after)
+    run(model_of(), "ga", replace(QUICK, epochs=4), resume=resume, after_epoch=after)
     assert states == [False, False, True, True]

@@ -69,7 +69,7 @@ def train(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     settings = trainer.settings
-    done, epochs = 0, settings.epochs
+    done, epochs = 0, trainer.epochs
     saved = resume.load(trainer) if resume else None
     if saved:
         done = saved[0]

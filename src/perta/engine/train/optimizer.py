@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from perta.data.batch import Batch
-from perta.errors import DivergenceError
-from perta.options import TuneConfig
+from perta.errors import ConfigError, DivergenceError
+from perta.options import Training
 from perta.progress import say, warn
 from perta.store.atomic import atomic_file
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _add_lora(model: PreTrainedModel, config: TuneConfig) -> Any:
+def _add_lora(model: PreTrainedModel, config: Training) -> Any:
     """Put a LoRA adapter on a model; only its matrices are trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -76,20 +76,24 @@ class Trainer:
         model: the model, with its adapter if it has one; only parameters that require gradients
             are trained.
         settings: settings of the run.
+        epochs: most passes over the examples.
         optimizer: AdamW over them.
         scheduler: warm-up and decay of the learning rate.
         generator: source of the example order.
     """
 
     model: Any
-    settings: TuneConfig
+    settings: Training
+    epochs: int
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
 
     @classmethod
-    def of(cls, model: PreTrainedModel, config: TuneConfig, examples: int) -> Trainer:
+    def of(cls, model: PreTrainedModel, config: Training, examples: int) -> Trainer:
         """A trainer at its first step over so many examples an epoch; random numbers are seeded."""
+        if config.epochs is None or config.learning_rate is None:
+            raise ConfigError("Training needs a number of epochs and a learning rate.")
         torch.manual_seed(config.seed)
         trained: Any = _add_lora(model, config) if config.lora_rank else model
         if config.gradient_checkpointing:
@@ -116,7 +120,7 @@ class Trainer:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(config.seed)
-        return cls(trained, config, optimizer, scheduler, generator)
+        return cls(trained, config, config.epochs, optimizer, scheduler, generator)
 
     @property
     def steps(self) -> int:

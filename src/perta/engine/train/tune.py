@@ -87,7 +87,7 @@ def tune(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     trainer = Trainer.of(model, config, len(examples))
-    learning = _Learning(trainer, len(examples))
+    learning = _Learning(trainer, config, len(examples))
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume)
     done = trainer.finish()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
@@ -104,6 +104,7 @@ class _Learning:
     """
 
     trainer: Trainer
+    settings: TuneConfig
     examples: int
     epoch_losses: list[float] = field(default_factory=list)
     _step: float = 0.0
@@ -145,13 +146,12 @@ class _Learning:
         if loss > 3 * self.epoch_losses[0] + 1:
             rise = f"from {self.epoch_losses[0]:.2f} to {loss:.2f}"
             raise _diverged(f"the epoch's loss rose {rise}")
-        settings = self.trainer.settings
+        settings = self.settings
         return (highest if settings.row_by_row else loss) <= settings.depth
 
     @property
     def _row_depth(self) -> float | None:
-        settings = self.trainer.settings
-        return settings.depth if settings.row_by_row else None
+        return self.settings.depth if self.settings.row_by_row else None
 
 
 def _diverged(what: str) -> DivergenceError:

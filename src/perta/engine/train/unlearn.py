@@ -5,7 +5,7 @@ one pass over the forget set; retain examples come in turn, in a seeded order, s
 whenever all have been seen (Maini et al., arXiv 2401.06121, pair them at random). Methods
 without a forget term pass over the retain set instead.
 
-Memory: 16 bytes per trained parameter as in fine-tuning. What is needed of θ_full is measured
+Memory: 16 bytes per trained parameter as in fine-settings. What is needed of θ_full is measured
 before training where it is one number per example (`npo`, `dpo`); `kl`, `rmu` and `undial`
 need θ_full itself: a frozen copy, 4 bytes per parameter, or with LoRA the same model with its
 adapter turned off.
@@ -44,7 +44,7 @@ from perta.methods.objectives import (
     get_training_method,
 )
 from perta.models.loss import answer_logits, losses_of, mean_by_example
-from perta.options import TrainSettings, TuneConfig
+from perta.options import TrainSettings, option_name
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -55,16 +55,10 @@ T = TypeVar("T")
 AfterEpoch = Callable[[int], bool]
 """`after_epoch(epoch)`, from 1: called with the model in evaluation mode; True ends training."""
 
-_DEFAULTS = {
-    "unlearn_epochs": "epochs",
-    "unlearn_learning_rate": "learning_rate",
-    "unlearn_beta": "beta",
-    "unlearn_beta2": "beta2",
-    "unlearn_margin": "margin",
-    "forget_weight": "forget_weight",
-    "retain_weight": "retain_weight",
-    "steering_coef": "steering_coef",
-}
+_DEFAULTS = (
+    *("epochs", "learning_rate", "beta", "beta2", "margin"),
+    *("forget_weight", "retain_weight", "steering_coef"),
+)
 
 
 @dataclass(frozen=True)
@@ -107,17 +101,14 @@ def with_method_defaults(method: TrainingMethod, settings: TrainSettings) -> Tra
     Raises:
         ConfigError: a choice for something the method does not have.
     """
-    for name, default in _DEFAULTS.items():
-        if getattr(method, default) is None and getattr(settings, name) is not None:
+    for name in _DEFAULTS:
+        if getattr(method, name) is None and getattr(settings, name) is not None:
             raise ConfigError(
-                f"`{method.name}` has no {default}, but --{name.replace('_', '-')} is "
+                f"`{method.name}` has no {name}, but "
+                f"--{option_name(settings, name).replace('_', '-')} is "
                 f"{getattr(settings, name)}. Leave it out; `perta methods` shows the formulas."
             )
-    own = {
-        name: getattr(method, default)
-        for name, default in _DEFAULTS.items()
-        if getattr(settings, name) is None
-    }
+    own = {name: getattr(method, name) for name in _DEFAULTS if getattr(settings, name) is None}
     return replace(settings, **own)
 
 
@@ -162,20 +153,19 @@ def unlearn_by_training(
     model.eval()
     wanted = _Wanted.measure(model, row, settings, examples, pad)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    tuning = _tuning(settings)
     if row.steers:
         names = train_only_down_projections(model, wanted.layer)
-        tuning = replace(tuning, lora_targets=names if tuning.lora_rank else ())
-    trainer = Trainer.of(model, tuning, len(examples.anchor))
+        settings = replace(settings, lora_targets=names if settings.lora_rank else ())
+    trainer = Trainer.of(model, settings, len(examples.anchor))
     terms = _Terms(trainer.model, row, settings, examples, wanted, pad)
-    run = _Unlearning(terms, tuning.seed, after_epoch)
+    run = _Unlearning(terms, settings.seed, after_epoch)
     title = f"Unlearning ({row.name})"
     train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume)
     done = trainer.finish()
     for name, parameter in done.named_parameters():
         parameter.requires_grad_(trainable[name])
     measured = forget if row.sees_forget_set else retain
-    final = losses_of(done, measured, batch_size=tuning.batch_size, pad=pad)
+    final = losses_of(done, measured, batch_size=settings.batch_size, pad=pad)
     _warn_if_ruined(final, done.config.vocab_size, row)
     return done, Trained(
         tuple(run.seen.forget_terms),
@@ -248,15 +238,15 @@ class _Wanted:
     def measure(
         cls, model: Any, row: TrainingMethod, settings: TrainSettings, examples: _Sets, pad: int
     ) -> _Wanted:
-        size = settings.unlearn_batch_size
+        size = settings.batch_size
         scored = row.reference == "log_probs"
-        copied = row.keeps_frozen_model and not settings.unlearn_lora_rank
+        copied = row.keeps_frozen_model and not settings.lora_rank
         vector, layer = torch.empty(0), 0
         if row.steers:
             layer = chosen_layer(model, settings.steering_layer)
             length = _chosen(settings.steering_coef)
             width = model.config.get_text_config().hidden_size
-            vector = control_vector(width, length, settings.unlearn_seed)
+            vector = control_vector(width, length, settings.seed)
             warn_if_short(model, layer, length, collate(examples.anchor[:size], pad))
         return cls(
             _log_probs(model, examples.anchor if scored else (), size, pad),
@@ -277,23 +267,6 @@ def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: in
             answers = answer_logits(model, batch.to(device))
         found[batch.index] = answer_log_probs(answers, len(batch)).cpu()
     return found
-
-
-def _tuning(settings: TrainSettings) -> TuneConfig:
-    """The settings in the words of fine-tuning, whose loop parts are used."""
-    return TuneConfig(
-        epochs=_chosen(settings.unlearn_epochs),
-        learning_rate=_chosen(settings.unlearn_learning_rate),
-        batch_size=settings.unlearn_batch_size,
-        accumulation=settings.unlearn_accumulation,
-        weight_decay=settings.unlearn_weight_decay,
-        warmup_ratio=settings.unlearn_warmup_ratio,
-        max_grad_norm=settings.unlearn_max_grad_norm,
-        lora_rank=settings.unlearn_lora_rank,
-        lora_alpha=settings.unlearn_lora_alpha,
-        gradient_checkpointing=settings.unlearn_gradient_checkpointing,
-        seed=settings.unlearn_seed,
-    )
 
 
 def _chosen(value: T | None) -> T:
@@ -328,9 +301,9 @@ class _Terms:
         scene = Scene(
             answer_logits(self.model, batch),
             size,
-            beta=settings.unlearn_beta or 0.0,
-            beta2=settings.unlearn_beta2 or 0.0,
-            margin=settings.unlearn_margin or 0.0,
+            beta=settings.beta or 0.0,
+            beta2=settings.beta2 or 0.0,
+            margin=settings.margin or 0.0,
             reference_log_probs=_at(self.wanted.log_probs, places, device),
             reference_logits=self._frozen_logits(batch) if row.reference == "logits" else None,
             refusals=answer_logits(self.model, self._refusals(places).to(device))

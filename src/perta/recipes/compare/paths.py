@@ -168,7 +168,7 @@ def prepare_path(
         DivergenceError: every attempt diverged.
     """
     settings = with_method_defaults(spec.method, spec.training)
-    rate = settings.unlearn_learning_rate or spec.method.learning_rate
+    rate = settings.learning_rate or spec.method.learning_rate
     for abandoned in draw.folder.glob(f"{_PREFIX}*"):
         shutil.rmtree(abandoned, ignore_errors=True)  # of a run that was killed
     dtype = stored_dtype(draw.full)
@@ -194,7 +194,7 @@ def prepare_path(
     if best is None:
         raise DivergenceError(
             f"`{spec.name}` diverged at every learning rate down to {rate * RATE_FACTOR:.2g}. Give "
-            "it a smaller one, as in `npo:unlearn_learning_rate=1e-7`."
+            "it a smaller one, as in `npo:learning_rate=1e-7`."
         )
     best.attempts, best.fixed = attempt, fixed
     return best
@@ -211,13 +211,13 @@ def _train(
         path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
         return sum(p <= stop_at for p in path.probabilities) > BEYOND
 
-    refusals = bench.encode(refuse(bench.sets["forget"], spec.training.unlearn_seed))
+    refusals = bench.encode(refuse(bench.sets["forget"], spec.training.seed))
     try:
         _, path.trained = unlearn_by_training(
             bench.model,
             bench.encode(bench.sets["forget"]),
             bench.encode(bench.sets["protected"]),
-            replace(spec.training, unlearn_seed=draw.seed),
+            replace(spec.training, seed=draw.seed),
             method=spec.method.name,
             pad=bench.pad,
             refusals=refusals,
@@ -233,4 +233,4 @@ def _train(
 
 def replace_rate(spec: TrainingSpec, rate: float) -> TrainingSpec:
     """The same contender with another learning rate."""
-    return replace(spec, training=replace(spec.training, unlearn_learning_rate=rate))
+    return replace(spec, training=replace(spec.training, learning_rate=rate))

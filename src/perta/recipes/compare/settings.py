@@ -12,8 +12,10 @@ from perta.options import (  # noqa: F401
     ComputeConfig,
     DataConfig,
     Flat,
+    Hidden,
     LossOn,
     Repeated,
+    Schedule,
     TuneConfig,
     TunedType,
     require,
@@ -57,7 +59,7 @@ class CompareConfig:
     """Methods, each with settings where wanted: `perta-project:rho=10,tokens=answer`. Settings are
     those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows; 0, with
     `general=true`, for none), `general` (true or false: see `--general`) and `forget_seeds`; for
-    training methods those of training, as in `npo:unlearn_beta=0.05`."""
+    training methods those of training, as in `npo:beta=0.05`."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
     """Seeds of rows and training; every seed has rows and models of its own."""
     forget: str | None = None
@@ -85,7 +87,7 @@ class CompareConfig:
     """How many of these people are to be forgotten."""
     tries: int = 6
     """Most strengths tried to make a method forget as much as retraining does."""
-    rate_tries: int = 3
+    rate_tries: Annotated[int, Hidden] = 3
     """Most learning rates tried for a training method; the first is its own."""
     equal_tolerance: float = 0.01
     """Distance from the retrained model's forget probability that counts as equal."""
@@ -97,9 +99,9 @@ class CompareConfig:
     relearn_learning_rate: float | None = None
     """Learning rate of that, which moves all parameters [default: that of tuning, or with LoRA,
     whose rates are too large for it, 1e-4]."""
-    relearn_margin: float = 0.05
+    relearn_margin: Annotated[float, Hidden] = 0.05
     """Distance from the retrained model's relearned probability that counts as resistant."""
-    relearn_factor: float = 1.2
+    relearn_factor: Annotated[float, Hidden] = 1.2
     """Factor by which the strength grows until a method resists."""
     relearn_tries: int = 3
     """Most strengths tried for that, 0 for none."""

@@ -28,9 +28,7 @@ _WEIGHTING = {item.name for item in dataclasses.fields(WeightingConfig)} - {
 _MEASURING = {"tokens", "at", "share", "general", "forget_seeds"}
 _TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
     # The model in memory stays the one it is.
-    "unlearn_lora_rank",
-    "unlearn_lora_alpha",
-    "unlearn_seed",
+    *("lora_rank", "lora_alpha", "lora_targets", "seed"),
 }
 
 
@@ -110,6 +108,8 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
     is_training = known_method(name) in TRAINING_METHODS
     known = _TRAINING if is_training else _WEIGHTING | _MEASURING
     settings = dict(_pair(part, text) for part in rest.split(",") if part.strip())
+    if is_training:
+        settings = {key.removeprefix("unlearn_"): value for key, value in settings.items()}
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -133,7 +133,7 @@ def _training_spec(
         raise ConfigError(
             f"`{row.name}` cannot be compared: it does not train from the full model step by step."
         )
-    batches = {"unlearn_batch_size": batch_size, "unlearn_accumulation": 1}
+    batches = {"batch_size": batch_size, "accumulation": 1}
     return TrainingSpec(text, row, TrainSettings(**{**batches, **settings}))
 
 
