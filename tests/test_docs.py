@@ -76,6 +76,16 @@ def test_the_api_page_has_every_public_name() -> None:
     assert sorted(re.findall(r"(?m)^::: perta\.(\w+)$", page)) == sorted(perta.__all__)
 
 
+def test_the_design_page_has_every_folder_and_no_file_that_is_gone() -> None:
+    page = (ROOT / "docs" / "design.md").read_text("utf-8")
+    source = ROOT / "src" / "perta"
+    named = set(re.findall(r"`([\w/]+(?:/|\.py))`", page))
+    gone = [n for n in sorted(named) if not (source / n).exists() and not (ROOT / n).exists()]
+    assert gone == []
+    folders = {f"{f.name}/" for f in source.iterdir() if (f / "__init__.py").exists()}
+    assert folders <= named
+
+
 def test_options_on_the_pages_exist(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
