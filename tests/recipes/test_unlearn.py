@@ -148,6 +148,69 @@ def test_another_strength_reuses_everything_but_the_edit(
     assert fingerprint(result.folder) != fingerprint(settings.output)
 
 
+def at_another_strength(settings: UnlearnConfig, output: Path, **more: Any) -> UnlearnConfig:
+    weighting = WeightingConfig(method="perta-grad", scaling_coef=2.0)
+    return replace(settings, output=output, weighting=weighting, **more)
+
+
+def test_another_strength_finds_what_an_earlier_run_made(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings, result = run
+    work = tmp_path / "first.work"
+    shutil.copytree(work_folder(settings), work)
+    with monkeypatch.context() as patch:
+        patch.setattr("perta.stages.finetune.tune", None)
+        patch.setattr("perta.stages.importance.estimate", None)
+        again = unlearn(at_another_strength(settings, tmp_path / "second"))
+    shown = " ".join(capsys.readouterr().err.split())
+    for name in ("forget_checkpoint", "forget_importance", "retain_importance"):
+        assert f"{work / name} is what is needed, reused" in shown
+    assert f"{work / 'evaluation_before.json'} is what is needed, reused" in shown
+    assert again.before == result.before
+    assert again.after != result.after
+    took = (record["unlearn"]["seconds"] for record in (again.manifest, result.manifest))
+    assert len({seconds["finetune"] for seconds in took}) == 1
+    # What was taken over does not hang on where it came from.
+    shutil.rmtree(work)
+    stronger = at_another_strength(settings, tmp_path / "third", evaluate=False)
+    shared = unlearn(replace(stronger, work_dir=tmp_path / "second.work"))
+    assert fingerprint(shared.folder) == fingerprint(again.folder)
+
+
+@pytest.mark.parametrize("fault", ["changed weights", "other rows", "another seed", "gone"])
+def test_what_another_run_made_otherwise_is_not_taken_over(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, fault: str
+) -> None:
+    settings, _ = run
+    work = tmp_path / "first.work"
+    shutil.copytree(work_folder(settings), work)
+    stronger = at_another_strength(settings, tmp_path / "second", evaluate=False)
+    if fault == "changed weights":
+        weights = work / "forget_checkpoint" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    elif fault == "other rows":
+        fewer = tmp_path / "fewer.jsonl"
+        rows = Path(settings.forget).read_text("utf-8").splitlines()
+        fewer.write_text("\n".join(rows[:-1]), "utf-8")
+        stronger = replace(stronger, forget=str(fewer))
+    elif fault == "another seed":
+        stronger = replace(stronger, tune=replace(TUNE, seed=TUNE.seed + 1))
+    else:
+        for file in (work / "forget_checkpoint").iterdir():
+            if file.name != "perta.json":
+                file.unlink()
+    unlearn(stronger)
+    theirs, own = (
+        folder / "forget_checkpoint" / "perta.json" for folder in (work, work_folder(stronger))
+    )
+    assert theirs.stat().st_ino != own.stat().st_ino
+    assert json.loads(own.read_text("utf-8"))["content"] == fingerprint(own.parent)
+
+
 @pytest.mark.parametrize(
     ("change", "redone"),
     [

@@ -11,7 +11,7 @@
 A part of the retain set takes no part in any of it but the evaluation; see `recipes.held_back`.
 
 Stages meet through files in the work folder; a finished one is reused when nothing it depends
-on has changed.
+on has changed. Work folders of other outputs, beside this one, are looked in as well.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from perta.recipes.request import (
     split_retain,
 )
 from perta.recipes.rounds import write_rounds
-from perta.recipes.run_record import RunRecord, work_folder
+from perta.recipes.run_record import RunRecord, other_work_folders, work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.recipes.workspace import Workspace, needs
@@ -54,6 +54,7 @@ from perta.report.write import write_report
 from perta.stages.edit import edit_checkpoint, find_inputs, refuse_unused, with_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
+from perta.stages.stage import taking_over
 from perta.stages.train import train_checkpoint
 from perta.store.checkpoint import open_index
 from perta.store.record import read_manifest
@@ -100,8 +101,13 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     refuse_without_effect(config)
     trains = known_method(config.weighting.method) in TRAINING_METHODS
     run = _checked_training(config) if trains else _checked_edit(config)
+    with taking_over(other_work_folders(config)):
+        return _carried_out(run, trains)
+
+
+def _carried_out(run: _Run, trains: bool) -> Unlearned:
     if run.record.is_finished():
-        say(f"unlearn: {config.output} is up to date, reused")
+        say(f"unlearn: {run.config.output} is up to date, reused")
     else:
         run.record.refuse_foreign()
         run.write_split()

@@ -1,20 +1,26 @@
 """Run one stage: reuse a finished output, refuse a foreign one, write a new one whole.
 
+A finished output is known by its record's key, wherever it lies: see `taking_over`.
+
 `run_measurement` is what importance and moments share: one checkpoint, one data set.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
-from perta.errors import ConfigError, OutputExistsError
+from perta.errors import CheckpointNotFoundError, ConfigError, OutputExistsError
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -29,6 +35,7 @@ from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import (
+    MANIFEST,
     NOT_IN_KEY,
     make_manifest,
     read_manifest,
@@ -55,6 +62,25 @@ class FileResults(dict[str, Any]):
 
 
 Make = Callable[[Path], Mapping[str, Any]]
+
+_beside: ContextVar[tuple[Path, ...]] = ContextVar("beside", default=())
+"""Folders in whose entries a stage looks for its output before it makes it."""
+
+
+@contextmanager
+def taking_over(folders: Iterable[Path]) -> Iterator[None]:
+    """Let stages take over what lies in other folders and is what they would make.
+
+    It is linked where the file system can, otherwise copied, so that every folder is complete.
+
+    Args:
+        folders: where to look, one level deep.
+    """
+    before = _beside.set(tuple(folders))
+    try:
+        yield
+    finally:
+        _beside.reset(before)
 
 
 def run_stage(
@@ -91,6 +117,9 @@ def run_stage(
         say(f"{stage}: {output} is up to date, reused")
         return finished
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    finished = _taken_over(stage, output, settings, inputs, overwrite)
+    if finished is not None:
+        return finished
     started = time.perf_counter()
     with atomic_folder(output, overwrite=overwrite) as partial:
         more = dict(make(partial))
@@ -131,11 +160,16 @@ def run_file_stage(
     Raises:
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
-    manifest = read_manifest(output) if output.is_file() else None
-    if manifest is not None and manifest.get("key") == stage_key(stage, settings, inputs):
+    if _is_finished(output, key := stage_key(stage, settings, inputs)):
         say(f"{stage}: {output} is up to date, reused")
         return FileResults(json.loads(output.read_text("utf-8")))
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    for other in _entries(f"*{output.suffix}"):
+        if _is_finished(other, key):
+            with atomic_file(output, overwrite=overwrite) as partial:
+                shutil.copy2(other, partial)
+            say(f"{stage}: {other} is what is needed, reused")
+            return FileResults(json.loads(output.read_text("utf-8")))
     started = time.perf_counter()
     results = FileResults(make())
     seconds = {stage: time.perf_counter() - started}
@@ -145,6 +179,45 @@ def run_file_stage(
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         partial.write_text(text + "\n", "utf-8")
     return results
+
+
+def _entries(pattern: str) -> Iterator[Path]:
+    return (path for folder in _beside.get() for path in sorted(folder.glob(pattern)))
+
+
+def _is_finished(file: Path, key: str) -> bool:
+    record = read_manifest(file) if file.is_file() else None
+    return record is not None and record.get("key") == key
+
+
+def _taken_over(
+    stage: str,
+    output: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    overwrite: bool,
+) -> dict[str, Any] | None:
+    """Link a finished output from elsewhere to its place here; None where there is none."""
+    for record in _entries(f"*/{MANIFEST}"):
+        folder = record.parent
+        try:
+            finished = finished_stage(stage, folder, settings, inputs)
+            if finished is None:
+                continue
+            with atomic_folder(output, overwrite=overwrite) as partial:
+                shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
+        except OSError:
+            continue  # it went while it was read, or is not ours to read
+        say(f"{stage}: {folder} is what is needed, reused")
+        return finished
+    return None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def check_separate(output: Path, inputs: Iterable[str | Path]) -> None:
@@ -176,7 +249,10 @@ def finished_stage(
     manifest = read_manifest(output)
     if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
         return None
-    return manifest if manifest.get("content") == fingerprint(output) else None
+    try:
+        return manifest if manifest.get("content") == fingerprint(output) else None
+    except CheckpointNotFoundError:
+        return None  # nothing is left but its record
 
 
 def refuse_foreign(
