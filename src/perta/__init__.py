@@ -91,39 +91,28 @@ __all__ = [
 ]
 
 _HOME = {
-    "CompareConfig": "recipes.compare.settings",
-    "ComputeConfig": "options",
-    "DataConfig": "options",
-    "EditConfig": "stages.settings",
-    "EstimatorConfig": "options",
-    "EvaluateConfig": "stages.settings",
-    "FinetuneConfig": "stages.settings",
-    "ImportanceConfig": "stages.settings",
-    "MergeMomentsConfig": "stages.settings",
-    "MomentOptions": "options",
-    "MomentsConfig": "stages.settings",
-    "PeopleConfig": "stages.settings",
-    "PertaError": "errors",
-    "ScoringConfig": "options",
-    "TrainConfig": "stages.settings",
-    "TrainSettings": "options",
-    "Trained": "engine.train.unlearn",
-    "TuneConfig": "options",
-    "UnlearnConfig": "recipes.settings",
-    "Unlearned": "recipes.unlearn",
-    "WeightingConfig": "options",
-    "bench_compare": "recipes.compare.study",
-    "compute_importance": "stages.importance",
-    "compute_moments": "stages.moments",
-    "edit_checkpoint": "stages.edit",
-    "evaluate_checkpoint": "stages.evaluate",
-    "finetune_checkpoint": "stages.finetune",
-    "generate_people": "evidence.people",
-    "load_examples": "data.examples",
-    "merge_moments": "stages.moments",
-    "train_checkpoint": "stages.train",
-    "unlearn": "recipes.unlearn",
-    "unlearn_by_training": "engine.train.unlearn",
+    name: module
+    for module, names in {
+        "data.examples": "load_examples",
+        "engine.train.unlearn": "Trained unlearn_by_training",
+        "errors": "PertaError",
+        "evidence.people": "generate_people",
+        "options": "ComputeConfig DataConfig EstimatorConfig MomentOptions ScoringConfig "
+        "TrainSettings TuneConfig WeightingConfig",
+        "recipes.compare.settings": "CompareConfig",
+        "recipes.compare.study": "bench_compare",
+        "recipes.settings": "UnlearnConfig",
+        "recipes.unlearn": "Unlearned unlearn",
+        "stages.edit": "edit_checkpoint",
+        "stages.evaluate": "evaluate_checkpoint",
+        "stages.finetune": "finetune_checkpoint",
+        "stages.importance": "compute_importance",
+        "stages.moments": "compute_moments merge_moments",
+        "stages.settings": "EditConfig EvaluateConfig FinetuneConfig ImportanceConfig "
+        "MergeMomentsConfig MomentsConfig PeopleConfig TrainConfig",
+        "stages.train": "train_checkpoint",
+    }.items()
+    for name in names.split()
 }
 
 

@@ -17,6 +17,8 @@ Messages say what is wrong, where, and how to fix it. The command line prints th
 alone and exits with status 1; a traceback means a defect in this package.
 """
 
+from __future__ import annotations
+
 
 class PertaError(Exception):
     """Base of all errors with a message written for the user."""
@@ -64,3 +66,9 @@ class VerdictError(PertaError):
 
 class EngineMismatchError(PertaError):
     """The batched importance engine and the example-by-example loop disagree."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

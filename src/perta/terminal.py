@@ -51,7 +51,7 @@ def print_comparison(models: Mapping[str, Results], title: str | None = None) ->
         for model, results in models.items():
             cells = [_cell(results.get(f"{name}_{metric}")) for metric in present]
             table.add_row(escape(model), *cells)
-        _console().print(table)
+        console().print(table)
 
 
 def print_samples(models: Mapping[str, Results], count: int) -> None:
@@ -73,7 +73,7 @@ def print_samples(models: Mapping[str, Results], count: int) -> None:
                 entry = results.get(key, {}).get("value_by_index", {}).get(index)
                 if entry is not None:
                     table.add_row(escape(model), escape(entry["generation"].strip()))
-            _console().print(table)
+            console().print(table)
 
 
 def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
@@ -95,7 +95,7 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         stages = details({segment.name: segment.seconds for segment in cost.segments})
         apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
         table.add_row(escape(cost.label), duration(cost.total), share, stages + apart)
-    _console().print(table)
+    console().print(table)
 
 
 def print_metrics(results: Results) -> None:
@@ -108,7 +108,7 @@ def print_metrics(results: Results) -> None:
             value = metric["agg_value"]
             reason = f"– ({metric.get('missing', 'no value')})"
             table.add_row(escape(name), reason if value is None else f"{value:.4g}")
-    _console().print(table)
+    console().print(table)
 
 
 def print_methods() -> None:
@@ -128,7 +128,7 @@ def _print_methods(title: str, formula: str, rows: Iterable[tuple[str, ...]]) ->
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    _console().print(table)
+    console().print(table)
 
 
 def _cell(metric: Mapping[str, Any] | None) -> str:
@@ -136,9 +136,10 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
+def console() -> Console:
+    """Where results go, standard output."""
+    found = Console(highlight=False)
+    if not found.is_terminal:
         # Nothing is cut where nobody looks at it: a file or a pipe has no width.
-        console.width = max(console.width, _WIDE)
-    return console
+        found.width = max(found.width, _WIDE)
+    return found

@@ -69,7 +69,7 @@ def test_terminal_page_and_csv_agree_for_every_method(
     with (companion_folder(page) / "costs.csv").open(encoding="utf-8") as file:
         rows = {row["model"]: row for row in csv.DictReader(file)}
     found, retraining = costs(collect(given))
-    monkeypatch.setattr(perta.terminal, "_console", lambda: Console(width=500))
+    monkeypatch.setattr(perta.terminal, "console", lambda: Console(width=500))
     print_costs(found, retraining)
     terminal = capsys.readouterr().out.splitlines()
     html = " ".join(page.read_text("utf-8").split())

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perta.errors import DataError
+from perta.errors import DataError, first_line
+from perta.store.atomic import write_text
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -137,10 +138,9 @@ def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
     try:
         table = datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # the library raises a dozen unrelated classes here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(
             f"{source} is no file here, and could not be loaded as a `datasets` id (split "
-            f"{split!r}): {reason} Check the path; ids are written owner/name or "
+            f"{split!r}): {first_line(error)} Check the path; ids are written owner/name or "
             "owner/name:subset and need the hub."
         ) from error
     return [dict(row) for row in table]
@@ -149,8 +149,7 @@ def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     """Write one JSON object per line, UTF-8, creating the folder where needed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(jsonl(rows), encoding="utf-8", newline="\n")
+    write_text(path, jsonl(rows))
     return path
 
 

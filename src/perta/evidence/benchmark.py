@@ -19,6 +19,7 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.errors import DataError, DivergenceError
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_in_modes
 from perta.options import DataConfig
+from perta.store.atomic import write_text
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
@@ -45,10 +46,7 @@ class Journal:
         if self.path is None:
             return self
         lines = self._kept_lines()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in lines))
         self._file = self.path.open("a", encoding="utf-8")
         return self
 

@@ -20,6 +20,7 @@ from perta.errors import (
     ConfigError,
     CorruptCheckpointError,
     PertaError,
+    first_line,
 )
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
@@ -269,5 +270,6 @@ def plain_errors(place: Path, what: str = "model") -> Iterator[None]:
     except PertaError:
         raise
     except Exception as error:  # whatever a damaged file makes the libraries raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{place}: no {what} could be loaded from it: {reason}") from error
+        raise CheckpointError(
+            f"{place}: no {what} could be loaded from it: {first_line(error)}"
+        ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from perta.errors import CheckpointError, CheckpointNotFoundError
+from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
 from perta.models.load import load_model, load_tokenizer, plain_errors, save_model, stored_dtype
 from perta.options import ComputeConfig
 from perta.progress import say
@@ -138,8 +138,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(str(snapshot_download(name, allow_patterns=list(_HUB_FILES))))
     except Exception as error:  # the library raises a dozen unrelated classes here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise CheckpointNotFoundError(
-            f"{name} is no folder here, and could not be fetched from the hub: {reason} "
+            f"{name} is no folder here, and could not be fetched from the hub: {first_line(error)} "
             "Check the name and the network, or give a local folder."
         ) from error

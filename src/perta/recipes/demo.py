@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from perta.data.examples import load_examples
 from perta.methods.table import get_method
 from perta.models.resolve import resolve_checkpoint
@@ -33,7 +31,7 @@ from perta.stages.edit import edit_checkpoint
 from perta.stages.people import write_people
 from perta.stages.settings import PeopleConfig
 from perta.store.atomic import atomic_folder
-from perta.terminal import print_comparison, print_costs, print_samples
+from perta.terminal import console, print_comparison, print_costs, print_samples
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     print_comparison(results)
     print_costs(*costs(collect([str(config.output)])))
     share = scale.forget_people / scale.people
-    _console().print(
+    console().print(
         f"{share:.0%} of the people are forgotten here; the cost falls with that share."
     )
     print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
@@ -114,9 +112,9 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
             title="Demo of unlearning",
         )
     )
-    _console().print(f"Report: {report}", markup=False)
+    console().print(f"Report: {report}", markup=False)
     minutes = (time.perf_counter() - started) / 60
-    _console().print(
+    console().print(
         f"Everything is in {config.output}; this run took {minutes:.1f} minutes.", markup=False
     )
     return results
@@ -207,7 +205,3 @@ def _tiny_base(config: DemoConfig, data: Path) -> Path:
     say("── base: teach a tiny random model to answer questions about other people")
     tune = TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8)
     return _workspace(config, random, tune, others).tuned("base", "full", tune, "base")
-
-
-def _console() -> Console:
-    return Console(highlight=False)

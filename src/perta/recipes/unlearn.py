@@ -56,6 +56,7 @@ from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import taking_over
 from perta.stages.train import train_checkpoint
+from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.record import read_manifest
 
@@ -319,7 +320,7 @@ class _Run:
         )
         self.record.passes["strength"] = found.tokens
         text = json.dumps(asdict(found), indent=1) + "\n"
-        work.place("strength.json").write_text(text, "utf-8")
+        write_text(work.place("strength.json"), text)
         return found
 
     def train(self) -> dict[str, Any]:

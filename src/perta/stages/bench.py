@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import rows_fingerprint
 from perta.data.rows import write_jsonl
-from perta.errors import ConfigError, DataError
+from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.benchmark import Reference
 from perta.evidence.muse import run_muse
 from perta.evidence.results import Results, read_results
@@ -236,10 +236,9 @@ def _fetch(name: str, subset: str, split: str, target: Path) -> None:
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen unrelated classes here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(
-            f"{subset} of {name} could not be fetched from the hub: {reason} Give a folder with "
-            "the benchmark's JSONL files as --data."
+            f"{subset} of {name} could not be fetched from the hub: {first_line(error)} "
+            "Give a folder with the benchmark's JSONL files as --data."
         ) from error
     write_jsonl((dict(row) for row in rows), target)
 
@@ -296,11 +295,10 @@ def bench_ability(config: AbilityConfig) -> Results:
                 log_samples=False,
             )
         except (OSError, ConnectionError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise DataError(
-                f"The tasks {', '.join(config.tasks)} could not be run: {reason} The harness's "
-                "own tasks fetch their data from the hub; offline, give local ones with "
-                "--include-path."
+                f"The tasks {', '.join(config.tasks)} could not be run: {first_line(error)} "
+                "The harness's own tasks fetch their data from the hub; offline, give local ones "
+                "with --include-path."
             ) from error
         return _aggregates(found["results"])
 

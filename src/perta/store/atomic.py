@@ -68,6 +68,12 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
         _release(partial)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text whole or not at all, in UTF-8, in place of the one before."""
+    with atomic_file(file, overwrite=True) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
 @contextmanager
 def scratch_folder(place: Path) -> Iterator[Path]:
     """An empty folder beside `place` that is gone when the block ends.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.options import option_name
+from perta.store.atomic import write_text
 from perta.version import __version__
 
 MANIFEST = "perta.json"
@@ -123,6 +124,4 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a folder's record in one step, so that no half of it is ever read."""
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2, default=str) + "\n", "utf-8")
-    partial.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")

@@ -26,6 +26,7 @@ from perta.recipes.workspace import Workspace
 from perta.stages.people import divide_people
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import exists_error
+from perta.store.atomic import write_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -292,10 +293,9 @@ def _write_rows(files: Mapping[Path, Rows], *, overwrite: bool) -> None:
         if file.is_file() and not overwrite and file.read_text("utf-8") != text:
             raise exists_error(file, "holds other rows: this folder is of another comparison")
     for file, text in texts.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, "utf-8", newline="\n")
+        write_text(file, text)
 
 
 def _write(file: Path, lines: Sequence[str]) -> Path:
-    file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    write_text(file, "".join(f"{line}\n" for line in lines))
     return file

@@ -36,7 +36,7 @@ from perta.recipes.compare.summary import write_summary
 from perta.recipes.cost import training_passes
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
-from perta.store.atomic import atomic_file
+from perta.store.atomic import write_text
 from perta.store.costs import seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
@@ -273,7 +273,7 @@ class _Seed:
         say(f"── TOFU evaluation of {name}, seed {self._draw.seed}")
         reference = self._results_file("suite", "retrained")
         results = bench.suite(read_results(reference) if name != "retrained" else None)
-        _write(self._results_file("suite", name), results_json(results))
+        write_text(self._results_file("suite", name), results_json(results))
         return {key: value["agg_value"] for key, value in results.items()}
 
     def _suite_reference(self, of: str | AnySpec) -> str | None:
@@ -316,7 +316,7 @@ class _Seed:
                 "retain": fingerprint(self._draw.files["unseen"]),
             },
         )
-        _write(self._results_file("results", name), results_json({**results, "perta": made}))
+        write_text(self._results_file("results", name), results_json({**results, "perta": made}))
 
     def _results_file(self, folder: str, name: str) -> Path:
         return self._config.output / folder / f"{name}_seed-{self._draw.seed}.json"
@@ -355,15 +355,8 @@ class _Seed:
             "seed": self._draw.seed,
             **record,
         }
-        _write(self._run_file(name), json.dumps(whole, indent=1) + "\n")
+        write_text(self._run_file(name), json.dumps(whole, indent=1) + "\n")
         return whole
 
     def _run_file(self, name: str) -> Path:
         return self._config.output / "runs" / f"{name}_seed-{self._draw.seed}.json"
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file whole or not at all, replacing the one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file, overwrite=True) as partial:
-        partial.write_text(text, "utf-8")

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from perta.store.atomic import write_text
+from perta.terminal import console
 
 Record = Mapping[str, Any]
 
@@ -124,9 +126,9 @@ def write_summary(records: Sequence[Record], folder: Path) -> None:
         columns = [name for name in _columns(rows) if any(name in row for row in rows)]
         names = ["method", "seeds", *columns]
         _print(title, rows, ["method", "seeds", *(n for n in columns if n in PRINTED)])
-        (folder / f"{view}.csv").write_text(_csv(rows, names), "utf-8")
+        write_text(folder / f"{view}.csv", _csv(rows, names))
         page.append(f"## {title.capitalize()}\n\n{_markdown(rows, names)}")
-    (folder / "summary.md").write_text("\n".join(page), "utf-8")
+    write_text(folder / "summary.md", "\n".join(page))
 
 
 def _values(
@@ -170,7 +172,7 @@ def _print(title: str, rows: Iterable[Mapping[str, str]], names: Sequence[str]) 
         table.add_column(_header(name), justify="right", overflow="fold")
     for row in listed:
         table.add_row(*(escape(row.get(name, "–")) for name in names))
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def _csv(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> str:
