@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -15,21 +19,18 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from rich.console import Console
 
 from perta.errors import ConfigError, PertaError
+from perta.evidence.settings import BENCHMARKS, Offer
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import DemoConfig, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.stages.settings import (
-    AbilityConfig,
     EditConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     MergeMomentsConfig,
     MomentsConfig,
-    MuseConfig,
-    PeopleBenchConfig,
     PeopleConfig,
-    TofuConfig,
     TrainConfig,
 )
 from perta.version import __version__
@@ -151,48 +152,50 @@ def evaluate(config: EvaluateConfig) -> None:
     _note(f"Results: {config.output}")
 
 
-bench = App(name="bench", help="Evaluate a checkpoint on a standard benchmark.")
+bench = App(
+    name="bench",
+    help="Evaluate a checkpoint on a benchmark: one of these, or a Python file that defines one.",
+)
 app.command(bench)
 
 
-@bench.command
-def tofu(config: TofuConfig) -> None:
-    """All TOFU metrics: forget quality, model utility, truth ratios, membership attacks."""
-    from perta.stages.bench import bench_tofu
-    from perta.terminal import print_metrics
+def _add_benchmark(
+    name: str, summary: str, config: type[Any], run: Callable[[Any], Mapping[str, Any]]
+) -> None:
+    """Make `perta bench NAME` from what the registry or a file says."""
 
-    print_metrics(bench_tofu(config))
-    _note(f"Results: {config.output}")
+    def command(config: Any) -> None:
+        from perta.terminal import print_metrics
 
+        print_metrics(run(config))
+        _note(f"Results: {config.output}")
 
-@bench.command(name="people")
-def people_benchmark(config: PeopleBenchConfig) -> None:
-    """The TOFU metrics on fictitious people of our own, of any number; nothing is downloaded."""
-    from perta.stages.bench import bench_people
-    from perta.terminal import print_metrics
-
-    print_metrics(bench_people(config))
-    _note(f"Results: {config.output}")
+    command.__annotations__ = {"config": config, "return": None}
+    bench.command(command, name=name, help=summary)
 
 
-@bench.command
-def muse(config: MuseConfig) -> None:
-    """The MUSE metrics: knowledge and verbatim memorization, privacy leakage."""
-    from perta.stages.bench import bench_muse
-    from perta.terminal import print_metrics
-
-    print_metrics(bench_muse(config))
-    _note(f"Results: {config.output}")
+def _run_offer(offer: Offer, config: Any) -> Mapping[str, Any]:
+    module, _, function = offer.place.partition(":")
+    results: Mapping[str, Any] = getattr(import_module(module), function)(config)
+    return results
 
 
-@bench.command
-def ability(config: AbilityConfig) -> None:
-    """General ability: tasks of lm-evaluation-harness, where it is installed."""
-    from perta.stages.bench import bench_ability
-    from perta.terminal import print_metrics
+for _name, _offer in BENCHMARKS.items():
+    _add_benchmark(_name, _offer.summary, _offer.config, partial(_run_offer, _offer))
 
-    print_metrics(bench_ability(config))
-    _note(f"Results: {config.output}")
+
+def _add_own_benchmark(tokens: Sequence[str]) -> None:
+    """Make a user's benchmark file, given in place of a name, known under its path."""
+    file = next((b for a, b in pairwise(tokens) if a == "bench" and b.endswith(".py")), None)
+    if file is None:
+        return
+    from perta.evidence.benchmark import load_benchmark
+    from perta.stages.bench import run_benchmark
+
+    own = load_benchmark(Path(file))
+    if file in bench:
+        del bench[file]
+    _add_benchmark(file, own.summary, own.config, partial(run_benchmark, own))
 
 
 @bench.command
@@ -285,6 +288,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     tokens = sys.argv[1:]
     try:
+        _add_own_benchmark(tokens)
         app.meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except PertaError as error:
         _fail(str(error), 1, tokens)

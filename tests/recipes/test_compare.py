@@ -19,6 +19,7 @@ from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.evidence.results import Results, read_results
+from perta.evidence.settings import AbilityConfig
 from perta.recipes.compare.draw import draw_sets
 from perta.recipes.compare.edits import prepare_edit
 from perta.recipes.compare.model import Bench, relearning
@@ -28,7 +29,6 @@ from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare.study import bench_compare
 from perta.recipes.compare.summary import summarise, write_summary
-from perta.stages.settings import AbilityConfig
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest

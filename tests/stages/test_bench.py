@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import World
 from perta.data.rows import write_jsonl
-from perta.errors import DataError, OutputExistsError
+from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.evidence.people import generate_people
+from perta.evidence.settings import MuseConfig, TofuConfig
 from perta.stages.bench import bench_muse, bench_tofu
-from perta.stages.settings import MuseConfig, TofuConfig
 
 
 @pytest.fixture
@@ -154,8 +156,8 @@ def local_task(folder: Path) -> Path:
 @pytest.mark.filterwarnings("default")
 def test_general_ability_from_a_local_task(world: World, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    from perta.evidence.settings import AbilityConfig
     from perta.stages.bench import bench_ability
-    from perta.stages.settings import AbilityConfig
 
     folder = local_task(tmp_path / "tasks")
     settings = AbilityConfig(
@@ -173,12 +175,126 @@ def test_without_the_harness_the_error_says_how_to_get_it(
 ) -> None:
     import sys
 
-    from perta.errors import ConfigError
+    from perta.evidence.settings import AbilityConfig
     from perta.stages.bench import bench_ability
-    from perta.stages.settings import AbilityConfig
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match="pip install lm-eval"):
         bench_ability(
             AbilityConfig(checkpoint=str(world.full), output=tmp_path / "b.json", tasks=("a",))
         )
+
+
+OWN = """
+from dataclasses import dataclass
+from pathlib import Path
+
+from perta.data.examples import load_examples
+from perta.evidence.benchmark import Benchmark
+from perta.evidence.quick import score_examples
+from perta.evidence.results import table
+from perta.evidence.settings import BenchmarkConfig
+from perta.options import Flat
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(BenchmarkConfig):
+    data: str
+    scale: float = 1.0
+
+
+class Loss(Benchmark[LossConfig]):
+    name, summary, config = "loss", "Loss on the rows of a file.", LossConfig
+
+    def run(self, model, tokenizer, config, given):
+        scores = score_examples(model, tokenizer, load_examples(given.data))
+        return {"rows_loss": table([{"score": config.scale * s.loss} for s in scores], "score")}
+"""
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    from perta.cli import main
+
+    monkeypatch.setattr("sys.argv", ["perta", *map(str, words)])
+    main()
+
+
+def test_a_benchmark_is_one_file(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own, output = tmp_path / "own.py", tmp_path / "loss.json"
+    own.write_text(OWN, "utf-8")
+    rows = write_jsonl(generate_people(2, 2, seed=1), tmp_path / "rows.jsonl")
+    words = ("bench", own, "--checkpoint", world.full, "--data", rows, "--output", output)
+    run_command(monkeypatch, *words, "--scale", 2)
+    assert "rows_loss" in capsys.readouterr().out
+    results = json.loads(output.read_text("utf-8"))
+    expected = 2 * mean_loss(world, rows)
+    assert results["rows_loss"]["agg_value"] == pytest.approx(expected, rel=1e-6)
+    assert results["perta"]["stage"] == "bench loss"
+    run_command(monkeypatch, *words, "--scale", 2)
+    assert "reused" in capsys.readouterr().err
+    # Its code is part of what results depend on.
+    own.write_text(OWN.replace("config.scale *", "3 * config.scale *"), "utf-8")
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, *words, "--scale", 2)
+    assert "other benchmark" in capsys.readouterr().err
+
+
+def mean_loss(world: World, rows: Path) -> float:
+    """Mean loss of the rows from a model's own loss, one row at a time."""
+    from perta.data.examples import load_examples
+    from perta.data.tokens import encode_examples
+    from perta.models.load import load_model, load_tokenizer
+    from perta.options import ComputeConfig, DataConfig
+
+    model, tokenizer = load_model(world.full, ComputeConfig()), load_tokenizer(world.full)
+    losses = []
+    for row in encode_examples(load_examples(rows), tokenizer, DataConfig()).encoded:
+        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
+        losses.append(float(model(input_ids=ids, labels=labels).loss.detach()))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("x = 1", "it defines 0"),
+        (OWN.replace("def run(", "def go("), "with a method `run`"),
+        (OWN.replace("    name, summary, config =", "    name, label, config ="), "lacks summary"),
+    ],
+)
+def test_a_file_without_a_benchmark_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(text, "utf-8")
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, "bench", own, "--help")
+    assert said in capsys.readouterr().err
+
+
+def test_split_and_reference_are_checked_before_the_model_is_loaded(
+    world: World, tofu_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_args: Any) -> None:
+        raise AssertionError("The model was loaded.")
+
+    monkeypatch.setattr("perta.stages.bench.load_model", loaded)
+    settings = config(world, tofu_folder, tmp_path / "a.json")
+    with pytest.raises(ConfigError, match="must be forget01, 05 or 10"):
+        bench_tofu(replace(settings, forget_split="forget02"))
+    wrong = tmp_path / "reference.json"
+    wrong.write_text('{"forget_truth_ratio": {"value_by_index": {"0": {"score": 1.0}}}}', "utf-8")
+    with pytest.raises(DataError, match="of another split"):
+        bench_tofu(replace(settings, reference=wrong))
+    assert not settings.output.exists()

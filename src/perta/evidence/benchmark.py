@@ -1,28 +1,187 @@
-"""What benchmarks share: a journal that lets a killed run resume, data files, reference logs."""
+"""What a benchmark is, and what benchmarks share: journal, data files, reference logs.
+
+A benchmark is one subclass of `Benchmark` in one file. `perta bench FILE.py` runs one of a user's
+own:
+
+    class Loss(Benchmark[LossConfig]):
+        name, summary, config = "loss", "Loss on the rows of a file.", LossConfig
+
+        def run(self, model, tokenizer, config, given):
+            ...
+            return {"rows_loss": table(rows, "score")}
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Generic, Self, TypeVar, get_type_hints
 
 import torch
 from blake3 import blake3
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import ExampleSet, load_examples
-from perta.errors import DataError, DivergenceError
+from perta.data.rows import write_jsonl
+from perta.errors import ConfigError, DataError, DivergenceError
+from perta.evidence.results import Results
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_in_modes
+from perta.evidence.settings import BenchmarkConfig
+from perta.models.resolve import cache_folder
 from perta.options import DataConfig
+<<<<<<< HEAD
 from perta.store.atomic import write_text
+=======
+from perta.progress import say
+from perta.store.fingerprint import fingerprint
+>>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
+Config = TypeVar("Config", bound=BenchmarkConfig)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run gets beside model, tokenizer and options.
+
+    Attributes:
+        data: what `Benchmark.folder` returned.
+        reference: results of the retrained model, if named.
+        journal: file for outcomes, so that a killed run goes on; gone once results are written.
+    """
+
+    data: Path
+    reference: Reference | None
+    journal: Path
+
+
+class Benchmark(ABC, Generic[Config]):
+    """A benchmark: a name, options, data, and what it measures of a model.
+
+    Attributes:
+        name: what it is called; its results say `bench NAME`.
+        summary: one sentence of help.
+        config: class of its options, a `BenchmarkConfig` with `data`.
+    """
+
+    name: str
+    summary: str
+    config: type[Config]
+
+    def folder(self, config: Config) -> Path:
+        """Folder (or file) with its data, fetched where it can be.
+
+        Raises:
+            DataError: it is not there.
+        """
+        data = Path(getattr(config, "data", ""))
+        if not data.exists():
+            raise DataError(f"There is no {data}. Give the benchmark's data as --data.")
+        return data
+
+    def inputs(self, config: Config) -> dict[str, str]:
+        """Fingerprints of what results depend on beside model, data and options."""
+        del config
+        return {}
+
+    def check(self, config: Config, given: Given) -> None:
+        """Refuse what would stop the run later; called before the model is loaded."""
+
+    @abstractmethod
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Config,
+        given: Given,
+    ) -> Results:
+        """Results in the form of published logs, see `results`."""
+
+    def source(self) -> str | None:
+        """Hash of the file that defines it, for one from outside the package.
+
+        Raises:
+            ConfigError: it is defined in no file.
+        """
+        if type(self).__module__.startswith("perta."):
+            return None  # the package's version is recorded
+        try:
+            return fingerprint(Path(inspect.getfile(type(self))))
+        except (OSError, TypeError) as error:
+            raise ConfigError(
+                f"The benchmark {self.name} is defined in no file, so a change of its code would "
+                "go unseen and old results be reused. Define it in a file."
+            ) from error
+
+
+def load_benchmark(path: Path) -> Benchmark[Any]:
+    """The benchmark that a Python file defines.
+
+    Raises:
+        ConfigError: the file cannot be run, or does not define exactly one complete `Benchmark`.
+    """
+    name = f"perta_benchmark_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"There is no Python file {path} to take a benchmark from.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Benchmark) and value.__module__ == name
+    ]
+    if len(found) != 1 or inspect.isabstract(found[0]):
+        raise ConfigError(
+            f"{path} must define one subclass of perta.evidence.benchmark.Benchmark with a method "
+            f"`run`; it defines {len(found)}."
+        )
+    lacking = [part for part in ("name", "summary", "config") if not hasattr(found[0], part)]
+    if lacking:
+        raise ConfigError(f"{path}: {found[0].__name__} lacks {', '.join(lacking)}.")
+    benchmark: Benchmark[Any] = found[0]()
+    # Inherited options are annotated with names that its own file need not know.
+    hints = get_type_hints(benchmark.config, include_extras=True)
+    benchmark.config.__init__.__annotations__ = {**hints, "return": None}
+    return benchmark
+
+
+def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str, str]]) -> Path:
+    """A folder with a benchmark's files, each downloaded once.
+
+    Args:
+        data: the folder, or the hub's id.
+        folder: name of the folder in the cache.
+        parts: file -> (id, subset, split) on the hub.
+
+    Raises:
+        DataError: there is no such folder, or the hub cannot be reached.
+    """
+    if Path(data).is_dir():
+        return Path(data)
+    if data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise DataError(
+            f"There is no folder {data}. Give one with the benchmark's JSONL files, or leave "
+            "--data out to fetch them from the hub."
+        )
+    target = cache_folder() / folder
+    for file, (name, subset, split) in parts.items():
+        _fetch(name, subset, split, target / file)
+    return target
 
 
 @dataclass
@@ -203,3 +362,21 @@ def _require_same_texts(reference: Reference, answers: Sequence[str]) -> None:
             f"{different} of {len(pairs)} answers in the reference results differ from the data's: "
             "they are of another split or benchmark."
         )
+
+
+def _fetch(name: str, subset: str, split: str, target: Path) -> None:
+    """Download one file of a benchmark, once."""
+    if target.exists():
+        return
+    import datasets
+
+    say(f"Fetching {name}, {subset} ({split})")
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises a dozen unrelated classes here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise DataError(
+            f"{subset} of {name} could not be fetched from the hub: {reason} Give a folder with "
+            "the benchmark's JSONL files as --data."
+        ) from error
+    write_jsonl((dict(row) for row in rows), target)

@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet
 from perta.errors import DataError
-from perta.evidence.benchmark import Journal, Reference, load_file, open_journal, run_with_journal
+from perta.evidence.benchmark import (
+    Benchmark,
+    Given,
+    Journal,
+    Reference,
+    hub_files,
+    load_file,
+    open_journal,
+    run_with_journal,
+)
 from perta.evidence.results import (
     Results,
     attack_entry,
@@ -35,10 +44,16 @@ from perta.evidence.results import (
 )
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens
+from perta.evidence.settings import MuseConfig
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig
 from perta.progress import track
 
+_SUBSETS = {
+    "knowmem": ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"),
+    "verbmem": ("forget",),
+    "privleak": ("forget", "holdout", "retain"),
+}
 KNOWMEM_TOKENS = 32
 VERBMEM_TOKENS = 128
 PROMPT_LENGTH = 512
@@ -68,6 +83,44 @@ class Subset:
     items: tuple[Item, ...] = ()
     references: tuple[str, ...] = field(default=(), repr=False)
     reason: str | None = None
+
+
+class Muse(Benchmark[MuseConfig]):
+    """`perta bench muse`."""
+
+    name = "muse"
+    summary = "The MUSE metrics."
+    config = MuseConfig
+
+    def folder(self, config: MuseConfig) -> Path:
+        """The files of every corpus and subset."""
+        place = f"{config.data}/MUSE-{config.corpus.capitalize()}"
+        parts: dict[Path | str, tuple[str, str, str]] = {
+            f"{config.corpus}_{subset}_{split}.jsonl": (place, subset, split)
+            for subset, splits in _SUBSETS.items()
+            for split in splits
+        }
+        return hub_files(config.data, "muse", parts)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: MuseConfig,
+        given: Given,
+    ) -> Results:
+        """See `run_muse`."""
+        return run_muse(
+            model,
+            tokenizer,
+            given.data,
+            config.corpus,
+            reference=given.reference,
+            compat=config.compat,
+            limit=config.limit,
+            batch_size=config.evaluation_batch_size,
+            journal=given.journal,
+        )
 
 
 def run_muse(

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,8 +28,11 @@ from perta.data.tokens import encode_example, encode_prompt, uses_chat_template
 from perta.errors import ConfigError, DataError
 from perta.evidence import metrics
 from perta.evidence.benchmark import (
+    Benchmark,
+    Given,
     Journal,
     Reference,
+    hub_files,
     load_file,
     open_journal,
     reference_scores,
@@ -54,10 +57,21 @@ from perta.evidence.scoring.items import (
     end_tokens,
     gradient_norm_score,
 )
-from perta.models.load import longest_input, pad_id
+from perta.evidence.settings import PeopleBenchConfig, TofuConfig
+from perta.models.load import load_model, longest_input, pad_id
+from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import track
+from perta.store import fingerprint as store
 
+_SPLITS = ("01", "05", "10")
+_SUBSETS = (
+    *(f"forget{split}_perturbed" for split in _SPLITS),
+    "retain_perturbed",
+    "real_authors_perturbed",
+    "world_facts_perturbed",
+    *(f"holdout{split}" for split in _SPLITS),
+)
 MAX_NEW_TOKENS = 200
 PLAIN_LENGTH = 512
 """Tokens after which sequences of models without a chat template are cut."""
@@ -137,6 +151,82 @@ class Measured:
         return [outcome.scores[1 + self.part.paraphrased :] for outcome in self.outcomes]
 
 
+TofuLike = TypeVar("TofuLike", TofuConfig, PeopleBenchConfig)
+
+
+class _TofuMetrics(Benchmark[TofuLike]):
+    """The TOFU metrics on files in TOFU's form."""
+
+    def inputs(self, config: TofuLike) -> dict[str, str]:
+        """The model whose loss the reference attack subtracts."""
+        if not config.reference_checkpoint:
+            return {}
+        return {"reference_checkpoint": store.fingerprint(_reference_folder(config))}
+
+    def check(self, config: TofuLike, given: Given) -> None:
+        """The split is there, and the reference is of its rows."""
+        parts = load_parts(given.data, config.forget_split, config.limit)
+        check_forget_reference(parts, given.reference)
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TofuLike,
+        given: Given,
+    ) -> Results:
+        """See `run_tofu`."""
+        other = None
+        if config.reference_checkpoint:
+            other = load_model(_reference_folder(config), config.compute)
+        return run_tofu(
+            model,
+            tokenizer,
+            given.data,
+            config.forget_split,
+            reference=given.reference,
+            reference_model=other,
+            compat=config.compat,
+            limit=config.limit,
+            batch_size=config.evaluation_batch_size,
+            gradient_norms=config.gradient_norms,
+            journal=given.journal,
+        )
+
+
+class Tofu(_TofuMetrics[TofuConfig]):
+    """`perta bench tofu`."""
+
+    name = "tofu"
+    summary = "All TOFU metrics."
+    config = TofuConfig
+
+    def folder(self, config: TofuConfig) -> Path:
+        """The files of every split."""
+        parts: dict[Path | str, tuple[str, str, str]] = {
+            f"{subset}.jsonl": (config.data, subset, "train") for subset in _SUBSETS
+        }
+        return hub_files(config.data, "tofu", parts)
+
+
+class People(_TofuMetrics[PeopleBenchConfig]):
+    """`perta bench people`."""
+
+    name = "people"
+    summary = "The TOFU metrics on fictitious people."
+    config = PeopleBenchConfig
+
+    def folder(self, config: PeopleBenchConfig) -> Path:
+        """What `perta people` wrote."""
+        if not Path(config.data).is_dir():
+            raise DataError(f"There is no folder {config.data}. Make it with `perta people`.")
+        return Path(config.data)
+
+
+def _reference_folder(config: TofuConfig | PeopleBenchConfig) -> Path:
+    return resolve_checkpoint(str(config.reference_checkpoint))
+
+
 def run_tofu(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,6 +272,7 @@ def run_tofu(
     """
     masking = _masking(tokenizer, compat)
     parts = load_parts(Path(data_folder), forget_split, limit)
+    check_forget_reference(parts, reference)
     options = ScoringOptions(
         masking,
         end_tokens(model, tokenizer),
@@ -213,7 +304,7 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
         ConfigError: the split's name is none of TOFU's.
         DataError: none of the files is there.
     """
-    plan = _PEOPLE if forget_split == PEOPLE else _tofu_files(forget_split)
+    plan = _PEOPLE if forget_split == PEOPLE else _tofu_files(folder, forget_split)
     parts = [
         Part(
             name,
@@ -233,12 +324,29 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
     return parts
 
 
-def _tofu_files(forget_split: str) -> tuple[tuple[str, str, bool], ...]:
+def check_forget_reference(parts: Sequence[Part], reference: Reference | None) -> None:
+    """Refuse a reference that forget quality cannot use, before anything is measured.
+
+    Raises:
+        DataError: it is of other rows, or lacks truth ratios.
+    """
+    for part in parts:
+        if reference is not None and part.name == "forget" and part.examples:
+            _forget_reference(part, reference)
+
+
+def _forget_reference(part: Part, reference: Reference) -> list[float]:
+    answers = [row.answer for row in part.examples.examples] if part.examples else []
+    return reference_scores(reference, "forget_truth_ratio", answers, cut=part.cut)
+
+
+def _tofu_files(folder: Path, forget_split: str) -> tuple[tuple[str, str, bool], ...]:
     match = re.fullmatch(r"forget(\d\d)", forget_split)
-    if not match:
+    file = f"{forget_split}_perturbed.jsonl"
+    if not match or (match[1] not in _SPLITS and not (folder / file).is_file()):
         raise ConfigError(f"--forget-split is {forget_split}; it must be forget01, 05 or 10.")
     return (
-        ("forget", f"{forget_split}_perturbed.jsonl", True),
+        ("forget", file, True),
         ("retain", "retain_perturbed.jsonl", True),
         ("ra", "real_authors_perturbed.jsonl", False),
         ("wf", "world_facts_perturbed.jsonl", False),
@@ -564,9 +672,7 @@ def _forget_quality(
         return missing(NO_REFERENCE)
     rows = results["forget_truth_ratio"]["value_by_index"]
     ratios = [row["score"] for row in rows.values()]
-    answers = [row.answer for row in measured["forget"].rows]
-    cut = measured["forget"].part.cut
-    theirs = reference_scores(reference, "forget_truth_ratio", answers, cut=cut)
+    theirs = _forget_reference(measured["forget"].part, reference)
     return {"agg_value": metrics.forget_quality(ratios, theirs)}
 
 

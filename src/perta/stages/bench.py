@@ -7,195 +7,114 @@ come with the harness's standard errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import rows_fingerprint
+<<<<<<< HEAD
 from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.benchmark import Reference
 from perta.evidence.muse import run_muse
+=======
+from perta.errors import ConfigError, DataError
+from perta.evidence.benchmark import Benchmark, Given
+from perta.evidence.muse import Muse
+>>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 from perta.evidence.results import Results, read_results
-from perta.evidence.tofu import run_tofu
-from perta.models.load import load_model, load_tokenizer, pick_device, pick_dtype
-from perta.models.resolve import cache_folder, resolve_checkpoint
-from perta.progress import say
-from perta.stages.settings import (
+from perta.evidence.settings import (
     AbilityConfig,
     BenchmarkConfig,
     MuseConfig,
     PeopleBenchConfig,
     TofuConfig,
 )
+from perta.evidence.tofu import People, Tofu
+from perta.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from perta.models.resolve import resolve_checkpoint
+from perta.progress import say
 from perta.stages.stage import run_file_stage
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import check_reference
 from perta.store.record import settings_of
 
-Run = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Reference | None, Path], Results]
-
-_TOFU_SUBSETS = (
-    *(f"{split}_perturbed" for split in ("forget01", "forget05", "forget10")),
-    "retain_perturbed",
-    "real_authors_perturbed",
-    "world_facts_perturbed",
-    "holdout01",
-    "holdout05",
-    "holdout10",
-)
-_MUSE_SUBSETS = {
-    "knowmem": ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"),
-    "verbmem": ("forget",),
-    "privleak": ("forget", "holdout", "retain"),
-}
-
 
 def bench_tofu(config: TofuConfig) -> Results:
-    """Evaluate a checkpoint with the TOFU metrics and write the results (`perta bench tofu`).
-
-    Args:
-        config: checkpoint, data, split, reference and output.
-
-    Returns:
-        What the results file holds; see `run_tofu`.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
-    return _tofu_metrics("tofu", config, _tofu_folder(config.data))
+    """`run_benchmark` with the TOFU metrics (`perta bench tofu`); see `run_tofu`."""
+    return run_benchmark(Tofu(), config)
 
 
 def bench_people(config: PeopleBenchConfig) -> Results:
-    """Evaluate a checkpoint on fictitious people with the TOFU metrics (`perta bench people`).
-
-    Args:
-        config: checkpoint, a folder of `perta people`, reference and output.
-
-    Returns:
-        What the results file holds; see `run_tofu`.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
-    if not Path(config.data).is_dir():
-        raise DataError(f"There is no folder {config.data}. Make it with `perta people`.")
-    return _tofu_metrics("people", config, Path(config.data))
-
-
-def _tofu_metrics(name: str, config: TofuConfig | PeopleBenchConfig, folder: Path) -> Results:
-    more = {}
-    if config.reference_checkpoint:
-        reference_model = resolve_checkpoint(config.reference_checkpoint)
-        more["reference_checkpoint"] = fingerprint(reference_model)
-
-    def run(
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: Reference | None,
-        journal: Path,
-    ) -> Results:
-        return run_tofu(
-            model,
-            tokenizer,
-            folder,
-            config.forget_split,
-            reference=reference,
-            reference_model=(
-                load_model(reference_model, config.compute) if config.reference_checkpoint else None
-            ),
-            compat=config.compat,
-            limit=config.limit,
-            batch_size=config.evaluation_batch_size,
-            gradient_norms=config.gradient_norms,
-            journal=journal,
-        )
-
-    return _bench(name, config, folder, more, run)
+    """`run_benchmark` with the TOFU metrics on fictitious people (`perta bench people`)."""
+    return run_benchmark(People(), config)
 
 
 def bench_muse(config: MuseConfig) -> Results:
-    """Evaluate a checkpoint with the MUSE metrics and write the results (`perta bench muse`).
+    """`run_benchmark` with the MUSE metrics (`perta bench muse`); see `run_muse`."""
+    return run_benchmark(Muse(), config)
+
+
+def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results:
+    """Evaluate a checkpoint with a benchmark and write the results.
 
     Args:
-        config: checkpoint, data, corpus, reference and output.
+        benchmark: what to run.
+        config: its options.
 
     Returns:
-        What the results file holds; see `run_muse`.
+        What the results file holds.
 
     Raises:
         PertaError: input that cannot be used.
     """
-    folder = _muse_folder(config.data, config.corpus)
-
-    def run(
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: Reference | None,
-        journal: Path,
-    ) -> Results:
-        return run_muse(
-            model,
-            tokenizer,
-            folder,
-            config.corpus,
-            reference=reference,
-            compat=config.compat,
-            limit=config.limit,
-            batch_size=config.evaluation_batch_size,
-            journal=journal,
-        )
-
-    return _bench("muse", config, folder, {}, run)
-
-
-def _bench(
-    name: str, config: BenchmarkConfig, data: Path, more: Mapping[str, str], run: Run
-) -> Results:
+    data = benchmark.folder(config)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    reference = read_results(config.reference) if config.reference else None
     settings = {
         **settings_of(config),
         "device": pick_device(config.compute).type,
         "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
     }
-    inputs = {"checkpoint": fingerprint(checkpoint), "data": _folder_fingerprint(data), **more}
+    inputs = {"checkpoint": fingerprint(checkpoint), "data": _data_fingerprint(data)}
+    inputs |= benchmark.inputs(config)
+    if source := benchmark.source():
+        inputs["benchmark"] = source
+    reference = read_results(config.reference) if config.reference else None
     if config.reference:
         inputs["reference"] = fingerprint(config.reference)
-        _check_reference(config, settings, inputs, reference or {})
+        made = {"settings": settings, "inputs": inputs}
+        if not check_reference(made, (reference or {}).get("perta", {}), str(config.reference)):
+            say(f"Reference: {config.reference}, of the retrained model as stated by the user")
     # Outcomes are kept as they come, so that a run that was killed goes on where it stopped.
-    journal = config.output.with_name(config.output.name + ".journal")
+    given = Given(data, reference, config.output.with_name(config.output.name + ".journal"))
 
     def make() -> Mapping[str, Any]:
+        benchmark.check(config, given)
         tokenizer = load_tokenizer(checkpoint)
-        return run(load_model(checkpoint, config.compute), tokenizer, reference, journal)
+        return benchmark.run(load_model(checkpoint, config.compute), tokenizer, config, given)
 
     results = run_file_stage(
-        f"bench {name}", config.output, settings, inputs, make, overwrite=config.overwrite
+        f"bench {benchmark.name}",
+        config.output,
+        settings,
+        inputs,
+        make,
+        overwrite=config.overwrite,
     )
-    journal.unlink(missing_ok=True)
+    given.journal.unlink(missing_ok=True)
     return results
 
 
-def _check_reference(
-    config: BenchmarkConfig,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    reference: Mapping[str, Any],
-) -> None:
-    evaluation = {"settings": settings, "inputs": inputs}
-    if not check_reference(evaluation, reference.get("perta", {}), str(config.reference)):
-        say(f"Reference: {config.reference}, of the retrained model as stated by the user")
-
-
-def _folder_fingerprint(folder: Path) -> str:
-    files = sorted(folder.glob("*.jsonl"))
+def _data_fingerprint(data: Path) -> str:
+    if data.is_file():
+        return fingerprint(data)
+    files = sorted(data.glob("*.jsonl"))
     return rows_fingerprint([{"name": file.name, "content": fingerprint(file)} for file in files])
 
 
+<<<<<<< HEAD
 def _tofu_folder(data: str) -> Path:
     if Path(data).is_dir():
         return Path(data)
@@ -243,6 +162,8 @@ def _fetch(name: str, subset: str, split: str, target: Path) -> None:
     write_jsonl((dict(row) for row in rows), target)
 
 
+=======
+>>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 def bench_ability(config: AbilityConfig) -> Results:
     """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
 

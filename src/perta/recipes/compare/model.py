@@ -20,6 +20,7 @@ from perta.data.tokens import encode_examples
 from perta.engine.train.tune import tune
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
+from perta.evidence.settings import AbilityConfig
 from perta.evidence.tofu import run_tofu
 from perta.models.facts import score_facts
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
@@ -30,7 +31,6 @@ from perta.recipes.compare.knowledge import Knowledge
 from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.stages.bench import bench_ability
 from perta.stages.evaluate import find_in_sets
-from perta.stages.settings import AbilityConfig
 
 SETS = ("forget", "retain", "protected")
 MEASURES = ("probability", "extraction_strength")
