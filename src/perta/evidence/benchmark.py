@@ -32,18 +32,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
-from perta.errors import ConfigError, DataError, DivergenceError
+from perta.errors import ConfigError, DataError, DivergenceError, first_line
 from perta.evidence.results import Results
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_in_modes
 from perta.evidence.settings import BenchmarkConfig
 from perta.models.resolve import cache_folder
 from perta.options import DataConfig
-<<<<<<< HEAD
-from perta.store.atomic import write_text
-=======
 from perta.progress import say
+from perta.store.atomic import write_text
 from perta.store.fingerprint import fingerprint
->>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
@@ -374,9 +371,8 @@ def _fetch(name: str, subset: str, split: str, target: Path) -> None:
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen unrelated classes here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise DataError(
-            f"{subset} of {name} could not be fetched from the hub: {reason} Give a folder with "
-            "the benchmark's JSONL files as --data."
+            f"{subset} of {name} could not be fetched from the hub: {first_line(error)} "
+            "Give a folder with the benchmark's JSONL files as --data."
         ) from error
     write_jsonl((dict(row) for row in rows), target)

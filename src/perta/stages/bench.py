@@ -14,16 +14,9 @@ from typing import Any
 from blake3 import blake3
 
 from perta.data.examples import rows_fingerprint
-<<<<<<< HEAD
-from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, first_line
-from perta.evidence.benchmark import Reference
-from perta.evidence.muse import run_muse
-=======
-from perta.errors import ConfigError, DataError
 from perta.evidence.benchmark import Benchmark, Given
 from perta.evidence.muse import Muse
->>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import (
     AbilityConfig,
@@ -114,56 +107,6 @@ def _data_fingerprint(data: Path) -> str:
     return rows_fingerprint([{"name": file.name, "content": fingerprint(file)} for file in files])
 
 
-<<<<<<< HEAD
-def _tofu_folder(data: str) -> Path:
-    if Path(data).is_dir():
-        return Path(data)
-    _require_id(data)
-    folder = cache_folder() / "tofu"
-    for subset in _TOFU_SUBSETS:
-        _fetch(data, subset, "train", folder / f"{subset}.jsonl")
-    return folder
-
-
-def _muse_folder(data: str, corpus: str) -> Path:
-    if Path(data).is_dir():
-        return Path(data)
-    _require_id(data)
-    folder = cache_folder() / "muse"
-    for subset, splits in _MUSE_SUBSETS.items():
-        for split in splits:
-            target = folder / f"{corpus}_{subset}_{split}.jsonl"
-            _fetch(f"{data}/MUSE-{corpus.capitalize()}", subset, split, target)
-    return folder
-
-
-def _require_id(data: str) -> None:
-    if data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise DataError(
-            f"There is no folder {data}. Give one with the benchmark's JSONL files, or leave "
-            "--data out to fetch them from the hub."
-        )
-
-
-def _fetch(name: str, subset: str, split: str, target: Path) -> None:
-    """Download one file of a benchmark, once."""
-    if target.exists():
-        return
-    import datasets
-
-    say(f"Fetching {name}, {subset} ({split})")
-    try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the library raises a dozen unrelated classes here
-        raise DataError(
-            f"{subset} of {name} could not be fetched from the hub: {first_line(error)} "
-            "Give a folder with the benchmark's JSONL files as --data."
-        ) from error
-    write_jsonl((dict(row) for row in rows), target)
-
-
-=======
->>>>>>> 0950e8b (Benchmarks: one class in one file, known to perta bench by name or by path; splits and references are checked before the model is loaded)
 def bench_ability(config: AbilityConfig) -> Results:
     """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
 
