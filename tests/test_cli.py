@@ -209,6 +209,8 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
          "needs --retain"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--retain",
           "{base}/none.jsonl", "--lora-targets", "q_proj"), 1, "--lora-rank is 0"),
+        (("finetune", "--base", "{base}", "--data", "{forget}", "--warmup-ratio", "0.2"), 2,
+         "--warmup-ratio"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "tv", "--rho", "2"), 1, "`tv` has no --rho; `perta-grad`"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",

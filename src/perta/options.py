@@ -198,9 +198,9 @@ class Training:
     """AdamW weight decay."""
     warmup_ratio: Annotated[float, Hidden] = 0.1
     """Share of the steps over which the learning rate rises."""
-    schedule: Schedule = "linear"
+    schedule: Annotated[Schedule, Hidden] = "linear"
     """Decay of the learning rate after the warm-up."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Hidden] = 1.0
     """Gradient norm above which the gradient is scaled down; 0 turns it off."""
     lora_rank: int = 0
     """Rank of a LoRA adapter (merged when done); 0 tunes all parameters."""
@@ -428,8 +428,6 @@ class TrainSettings(Training):
     """Batches per optimizer step; 8 x 4 examples are the published 32."""
     weight_decay: float = 0.01
     """AdamW weight decay."""
-    schedule: Annotated[Schedule, Hidden] = "linear"
-    """Decay of the learning rate after the warm-up."""
     lora_targets: Annotated[tuple[str, ...], Hidden] = ()
     """Module names that get LoRA [default: all linear layers]."""
     seed: int = 0

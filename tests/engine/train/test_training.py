@@ -15,6 +15,7 @@ from torch import Tensor
 from helpers import tiny_llama
 from perta.data.batch import IGNORE, Encoded
 from perta.engine.train.optimizer import Resume
+from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
     RetainOrder,
     Trained,
@@ -24,7 +25,7 @@ from perta.engine.train.unlearn import (
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import TRAINING_METHODS, control_vector, get_training_method
 from perta.models.loss import losses_of
-from perta.options import TrainSettings
+from perta.options import TrainSettings, TuneConfig
 
 TRAINED = [name for name, row in TRAINING_METHODS.items() if row.solver == "adamw"]
 QUICK = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=3, accumulation=1)
@@ -62,6 +63,15 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fine_tuning_and_training_anew_are_one_loop() -> None:
+    more: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3, "batch_size": 2, "accumulation": 2}
+    tuned, _ = tune(model_of(), RETAIN, TuneConfig(stop_loss=0, **more), pad=0)
+    settings = TrainSettings(weight_decay=0, **more)
+    anew, _ = unlearn_by_training(model_of(), (), RETAIN, settings, method="retrain", pad=0)
+    assert not same(weights(tuned), weights(model_of()))
+    assert same(weights(tuned), weights(anew))
 
 
 # --- in memory ---------------------------------------------------------------------------------
