@@ -17,8 +17,8 @@ from perta.data.batch import IGNORE, Encoded
 from perta.engine.train.optimizer import Resume
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
-    RetainOrder,
     Trained,
+    retain_place,
     unlearn_by_training,
     with_method_defaults,
 )
@@ -244,12 +244,11 @@ def test_padding_and_refusals_follow_their_examples() -> None:
 
 
 def test_retain_examples_come_in_turn() -> None:
-    order = RetainOrder(5, seed=3)
-    first, second = order.take(3) + order.take(2), order.take(5)
+    first, second = ([retain_place(start + i, 5, seed=3) for i in range(5)] for start in (0, 5))
     assert sorted(first) == sorted(second) == list(range(5))
     assert first != second
-    assert RetainOrder(5, seed=3, drawn=4).take(2) == [first[4], second[0]]
-    assert RetainOrder(50, seed=4).take(50) != RetainOrder(50, seed=5).take(50)
+    one, other = ([retain_place(i, 50, seed) for i in range(50)] for seed in (4, 5))
+    assert one != other
 
 
 def test_epochs_go_on_through_the_retain_set() -> None:

@@ -198,7 +198,7 @@ def _sets(
     if row.solver != "adamw":
         raise ConfigError(
             f"`{row.name}` does not train. Use `perta train --method {row.name}`, or "
-            "`perta.influence.remove_influence` in a program."
+            "`perta.methods.influence.remove_influence` in a program."
         )
     if row.sees_forget_set and not forget:
         raise EmptyDatasetError(f"`{row.name}` needs forget examples, but there are none.")
@@ -373,31 +373,21 @@ class _History:
     retain_tokens: int = 0
 
 
-@dataclass
-class RetainOrder:
-    """Retain examples in turn, in a seeded order, shuffled anew after each pass.
+def retain_place(draw: int, count: int, seed: int) -> int:
+    """Which of so many retain examples comes next: each once in turn, each turn in its own order.
 
-    Attributes:
+    Args:
+        draw: examples handed out before, over all epochs.
         count: number of retain examples.
-        seed: seed of all passes.
-        drawn: examples handed out so far; with the seed it decides what comes next.
+        seed: seed of all turns.
+
+    Returns:
+        Its place, from 0.
     """
-
-    count: int
-    seed: int
-    drawn: int = 0
-
-    def take(self, number: int) -> list[int]:
-        """Places of the next examples."""
-        places = [self._place(self.drawn + i) for i in range(number)]
-        self.drawn += number
-        return places
-
-    def _place(self, draw: int) -> int:
-        turn, place = divmod(draw, self.count)
-        # The generator uses the low 32 bits of a seed; a large odd factor keeps seeds apart.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + turn) % 2**32)
-        return int(torch.randperm(self.count, generator=generator)[place])
+    turn, place = divmod(draw, count)
+    # The generator uses the low 32 bits of a seed; a large odd factor keeps seeds apart.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % 2**32)
+    return int(torch.randperm(count, generator=generator)[place])
 
 
 @dataclass
@@ -436,11 +426,11 @@ class _Unlearning:
         """The retain examples that go with a batch; itself where it is of the retain set."""
         if not self.terms.row.sees_forget_set:
             return batch
-        kept = self.terms.examples.retain
-        order = RetainOrder(len(kept), self.seed, self.seen.retain_drawn)
-        places = order.take(len(batch))
-        self.seen.retain_drawn = order.drawn
-        return collate([kept[i] for i in places], self.terms.pad)
+        kept, drawn = self.terms.examples.retain, self.seen.retain_drawn
+        self.seen.retain_drawn += len(batch)
+        draws = range(drawn, self.seen.retain_drawn)
+        beside = [kept[retain_place(draw, len(kept), self.seed)] for draw in draws]
+        return collate(beside, self.terms.pad)
 
     def finish_step(self, size: int, epoch: int) -> bool:
         if not all(map(math.isfinite, self._step)):
