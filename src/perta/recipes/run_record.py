@@ -44,15 +44,11 @@ class RunRecord:
         held_back: Mapping[str, Any],
     ) -> RunRecord:
         """The record of a run that is about to begin."""
-        inputs = {
-            "base": fingerprint(base),
-            "full": fingerprint(full),
-            **{name: sets[name].fingerprint for name in ("forget", "retain") if name in sets},
-        }
-        if "holdout" in sets and config.weighting.scaling_coef == "auto":
-            inputs["holdout"] = sets["holdout"].fingerprint
-        if "general" in sets:
-            inputs["general"] = sets["general"].fingerprint
+        named = ["forget", "retain", "general"]
+        if config.weighting.scaling_coef == "auto":
+            named.append("holdout")
+        inputs = {"base": fingerprint(base), "full": fingerprint(full)}
+        inputs |= {name: sets[name].fingerprint for name in named if name in sets}
         if config.retain_moments is not None:
             inputs["retain_moments"] = fingerprint(config.retain_moments)
         if config.retain_checkpoint is not None:

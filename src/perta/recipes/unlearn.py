@@ -101,63 +101,65 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     config = UnlearnConfig(**options) if config is None else replace(config, **options)
     refuse_without_effect(config)
     trains = known_method(config.weighting.method) in TRAINING_METHODS
-    run = _checked_training(config) if trains else _checked_edit(config)
+    run = _checked(_for_training(config) if trains else _for_an_edit(config), trains)
     with taking_over(other_work_folders(config)):
-        return _carried_out(run, trains)
+        if run.record.is_finished():
+            say(f"unlearn: {config.output} is up to date, reused")
+        else:
+            run.record.refuse_foreign()
+            run.write_split()
+            found = run.train() if trains else run.edit()
+            run.record.write({}, **found)
+        return run.evaluated()
 
 
-def _carried_out(run: _Run, trains: bool) -> Unlearned:
-    if run.record.is_finished():
-        say(f"unlearn: {run.config.output} is up to date, reused")
-    else:
-        run.record.refuse_foreign()
-        run.write_split()
-        found = run.train() if trains else run.edit()
-        run.record.write({}, **found)
-    return run.evaluated()
-
-
-def _checked_edit(config: UnlearnConfig) -> _Run:
-    """The run of a method that edits, after every check that needs no long step."""
-    refuse_unused(config.weighting)
-    config = _with_defaults(config)
-    method = get_method(config.weighting.method)
-    needs(method, config.weighting.order)  # raises now what would stop it later
-    base = resolve_checkpoint(config.base)
-    full = resolve_checkpoint(config.full, base=config.base)
-    check_output(config, base, full, work_folder(config))
-    sources = {BASE: open_index(base), FORGET: open_index(base)}
-    if config.retain_checkpoint is not None:
-        sources[RETAIN] = open_index(
-            resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-        )
-    # Both raise now what would stop the run later.
-    targets = plan_edit(open_index(full), sources, config.weighting)
-    if method.moments is not None:
-        check_linear(targets)
-    sets = load_sets(config)
-    split, held_back = split_retain(config, sets)
-    run = _Run.of(config, base, full, sets, split, held_back)
-    check_options(config, run.used)
-    if config.retain_moments is not None:
-        check_retain_moments(config, run.work.measured, sets)
-    return run
-
-
-def _checked_training(config: UnlearnConfig) -> _Run:
-    """The run of a method that trains: one stage in place of fine-tuning, importance and edit."""
+def _for_training(config: UnlearnConfig) -> UnlearnConfig:
+    """The settings of a method that trains, with its own where the user gave none."""
     method = TRAINING_METHODS[known_method(config.weighting.method)]
     refuse_moments(config)
-    config = replace(
+    return replace(
         config,
         weighting=replace(config.weighting, method=method.name),
         training=with_method_defaults(method, config.training),
     )
+
+
+def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
+    """The settings of a method that edits, with its own where the user gave none."""
+    refuse_unused(config.weighting)
+    weighting, estimator = config.weighting, config.estimator
+    method = get_method(weighting.method)
+    if weighting.scaling_coef is None and method.searched and config.retain is not None:
+        weighting = replace(weighting, scaling_coef="auto")
+    needs(method, weighting.order)  # raises now what would stop it later
+    return replace(
+        config,
+        weighting=with_defaults(weighting),
+        importance_at=config.importance_at or method.importance_at,
+        forget_seeds=config.forget_seeds or method.min_task_vectors,
+        estimator=replace(estimator, reduction=method.reduction or estimator.reduction),
+    )
+
+
+def _checked(config: UnlearnConfig, trains: bool) -> _Run:
+    """A run after every check that needs no long step; they raise what would stop it later."""
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     check_output(config, base, full, work_folder(config))
+    if not trains:
+        sources = {BASE: open_index(base), FORGET: open_index(base)}
+        if config.retain_checkpoint is not None:
+            given = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
+            sources[RETAIN] = open_index(given)
+        targets = plan_edit(open_index(full), sources, config.weighting)
+        if get_method(config.weighting.method).moments is not None:
+            check_linear(targets)
     sets = load_sets(config)
-    return _Run.of(config, base, full, sets, *split_retain(config, sets))
+    run = _Run.of(config, base, full, sets, *split_retain(config, sets))
+    if not trains:
+        check_options(config, run.used)
+        check_retain_moments(config, run.work.measured, sets)
+    return run
 
 
 @dataclass(frozen=True)
@@ -249,29 +251,25 @@ class _Run:
         return found
 
     def _needed(self) -> dict[str, Any]:
-        config, forget = self.config, self.sets["forget"]
-        method = get_method(config.weighting.method)
-        wanted, given = needs(method, config.weighting.order), config.retain_checkpoint
-        theirs = {}
-        if wanted.retain_checkpoint and given is not None:
+        """Everything that the edit reads, made or reused."""
+        config, work, first = self.config, self.work, self.config.tune.seed
+        wanted = needs(get_method(config.weighting.method), config.weighting.order)
+        theirs: dict[str, Any] = {}
+        if wanted.retain_checkpoint and config.retain_checkpoint is not None:
             wanted = replace(wanted, retain_checkpoint=False)
-            folder = resolve_checkpoint(given, base=self.work.base, exact=True)
-            theirs = {"retain_checkpoint": str(folder)}
-        first = config.tune.seed
-        made = self.work.make(
+            given = resolve_checkpoint(config.retain_checkpoint, base=work.base, exact=True)
+            theirs = {"retain_checkpoint": str(given)}
+        protected = ("general",) if config.retain_moments else ("retain", "general")
+        made = work.make(
             wanted,
             loss_on=self._loss_on,
             seeds=range(first, first + (config.forget_seeds or 1)),
             # All of the retain set would cost as much as training again without the forget set.
-            samples=config.retain_samples or str(len(forget)),
-            protected=[
-                name
-                for name in ("retain", "general")
-                if name in self.work.sets and not (name == "retain" and config.retain_moments)
-            ],
+            samples=config.retain_samples or str(len(self.sets["forget"])),
+            protected=[name for name in protected if name in work.sets],
             saved=config.retain_moments,
         )
-        return {**made, **theirs}
+        return made | theirs
 
     @property
     def _loss_on(self) -> LossOn:
@@ -283,16 +281,11 @@ class _Run:
         """The edit with a forget checkpoint of several rounds."""
         config, output = self.config, self.work.place("forget_rounds")
         tune, overwrite = replace(config.tune, loss_on=self._loss_on), self.work.replaces(output)
+        most = config.rounds
         made = self.work.timed(
             "rounds",
             lambda: write_rounds(
-                output,
-                edit,
-                unseen,
-                tune,
-                config.compute,
-                most=config.rounds,
-                overwrite=overwrite,
+                output, edit, unseen, tune, config.compute, most=most, overwrite=overwrite
             ),
         )
         self.record.passes["rounds"] = (read_manifest(made) or {})["passes"]
@@ -381,23 +374,6 @@ class _Run:
             holdout=None if is_base else config.holdout,
             base=config.base,
         )
-
-
-def _with_defaults(config: UnlearnConfig) -> UnlearnConfig:
-    """The settings with the method's own where the user gave none."""
-    method = get_method(config.weighting.method)
-    weighting = config.weighting
-    if weighting.scaling_coef is None and method.searched and config.retain is not None:
-        weighting = replace(weighting, scaling_coef="auto")
-    weighting = with_defaults(weighting)
-    estimator = config.estimator
-    return replace(
-        config,
-        weighting=weighting,
-        importance_at=config.importance_at or method.importance_at,
-        forget_seeds=config.forget_seeds or method.min_task_vectors,
-        estimator=replace(estimator, reduction=method.reduction or estimator.reduction),
-    )
 
 
 def aggregates(results: Mapping[str, Any]) -> dict[str, float]:

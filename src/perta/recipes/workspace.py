@@ -163,13 +163,10 @@ class Workspace:
         config = FinetuneConfig(
             base=str(self.base),
             data=self.sets[data],
-            output=output,
             samples=samples,
             save_dtype=self.save_dtype,
-            overwrite=self.replaces(output),
             tune=tune,
-            data_config=self.data_config,
-            compute=self.compute,
+            **self._common(output),
         )
         return self._once(stage, lambda: finetune_checkpoint(config))
 
@@ -184,27 +181,23 @@ class Workspace:
         config = ImportanceConfig(
             checkpoint=str(self.measured),
             data=self.sets[side],
-            output=output,
             orders=orders,
-            overwrite=self.replaces(output),
             estimator=self.estimator,
-            data_config=self.data_config,
-            compute=self.compute,
+            **self._common(output),
         )
         return self._once(f"{side}_importance", lambda: compute_importance(config))
 
     def _moments(self, part: str, gradients: bool) -> Path:
         output, data = self.place(f"{part}_moments"), self.sets[part]
-        rows = general_config(data, self.data_config) if part == "general" else self.data_config
+        common = self._common(output)
+        if part == "general":
+            common["data_config"] = general_config(data, self.data_config)
         config = MomentsConfig(
             checkpoint=str(self.measured),
             data=data,
-            output=output,
             gradients=gradients,
-            overwrite=self.replaces(output),
             options=self.moments,
-            data_config=rows,
-            compute=self.compute,
+            **common,
         )
         return self._once(f"{part}_moments", lambda: compute_moments(config))
 
@@ -227,23 +220,11 @@ class Workspace:
         )
 
     def evaluate(
-        self,
-        name: str,
-        checkpoint: Path,
-        output: Path,
-        scoring: ScoringConfig,
-        **sets: str | None,
+        self, name: str, checkpoint: Path, output: Path, scoring: ScoringConfig, **sets: str | None
     ) -> Results:
         """Evaluate a model on some sets, with a base model where `sets` has one."""
-        config = EvaluateConfig(
-            checkpoint=str(checkpoint),
-            output=output,
-            overwrite=self.replaces(output),
-            scoring=scoring,
-            data_config=self.data_config,
-            compute=self.compute,
-            **sets,
-        )
+        given = {**self._common(output), **sets}
+        config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
         return self.timed(f"evaluate_{name}", lambda: evaluate_checkpoint(config))
 
     def timed(self, stage: str, run: Callable[[], T]) -> T:
@@ -260,6 +241,15 @@ class Workspace:
         """Where something lies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / self.names.get(name, name)
+
+    def _common(self, output: Path) -> dict[str, Any]:
+        """What the configurations of all stages share."""
+        return {
+            "output": output,
+            "overwrite": self.replaces(output),
+            "data_config": self.data_config,
+            "compute": self.compute,
+        }
 
     def _once(self, stage: str, run: Callable[[], Path]) -> Path:
         if stage not in self.made:

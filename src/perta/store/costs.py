@@ -28,6 +28,8 @@ STAGES: Mapping[str, str] = {
     "edit": "edit",
 }
 """Stage, as records name it -> what it is, in the order in which stages run."""
+FORWARD, BACKWARD = 1, 2
+"""Operations of a pass over one token."""
 _OF_INPUT = {FORGET_CHECKPOINT: "finetune", "retain_checkpoint": "retain_finetune"}
 _EVALUATION = "evaluate"
 
@@ -81,6 +83,11 @@ def costs_of(record: Record, records: Records, evaluation: Record | None = None)
 def seconds_of(record: Record) -> float:
     """What a stage took when it was made."""
     return float(sum(record.get("seconds", {}).values()))
+
+
+def training_passes(record: Record) -> float:
+    """Operations of a finished training, in forward passes over one token."""
+    return (FORWARD + BACKWARD) * float(record.get("tokens", 0))
 
 
 def duration(seconds: float) -> str:

@@ -19,10 +19,10 @@ from perta.recipes.compare.draw import Draw
 from perta.recipes.compare.search import Try, search_equal
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.compare.spec import EditSpec
-from perta.recipes.cost import BACKWARD, FORWARD, training_passes
 from perta.recipes.edited_model import Change, load_changes
 from perta.recipes.workspace import Needs, Workspace, needs
 from perta.stages.finetune import learned_by_forgetting
+from perta.store.costs import BACKWARD, FORWARD, training_passes
 from perta.store.record import read_manifest
 
 
@@ -123,7 +123,7 @@ def _passes(work: Workspace, count_tokens: Callable[[str], int]) -> dict[str, fl
     for stage, folder in work.made.items():
         record, data = read_manifest(folder) or {}, work.sets.get(stage.partition("_")[0])
         if record.get("stage") == "finetune":
-            found[stage] = training_passes(folder)
+            found[stage] = training_passes(record)
         elif data is not None:
             backward = record.get("stage") == "importance" or record["settings"]["gradients"]
             found[stage] = (FORWARD + BACKWARD * bool(backward)) * count_tokens(data)

@@ -32,8 +32,8 @@ from perta.recipes.compare.model import Bench, means
 from perta.recipes.compare.search import Try, search_between
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.compare.spec import TrainingSpec
-from perta.recipes.cost import BACKWARD, FORWARD
 from perta.store.arithmetic import Place, round_as_stored
+from perta.store.costs import BACKWARD, FORWARD
 
 _PREFIX = "training-path-"
 

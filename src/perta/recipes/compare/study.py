@@ -33,11 +33,10 @@ from perta.recipes.compare.search import nearest
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare.summary import write_summary
-from perta.recipes.cost import training_passes
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import write_text
-from perta.store.costs import seconds_of
+from perta.store.costs import seconds_of, training_passes
 from perta.store.fingerprint import fingerprint
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
 
@@ -148,11 +147,10 @@ class _Seed:
         if self._config.relearn_steps:
             relearned = bench.relearned()
             at |= self._after(relearned)
+        made = read_manifest(folder) if name != "base" else None
         cost = {
-            "seconds": {}
-            if name == "base"
-            else {"finetune": seconds_of(read_manifest(folder) or {})},
-            "passes": {} if name == "base" else {"finetune": training_passes(folder)},
+            "seconds": {"finetune": seconds_of(made)} if made else {},
+            "passes": {"finetune": training_passes(made)} if made else {},
         }
         rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
         return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
