@@ -299,12 +299,8 @@ class EstimatorConfig:
     """Compare the batched engine with an example-by-example loop on a few rows first."""
 
     def __post_init__(self) -> None:
-        require(
-            self.importance_batch_size >= 1,
-            "importance-batch-size",
-            self.importance_batch_size,
-            "at least 1",
-        )
+        size = self.importance_batch_size
+        require(size >= 1, "importance-batch-size", size, "at least 1")
         self.sample_count(1)
 
     def sample_count(self, examples: int) -> int:

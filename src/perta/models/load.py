@@ -129,6 +129,12 @@ def pick_dtype(compute: ComputeConfig) -> torch.dtype:
     return torch.bfloat16 if pick_device(compute).type == "cuda" else torch.float32
 
 
+def picked(compute: ComputeConfig) -> dict[str, str]:
+    """Device and type that a run computes on and in, by name, for its record."""
+    dtype = str(pick_dtype(compute)).removeprefix("torch.")
+    return {"device": pick_device(compute).type, "dtype": dtype}
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """Type in which a checkpoint stores most of its numbers."""
     bytes_of: Counter[torch.dtype] = Counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet
-from perta.models.load import pick_device, pick_dtype
+from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
@@ -117,7 +117,6 @@ def _resolved(config: UnlearnConfig) -> dict[str, Any]:
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
     return {
         **settings,
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
+        **picked(config.compute),
         "work_dir": str(work_folder(config)),
     }

@@ -26,7 +26,7 @@ from perta.evidence.settings import (
     TofuConfig,
 )
 from perta.evidence.tofu import People, Tofu
-from perta.models.load import load_model, load_tokenizer, pick_device, pick_dtype
+from perta.models.load import load_model, load_tokenizer, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.stage import run_file_stage
@@ -65,11 +65,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
     """
     data = benchmark.folder(config)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    settings = {
-        **settings_of(config),
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
-    }
+    settings = {**settings_of(config), **picked(config.compute)}
     inputs = {"checkpoint": fingerprint(checkpoint), "data": _data_fingerprint(data)}
     inputs |= benchmark.inputs(config)
     if source := benchmark.source():
@@ -136,23 +132,17 @@ def bench_ability(config: AbilityConfig) -> Results:
             f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists "
             "its own; --include-path adds a folder of task files."
         )
-    dtype = str(pick_dtype(config.compute)).removeprefix("torch.")
-    device = pick_device(config.compute).type
-    settings = {
-        **settings_of(config),
-        "device": device,
-        "dtype": dtype,
-        "lm_eval": lm_eval.__version__,
-    }
+    where = picked(config.compute)
+    settings = {**settings_of(config), **where, "lm_eval": lm_eval.__version__}
 
     def make() -> Results:
         try:
             found = lm_eval.simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(checkpoint), "dtype": dtype},
+                model_args={"pretrained": str(checkpoint), "dtype": where["dtype"]},
                 tasks=list(config.tasks),
                 task_manager=manager,
-                device=device,
+                device=where["device"],
                 batch_size=config.evaluation_batch_size,
                 limit=config.limit,
                 bootstrap_iters=0,

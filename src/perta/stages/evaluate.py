@@ -12,7 +12,7 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
 from perta.models.facts import Fact, find_facts, is_told
-from perta.models.load import load_model, load_tokenizer, longest_input, pick_device, pick_dtype
+from perta.models.load import load_model, load_tokenizer, longest_input, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import track
@@ -41,11 +41,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         for name, source in sources.items()
         if source
     }
-    settings = {
-        **settings_of(config),
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
-    }
+    settings = {**settings_of(config), **picked(config.compute)}
     inputs = {"checkpoint": fingerprint(folder)}
     inputs |= {name: examples.fingerprint for name, examples in sets.items()}
     base = resolve_checkpoint(config.base) if config.base else None

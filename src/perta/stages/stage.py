@@ -26,8 +26,7 @@ from perta.models.load import (
     load_tokenizer,
     longest_input,
     pad_id,
-    pick_device,
-    pick_dtype,
+    picked,
 )
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
@@ -377,11 +376,7 @@ def run_measurement(
     tokenizer = load_tokenizer(checkpoint)
     longest = longest_input(checkpoint)
     encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
-    settings = {
-        **settings_of(config),
-        "device": pick_device(config.compute).type,
-        "dtype": str(pick_dtype(config.compute)).removeprefix("torch."),
-    }
+    settings = {**settings_of(config), **picked(config.compute)}
     inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
     subject = Subject(checkpoint, encoded, pad_id(tokenizer), settings, inputs)
 
