@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -128,6 +129,33 @@ def test_the_summary_gives_mean_spread_and_share_of_retraining() -> None:
         "share": "0.200 ± 0.141",
     }
     assert summarise(records, "resistant") == []
+
+
+def test_the_files_hold_numbers_every_seed_and_a_latex_table(tmp_path: Path) -> None:
+    records = [
+        _record("a_b:rho=1", 0, reached=True, equal={"strength": 1.0, "retain_probability": 0.8}),
+        _record("a_b:rho=1", 1, reached=False, equal={"retain_probability": 0.6}),
+    ]
+    write_summary(records, tmp_path)
+    (row,) = csv.DictReader((tmp_path / "equal.csv").read_text("utf-8").splitlines())
+    assert float(row["retain_probability"]) == pytest.approx(0.7)
+    assert float(row["retain_probability_sd"]) == pytest.approx(0.02**0.5)  # of 0.8 and 0.6
+    assert (row["retain_probability_n"], row["reached"], row["seeds"]) == ("2", "1", "2")
+    assert (row["strength"], row["strength_sd"], row["strength_n"]) == ("1.0", "", "1")
+    seeds = list(csv.DictReader((tmp_path / "equal_seeds.csv").read_text("utf-8").splitlines()))
+    assert [(s["seed"], s["strength"], s["retain_probability"]) for s in seeds] == [
+        ("0", "1.0", "0.8"),
+        ("1", "", "0.6"),
+    ]
+    assert (tmp_path / "equal.tex").read_text("utf-8").splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"method & seeds & $\alpha$ & unseen retain prob. \\",
+        r"\midrule",
+        r"a\_b:rho=1 & 1/2 & 1.000 & 0.700 $\pm$ 0.141 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def test_a_narrow_terminal_shows_whole_names(
@@ -423,7 +451,7 @@ def test_a_comparison_ends_with_tables_and_a_report(
     page = (config.output / "report.html").read_text("utf-8")
     assert "perta-input" in page
     table = (config.output / "equal.csv").read_text("utf-8").splitlines()
-    assert table[0].startswith("method,seeds,strength,forget_probability")
+    assert table[0].startswith("method,reached,seeds,strength,strength_sd,strength_n,forget_prob")
     assert len(table) >= 1 + 3 + len(config.methods)
     assert "At equal forgetting" in (config.output / "summary.md").read_text("utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +86,64 @@ def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
         after ± the standard deviation over them where there are two or more. `seeds` is how many
         reached the view's condition, out of how many.
     """
+    rows = []
+    for method, found in _by_method(seed_rows(records, view)).items():
+        row = {"method": method, "seeds": "/".join(map(str, _reached(records, method, view)))}
+        rows.append(row | {name: spread(values) for name, values in _collected(found).items()})
+    return rows
+
+
+def seed_rows(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
+    """One row per method and seed that the view has, with the numbers of its columns."""
     retraining = {
         record["seed"]: sum(record["passes"].values())
         for record in records
         if record["method"] == "retrained"
     }
+    return [
+        {"method": r["method"], "seed": r["seed"], **_values(r, view, retraining)}
+        for r in sorted(records, key=_order(records))
+        if view in r
+    ]
+
+
+def _order(records: Sequence[Record]) -> Callable[[Record], int]:
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    return lambda record: methods.index(record["method"])
+
+
+def _reached(records: Sequence[Record], method: str, view: str) -> tuple[int, int]:
+    """How many seeds reached the view's condition, and out of how many."""
+    mine = [record for record in records if record["method"] == method]
+    reached = sum(view in r and (view != "equal" or r.get("reached", False)) for r in mine)
+    return reached, len(mine)
+
+
+def _by_method(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _collected(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Of each column that has any, its values over seeds."""
+    columns = {
+        name: [row[name] for row in rows if row.get(name) is not None] for name in _columns(rows)
+    }
+    return {name: values for name, values in columns.items() if values}
+
+
+def _numbers(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
+    """One row per method with the mean, standard deviation and number of seeds of each column."""
     rows = []
-    for method in dict.fromkeys(record["method"] for record in records):
-        mine = [record for record in records if record["method"] == method]
-        found = [_values(record, view, retraining) for record in mine if view in record]
-        if not found:
-            continue
-        reached = sum(view in r and (view != "equal" or r.get("reached", False)) for r in mine)
-        row = {"method": method, "seeds": f"{reached}/{len(mine)}"}
-        for column in _columns(found):
-            values = [value for point in found if (value := point.get(column)) is not None]
-            if values:
-                row[column] = spread(values)
+    for method, found in _by_method(seed_rows(records, view)).items():
+        reached, seeds = _reached(records, method, view)
+        row: dict[str, Any] = {"method": method, "reached": reached, "seeds": seeds}
+        for name, values in _collected(found).items():
+            row[name] = statistics.fmean(values)
+            row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            row[f"{name}_n"] = len(values)
         rows.append(row)
     return rows
 
@@ -117,7 +158,11 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write_summary(records: Sequence[Record], folder: Path) -> None:
-    """Print the tables, and write them as CSV and Markdown."""
+    """Print the tables, and write them.
+
+    For each view VIEW.csv (mean, `_sd` and `_n` of every column), VIEW_seeds.csv (every seed) and
+    VIEW.tex (booktabs); summary.md has all views.
+    """
     page = []
     for view, title in VIEWS.items():
         rows = summarise(records, view)
@@ -125,8 +170,14 @@ def write_summary(records: Sequence[Record], folder: Path) -> None:
             continue
         columns = [name for name in _columns(rows) if any(name in row for row in rows)]
         names = ["method", "seeds", *columns]
-        _print(title, rows, ["method", "seeds", *(n for n in columns if n in PRINTED)])
-        write_text(folder / f"{view}.csv", _csv(rows, names))
+        printed = ["method", "seeds", *(n for n in columns if n in PRINTED)]
+        _print(title, rows, printed)
+        parts = [f"{name}{part}" for name in columns for part in ("", "_sd", "_n")]
+        numbers = _csv(_numbers(records, view), ["method", "reached", "seeds", *parts])
+        write_text(folder / f"{view}.csv", numbers)
+        seeds = _csv(seed_rows(records, view), ["method", "seed", *columns])
+        write_text(folder / f"{view}_seeds.csv", seeds)
+        write_text(folder / f"{view}.tex", _latex(rows, printed))
         page.append(f"## {title.capitalize()}\n\n{_markdown(rows, names)}")
     write_text(folder / "summary.md", "\n".join(page))
 
@@ -175,12 +226,41 @@ def _print(title: str, rows: Iterable[Mapping[str, str]], names: Sequence[str]) 
     console().print(table)
 
 
-def _csv(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> str:
+def _csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _latex(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> str:
+    """The columns that fit on a page, as a booktabs table."""
+    lines = [" & ".join(_tex(_header(name)) for name in names)]
+    lines += [" & ".join(_tex(row.get(name, "–")) for name in names) for row in rows]
+    head, *body = (f"{line} \\\\\n" for line in lines)
+    layout = "l" + "r" * (len(names) - 1)
+    return (
+        f"\\begin{{tabular}}{{{layout}}}\n\\toprule\n{head}\\midrule\n{''.join(body)}"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "α": r"$\alpha$",
+        "–": "--",
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+    }
+)
+
+
+def _tex(text: str) -> str:
+    return text.translate(_TEX)
 
 
 def _markdown(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> str:
