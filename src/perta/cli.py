@@ -45,6 +45,10 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
+AsJson = Annotated[
+    bool, Parameter(negative="", help="Print results as one JSON object in place of tables.")
+]
+
 
 @app.command
 def unlearn(config: UnlearnConfig) -> None:
@@ -141,12 +145,15 @@ def train(config: TrainConfig) -> None:
 
 
 @app.command
-def evaluate(config: EvaluateConfig) -> None:
+def evaluate(config: EvaluateConfig, *, json: AsJson = False) -> None:
     """Measure how well a checkpoint answers forget, retain and held-out examples."""
     from perta.stages.evaluate import evaluate_checkpoint
-    from perta.terminal import print_comparison, print_samples
+    from perta.terminal import print_comparison, print_json, print_samples, without_rows
 
     results = evaluate_checkpoint(config)
+    if json:
+        print_json(without_rows(results))
+        return
     print_comparison({Path(config.checkpoint).name: results})
     print_samples({Path(config.checkpoint).name: results}, config.scoring.show_samples)
     _note(f"Results: {config.output}")
@@ -164,13 +171,17 @@ def _add_benchmark(
 ) -> None:
     """Make `perta bench NAME` from what the registry or a file says."""
 
-    def command(config: Any) -> None:
-        from perta.terminal import print_metrics
+    def command(config: Any, *, json: bool = False) -> None:
+        from perta.terminal import print_json, print_metrics, without_rows
 
-        print_metrics(run(config))
+        results = run(config)
+        if json:
+            print_json(without_rows(results))
+            return
+        print_metrics(results)
         _note(f"Results: {config.output}")
 
-    command.__annotations__ = {"config": config, "return": None}
+    command.__annotations__ = {"config": config, "json": AsJson, "return": None}
     bench.command(command, name=name, help=summary)
 
 
@@ -211,23 +222,28 @@ def compare(config: CompareConfig) -> None:
 
 
 @app.command
-def report(*results: str, config: ReportConfig | None = None) -> None:
+def report(*results: str, config: ReportConfig | None = None, json: AsJson = False) -> None:
     """Write one self-contained HTML page about what was forgotten and what was kept.
 
     Args:
         results: results files, unlearned checkpoints, outputs of `perta unlearn`, or folders of
             results, each optionally named as in `full=results/full.json`.
         config: output, title and what to show.
+        json: print page and verdict as one JSON object, the verdict in the form of `verdict.json`.
     """
-    from perta.report.verdict.judge import require_verdict
+    from perta.report.verdict.judge import as_record, require_verdict
     from perta.report.write import judged, write_report
+    from perta.terminal import print_json
 
     chosen = config or ReportConfig()
     chosen = replace(chosen, results=(*results, *chosen.results))
     page = write_report(chosen)
-    _note(f"Report: {page}")
     verdict = next(iter(judged(chosen)), None)
-    if verdict:
+    if json:
+        print_json({"page": str(page), "verdict": as_record(verdict) if verdict else None})
+    else:
+        _note(f"Report: {page}")
+    if verdict and not json:
         _note(f"Verdict: {verdict.line}")
     require_verdict(chosen.fail_unless, verdict, page)
 

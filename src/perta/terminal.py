@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,24 @@ def print_metrics(results: Results) -> None:
             reason = f"– ({metric.get('missing', 'no value')})"
             table.add_row(escape(name), reason if value is None else f"{value:.4g}")
     console().print(table)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON object on standard output, whole whatever the width."""
+    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
+
+
+def without_rows(results: Results) -> dict[str, Any]:
+    """Results without the values of single rows, which the file has."""
+    return {
+        name: {
+            key: value
+            for key, value in metric.items()
+            if not (isinstance(value, Mapping) and "value_by_index" in {key, *value})
+        }
+        for name, metric in results.items()
+        if isinstance(metric, Mapping) and "agg_value" in metric
+    }
 
 
 def print_methods() -> None:

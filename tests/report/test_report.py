@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import random
 import re
 import subprocess
@@ -981,3 +982,17 @@ def test_png_files_are_written_where_they_can_be_rendered(
     pytest.importorskip("resvg_py")
     write_figures([figure], css, tmp_path)
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verdict_is_printed_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perta.cli import main
+
+    page = tmp_path / "r.html"
+    words = ["report", str(write_demo(tmp_path / "demo")), "--output", str(page), "--json"]
+    monkeypatch.setattr(sys, "argv", ["perta", *words, "--no-figures"])
+    main()
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "r_files" / "verdict.json").read_text("utf-8"))
+    assert printed == {"page": str(page), "verdict": written}

@@ -236,8 +236,12 @@ def test_a_benchmark_is_one_file(
     expected = 2 * mean_loss(world, rows)
     assert results["rows_loss"]["agg_value"] == pytest.approx(expected, rel=1e-6)
     assert results["perta"]["stage"] == "bench loss"
-    run_command(monkeypatch, *words, "--scale", 2)
-    assert "reused" in capsys.readouterr().err
+    run_command(monkeypatch, *words, "--scale", 2, "--json")
+    printed = capsys.readouterr()
+    assert "reused" in printed.err
+    assert json.loads(printed.out) == {
+        "rows_loss": {"agg_value": results["rows_loss"]["agg_value"]}
+    }
     # Its code is part of what results depend on.
     own.write_text(OWN.replace("config.scale *", "3 * config.scale *"), "utf-8")
     with pytest.raises(SystemExit):
