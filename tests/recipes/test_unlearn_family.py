@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from perta.errors import ConfigError
 from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, WeightingConfig
+from perta.recipes.compare.spec import parse_spec
 from perta.recipes.edited_model import load_changes
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
@@ -148,6 +150,22 @@ def test_ssd_measures_at_the_full_model_and_tunes_nothing(world: World, tmp_path
         torch.testing.assert_close(value, factor * full[name], rtol=1e-5, atol=1e-7)
         moved += int((factor < 1).sum())
     assert moved > 0
+
+
+def test_wrong_places_and_checkpoints_are_refused_at_once(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`ssd` is defined on importance at the full"):
+        unlearn(config(world, tmp_path / "out", "ssd", selection=1.2, importance_at="base"))
+    with pytest.raises(ConfigError, match="`ssd` is defined on importance at the full"):
+        parse_spec("ssd:at=base", 8)
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    rows = {"data": load_examples(world.forget).fingerprint}
+    for file in world.base.iterdir():
+        shutil.copy(file, tuned)
+    (tuned / "perta.json").write_text(json.dumps({"stage": "finetune", "inputs": rows}), "utf-8")
+    with pytest.raises(ConfigError, match="was tuned on the forget set"):
+        unlearn(config(world, tmp_path / "out", "msa", retain_checkpoint=str(tuned)))
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_ssd_says_at_once_when_no_weight_can_be_selected(

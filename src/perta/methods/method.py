@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from perta.errors import ConfigError
 from perta.methods.diagonal import block_seed
 from perta.methods.task_vectors import dare, mean
 
@@ -121,6 +122,21 @@ class Method:
     retain_vector: bool = False
     default_layers: Literal["mlp", "all"] = "all"
     searched: bool = False
+
+    def check_place(self, at: str | None) -> None:
+        """Stop at importance at the base where the method is defined on the full checkpoint.
+
+        Args:
+            at: model at which importance is to be measured; None for the method's own.
+
+        Raises:
+            ConfigError: it is the wrong one.
+        """
+        if self.importance_at == "full" and at == "base":
+            raise ConfigError(
+                f"`{self.name}` is defined on importance at the full checkpoint; leave the place "
+                "to the method."
+            )
 
     @property
     def settings(self) -> frozenset[str]:

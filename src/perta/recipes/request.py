@@ -10,6 +10,7 @@ from typing import Any
 
 from perta.data.examples import ExampleSet, check_apart, general_config, load_examples
 from perta.engine.edit.direction import check_moments
+from perta.engine.edit.records import tuned_on
 from perta.errors import ConfigError
 from perta.methods.method import Method
 from perta.methods.objectives import TRAINING_METHODS
@@ -57,6 +58,13 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
         raise ConfigError(
             f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
             f"{method.min_task_vectors}."
+        )
+    method.check_place(config.importance_at)
+    given = config.retain_checkpoint
+    if given is not None and tuned_on(Path(given)) == sets["forget"].fingerprint:
+        raise ConfigError(
+            f"--retain-checkpoint {given} was tuned on the forget set, its record says. Give a "
+            "checkpoint tuned on retained rows, or none, so that one is made."
         )
     if config.rounds > 1 and seeds > 1:
         raise ConfigError(

@@ -46,6 +46,11 @@ def check_records(
         )
 
 
+def tuned_on(folder: Path) -> str | None:
+    """Fingerprint of the rows that a checkpoint was tuned on, if `perta finetune` recorded them."""
+    return _tuning(folder).get("data")
+
+
 def _check_models(
     method: Method, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
 ) -> None:
@@ -79,8 +84,8 @@ def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
     """Fingerprint of every set of rows that a side was made from -> what was."""
     found: dict[str, Path] = {}
     for name, folder in _tuned(folders):
-        if name.startswith(side) and (rows := _tuning(folder).get("data")):
-            found[rows] = folder
+        if name.startswith(side) and (tuned := tuned_on(folder)):
+            found[tuned] = folder
     if importance := folders.get(f"{side}_importance"):
         rows = read_sidecar(importance).get("data_fingerprint")
         found |= dict.fromkeys(_known([rows]), importance)

@@ -148,6 +148,7 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
         if choice not in get_args(literal) and (key in settings or choice is not None):
             wanted = " or ".join(get_args(literal))
             raise ConfigError(f"`{text}`: {key} is {choice}; it must be {wanted}.")
+    get_method(name).check_place(at)
     general = settings.get("general", False)
     if not isinstance(general, bool):
         raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
