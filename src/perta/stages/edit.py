@@ -16,6 +16,7 @@ from perta.engine.edit.plan import (
     check_count,
     choose_layers,
     describe_layers,
+    forget_role,
     mlps_are_known,
 )
 from perta.engine.edit.records import check_records
@@ -92,7 +93,7 @@ def write_direction(
 
 def checkpoint_name(place: int) -> str:
     """Name of a forget checkpoint among the inputs of a stage, counted from 0."""
-    return "forget_checkpoint" if place == 0 else f"forget_checkpoint_{place + 1}"
+    return forget_role(place).replace(" ", "_")
 
 
 WELL_STORED = 0.9
