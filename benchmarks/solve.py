@@ -17,7 +17,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from perta.methods.directions import Direction, input_direction, projected_direction
+from perta.methods.directions import input_direction, projected_direction
+from perta.methods.method import Direction
 from perta.store.second_moment import factor
 from records import Record, add_option, save
 

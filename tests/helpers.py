@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from perta.methods.registry import edits, find, make
+from perta.options import WeightingConfig
 
 # Tiny models lose more to handing work between threads than they gain.
 torch.set_num_threads(1)
@@ -71,3 +75,18 @@ def tiny_llama(vocab: int = 384, tied: bool = True, seed: int = 0, **more: Any) 
     config = LlamaConfig(vocab_size=vocab, tie_word_embeddings=tied, **{**settings, **more})
     model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
     return model
+
+
+def weighting(method: str = "perta-project", **settings: Any) -> WeightingConfig:
+    """A method's own settings and those of every edit, side by side."""
+    if method not in edits():
+        return WeightingConfig(method=method, **settings)
+    every = {item.name for item in fields(WeightingConfig)}
+    own = {name: settings.pop(name) for name in [*settings] if name not in every}
+    return WeightingConfig(method=str(make(method, own, method)), **settings)
+
+
+def shared(method: str = "perta-project", **settings: Any) -> WeightingConfig:
+    """The same settings for several methods: each takes those that it has."""
+    every = {item.name for item in (*fields(WeightingConfig), *find(method).options())}
+    return weighting(method, **{name: value for name, value in settings.items() if name in every})

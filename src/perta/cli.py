@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import cyclopts
-from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 from rich.console import Console
 
 from perta.errors import ConfigError, PertaError
@@ -339,7 +339,31 @@ def _yaml(file: Path) -> Any:
     return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
 
 
+_NOW_SETTINGS = frozenset(
+    {
+        "--order",
+        "--rho",
+        "--damping",
+        "--forget-damping",
+        "--constant",
+        "--retain-coef",
+        "--keep",
+        "--drop",
+        "--selection",
+        "--dampening",
+    }
+)
+"""Options that have become settings of the methods."""
+
+
 def _usage(error: CycloptsError) -> str:
+    unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
+    for flag in _NOW_SETTINGS.intersection([*unknown, *(error.unused_tokens or ())]):
+        key = flag.removeprefix("--").replace("-", "_")
+        return (
+            f"{flag} is a setting of the method now: give it as in --method NAME:{key}=VALUE. "
+            "`perta methods` shows what each has."
+        )
     text = " ".join(str(error).split())
     if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
         text = f"{error.argument.name} is missing."

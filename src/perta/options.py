@@ -332,7 +332,9 @@ class WeightingConfig:
     """Which weights change, and how far."""
 
     method: Annotated[str, Parameter(group=MAIN)] = "perta-project"
-    """Method; `perta methods` lists them. `perta-grad` and `perta-fisher` are the paper's own."""
+    """Method, with settings as in `perta-project:rho=5`; `perta methods` lists them, `perta methods
+    NAME` its settings. `perta-grad` and `perta-fisher` are the paper's own. In a program it may be
+    the method itself."""
     scaling_coef: Annotated[
         float | Literal["auto"] | None, Parameter(alias="--alpha", group=MAIN)
     ] = None
@@ -340,36 +342,8 @@ class WeightingConfig:
     smallest at which every fact of the forget set looks unseen [default: auto in `perta unlearn`
     with `perta-project` and --retain, otherwise the method's own: 2.7 for
     `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
-    order: float | None = None
-    """Order p of the importance [default: the method's own]. 1 is the gradient magnitude, 2
-    the diagonal Fisher information."""
-    rho: float | None = None
-    """Weight of the retain importance against the forget importance [default: the method's own:
-    3 for `perta-project`, 100 for `perta-input`, 10 for `perta-kron`, otherwise 1]."""
-    damping: float | None = None
-    """Damping of `perta-input` and `perta-kron`, relative to the mean diagonal of the moments
-    [default: 0.01]."""
-    forget_damping: float | None = None
-    """With `perta-input`: damping of the forget side alone, relative to its mean diagonal. The
-    larger, the more of the task vector goes wherever the retain set does not object, also along
-    directions that the forget set does not use [default: 30]."""
     granularity: Granularity = "element"
     """Average the importance over nothing, over rows (output units), or over whole tensors."""
-    constant: float = 0.5
-    """The value of W for the method `constant`."""
-    retain_coef: float = 1.0
-    """Strength beta at which `msa` adds the retain vector."""
-    keep: float | None = None
-    """Share of the weights that `selective` edits and `ties` keeps of a task vector, the largest
-    first [default: the method's own: 0.1 and 0.2]."""
-    drop: float = 0.9
-    """Share of a task vector that `dare` drops at random."""
-    selection: float = 10.0
-    """`ssd` dampens weights whose importance on the forget set is above this many times that on
-    both sets together."""
-    dampening: float = 1.0
-    """Strength lambda of `ssd`: a selected weight is multiplied by lambda times the quotient of the
-    two importances, at most 1."""
     weighting_seed: Annotated[int, Hidden] = 0
     """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
     than float32."""
@@ -382,27 +356,10 @@ class WeightingConfig:
     """Leave tensors whose name matches one of these patterns as they are."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", str(self.method))
         alpha = self.scaling_coef
         fits = alpha is None or alpha == "auto" or -1e6 < alpha < 1e6
         require(fits, "scaling-coef", alpha, "a finite number or auto")
-        order = self.order
-        fits = order is None or 0 < order <= MOST_ORDER
-        require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
-        rho = self.rho
-        require(rho is None or 0 <= rho < float("inf"), "rho", rho, "0 or more")
-        damping = self.damping
-        require(damping is None or 0 <= damping < float("inf"), "damping", damping, "0 or more")
-        mu = self.forget_damping
-        require(mu is None or 0 <= mu < float("inf"), "forget-damping", mu, "0 or more")
-        require(0 <= self.constant <= 1, "constant", self.constant, "in [0, 1]")
-        beta = self.retain_coef
-        require(-1e6 < beta < 1e6, "retain-coef", beta, "a finite number")
-        keep = self.keep
-        require(keep is None or 0 < keep <= 1, "keep", keep, "in (0, 1]")
-        require(0 <= self.drop < 1, "drop", self.drop, "in [0, 1)")
-        selection, dampening = self.selection, self.dampening
-        require(0 < selection < float("inf"), "selection", selection, "above 0")
-        require(0 <= dampening < float("inf"), "dampening", dampening, "0 or more")
 
 
 @Parameter(

@@ -133,9 +133,9 @@ def without_rows(results: Results) -> dict[str, Any]:
 def print_methods() -> None:
     """The tables of methods."""
     from perta.methods.objectives import TRAINING_METHODS
-    from perta.methods.table import METHODS
+    from perta.methods.registry import edits as known_edits
 
-    edits = [(m.name, m.formula, m.summary, m.source) for m in METHODS.values()]
+    edits = [(m.name, m.formula, m.summary, m.source) for m in known_edits().values()]
     trained = [(m.name, m.formula, m.summary, m.source) for m in TRAINING_METHODS.values()]
     _print_methods("Edits of the weights", "W", edits)
     _print_methods("Training from the full model", "loss", trained)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perta.errors import ConfigError
-from perta.methods.diagonal import block_seed, clipped_ratio, ratio, share, shuffle
-from perta.methods.method import Block, Method
-from perta.methods.table import METHODS, get_method, importance_order
+from perta.methods.diagonal import clipped_ratio, ratio, share, shuffle
+from perta.methods.method import Block, block_seed
+from perta.methods.registry import edits, get_method
 
 Weighting = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -132,9 +132,10 @@ def test_block_seed_differs_by_seed_tensor_and_place() -> None:
     assert block_seed(0, "a", 0) == 1509917800607555658
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=str)
-def test_every_row_of_the_table(method: Method) -> None:
+@pytest.mark.parametrize("name", edits())
+def test_every_method(name: str) -> None:
     forget, retain = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([3.0, 0.0, 1.0])
+    settings = {"constant": "constant=0.25", "ssd": "selection=1.5,dampening=0.5"}
     expected: dict[str, list[float]] = {
         "tv": [1.0, 1.0, 1.0],
         "constant": [0.25, 0.25, 0.25],
@@ -146,46 +147,67 @@ def test_every_row_of_the_table(method: Method) -> None:
         "ssd": [0.0, 0.0, 1 - 0.5 * 1.6 / 4],
     }
     # What they subtract is weighted or combined before.
-    structured = {"perta-input": "input", "perta-project": "project", "perta-kron": "kron"}
+    structured = ("perta-input", "perta-project", "perta-kron")
     combining = ("msa", "ties", "dare", "negmerge", "interpolate", *structured)
     expected |= {name: [1.0, 1.0, 1.0] for name in combining}
     share_values = [1 / 7, 0.0, 4 / 6]
     block = Block(
         forget,
         retain,
-        rho=2.0,
-        constant=0.25,
         place=(1, "a", 0),
         task_vector=torch.tensor([-2.0, 5.0, 1.0]),
         cuts=(3.0,),
-        selection=1.5,
-        dampening=0.5,
         forget_share=0.2,
     )
-    weighting = torch.as_tensor(method.weighting(block)).expand(3)
-    if method.name == "random":
+    has_rho = "rho" in edits()[name].settings
+    method = get_method(f"{name}:{settings.get(name, 'rho=2' if has_rho else '')}")
+    weighting = torch.as_tensor(method.weigh(block)).expand(3)
+    if name == "random":
         assert sorted(weighting.tolist()) == pytest.approx(sorted(share_values))
     else:
-        assert weighting.tolist() == pytest.approx(expected.get(method.name, share_values))
-    assert METHODS[method.name] is method
-    assert method.moments == structured.get(method.name)
-    assert method.needs_importance == (method.name not in {"tv", "constant", *combining})
-    assert all((method.summary, method.formula, method.source))
+        assert weighting.tolist() == pytest.approx(expected.get(name, share_values))
+    assert bool(method.needs.moments) == (name in structured)
+    assert bool(method.needs.importance) == (name not in {"tv", "constant", *combining})
+    assert get_method(str(method)) == method
+    assert all((method.summary, method.formula, method.source, method.done))
 
 
-def test_get_method_forgives_underscores_and_suggests_names() -> None:
-    assert get_method("clipped_ratio") is METHODS["clipped-ratio"]
-    assert get_method("PerTA-Grad") is METHODS["perta-grad"]
+def test_a_method_is_found_by_name_and_the_nearest_is_named() -> None:
+    assert get_method("clipped_ratio") == edits()["clipped-ratio"]
+    assert get_method("PerTA-Grad") == edits()["perta-grad"]
     with pytest.raises(ConfigError, match=r"did you mean `perta-fisher`.*perta-grad, perta"):
         get_method("perta-fischer")
-    with pytest.raises(ConfigError, match="There are: tv"):
+    with pytest.raises(ConfigError, match=r"There are: .*tv"):
         get_method("zzz")
 
 
-def test_importance_order() -> None:
-    assert importance_order(METHODS["perta-fisher"], None) == 2
-    assert importance_order(METHODS["perta-fisher"], 2.0) == 2
-    assert importance_order(METHODS["perta"], 0.5) == 0.5
-    assert importance_order(METHODS["tv"], 3.0) == 1
-    with pytest.raises(ConfigError, match="--method perta --order 1"):
-        importance_order(METHODS["perta-fisher"], 1.0)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tv:rho=1", "unknown setting `rho`.*`perta-grad`.*have it.*has none"),
+        ("perta-project:roh=1", "unknown setting `roh`. Did you mean `rho`"),
+        ("perta-project:rho", "`rho` is not of the form key=value"),
+        ("perta-project:rho=-1", r"rho is -1.* in \[0, inf\)"),
+        ("perta-project:rho=.nan", r"rho is nan"),
+        ("perta-project:rho=.inf", r"rho is inf"),
+        ("perta-project:rho=high", "rho is high; it must be a number"),
+        ("perta-project:rho=true", "rho is True; it must be a number"),
+        ("perta-project:rho=", "rho is None"),
+        ("perta-project:rho=[", "rho is"),
+        ("perta:order=0", r"order is 0.*\(0, 32\]"),
+        ("perta:order=33", "order is 33"),
+        ("perta-fisher:order=1", "unknown setting `order`"),
+        ("constant:constant=1.5", r"\[0, 1\]"),
+        ("dare:drop=1", r"\[0, 1\)"),
+        ("ties:keep=0", r"\(0, 1\]"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        get_method(text)
+
+
+def test_orders() -> None:
+    assert get_method("perta-fisher").order == 2
+    assert get_method("perta:order=0.5").order == 0.5
+    assert get_method("perta").order == 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from perta.methods.diagonal import dampened, saliency
-from perta.methods.task_vectors import agreement, dare, mean, ties, uniform
+from perta.methods.method import mean
+from perta.methods.task_vectors import agreement, dare, ties, uniform
 
 
 def test_mean_of_one_is_that_one() -> None:

@@ -39,7 +39,7 @@ def test_a_spec_is_a_method_with_settings() -> None:
     spec = parse_spec("perta-input:rho=100,tokens=answer,at=full,share=0.2,include=*.mlp.*|*.q*", 4)
     assert isinstance(spec, EditSpec)
     assert spec.method.name == "perta-input"
-    assert spec.weighting.rho == 100
+    assert spec.method.settings["rho"] == 100
     assert spec.weighting.include == ("*.mlp.*", "*.q*")
     assert (spec.tokens, spec.at, spec.share) == ("answer", "full", 0.2)
     assert "/" not in spec.slug
@@ -49,12 +49,14 @@ def test_a_spec_is_a_method_with_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("perta-kron:forget_damping=1", "no --forget-damping"),
+        ("perta-kron:forget_damping=1", "unknown setting `forget_damping`"),
         ("perta-grat", "did you mean `perta-grad`"),
-        ("tv:roh=1", "Did you mean `rho`"),
-        ("tv:rho", "not of the form key=value"),
-        ("tv:rho=-1", "--rho is -1"),
-        ("tv:rho=high", "rho"),
+        ("perta-kron:roh=1", "Did you mean `rho`"),
+        ("perta-kron:rho", "not of the form key=value"),
+        ("perta-kron:rho=-1", "rho is -1"),
+        ("perta-kron:rho=high", "rho is high"),
+        ("tv:rho=1", "unknown setting `rho`"),
+        ("tv:granularity=row", "no --granularity"),
         ("perta-input:tokens=some", "tokens is some"),
         ("perta-input:share=0", "share is 0"),
         ("perta-input:share=1.2,general=true", "share is 1.2"),

@@ -12,8 +12,9 @@ import transformers as hf
 
 from conftest import World
 from helpers import tiny_llama, tiny_tokenizer
+from helpers import weighting as chosen
 from perta.models.load import load_model
-from perta.options import ComputeConfig, WeightingConfig
+from perta.options import ComputeConfig
 from perta.recipes.edited_model import EditedModel, load_changes
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -56,7 +57,7 @@ def write_models(folder: Path, model: Any, dtype: torch.dtype) -> EditConfig:
         base=str(folder / "base"),
         forget_checkpoint=str(folder / "forget"),
         output=folder / "out",
-        weighting=WeightingConfig(method="constant", constant=0.7, scaling_coef=1.9),
+        weighting=chosen(method="constant", constant=0.7, scaling_coef=1.9),
     )
 
 
@@ -120,7 +121,7 @@ def test_a_change_is_the_weighted_task_vector(world: World, tmp_path: Path) -> N
         base=str(world.base),
         forget_checkpoint=str(world.full),
         output=tmp_path / "out",
-        weighting=WeightingConfig(method="constant", constant=0.5, include=("*.mlp.*",)),
+        weighting=chosen(method="constant", constant=0.5, include=("*.mlp.*",)),
     )
     (tmp_path / "scratch").mkdir()
     changes = load_changes(tmp_path / "scratch", replace(edit), CPU)

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from conftest import TUNE, World
+from helpers import shared
+from helpers import weighting as chosen
 from perta.cli import main
 from perta.data.examples import load_examples
 from perta.errors import ConfigError
 from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
-from perta.options import ComputeConfig, WeightingConfig
+from perta.options import ComputeConfig
 from perta.recipes.compare.spec import parse_spec
 from perta.recipes.edited_model import load_changes
 from perta.recipes.run_record import work_folder
@@ -43,7 +45,7 @@ def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfi
         forget=str(world.forget),
         retain=str(world.retain),
         output=output,
-        weighting=WeightingConfig(method=method, **weighting),
+        weighting=chosen(method=method, **weighting),
         **settings,
     )
 
@@ -174,7 +176,7 @@ def test_ssd_says_at_once_when_no_weight_can_be_selected(
     monkeypatch.setattr("perta.recipes.workspace.compute_importance", None)
     # Two rows of eight are to be forgotten.
     with pytest.raises(
-        ConfigError, match=r"25% of the rows.*--selection must be below 4, but it is 10"
+        ConfigError, match=r"25% of the rows.*its setting `selection` must be below 4, but it is 10"
     ):
         unlearn(config(world, tmp_path / "out", "ssd"))
     with pytest.raises(ConfigError, match="no weight"):
@@ -234,7 +236,7 @@ def test_the_loaded_direction_is_what_the_edit_subtracts(
         forget_checkpoint=str(tuned),
         retain_checkpoint=str(world.full),
         output=tmp_path / "out",
-        weighting=WeightingConfig(
+        weighting=shared(
             method=method, scaling_coef=0.8, retain_coef=0.2 if method == "msa" else 1.0
         ),
     )
@@ -264,14 +266,17 @@ def test_the_command_line_takes_several_checkpoints(
     given = [word for folder in folders for word in ("--forget-checkpoint", folder)]
     common = ("edit", "--full", world.full, "--base", world.base, *given)
     run(
-        monkeypatch, *common, "--method", "ties", "--keep", 0.5, "--output", tmp_path / "ties",
+        monkeypatch, *common, "--method", "ties:keep=0.5", "--output", tmp_path / "ties",
     )  # fmt: skip
     run(
-        monkeypatch, *common, "--method", "msa", "--retain-coef", 0.3, "--retain-checkpoint",
+        monkeypatch, *common, "--method", "msa:retain_coef=0.3", "--retain-checkpoint",
         world.full, "--output", tmp_path / "msa",
     )  # fmt: skip
     settings = json.loads((tmp_path / "ties" / "perta.json").read_text("utf-8"))["settings"]
-    assert (settings["keep"], settings["forget_checkpoint"]) == (0.5, [str(f) for f in folders])
+    assert (settings["method_settings"], settings["forget_checkpoint"]) == (
+        {"keep": 0.5},
+        [str(f) for f in folders],
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(monkeypatch, "edit", "--full", world.full, "--base", world.base, "--method", "tv",

@@ -128,8 +128,7 @@ def edit_record(method: str = "perta-grad", alpha: float = 1.5, *, norms: bool =
         "settings": {
             "method": method,
             "scaling_coef": alpha,
-            "order": None,
-            "rho": 1.0,
+            "method_settings": {"rho": 1.0},
             "full": "/home/someone/models/full",
             "output": f"/home/someone/models/{method}",
         },

@@ -16,6 +16,7 @@ import transformers as hf
 from torch import Tensor
 
 from conftest import TUNE, World
+from helpers import weighting as chosen
 from perta.cli import main
 from perta.engine.edit.plan import EditInputs
 from perta.engine.edit.write import write_edit
@@ -29,7 +30,7 @@ from perta.errors import (
     OutputExistsError,
 )
 from perta.models.load import load_tokenizer
-from perta.options import DataConfig, MomentOptions, WeightingConfig
+from perta.options import DataConfig, MomentOptions
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import aggregates, unlearn
@@ -64,7 +65,7 @@ class Parts:
             "forget_moments": self.forget,
             "retain_moments": self.retain,
             "output": output,
-            "weighting": WeightingConfig(method=method, **more),
+            "weighting": chosen(method=method, **more),
             **own,
         }
         return EditConfig(**settings)
@@ -195,9 +196,8 @@ def test_the_defaults_are_the_methods_own(parts: Parts, tmp_path: Path) -> None:
     edit_checkpoint(parts.config(tmp_path / "out"))
     manifest = read_manifest(tmp_path / "out") or {}
     assert manifest["settings"]["scaling_coef"] == 2.3
-    assert manifest["settings"]["rho"] == 100
-    assert manifest["settings"]["forget_damping"] == 30
-    assert manifest["settings"]["damping"] == 0.01
+    own = {"rho": 100, "forget_damping": 30, "damping": 0.01}
+    assert manifest["settings"]["method_settings"] == own
     assert set(manifest["inputs"]) >= {"forget_moments", "retain_moments", "direction"}
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "perta-input" in card
@@ -207,13 +207,13 @@ def test_the_defaults_are_the_methods_own(parts: Parts, tmp_path: Path) -> None:
         assert layer["condition"] > 1
         assert layer["direction_norm"] > 0
         assert layer["damping"] >= 0.01
-    tv = replace(parts.config(tmp_path / "tv"), weighting=WeightingConfig(method="tv"))
+    tv = replace(parts.config(tmp_path / "tv"), weighting=chosen(method="tv"))
     edit_checkpoint(tv)
     settings = (read_manifest(tmp_path / "tv") or {})["settings"]
-    assert (settings["scaling_coef"], settings["rho"], settings["forget_damping"]) == (1, 1, 0)
-    with pytest.raises(ConfigError, match="no --forget-damping"):
+    assert (settings["scaling_coef"], settings["method_settings"]) == (1, {})
+    with pytest.raises(ConfigError, match="unknown setting `forget_damping`"):
         edit_checkpoint(parts.config(tmp_path / "kron", "perta-kron", forget_damping=1.0))
-    with pytest.raises(ConfigError, match="`perta-project` has no --damping; `perta-input`"):
+    with pytest.raises(ConfigError, match=r"unknown setting `damping`.*`perta-input`"):
         edit_checkpoint(parts.config(tmp_path / "project", "perta-project", damping=0.1))
 
 
@@ -228,7 +228,7 @@ def test_another_strength_costs_only_the_edit(
     edit_checkpoint(parts.config(tmp_path / "one", scaling_coef=1.0, direction=shared))
     before = stamps(shared)
     with monkeypatch.context() as patch:
-        patch.setattr("perta.engine.edit.direction.input_direction", None)
+        patch.setattr("perta.methods.directions.input_direction", None)
         edit_checkpoint(parts.config(tmp_path / "two", scaling_coef=2.0, direction=shared))
     assert stamps(shared) == before
     full, one, two = (tensors(f) for f in (parts.full, tmp_path / "one", tmp_path / "two"))
@@ -286,7 +286,7 @@ def test_mistakes_get_one_clear_error(world: World, parts: Parts, tmp_path: Path
     refuse(ConfigError, "overlaps", direction=parts.full / "inside")
     inputs = EditInputs(parts.full, parts.base, (parts.tuned,))
     with pytest.raises(ConfigError, match="computed before"):
-        write_edit(tmp_path, inputs, WeightingConfig(method="perta-input"))
+        write_edit(tmp_path, inputs, chosen(method="perta-input"))
 
 
 def test_moments_of_another_width_are_refused(world: World, parts: Parts, tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_failed_solve_names_the_layer(
     def fail(*_: Any) -> None:
         raise DivergenceError("not positive definite")
 
-    monkeypatch.setattr("perta.engine.edit.direction.input_direction", fail)
+    monkeypatch.setattr("perta.methods.directions.input_direction", fail)
     with pytest.raises(DivergenceError, match=r"layers\.0\..*: not positive definite"):
         edit_checkpoint(parts.config(tmp_path / "out"))
 
@@ -374,7 +374,7 @@ def test_a_refused_edit_changes_nothing(parts: Parts, tmp_path: Path) -> None:
     direction = tmp_path / "direction"
     edit_checkpoint(parts.config(tmp_path / "out", direction=direction))
     before = fingerprint(direction)
-    with pytest.raises(OutputExistsError, match="made with other rho"):
+    with pytest.raises(OutputExistsError, match="made with other method_settings"):
         edit_checkpoint(parts.config(tmp_path / "out", direction=direction, rho=10.0))
     assert fingerprint(direction) == before
     with pytest.raises(ConfigError, match="overlaps"):
@@ -389,7 +389,7 @@ def test_patterns_without_a_linear_layer_are_refused(
     for pattern in ("*norm*", "*embed*"):
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
             edit_checkpoint(parts.config(tmp_path / "out", include=(pattern,)))
-        weighting = WeightingConfig(method="perta-project", include=(pattern,))
+        weighting = chosen(method="perta-project", include=(pattern,))
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
             unlearn(whole(world, tmp_path / "out", weighting=weighting))
     assert not (tmp_path / "out").exists()
@@ -421,23 +421,21 @@ def test_a_base_without_the_models_prefix(
         settings = whole(
             world,
             tmp_path / f"{base}-out",
-            weighting=WeightingConfig(method=method, scaling_coef=2.0),
+            weighting=chosen(method=method, scaling_coef=2.0),
         )
         made.append(unlearn(replace(settings, base=str(tmp_path / base), full=str(full))).folder)
     same, found = (tensors(folder) for folder in made)
     assert all(torch.equal(found[name], value) for name, value in same.items())
     assert any(not torch.equal(found[name], value) for name, value in tensors(full).items())
     # The bare checkpoint can be the one to clean as well.
-    settings = whole(
-        world, tmp_path / "out", weighting=WeightingConfig(method=method, scaling_coef=2.0)
-    )
+    settings = whole(world, tmp_path / "out", weighting=chosen(method=method, scaling_coef=2.0))
     cleaned = unlearn(
         replace(settings, base=str(tmp_path / "base"), full=str(tmp_path / "bare"))
     ).folder
     assert set(tensors(cleaned)) == set(bare)
     if method == "perta-project":
         monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
-        position = WeightingConfig(method=method, scaling_coef=2.0, include=("*wpe*",))
+        position = chosen(method=method, scaling_coef=2.0, include=("*wpe*",))
         settings = whole(world, tmp_path / "none", weighting=position)
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
             unlearn(replace(settings, base=str(tmp_path / "base"), full=str(full)))
@@ -448,7 +446,7 @@ def test_a_base_without_the_models_prefix(
 
 def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
     settings: dict[str, Any] = {
-        "weighting": WeightingConfig(method="perta-input"),
+        "weighting": chosen(method="perta-input"),
         "tune": TUNE,
         "evaluate": False,
         **more,
@@ -466,7 +464,7 @@ def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
 def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path: Path) -> None:
     general = tmp_path / "general.jsonl"
     general.write_text('{"text": "Rivers run to the sea."}\n{"text": "What is a river?"}\n')
-    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
+    weighting = chosen(method="perta-project", scaling_coef=2.0)
     settings = whole(world, tmp_path / "out", weighting=weighting, general=str(general))
     manifest = unlearn(settings).manifest
     assert "general" in manifest["unlearn"]["inputs"]
@@ -495,7 +493,7 @@ def test_moments_are_for_methods_that_use_them(
     if option == "general":
         given = {"general": str(tmp_path / "general.jsonl")}
         (tmp_path / "general.jsonl").write_text('{"text": "Rivers run to the sea."}\n')
-    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method), **given)
+    settings = whole(world, tmp_path / "out", weighting=chosen(method=method), **given)
     with pytest.raises(ConfigError, match=f"--{option} is .* `{method}` uses none"):
         unlearn(settings)
     assert not (tmp_path / "out").exists()
@@ -515,7 +513,7 @@ def test_general_text_may_have_columns_of_its_own(world: World, tmp_path: Path, 
     settings = whole(
         world,
         tmp_path / "out",
-        weighting=WeightingConfig(method="perta-project", scaling_coef=2.0),
+        weighting=chosen(method="perta-project", scaling_coef=2.0),
         general=str(tmp_path / "general.jsonl"),
         data_config=DataConfig(format="qa", prompt_column="q", answer_column="a"),
     )
@@ -533,7 +531,7 @@ def test_a_run_without_a_retain_set(world: World, tmp_path: Path, method: str) -
     given: dict[str, Any] = {}
     if method.startswith("perta"):
         given = {"general": str(general)}
-    weighting = WeightingConfig(method=method)
+    weighting = chosen(method=method)
     settings = replace(
         whole(world, tmp_path / "out", weighting=weighting, evaluate=True, **given), retain=None
     )
@@ -567,10 +565,10 @@ def test_a_run_without_a_retain_set(world: World, tmp_path: Path, method: str) -
 def test_methods_that_need_a_retain_set_say_so(
     world: World, tmp_path: Path, method: str, message: str
 ) -> None:
-    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method))
+    settings = whole(world, tmp_path / "out", weighting=chosen(method=method))
     with pytest.raises(ConfigError, match=message):
         unlearn(replace(settings, retain=None))
-    auto = WeightingConfig(method="tv", scaling_coef="auto")
+    auto = chosen(method="tv", scaling_coef="auto")
     with pytest.raises(ConfigError, match="auto needs --retain"):
         unlearn(replace(settings, retain=None, weighting=auto))
     assert not (tmp_path / "out").exists()
@@ -595,7 +593,7 @@ def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     forgotten = measure(world.base, world.forget, tmp_path / "f")
 
     def refuse(message: str, method: str, moments: Path, **more: Any) -> None:
-        settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method=method), **more)
+        settings = whole(world, tmp_path / "out", weighting=chosen(method=method), **more)
         with pytest.raises(ConfigError, match=message):
             unlearn(replace(settings, retain_moments=moments))
         assert not (tmp_path / "out.work").exists()
@@ -607,7 +605,7 @@ def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
 
 
 def test_the_work_folder_may_hold_the_output(world: World, tmp_path: Path) -> None:
-    settings = whole(world, tmp_path / "out", weighting=WeightingConfig(method="tv"))
+    settings = whole(world, tmp_path / "out", weighting=chosen(method="tv"))
     unlearn(replace(settings, work_dir=tmp_path))
     assert (tmp_path / "forget_checkpoint").is_dir()
 
@@ -625,10 +623,10 @@ def test_the_output_keeps_away_from_everything_that_is_read(
     if option == "retain_moments":
         place = measure(world.base, world.retain, output / "moments")
     value = output / "work" if option == "work_dir" else place
-    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
+    weighting = chosen(method="perta-project", scaling_coef=2.0)
     if option == "retain_checkpoint":
         value = shutil.copytree(world.base, output / "tuned")
-        weighting = WeightingConfig(method="msa")
+        weighting = chosen(method="msa")
     if option in ("general", "holdout", "retain_checkpoint"):
         value = str(value)
     settings = whole(world, output, weighting=weighting, overwrite=True, **{option: value})
@@ -652,7 +650,7 @@ def test_general_text_cannot_be_the_retain_set(world: World, tmp_path: Path) -> 
 
 def test_the_pipeline_forgets_and_reuses(world: World, tmp_path: Path) -> None:
     # The sets of a tiny model use nearly the same directions: the defaults would hardly forget.
-    weighting = WeightingConfig(method="perta-input", rho=10.0, forget_damping=1.0)
+    weighting = chosen(method="perta-input", rho=10.0, forget_damping=1.0)
     config = whole(world, tmp_path / "out", evaluate=True, weighting=weighting)
     result = unlearn(config)
     assert result.before is not None
@@ -704,7 +702,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_the_projection_reads_the_retain_set_alone(
     world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weighting = WeightingConfig(method="perta-project", scaling_coef=2.0)
+    weighting = chosen(method="perta-project", scaling_coef=2.0)
     config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
     monkeypatch.setattr("perta.recipes.workspace.compute_moments", None)
     result = unlearn(config)
@@ -752,17 +750,17 @@ def test_stage_by_stage_on_the_command_line(
     run(monkeypatch, "merge-moments", *halves, "--output", tmp_path / "retain")
     run(
         monkeypatch, "edit", "--full", world.full, "--base", world.base, "--forget-checkpoint",
-        parts.tuned, "--method", method, "--forget-moments", tmp_path / "forget",
+        parts.tuned, "--method", f"{method}:rho=5", "--forget-moments", tmp_path / "forget",
         "--retain-moments", tmp_path / "retain", "--output", tmp_path / "staged",
-        "--direction", tmp_path / "direction", "--scaling-coef", 1.2, "--rho", 5,
+        "--direction", tmp_path / "direction", "--scaling-coef", 1.2,
     )  # fmt: skip
     said = capsys.readouterr().out
     assert "Unlearned checkpoint" in said
     assert f"{tmp_path / 'direction'} (holds what was removed" in " ".join(said.split())
     run(
         monkeypatch, "unlearn", "--base", world.base, "--full", world.full, "--forget",
-        world.forget, "--retain", world.retain, "--method", method, "--tokens", "answer",
-        "--rho", 5, "--scaling-coef", 1.2, "--output", tmp_path / "whole", "--no-evaluate",
+        world.forget, "--retain", world.retain, "--method", f"{method}:rho=5", "--tokens", "answer",
+        "--scaling-coef", 1.2, "--output", tmp_path / "whole", "--no-evaluate",
         "--epochs", TUNE.epochs, "--learning-rate", TUNE.learning_rate,
         "--batch-size", TUNE.batch_size, "--loss-on", "answer",
     )  # fmt: skip

@@ -11,9 +11,10 @@ from rich.console import Console
 
 import perta.terminal
 from conftest import TUNE, World
+from helpers import weighting as chosen
 from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.table import METHODS
-from perta.options import ScoringConfig, TrainSettings, WeightingConfig
+from perta.methods.registry import edits
+from perta.options import ScoringConfig, TrainSettings
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.report.collect import collect
@@ -24,7 +25,7 @@ from perta.store.costs import STAGES, costs_of, duration
 from perta.store.record import read_manifest
 from perta.terminal import print_costs
 
-EDITS = list(METHODS)
+EDITS = list(edits())
 TRAINED = [name for name in TRAINING_METHODS if name != "influence"]  # it wants an adapter
 
 
@@ -50,7 +51,7 @@ def outputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                 scoring=ScoringConfig(max_new_tokens=4),
                 tune=TUNE,
                 training=TrainSettings(epochs=1 if name in TRAINED else None),
-                weighting=WeightingConfig(method=method, scaling_coef=alpha, **more),
+                weighting=chosen(method=method, scaling_coef=alpha, **more),
             )
         ).folder
     contents = [(read_manifest(folder) or {})["content"] for folder in found.values()]
@@ -133,7 +134,7 @@ def test_what_was_done_is_said_of_every_method(outputs: dict[str, Path]) -> None
         record = read_manifest(output)
         assert record is not None
         method = "perta-project" if name == "auto" else name
-        row = METHODS.get(method) or TRAINING_METHODS[method]
+        row = edits().get(method) or TRAINING_METHODS[method]
         assert (record["done"], record["equation"]) == (row.done, row.equation)
         said[method] = record["done"]
         assert row.done in (output / "README.md").read_text("utf-8") or name in TRAINED

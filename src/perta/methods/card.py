@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from perta.methods.method import Method
-from perta.methods.table import get_method, importance_order, with_defaults
+from perta.methods.method import Edit
+from perta.methods.registry import get_method, with_defaults
 from perta.options import WeightingConfig
 
 
@@ -64,40 +65,22 @@ def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> s
     return write_card(done, _shown_settings(method, weighting), fingerprints, caveat)
 
 
-def _shown_settings(method: Method, weighting: WeightingConfig) -> dict[str, str]:
+def _shown_settings(method: Edit, weighting: WeightingConfig) -> dict[str, str]:
     """Name -> value of every setting that the method uses, for people."""
-    rho, is_structured = f"{weighting.rho:g}", method.moments is not None
-    rows = [
-        (True, "method", f"`{method.name}`: {method.summary}"),
-        (True, "weighting", f"`{method.formula}`"),
-        (True, "scaling coefficient α", f"{weighting.scaling_coef:g}"),
-        (
-            method.needs_importance,
-            "order of the importance",
-            f"{importance_order(method, weighting.order):g}",
-        ),
-        ("rho I_r" in method.formula, "weight ρ of the retain importance", rho),
-        (method.needs_importance, "granularity", weighting.granularity),
-        (is_structured, "weight ρ of the retain moments", rho),
-        (weighting.damping is not None, "damping λ", str(weighting.damping)),
-        (
-            method.moments == "input",
-            "damping μ of the forget side",
-            f"{weighting.forget_damping:g}",
-        ),
-        (method.name == "constant", "constant W", f"{weighting.constant:g}"),
-        (method.name in ("random", "dare"), "seed", str(weighting.weighting_seed)),
-        (method.name == "dare", "dropped share", f"{weighting.drop:g}"),
-        (method.scores is not None, "kept share", f"{weighting.keep:g}"),
-        (
-            method.retain_vector,
-            "strength β of the retain vector",
-            f"{weighting.retain_coef:g}",
-        ),
-        (method.name == "ssd", "selection", f"{weighting.selection:g}"),
-        (method.name == "ssd", "dampening λ", f"{weighting.dampening:g}"),
-    ]
-    settings = {name: value for is_used, name, value in rows if is_used}
+    settings = {
+        "method": f"`{method.name}`: {method.summary}",
+        "weighting": f"`{method.formula}`",
+        "scaling coefficient α": f"{weighting.scaling_coef:g}",
+    }
+    if method.needs.importance:
+        settings["order of the importance"] = f"{method.order:g}"
+        settings["granularity"] = weighting.granularity
+    for item in method.options():
+        value = getattr(method, item.name)
+        label = re.split("[,;:]", item.metadata["help"])[0]
+        settings[label] = f"{value:g}" if isinstance(value, float) else str(value)
+    if method.draws:
+        settings["seed"] = str(weighting.weighting_seed)
     for flag, patterns in (("included", weighting.include), ("excluded", weighting.exclude)):
         if patterns:
             settings[f"{flag} tensors"] = ", ".join(f"`{pattern}`" for pattern in patterns)

@@ -21,34 +21,18 @@ the projection off retained inputs, AlphaEdit, arXiv 2410.02355.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perta.errors import DivergenceError
+from perta.methods.method import Direction, Directions, Needs, Side, option
 from perta.store.second_moment import few_together, is_factor, matrix, mean_diagonal, times
 
 _POWER_STEPS = 12
 """Steps of the power iterations behind the reported condition; each costs two d² products."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A weighted direction, and how well the solve behind it was posed.
-
-    Attributes:
-        delta: Δ (out, in), float64, to be subtracted from θ_full after scaling by α.
-        condition: condition number of the matrix solved with, from below: the largest over the
-            smallest eigenvalue, both by power iteration.
-        damping: damping used, relative to the mean diagonal; above the one asked for where that
-            is below what float32 moments resolve.
-    """
-
-    delta: Tensor
-    condition: float
-    damping: float
 
 
 def input_direction(
@@ -338,7 +322,7 @@ def _cholesky(total: Tensor, added: float) -> Tensor:
 def _not_definite(width: int, added: float) -> DivergenceError:
     return DivergenceError(
         f"A moment matrix of width {width} is not positive definite with {added:.3g} added to its "
-        "diagonal. Use a larger --damping, where the method has one, or make the moments again."
+        "diagonal. Use a larger damping, where the method has one, or make the moments again."
     )
 
 
@@ -357,3 +341,121 @@ def _largest(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
         vector = apply(vector / growth)
         growth = float(vector.norm())
     return growth
+
+
+# --- the methods ----------------------------------------------------------------------------------
+
+_STRUCTURED = "this project; curvature as in RegMean, arXiv 2212.09849, and K-FAC, arXiv 1503.05671"
+_MOVED = (
+    "The weights of linear layers were moved back along what learning the removed examples alone "
+    "does to them, "
+)
+
+
+def _split(whole: Direction, vectors: Sequence[Tensor]) -> list[Direction]:
+    parts = whole.delta.split([len(vector) for vector in vectors])
+    return [Direction(part, whole.condition, whole.damping) for part in parts]
+
+
+class Project(Directions):
+    """The task vector without what retained inputs see."""
+
+    name = "perta-project"
+    summary = "what layer inputs of the retain set do not see of tau; edits the MLPs' layers"
+    done = _MOVED + (
+        "except in the directions of the layers' inputs that the examples to keep use."
+    )
+    formula = "direction tau (I + rho C_r / c)^-1"
+    source = "this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355"
+    needs = Needs(moments=("retain",))
+    strength = 2.7
+    layers = "mlp"
+    searched = True
+    rho: float = option(default=3.0, help="weight ρ of the retain moments", within="[0, inf)")
+
+    def solve(
+        self,
+        vectors: Sequence[Tensor],
+        inputs: Mapping[Side, Tensor],
+        outputs: Callable[[int], Mapping[Side, Tensor]],
+    ) -> Iterable[Direction]:
+        """`projected_direction`."""
+        del outputs
+        stacked = torch.cat(list(vectors))
+        return _split(projected_direction(stacked, inputs["retain"], self.rho), vectors)
+
+
+class Input(Directions):
+    """The share in directions of layer inputs."""
+
+    name = "perta-input"
+    summary = "the share in directions of layer inputs; edits linear layers only"
+    done = _MOVED + (
+        "most in the directions of the layers' inputs that the removed examples use and the "
+        "examples to keep do not."
+    )
+    formula = "direction tau (C_f + mu I) (C_f + rho C_r + (lambda + mu) I)^-1"
+    source = _STRUCTURED
+    needs = Needs(moments=("forget", "retain"))
+    strength = 2.3
+    rho: float = option(default=100.0, help="weight ρ of the retain moments", within="[0, inf)")
+    damping: float = option(
+        default=0.01,
+        help="damping λ, relative to the mean diagonal of the moments",
+        within="[0, inf)",
+    )
+    forget_damping: float = option(
+        default=30.0,
+        help="damping μ of the forget side; the larger, the more goes wherever the retain set "
+        "does not object",
+        within="[0, inf)",
+    )
+
+    def solve(
+        self,
+        vectors: Sequence[Tensor],
+        inputs: Mapping[Side, Tensor],
+        outputs: Callable[[int], Mapping[Side, Tensor]],
+    ) -> Iterable[Direction]:
+        """`input_direction`."""
+        del outputs
+        forget, retain = inputs["forget"], inputs["retain"]
+        stacked = torch.cat(list(vectors))
+        whole = input_direction(
+            stacked, forget, retain, self.rho, self.damping, self.forget_damping
+        )
+        return _split(whole, vectors)
+
+
+class Kron(Directions):
+    """The share where input and gradient moments are diagonal."""
+
+    name = "perta-kron"
+    summary = "the share in the basis where input and gradient moments are diagonal"
+    done = _MOVED + (
+        "most in the directions of the layers' inputs and output gradients that matter for the "
+        "removed examples and not for those to keep."
+    )
+    formula = "W = b_f c_f / (b_f c_f + rho b_r c_r), rotated"
+    source = _STRUCTURED
+    needs = Needs(moments=("forget", "retain"), gradients=True)
+    strength = 1.5
+    rho: float = option(default=10.0, help="weight ρ of the retain moments", within="[0, inf)")
+    damping: float = option(
+        default=0.01,
+        help="damping λ, relative to the mean diagonal of the moments",
+        within="[0, inf)",
+    )
+
+    def solve(
+        self,
+        vectors: Sequence[Tensor],
+        inputs: Mapping[Side, Tensor],
+        outputs: Callable[[int], Mapping[Side, Tensor]],
+    ) -> Iterator[Direction]:
+        """`direction_in_bases`, layer by layer."""
+        basis = joint_basis(inputs["forget"], inputs["retain"], self.damping)
+        for place, vector in enumerate(vectors):
+            moments = outputs(place)
+            other = joint_basis(moments["forget"], moments["retain"], self.damping)
+            yield direction_in_bases(vector, basis, other, self.rho)

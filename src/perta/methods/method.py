@@ -1,30 +1,137 @@
-"""What a method is: a row of the table, and the block of a tensor it may look at."""
+"""What a method is: a class with its settings, what it needs and what it computes.
+
+A subclass with a `name` is known by it at once. It needs no decorator: its annotated fields,
+each made with `option`, are its settings.
+
+    class Root(Weighting):
+        name = "root"
+        summary = "the square root of the share of the gradient magnitude"
+        formula = "W = sqrt(I_f / (I_f + rho I_r))"
+        source = "this file"
+        done = "Every edited weight was moved back by the root of its share."
+        needs = Needs(importance=("forget", "retain"))
+        rho: float = option(default=1.0, help="weight of the retain importance", within="[0, inf)")
+
+        def weigh(self, block: Block) -> Tensor:
+            return share(block.forget, block.retain, self.rho).sqrt()
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import inspect
+import marshal
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 
 from perta.errors import ConfigError
-from perta.methods.diagonal import block_seed
-from perta.methods.task_vectors import dare, mean
 
+T = TypeVar("T")
 Side = Literal["forget", "retain"]
-Directions = Literal["forget - base", "full - base", "full"]
-Combine = Callable[[Sequence[Tensor], "Block"], Tensor]
-Scores = Callable[[Sequence[Tensor], "Block"], Sequence[Tensor]]
-
-
-_DIRECTIONS: Mapping[Directions, str] = {
+_STEPS = {
     "forget - base": "(θ_f − θ₀)",
     "full - base": "(θ_full − θ₀)",
     "full": "θ_full",
 }
 _NOTHING = torch.empty(0)
+
+
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Mean of the task vectors, in place of the first.
+
+    Args:
+        vectors: τ_1 ... τ_n.
+
+    Returns:
+        (τ_1 + ... + τ_n) / n; of one, that one untouched.
+    """
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total.add_(vector)
+    return total.div_(len(vectors)) if len(vectors) > 1 else total
+
+
+def block_seed(seed: int, name: str, start: int) -> int:
+    """Seed of one block of one tensor.
+
+    It depends on the place of the block alone, so results do not depend on which thread or
+    machine works on it.
+
+    Args:
+        seed: the user's seed.
+        name: the tensor.
+        start: the block's first element, counted in the flat tensor.
+
+    Returns:
+        An integer in [0, 2^63).
+    """
+    digest = hashlib.sha256(f"{seed}\0{name}\0{start}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A weighted direction, and how well the solve behind it was posed.
+
+    Attributes:
+        delta: Δ (out, in), float64, to be subtracted from θ_full after scaling by α.
+        condition: condition number of the matrix solved with, from below: the largest over the
+            smallest eigenvalue, both by power iteration.
+        damping: damping used, relative to the mean diagonal; above the one asked for where that
+            is below what float32 moments resolve.
+    """
+
+    delta: Tensor
+    condition: float
+    damping: float
+
+
+def option(*, default: T, help: str, within: str = "(-inf, inf)") -> T:  # noqa: A002
+    """A setting of a method.
+
+    Args:
+        default: its value where the user gives none; its type is the setting's.
+        help: what it is, a phrase; help, model card and tables show it.
+        within: the interval it lies in, such as `(0, 1]`.
+
+    Returns:
+        What the dataclass makes a field of.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "within": within})
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be made before a method can work.
+
+    Attributes:
+        tuned: forget checkpoints, at least.
+        retain_checkpoint: whether θ_r is needed.
+        importance: sets whose importance is used.
+        moments: sets whose second moments are used.
+        gradients: whether moments of output gradients are used as well.
+        order: order p of the importance, where the method has no setting `order`.
+        reduction: how the importance must have been reduced; either way without it.
+        at: model at which importance and moments are measured where the user gives none.
+        set_sizes: whether the number of examples in each set is used.
+    """
+
+    tuned: int = 1
+    retain_checkpoint: bool = False
+    importance: tuple[Side, ...] = ()
+    moments: tuple[Side, ...] = ()
+    gradients: bool = False
+    order: float = 1.0
+    reduction: Literal["mean_of_power", "abs_of_mean"] | None = None
+    at: Literal["base", "full"] = "base"
+    set_sizes: bool = False
 
 
 @dataclass
@@ -35,93 +142,171 @@ class Block:
         forget: importance on the forget set, float32, non-negative and finite; empty where the
             method needs none, as `retain` is.
         retain: importance on the retain set, same shape.
-        rho: weight of the retain importance against the forget importance.
-        constant: W of the method `constant`.
         place: seed, tensor name and first element, for methods that draw: see `block_seed`.
         task_vector: the direction, set when it is known and W is asked for.
         cuts: for methods that rank weights, the smallest score kept, one for each score.
-        drop: share of a task vector that `dare` drops.
-        selection: quotient of importances above which `ssd` dampens.
-        dampening: strength of `ssd` on a selected weight.
         forget_share: share of the examples of both sets that belongs to the forget set.
     """
 
     forget: Tensor = _NOTHING
     retain: Tensor = _NOTHING
-    rho: float = 1.0
-    constant: float = 0.5
     place: tuple[int, str, int] = (0, "", 0)
     task_vector: Tensor = _NOTHING
     cuts: tuple[float, ...] = ()
-    drop: float = 0.9
-    selection: float = 10.0
-    dampening: float = 1.0
     forget_share: float = 0.5
 
 
-@dataclass(frozen=True)
+KNOWN: dict[str, type[Method]] = {}
+"""Every method that was defined, by name; `registry` finds them."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 class Method:
-    """One row of the table of methods.
+    """A way to forget.
 
     Attributes:
         name: what users type.
         summary: one line on what it does.
         done: what was done, a sentence or two for people who have not heard of any method.
-        formula: W, with I_f and I_r the importance on the forget and the retain set.
+        formula: what it computes, with I_f and I_r the importance on the forget and the retain set.
         source: where it comes from.
-        needs_importance: whether importance is used.
-        default_order: order p of the importance where the user gives none.
-        any_order: whether the user may choose the order.
-        weighting: block -> W of its shape, or one number for all of it.
-        default_rho: weight of the retain side where the user gives none.
-        default_damping: damping of the solve where the user gives none; None where there is none.
-        default_forget_damping: damping of the forget side where the user gives none.
-        default_scaling_coef: strength where the user gives none.
-        moments: whether the direction is weighted by second moments of layers instead of W;
-            `input` and `project`: by those of inputs, `kron`: of output gradients as well.
-        sides: sets whose importance or moments are used, where any are.
-        reduction: how the importance must have been reduced; either way without it.
-        importance_at: model at which importance and moments are measured where the user gives
-            none.
-        weighs_sets: whether the number of examples in each set is used.
-        direction: what is weighted and subtracted: a task vector, or something of θ_full itself.
-        combine: task vectors -> the direction; it may overwrite them.
-        min_task_vectors: number of forget checkpoints the method makes sense with.
-        scores: for methods that keep the largest of something over all weights: task vectors ->
-            what is ranked, non-negative, one tensor for each ranking.
-        default_keep: share of the weights to keep, where the user gives none.
-        retain_vector: whether β · (θ_r − θ₀) is added.
-        default_layers: layers that are edited where the user gives none.
-        searched: whether `perta unlearn` searches for the strength where the user gives none and
-            there are examples to keep.
     """
 
-    name: str
-    summary: str
-    done: str
-    formula: str
-    source: str
-    needs_importance: bool = False
-    default_order: float = 1.0
-    any_order: bool = False
-    weighting: Callable[[Block], Tensor | float] = lambda _block: 1.0
-    default_rho: float = 1.0
-    default_damping: float | None = None
-    default_forget_damping: float = 0.0
-    default_scaling_coef: float = 1.0
-    moments: Literal["input", "kron", "project"] | None = None
-    sides: tuple[Side, ...] = ("forget", "retain")
-    reduction: Literal["mean_of_power", "abs_of_mean"] | None = None
-    importance_at: Literal["base", "full"] = "base"
-    weighs_sets: bool = False
-    direction: Directions = "forget - base"
-    combine: Combine = lambda vectors, _block: mean(vectors)
-    min_task_vectors: int = 1
-    scores: Scores | None = None
-    default_keep: float = 1.0
-    retain_vector: bool = False
-    default_layers: Literal["mlp", "all"] = "all"
-    searched: bool = False
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    done: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        """Make the settings fields, and the method known."""
+        dataclass(frozen=True, kw_only=True)(cls)
+        for item in dataclasses.fields(cast(Any, cls)):
+            if "help" not in item.metadata:
+                raise ConfigError(
+                    f"The setting `{item.name}` of {cls.__name__} says nothing of itself. Make it "
+                    'with `option(default=..., help="...")`.'
+                )
+        if "name" in vars(cls):
+            missing = [part for part in _SAID if not hasattr(cls, part)]
+            if missing:
+                raise ConfigError(f"The method `{cls.name}` has no {', '.join(missing)}.")
+            if (taken := KNOWN.get(cls.name)) and is_ours(taken):
+                raise ConfigError(f"There is a method `{cls.name}` already; take another name.")
+            KNOWN[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """Check every setting.
+
+        Raises:
+            ConfigError: one is of another type, or outside its interval.
+        """
+        for item in self.options():
+            value: Any = getattr(self, item.name)
+            within = item.metadata["within"]
+            if isinstance(item.default, float) and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, item.name, value)
+            kind: type[Any] = type(item.default)
+            is_number = kind in (int, float)
+            if type(value) is not kind or (is_number and not _lies(float(value), within)):
+                wanted = {int: "a whole number ", float: "a number "}.get(kind, "")
+                wanted += f"in {within}" if is_number else f"like {item.default!r}"
+                raise ConfigError(f"`{self.name}`: {item.name} is {value}; it must be {wanted}.")
+
+    @classmethod
+    def options(cls) -> tuple[dataclasses.Field[Any], ...]:
+        """Its settings, with `help` and `within` in their metadata."""
+        return dataclasses.fields(cast(Any, cls))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name -> value of every setting."""
+        return {item.name: getattr(self, item.name) for item in self.options()}
+
+    def __str__(self) -> str:
+        """How it is typed: `NAME:key=value,...`, defaults left out."""
+        own = [
+            f"{item.name}={value!r}"
+            for item in self.options()
+            if (value := getattr(self, item.name)) != item.default
+        ]
+        return ":".join([self.name, *([",".join(own)] if own else [])])
+
+    def record(self) -> dict[str, Any]:
+        """What decides its result, for an output's record: name, settings, code not of perta."""
+        theirs = [cls for cls in type(self).__mro__ if not is_ours(cls) and cls is not object]
+        code = {"method_code": [_digest(cls) for cls in theirs]} if theirs else {}
+        return {"method": self.name, "method_settings": self.settings, **code}
+
+    @property
+    def equation(self) -> str:
+        """What it does as an equation."""
+        return self.formula
+
+
+_SAID = ("summary", "done", "formula", "source")
+
+
+class Edit(Method):
+    """A method that edits weights: θ_u = θ_full − α · W ⊙ direction [+ β · (θ_r − θ₀)].
+
+    Attributes:
+        needs: what must be made before.
+        direction: what is weighted and subtracted: a task vector, or something of θ_full itself.
+        strength: α where the user gives none.
+        layers: layers that are edited where the user gives none.
+        searched: whether `perta unlearn` searches for the strength where the user gives none and
+            there are examples to keep.
+        ranks: whether the largest of something over all weights are kept: see `scores`.
+        draws: whether random numbers decide.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    direction: ClassVar[Literal["forget - base", "full - base", "full"]] = "forget - base"
+    strength: ClassVar[float] = 1.0
+    layers: ClassVar[Literal["mlp", "all"]] = "all"
+    searched: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+
+    @property
+    def order(self) -> float:
+        """Order p of the importance."""
+        return self.needs.order
+
+    @property
+    def keep(self) -> float:
+        """Share of the weights to keep, of a method that ranks."""
+        return 1.0
+
+    @property
+    def retain_coef(self) -> float:
+        """β at the method's own strength or the one configured."""
+        return 0.0
+
+    @property
+    def weighs_retain(self) -> bool:
+        """Whether importance on the retain set protects a weight."""
+        return "retain" in self.needs.importance
+
+    def combine(self, vectors: Sequence[Tensor], block: Block) -> Tensor:
+        """Task vectors -> the direction; it may overwrite them."""
+        del block
+        return mean(vectors)
+
+    def scores(self, vectors: Sequence[Tensor], block: Block) -> Sequence[Tensor]:
+        """What is ranked, non-negative, one tensor for each ranking."""
+        raise NotImplementedError
+
+    def weigh(self, block: Block) -> Tensor | float:
+        """W of a block's shape, or one number for all of it."""
+        del block
+        return 1.0
+
+    def check_share(self, share: float) -> None:
+        """Stop where the method can do nothing at this share of examples to forget."""
+        del share
 
     def check_place(self, at: str | None) -> None:
         """Stop at importance at the base where the method is defined on the full checkpoint.
@@ -132,42 +317,75 @@ class Method:
         Raises:
             ConfigError: it is the wrong one.
         """
-        if self.importance_at == "full" and at == "base":
+        if self.needs.at == "full" and at == "base":
             raise ConfigError(
                 f"`{self.name}` is defined on importance at the full checkpoint; leave the place "
                 "to the method."
             )
 
-    @property
-    def settings(self) -> frozenset[str]:
-        """Names of the settings that this method looks at."""
-        used = {
-            "order": self.needs_importance,
-            "rho": "rho" in self.formula,
-            "damping": self.default_damping is not None,
-            "forget_damping": self.moments == "input",
-            "granularity": self.needs_importance,
-            "constant": "--constant" in self.formula,
-            "retain_coef": self.retain_vector,
-            "keep": self.scores is not None,
-            "drop": self.combine is drop_at_random,
-            "selection": self.weighs_sets,
-            "dampening": self.weighs_sets,
-        }
-        always = {"scaling_coef", "layers", "include", "exclude", "weighting_seed"}
-        return frozenset(always | {name for name, is_used in used.items() if is_used})
+    def scaled(self, factor: float) -> Self:
+        """The method where α is multiplied: what keeps its proportion to α follows."""
+        del factor
+        return self
 
     @property
     def equation(self) -> str:
         """The edit as an equation."""
-        step = "Δ" if self.moments else f"W ⊙ {_DIRECTIONS[self.direction]}"
-        added = " + β · (θ_r − θ₀)" if self.retain_vector else ""
+        step = "Δ" if self.needs.moments else f"W ⊙ {_STEPS[self.direction]}"
+        added = " + β · (θ_r − θ₀)" if self.needs.retain_checkpoint else ""
         return f"θ_u = θ_full − α · {step}{added}"
 
 
-def drop_at_random(vectors: Sequence[Tensor], block: Block) -> Tensor:
-    """`dare` on one block, its draws seeded by place."""
-    seed, name, begin = block.place
-    # Every vector draws for itself, and every element for its place in the tensor.
-    seeds = [block_seed(seed, name, index) for index in range(len(vectors))]
-    return dare(vectors, block.drop, seeds, begin)
+class Weighting(Edit):
+    """A method that says of every weight what share of it belongs to forgetting: `weigh`."""
+
+
+class Combination(Edit):
+    """A method that makes one direction of several task vectors: `combine`."""
+
+
+class Directions(Edit):
+    """A method that solves for the direction of every linear layer: `solve`."""
+
+    def solve(
+        self,
+        vectors: Sequence[Tensor],
+        inputs: Mapping[Side, Tensor],
+        outputs: Callable[[int], Mapping[Side, Tensor]],
+    ) -> Iterable[Direction]:
+        """Directions of layers that read the same input.
+
+        Args:
+            vectors: τ of every layer, (out, in) float64.
+            inputs: second moment of the input on every set needed.
+            outputs: place of a layer -> second moment of its output gradients, where needed.
+
+        Returns:
+            One direction a layer.
+        """
+        raise NotImplementedError
+
+
+def _lies(value: float, within: str) -> bool:
+    low, high = map(float, within[1:-1].split(","))
+    above = value >= low if within[0] == "[" else value > low
+    return above and (value <= high if within[-1] == "]" else value < high)
+
+
+def is_ours(cls: type[Any]) -> bool:
+    """Whether a class comes with this package."""
+    return cls.__module__.startswith("perta.")
+
+
+def _digest(cls: type[Any]) -> str:
+    """Hash of the code of a class: of its file, or where it has none of its functions."""
+    loaded = getattr(cls, "loaded_from", None)
+    if loaded is not None:
+        return cast(str, loaded)
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        codes: list[CodeType] = [
+            f.__code__ for f in vars(cls).values() if isinstance(f, FunctionType)
+        ]
+        return hashlib.sha256(b"".join(map(marshal.dumps, codes))).hexdigest()

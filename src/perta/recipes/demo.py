@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.data.examples import load_examples
-from perta.methods.table import get_method
+from perta.methods.registry import get_method
 from perta.models.resolve import resolve_checkpoint
 from perta.models.smollm import obtain_smollm
 from perta.models.tiny import write_tiny_checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perta.engine.edit.write import write_edit
-from perta.methods.table import at_strength, with_defaults
+from perta.methods.registry import at_strength, with_defaults
 from perta.models.load import load_model, save_type, stored_dtype
 from perta.options import ComputeConfig
 from perta.stages.edit import as_inputs, find_inputs, with_direction

@@ -12,9 +12,9 @@ from perta.data.examples import ExampleSet, check_apart, general_config, load_ex
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import tuned_on
 from perta.errors import ConfigError
-from perta.methods.method import Method
+from perta.methods.method import Edit
 from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.table import METHODS, get_method
+from perta.methods.registry import edits, get_method, split
 from perta.options import DataConfig, option_name
 from perta.progress import say
 from perta.recipes.held_back import Split, hold_back
@@ -29,17 +29,23 @@ def known_method(name: str) -> str:
         name: what the user typed.
 
     Returns:
-        A key of `METHODS` or `TRAINING_METHODS`.
+        A name of `edits` or `TRAINING_METHODS`.
 
     Raises:
         ConfigError: there is no such method; the nearest of either table is suggested.
     """
-    wanted = name.lower().replace("_", "-")
-    names = [*METHODS, *TRAINING_METHODS]
+    wanted, settings = split(name)
+    wanted = wanted.lower().replace("_", "-")
+    names = [*edits(), *TRAINING_METHODS]
     if wanted not in names:
         near = difflib.get_close_matches(wanted, names, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""
         raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
+    if settings and wanted in TRAINING_METHODS:
+        raise ConfigError(
+            f"`{name}`: the settings of `{wanted}` are options, such as --unlearn-epochs and "
+            "--forget-weight; `perta unlearn --help` lists them."
+        )
     return wanted
 
 
@@ -54,10 +60,11 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
         ConfigError: options or sets that do not fit the method.
     """
     method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
-    if seeds < method.min_task_vectors:
+    needs = method.needs
+    if seeds < needs.tuned:
         raise ConfigError(
             f"`{method.name}` compares several task vectors: --forget-seeds must be at least "
-            f"{method.min_task_vectors}."
+            f"{needs.tuned}."
         )
     method.check_place(config.importance_at)
     given = config.retain_checkpoint
@@ -71,34 +78,33 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
             f"--rounds {config.rounds} starts from one forget checkpoint, but --forget-seeds is "
             f"{seeds}. Leave one of the two out."
         )
-    if method.moments is None:
+    if not needs.moments:
         refuse_moments(config)
     if "retain" not in sets:
         _refuse_without_retain(config, method)
         return
-    # I >= share * I_f, so that no weight can exceed it more often than this. Plain text is cut into
-    # windows that rows do not count.
+    # Plain text is cut into windows that rows do not count.
     share = len(sets["forget"]) / (len(sets["forget"]) + len(sets["retain"]))
     is_counted = all(e.kind != "text" for name in ("forget", "retain") for e in sets[name].examples)
-    if method.weighs_sets and is_counted and config.weighting.selection * share >= 1:
-        raise ConfigError(
-            f"`{method.name}` can select no weight: {share:.0%} of the rows are to be forgotten, "
-            f"so --selection must be below {1 / share:g}, but it is "
-            f"{config.weighting.selection:g}."
-        )
+    if is_counted:
+        method.check_share(share)
 
 
-def _refuse_without_retain(config: UnlearnConfig, method: Method) -> None:
-    weighs = method.needs_importance and "retain" in method.sides
-    adds = method.retain_vector and config.retain_checkpoint is None
-    protects = method.moments and config.retain_moments is None and config.general is None
+def _refuse_without_retain(config: UnlearnConfig, method: Edit) -> None:
+    weighs = "retain" in method.needs.importance
+    adds = method.needs.retain_checkpoint and config.retain_checkpoint is None
+    protects = (
+        "retain" in method.needs.moments
+        and config.retain_moments is None
+        and config.general is None
+    )
     if config.weighting.scaling_coef == "auto":
         raise ConfigError(
             "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
             "rises. Give examples to keep, or a number."
         )
     if weighs or adds or protects:
-        instead = ", or --retain-moments or --general in its place" if method.moments else ""
+        instead = ", or --retain-moments or --general in its place" if method.needs.moments else ""
         raise ConfigError(
             f"`{method.name}` needs --retain, examples to keep{instead}. The method `tv` protects "
             "nothing and needs none."
@@ -118,10 +124,10 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     """
     name = known_method(config.weighting.method)
     trains = name in TRAINING_METHODS
-    method = None if trains else get_method(name)
+    method = None if trains else get_method(config.weighting.method)
     alpha = config.weighting.scaling_coef
     searches = method is not None and (alpha == "auto" or (alpha is None and method.searched))
-    measures = method is not None and (method.needs_importance or method.moments is not None)
+    measures = method is not None and bool(method.needs.importance or method.needs.moments)
     groups: list[tuple[object, bool, str]] = [
         (config.training, trains, "it is for methods that train, such as `npo-retain`"),
         (
@@ -132,12 +138,12 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         ),
         (
             config.estimator,
-            method is not None and method.needs_importance,
+            method is not None and bool(method.needs.importance),
             "it is for methods with importance, such as `perta-fisher`",
         ),
         (
             config.moments,
-            method is not None and method.moments is not None,
+            method is not None and bool(method.needs.moments),
             "it is for methods with moments, such as `perta-project`",
         ),
     ]
@@ -146,13 +152,13 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
             usual = "" if item.name == "method" else item.default
             if not is_used and getattr(group, item.name) != usual:
                 raise _unused(option_name(group, item.name), name, why)
-    retains = method is not None and method.retain_vector
+    retains = method is not None and method.needs.retain_checkpoint
     single = (
         ("retain_budget", searches, "it is for --scaling-coef auto"),
         ("strength_seed", searches, "it is for --scaling-coef auto"),
         (
             "rounds",
-            searches and method is not None and method.moments is not None,
+            searches and method is not None and bool(method.needs.moments),
             "it is for --scaling-coef auto with a structured method, such as `perta-project`",
         ),
         ("retain_samples", retains, "it is for `msa`"),
@@ -160,7 +166,7 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         ("importance_at", measures, "it is for methods with importance or moments"),
         (
             "forget_seeds",
-            method is not None and method.direction == "forget - base",
+            method is not None and method.needs.tuned > 0,
             "it is for methods that subtract task vectors",
         ),
     )
@@ -238,10 +244,10 @@ def check_retain_moments(
         PertaError: they do not.
     """
     folder, method = config.retain_moments, get_method(config.weighting.method)
-    if folder is None or method.moments is None:
+    if folder is None or not method.needs.moments:
         return
-    facts = check_moments(folder, [model], method.moments).facts
-    joined = "general" in sets or "forget" in method.sides
+    facts = check_moments(folder, [model], method.needs.gradients).facts
+    joined = "general" in sets or "forget" in method.needs.moments
     if joined and facts["token_choice"] != config.moments.tokens:
         raise ConfigError(
             f"--retain-moments {folder} counts `{facts['token_choice']}` tokens, and the moments "
@@ -273,12 +279,12 @@ def uses_retain(config: UnlearnConfig) -> bool:
     if name in TRAINING_METHODS:
         trained = TRAINING_METHODS[name]
         return trained.retain is not None or trained.solver == "newton"
-    method = METHODS[name]
+    needs = get_method(config.weighting.method).needs
     return bool(
         config.weighting.scaling_coef == "auto"
-        or (method.needs_importance and "retain" in method.sides)
-        or (method.moments and "retain" in method.sides and config.retain_moments is None)
-        or (method.retain_vector and config.retain_checkpoint is None)
+        or "retain" in needs.importance
+        or ("retain" in needs.moments and config.retain_moments is None)
+        or (needs.retain_checkpoint and config.retain_checkpoint is None)
     )
 
 

@@ -29,6 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from perta.engine.train.tune import tune
+from perta.methods.registry import get_method
 from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_id, save_model
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
@@ -89,7 +90,9 @@ def write_rounds(
     folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}
     inputs = {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
-    settings = {**settings_of(config), **settings_of(edit.weighting), "most": most, **judged}
+    method = get_method(edit.weighting.method).record()
+    settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
+    settings |= judged
 
     def make(folder: Path) -> Mapping[str, Any]:
         with scratch_folder(output.with_name(f"{output.name}.rounds")) as scratch:

@@ -27,7 +27,7 @@ from perta.data.examples import ExampleSet
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.table import at_strength, get_method, with_defaults
+from perta.methods.registry import at_strength, get_method, refuse_unused, with_defaults
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn
 from perta.progress import say
@@ -51,7 +51,7 @@ from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
-from perta.stages.edit import edit_checkpoint, find_inputs, refuse_unused, with_direction
+from perta.stages.edit import edit_checkpoint, find_inputs, with_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import taking_over
@@ -131,13 +131,12 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     method = get_method(weighting.method)
     if weighting.scaling_coef is None and method.searched and config.retain is not None:
         weighting = replace(weighting, scaling_coef="auto")
-    needs(method, weighting.order)  # raises now what would stop it later
     return replace(
         config,
         weighting=with_defaults(weighting),
-        importance_at=config.importance_at or method.importance_at,
-        forget_seeds=config.forget_seeds or method.min_task_vectors,
-        estimator=replace(estimator, reduction=method.reduction or estimator.reduction),
+        importance_at=config.importance_at or method.needs.at,
+        forget_seeds=config.forget_seeds or max(1, method.needs.tuned),
+        estimator=replace(estimator, reduction=method.needs.reduction or estimator.reduction),
     )
 
 
@@ -152,7 +151,7 @@ def _checked(config: UnlearnConfig, trains: bool) -> _Run:
             given = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
             sources[RETAIN] = open_index(given)
         targets = plan_edit(open_index(full), sources, config.weighting)
-        if get_method(config.weighting.method).moments is not None:
+        if get_method(config.weighting.method).needs.moments:
             check_linear(targets)
     sets = load_sets(config)
     run = _Run.of(config, base, full, sets, *split_retain(config, sets))
@@ -238,7 +237,7 @@ class _Run:
         )
         if unseen is not None and self.config.rounds > 1:
             edit = self._rounds(edit, unseen)
-        if get_method(edit.weighting.method).moments:
+        if get_method(edit.weighting.method).needs.moments:
             # Search and edit share it.
             work.timed("direction", lambda: with_direction(edit, find_inputs(edit))["direction"])
         found: dict[str, Any] = {}
@@ -253,7 +252,7 @@ class _Run:
     def _needed(self) -> dict[str, Any]:
         """Everything that the edit reads, made or reused."""
         config, work, first = self.config, self.work, self.config.tune.seed
-        wanted = needs(get_method(config.weighting.method), config.weighting.order)
+        wanted = needs(get_method(config.weighting.method))
         theirs: dict[str, Any] = {}
         if wanted.retain_checkpoint and config.retain_checkpoint is not None:
             wanted = replace(wanted, retain_checkpoint=False)
@@ -273,7 +272,7 @@ class _Run:
 
     @property
     def _loss_on(self) -> LossOn:
-        structured = get_method(self.config.weighting.method).moments is not None
+        structured = bool(get_method(self.config.weighting.method).needs.moments)
         asked = self.config.tune.loss_on
         return learned_by_forgetting(asked, self.sets["forget"], structured=structured)
 

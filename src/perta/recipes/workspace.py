@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from perta.data.examples import general_config
 from perta.evidence.results import Results
-from perta.methods.method import Method, Side
-from perta.methods.table import importance_order
+from perta.methods.method import Edit, Side
 from perta.options import (
     ComputeConfig,
     DataConfig,
@@ -66,15 +65,16 @@ class Needs:
     gradients: bool
 
 
-def needs(method: Method, order: float | None = None) -> Needs:
-    """What a method needs, at an order of its importance where the user chose one."""
+def needs(method: Edit) -> Needs:
+    """What a method needs."""
+    own = method.needs
     return Needs(
-        method.min_task_vectors if method.direction == "forget - base" else 0,
-        method.retain_vector,
-        method.sides if method.needs_importance else (),
-        (importance_order(method, order),),
-        method.sides if method.moments else (),
-        method.moments == "kron",
+        own.tuned,
+        own.retain_checkpoint,
+        own.importance,
+        (method.order,),
+        own.moments,
+        own.gradients,
     )
 
 

@@ -35,8 +35,6 @@ _MEASURE_NAMES: Mapping[str, str] = {
 _SHOWN_SETTINGS = {
     "method": "method",
     "scaling_coef": "strength α",
-    "order": "order p",
-    "rho": "retain weight ρ",
     "granularity": "granularity",
     "include": "only tensors",
     "exclude": "not tensors",
@@ -157,11 +155,13 @@ def done(subject: Run) -> tuple[str, str, list[tuple[str, str]], list[Identity],
     if not record:
         return "", "", [], [], ""
     sentence = record.get("done") or f"The record names the method {subject.method} alone."
+    given = record.get("settings", {})
     settings = [
-        (title, _plain(record["settings"][name]))
+        (title, _plain(given[name]))
         for name, title in _SHOWN_SETTINGS.items()
-        if record.get("settings", {}).get(name) not in (None, [], ())
+        if given.get(name) not in (None, [], ())
     ]
+    settings += [(name, _plain(value)) for name, value in given.get("method_settings", {}).items()]
     inputs = [
         Identity(
             _INPUT_NAMES.get(name, name),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from perta.engine.edit.direction import DirectionInputs, Kind, Solver, open_inputs
+from perta.engine.edit.direction import DirectionInputs, Solver, open_inputs
 from perta.engine.edit.plan import (
     EditInputs,
     check_count,
@@ -23,7 +22,8 @@ from perta.engine.edit.records import check_records
 from perta.engine.edit.stream import Stored
 from perta.engine.edit.write import CURE, write_edit
 from perta.errors import ConfigError
-from perta.methods.table import METHODS, get_method, refuse_auto, with_defaults
+from perta.methods.method import Directions
+from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
 from perta.models.load import pick_device
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, WeightingConfig
@@ -42,9 +42,7 @@ SHARD_BYTES = 2 << 30
 def write_direction(
     output: Path,
     inputs: DirectionInputs,
-    kind: Kind,
-    rho: float,
-    dampings: tuple[float, float],
+    method: Directions,
     device: torch.device,
 ) -> Path:
     """Compute a weighted direction and write it, or reuse the one that is there.
@@ -52,9 +50,7 @@ def write_direction(
     Args:
         output: folder of the direction; an outdated one that perta made is replaced.
         inputs: from `open_inputs`.
-        kind: `input` for F = I ⊗ C, `kron` for F = B ⊗ C, `project` for I in place of F_f.
-        rho: weight of the retain side.
-        dampings: of both sides and of the forget side, see `methods.directions`.
+        method: what solves for it.
         device: where to solve, in float64.
 
     Returns:
@@ -71,17 +67,10 @@ def write_direction(
     }
     if inputs.forget is not None:
         folders["forget_moments"] = inputs.forget.folder
-    settings = {
-        "kind": kind,
-        "rho": rho,
-        "damping": dampings[0],
-        "forget_damping": dampings[1],
-        "device": device.type,
-        "names": inputs.names,
-    }
+    settings = {**method.record(), "device": device.type, "names": inputs.names}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        solver = Solver(inputs, kind, rho, dampings, device)
+        solver = Solver(inputs, method, device)
         write_shards(folder, solver.run(), SHARD_BYTES)
         return {"layers": solver.layers}
 
@@ -119,7 +108,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     given = find_inputs(config)
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
     check_records(method, given, inputs)
-    settings = settings_of(config)
+    settings = {**settings_of(config), **method.record()}
     refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
     given = with_direction(config, given)
     _tell_layers(config.weighting, given)
@@ -204,7 +193,7 @@ def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, P
     Raises:
         PertaError: see `make_direction`.
     """
-    if get_method(config.weighting.method).moments is None:
+    if not get_method(config.weighting.method).needs.moments:
         return dict(given)
     return {**given, "direction": make_direction(config, given)}
 
@@ -226,35 +215,9 @@ def _forget_checkpoints(given: Mapping[str, Path]) -> tuple[Path, ...]:
     return tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint"))
 
 
-def refuse_unused(weighting: WeightingConfig) -> None:
-    """Stop at a setting that the method does not look at; its defaults may stand.
-
-    Args:
-        weighting: method and its settings, as given or with defaults.
-
-    Raises:
-        ConfigError: there is one, or there is no such method.
-    """
-    method = get_method(weighting.method)
-    for item in fields(weighting):
-        own = getattr(method, f"default_{item.name}", item.default)
-        if item.name in method.settings or item.name == "method":
-            continue
-        if getattr(weighting, item.name) in (item.default, own):
-            continue
-        flag = item.name.replace("_", "-")
-        near = difflib.get_close_matches(item.name, method.settings, n=1, cutoff=0.4)
-        hint = f" The nearest that it has is --{near[0].replace('_', '-')}." if near else ""
-        having = [f"`{other.name}`" for other in METHODS.values() if item.name in other.settings]
-        raise ConfigError(
-            f"`{method.name}` has no --{flag}; {', '.join(having)} "
-            f"{'has' if len(having) == 1 else 'have'}.{hint}"
-        )
-
-
 def direction_folder(config: EditConfig) -> Path | None:
     """Where a structured method's direction goes; None for the others."""
-    if get_method(config.weighting.method).moments is None:
+    if not get_method(config.weighting.method).needs.moments:
         return None
     return config.direction or config.output.with_name(f"{config.output.name}.direction")
 
@@ -274,11 +237,11 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
         PertaError: the inputs do not belong together.
     """
     method, weighting = get_method(config.weighting.method), config.weighting
-    kind, tuned = method.moments or "input", _forget_checkpoints(folders)
+    needs, tuned = method.needs, _forget_checkpoints(folders)
     check_count(method, folders["base"], len(tuned))
-    for name in method.sides:
+    for name in needs.moments:
         if f"{name}_moments" not in folders:
-            option = " --gradients" if method.moments == "kron" else ""
+            option = " --gradients" if needs.gradients else ""
             raise ConfigError(
                 f"`{method.name}` needs --{name}-moments. Make it with `perta moments "
                 f"--checkpoint {folders['base']} --data {name.upper()}_SET{option} --output ...`."
@@ -289,17 +252,16 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     inputs = open_inputs(
         folders["base"],
         tuned,
-        folders["forget_moments"] if "forget" in method.sides else None,
+        folders["forget_moments"] if "forget" in needs.moments else None,
         folders["retain_moments"],
         (folders["base"], folders["full"]),
-        kind,
+        needs.gradients,
         lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
     )
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
     if device.type == "mps":
         device = torch.device("cpu")  # Apple's GPUs have no float64
-    dampings = (weighting.damping or 0.0, weighting.forget_damping or 0.0)
-    return write_direction(output, inputs, kind, weighting.rho or 0.0, dampings, device)
+    return write_direction(output, inputs, cast(Directions, method), device)
 
 
 def _report_stored(stored: Stored) -> None:

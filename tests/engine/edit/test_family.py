@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from helpers import shared
+from helpers import weighting as chosen
 from perta.engine.edit.plan import EditInputs
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import (
@@ -22,10 +24,9 @@ from perta.errors import (
     CorruptCheckpointError,
     PertaError,
 )
-from perta.methods.diagonal import block_seed
-from perta.methods.table import at_strength
+from perta.methods.method import block_seed
+from perta.methods.registry import at_strength, get_method
 from perta.methods.task_vectors import uniform
-from perta.options import WeightingConfig
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
 
 Array = NDArray[np.float64]
@@ -111,7 +112,7 @@ class Family:
         return write_edit(
             self.output,
             self.folders(count),
-            WeightingConfig(**settings),
+            shared(**settings),
             chunk=chunk,
             threads=threads,
             onto=onto,
@@ -327,7 +328,7 @@ def test_the_direction_alone_is_what_the_edit_subtracts(
     zeros = family.root / "zeros"
     zeros.mkdir()
     write_tensors(zeros, {name: torch.zeros(shape) for name, shape in SHAPES.items()})
-    weighting = WeightingConfig(method=method, scaling_coef=0.7, **settings)
+    weighting = chosen(method=method, scaling_coef=0.7, **settings)
     folders = family.folders(count)
     family.output = family.root / "delta"
     family.output.mkdir()
@@ -344,11 +345,11 @@ def test_the_direction_alone_is_what_the_edit_subtracts(
 
 
 def test_the_strength_of_the_retain_vector_goes_with_alpha() -> None:
-    weighting = WeightingConfig(method="msa", scaling_coef=0.5, retain_coef=0.25)
-    assert at_strength(weighting, 2.0).retain_coef == 1.0
+    weighting = chosen(method="msa", scaling_coef=0.5, retain_coef=0.25)
+    assert get_method(at_strength(weighting, 2.0).method).retain_coef == 1.0
     for start in (None, "auto", 0.0):
-        weighting = WeightingConfig(method="msa", scaling_coef=start, retain_coef=0.25)
-        assert at_strength(weighting, 2.0).retain_coef == 0.5
+        weighting = chosen(method="msa", scaling_coef=start, retain_coef=0.25)
+        assert get_method(at_strength(weighting, 2.0).method).retain_coef == 0.5
 
 
 def test_a_tensor_without_retain_importance_stays_as_it_is(
@@ -422,7 +423,7 @@ def test_what_a_method_needs_is_asked_for(
     folders = replace(family.folders(count), **{k: place(v) for k, v in change.items()})
     family.output.mkdir()
     with pytest.raises(error, match=message):
-        write_edit(family.output, folders, WeightingConfig(method=method))
+        write_edit(family.output, folders, chosen(method=method))
     assert not list(family.output.iterdir())
 
 
@@ -431,7 +432,7 @@ def test_selective_needs_no_retain_importance(family: Family) -> None:
     family.write()
     folders = replace(family.folders(), retain_importance=None, retain_checkpoint=None)
     family.output.mkdir()
-    write_edit(family.output, folders, WeightingConfig(method="selective"))
+    write_edit(family.output, folders, chosen(method="selective"))
     card = (family.output / "README.md").read_text("utf-8")
     assert "| kept share | 0.1 |" in card
     assert "rho" not in card
@@ -448,7 +449,7 @@ def test_ssd_needs_the_number_of_examples(family: Family) -> None:
 @pytest.mark.parametrize(
     ("method", "count", "settings", "message"),
     [
-        ("ssd", 0, {"selection": 1e6}, "share 0, so.*Lower --selection"),
+        ("ssd", 0, {"selection": 1e6}, "share 0, so.*Lower its setting `selection`"),
         ("negmerge", 2, {}, "leaves nothing of 2 task vectors"),
         ("interpolate", 0, {}, "full equals .*base in every tensor"),
     ],

@@ -33,6 +33,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from helpers import shared
+from helpers import weighting as chosen
 from perta.engine.edit.chunks import Span
 from perta.engine.edit.plan import EditInputs, Target
 from perta.engine.edit.stream import Editor, Finished, Sums
@@ -46,7 +48,8 @@ from perta.errors import (
     OutputExistsError,
     PertaError,
 )
-from perta.methods.diagonal import block_seed, share, shuffle
+from perta.methods.diagonal import share, shuffle
+from perta.methods.method import block_seed
 from perta.options import SaveType, WeightingConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -123,7 +126,7 @@ class Inputs:
         names = ("overwrite", "fingerprints", "folders", "save_dtype")
         options = {name: kw.pop(name) for name in names if name in kw}
         folders = options.pop("folders", self.folders())
-        weighting = WeightingConfig(**kw)
+        weighting = shared(**kw)
         return edit_into(self.output, folders, weighting, chunk=chunk, threads=threads, **options)
 
     def folders(self) -> EditInputs:
@@ -838,7 +841,7 @@ class Recorded:
                 retain_importance=self.root / "I_r",
                 output=self.root / "out",
                 overwrite=True,
-                weighting=WeightingConfig(**{"method": "perta-grad", **kw}),
+                weighting=chosen(**{"method": "perta-grad", **kw}),
             )
         )
 
@@ -1083,7 +1086,6 @@ def test_output_that_exists_or_overlaps_an_input(inputs: Inputs) -> None:
 def test_importance_that_is_missing_or_does_not_fit(inputs: Inputs) -> None:
     message = r"no importance of order 2; it has 1.*perta importance --order 2"
     refused(inputs, ConfigError, message, method="perta-fisher")
-    refused(inputs, ConfigError, "defined by order 1", method="perta-grad", order=2.0)
     refused(inputs, ConfigError, "no importance of order 0.5", method="perta", order=0.5)
     for key in ("model_fingerprint", "reduction"):
         other = Inputs(inputs.root)
@@ -1203,7 +1205,7 @@ def test_output_loads_with_transformers(tmp_path: Path, make: Make, shard_size: 
         states.append(model.state_dict())
     write_tokenizer(tmp_path / "full")
     folders = EditInputs(tmp_path / "full", tmp_path / "base", (tmp_path / "forget",))
-    edit_into(tmp_path / "out", folders, WeightingConfig(method="tv", scaling_coef=0.5))
+    edit_into(tmp_path / "out", folders, chosen(method="tv", scaling_coef=0.5))
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     model, problems = loaded
     assert not any(problems.values())
@@ -1237,6 +1239,6 @@ def write_tokenizer(folder: Path) -> None:
 def test_write_edit_fills_a_folder_of_the_caller(inputs: Inputs) -> None:
     inputs.write()
     inputs.output.mkdir()
-    summary = write_edit(inputs.output, inputs.folders(), WeightingConfig(method="tv"))
+    summary = write_edit(inputs.output, inputs.folders(), chosen(method="tv"))
     assert summary.output == inputs.output
     assert set(load_file(inputs.output / "model.safetensors")) == set(SHAPES)

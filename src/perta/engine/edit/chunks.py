@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from perta.engine.edit.plan import (
     forget_role,
 )
 from perta.errors import CorruptCheckpointError
-from perta.methods.method import Block, Method, Side
+from perta.methods.method import Block, Edit, Side
 from perta.options import WeightingConfig
 from perta.store.arithmetic import difference, square_norm
 from perta.store.checkpoint import TensorEntry, opened, read_into
@@ -230,7 +230,7 @@ class Blocks:
         forget_share: share of the examples of both sets that belongs to the forget set.
     """
 
-    method: Method
+    method: Edit
     weighting: WeightingConfig
     chunk: int
     averages: Mapping[str, Mapping[str, Averages]] = field(default_factory=dict)
@@ -274,23 +274,17 @@ class Blocks:
         """Importance and settings of a chunk."""
         settings, name = self.weighting, target.alias_of or target.full.name
         importance: dict[Side, Tensor] = {}
-        if self.method.needs_importance:
-            for side in self.method.sides:
-                role = IMPORTANCE_ROLES[side]
-                if role in readers:
-                    importance[side] = read_importance(readers[role], begin, count)
-                else:
-                    averages = self.averages[role][name]
-                    importance[side] = averages.spread(target.full.numel, begin, count)
+        for side in self.method.needs.importance:
+            role = IMPORTANCE_ROLES[side]
+            if role in readers:
+                importance[side] = read_importance(readers[role], begin, count)
+            else:
+                averages = self.averages[role][name]
+                importance[side] = averages.spread(target.full.numel, begin, count)
         return Block(
             **importance,
-            rho=cast(float, settings.rho),
-            constant=settings.constant,
             place=(settings.weighting_seed, name, begin),
             cuts=cuts,
-            drop=settings.drop,
-            selection=settings.selection,
-            dampening=settings.dampening,
             forget_share=self.forget_share,
         )
 

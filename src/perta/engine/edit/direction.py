@@ -9,29 +9,20 @@ Layers that read the same input are solved at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
-from perta.methods.directions import (
-    Direction,
-    direction_in_bases,
-    input_direction,
-    joint_basis,
-    projected_direction,
-)
-from perta.methods.task_vectors import mean
+from perta.methods.method import Direction, Directions, Side, mean
 from perta.progress import track
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import MomentFolder, open_moments
-
-Kind = Literal["input", "kron", "project"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class DirectionInputs:
         base: θ₀.
         forget_checkpoints: θ_f, one or several; the task vector is their mean.
         retain: moments on the retain set.
-        forget: moments on the forget set; None for `project`.
+        forget: moments on the forget set, where the method uses them.
         names: the layers to edit, as the moments name them.
     """
 
@@ -59,7 +50,7 @@ def open_inputs(
     forget_moments: Path | None,
     retain_moments: Path,
     models: Collection[Path],
-    kind: Kind,
+    gradients: bool,
     choose: Callable[[MomentFolder], tuple[str, ...]],
 ) -> DirectionInputs:
     """Open everything a direction is computed from, and check that it belongs together.
@@ -67,10 +58,10 @@ def open_inputs(
     Args:
         base: θ₀.
         forget_checkpoints: θ_f, at least one.
-        forget_moments: moment folder of the forget set; None for `project`.
+        forget_moments: moment folder of the forget set, where the method uses it.
         retain_moments: moment folder of the retain set.
         models: checkpoints at which moments may have been measured: base and full.
-        kind: of the direction.
+        gradients: whether moments of output gradients are needed.
         choose: moments of the retain set -> layers to edit.
 
     Returns:
@@ -81,8 +72,8 @@ def open_inputs(
             or a checkpoint without a layer that has moments.
         CheckpointNotFoundError: something is not there.
     """
-    retain = check_moments(retain_moments, models, kind)
-    forget = None if forget_moments is None else check_moments(forget_moments, models, kind)
+    retain = check_moments(retain_moments, models, gradients)
+    forget = None if forget_moments is None else check_moments(forget_moments, models, gradients)
     for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
         if forget is not None and forget.facts.get(key) != retain.facts.get(key):
             raise CheckpointMismatchError(
@@ -104,20 +95,20 @@ def open_inputs(
     return DirectionInputs(start, tuple(tuned), retain, forget, names)
 
 
-def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentFolder:
+def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> MomentFolder:
     """Open a moment folder and check that it serves a direction for these models.
 
     Args:
         folder: output of `perta moments`.
         models: checkpoints it may have been measured at.
-        kind: of the direction.
+        gradients: whether moments of output gradients are needed.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointMismatchError: it was measured at another model.
-        CheckpointError: it lacks the output gradients that `kron` needs.
+        CheckpointError: it lacks the output gradients.
     """
     opened = open_moments(folder)
     if opened.facts.get("model_fingerprint") not in {fingerprint(model) for model in models}:
@@ -125,7 +116,7 @@ def check_moments(folder: Path, models: Collection[Path], kind: Kind) -> MomentF
             f"{folder} holds moments of another model than {' or '.join(map(str, models))}. Make "
             f"it again with `perta moments --checkpoint {next(iter(models))} ...`."
         )
-    if kind == "kron" and not opened.facts["outputs"]:
+    if gradients and not opened.facts["outputs"]:
         raise CheckpointError(
             f"{folder} has no moments of output gradients. Make it again with `perta moments "
             "--gradients ...`."
@@ -142,9 +133,7 @@ class Solver:
     """
 
     inputs: DirectionInputs
-    kind: Kind
-    rho: float
-    dampings: tuple[float, float]
+    method: Directions
     device: torch.device
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -153,12 +142,11 @@ class Solver:
         groups: dict[str, list[str]] = {}
         for name in self.inputs.names:
             groups.setdefault(self.inputs.retain.facts["inputs"][name], []).append(name)
-        solve = self._solve_kron if self.kind == "kron" else self._solve_stacked
         with track("Direction", len(self.inputs.names)) as advance:
             for names in groups.values():
                 vectors = [self._task_vector(name) for name in names]
                 try:
-                    found = list(solve(names, vectors))
+                    found = list(self._solve(names, vectors))
                 except DivergenceError as error:
                     raise DivergenceError(f"{names[0]}: {error}") from None
                 for name, vector, direction in zip(names, vectors, found, strict=True):
@@ -171,41 +159,28 @@ class Solver:
                     yield name, self._as_stored(name, direction.delta).float().cpu()
                     advance()
 
-    def _solve_stacked(self, names: Sequence[str], vectors: Sequence[Tensor]) -> list[Direction]:
-        moments = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
-        stacked = torch.cat(list(vectors))
-        if self.kind == "project":
-            (retain,) = moments
-            whole = projected_direction(stacked, retain, self.rho)
-        else:
-            forget, retain = moments
-            whole = input_direction(stacked, forget, retain, self.rho, *self.dampings)
-        parts = whole.delta.split([len(vector) for vector in vectors])
-        return [Direction(part, whole.condition, whole.damping) for part in parts]
+    def _solve(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterable[Direction]:
+        def outputs(place: int) -> dict[Side, Tensor]:
+            return self._moments(MomentFolder.output_moment, names[place], len(vectors[place]))
 
-    def _solve_kron(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterator[Direction]:
-        forget, retain = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
-        inputs = joint_basis(forget, retain, self.dampings[0])
-        for name, vector in zip(names, vectors, strict=True):
-            forget, retain = self._moments(MomentFolder.output_moment, name, len(vector))
-            outputs = joint_basis(forget, retain, self.dampings[0])
-            yield direction_in_bases(vector, inputs, outputs, self.rho)
+        inputs = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
+        return self.method.solve(vectors, inputs, outputs)
 
     def _moments(
         self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
-    ) -> list[Tensor]:
-        """Forget moment of a weight, where there is one, and retain moment."""
-        found = []
-        for folder in (self.inputs.forget, self.inputs.retain):
-            if folder is None:
-                continue
+    ) -> dict[Side, Tensor]:
+        """Moments of a weight on every set there is."""
+        found: dict[Side, Tensor] = {}
+        for side in self.method.needs.moments:
+            folder = self.inputs.retain if side == "retain" else self.inputs.forget
+            assert folder is not None, "what the method needs was opened"
             moment = read(folder, name)
             if moment.shape[1] != width or moment.shape[0] > width:
                 raise CheckpointMismatchError(
                     f"{name} is {width} wide, but its moment in {folder.folder} is "
                     f"{tuple(moment.shape)}. The moments are of another model."
                 )
-            found.append(moment.to(self.device))
+            found[side] = moment.to(self.device)
         return found
 
     def _task_vector(self, name: str) -> Tensor:

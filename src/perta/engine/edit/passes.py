@@ -164,11 +164,11 @@ def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> t
     Returns:
         One value for each of the method's rankings; none where it has no ranking.
     """
-    if blocks.method.scores is None:
+    if not blocks.method.ranks:
         return ()
     ranked = [target for target in targets if target.sources and target.alias_of is None]
     elements = sum(target.full.numel for target in ranked)
-    wanted = max(1, round((blocks.weighting.keep or 1.0) * elements))
+    wanted = max(1, round(blocks.method.keep * elements))
     upper = _count(_Histograms(blocks), ranked, worker_count)
     found = [_from_the_top(counts, wanted) for counts in upper]
     lower = _count(_Histograms(blocks, [half for half, _ in found]), ranked, worker_count)
@@ -211,7 +211,6 @@ class _Histograms:
                 count = min(self.blocks.chunk, span.stop - begin)
                 vectors = self.blocks.task_vectors(readers, begin, count)
                 block = self.blocks.block(target, readers, begin, count)
-                assert self.blocks.method.scores is not None
                 self._add(self.blocks.method.scores(vectors, block))
 
     def _add(self, scores: Sequence[Tensor]) -> None:

@@ -21,8 +21,7 @@ from perta.errors import (
     ConfigError,
     CorruptCheckpointError,
 )
-from perta.methods.method import Method, Side
-from perta.methods.table import importance_order
+from perta.methods.method import Edit, Side
 from perta.models.layers import mlp_names
 from perta.options import WeightingConfig
 from perta.progress import say
@@ -321,14 +320,11 @@ def _no_linear(selected: Iterable[str]) -> ConfigError:
     )
 
 
-def open_sources(
-    method: Method, weighting: WeightingConfig, inputs: EditInputs
-) -> dict[str, CheckpointIndex]:
+def open_sources(method: Edit, inputs: EditInputs) -> dict[str, CheckpointIndex]:
     """Open everything but θ_full that a method needs.
 
     Args:
         method: row of the table of methods.
-        weighting: its settings.
         inputs: what was given.
 
     Returns:
@@ -339,22 +335,23 @@ def open_sources(
         CheckpointMismatchError: importance of different models or kinds.
     """
     sources = _open_checkpoints(method, inputs)
-    if method.moments is not None:
+    needs = method.needs
+    if needs.moments:
         if inputs.direction is None:
             raise ConfigError(
                 f"`{method.name}` subtracts a direction that was computed before: give the "
                 "direction's folder, or use `perta edit` with the moment folders."
             )
         return {**sources, DIRECTION: open_index(inputs.direction)}
-    if not method.needs_importance:
+    if not needs.importance:
         return sources
-    order = importance_order(method, weighting.order)
+    order = method.order
     folders = {"forget": inputs.forget_importance, "retain": inputs.retain_importance}
-    given = {side: folder for side in method.sides if (folder := folders[side]) is not None}
-    for missing in method.sides:
+    given = {side: folder for side in needs.importance if (folder := folders[side]) is not None}
+    for missing in needs.importance:
         if missing not in given:
-            at = inputs.base if method.importance_at == "base" else inputs.full
-            reduction = f" --reduction {method.reduction}" if method.reduction else ""
+            at = inputs.base if needs.at == "base" else inputs.full
+            reduction = f" --reduction {needs.reduction}" if needs.reduction else ""
             raise ConfigError(
                 f"`{method.name}` needs --{missing}-importance. Make it with `perta importance "
                 f"--checkpoint {at} --data {missing.upper()}_SET --order {order:g}{reduction} "
@@ -366,7 +363,7 @@ def open_sources(
     return sources
 
 
-def _open_checkpoints(method: Method, inputs: EditInputs) -> dict[str, CheckpointIndex]:
+def _open_checkpoints(method: Edit, inputs: EditInputs) -> dict[str, CheckpointIndex]:
     """Open the models that directions are taken from."""
     if method.direction == "full":
         return {FORGET: open_index(inputs.full)}
@@ -379,7 +376,7 @@ def _open_checkpoints(method: Method, inputs: EditInputs) -> dict[str, Checkpoin
     else:
         check_count(method, base, len(inputs.forget_checkpoints))
         tuned = {forget_role(i): folder for i, folder in enumerate(inputs.forget_checkpoints)}
-    if method.retain_vector:
+    if method.needs.retain_checkpoint:
         if inputs.retain_checkpoint is None:
             raise ConfigError(
                 f"`{method.name}` needs --retain-checkpoint. Make it with `perta finetune --base "
@@ -398,7 +395,7 @@ def _open_checkpoints(method: Method, inputs: EditInputs) -> dict[str, Checkpoin
     return sources
 
 
-def check_count(method: Method, base: Path, count: int) -> None:
+def check_count(method: Edit, base: Path, count: int) -> None:
     """Stop at fewer forget checkpoints than a method needs.
 
     Args:
@@ -409,7 +406,7 @@ def check_count(method: Method, base: Path, count: int) -> None:
     Raises:
         ConfigError: too few.
     """
-    least = method.min_task_vectors
+    least = method.needs.tuned
     make = f"`perta finetune --base {base} --data FORGET_SET"
     if count < least and least > 1:
         raise ConfigError(
@@ -423,14 +420,15 @@ def check_count(method: Method, base: Path, count: int) -> None:
         )
 
 
-def _check_sidecars(method: Method, folders: Sequence[Path]) -> None:
+def _check_sidecars(method: Edit, folders: Sequence[Path]) -> None:
     sidecars = [read_sidecar(folder) for folder in folders]
     reductions = [sidecar.get("reduction") for sidecar in sidecars]
-    if method.reduction is not None and reductions[0] != method.reduction:
+    wanted = method.needs.reduction
+    if wanted is not None and reductions[0] != wanted:
         raise CheckpointMismatchError(
-            f"`{method.name}` is defined on importance with reduction {method.reduction}, but "
+            f"`{method.name}` is defined on importance with reduction {wanted}, but "
             f"{folders[0]} has {reductions[0]}. Make it again with `perta importance --reduction "
-            f"{method.reduction} ...`."
+            f"{wanted} ...`."
         )
     for key, what in (("model_fingerprint", "of different models"), ("reduction", "reduced")):
         values = [sidecar.get(key) for sidecar in sidecars]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import CheckpointMismatchError
-from perta.methods.method import Method
+from perta.methods.method import Edit
 from perta.store.importance import read_sidecar
 from perta.store.moments import open_moments
 from perta.store.record import read_manifest
@@ -20,7 +20,7 @@ _SIDES = ("forget", "retain")
 
 
 def check_records(
-    method: Method, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
+    method: Edit, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
 ) -> None:
     """Stop at inputs that their own records show to be the wrong ones.
 
@@ -52,12 +52,12 @@ def tuned_on(folder: Path) -> str | None:
 
 
 def _check_models(
-    method: Method, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
+    method: Edit, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
 ) -> None:
-    wanted = ("full",) if method.importance_at == "full" else ("base", "full")
+    wanted = ("full",) if method.needs.at == "full" else ("base", "full")
     for side in _SIDES:
         folder = folders.get(f"{side}_importance")
-        if folder is None or not method.needs_importance:
+        if folder is None or not method.needs.importance:
             continue
         measured = read_sidecar(folder).get("model_fingerprint")
         if measured is not None and measured not in {fingerprints[name] for name in wanted}:

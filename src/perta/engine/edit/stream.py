@@ -185,14 +185,14 @@ class Editor:
         vectors = self.blocks.task_vectors(readers, begin, count)
         block = self.blocks.block(target, readers, begin, count, self.cuts)
         task_vector = block.task_vector = method.combine(vectors, block)
-        weighting = method.weighting(block)
+        weighting = method.weigh(block)
         norm = square_norm(task_vector)
         delta = scale(task_vector, weighting, scaling_coef)
         if isinstance(weighting, Tensor):
             done = Sums(float(weighting.sum()), norm, square_norm(delta))
         else:
             done = Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
-        retain_coef = self.blocks.weighting.retain_coef if RETAIN in readers else 0.0
+        retain_coef = method.retain_coef if RETAIN in readers else 0.0
         if retain_coef != 0:
             base = readers[BASE].load(begin, count)
             retain_vector = readers[RETAIN].read_difference(base, begin, count)

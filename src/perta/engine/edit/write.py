@@ -1,6 +1,6 @@
 """The edit: θ_u = θ_full − α · W ⊙ direction [+ β · (θ_r − θ₀)], streamed from files to a file.
 
-The direction is θ_f − θ₀ for most methods; `methods.table` says which takes what.
+The direction is θ_f − θ₀ for most methods; `perta methods` says which takes what.
 
     plan    headers of every input: what belongs together; stops if anything is wrong
     passes  what no single chunk can know: averages over rows, the smallest value kept
@@ -33,8 +33,8 @@ from perta.engine.edit.plan import (
 from perta.engine.edit.stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError
 from perta.methods.card import model_card
-from perta.methods.method import Method
-from perta.methods.table import get_method, refuse_auto, with_defaults
+from perta.methods.method import Edit
+from perta.methods.registry import get_method, refuse_auto, with_defaults
 from perta.models.load import transposed_weights
 from perta.options import SaveType, WeightingConfig
 from perta.progress import track, warn
@@ -113,10 +113,10 @@ def write_edit(
     method = get_method(weighting.method)
     onto = onto or inputs.full
     source = open_index(onto)
-    sources = open_sources(method, weighting, inputs)
+    sources = open_sources(method, inputs)
     targets = plan_edit(source, sources, weighting)
     worker_count = threads or min(8, os.cpu_count() or 1)
-    if method.needs_importance and "retain" in method.sides and weighting.rho:
+    if method.weighs_retain:
         silent = find_unmeasured(targets, chunk, worker_count)
         targets = _without(targets, silent, weighting, tell=onto == inputs.full)
     transposed = transposed_weights(onto) if weighting.granularity == "row" else frozenset()
@@ -165,19 +165,19 @@ def _without(
     ]
 
 
-def _forget_share(method: Method, inputs: EditInputs) -> float:
+def _forget_share(method: Edit, inputs: EditInputs) -> float:
     forget, retain = inputs.forget_importance, inputs.retain_importance
-    if not method.weighs_sets or forget is None or retain is None:
+    if not method.needs.set_sizes or forget is None or retain is None:
         return 0.5
     return share_of_examples(forget, retain)
 
 
-def _check_effect(summaries: Sequence[TensorSummary], method: Method, inputs: EditInputs) -> None:
+def _check_effect(summaries: Sequence[TensorSummary], method: Edit, inputs: EditInputs) -> None:
     """Stop at an edit that would report forgetting where none happened."""
     if not any(summary.task_vector_norm for summary in summaries):
         raise _no_direction(method, inputs)
-    if method.needs_importance and not any(summary.mean_weighting for summary in summaries):
-        cure = " Lower --selection." if method.direction == "full" else ""
+    if method.needs.importance and not any(summary.mean_weighting for summary in summaries):
+        cure = " Lower its setting `selection`." if method.direction == "full" else ""
         raise CheckpointError(
             f"`{method.name}` gives every weight the share 0, so the edit would forget nothing; "
             f"{inputs.forget_importance} shows no weight that matters to the forget set.{cure}"
@@ -198,7 +198,7 @@ def _check_stored(stored: Stored) -> None:
         )
 
 
-def _no_direction(method: Method, inputs: EditInputs) -> CheckpointError:
+def _no_direction(method: Edit, inputs: EditInputs) -> CheckpointError:
     if method.direction != "forget - base":
         return CheckpointError(
             f"{inputs.full} equals {inputs.base} in every tensor to edit, so the edit would change "

@@ -112,7 +112,7 @@ def prepare_edit(
 
 
 def _wanted(spec: EditSpec) -> Needs:
-    wanted = needs(spec.method, spec.weighting.order)
+    wanted = needs(spec.method)
     # One pass serves both named methods.
     return replace(wanted, orders=(1.0, 2.0)) if wanted.orders[0] in (1.0, 2.0) else wanted
 
@@ -133,7 +133,7 @@ def _passes(work: Workspace, count_tokens: Callable[[str], int]) -> dict[str, fl
 def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
     """What the forget checkpoint of a method learns, as in `perta unlearn`."""
     forget = load_examples(draw.files["forget"], config.data_config)
-    structured = spec.method.moments is not None
+    structured = bool(spec.method.needs.moments)
     return learned_by_forgetting(config.tune.loss_on, forget, structured=structured)
 
 
@@ -142,8 +142,9 @@ def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
 
     Names of folders tell the settings that methods may differ in.
     """
-    at, method = spec.at or spec.method.importance_at, spec.method
-    reduction = method.reduction or EstimatorConfig.reduction
+    theirs = spec.method.needs
+    at = spec.at or theirs.at
+    reduction = theirs.reduction or EstimatorConfig.reduction
     loss_on = forget_loss(config, draw, spec)
     is_usual = loss_on == (config.tune.loss_on or "answer")
     orders = "_".join(f"{order:g}" for order in _wanted(spec).orders)
@@ -156,7 +157,7 @@ def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
     names["general_moments"] = f"general_moments_{at}_{counted}"
     names["protected_moments"] = f"{names['retain_moments']}_and_general"
     # All protected rows are there to tune on.
-    retain = draw.share_of_protected(1.0 if method.retain_vector else spec.share or 1.0)
+    retain = draw.share_of_protected(1.0 if theirs.retain_checkpoint else spec.share or 1.0)
     sets = {"forget": str(draw.files["forget"]), "retain": str(retain)}
     return Workspace(
         folder=draw.folder,

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import yaml
-
 from perta.errors import ConfigError
-from perta.methods.method import Method
+from perta.methods.method import Edit
 from perta.methods.objectives import TRAINING_METHODS, TrainingMethod, get_training_method
-from perta.methods.table import get_method, with_defaults
+from perta.methods.registry import (
+    find,
+    get_method,
+    refuse_unused,
+    split,
+    unknown_setting,
+    with_defaults,
+)
 from perta.options import MomentOptions, Tokens, TrainSettings, WeightingConfig
 from perta.recipes.request import known_method
-from perta.stages.edit import refuse_unused
 
 At = Literal["base", "full"]
 
-_WEIGHTING = {item.name for item in dataclasses.fields(WeightingConfig)} - {
-    "method",
-    "scaling_coef",
-}
-_MEASURING = {"tokens", "at", "share", "general", "forget_seeds"}
+_EDIT = ("granularity", "weighting_seed", "layers", "include", "exclude")
+_MEASURING = ("tokens", "at", "share", "general", "forget_seeds")
 _TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
     # The model in memory stays the one it is.
     *("lora_rank", "lora_alpha", "lora_targets", "seed"),
@@ -69,8 +69,8 @@ class EditSpec(Spec):
     forget_seeds: int = 0
 
     @property
-    def method(self) -> Method:
-        """Its row in the table of methods."""
+    def method(self) -> Edit:
+        """The method with its settings."""
         return get_method(self.weighting.method)
 
 
@@ -104,24 +104,13 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
         ConfigError: an unknown method or setting, or a value that does not fit.
     """
     text = text.strip()
-    name, _, rest = text.partition(":")
-    is_training = known_method(name) in TRAINING_METHODS
-    known = _TRAINING if is_training else _WEIGHTING | _MEASURING
-    settings = dict(_pair(part, text) for part in rest.split(",") if part.strip())
-    if is_training:
-        settings = {key.removeprefix("unlearn_"): value for key, value in settings.items()}
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ConfigError(
-                f"`{text}`: unknown setting `{key}`.{hint} There are: {', '.join(sorted(known))}."
-            )
+    name, settings = split(text)
     try:
-        if is_training:
+        if known_method(name) in TRAINING_METHODS:
+            settings = {key.removeprefix("unlearn_"): value for key, value in settings.items()}
             return _training_spec(text, name, settings, batch_size)
         return _edit_spec(text, name, settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"`{text}`: {error}") from error
 
 
@@ -129,6 +118,8 @@ def _training_spec(
     text: str, name: str, settings: Mapping[str, Any], batch_size: int
 ) -> TrainingSpec:
     row = get_training_method(name)
+    for key in settings.keys() - _TRAINING:
+        raise unknown_setting(text, key, _TRAINING)
     if row.start == "base" or row.solver != "adamw":
         raise ConfigError(
             f"`{row.name}` cannot be compared: it does not train from the full model step by step."
@@ -138,8 +129,16 @@ def _training_spec(
 
 
 def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
-    values = {key: value for key, value in settings.items() if key in _WEIGHTING}
-    given = WeightingConfig(method=get_method(name).name, **values)
+    own = {key: value for key, value in settings.items() if key not in (*_EDIT, *_MEASURING)}
+    cls = find(name, Edit)
+    for key in own.keys() - {item.name for item in cls.options()}:
+        raise unknown_setting(text, key, [*(o.name for o in cls.options()), *_EDIT, *_MEASURING])
+    method: Edit = cls(**own)
+    edit = {key: value for key, value in settings.items() if key in _EDIT}
+    for key in ("include", "exclude"):
+        if key in edit:
+            edit[key] = tuple(str(edit[key]).split("|"))
+    given = WeightingConfig(method=str(method), **edit)
     refuse_unused(given)
     weighting = with_defaults(given)
     share = float(settings.get("share", 1.0))
@@ -152,7 +151,7 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
     general = settings.get("general", False)
     if not isinstance(general, bool):
         raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
-    if general and get_method(name).moments is None:
+    if general and not method.needs.moments:
         raise ConfigError(f"`{text}`: general adds moments, and `{name}` uses none.")
     seeds = int(settings.get("forget_seeds", 0))
     if "forget_seeds" in settings and seeds < 1:
@@ -162,22 +161,3 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
             f"`{text}`: share is {share:g}; it must be in (0, 1], or 0 with general=true."
         )
     return EditSpec(text, weighting, tokens, at, share, general, seeds)
-
-
-def _pair(part: str, text: str) -> tuple[str, Any]:
-    key, separator, value = part.partition("=")
-    if not separator:
-        raise ConfigError(f"`{text}`: `{part}` is not of the form key=value.")
-    key = key.strip().replace("-", "_")
-    if key in ("include", "exclude"):
-        return key, tuple(value.split("|"))
-    return key, _value(value)
-
-
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    try:
-        # YAML takes 3e-5, which has no point, for text.
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

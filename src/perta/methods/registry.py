@@ -1,0 +1,169 @@
+"""Methods found by name, with settings as they are typed, and those of other people's files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from perta.errors import ConfigError
+from perta.methods import diagonal, directions, task_vectors  # noqa: F401 - they define methods
+from perta.methods.method import KNOWN, Edit, Method
+from perta.options import WeightingConfig
+
+
+def known() -> dict[str, type[Method]]:
+    """Name -> class of every method."""
+    return dict(KNOWN)
+
+
+def parse(text: str, kind: type[Any] = Method) -> Any:
+    """Read `NAME` or `NAME:key=value,key=value`; `_` may stand for `-` in a name.
+
+    Args:
+        text: what the user typed.
+        kind: class that the method must be of.
+
+    Returns:
+        The method with its settings.
+
+    Raises:
+        ConfigError: there is no such method or setting, or a value does not fit.
+    """
+    name, values = split(text)
+    return make(name, values, text, kind)
+
+
+def split(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a method as typed; neither is looked up."""
+    name, _, rest = text.strip().partition(":")
+    settings = {}
+    for part in filter(str.strip, rest.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator:
+            raise ConfigError(f"`{text}`: `{part}` is not of the form key=value.")
+        settings[key.strip().replace("-", "_")] = _value(value)
+    return name, settings
+
+
+def make(name: str, values: Mapping[str, Any], text: str, kind: type[Any] = Method) -> Any:
+    """The method of a name with these settings.
+
+    Args:
+        name: of the method.
+        values: settings, by name.
+        text: what the user typed, for messages.
+        kind: class that the method must be of.
+
+    Raises:
+        ConfigError: there is no such method or setting, or a value does not fit.
+    """
+    method = find(name, kind)
+    names = [item.name for item in method.options()]
+    for key in values:
+        if key not in names:
+            raise unknown_setting(text, key, names)
+    return method(**values)
+
+
+def find(name: str, kind: type[Any] = Method) -> type[Any]:
+    """Class of a method by name.
+
+    Raises:
+        ConfigError: there is no such method; the nearest is named.
+    """
+    wanted = name.strip().lower().replace("_", "-")
+    names = [key for key, cls in KNOWN.items() if issubclass(cls, kind)]
+    if wanted not in names:
+        near = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
+    return KNOWN[wanted]
+
+
+def unknown_setting(text: str, key: str, names: Iterable[str]) -> ConfigError:
+    """The error for a setting that a method does not have."""
+    there = sorted(names)
+    near = difflib.get_close_matches(key, there, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    having = [name for name, cls in KNOWN.items() if key in (o.name for o in cls.options())]
+    others = (
+        f" `{'`, `'.join(having)}` {'has' if len(having) == 1 else 'have'} it." if having else ""
+    )
+    return ConfigError(
+        f"`{text}`: unknown setting `{key}`.{hint}{others} "
+        + (f"There are: {', '.join(there)}." if there else "The method has none.")
+    )
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+        # YAML takes 3e-5, which has no point, for text.
+        return float(value) if isinstance(value, str) else value
+    except (ValueError, yaml.YAMLError):
+        return text.strip()
+
+
+# --- for edits ------------------------------------------------------------------------------------
+
+
+def edits() -> dict[str, Edit]:
+    """Name -> every method that edits weights, with its defaults."""
+    return {name: cls() for name, cls in KNOWN.items() if issubclass(cls, Edit)}
+
+
+def get_method(text: str) -> Edit:
+    """The method of an edit; see `parse`."""
+    method: Edit = parse(text, Edit)
+    return method
+
+
+def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
+    """The settings with the method's own where the user gave none.
+
+    Raises:
+        ConfigError: there is no such method or setting.
+    """
+    method = get_method(weighting.method)
+    alpha = weighting.scaling_coef
+    return replace(
+        weighting,
+        method=str(method),
+        scaling_coef=method.strength if alpha is None else alpha,
+        # Patterns that say what to edit are not cut short by a default.
+        layers=weighting.layers or ("all" if weighting.include else method.layers),
+    )
+
+
+def refuse_unused(weighting: WeightingConfig) -> None:
+    """Stop at a granularity that the method does not look at."""
+    method = get_method(weighting.method)
+    if weighting.granularity != "element" and not method.needs.importance:
+        having = ", ".join(f"`{name}`" for name, other in edits().items() if other.needs.importance)
+        raise ConfigError(f"`{method.name}` has no --granularity; {having} have.")
+
+
+def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingConfig:
+    """The settings at another strength α; what the method holds in proportion to it follows.
+
+    So an edit at any strength is the same direction, and a search needs to try α alone. Settings
+    count as given for the configured α, or for the method's own where that is `auto` or 0.
+    """
+    method = get_method(weighting.method)
+    configured = weighting.scaling_coef
+    if not isinstance(configured, float | int) or configured == 0:
+        configured = method.strength
+    scaled = method.scaled(scaling_coef / configured)
+    return replace(weighting, scaling_coef=scaling_coef, method=str(scaled))
+
+
+def refuse_auto(weighting: WeightingConfig) -> None:
+    """Stop at `--scaling-coef auto`, which an edit alone cannot resolve."""
+    if weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
+        )
