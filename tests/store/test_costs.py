@@ -110,7 +110,7 @@ def test_every_stage_that_a_method_needs_is_counted(outputs: dict[str, Path]) ->
     assert stages("tv") == tuned
     assert stages("perta-grad") == tuned | both
     assert stages("perta-project") == {*tuned, "retain_moments", "direction"}
-    assert stages("auto") == stages("perta-project") | {"calibrate", "strength"}
+    assert stages("auto") == stages("perta-project") | {"calibrate", "rounds", "strength"}
     assert stages("perta-kron") == stages("perta-project") | {"forget_moments"}
     assert stages("msa") == {*tuned, "retain_finetune"}
     assert stages("ssd") == {"edit", *both}

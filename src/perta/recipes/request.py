@@ -73,7 +73,7 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
             f"--retain-checkpoint {given} was tuned on the forget set, its record says. Give a "
             "checkpoint tuned on retained rows, or none, so that one is made."
         )
-    if config.rounds > 1 and seeds > 1:
+    if seeds > 1 and (config.rounds or 1) > 1:
         raise ConfigError(
             f"--rounds {config.rounds} starts from one forget checkpoint, but --forget-seeds is "
             f"{seeds}. Leave one of the two out."

@@ -55,10 +55,11 @@ class UnlearnConfig:
     forget_seeds: Annotated[int | None, More] = None
     """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
     needs at least: 2 for `negmerge`, otherwise 1]."""
-    rounds: Annotated[int, More] = 1
+    rounds: Annotated[int | None, More] = None
     """With a structured method and `--scaling-coef auto`: most rounds of the forget fine-tune. Rows
     whose facts the edit leaves are tuned on again and added, so that no strength of all rows has
-    to reach the last one; each round leaves at most half of its rows."""
+    to reach the last one; each round leaves at most half of its rows [default: 6, with several
+    forget checkpoints 1]."""
     retain_checkpoint: Annotated[str | None, More] = None
     """Base model tuned on retained examples, for `msa`, used instead of tuning one."""
     retain_samples: Annotated[str | None, More] = None
@@ -106,7 +107,7 @@ class UnlearnConfig:
         places_of(self, paths=("output", "work_dir", "retain_moments"), texts=SOURCES)
         seeds = self.forget_seeds
         require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
-        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.rounds is None or self.rounds >= 1, "rounds", self.rounds, "at least 1")
         budget = self.retain_budget
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         sample_count(self.retain_samples, "retain-samples", 1)

@@ -60,6 +60,9 @@ from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.record import read_manifest
 
+_ROUNDS = 6
+"""Each leaves at most half of its rows, so hardly a request needs more."""
+
 
 @dataclass(frozen=True)
 class Unlearned:
@@ -131,11 +134,14 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     method = get_method(weighting.method)
     if weighting.scaling_coef is None and method.searched and config.retain is not None:
         weighting = replace(weighting, scaling_coef="auto")
+    seeds = config.forget_seeds or max(1, method.needs.tuned)
+    is_even = method.needs.moments and weighting.scaling_coef == "auto" and seeds == 1
     return replace(
         config,
         weighting=with_defaults(weighting),
         importance_at=config.importance_at or method.needs.at,
-        forget_seeds=config.forget_seeds or max(1, method.needs.tuned),
+        forget_seeds=seeds,
+        rounds=config.rounds or (_ROUNDS if is_even else 1),
         estimator=replace(estimator, reduction=method.needs.reduction or estimator.reduction),
     )
 
@@ -235,7 +241,7 @@ class _Run:
             weighting=self.config.weighting,
             **self._needed(),
         )
-        if unseen is not None and self.config.rounds > 1:
+        if unseen is not None and (self.config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
         if get_method(edit.weighting.method).needs.moments:
             # Search and edit share it.
@@ -280,7 +286,7 @@ class _Run:
         """The edit with a forget checkpoint of several rounds."""
         config, output = self.config, self.work.place("forget_rounds")
         tune, overwrite = replace(config.tune, loss_on=self._loss_on), self.work.replaces(output)
-        most = config.rounds
+        most = config.rounds or 1
         made = self.work.timed(
             "rounds",
             lambda: write_rounds(

@@ -117,11 +117,10 @@ def _as_stored(averages: Tensor, reader: Reader) -> Tensor:
     return averages if wide else averages.to(torch.float32)
 
 
-def find_unmeasured(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
-    """Tensors of which no retained example said anything.
+def find_unused(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
+    """Tensors that no retained example depends on, while the forget set does.
 
-    Their importance on the retain set is 0 throughout, though that on the forget set is not:
-    experts that no retained token reached, or weights that were not looked at.
+    Their importance was measured and is 0 throughout, as of experts that no retained token reached.
 
     Returns:
         θ_full's name -> target. Nearly all others show it by their first numbers.

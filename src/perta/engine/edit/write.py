@@ -15,16 +15,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from perta.engine.edit.chunks import CHUNK, Blocks
 from perta.engine.edit.output import create_files, write_config
-from perta.engine.edit.passes import average_importance, find_cuts, find_unmeasured
+from perta.engine.edit.passes import average_importance, find_cuts, find_unused
 from perta.engine.edit.plan import (
     EditInputs,
     Target,
-    is_named,
     open_sources,
     plan_edit,
     share_of_examples,
@@ -117,8 +116,7 @@ def write_edit(
     targets = plan_edit(source, sources, weighting)
     worker_count = threads or min(8, os.cpu_count() or 1)
     if method.weighs_retain:
-        silent = find_unmeasured(targets, chunk, worker_count)
-        targets = _without(targets, silent, weighting, tell=onto == inputs.full)
+        _tell_unused(targets, find_unused(targets, chunk, worker_count))
     transposed = transposed_weights(onto) if weighting.granularity == "row" else frozenset()
     averages = average_importance(targets, weighting, transposed, chunk, worker_count)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
@@ -140,29 +138,21 @@ def write_edit(
     return EditSummary(folder, stored, summaries, edited, copied, seconds)
 
 
-def _without(
-    targets: Sequence[Target], silent: Collection[str], weighting: WeightingConfig, *, tell: bool
-) -> list[Target]:
-    """The plan without tensors of which the retain importance says nothing, but those named."""
-    names = [target.full.name for target in targets if target.sources]
-    measured = set(names) - set(silent)
-    left = [name for name in names if name in silent]
-    left = [name for name in left if not is_named(name, names, measured, weighting)]
+def _tell_unused(targets: Sequence[Target], unused: Collection[str]) -> None:
+    """Name what is subtracted whole because retention does not depend on it; stop if all is."""
+    names = [target.full.name for target in targets if target.sources and not target.alias_of]
+    left = [name for name in names if name in unused]
     if left and len(left) == len(names):
         raise CheckpointError(
             "The importance on the retain set is 0 in every tensor to edit, so nothing says what "
             "must be kept. Measure it again on examples that the model can be wrong about."
         )
-    if left and tell:
+    if left:
         warn(
-            f"{some(left)} stay as they are: their importance on the retain set is 0 "
-            "throughout, as of experts that none of its tokens reached, so nothing says what must "
-            f"be kept. To edit them all the same, name them alone: --include '{left[0]}'."
+            f"No retained example depends on {some(left)}: the importance on the retain set is 0 "
+            "throughout, as with experts that none of its tokens reached. What the forget set "
+            f"changed there goes by the method's formula; to keep it, --exclude '{left[0]}'."
         )
-    return [
-        replace(target, sources={}) if (target.alias_of or target.full.name) in left else target
-        for target in targets
-    ]
 
 
 def _forget_share(method: Edit, inputs: EditInputs) -> float:
