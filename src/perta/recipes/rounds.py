@@ -143,6 +143,8 @@ class _Run:
             scaling_coef, rows_left = self._forget(checkpoint, rows)
             if scaling_coef is None:
                 say(f"round {len(rounds) + 1}: no strength takes half of the {len(rows)} rows")
+                if not rounds:
+                    self._add(checkpoint, 1.0)  # the search says how far it gets
                 break
             self._add(
                 checkpoint, scaling_coef / (rounds[0].scaling_coef if rounds else scaling_coef)
