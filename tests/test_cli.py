@@ -90,6 +90,19 @@ def test_methods_lists_the_table(perta: Run) -> None:
     assert all(name in out for name in (*edits(), *TRAINING_METHODS))
 
 
+def test_one_method_is_shown_with_its_settings(perta: Run) -> None:
+    out = perta("methods", "perta_project").out
+    assert "(I + rho C_r / c)^-1" in out
+    assert "rho = 3.0, in [0, inf)" in out
+    assert "options of `perta train`" in perta("methods", "npo").out
+    cards = json.loads(perta("methods", "--json").out)
+    assert set(cards) == {*edits(), *TRAINING_METHODS}
+    assert [s["name"] for s in cards["perta-project"]["settings"]] == ["rho"]
+    wrong = perta("methods", "perta-projekt")
+    assert wrong.status == 1
+    assert "did you mean `perta-project`?" in wrong.err
+
+
 def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: Path) -> None:
     stages = (
         ("finetune", "--base", world.base, "--data", world.forget,

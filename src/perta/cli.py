@@ -249,11 +249,24 @@ def report(*results: str, config: ReportConfig | None = None, json: AsJson = Fal
 
 
 @app.command
-def methods() -> None:
-    """List the methods with their formulas."""
-    from perta.terminal import print_methods
+def methods(name: str | None = None, *, json: AsJson = False) -> None:
+    """List the methods with their formulas, or show one with its settings.
 
-    print_methods()
+    Args:
+        name: a method.
+        json: print everything as one JSON object.
+    """
+    from perta.recipes.request import known_method
+    from perta.terminal import method_cards, print_json, print_method, print_methods
+
+    cards = method_cards()
+    card = None if name is None else cards[known_method(name)]
+    if json:
+        print_json(cards if card is None else card)
+    elif card is None:
+        print_methods()
+    else:
+        print_method(card)
 
 
 @app.command

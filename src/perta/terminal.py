@@ -130,15 +130,47 @@ def without_rows(results: Results) -> dict[str, Any]:
     }
 
 
+def method_cards() -> dict[str, dict[str, Any]]:
+    """Name -> what is said of a method; of one that edits its settings as well."""
+    from perta.methods.objectives import TRAINING_METHODS
+    from perta.methods.registry import edits
+
+    cards: dict[str, dict[str, Any]] = {}
+    for method in (*edits().values(), *TRAINING_METHODS.values()):
+        said = ("name", "formula", "summary", "source")
+        cards[method.name] = {part: getattr(method, part) for part in said}
+    for method in edits().values():
+        cards[method.name]["settings"] = [
+            {"name": item.name, "default": item.default, **item.metadata}
+            for item in method.options()
+        ]
+    return cards
+
+
 def print_methods() -> None:
     """The tables of methods."""
-    from perta.methods.objectives import TRAINING_METHODS
-    from perta.methods.registry import edits as known_edits
-
-    edits = [(m.name, m.formula, m.summary, m.source) for m in known_edits().values()]
-    trained = [(m.name, m.formula, m.summary, m.source) for m in TRAINING_METHODS.values()]
+    edits, trained = [], []
+    for card in method_cards().values():
+        row = (card["name"], card["formula"], card["summary"], card["source"])
+        (edits if "settings" in card else trained).append(row)
     _print_methods("Edits of the weights", "W", edits)
     _print_methods("Training from the full model", "loss", trained)
+
+
+def print_method(card: Mapping[str, Any]) -> None:
+    """One method with its settings."""
+    lines = [f"{card['name']}: {card['summary']}", card["formula"], f"Source: {card['source']}"]
+    if "settings" not in card:
+        lines.append("Its settings are options of `perta train`.")
+    elif not card["settings"]:
+        lines.append("It has no settings.")
+    for item in card.get("settings", ()):
+        lines += [
+            "",
+            f"{item['name']} = {item['default']}, in {item['within']}",
+            f"  {item['help']}",
+        ]
+    console().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _print_methods(title: str, formula: str, rows: Iterable[tuple[str, ...]]) -> None:

@@ -345,7 +345,7 @@ def _largest(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
 
 # --- the methods ----------------------------------------------------------------------------------
 
-_STRUCTURED = "this project; curvature as in RegMean, arXiv 2212.09849, and K-FAC, arXiv 1503.05671"
+_STRUCTURED = "curvature as in RegMean, arXiv 2212.09849, and K-FAC, arXiv 1503.05671"
 _MOVED = (
     "The weights of linear layers were moved back along what learning the removed examples alone "
     "does to them, "
@@ -366,7 +366,7 @@ class Project(Directions):
         "except in the directions of the layers' inputs that the examples to keep use."
     )
     formula = "direction tau (I + rho C_r / c)^-1"
-    source = "this project; a soft form of the projection of AlphaEdit, arXiv 2410.02355"
+    source = "as SAGE, arXiv 2606.18309, up to its spectral cut; AlphaEdit, arXiv 2410.02355"
     needs = Needs(moments=("retain",))
     strength = 2.7
     layers = "mlp"
