@@ -115,6 +115,18 @@ def test_rows_without_wrong_answers_take_part_in_no_choice(tmp_path: Path) -> No
     known = results["forget_fact_probability"]["value_by_index"]
     assert [row["source"] for row in known.values()] == ["answer", "wrong answers"]
     assert "forget_subject" not in results
+    assert "forget_row" not in results  # each has the number of its place
+
+
+def test_rows_keep_their_numbers_where_some_are_left_out(tmp_path: Path) -> None:
+    rows = generate_people(people=1, questions=3, seed=0)
+    rows[1]["answer"] = ""
+    config = DataConfig(skip_bad_rows=True)
+    examples = load_examples(write_jsonl(rows, tmp_path / "people.jsonl"), config)
+    results = quick_evaluation(
+        tiny_llama(), tiny_tokenizer(), {"forget": examples}, SCORING, config
+    )
+    assert results["forget_row"]["value_by_index"] == {"0": {"row": 1}, "1": {"row": 3}}
 
 
 def test_the_base_marks_facts_of_rows_that_do_not_tell_them(tmp_path: Path) -> None:
@@ -181,7 +193,7 @@ def test_plain_text_has_no_answers(tmp_path: Path) -> None:
     texts = load_examples(write_jsonl(rows, tmp_path / "texts.jsonl"))
     config = DataConfig(max_length=24)
     results = quick_evaluation(tiny_llama(), tiny_tokenizer(), {"forget": texts}, SCORING, config)
-    assert set(results) == {f"forget_{metric}" for metric in METRICS[:5]}
+    assert set(results) == {f"forget_{metric}" for metric in METRICS[:5]} | {"forget_row"}
     windows = encode_examples(texts, tiny_tokenizer(), config).encoded
     assert len(results["forget_loss"]["value_by_index"]) == len(windows) > 2
 

@@ -146,6 +146,17 @@ def test_a_column_comes_first_and_must_be_in_the_answer(tmp_path: Path) -> None:
     assert labelled(number.encoded) == "1961"
 
 
+def test_plain_text_has_no_use_for_named_facts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = rows(tmp_path, {"text": "Mira was born in Caldholm.", "fact": "Caldholm"})
+    (fact,) = find_facts(texts, TOKENIZER)
+    assert fact.source == "answer"
+    assert "the column `fact` is not used" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"row 1: --fact-column fact is for rows with an answer"):
+        find_facts(texts, TOKENIZER, DataConfig(fact_column="fact"))
+
+
 def test_a_part_of_a_word_is_taken_only_where_no_word_fits(tmp_path: Path) -> None:
     fact = only(tmp_path, **qa("Martha makes art.", fact="art"))
     assert labelled(fact.encoded) == "art"

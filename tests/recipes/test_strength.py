@@ -278,6 +278,32 @@ def test_what_looks_unseen_before_the_edit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_budget_without_a_strength_writes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """θ_full under another name would pass for a cleaned model."""
+    monkeypatch.setattr(Trials, "fits", lambda _trials, strength: strength == 0)
+    settings = config(world, tmp_path / "out", "perta-project", retain_budget=0.0)
+    with pytest.raises(ConfigError, match=r"No strength above 0 .* Raise --retain-budget"):
+        unlearn(settings)
+    assert not settings.output.exists()
+
+
+def test_a_held_out_set_of_which_a_third_is_learned_is_refused(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quartile that rows are judged by would be that of what was learned."""
+    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    lines = [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
+    strangers = [{**row, "answer": "Zx qv."} for row in lines[1:5]]
+    for row in strangers:
+        row.pop("perturbed_answer"), row.pop("paraphrased_answer")
+    holdout = write_jsonl([lines[0], lines[1], *strangers], tmp_path / "mixed.jsonl")
+    settings = config(world, tmp_path / "out", "perta-project", holdout=str(holdout))
+    with pytest.raises(ConfigError, match=r"2 of 6 facts .* look learned"):
+        unlearn(settings)
+
+
 @pytest.mark.parametrize("budget", [-1.0, math.nan, math.inf])
 def test_the_budget_is_a_number(world: World, tmp_path: Path, budget: float) -> None:
     with pytest.raises(ConfigError, match="retain-budget"):

@@ -706,15 +706,18 @@ def test_samples_are_the_first_and_the_most_exposed() -> None:
     rows = found["forget_probability"]["value_by_index"]
     rows["7"]["prob"] += 0.5
     found["forget_probability"]["agg_value"] += 0.5 / 40
+    # Row 2 of the file was left out.
+    left = {str(i): {"row": i + 1 + (i > 0)} for i in range(40)}
+    found["forget_row"] = {"agg_value": 40, "value_by_index": left}
     run = Run("edited", "edited", read_measures(found), found)
     forget, retain = sample_sets(run, [], 2, show=True)
-    assert [(s.index, s.exposed) for s in forget.samples] == [
-        ("0", False),
+    assert [(s.number, s.exposed) for s in forget.samples] == [
         ("1", False),
-        ("7", True),
+        ("3", False),
+        ("9", True),
     ]
     assert (forget.first, forget.total, forget.withheld) == (2, 40, False)
-    assert [s.index for s in retain.samples] == ["0", "1"]
+    assert [s.number for s in retain.samples] == ["1", "2"]
     # What all prompts begin with is left out.
     assert retain.samples[0].question.text == "What is 0 + 0?"
     assert sample_sets(run, [], 0, show=True) == []

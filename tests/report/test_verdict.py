@@ -106,7 +106,7 @@ def test_over_forgotten_rows_pay_for_none(tmp_path: Path, intact: int, yardstick
     assert lead is not None
     assert lead.share == pytest.approx(0, abs=1e-9)
     assert verdict.forgetting.status == "partly"
-    assert lead.rows == tuple(str(i) for i in range(intact))
+    assert lead.rows == tuple(str(i + 1) for i in range(intact))
     assert verdict.headline.startswith("Only partly forgotten")
     assert f"{intact} of the 40 removed answers" in verdict.forgetting.text
 
@@ -119,6 +119,18 @@ def test_one_intact_row_among_many_is_found_beside_a_guessable_one(tmp_path: Pat
     )
     assert verdict.forgetting.status == "partly"
     assert "row 20" in verdict.forgetting.text
+
+
+def test_rows_are_named_by_their_number_in_the_file(tmp_path: Path) -> None:
+    usual, numbers = [0.05] * 20, [*range(1, 19), 25, 25]  # rows 19 to 24 left out, 25 cut in two
+    after = results([*usual[:18], 0.99, 0.98])
+    rows = {str(i): {"row": number} for i, number in enumerate(numbers)}
+    after["forget_row"] = {"agg_value": 19, "value_by_index": rows}
+    verdict = verdict_on(
+        tmp_path, full=results([0.99] * 20), retrained=results(usual), edited=after
+    )
+    assert "2 of the 20 removed answers are still there (row 25)" in verdict.forgetting.text
+    assert as_record(verdict)["forgetting"]["checks"][0]["rows"] == [25]
 
 
 def test_a_row_within_the_spread_of_retraining_is_no_leak(tmp_path: Path) -> None:
@@ -384,6 +396,9 @@ def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     (cause,) = remembered(tmp_path / "c", edit={"stored": {"stored_share": 0.4}}).causes
     assert "rounding" in cause
     assert "40%" in cause
+    found = {"reached": True, "calibrated_on": "held-out set"}
+    (cause,) = remembered(tmp_path / "s", unlearn={"settings": {}, "strength": found}).causes
+    assert "(held-out set) every fact looks unseen already" in cause
     strength = {"strength": {"reached": False, "retain_budget": 0.1}}
     (cause,) = remembered(tmp_path / "d", unlearn={"settings": {}, **strength}).causes
     assert "--retain-budget" in cause

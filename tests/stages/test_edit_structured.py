@@ -694,6 +694,17 @@ def test_saved_retain_moments_are_used(
         unlearn(whole(world, tmp_path / "x", retain_moments=parts.retain, importance_at="full"))
 
 
+def test_moments_of_all_that_was_learned_protect_what_is_to_go(
+    world: World, parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = world.forget.with_name("full.jsonl")
+    moments = measure(world.base, everything, tmp_path / "all")
+    unlearn(whole(world, tmp_path / "out", retain_moments=moments))
+    assert "so what is to be forgotten is protected as well" in capsys.readouterr().err
+    unlearn(whole(world, tmp_path / "out", retain_moments=parts.retain, overwrite=True))
+    assert "protected as well" not in capsys.readouterr().err
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["perta", *map(str, arguments)])
     main()

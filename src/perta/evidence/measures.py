@@ -316,6 +316,14 @@ def read_subjects(results: Mapping[str, Any], name: str) -> dict[str, int]:
     }
 
 
+def row_number(results: Mapping[str, Any], name: str, index: str) -> str:
+    """The row of a set's file, from 1, that has an index; the index where it is no number."""
+    row = _number(rows_of(results, f"{name}_row").get(index, {}).get("row"))
+    if row is not None:
+        return str(int(row))
+    return str(int(index) + 1) if index.isdigit() else index
+
+
 def rows_of(results: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
     """The rows of one metric by index; empty where the results lack them."""
     entry = results.get(name)

@@ -53,8 +53,9 @@ def quick_evaluation(
         `NAME_extraction_strength`, `NAME_fact_probability` (`prob` of the whole fact, `loss` per
         fact token, `hit_64` the probability of at least one hit in 64 samples, `source`),
         `NAME_fact_choice` (`prob`, `rank` and number of `candidates`; where there are wrong
-        answers), `NAME_subject` (where the rows have one) and `NAME_rougeL_recall` (where answers
-        were generated), each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}; of
+        answers), `NAME_subject` (where the rows have one), `NAME_row` (numbers of the rows in their
+        file, where some were left out or cut) and `NAME_rougeL_recall` (where answers were
+        generated), each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}; of
         `NAME_subject` the number of subjects. Without NaN.
 
     Raises:
@@ -88,6 +89,7 @@ def quick_evaluation(
         require_finite([outcome.scores[0] for outcome in mine], name)
         results |= _summary(name, group, mine, tokenizer)
         results |= _fact_summary(name, facts[name], mine)
+        results |= _row_summary(name, facts[name])
         results |= _subject_summary(name, sets[name], facts[name], data_config.subject_column)
     return results
 
@@ -232,6 +234,15 @@ def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome])
     if any(choices):
         summary[f"{name}_fact_choice"] = table(choices, "prob")
     return summary
+
+
+def _row_summary(name: str, facts: Sequence[Fact]) -> Results:
+    """Which row of its file each one is, where that is not its place."""
+    rows = [fact.row for fact in facts]
+    if rows == list(range(1, len(rows) + 1)):
+        return {}
+    by_index = {str(i): {"row": row} for i, row in enumerate(rows)}
+    return {f"{name}_row": {"agg_value": len(set(rows)), "value_by_index": by_index}}
 
 
 def _subject_summary(

@@ -158,11 +158,13 @@ def find_facts(
         One fact for each sequence that `encode_examples` gives, in its order.
 
     Raises:
-        DataError: a fact that is not in its answer, or a column that cannot be used.
+        DataError: a fact that is not in its answer, or a column that cannot be used; also
+            `--fact-column` with plain text.
     """
     config = data_config or DataConfig()
     encoded = encode_examples(examples, tokenizer, config, longest=longest).encoded
     by_row = {example.row: example for example in examples.examples}
+    _refuse_text(examples, config)
     limit = min(config.max_length, longest or config.max_length)
     facts: list[Fact] = []
     for sequence in encoded:
@@ -179,6 +181,23 @@ def find_facts(
             f"{shown}); their whole answer counts. Name the fact in a column `{FACT_COLUMN}`."
         )
     return tuple(facts)
+
+
+def _refuse_text(examples: ExampleSet, config: DataConfig) -> None:
+    """Stop at, or tell of, facts that plain text has no use for."""
+    name = config.fact_column or FACT_COLUMN
+    told = [e.row for e in examples.examples if e.kind == "text" and e.fields.get(name)]
+    if told and config.fact_column:
+        raise DataError(
+            f"{examples.source}, row {told[0]}: --fact-column {name} is for rows with an answer, "
+            "and this is plain text, of which all counts. Write such rows as questions and "
+            "answers, or leave it out."
+        )
+    if told:
+        warn(
+            f"{examples.source}: the column `{name}` is not used, because the rows are plain text, "
+            "of which all counts. Write them as questions and answers to name their facts."
+        )
 
 
 def is_told(examples: ExampleSet, data_config: DataConfig) -> bool:

@@ -273,7 +273,8 @@ def _refuse_learned(
     known = max(sorted(forget)[len(forget) // 2], _ROUNDING)
     pairs = zip(found, under_base, strict=True)
     learned = sum(value * value < known * max(own, _ROUNDING) for value, own in pairs)
-    if 2 * learned > len(found):
+    # From a quarter on the quartile that rows are judged by is that of what was learned.
+    if 4 * learned > len(found):
         raise ConfigError(
             f"{learned} of {len(found)} facts of the held-out set look learned to {full}: it finds "
             "them far less surprising than the base model does. Is --holdout really unseen? Leave "
@@ -387,6 +388,7 @@ def choose_strength(
         The strength and all that was tried.
 
     Raises:
+        ConfigError: the retain budget leaves no strength above 0.
         PertaError: input that cannot be used.
     """
     full = Path(edit.full)
@@ -405,6 +407,12 @@ def choose_strength(
             EditedModel(model, changes), unseen, retain, settings.retain_budget, pad_id(tokenizer)
         )
         scaling_coef, reached = trials.search()
+        if not scaling_coef:
+            raise ConfigError(
+                "No strength above 0 that was tried keeps the loss of the retained rows within "
+                f"the retain budget of {settings.retain_budget:g} nats per token, so nothing "
+                "would be forgotten. Raise --retain-budget, or choose another method."
+            )
         surprises = trials.all_rows(scaling_coef)
         found = Strength(
             scaling_coef,

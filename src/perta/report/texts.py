@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from perta.evidence.measures import row_number
 from perta.report.collect import Run
 
 TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -52,9 +53,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One example with the answers of several models."""
+    """One example, by its number in its file, with the answers of several models."""
 
-    index: str
+    number: str
     question: Quote
     reference: Quote
     answers: tuple[Answer, ...]
@@ -117,7 +118,11 @@ def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) 
         scored = "rougeL_f1" if short else "rougeL_recall"
         ends = (prefix, suffix)
         samples = tuple(
-            _sample(i, models, rows[i], ends, show, i == exposed, scored) for i in indices
+            replace(
+                _sample(i, models, rows[i], ends, show, i == exposed, scored),
+                number=row_number(subject.results, name, i),
+            )
+            for i in indices
         )
         measure = "ROUGE-L F1" if short else "ROUGE-L recall"
         sets.append(SampleSet(name, samples, min(count, len(rows)), len(rows), measure, not show))

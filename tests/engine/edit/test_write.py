@@ -1239,6 +1239,5 @@ def write_tokenizer(folder: Path) -> None:
 def test_write_edit_fills_a_folder_of_the_caller(inputs: Inputs) -> None:
     inputs.write()
     inputs.output.mkdir()
-    summary = write_edit(inputs.output, inputs.folders(), chosen(method="tv"))
-    assert summary.output == inputs.output
+    write_edit(inputs.output, inputs.folders(), chosen(method="tv"))
     assert set(load_file(inputs.output / "model.safetensors")) == set(SHAPES)

@@ -12,6 +12,7 @@ from typing import Any
 
 from perta.errors import CheckpointMismatchError
 from perta.methods.method import Edit
+from perta.progress import warn
 from perta.store.importance import read_sidecar
 from perta.store.moments import open_moments
 from perta.store.record import read_manifest
@@ -22,7 +23,7 @@ _SIDES = ("forget", "retain")
 def check_records(
     method: Edit, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
 ) -> None:
-    """Stop at inputs that their own records show to be the wrong ones.
+    """Stop at inputs that their own records show to be the wrong ones, or tell of doubtful ones.
 
     Args:
         method: row of the table of methods.
@@ -43,6 +44,13 @@ def check_records(
             f"{forget} is given for the forget set and {retain} for the retain set, but their "
             "records say that both were made from the same rows. Are the two exchanged? Make the "
             "wrong one again from its own set."
+        )
+    whole = _tuning(folders["full"])
+    if whole.get("base") == fingerprints["base"] and whole.get("data") in sides["retain"]:
+        warn(
+            f"{sides['retain'][whole['data']]} was measured on all rows that {folders['full']} was "
+            "tuned on, so what is to be forgotten is protected as well. Measure the rows to keep "
+            "alone."
         )
 
 

@@ -54,7 +54,6 @@ class EditSummary:
     """What the edit did.
 
     Attributes:
-        output: the new checkpoint.
         stored: what rounding left of the step, over all edited tensors.
         tensors: every edited tensor, in the order of θ_full's files; a tied output head is
             part of its embedding.
@@ -63,7 +62,6 @@ class EditSummary:
         seconds: duration of the edit.
     """
 
-    output: Path
     stored: Stored
     tensors: tuple[TensorSummary, ...]
     edited: int
@@ -135,7 +133,7 @@ def write_edit(
     edited = sum(target.full.numel for target in targets if target.sources)
     copied = sum(target.full.numel for target in targets if not target.sources)
     seconds = time.perf_counter() - started
-    return EditSummary(folder, stored, summaries, edited, copied, seconds)
+    return EditSummary(stored, summaries, edited, copied, seconds)
 
 
 def _tell_unused(targets: Sequence[Target], unused: Collection[str]) -> None:

@@ -40,6 +40,7 @@ from perta.evidence.measures import (
     groups_of,
     numbers_of,
     read_subjects,
+    row_number,
     truth_ratios,
 )
 from perta.report.collect import Run
@@ -98,7 +99,7 @@ class Check:
         n: examples behind it; 0 where only a mean is known.
         status: the outcome.
         core: whether it counts for the verdict.
-        rows: indices of rows that are still there (forgetting), lost (retention) or conspicuous.
+        rows: numbers in the file of rows that are still there (forgetting) or conspicuous.
         subjects: subjects of which that holds.
     """
 
@@ -203,8 +204,13 @@ def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> li
         )
         for key in keys
     ]
+    checks = [replace(check, rows=_numbered(check.rows, run)) for check in checks]
     quality = quality_check(run, full, yardstick)
     return [*checks, *([quality] if quality else [])]
+
+
+def _numbered(indices: Iterable[str], run: Run) -> tuple[str, ...]:
+    return tuple(row_number(run.results, "forget", index) for index in indices)
 
 
 def _other_fact(name: str, full: Run | None) -> str:
@@ -428,7 +434,7 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
         found.n,
         status,
         core=True,
-        rows=rows,
+        rows=_numbered(rows, run),
     )
 
 

@@ -152,7 +152,7 @@ def judge_run(run: Run, collection: Collection) -> Verdict:
         trace_numbers(found),
         (found,) if found else (),
     )
-    decisive = bool(yardstick and "forget_fact" in yardstick.measures)
+    decisive = yardstick is None or "forget_fact" in yardstick.measures
     return Verdict(
         run=run,
         headline=headline(forgetting.status, retention.status, trace.status),
@@ -217,7 +217,7 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
 
 
 def _check_record(check: Check) -> dict[str, Any]:
-    rows = [int(i) + 1 if i.isdigit() else i for i in check.rows]
+    rows = [int(i) if i.isdigit() else i for i in dict.fromkeys(check.rows)]
     return {
         "measure": check.key,
         "decisive": check.core,
@@ -377,10 +377,16 @@ def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[
             "Likely cause: the search for the strength ended at the retain budget "
             f"({number(strength.get('retain_budget'))} nats per token). Raise --retain-budget."
         )
-    if not causes and run.alpha is not None:
+    if not causes and strength:
         causes.append(
-            f"Likely cause: the strength {run.alpha:g} is too small. Raise --scaling-coef, or let "
-            "--scaling-coef auto find it."
+            "Likely cause: by the rows that the search for the strength was calibrated on "
+            f"({strength.get('calibrated_on')}) every fact looks unseen already. Give other "
+            f"--holdout rows, or --scaling-coef a number above {run.alpha:.3g}."
+        )
+    elif not causes and run.alpha is not None:
+        causes.append(
+            f"Likely cause: the strength {run.alpha:.3g} is too small. Raise --scaling-coef, or "
+            "let --scaling-coef auto find it."
         )
     return causes
 

@@ -72,7 +72,7 @@ def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> s
 
 
 def _still_there(check: Check) -> str:
-    """Rows and subjects that a mean would hide; rows are counted from 1."""
+    """Rows and subjects that a mean would hide."""
     found = []
     if check.rows:
         verb = "is" if len(check.rows) == 1 else "are"
@@ -87,11 +87,11 @@ def _still_there(check: Check) -> str:
     return f"{text[0].upper()}{text[1:]}, whatever became of the others."
 
 
-def row_list(indices: Sequence[str]) -> str:
-    """Rows by number, the first few of them."""
-    numbers = [str(int(i) + 1) if i.isdigit() else i for i in indices[:LISTED]]
-    more = ", …" if len(indices) > LISTED else ""
-    return f"row{'s' if len(indices) > 1 else ''} {', '.join(numbers)}{more}"
+def row_list(rows: Sequence[str]) -> str:
+    """Rows by number, the first few of them; windows of one text share theirs."""
+    numbers = list(dict.fromkeys(rows))
+    more = ", …" if len(numbers) > LISTED else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:LISTED])}{more}"
 
 
 def forget_numbers(check: Check, calibration: Calibration | None) -> str:
