@@ -136,7 +136,8 @@ def method_cards() -> dict[str, dict[str, Any]]:
     from perta.methods.registry import edits
 
     cards: dict[str, dict[str, Any]] = {}
-    for method in (*edits().values(), *TRAINING_METHODS.values()):
+    everyone: list[Any] = [*edits().values(), *TRAINING_METHODS.values()]
+    for method in everyone:
         said = ("name", "formula", "summary", "source")
         cards[method.name] = {part: getattr(method, part) for part in said}
     for method in edits().values():
@@ -149,7 +150,8 @@ def method_cards() -> dict[str, dict[str, Any]]:
 
 def print_methods() -> None:
     """The tables of methods."""
-    edits, trained = [], []
+    edits: list[tuple[str, ...]] = []
+    trained: list[tuple[str, ...]] = []
     for card in method_cards().values():
         row = (card["name"], card["formula"], card["summary"], card["source"])
         (edits if "settings" in card else trained).append(row)

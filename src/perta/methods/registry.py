@@ -1,4 +1,4 @@
-"""Methods found by name, with settings as they are typed, and those of other people's files."""
+"""Methods found by name, with settings as they are typed, and those of a program's own."""
 
 from __future__ import annotations
 
