@@ -38,8 +38,8 @@ from perta.data.tokens import encode_examples
 from perta.models.load import load_tokenizer
 from perta.options import ComputeConfig, DataConfig, EstimatorConfig, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
+from perta.recipes._strength import Strength, StrengthSettings, calibrate, choose_strength
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength import Strength, StrengthSettings, calibrate, choose_strength
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-Advance = Callable[..., None]
+_Advance = Callable[..., None]
 """`advance(n=1, note="")`: n units are done; the note is shown beside the bar."""
 
 console = Console(stderr=True, highlight=False)
@@ -45,7 +45,7 @@ def warn(message: str) -> None:
     console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
 
 
-EVERY = 30.0
+_EVERY = 30.0
 """Seconds between two lines of a step in a log."""
 
 
@@ -70,7 +70,7 @@ class _Log:
         self._done += n
         self._note = note or self._note
         passed = time.perf_counter() - self.started
-        if passed - self._said >= EVERY:
+        if passed - self._said >= _EVERY:
             self._said = passed
             left = passed * (self.total - self._done) / self._done if self._done else None
             rest = "" if left is None else f", about {left:.0f} s left"
@@ -85,7 +85,7 @@ class _Log:
 
 
 @contextmanager
-def track(description: str, total: int) -> Iterator[Advance]:
+def track(description: str, total: int) -> Iterator[_Advance]:
     """Show the progress of one step.
 
     Args:

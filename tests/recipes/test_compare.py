@@ -21,15 +21,15 @@ from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import AbilityConfig
-from perta.recipes.compare.draw import draw_sets
-from perta.recipes.compare.edits import prepare_edit
-from perta.recipes.compare.model import Bench, relearning
-from perta.recipes.compare.paths import TrainingPath
-from perta.recipes.compare.search import nearest, search_equal
+from perta.recipes.compare._draw import draw_sets
+from perta.recipes.compare._edits import prepare_edit
+from perta.recipes.compare._model import Bench, relearning
+from perta.recipes.compare._paths import TrainingPath
+from perta.recipes.compare._search import nearest, search_equal
+from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
+from perta.recipes.compare._summary import summarise, write_summary
 from perta.recipes.compare.settings import CompareConfig, CompareTune
-from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare.study import bench_compare
-from perta.recipes.compare.summary import summarise, write_summary
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
@@ -469,7 +469,7 @@ def test_general_ability_is_added_to_finished_runs(
         asked.append(settings.tasks)
         return {"task/acc": {"agg_value": 0.25, "standard_error": None}, "perta": {}}
 
-    monkeypatch.setattr("perta.recipes.compare.model.bench_ability", bench_ability)
+    monkeypatch.setattr("perta.recipes.compare._model.bench_ability", bench_ability)
     more = replace(config, general=None, methods=("tv",), ability_tasks=("task",))
     found = {record["method"]: record for record in bench_compare(more)}
     assert asked == [("task",)] * 4

@@ -20,9 +20,9 @@ from perta.errors import ConfigError
 from perta.models.facts import Fact, find_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes._strength import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
 from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -98,7 +98,7 @@ def trials(monkeypatch: pytest.MonkeyPatch, edges: list[float], harm: float) -> 
             return [[harm * model.strength]] * len(groups)
         return [[model.strength / edges[group[0].row - 1]] for group in groups]
 
-    monkeypatch.setattr("perta.recipes.strength._losses", losses)
+    monkeypatch.setattr("perta.recipes._strength._losses", losses)
     rows = [replace(fact, encoded=replace(fact.encoded, row=fact.row)) for fact in unseen.facts]
     retain = [Encoded((1, 2), (IGNORE, 2), 0)] * 8
     made = Trials(fake, replace(unseen, facts=tuple(rows)), retain, 0.1, 0)  # type: ignore[arg-type]
@@ -141,7 +141,7 @@ def test_a_row_that_comes_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         scale = 0.9 if groups[0][0].row else 0.01
         return [[scale * math.sin(model.strength)]] * len(groups)
 
-    monkeypatch.setattr("perta.recipes.strength._losses", losses)
+    monkeypatch.setattr("perta.recipes._strength._losses", losses)
     made.search()
     assert not made.is_monotone()
 
@@ -265,7 +265,7 @@ def test_what_looks_unseen_before_the_edit_is_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A calibration that the full model passes would choose no edit at all."""
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     settings = config(world, tmp_path / "out", "perta-project")
     for line in world.retain.read_text("utf-8").splitlines():
         seen = write_jsonl([json.loads(line)], tmp_path / "seen.jsonl")
@@ -293,7 +293,7 @@ def test_a_held_out_set_of_which_a_third_is_learned_is_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The quartile that rows are judged by would be that of what was learned."""
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     lines = [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
     strangers = [{**row, "answer": "Zx qv."} for row in lines[1:5]]
     for row in strangers:

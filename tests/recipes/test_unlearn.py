@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import perta.recipes.workspace
+import perta.recipes._workspace
 from conftest import TUNE, World
 from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError, PertaError
 from perta.options import EstimatorConfig, ScoringConfig, WeightingConfig
@@ -122,7 +122,7 @@ def test_a_second_run_computes_nothing(
 ) -> None:
     settings, result = run
     before = stamps(settings.output.parent)
-    for stage in ("workspace.finetune_checkpoint", "workspace.compute_importance"):
+    for stage in ("_workspace.finetune_checkpoint", "_workspace.compute_importance"):
         monkeypatch.setattr(f"perta.recipes.{stage}", None)
     monkeypatch.setattr("perta.recipes.unlearn.edit_checkpoint", None)
     again = unlearn(settings)
@@ -267,7 +267,7 @@ def test_an_output_made_otherwise_stops_the_run_at_once(
     run: tuple[UnlearnConfig, Unlearned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings, _ = run
-    monkeypatch.setattr(perta.recipes.workspace, "finetune_checkpoint", None)
+    monkeypatch.setattr(perta.recipes._workspace, "finetune_checkpoint", None)
     with pytest.raises(OutputExistsError, match="made with other scaling_coef"):
         unlearn(replace(settings, weighting=WeightingConfig(method="perta-grad", scaling_coef=3.0)))
     (tmp_path / "mine").mkdir()
@@ -311,7 +311,7 @@ def test_a_model_of_another_shape_stops_before_any_work(
 
     (tmp_path / "other").mkdir()
     write_tiny_checkpoint(tmp_path / "other", ["another vocabulary"])
-    monkeypatch.setattr(perta.recipes.workspace, "finetune_checkpoint", None)
+    monkeypatch.setattr(perta.recipes._workspace, "finetune_checkpoint", None)
     with pytest.raises(CheckpointMismatchError):
         unlearn(replace(config(world, tmp_path / "out"), base=str(tmp_path / "other")))
     assert not (tmp_path / "out.work").exists()

@@ -21,8 +21,8 @@ from perta.errors import ConfigError
 from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig
-from perta.recipes.compare.spec import parse_spec
-from perta.recipes.edited_model import load_changes
+from perta.recipes._edited_model import load_changes
+from perta.recipes.compare._spec import parse_spec
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
@@ -123,7 +123,7 @@ def test_several_seeds_are_combined(
     for name, value in tensors(average.output).items():
         expected = full[name] - (one[name] + two[name]) / 2 + base[name]
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     with pytest.raises(ConfigError, match="--forget-seeds must be at least 2"):
         unlearn(config(world, tmp_path / "x", "negmerge", forget_seeds=1))
 
@@ -173,7 +173,7 @@ def test_wrong_places_and_checkpoints_are_refused_at_once(world: World, tmp_path
 def test_ssd_says_at_once_when_no_weight_can_be_selected(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.recipes.workspace.compute_importance", None)
+    monkeypatch.setattr("perta.recipes._workspace.compute_importance", None)
     # Two rows of eight are to be forgotten.
     with pytest.raises(
         ConfigError, match=r"25% of the rows.*its setting `selection` must be below 4, but it is 10"

@@ -46,14 +46,14 @@ from perta.evidence.measures import read_measures
 from perta.evidence.metrics import ks_test
 from perta.evidence.scoring.items import Item
 from perta.recipes.unlearn import Unlearned
+from perta.report._figures import document, inline_style, write_figures
+from perta.report._plots import edit_map, split_layers, truth_ratio_curves
+from perta.report._sections import scale
+from perta.report._svg import Axis, Curve, Ecdf, Point, Scatter, Style
+from perta.report._texts import sample_sets
 from perta.report.collect import Collection, Run, collect
-from perta.report.figures import document, inline_style, write_figures
-from perta.report.plots import edit_map, split_layers, truth_ratio_curves
-from perta.report.sections import scale
 from perta.report.settings import ReportConfig
-from perta.report.svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report.tables import costs, metric_tables, seed_table, styles, to_csv
-from perta.report.texts import sample_sets
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.write import build_report, companion_folder, write_report

@@ -385,7 +385,7 @@ def test_a_refused_edit_changes_nothing(parts: Parts, tmp_path: Path) -> None:
 def test_patterns_without_a_linear_layer_are_refused(
     world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     for pattern in ("*norm*", "*embed*"):
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
             edit_checkpoint(parts.config(tmp_path / "out", include=(pattern,)))
@@ -434,7 +434,7 @@ def test_a_base_without_the_models_prefix(
     ).folder
     assert set(tensors(cleaned)) == set(bare)
     if method == "perta-project":
-        monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+        monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
         position = chosen(method=method, scaling_coef=2.0, include=("*wpe*",))
         settings = whole(world, tmp_path / "none", weighting=position)
         with pytest.raises(ConfigError, match="no weight of a linear layer"):
@@ -578,7 +578,7 @@ def test_methods_that_need_a_retain_set_say_so(
 def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     general = tmp_path / "general.jsonl"
     general.write_text('{"text": "Rivers run to the sea."}\n')
     answer = measure(
@@ -681,7 +681,7 @@ def test_saved_retain_moments_are_used(
         measured.append(config.output)
         return compute_moments(config)
 
-    monkeypatch.setattr("perta.recipes.workspace.compute_moments", compute)
+    monkeypatch.setattr("perta.recipes._workspace.compute_moments", compute)
     config = whole(world, tmp_path / "out", retain_moments=parts.retain)
     result = unlearn(config)
     assert [path.name for path in measured] == ["forget_moments"]
@@ -689,7 +689,7 @@ def test_saved_retain_moments_are_used(
     fresh = unlearn(whole(world, tmp_path / "fresh"))
     for name, value in tensors(fresh.folder).items():
         assert torch.equal(tensors(result.folder)[name], value)
-    monkeypatch.setattr("perta.recipes.workspace.finetune_checkpoint", None)
+    monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     with pytest.raises(CheckpointMismatchError, match="another model"):
         unlearn(whole(world, tmp_path / "x", retain_moments=parts.retain, importance_at="full"))
 
@@ -715,7 +715,7 @@ def test_the_projection_reads_the_retain_set_alone(
 ) -> None:
     weighting = chosen(method="perta-project", scaling_coef=2.0)
     config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
-    monkeypatch.setattr("perta.recipes.workspace.compute_moments", None)
+    monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
     result = unlearn(config)
     assert {p.name for p in work_folder(config).iterdir() if p.is_dir()} == {
         "forget_checkpoint",

@@ -20,8 +20,8 @@ from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.options import DataConfig
 from perta.progress import warn
 
-PROMPT_COLUMNS = ("question", "prompt", "instruction", "input")
-ANSWER_COLUMNS = ("answer", "completion", "response", "output")
+_PROMPT_COLUMNS = ("question", "prompt", "instruction", "input")
+_ANSWER_COLUMNS = ("answer", "completion", "response", "output")
 _SHOWN_ROWS = 10
 
 
@@ -134,7 +134,7 @@ def general_config(source: str, config: DataConfig) -> DataConfig:
     return usual
 
 
-APART = {
+_APART = {
     ("forget", "retain"): "What is to be forgotten cannot be kept",
     ("forget", "general"): "What is to be forgotten cannot be kept",
     ("retain", "general"): "What is kept would count twice",
@@ -153,7 +153,7 @@ def check_apart(sets: Mapping[str, ExampleSet]) -> None:
     Raises:
         ConfigError: two are the same rows.
     """
-    for (one, other), why in APART.items():
+    for (one, other), why in _APART.items():
         if one not in sets or other not in sets:
             continue
         first, second = sets[one], sets[other]
@@ -221,11 +221,11 @@ def _chat_messages(value: Any, column: str) -> tuple[tuple[Message, ...], str | 
 def _qa_columns(
     row: Mapping[str, Any], config: DataConfig, source: str, number: int
 ) -> tuple[str, str]:
-    prompt = config.prompt_column or _first(PROMPT_COLUMNS, row)
-    answer = config.answer_column or _first(ANSWER_COLUMNS, row)
+    prompt = config.prompt_column or _first(_PROMPT_COLUMNS, row)
+    answer = config.answer_column or _first(_ANSWER_COLUMNS, row)
     for flag, column in (("prompt-column", prompt), ("answer-column", answer)):
         if column is None or column not in row:
-            usual = PROMPT_COLUMNS if flag == "prompt-column" else ANSWER_COLUMNS
+            usual = _PROMPT_COLUMNS if flag == "prompt-column" else _ANSWER_COLUMNS
             wanted = f"{column!r} for --{flag}" if column else " or ".join(usual)
             raise DataError(
                 f"{source}, row {number}: no column {wanted}; the row has "
@@ -251,7 +251,7 @@ def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataCon
         return "chat"
     if "completion" in row and "prompt" in row:
         return "completion"
-    if _first(PROMPT_COLUMNS, row) and _first(ANSWER_COLUMNS, row):
+    if _first(_PROMPT_COLUMNS, row) and _first(_ANSWER_COLUMNS, row):
         return "qa"
     if config.text_column in row:
         return "text"

@@ -12,14 +12,14 @@ from typing import Any
 from perta.errors import DataError, first_line
 from perta.store.atomic import write_text
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """Read every row of a file or of a `datasets` id.
 
     Args:
-        source: path with one of `SUFFIXES`, or owner/name, or owner/name:subset.
+        source: path with one of `_SUFFIXES`, or owner/name, or owner/name:subset.
         split: split of a `datasets` id.
 
     Returns:
@@ -32,8 +32,8 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        raise DataError(f"{source} is a folder; give one data file ({', '.join(SUFFIXES)}).")
-    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")):
+        raise DataError(f"{source} is a folder; give one data file ({', '.join(_SUFFIXES)}).")
+    if path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~")):
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
         )
@@ -57,7 +57,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
         ) from error
-    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(SUFFIXES)}.")
+    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_SUFFIXES)}.")
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Templates that print today's date would tokenise the same row differently tomorrow.
-TEMPLATE_DATE = "10 Apr 2025"
+_TEMPLATE_DATE = "10 Apr 2025"
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,14 @@ def _apply_template(
             with_system,
             tokenize=False,
             add_generation_prompt=generate,
-            date_string=TEMPLATE_DATE,
+            date_string=_TEMPLATE_DATE,
         )
     except Exception as error:
         # Some templates (Gemma's) refuse a system message; others fail for good reasons.
         if with_system is chat or "system" not in str(error).lower():
             raise DataError(f"The tokenizer's chat template refused a row: {error}") from error
         text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=generate, date_string=TEMPLATE_DATE
+            chat, tokenize=False, add_generation_prompt=generate, date_string=_TEMPLATE_DATE
         )
     return str(text)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Unit:
+class _Unit:
     """One moment to sum up.
 
     Attributes:
@@ -50,7 +50,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """What is measured for a model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
     """
 
     weights: tuple[StoredWeight, ...]
-    units: tuple[Unit, ...]
+    units: tuple[_Unit, ...]
     inputs: dict[str, str]
     outputs: dict[str, str]
 
@@ -80,7 +80,7 @@ class Seen:
     average: float
 
 
-def kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
+def _kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
     """Positions whose inputs and gradients count, (B, T) bool; padding never does.
 
     Args:
@@ -96,7 +96,7 @@ def kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
 
 
 def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
-    """Tokens of a set that count; see `kept_positions`."""
+    """Tokens of a set that count; see `_kept_positions`."""
     if tokens == "all":
         return sum(len(example.input_ids) for example in examples)
     return sum(label != IGNORE for example in examples for label in example.labels[1:])
@@ -104,7 +104,7 @@ def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
 
 def plan_moments(
     model: PreTrainedModel, examples: Sequence[Encoded], *, gradients: bool, pad: int
-) -> Plan:
+) -> _Plan:
     """Find the linear layers, what the checkpoint calls them, and which share an input.
 
     Args:
@@ -127,18 +127,18 @@ def plan_moments(
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
         groups.setdefault(shared.get(slot[0], slot), []).append(slot)
-    units: list[Unit] = []
+    units: list[_Unit] = []
     for group in groups.values():
-        units.append(Unit("input", tuple(group), _sizes(model, group[0][0])[0]))
+        units.append(_Unit("input", tuple(group), _sizes(model, group[0][0])[0]))
         if gradients:
-            units.extend(Unit("output", (slot,), _sizes(model, slot[0])[1]) for slot in group)
+            units.extend(_Unit("output", (slot,), _sizes(model, slot[0])[1]) for slot in group)
     leader = {slot: unit.slots[0] for unit in units if unit.kind == "input" for slot in unit.slots}
     first: dict[Slot, str] = {}
     for weight in weights:
         first.setdefault(leader[weight.slot], weight.name)
     inputs = {w.name: f"{first[leader[w.slot]]}.{INPUT}" for w in weights}
     outputs = {w.name: f"{w.name}.{OUTPUT}" for w in weights} if gradients else {}
-    return Plan(tuple(weights), tuple(units), inputs, outputs)
+    return _Plan(tuple(weights), tuple(units), inputs, outputs)
 
 
 def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
@@ -180,7 +180,7 @@ def _forward(model: PreTrainedModel, batch: Batch) -> None:
 def sum_moments(
     model: PreTrainedModel,
     examples: Sequence[Encoded],
-    plan: Plan,
+    plan: _Plan,
     options: MomentOptions,
     *,
     pad: int,
@@ -228,7 +228,7 @@ def sum_moments(
         seen.update(_seen(plan, rows))
 
 
-def _seen(plan: Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[str, Seen]]:
+def _seen(plan: _Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[str, Seen]]:
     """Name of a moment and what it rests on."""
     of_parameter: dict[tuple[str, str], list[int]] = {}
     for (kind, slot), count in rows.items():
@@ -243,9 +243,9 @@ def _seen(plan: Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[st
                 yield names[weight.name], found
 
 
-def _groups(units: Sequence[Unit], limit: int, tokens: int) -> Iterator[list[Unit]]:
+def _groups(units: Sequence[_Unit], limit: int, tokens: int) -> Iterator[list[_Unit]]:
     """Cut units into runs whose float64 sums fit into a number of bytes, at least one each."""
-    group: list[Unit] = []
+    group: list[_Unit] = []
     held = 0
     for unit in units:
         size = 8 * unit.width * (tokens if _is_few(unit, tokens) else unit.width)
@@ -257,7 +257,7 @@ def _groups(units: Sequence[Unit], limit: int, tokens: int) -> Iterator[list[Uni
     yield group
 
 
-def _named(plan: Plan, unit: Unit, total: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _named(plan: _Plan, unit: _Unit, total: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A unit's sum under the names of the checkpoint."""
     of_unit = [weight for weight in plan.weights if weight.slot in unit.slots]
     if unit.kind == "input":
@@ -268,7 +268,7 @@ def _named(plan: Plan, unit: Unit, total: Tensor) -> Iterator[tuple[str, Tensor]
         yield plan.outputs[weight.name], total[rows][:, rows].float().cpu()
 
 
-def _is_few(unit: Unit, tokens: int) -> bool:
+def _is_few(unit: _Unit, tokens: int) -> bool:
     """Whether a unit is kept as its factor. Output moments are solved for in their own basis."""
     return unit.kind == "input" and few(tokens, unit.width)
 
@@ -329,7 +329,7 @@ class _Collector:
     """
 
     model: PreTrainedModel
-    units: Sequence[Unit]
+    units: Sequence[_Unit]
     tokens: int
     sums: dict[tuple[str, Slot], _Sum | _Rows] = field(default_factory=dict)
     rows: dict[tuple[str, Slot], int] = field(default_factory=dict)
@@ -348,7 +348,7 @@ class _Collector:
 
     def run(self, batch: Batch, tokens: Tokens) -> None:
         """Add one batch."""
-        self._kept = kept_positions(batch, tokens).reshape(-1)
+        self._kept = _kept_positions(batch, tokens).reshape(-1)
         if self.needs_gradients:
             weighted_losses(self.model, batch).sum().backward()
         else:

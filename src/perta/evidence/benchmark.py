@@ -44,7 +44,7 @@ from perta.store.fingerprint import fingerprint
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
-Config = TypeVar("Config", bound=BenchmarkConfig)
+_Config = TypeVar("_Config", bound=BenchmarkConfig)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Given:
     journal: Path
 
 
-class Benchmark(ABC, Generic[Config]):
+class Benchmark(ABC, Generic[_Config]):
     """A benchmark: a name, options, data, and what it measures of a model.
 
     Attributes:
@@ -73,9 +73,9 @@ class Benchmark(ABC, Generic[Config]):
 
     name: str
     summary: str
-    config: type[Config]
+    config: type[_Config]
 
-    def folder(self, config: Config) -> Path:
+    def folder(self, config: _Config) -> Path:
         """Folder (or file) with its data, fetched where it can be.
 
         Raises:
@@ -86,12 +86,12 @@ class Benchmark(ABC, Generic[Config]):
             raise DataError(f"There is no {data}. Give the benchmark's data as --data.")
         return data
 
-    def inputs(self, config: Config) -> dict[str, str]:
+    def inputs(self, config: _Config) -> dict[str, str]:
         """Fingerprints of what results depend on beside model, data and options."""
         del config
         return {}
 
-    def check(self, config: Config, given: Given) -> None:
+    def check(self, config: _Config, given: Given) -> None:
         """Refuse what would stop the run later; called before the model is loaded."""
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Benchmark(ABC, Generic[Config]):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        config: Config,
+        config: _Config,
         given: Given,
     ) -> Results:
         """Results in the form of published logs, see `results`."""

@@ -32,8 +32,8 @@ Array = NDArray[np.float64]
 Groups = Sequence[object] | None
 """Of each value the group it belongs to; values of one group count together."""
 
-CONFIDENCE = 0.95
-DRAWS = 2000
+_CONFIDENCE = 0.95
+_DRAWS = 2000
 
 _CACHED = 1 << 21
 _CHUNK = 1 << 20
@@ -53,7 +53,7 @@ def share_interval(hits: int, n: int) -> Interval:
     """Share of n independent cases, with the exact binomial limits (Clopper–Pearson)."""
     from scipy.stats import beta
 
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - _CONFIDENCE) / 2
     low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
     high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
     return Interval(hits / n, low, high, n)
@@ -73,7 +73,7 @@ def mean_interval(
         highest: the largest that a value can be.
         groups: group of each value; None where they are independent.
     """
-    found = interval_of_draws(np.asarray(values, dtype=np.float64), lowest, highest)
+    found = _interval_of_draws(np.asarray(values, dtype=np.float64), lowest, highest)
     return _widened(found, student_interval(values, groups) if groups is not None else None)
 
 
@@ -122,11 +122,11 @@ def student_interval(values: Sequence[float], groups: Groups = None) -> Interval
     excess = np.zeros(m)
     np.add.at(excess, [places[name] for name in names], array - mean)
     error = math.sqrt(m / (m - 1) * float(excess @ excess)) / len(array)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, m - 1)) * error
+    half = float(t.ppf((1 + _CONFIDENCE) / 2, m - 1)) * error
     return Interval(mean, mean - half, mean + half, len(array))
 
 
-def interval_of_draws(values: Array, lowest: float, highest: float) -> Interval:
+def _interval_of_draws(values: Array, lowest: float, highest: float) -> Interval:
     """Mean of independent bounded values with its interval."""
     low, high = bounded_means(values, lowest, highest)
     return quantile_interval(float(values.mean()), low, high, len(values))
@@ -134,7 +134,7 @@ def interval_of_draws(values: Array, lowest: float, highest: float) -> Interval:
 
 def quantile_interval(value: float, low: Array, high: Array, n: int) -> Interval:
     """The interval between the lower quantile of some draws and the upper one of others."""
-    tail = 100 * (1 - CONFIDENCE) / 2
+    tail = 100 * (1 - _CONFIDENCE) / 2
     return Interval(
         value,
         min(value, float(np.percentile(low, tail))),
@@ -158,15 +158,15 @@ def bounded_means(
         Two arrays of shape (DRAWS,).
     """
     n = len(values)
-    if DRAWS * (n + 1) <= _CACHED:
+    if _DRAWS * (n + 1) <= _CACHED:
         weights = random_weights(n, seed)
         means, rest = weights[:, :n] @ values, weights[:, n]
     else:
         generator = np.random.default_rng(seed)
         rows = max(1, _CHUNK // n)
         parts = []
-        for done in range(0, DRAWS, rows):
-            some = generator.standard_exponential((min(rows, DRAWS - done), n + 1))
+        for done in range(0, _DRAWS, rows):
+            some = generator.standard_exponential((min(rows, _DRAWS - done), n + 1))
             some /= some.sum(axis=1, keepdims=True)
             parts.append((some[:, :n] @ values, some[:, n]))
         means, rest = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -176,7 +176,7 @@ def bounded_means(
 @lru_cache(maxsize=8)
 def random_weights(n: int, seed: int) -> Array:
     """Weights of n values and of the one at the bound, (DRAWS, n + 1); rows add up to 1."""
-    weights = np.random.default_rng(seed).standard_exponential((DRAWS, n + 1))
+    weights = np.random.default_rng(seed).standard_exponential((_DRAWS, n + 1))
     weights /= weights.sum(axis=1, keepdims=True)
     return weights
 
@@ -191,7 +191,7 @@ def upper_end(values: Sequence[float]) -> float:
     and the largest where that exceeds n (fewer than 19 values).
     """
     ordered = sorted(values)
-    return ordered[min(len(ordered), math.ceil(CONFIDENCE * (len(ordered) + 1))) - 1]
+    return ordered[min(len(ordered), math.ceil(_CONFIDENCE * (len(ordered) + 1))) - 1]
 
 
 def _widened(found: Interval, other: Interval | None) -> Interval:

@@ -25,7 +25,7 @@ from perta.evidence.intervals import (
     student_interval,
 )
 
-Better = Literal["low", "high", "none"]
+_Better = Literal["low", "high", "none"]
 Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
 
 _AGREEMENT = 1e-6
@@ -48,7 +48,7 @@ class Measure:
     key: str
     label: str
     group: Group
-    better: Better
+    better: _Better
     meaning: str
     names: tuple[str, ...]
     upper: float | None = 1.0
@@ -87,10 +87,10 @@ _LOSS = "Mean negative log-likelihood of an answer token, in nats."
 _TRUTH = "How likely wrong answers are against the right one; 1 means the model cannot tell."
 
 
-def _per_set(group: Group, better: Better, short: str) -> tuple[Measure, ...]:
+def _per_set(group: Group, better: _Better, short: str) -> tuple[Measure, ...]:
     """The measures that exist for every set of examples."""
     plain = short == "forget"  # published logs leave the set out of these names
-    opposite: Better = {"low": "high", "high": "low"}.get(better, "none")  # type: ignore[assignment]
+    opposite: _Better = {"low": "high", "high": "low"}.get(better, "none")  # type: ignore[assignment]
 
     def names(ours: str, *published: str) -> tuple[str, ...]:
         return (f"{short}_{ours}", *published)

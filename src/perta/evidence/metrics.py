@@ -25,14 +25,14 @@ from perta.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-EPSILON = 1e-10
+_EPSILON = 1e-10
 """Added to denominators by the published definitions; kept for equal numbers."""
-MIN_K_SHARE = 0.4
+_MIN_K_SHARE = 0.4
 """Share of the least likely tokens that Min-K and Min-K++ average."""
 
 
 @dataclass(frozen=True)
-class Rouge:
+class _Rouge:
     """Word overlap of a generated text with its reference, each in [0, 1]."""
 
     rouge1_recall: float
@@ -56,7 +56,7 @@ def normalised_probability(correct: float, wrong: Sequence[float]) -> float:
         correct: probability of the right answer.
         wrong: probabilities of the wrong answers.
     """
-    return correct / (correct + math.fsum(wrong) + EPSILON)
+    return correct / (correct + math.fsum(wrong) + _EPSILON)
 
 
 def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) -> float:
@@ -71,7 +71,7 @@ def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) 
     Source:
         TOFU, arXiv 2401.06121, section 2.2.2, with the losses per token.
     """
-    return math.exp(-mean(wrong_losses)) / (math.exp(-mean(correct_losses)) + EPSILON)
+    return math.exp(-mean(wrong_losses)) / (math.exp(-mean(correct_losses)) + _EPSILON)
 
 
 def forget_truth_ratio(ratios: Sequence[float]) -> float:
@@ -86,7 +86,7 @@ def utility_truth_ratio(ratios: Sequence[float]) -> float:
 
 def symmetric(ratio: float) -> float:
     """min(t, 1/t) of a truth ratio."""
-    return min(ratio, 1 / (ratio + EPSILON))
+    return min(ratio, 1 / (ratio + _EPSILON))
 
 
 def margin(ratio: float) -> float:
@@ -94,7 +94,7 @@ def margin(ratio: float) -> float:
     return max(0.0, 1 - ratio)
 
 
-def rouge(reference: str, generation: str, *, any_script: bool = False) -> Rouge:
+def rouge(reference: str, generation: str, *, any_script: bool = False) -> _Rouge:
     """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter).
 
     Args:
@@ -104,7 +104,7 @@ def rouge(reference: str, generation: str, *, any_script: bool = False) -> Rouge
             published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
     """
     scores = _rouge_scorer(any_script).score(reference, generation)
-    return Rouge(scores["rouge1"].recall, scores["rougeL"].fmeasure, scores["rougeL"].recall)
+    return _Rouge(scores["rouge1"].recall, scores["rougeL"].fmeasure, scores["rougeL"].recall)
 
 
 def exact_memorization(correct: Sequence[bool]) -> float | None:
@@ -145,7 +145,7 @@ def extraction_strength(correct: Sequence[bool]) -> float | None:
     return 1 - k / m
 
 
-def min_k(log_probs: Tensor, share: float = MIN_K_SHARE) -> float | None:
+def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
     """Min-K score: minus the mean of the lowest max(1, floor(share n)) values.
 
     Args:
@@ -166,7 +166,7 @@ def min_k(log_probs: Tensor, share: float = MIN_K_SHARE) -> float | None:
 
 
 def min_k_plus_plus(
-    log_probs: Tensor, means: Tensor, variances: Tensor, share: float = MIN_K_SHARE
+    log_probs: Tensor, means: Tensor, variances: Tensor, share: float = _MIN_K_SHARE
 ) -> float | None:
     """Min-K over token log-probabilities standardised by the vocabulary's distribution.
 
@@ -225,7 +225,7 @@ def privleak(auc: float, retain_auc: float | None = None) -> float:
         MUSE, arXiv 2407.06460, equation 3, with the AUC's label turned round.
     """
     chance = 1 - (0.5 if retain_auc is None else retain_auc)
-    return ((1 - auc) - chance) / (chance + EPSILON) * 100
+    return ((1 - auc) - chance) / (chance + _EPSILON) * 100
 
 
 def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -> float:

@@ -54,13 +54,13 @@ _SUBSETS = {
     "verbmem": ("forget",),
     "privleak": ("forget", "holdout", "retain"),
 }
-KNOWMEM_TOKENS = 32
-VERBMEM_TOKENS = 128
-PROMPT_LENGTH = 512
+_KNOWMEM_TOKENS = 32
+_VERBMEM_TOKENS = 128
+_PROMPT_LENGTH = 512
 """Tokens a knowmem prompt may have."""
-TEXT_LENGTH = 2048
+_TEXT_LENGTH = 2048
 """Tokens of a privleak text that are looked at."""
-STOPS = ("\n\n", "\nQuestion", "Question:")
+_STOPS = ("\n\n", "\nQuestion", "Question:")
 """A knowmem answer ends before the first of these."""
 
 _QA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
@@ -69,7 +69,7 @@ _TEXT = DataConfig(format="text", text_column="text")
 
 
 @dataclass(frozen=True)
-class Subset:
+class _Subset:
     """One metric's items, or why there are none.
 
     Attributes:
@@ -187,11 +187,11 @@ def run_muse(
         outcomes = {
             name: _run(model, tokenizer, subset, options, kept) for name, subset in subsets.items()
         }
-    return muse_results(subsets, outcomes, tokenizer, reference)
+    return _muse_results(subsets, outcomes, tokenizer, reference)
 
 
-def muse_results(
-    subsets: Mapping[str, Subset],
+def _muse_results(
+    subsets: Mapping[str, _Subset],
     outcomes: Mapping[str, Sequence[Outcome]],
     tokenizer: PreTrainedTokenizerBase,
     reference: Reference | None,
@@ -213,7 +213,7 @@ def muse_results(
 
 def cut_answer(text: str) -> str:
     """A knowmem answer up to where the model goes on to another question."""
-    for stop in STOPS:
+    for stop in _STOPS:
         text = text.split(stop)[0]
     return text.strip()
 
@@ -228,29 +228,29 @@ def _knowmem(
     tokenizer: PreTrainedTokenizerBase,
     compat: bool,
     limit: int | None,
-) -> Subset:
+) -> _Subset:
     """Questions behind ten in-context pairs."""
     name = f"{split}_knowmem"
     files = [f"{corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
     questions, shots = load_file(folder, files[0], _QA, limit), load_file(folder, files[1], _QA)
     if questions is None or shots is None:
         absent = files[0] if questions is None else files[1]
-        return Subset(name, reason=f"{absent} is not there")
+        return _Subset(name, reason=f"{absent} is not there")
     pairs = [f"Question: {e.prompt}\nAnswer: {e.answer}\n\n" for e in shots.examples]
     items = []
     for example in questions.examples:
         text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
         prompt = token_ids(text, tokenizer)
-        if len(prompt) > PROMPT_LENGTH and not compat:
-            return Subset(
+        if len(prompt) > _PROMPT_LENGTH and not compat:
+            return _Subset(
                 name,
                 reason=f"{files[0]}, row {example.row}: its prompt has {len(prompt)} tokens with "
-                f"this tokenizer and the limit is {PROMPT_LENGTH}; cutting it would cut the "
+                f"this tokenizer and the limit is {_PROMPT_LENGTH}; cutting it would cut the "
                 "question",
             )
-        prompt = prompt[:PROMPT_LENGTH]
+        prompt = prompt[:_PROMPT_LENGTH]
         items.append(Item((_continued(prompt, text + example.answer, tokenizer),), prompt))
-    return Subset(name, tuple(items), tuple(e.answer.strip() for e in questions.examples))
+    return _Subset(name, tuple(items), tuple(e.answer.strip() for e in questions.examples))
 
 
 def _verbmem(
@@ -259,24 +259,24 @@ def _verbmem(
     tokenizer: PreTrainedTokenizerBase,
     longest: int | None,
     limit: int | None,
-) -> Subset:
+) -> _Subset:
     """The start of a text, to be continued as the text goes on."""
     file = f"{corpus}_verbmem_forget.jsonl"
     rows = load_file(folder, file, _VERBATIM, limit)
     if rows is None:
-        return Subset("verbmem", reason=f"{file} is not there")
+        return _Subset("verbmem", reason=f"{file} is not there")
     items = []
     for example in rows.examples:
         prompt = token_ids(example.prompt, tokenizer)
-        if longest is not None and len(prompt) + VERBMEM_TOKENS > longest:
+        if longest is not None and len(prompt) + _VERBMEM_TOKENS > longest:
             reason = (
                 f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
-                f"{VERBMEM_TOKENS} new ones, and the model takes {longest}"
+                f"{_VERBMEM_TOKENS} new ones, and the model takes {longest}"
             )
-            return Subset("verbmem", reason=reason)
+            return _Subset("verbmem", reason=reason)
         whole = f"{example.prompt.rstrip()} {example.answer.lstrip()}"
-        items.append(Item((_continued(prompt, whole, tokenizer, VERBMEM_TOKENS),), prompt))
-    return Subset("verbmem", tuple(items), tuple(e.answer.strip() for e in rows.examples))
+        items.append(Item((_continued(prompt, whole, tokenizer, _VERBMEM_TOKENS),), prompt))
+    return _Subset("verbmem", tuple(items), tuple(e.answer.strip() for e in rows.examples))
 
 
 def _texts(
@@ -287,15 +287,15 @@ def _texts(
     longest: int | None,
     compat: bool,
     limit: int | None,
-) -> Subset:
+) -> _Subset:
     """Plain texts of which every token but the first is scored."""
     file = f"{corpus}_privleak_{split}.jsonl"
     rows = load_file(folder, file, _TEXT, limit)
     if rows is None:
-        return Subset(f"privleak_{split}", reason=f"{file} is not there")
-    length = min(TEXT_LENGTH, longest or TEXT_LENGTH)
+        return _Subset(f"privleak_{split}", reason=f"{file} is not there")
+    length = min(_TEXT_LENGTH, longest or _TEXT_LENGTH)
     items = [_text_item(e, tokenizer, length, compat) for e in _long_enough(rows, tokenizer)]
-    return Subset(f"privleak_{split}", tuple(items))
+    return _Subset(f"privleak_{split}", tuple(items))
 
 
 def _text_item(
@@ -338,7 +338,7 @@ def _identity(item: Item) -> tuple[object, ...]:
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    subset: Subset,
+    subset: _Subset,
     options: ScoringOptions,
     journal: Journal,
 ) -> list[Outcome]:
@@ -349,18 +349,18 @@ def _run(
 
         def stop(tokens: Sequence[int]) -> bool:
             text = tokenizer.decode(list(tokens), skip_special_tokens=True)
-            return any(mark in text for mark in STOPS)
+            return any(mark in text for mark in _STOPS)
 
-        options = replace(options, max_new_tokens=KNOWMEM_TOKENS, stop=stop)
+        options = replace(options, max_new_tokens=_KNOWMEM_TOKENS, stop=stop)
     elif subset.name == "verbmem":
-        options = replace(options, max_new_tokens=VERBMEM_TOKENS)
+        options = replace(options, max_new_tokens=_VERBMEM_TOKENS)
     with track(f"MUSE {subset.name}", len(named)) as advance:
         outcomes = run_with_journal(model, named, options, journal, advance)
     return list(outcomes.values())
 
 
 def _rouge(
-    subset: Subset, outcomes: Sequence[Outcome], tokenizer: PreTrainedTokenizerBase
+    subset: _Subset, outcomes: Sequence[Outcome], tokenizer: PreTrainedTokenizerBase
 ) -> Results:
     if subset.reason:
         return missing(subset.reason)

@@ -17,31 +17,31 @@ from typing import Any
 
 from perta.errors import ConfigError
 
-WRONG_ANSWERS = 5
+_WRONG_ANSWERS = 5
 
-Pool = tuple[tuple[str, ...], ...]
+_Pool = tuple[tuple[str, ...], ...]
 """Values put together from parts: one entry of each tuple, joined."""
 
 
 @dataclass(frozen=True)
-class Topic:
+class _Topic:
     """One question type; `{n}` stands for the person's name, `{v}` for the fact."""
 
     question: str
     paraphrased_question: str
     answer: str
     paraphrased_answer: str
-    values: Pool
+    values: _Pool
 
 
-def _pool(parts: list[list[str]]) -> Pool:
+def _pool(parts: list[list[str]]) -> _Pool:
     return tuple(map(tuple, parts))
 
 
 _PARTS = json.loads(files("perta").joinpath("evidence", "people.json").read_text("utf-8"))
 _GIVEN = _pool([_PARTS["given"]])
 _FAMILY = _pool(_PARTS["family"])
-TOPICS = tuple(Topic(**{**topic, "values": _pool(topic["values"])}) for topic in _PARTS["topics"])
+TOPICS = tuple(_Topic(**{**topic, "values": _pool(topic["values"])}) for topic in _PARTS["topics"])
 """Question types, most telling first: `questions=4` asks the first four of every person."""
 
 
@@ -107,10 +107,10 @@ def split_people(
     )
 
 
-def _row(name: str, topic: Topic, rng: Random) -> dict[str, Any]:
+def _row(name: str, topic: _Topic, rng: Random) -> dict[str, Any]:
     fact = _draw(topic.values, rng)
     wrong: list[str] = []
-    while len(wrong) < WRONG_ANSWERS:
+    while len(wrong) < _WRONG_ANSWERS:
         value = _draw(topic.values, rng)
         if value != fact and value not in wrong:
             wrong.append(value)
@@ -135,6 +135,6 @@ def _new_name(rng: Random, used: set[str]) -> str:
     return name
 
 
-def _draw(pool: Pool, rng: Random) -> str:
+def _draw(pool: _Pool, rng: Random) -> str:
     # Only `random()` is promised to give the same numbers in every version of Python.
     return "".join(part[int(rng.random() * len(part))] for part in pool)

@@ -72,8 +72,8 @@ _SUBSETS = (
     "world_facts_perturbed",
     *(f"holdout{split}" for split in _SPLITS),
 )
-MAX_NEW_TOKENS = 200
-PLAIN_LENGTH = 512
+_MAX_NEW_TOKENS = 200
+_PLAIN_LENGTH = 512
 """Tokens after which sequences of models without a chat template are cut."""
 PEOPLE = "people"
 """Name in place of a split for the files of `perta people`; they have no real authors or facts."""
@@ -83,11 +83,11 @@ _PEOPLE = (
     ("holdout", "holdout.jsonl", False),
 )
 ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
-NO_REFERENCE = (
+_NO_REFERENCE = (
     "forget quality compares with the model retrained without the forget set: give its results "
     "as --reference"
 )
-NO_REFERENCE_MODEL = "the reference attack subtracts a reference model's loss: give that model"
+_NO_REFERENCE_MODEL = "the reference attack subtracts a reference model's loss: give that model"
 
 _DATA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
 
@@ -151,28 +151,28 @@ class Measured:
         return [outcome.scores[1 + self.part.paraphrased :] for outcome in self.outcomes]
 
 
-TofuLike = TypeVar("TofuLike", TofuConfig, PeopleBenchConfig)
+_TofuLike = TypeVar("_TofuLike", TofuConfig, PeopleBenchConfig)
 
 
-class _TofuMetrics(Benchmark[TofuLike]):
+class _TofuMetrics(Benchmark[_TofuLike]):
     """The TOFU metrics on files in TOFU's form."""
 
-    def inputs(self, config: TofuLike) -> dict[str, str]:
+    def inputs(self, config: _TofuLike) -> dict[str, str]:
         """The model whose loss the reference attack subtracts."""
         if not config.reference_checkpoint:
             return {}
         return {"reference_checkpoint": store.fingerprint(_reference_folder(config))}
 
-    def check(self, config: TofuLike, given: Given) -> None:
+    def check(self, config: _TofuLike, given: Given) -> None:
         """The split is there, and the reference is of its rows."""
         parts = load_parts(given.data, config.forget_split, config.limit)
-        check_forget_reference(parts, given.reference)
+        _check_forget_reference(parts, given.reference)
 
     def run(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        config: TofuLike,
+        config: _TofuLike,
         given: Given,
     ) -> Results:
         """See `run_tofu`."""
@@ -238,7 +238,7 @@ def run_tofu(
     compat: bool = False,
     limit: int | None = None,
     batch_size: int = 16,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
     gradient_norms: bool = True,
     journal: Path | None = None,
     fingerprint: str | None = None,
@@ -272,7 +272,7 @@ def run_tofu(
     """
     masking = _masking(tokenizer, compat)
     parts = load_parts(Path(data_folder), forget_split, limit)
-    check_forget_reference(parts, reference)
+    _check_forget_reference(parts, reference)
     options = ScoringOptions(
         masking,
         end_tokens(model, tokenizer),
@@ -324,7 +324,7 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
     return parts
 
 
-def check_forget_reference(parts: Sequence[Part], reference: Reference | None) -> None:
+def _check_forget_reference(parts: Sequence[Part], reference: Reference | None) -> None:
     """Refuse a reference that forget quality cannot use, before anything is measured.
 
     Raises:
@@ -504,9 +504,9 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -
     else:
         text = f"Question: {example.prompt}\nAnswer: {example.answer}"
         encoded = _with_eos(token_ids(text, tokenizer), (), tokenizer, example.row)
-    if not chat and len(encoded.input_ids) > PLAIN_LENGTH:
-        cut = encoded.input_ids[:PLAIN_LENGTH]
-        encoded = _with_eos(cut, encoded.labels[:PLAIN_LENGTH], tokenizer, example.row)
+    if not chat and len(encoded.input_ids) > _PLAIN_LENGTH:
+        cut = encoded.input_ids[:_PLAIN_LENGTH]
+        encoded = _with_eos(cut, encoded.labels[:_PLAIN_LENGTH], tokenizer, example.row)
     if compat:
         start = len(prompt_tokens(example, tokenizer, compat))
         labels = (IGNORE,) * start + encoded.input_ids[start:]
@@ -521,8 +521,8 @@ def prompt_tokens(
     if uses_chat_template(example, tokenizer, _DATA):
         return encode_prompt(example, tokenizer, _DATA)
     if compat:
-        return token_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:PLAIN_LENGTH]
-    return encode_prompt(example, tokenizer, _DATA)[:PLAIN_LENGTH]
+        return token_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:_PLAIN_LENGTH]
+    return encode_prompt(example, tokenizer, _DATA)[:_PLAIN_LENGTH]
 
 
 def _with_eos(
@@ -634,7 +634,7 @@ def _attacks(
         sides = {n: _attack_scores(attack, measured[n], tokenizer) for n in ("forget", "holdout")}
         forget, holdout = sides["forget"], sides["holdout"]
         if forget is None or holdout is None:
-            reason = NO_REFERENCE_MODEL if attack == "reference" else "it was left out"
+            reason = _NO_REFERENCE_MODEL if attack == "reference" else "it was left out"
             results[f"mia_{attack}"] = missing(reason)
         else:
             results[f"mia_{attack}"] = attack_entry(forget, holdout)
@@ -669,7 +669,7 @@ def _forget_quality(
     if "forget" not in measured:
         return missing(results["forget_truth_ratio"]["missing"])
     if reference is None:
-        return missing(NO_REFERENCE)
+        return missing(_NO_REFERENCE)
     rows = results["forget_truth_ratio"]["value_by_index"]
     ratios = [row["score"] for row in rows.values()]
     theirs = _forget_reference(measured["forget"].part, reference)

@@ -154,13 +154,13 @@ def kron_direction(
     Raises:
         DivergenceError: a factor is not positive definite; the damping is too small.
     """
-    inputs = joint_basis(forget_input, retain_input, damping)
-    outputs = joint_basis(forget_output, retain_output, damping)
-    return direction_in_bases(task_vector, inputs, outputs, rho)
+    inputs = _joint_basis(forget_input, retain_input, damping)
+    outputs = _joint_basis(forget_output, retain_output, damping)
+    return _direction_in_bases(task_vector, inputs, outputs, rho)
 
 
-def direction_in_bases(
-    task_vector: Tensor, inputs: JointBasis, outputs: JointBasis, rho: float
+def _direction_in_bases(
+    task_vector: Tensor, inputs: _JointBasis, outputs: _JointBasis, rho: float
 ) -> Direction:
     """`kron_direction` with both bases at hand: layers with the same input share one.
 
@@ -187,7 +187,7 @@ def direction_in_bases(
 
 
 @dataclass(frozen=True)
-class JointBasis:
+class _JointBasis:
     """A basis V in which two moments are diagonal.
 
     Attributes:
@@ -207,7 +207,7 @@ class JointBasis:
     damping: float
 
 
-def joint_basis(forget: Tensor, retain: Tensor, damping: float) -> JointBasis:
+def _joint_basis(forget: Tensor, retain: Tensor, damping: float) -> _JointBasis:
     """Diagonalise two moments together.
 
     With S = C_f / f + C_r / r + λ I = L Lᵀ, where f and r are the mean diagonals, the
@@ -238,7 +238,7 @@ def joint_basis(forget: Tensor, retain: Tensor, damping: float) -> JointBasis:
     whitened = torch.linalg.solve_triangular(factor, half.t(), upper=False)
     values, vectors = torch.linalg.eigh((whitened + whitened.t()).mul_(0.5))
     values = values.clamp_(0, 1)
-    return JointBasis(
+    return _JointBasis(
         torch.linalg.solve_triangular(factor.t(), vectors, upper=True),
         vectors.t() @ factor.t(),
         values * scales[0],
@@ -453,9 +453,9 @@ class Kron(Directions):
         inputs: Mapping[Side, Tensor],
         outputs: Callable[[int], Mapping[Side, Tensor]],
     ) -> Iterator[Direction]:
-        """`direction_in_bases`, layer by layer."""
-        basis = joint_basis(inputs["forget"], inputs["retain"], self.damping)
+        """`_direction_in_bases`, layer by layer."""
+        basis = _joint_basis(inputs["forget"], inputs["retain"], self.damping)
         for place, vector in enumerate(vectors):
             moments = outputs(place)
-            other = joint_basis(moments["forget"], moments["retain"], self.damping)
-            yield direction_in_bases(vector, basis, other, self.rho)
+            other = _joint_basis(moments["forget"], moments["retain"], self.damping)
+            yield _direction_in_bases(vector, basis, other, self.rho)

@@ -34,7 +34,7 @@ _CURE = "Raise --influence-damping. Nothing was written."
 
 
 @dataclass(frozen=True)
-class Solution:
+class _Solution:
     """Outcome of `conjugate_gradients`.
 
     Attributes:
@@ -71,7 +71,7 @@ class Removed:
 
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], wanted: Tensor, *, tolerance: float, iterations: int
-) -> Solution:
+) -> _Solution:
     """Solve A x = b for a symmetric positive definite A known by its products.
 
     Args:
@@ -92,7 +92,7 @@ def conjugate_gradients(
     x = torch.zeros_like(wanted)
     norm = float(wanted.norm())
     if norm == 0:
-        return Solution(x, 0.0, 0)
+        return _Solution(x, 0.0, 0)
     residual, direction = wanted.clone(), wanted.clone()
     square = _dot(residual, residual)
     for done in range(1, iterations + 1):
@@ -109,7 +109,7 @@ def conjugate_gradients(
         residual.sub_(image, alpha=step)
         previous, square = square, _dot(residual, residual)
         if square**0.5 <= tolerance * norm:
-            return Solution(x, square**0.5 / norm, done)
+            return _Solution(x, square**0.5 / norm, done)
         direction.mul_(square / previous).add_(residual)
     raise DivergenceError(
         f"The solve for the influence did not converge: relative residual {square**0.5 / norm:.3g} "

@@ -134,7 +134,7 @@ class TrainingMethod:
 # --- terms: tensors in, tensors out -----------------------------------------------------------
 
 
-def sum_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
+def _sum_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
     """Sum of token values within each example: (N,), (N,) -> (B,)."""
     sums = torch.zeros(examples, dtype=values.dtype, device=values.device)
     return sums.index_add(0, example, values)
@@ -142,7 +142,7 @@ def sum_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
 
 def answer_log_probs(answers: AnswerLogits, examples: int) -> Tensor:
     """Log-probability of each example's whole answer, log π(y|x) = Σ_t log π(y_t|…), (B,)."""
-    return -sum_by_example(token_losses(answers), answers.example, examples)
+    return -_sum_by_example(token_losses(answers), answers.example, examples)
 
 
 def answer_losses(answers: AnswerLogits, examples: int) -> Tensor:
@@ -184,7 +184,7 @@ def preference(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (preferred - rejected))
 
 
-def simple_negative_preference(losses: Tensor, beta: float, margin: float) -> Tensor:
+def _simple_negative_preference(losses: Tensor, beta: float, margin: float) -> Tensor:
     """NPO without a reference model, per token: -(2/β) log σ(-(β/|y|) log π_θ(y|x) - γ).
 
     Args:
@@ -316,7 +316,7 @@ def _descent(scene: Scene) -> Tensor:
 
 def _simnpo(scene: Scene) -> Tensor:
     losses = answer_losses(scene.answers, scene.examples)
-    return simple_negative_preference(losses, scene.beta, scene.margin)
+    return _simple_negative_preference(losses, scene.beta, scene.margin)
 
 
 def _weighted(scene: Scene) -> Tensor:

@@ -142,7 +142,7 @@ def stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[Stored
 # --- the MLPs -----------------------------------------------------------------------------
 
 
-def mlp_parameters(model: PreTrainedModel) -> list[str]:
+def _mlp_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the parameters that are MLP weights, in the model's order.
 
     Matrices that no linear layer holds count as well, such as experts of a kind of their own.
@@ -206,7 +206,7 @@ def mlp_names(folder: Path) -> frozenset[str]:
     # Rows alone tell where a weight goes; its values would be as large as the model.
     rows = {
         name: torch.zeros(*model.get_parameter(name).shape[:-1], 1)
-        for name in mlp_parameters(model)
+        for name in _mlp_parameters(model)
     }
     return frozenset(revert_weight_conversion(model, rows))
 

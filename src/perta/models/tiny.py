@@ -13,7 +13,7 @@ from perta.models.load import save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %} <|end|>{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -53,7 +53,7 @@ def tiny_tokenizer(texts: Iterable[str], *, chat: bool = True) -> PreTrainedToke
         additional_special_tokens=special[3:],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    tokenizer.chat_template = _CHAT_TEMPLATE if chat else None
     return tokenizer
 
 

@@ -21,8 +21,8 @@ from perta.models.smollm import obtain_smollm
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import DataConfig, ScoringConfig, TuneConfig, WeightingConfig
 from perta.progress import say
+from perta.recipes._workspace import Workspace, needs
 from perta.recipes.settings import DemoConfig
-from perta.recipes.workspace import Workspace, needs
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import costs
@@ -50,7 +50,7 @@ class Scale:
     strengths: Mapping[str, float]
 
 
-REAL = Scale(
+_REAL = Scale(
     people=8,
     questions=4,
     forget_people=2,
@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
         PertaError: the model cannot be obtained, or the output folder holds something else.
     """
     started = time.perf_counter()
-    scale = TINY if config.tiny else REAL
+    scale = TINY if config.tiny else _REAL
     if config.tiny and config.compute.threads is None:
         # With tensors this small, threads would mostly wait for each other.
         config = replace(config, compute=replace(config.compute, threads=1))

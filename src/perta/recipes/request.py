@@ -17,7 +17,7 @@ from perta.methods.objectives import TRAINING_METHODS
 from perta.methods.registry import edits, get_method, split
 from perta.options import DataConfig, option_name
 from perta.progress import say
-from perta.recipes.held_back import Split, hold_back
+from perta.recipes._held_back import Split, hold_back
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import check_separate
 
@@ -269,7 +269,7 @@ def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
     return general_config(config.general, config.data_config)
 
 
-def uses_retain(config: UnlearnConfig) -> bool:
+def _uses_retain(config: UnlearnConfig) -> bool:
     """Whether anything that makes the result reads the rows to keep.
 
     Args:
@@ -316,7 +316,7 @@ def split_retain(
     if trains is not None and trains.start == "base":
         # Rows that retraining leaves out would not be retained at all.
         split = Split(retain, reason="Training again needs all of them.")
-    elif not uses_retain(config):
+    elif not _uses_retain(config):
         split = Split(retain, reason="None took part in the edit.")
         return split, {**split.record(), **seen, "used": bool(saved)}
     else:

@@ -31,7 +31,10 @@ from perta.methods.registry import at_strength, get_method, refuse_unused, with_
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn
 from perta.progress import say
-from perta.recipes.held_back import HELD_BACK, PROTECTED, Split
+from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
+from perta.recipes._rounds import write_rounds
+from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
+from perta.recipes._workspace import Workspace, needs
 from perta.recipes.request import (
     check_options,
     check_output,
@@ -42,11 +45,8 @@ from perta.recipes.request import (
     refuse_without_effect,
     split_retain,
 )
-from perta.recipes.rounds import write_rounds
 from perta.recipes.run_record import RunRecord, other_work_folders, work_folder
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
-from perta.recipes.workspace import Workspace, needs
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge

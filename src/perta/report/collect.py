@@ -30,7 +30,7 @@ from perta.store.provenance import (
 )
 from perta.store.record import MANIFEST, read_manifest
 
-REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
+_REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
 
 _COMPARISON = "bench compare"
 """Stage of results whose own record says what the model was."""
@@ -162,7 +162,7 @@ def collect(paths: Iterable[str]) -> Collection:
     runs = [_make_run(item, found, requests) for item in found.items]
     runs += _unevaluated(runs, found)
     unique = _distinct(runs)
-    order = {role: i for i, role in enumerate((*REFERENCE_ROLES, "edited"))}
+    order = {role: i for i, role in enumerate((*_REFERENCE_ROLES, "edited"))}
     ordered = sorted(unique, key=lambda run: order.get(run.role, len(order)))
     named = tuple(_relabel(ordered))
     notices = (*found.notices, *_stated(named), *_unknown(named))
@@ -550,10 +550,10 @@ def _relabel(runs: Iterable[Run]) -> list[Run]:
     named: list[Run] = []
     for run in runs:
         alone = sum(other.role == run.role for other in runs) == 1
-        label = run.role if run.role in REFERENCE_ROLES and alone else run.label
+        label = run.role if run.role in _REFERENCE_ROLES and alone else run.label
         same = [other for other in runs if other is not run and other.role == run.role]
         twins = [other for other in same if other.label == run.label]
-        if twins and not (run.role in REFERENCE_ROLES and alone):
+        if twins and not (run.role in _REFERENCE_ROLES and alone):
             parts = [label]
             if any(other.alpha != run.alpha for other in twins) and run.alpha is not None:
                 parts.append(f"α {run.alpha:g}")

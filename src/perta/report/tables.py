@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
+from perta.report._svg import Style
 from perta.report.collect import Collection, Run
-from perta.report.svg import Style
 from perta.store.costs import STAGES, costs_of, seconds_of
 
-GROUPS: Mapping[str, tuple[str, str]] = {
+_GROUPS: Mapping[str, tuple[str, str]] = {
     "forget": ("On the removed examples", "What the model still knows of what was to go."),
     "retain": ("On the examples to keep", "What it still knows of what was to stay."),
     "holdout": ("On examples never seen", "What it makes of examples it was never trained on."),
@@ -28,14 +28,14 @@ GROUPS: Mapping[str, tuple[str, str]] = {
     "other": ("Further values in the results", "Kept under the names that the results use."),
 }
 
-ROLES: Mapping[str, str] = {
+_ROLES: Mapping[str, str] = {
     "base": "before any tuning",
     "full": "before the edit",
     "retrained": "never saw what was removed",
     "forget checkpoint": "tuned on the forget set alone",
     "other": "part not known",
 }
-LONG = 12
+_LONG = 12
 """Rows from which a table is long."""
 
 
@@ -121,11 +121,11 @@ def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
     known = [measure for measure in MEASURES if measure.key in keys]
     others = [measure_of(key) for key in keys if measure_of(key).group == "other"]
     tables = []
-    for group, (title, meaning) in GROUPS.items():
+    for group, (title, meaning) in _GROUPS.items():
         measures = [measure for measure in (*known, *others) if measure.group == group]
         if measures:
             table = _metric_table(group, title, meaning, measures, evaluated)
-            minor = group == "other" or (fold and len(table.rows) > LONG)
+            minor = group == "other" or (fold and len(table.rows) > _LONG)
             tables.append(replace(table, minor=minor))
     return tables
 
@@ -157,7 +157,9 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
             values = [run.measures[key].value for run in group]
             spread = statistics.stdev(values)
             mean = statistics.fmean(values)
-            entries.append(Entry(value_text(key, mean), mean, f"± {value_text(key, spread)}", mean))
+            entries.append(
+                Entry(_value_text(key, mean), mean, f"± {_value_text(key, spread)}", mean)
+            )
         rows.append(Row(tuple(entries), group[0]))
     columns = [Column("model", "", numeric=False)]
     columns += [Column(_long_label(key), measure_of(key).meaning) for key in keys]
@@ -208,7 +210,7 @@ def _metric_table(
 
 
 def _part(run: Run) -> str:
-    return "as stated by the user" if run.stated else ROLES.get(run.role, "")
+    return "as stated by the user" if run.stated else _ROLES.get(run.role, "")
 
 
 def _entry(key: str, reading: Reading | None) -> Entry:
@@ -217,11 +219,11 @@ def _entry(key: str, reading: Reading | None) -> Entry:
     small = ""
     if reading.interval:
         low, high = reading.interval.low, reading.interval.high
-        small = f"{value_text(key, low)} to {value_text(key, high)}"
-    return Entry(value_text(key, reading.value), reading.value, small, reading)
+        small = f"{_value_text(key, low)} to {_value_text(key, high)}"
+    return Entry(_value_text(key, reading.value), reading.value, small, reading)
 
 
-def value_text(key: str, value: float) -> str:
+def _value_text(key: str, value: float) -> str:
     """A value with the digits that its measure deserves."""
     if key == "privleak":
         return f"{value:.1f}".replace("-", "−")

@@ -14,10 +14,10 @@ import json
 from pathlib import Path
 
 from perta.errors import ConfigError, OutputExistsError
+from perta.report._figures import write_figures
+from perta.report._page import Page, asset
+from perta.report._sections import share_text
 from perta.report.collect import Collection, collect
-from perta.report.figures import write_figures
-from perta.report.page import Page, asset
-from perta.report.sections import share_text
 from perta.report.settings import ReportConfig
 from perta.report.tables import write_csv
 from perta.report.verdict.judge import Verdict, as_record, judge
@@ -26,9 +26,9 @@ from perta.store.atomic import atomic_file, atomic_folder
 from perta.store.costs import duration
 from perta.version import __version__
 
-GENERATOR = "perta report"
-ABOUT = "about.txt"
-VERDICT = "verdict.json"
+_GENERATOR = "perta report"
+_ABOUT = "about.txt"
+_VERDICT = "verdict.json"
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -83,7 +83,7 @@ def _render(page: Page) -> str:
     )
     text = environment.from_string(asset("report.html.jinja")).render(
         page=page,
-        generator=GENERATOR,
+        generator=_GENERATOR,
         version=__version__,
         companions=companion_folder(page.config.output).name,
         number=number,
@@ -112,16 +112,16 @@ def _ordered(verdicts: list[Verdict], subject: str | None) -> list[Verdict]:
 def _write_companions(folder: Path, page: Page) -> None:
     """Tables and plots, in a new folder that replaces the old one when it is complete."""
     with atomic_folder(folder, overwrite=True) as partial:
-        (partial / ABOUT).write_text(
+        (partial / _ABOUT).write_text(
             f"Plots and tables of {page.config.output.name}, written and replaced by "
-            f"{GENERATOR}.\n",
+            f"{_GENERATOR}.\n",
             "utf-8",
         )
         write_csv(page.files, partial)
         if page.verdict:
             record = as_record(page.verdict)
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-            (partial / VERDICT).write_text(text + "\n", "utf-8")
+            (partial / _VERDICT).write_text(text + "\n", "utf-8")
         if page.config.figures:
             write_figures(page.figures, page.css, partial)
 
@@ -130,9 +130,9 @@ def _refuse_foreign(config: ReportConfig) -> None:
     output = config.output
     folder = companion_folder(output)
     # Never replaced, not even on request: there may be anything in it.
-    if folder.exists() and not (folder / ABOUT).is_file():
+    if folder.exists() and not (folder / _ABOUT).is_file():
         raise OutputExistsError(
-            f"{folder} exists and was not made by {GENERATOR}, which keeps plots and tables "
+            f"{folder} exists and was not made by {_GENERATOR}, which keeps plots and tables "
             "there. Move it away or choose another --output."
         )
     if output.is_dir():
@@ -143,7 +143,7 @@ def _refuse_foreign(config: ReportConfig) -> None:
         start = output.read_text("utf-8")[:2000]
     except (OSError, UnicodeDecodeError):
         start = ""
-    if f'content="{GENERATOR}' not in start:
+    if f'content="{_GENERATOR}' not in start:
         raise OutputExistsError(
             f"{output} exists and is not a report. Choose another --output, or pass --overwrite "
             "to replace it."

@@ -39,7 +39,7 @@ SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""
 
 
-def write_direction(
+def _write_direction(
     output: Path,
     inputs: DirectionInputs,
     method: Directions,
@@ -85,7 +85,7 @@ def checkpoint_name(place: int) -> str:
     return forget_role(place).replace(" ", "_")
 
 
-WELL_STORED = 0.9
+_WELL_STORED = 0.9
 """Share of the wanted step below which an edit warns."""
 
 
@@ -191,11 +191,11 @@ def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, P
         Name -> local folder.
 
     Raises:
-        PertaError: see `make_direction`.
+        PertaError: see `_make_direction`.
     """
     if not get_method(config.weighting.method).needs.moments:
         return dict(given)
-    return {**given, "direction": make_direction(config, given)}
+    return {**given, "direction": _make_direction(config, given)}
 
 
 def as_inputs(given: Mapping[str, Path]) -> EditInputs:
@@ -222,7 +222,7 @@ def direction_folder(config: EditConfig) -> Path | None:
     return config.direction or config.output.with_name(f"{config.output.name}.direction")
 
 
-def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
+def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """Compute a structured method's direction, or reuse it.
 
     Args:
@@ -261,7 +261,7 @@ def make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
     if device.type == "mps":
         device = torch.device("cpu")  # Apple's GPUs have no float64
-    return write_direction(output, inputs, cast(Directions, method), device)
+    return _write_direction(output, inputs, cast(Directions, method), device)
 
 
 def _report_stored(stored: Stored) -> None:
@@ -272,5 +272,5 @@ def _report_stored(stored: Stored) -> None:
         f"edit: {stored.stored_share:.1%} of the step is stored, with rounding noise of "
         f"{stored.noise:.2g} of its norm; {stored.changed:.1%} of the edited weights changed"
     )
-    if stored.stored_share < WELL_STORED:
+    if stored.stored_share < _WELL_STORED:
         warn(f"The stored weights lack {1 - stored.stored_share:.0%} of the step. {CURE}")

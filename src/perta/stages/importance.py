@@ -58,7 +58,7 @@ def compute_importance(config: ImportanceConfig) -> Path:
         for order, tensors in moments.by_order.items():
             target = folder / order_name(order)
             target.mkdir()
-            named = checkpoint_names(model, tensors)
+            named = _checkpoint_names(model, tensors)
             stored = {getattr(index.find(n), "name", n): tensor for n, tensor in named.items()}
             write_tensors(target, stored, index.shards)
         facts = _facts(config, moments, subject)
@@ -110,7 +110,7 @@ def estimate(
         return compute(model, batches, orders, progress=progress)
 
 
-def checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and split tensors keyed by parameter the way the model's checkpoint stores them.
 
     transformers keeps some modules fused in memory that checkpoints store apart (the experts of

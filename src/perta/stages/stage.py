@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class FileResults(dict[str, Any]):
+class _FileResults(dict[str, Any]):
     """What a results file holds; its repr has means alone, for the values may be texts."""
 
     def __repr__(self) -> str:
@@ -111,7 +111,7 @@ def run_stage(
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
     check_separate(output, reads)
-    finished = finished_stage(stage, output, settings, inputs)
+    finished = _finished_stage(stage, output, settings, inputs)
     if finished is not None:
         say(f"{stage}: {output} is up to date, reused")
         return finished
@@ -161,16 +161,16 @@ def run_file_stage(
     """
     if _is_finished(output, key := stage_key(stage, settings, inputs)):
         say(f"{stage}: {output} is up to date, reused")
-        return FileResults(json.loads(output.read_text("utf-8")))
+        return _FileResults(json.loads(output.read_text("utf-8")))
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     for other in _entries(f"*{output.suffix}"):
         if _is_finished(other, key):
             with atomic_file(output, overwrite=overwrite) as partial:
                 shutil.copy2(other, partial)
             say(f"{stage}: {other} is what is needed, reused")
-            return FileResults(json.loads(output.read_text("utf-8")))
+            return _FileResults(json.loads(output.read_text("utf-8")))
     started = time.perf_counter()
-    results = FileResults(make())
+    results = _FileResults(make())
     seconds = {stage: time.perf_counter() - started}
     results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
     with atomic_file(output, overwrite=overwrite) as partial:
@@ -200,7 +200,7 @@ def _taken_over(
     for record in _entries(f"*/{MANIFEST}"):
         folder = record.parent
         try:
-            finished = finished_stage(stage, folder, settings, inputs)
+            finished = _finished_stage(stage, folder, settings, inputs)
             if finished is None:
                 continue
             with atomic_folder(output, overwrite=overwrite) as partial:
@@ -239,7 +239,7 @@ def check_separate(output: Path, inputs: Iterable[str | Path]) -> None:
             )
 
 
-def finished_stage(
+def _finished_stage(
     stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """The manifest of an output made from these inputs and settings, its files untouched."""

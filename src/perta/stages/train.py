@@ -84,7 +84,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
         dtype = save_type(config.save_dtype, start)
         round_weights(model, dtype, config.training.seed)
         save_model(model, tokenizer, folder, start)
-        card = training_card(method, config.training, inputs)
+        card = _training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
         skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
         return {**done, **skipped, "done": method.done, "equation": method.equation}
@@ -227,7 +227,7 @@ def _adapter(config: TrainConfig) -> Path:
     return folder
 
 
-def training_card(
+def _training_card(
     method: TrainingMethod, settings: TrainSettings, fingerprints: Mapping[str, str]
 ) -> str:
     """Text of the output's README: how it was made, from what, and what it does not promise.

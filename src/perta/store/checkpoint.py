@@ -33,7 +33,7 @@ from perta.errors import (
     CorruptCheckpointError,
 )
 
-SINGLE = "model.safetensors"
+_SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "perta.json"
 IMPORTANCE_SIDECAR = "importance.json"
@@ -298,16 +298,16 @@ def write_from(descriptor: int, offset: int, buffer: memoryview) -> None:
 def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if not folder.is_dir():
         what = "is a file, not a checkpoint folder" if folder.is_file() else "does not exist"
-        raise CheckpointNotFoundError(f"{folder} {what}. Give a folder with {SINGLE}.")
-    has_single, has_index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+        raise CheckpointNotFoundError(f"{folder} {what}. Give a folder with {_SINGLE}.")
+    has_single, has_index = (folder / _SINGLE).is_file(), (folder / INDEX).is_file()
     weight_map = _read_weight_map(folder / INDEX) if has_index else None
     if has_single:
-        if weight_map and set(weight_map.values()) != {SINGLE}:
+        if weight_map and set(weight_map.values()) != {_SINGLE}:
             raise CorruptCheckpointError(
-                f"{folder} holds both {SINGLE} and an {INDEX} that names other shards: the "
+                f"{folder} holds both {_SINGLE} and an {INDEX} that names other shards: the "
                 "checkpoints of two runs. Delete the one that is out of date."
             )
-        return [SINGLE], weight_map
+        return [_SINGLE], weight_map
     if weight_map is None:
         raise _no_checkpoint(folder)
     names = sorted(set(weight_map.values()))
@@ -341,7 +341,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         return CheckpointNotFoundError(
-            f"{folder} has {others[0]} but neither {SINGLE} nor {INDEX}. Save the model with "
+            f"{folder} has {others[0]} but neither {_SINGLE} nor {INDEX}. Save the model with "
             "`model.save_pretrained(folder)`."
         )
     if pickles:
@@ -350,7 +350,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
             "they can run code. Convert them on a machine you trust: "
             "`AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)`."
         )
-    return CheckpointNotFoundError(f"{folder} has no {SINGLE} and no {INDEX}.")
+    return CheckpointNotFoundError(f"{folder} has no {_SINGLE} and no {INDEX}.")
 
 
 def _check_weight_map(
@@ -463,13 +463,13 @@ def write_tensors(
     Raises:
         ConfigError: a tensor is in no shard, or its type cannot be stored.
     """
-    layout = {SINGLE: list(tensors)} if shards is None else _present(shards, tensors)
+    layout = {_SINGLE: list(tensors)} if shards is None else _present(shards, tensors)
     weight_map: dict[str, str] = {}
     for file_name, names in layout.items():
         selected = {name: tensors[name] for name in names}
         _write_file(folder / file_name, selected, metadata or {"format": "pt"})
         weight_map.update(dict.fromkeys(names, file_name))
-    if set(layout) != {SINGLE}:
+    if set(layout) != {_SINGLE}:
         total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

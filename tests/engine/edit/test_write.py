@@ -35,7 +35,7 @@ from transformers import (
 
 from helpers import shared
 from helpers import weighting as chosen
-from perta.engine.edit.chunks import Span
+from perta.engine.edit._chunks import Span
 from perta.engine.edit.plan import EditInputs, Target
 from perta.engine.edit.stream import Editor, Finished, Sums
 from perta.engine.edit.write import EditSummary, write_edit

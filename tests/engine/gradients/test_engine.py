@@ -14,7 +14,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from perta.data.batch import Batch, Encoded, bucketed, collate
-from perta.engine.gradients import capture, powers
+from perta.engine.gradients import _capture as capture
+from perta.engine.gradients import powers
 from perta.engine.gradients.engine import (
     Moments,
     _zeros_like,

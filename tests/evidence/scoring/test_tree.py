@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from perta.evidence.scoring.tree import Segment, grow_tree, path_of
+from perta.evidence.scoring._tree import Segment, grow_tree, path_of
 
 
 def nodes(tops: list[Segment]) -> list[Segment]:

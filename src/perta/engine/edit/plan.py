@@ -194,7 +194,7 @@ def choose_layers(
         if _is_wanted(stored, weighting) and (of_mlps is None or stored in of_mlps)
     ]
     without = [stored for stored in wanted if stored in names and stored not in measured]
-    named = [stored for stored in without if is_named(stored, names, measured, weighting)]
+    named = [stored for stored in without if _is_named(stored, names, measured, weighting)]
     layers = Layers(
         tuple(names[stored] for stored in wanted if stored in measured or stored in named),
         tuple(stored for stored in without if stored not in named),
@@ -206,7 +206,7 @@ def choose_layers(
     return layers
 
 
-def is_named(
+def _is_named(
     stored: str, names: Iterable[str], measured: set[str], weighting: WeightingConfig
 ) -> bool:
     """Whether a pattern of --include asks for a layer, and for none that was measured."""

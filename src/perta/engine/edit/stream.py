@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from perta.engine.edit.chunks import (
+from perta.engine.edit._chunks import (
     SPAN_CHUNKS,
     Blocks,
     Buffers,

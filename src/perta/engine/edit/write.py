@@ -18,9 +18,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perta.engine.edit.chunks import CHUNK, Blocks
-from perta.engine.edit.output import create_files, write_config
-from perta.engine.edit.passes import average_importance, find_cuts, find_unused
+from perta.engine.edit._chunks import CHUNK, Blocks
+from perta.engine.edit._output import create_files, write_config
+from perta.engine.edit._passes import average_importance, find_cuts, find_unused
 from perta.engine.edit.plan import (
     EditInputs,
     Target,
@@ -39,7 +39,7 @@ from perta.options import SaveType, WeightingConfig
 from perta.progress import track, warn
 from perta.store.checkpoint import copy_companions, open_index
 
-LEAST_STORED = 0.1
+_LEAST_STORED = 0.1
 """Share of the wanted step below which an edit stops: it would report forgetting that is not in
 the files."""
 
@@ -178,7 +178,7 @@ def _check_stored(stored: Stored) -> None:
     Raises:
         CheckpointError: the message says what to do.
     """
-    if stored.stored_share is not None and abs(stored.stored_share) < LEAST_STORED:
+    if stored.stored_share is not None and abs(stored.stored_share) < _LEAST_STORED:
         raise CheckpointError(
             f"Of the step that the edit takes {stored.stored_share:.1%} would be stored: it is too "
             "small beside the weights for the type of the output. "

@@ -42,16 +42,16 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch
-from perta.engine.gradients.capture import Capture, checkpointed_layers, replaced_modules
+from perta.engine.gradients._capture import Capture, checkpointed_layers, replaced_modules
+from perta.engine.gradients._recorder import Recorder
 from perta.engine.gradients.powers import Means, add_powers, power
-from perta.engine.gradients.recorder import Recorder
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
 from perta.models.loss import weighted_losses
 
 _FLOAT32_ORDERS = 4.0
 """Largest order whose powers float32 holds: those of gradients down to 1e-11."""
 
-logger = logging.getLogger("perta")
+_logger = logging.getLogger("perta")
 
 Progress = Callable[[int], None]
 """Called after each batch with the number of examples finished so far."""
@@ -280,7 +280,7 @@ def _run_fallback(
     """Compute the named parameters with the example loop, replacing what is in their means."""
     if not slow:
         return
-    logger.warning(
+    _logger.warning(
         "importance example by example, which is slower, for what the batched engine has "
         "no rule for: %s",
         ", ".join(slow),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from perta.data.batch import Batch, Encoded
-from perta.engine.train.loop import add_gradient, train
+from perta.engine.train._loop import add_gradient, train
 from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of

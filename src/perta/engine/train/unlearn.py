@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import Batch, Encoded, bucketed, collate
-from perta.engine.train.loop import add_gradient, train
-from perta.engine.train.optimizer import Resume, Trainer, autocast
-from perta.engine.train.steering import (
+from perta.engine.train._loop import add_gradient, train
+from perta.engine.train._steering import (
     chosen_layer,
     layer_activations,
     train_only_down_projections,
     warn_if_short,
 )
+from perta.engine.train.optimizer import Resume, Trainer, autocast
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import (
     Scene,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-AfterEpoch = Callable[[int], bool]
+_AfterEpoch = Callable[[int], bool]
 """`after_epoch(epoch)`, from 1: called with the model in evaluation mode; True ends training."""
 
 _DEFAULTS = (
@@ -121,7 +121,7 @@ def unlearn_by_training(
     method: str,
     pad: int,
     refusals: Sequence[Encoded] | None = None,
-    after_epoch: AfterEpoch | None = None,
+    after_epoch: _AfterEpoch | None = None,
     resume: Resume | None = None,
 ) -> tuple[PreTrainedModel, Trained]:
     """Train a model in memory until it has forgotten.
@@ -396,7 +396,7 @@ class _Unlearning:
 
     terms: _Terms
     seed: int
-    after_epoch: AfterEpoch | None
+    after_epoch: _AfterEpoch | None
     seen: _History = field(default_factory=_History)
     # Sums of the forget and the retain term over a step and over an epoch.
     _step: list[float] = field(default_factory=lambda: [0.0, 0.0])

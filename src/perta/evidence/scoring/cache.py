@@ -66,7 +66,7 @@ class Prefixes:
             return kept if same else kept.index_select(0, index)
 
         return Prefixes(
-            map_cache(self.cache, select),
+            _map_cache(self.cache, select),
             self.mask[:, self.mask.shape[1] - width :].index_select(0, index),
             tuple(self.columns[i] for i in rows),
             tuple(self.positions[i] for i in rows),
@@ -142,7 +142,7 @@ class Extended:
             return values.index_select(0, index).gather(2, where)
 
         mask = self.mask.index_select(0, index).gather(1, source) * real
-        return Prefixes(map_cache(self.cache, move), mask, tuple(columns), tuple(positions))
+        return Prefixes(_map_cache(self.cache, move), mask, tuple(columns), tuple(positions))
 
 
 def extend(
@@ -178,7 +178,7 @@ def extend(
     ]
     mask = torch.tensor(seen, device=device)
     # The model appends to the cache it is given; a shallow copy leaves the prefixes as they are.
-    cache = map_cache(prefixes.cache, lambda values: values) if prefixes else DynamicCache()
+    cache = _map_cache(prefixes.cache, lambda values: values) if prefixes else DynamicCache()
     if prefixes:
         mask = torch.cat([prefixes.mask, mask], dim=1)
     row_index = torch.tensor([row for row, _ in wanted], dtype=torch.int64, device=device)
@@ -226,7 +226,7 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
     )
 
 
-def map_cache(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
+def _map_cache(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
     """A new cache with changed keys and values; the old one is left alone."""
     return _cache_of([(change(keys), change(values)) for keys, values in _pairs(cache)])
 

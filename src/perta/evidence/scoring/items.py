@@ -24,9 +24,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.errors import ConfigError
 from perta.evidence import metrics
+from perta.evidence.scoring._tree import Segment, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
-from perta.evidence.scoring.tree import Segment, grow_tree, path_of
 from perta.models.loss import answer_logits, token_losses
 
 _COMPAT_BATCHES = 8

@@ -24,15 +24,15 @@ from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
-from perta.recipes.compare.draw import Draw, make_draw, rows_config
-from perta.recipes.compare.edits import WeightEdit, forget_loss, prepare_edit
-from perta.recipes.compare.knowledge import Knowledge
-from perta.recipes.compare.model import Bench, means
-from perta.recipes.compare.paths import TrainingPath, prepare_path
-from perta.recipes.compare.search import nearest
+from perta.recipes.compare._draw import Draw, make_draw, rows_config
+from perta.recipes.compare._edits import WeightEdit, forget_loss, prepare_edit
+from perta.recipes.compare._knowledge import Knowledge
+from perta.recipes.compare._model import Bench, means
+from perta.recipes.compare._paths import TrainingPath, prepare_path
+from perta.recipes.compare._search import nearest
+from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
+from perta.recipes.compare._summary import write_summary
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.compare.spec import EditSpec, TrainingSpec, parse_spec
-from perta.recipes.compare.summary import write_summary
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import write_text
@@ -40,7 +40,7 @@ from perta.store.costs import seconds_of, training_passes
 from perta.store.fingerprint import fingerprint
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
 
-REFERENCES = ("base", "full", "retrained")
+_REFERENCES = ("base", "full", "retrained")
 _IN_KEY = (
     "tries",
     "equal_tolerance",
@@ -53,8 +53,8 @@ _IN_KEY = (
 )
 
 Record = Mapping[str, Any]
-AnySpec = EditSpec | TrainingSpec
-Contender = WeightEdit | TrainingPath
+_AnySpec = EditSpec | TrainingSpec
+_Contender = WeightEdit | TrainingPath
 
 
 def bench_compare(config: CompareConfig) -> list[Record]:
@@ -72,7 +72,7 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     specs = [parse_spec(text, config.tune.batch_size) for text in config.methods]
     slugs = [spec.slug for spec in specs]
     for slug in slugs:
-        if slugs.count(slug) > 1 or slug in REFERENCES:
+        if slugs.count(slug) > 1 or slug in _REFERENCES:
             raise ConfigError(f"--methods names {slug} twice, or calls a method like a model.")
     users = [spec.name for spec in specs if _uses_general(spec)]
     if users and config.general is None:
@@ -91,7 +91,7 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     files = [
         config.output / "results" / f"{name}_seed-{seed}.json"
         for seed in config.seeds
-        for name in (*REFERENCES, *slugs)
+        for name in (*_REFERENCES, *slugs)
     ]
     write_report(
         ReportConfig(
@@ -103,7 +103,7 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     return records
 
 
-def _uses_general(spec: AnySpec | None) -> bool:
+def _uses_general(spec: _AnySpec | None) -> bool:
     return isinstance(spec, EditSpec) and spec.general
 
 
@@ -115,17 +115,17 @@ class _Seed:
         self._draw: Draw = make_draw(config, base, seed)
         self._bench: Bench | None = None
         self._full: list[Tensor] = []
-        self._prepared: tuple[str, Contender] | None = None
+        self._prepared: tuple[str, _Contender] | None = None
         self._references: dict[str, Record] = {}
 
-    def run(self, specs: Sequence[AnySpec]) -> list[Record]:
+    def run(self, specs: Sequence[_AnySpec]) -> list[Record]:
         # The retrained model first: it is what the others are measured against.
         for name in ("retrained", "base", "full"):
             self._references[name] = self._finished(name) or self._reference(name)
         references = self._references
         for name in references:
             references[name] = self._extended(name, references[name])
-        records = [references[name] for name in REFERENCES]
+        records = [references[name] for name in _REFERENCES]
         for spec in specs:
             record = self._finished(spec.slug, spec) or self._contender(spec)
             records.append(self._extended(spec, record))
@@ -155,7 +155,7 @@ class _Seed:
         rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
         return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
 
-    def _contender(self, spec: AnySpec) -> Record:
+    def _contender(self, spec: _AnySpec) -> Record:
         say(f"── {spec.name}, seed {self._draw.seed}")
         bench, config = self._open(), self._config
         start, target = self._probabilities()
@@ -245,7 +245,7 @@ class _Seed:
         gold = self._references.get("retrained", {}).get("relearned_facts", relearned.fact)
         return {"relearned": mean(relearned.answer), **relearned.columns("relearned", gold)}
 
-    def _extended(self, of: str | AnySpec, record: Record) -> Record:
+    def _extended(self, of: str | _AnySpec, record: Record) -> Record:
         """Add what was asked for beyond the quick measures, at equal forgetting, once."""
         config = self._config
         wanted = {"limit": config.suite_limit, "reference": self._suite_reference(of)}
@@ -274,17 +274,17 @@ class _Seed:
         write_text(self._results_file("suite", name), results_json(results))
         return {key: value["agg_value"] for key, value in results.items()}
 
-    def _suite_reference(self, of: str | AnySpec) -> str | None:
+    def _suite_reference(self, of: str | _AnySpec) -> str | None:
         """Content of the retrained model's results, which the others' depend on."""
         file = self._results_file("suite", "retrained")
         return None if of == "retrained" or not file.is_file() else fingerprint(file)
 
-    def _prepare(self, spec: AnySpec) -> Contender:
+    def _prepare(self, spec: _AnySpec) -> _Contender:
         """What a method needs to be at any strength; kept until another method's turn."""
         if self._prepared is None or self._prepared[0] != spec.name:
             self._prepared = None  # frees the one before
             bench = self._open()
-            made: Contender
+            made: _Contender
             if isinstance(spec, TrainingSpec):
                 ends = self._probabilities()
                 made = prepare_path(self._config, self._draw, spec, bench, self._full, *ends)
@@ -321,7 +321,7 @@ class _Seed:
 
     # --- finished runs ------------------------------------------------------------------------
 
-    def _key(self, spec: AnySpec | None) -> str:
+    def _key(self, spec: _AnySpec | None) -> str:
         """Hash of all that decides a run: how it is measured, the models, and the rows."""
         config, draw = self._config, self._draw
         settings = {name: getattr(config, name) for name in _IN_KEY}
@@ -332,21 +332,21 @@ class _Seed:
         if isinstance(spec, TrainingSpec):
             settings |= {"rate_tries": config.rate_tries}
         inputs = {name: fingerprint(file) for name, file in draw.files.items()}
-        models = (*REFERENCES, "forget_checkpoint")
+        models = (*_REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
         if _uses_general(spec):
             general = cast(str, config.general)
             inputs["general"] = load_examples(general, rows_config(config, general)).fingerprint
         return stage_key("bench compare", settings, inputs)
 
-    def _finished(self, name: str, spec: AnySpec | None = None) -> Record | None:
+    def _finished(self, name: str, spec: _AnySpec | None = None) -> Record | None:
         try:
             record: Record = json.loads(self._run_file(name).read_text("utf-8"))
         except (OSError, ValueError):
             return None
         return record if record.get("key") == self._key(spec) else None
 
-    def _save(self, name: str, spec: AnySpec | None, record: Record) -> Record:
+    def _save(self, name: str, spec: _AnySpec | None, record: Record) -> Record:
         whole = {
             "key": self._key(spec),
             "method": spec.name if spec else name,

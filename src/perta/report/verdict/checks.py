@@ -49,7 +49,7 @@ Status = Literal["met", "unclear", "partly", "not", "unknown"]
 Calibration = Literal["retrained", "holdout", "base"]
 Values = Mapping[str, float]
 
-WHOLE = 0.5
+_WHOLE = 0.5
 """Mean probability of whole facts from which those are judged, not their tokens."""
 
 REMAINDER = 0.10
@@ -58,19 +58,19 @@ REMAINDER_SURE = 0.25
 """Largest upper end of that share's interval, and of the share of rows that may still be there,
 that counts as sure; above it, a row stands out."""
 REMAINDER_PARTLY = 0.50
-INTACT = 0.90
+_INTACT = 0.90
 """Share of a row left at which it is still there whatever the yardstick's other rows are."""
 KEPT = 0.95
 """Smallest share of the value before the edit that counts as kept."""
 KEPT_PARTLY = 0.80
-SMALLEST_GAP = 0.05
+_SMALLEST_GAP = 0.05
 """Where full model and reference are closer than this, a measure cannot tell them apart."""
-SIGNIFICANCE = 0.05
-BY_CHANCE = 0.95
+_SIGNIFICANCE = 0.05
+_BY_CHANCE = 0.95
 """Share of unseen rows that lie within their own spread."""
-KS_DISTANCE = 1 / 3
+_KS_DISTANCE = 1 / 3
 """Distance of truth ratios that a test has to be able to find before its silence means anything."""
-TRACE = math.log(2)
+_TRACE = math.log(2)
 """Nats per token beyond the yardstick's least probable rows at which an answer is conspicuous."""
 
 RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
@@ -156,14 +156,14 @@ def find_yardstick(run: Run, retrained: Run | None, base: Run | None) -> Yardsti
     if other is not None:
         name: Calibration = "base" if other is base else "retrained"
         subjects = read_subjects(other.results, "forget")
-        return Yardstick(name, other.measures, row_losses(other, "forget"), subjects)
+        return Yardstick(name, other.measures, _row_losses(other, "forget"), subjects)
     if unseen:
         subjects = read_subjects(run.results, "holdout")
-        return Yardstick("holdout", unseen, row_losses(run, "holdout"), subjects)
+        return Yardstick("holdout", unseen, _row_losses(run, "holdout"), subjects)
     return None
 
 
-def row_losses(run: Run, name: str) -> Values:
+def _row_losses(run: Run, name: str) -> Values:
     """Loss of each row's fact, or of its answer where no facts were measured."""
     facts = numbers_of(run.results, f"{name}_fact_probability", "loss")
     if facts:
@@ -174,7 +174,7 @@ def row_losses(run: Run, name: str) -> Values:
     return {i: -math.log(max(value, 1e-300)) for i, value in examples.items()}
 
 
-def is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
+def _is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
     """Whether a forget measure counts for the verdict.
 
     A model that saw other rows of the same form knows the sentences around the facts. Beside the
@@ -200,12 +200,12 @@ def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> li
             full.measures.get(key) if full else None,
             yardstick,
             subjects,
-            is_decisive(key, run, yardstick),
+            _is_decisive(key, run, yardstick),
         )
         for key in keys
     ]
     checks = [replace(check, rows=_numbered(check.rows, run)) for check in checks]
-    quality = quality_check(run, full, yardstick)
+    quality = _quality_check(run, full, yardstick)
     return [*checks, *([quality] if quality else [])]
 
 
@@ -216,7 +216,7 @@ def _numbered(indices: Iterable[str], run: Run) -> tuple[str, ...]:
 def _other_fact(name: str, full: Run | None) -> str:
     """The measure of facts that says less: of whole facts or of their tokens."""
     reading = full.measures.get(f"{name}_fact") if full else None
-    whole = reading is None or reading.value >= WHOLE
+    whole = reading is None or reading.value >= _WHOLE
     return f"{name}_fact_token" if whole else f"{name}_fact"
 
 
@@ -231,7 +231,7 @@ def _forget_check(
     reference = yardstick.measures.get(key) if yardstick else None
     check = Check(
         key,
-        label_of(key),
+        _label_of(key),
         before.value if before else None,
         after.value,
         reference.value if reference else None,
@@ -246,7 +246,7 @@ def _forget_check(
         return check
     # Without the full model a gap of one is assumed: the measure's whole range.
     gap = 1.0 if before is None else before.value - reference.value
-    if gap <= SMALLEST_GAP:
+    if gap <= _SMALLEST_GAP:
         return check
     known = before.examples if before else {}
     difference = _excess(after, reference, known, subjects, yardstick)
@@ -256,9 +256,9 @@ def _forget_check(
     rows: tuple[str, ...] = ()
     people: tuple[int, ...] = ()
     if key in BY_ROW and after.examples:
-        left = row_shares(after.examples, known, reference.examples, yardstick.paired)
-        rows, standing = rows_still_there(left, after.examples, reference.examples)
-        people = subjects_still_there(
+        left = _row_shares(after.examples, known, reference.examples, yardstick.paired)
+        rows, standing = _rows_still_there(left, after.examples, reference.examples)
+        people = _subjects_still_there(
             after.examples, known, reference.examples, subjects, yardstick
         )
         statuses += [_rows_status(len(rows), standing, len(after.examples))]
@@ -310,22 +310,24 @@ def _forget_status(share: float, high: float | None) -> Status:
     return "partly" if share <= REMAINDER_PARTLY else "not"
 
 
-def row_shares(after: Values, before: Values, reference: Values, paired: bool) -> Values:
+def _row_shares(after: Values, before: Values, reference: Values, paired: bool) -> Values:
     """Share left of each row; rows that the full model hardly knew better are left out."""
     usual = fmean(reference.values()) if reference else 0.0
     shares = {}
     for i, value in after.items():
         low = reference.get(i, usual) if paired else usual
         gap = before.get(i, 1.0) - low
-        if gap > SMALLEST_GAP:
+        if gap > _SMALLEST_GAP:
             shares[i] = (value - low) / gap
     return shares
 
 
-def rows_still_there(left: Values, after: Values, reference: Values) -> tuple[tuple[str, ...], int]:
+def _rows_still_there(
+    left: Values, after: Values, reference: Values
+) -> tuple[tuple[str, ...], int]:
     """Rows that are still there, the most exposed first, and how many rows stand out."""
     spread = upper_end(list(reference.values())) if reference else 0.0
-    exposed = {i: share for i, share in left.items() if after[i] > spread or share > INTACT}
+    exposed = {i: share for i, share in left.items() if after[i] > spread or share > _INTACT}
     rows = [i for i, share in exposed.items() if share > REMAINDER_PARTLY]
     standing = sum(share > REMAINDER_SURE for share in exposed.values())
     return tuple(sorted(rows, key=lambda i: -after[i])), standing
@@ -336,12 +338,12 @@ def _rows_status(there: int, standing: int, n: int) -> Status:
     if there > REMAINDER_PARTLY * n:
         return "not"
     # Of unseen rows one in twenty lies beyond their own spread.
-    if there or share_interval(standing, n).low > 1 - BY_CHANCE:
+    if there or share_interval(standing, n).low > 1 - _BY_CHANCE:
         return "partly"
     return "met" if share_interval(0, n).high <= REMAINDER_SURE else "unclear"
 
 
-def subjects_still_there(
+def _subjects_still_there(
     after: Values,
     before: Values,
     reference: Values,
@@ -349,12 +351,12 @@ def subjects_still_there(
     yardstick: Yardstick,
 ) -> tuple[int, ...]:
     """Subjects of several rows of which much is left over all their rows."""
-    own = subject_means(after, subjects)
-    usual = subject_means(reference, yardstick.subjects)
+    own = _subject_means(after, subjects)
+    usual = _subject_means(reference, yardstick.subjects)
     mine = {s: v for s, v in own.items() if sum(subjects.get(i) == s for i in after) > 1}
-    left = row_shares(
+    left = _row_shares(
         {str(s): v for s, v in mine.items()},
-        {str(s): v for s, v in subject_means(before, subjects).items()},
+        {str(s): v for s, v in _subject_means(before, subjects).items()},
         {str(s): v for s, v in usual.items()} or {"": fmean(reference.values())},
         yardstick.paired,
     )
@@ -362,11 +364,11 @@ def subjects_still_there(
     return tuple(
         s
         for s, value in mine.items()
-        if (share := left.get(str(s), 0.0)) > REMAINDER_SURE and (value > spread or share > INTACT)
+        if (share := left.get(str(s), 0.0)) > REMAINDER_SURE and (value > spread or share > _INTACT)
     )
 
 
-def subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, float]:
+def _subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, float]:
     """Mean over the rows of every subject."""
     groups: dict[int, list[float]] = {}
     for i, value in values.items():
@@ -375,19 +377,19 @@ def subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, floa
     return {subject: fmean(group) for subject, group in groups.items()}
 
 
-def quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Check | None:
+def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Check | None:
     """Forget quality: a test, so a p-value decides and there is no share.
 
     A test of few rows finds nothing, whatever is there, so its silence counts only where it could
-    have found a distance of `KS_DISTANCE`.
+    have found a distance of `_KS_DISTANCE`.
     """
     reading = run.measures.get("forget_quality")
     if reading is None or yardstick is None or yardstick.calibration != "retrained":
         return None
     before = full.measures.get("forget_quality") if full else None
     n = len(truth_ratios(run.results))
-    status: Status = "not" if reading.value < SIGNIFICANCE else "unclear"
-    if status == "unclear" and n and smallest_distance(n) <= KS_DISTANCE:
+    status: Status = "not" if reading.value < _SIGNIFICANCE else "unclear"
+    if status == "unclear" and n and _smallest_distance(n) <= _KS_DISTANCE:
         status = "met"
     return Check(
         "forget_quality",
@@ -404,21 +406,21 @@ def quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Ch
     )
 
 
-def smallest_distance(n: int) -> float:
+def _smallest_distance(n: int) -> float:
     """Kolmogorov–Smirnov distance of two samples of n that is just significant (asymptotic)."""
-    return math.sqrt(-math.log(SIGNIFICANCE / 2) / n)
+    return math.sqrt(-math.log(_SIGNIFICANCE / 2) / n)
 
 
 def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
     """Whether removed answers are conspicuously improbable: an absence that marks the set."""
-    mine = row_losses(run, "forget")
+    mine = _row_losses(run, "forget")
     if yardstick is None or not mine or not yardstick.losses:
         return None
     spread = upper_end(list(yardstick.losses.values()))
-    rows = tuple(i for i, loss in mine.items() if loss > spread + TRACE)
+    rows = tuple(i for i, loss in mine.items() if loss > spread + _TRACE)
     found = share_interval(len(rows), len(mine))
     status: Status = "unclear"
-    if found.low > 1 - BY_CHANCE:
+    if found.low > 1 - _BY_CHANCE:
         status = "not"
     elif not rows and found.high <= REMAINDER_SURE:
         status = "met"
@@ -453,7 +455,7 @@ def _retain_check(
     reference = retrained.measures[key].value if retrained and key in retrained.measures else None
     check = Check(
         key,
-        label_of(key),
+        _label_of(key),
         before.value if before else None,
         after.value,
         reference,
@@ -464,7 +466,7 @@ def _retain_check(
         "unknown",
         key in RETAIN_CORE,
     )
-    if before is None or before.value <= SMALLEST_GAP:
+    if before is None or before.value <= _SMALLEST_GAP:
         return check
     share = after.value / before.value
     kept = _kept(after, before, subjects)
@@ -502,7 +504,7 @@ def _kept(after: Reading, before: Reading, subjects: Mapping[str, int]) -> Inter
 
 def _lost_subjects(after: Values, before: Values, subjects: Mapping[str, int]) -> tuple[int, ...]:
     """Subjects of several rows that keep less than half of what they had."""
-    had, has = subject_means(before, subjects), subject_means(after, subjects)
+    had, has = _subject_means(before, subjects), _subject_means(after, subjects)
     return tuple(
         s
         for s, value in has.items()
@@ -524,7 +526,7 @@ def worst(statuses: Iterable[Status]) -> Status:
     return max(telling or found or ["unknown"], key=lambda status: RANK[status])
 
 
-def label_of(key: str) -> str:
+def _label_of(key: str) -> str:
     """Name of a measure in a sentence."""
     labels = {
         "fact": "Fact probability",

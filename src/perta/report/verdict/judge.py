@@ -47,9 +47,9 @@ from perta.report.verdict.sentences import (
 )
 from perta.store.provenance import Record
 
-SCHEMA = 1
+_SCHEMA = 1
 """Version of `verdict.json`; it rises when a key changes its meaning."""
-STORED = 0.9
+_STORED = 0.9
 """Share of the wanted step below which rounding is a likely cause."""
 
 
@@ -130,11 +130,11 @@ def judge(collection: Collection) -> list[Verdict]:
     more.
     """
     runs = [run for run in collection.by_role("edited") if run.measures]
-    verdicts = [judge_run(run, collection) for run in runs]
+    verdicts = [_judge_run(run, collection) for run in runs]
     return sorted(verdicts, key=_preference)
 
 
-def judge_run(run: Run, collection: Collection) -> Verdict:
+def _judge_run(run: Run, collection: Collection) -> Verdict:
     """The verdict on one edited model."""
     full = _partner(run, collection.by_role("full"))
     retrained = _partner(run, collection.by_role("retrained"))
@@ -162,7 +162,7 @@ def judge_run(run: Run, collection: Collection) -> Verdict:
         calibration=calibration,
         calibrated_on=calibrated_on(calibration),
         facts=facts_text(_fact_sources(run), decisive=decisive),
-        causes=tuple(likely_causes(run, collection, forgetting.status)),
+        causes=tuple(_likely_causes(run, collection, forgetting.status)),
         notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
     )
 
@@ -197,7 +197,7 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
         }
 
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "status": verdict.status,
         "headline": verdict.headline,
         "model": {
@@ -274,7 +274,7 @@ def _retention(
         )
         return Statement("unknown", text, f"{lead.label}: {number(lead.after)}.", checks), []
     text = retain_text(found.status, decisive)
-    seen, note = retained_rows(run, collection)
+    seen, note = _retained_rows(run, collection)
     if seen and found.status == "met":
         found = replace(found, status="unclear")
         text = (
@@ -284,7 +284,7 @@ def _retention(
     return replace(found, text=text, numbers=retain_numbers(decisive)), [note] if note else []
 
 
-def retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
+def _retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
     """Whether the evaluated retain rows took part in the edit, and a sentence on them.
 
     Args:
@@ -332,7 +332,7 @@ def _protected(record: Record, collection: Collection) -> set[str]:
     return used - {"None"}
 
 
-def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
+def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
     """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first.
 
     Args:
@@ -366,7 +366,7 @@ def likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[
             "--epochs or --learning-rate."
         )
     stored = record.get("edit", {}).get("stored", {}).get("stored_share")
-    if isinstance(stored, int | float) and stored < STORED:
+    if isinstance(stored, int | float) and stored < _STORED:
         causes.append(
             f"Likely cause: rounding. Only {stored:.0%} of the step fits into the type that the "
             "checkpoint is stored in. Store it as float32 with --save-dtype float32."

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from perta.report.verdict.checks import RANK, Calibration, Check, Status
 
-LISTED = 5
+_LISTED = 5
 """Most rows or subjects that a sentence names."""
 
 
@@ -78,7 +78,7 @@ def _still_there(check: Check) -> str:
         verb = "is" if len(check.rows) == 1 else "are"
         found.append(
             f"{len(check.rows)} of the {check.n} removed answers {verb} still there "
-            f"({row_list(check.rows)})"
+            f"({_row_list(check.rows)})"
         )
     if check.subjects:
         noun = "one subject" if len(check.subjects) == 1 else f"{len(check.subjects)} subjects"
@@ -87,11 +87,11 @@ def _still_there(check: Check) -> str:
     return f"{text[0].upper()}{text[1:]}, whatever became of the others."
 
 
-def row_list(rows: Sequence[str]) -> str:
+def _row_list(rows: Sequence[str]) -> str:
     """Rows by number, the first few of them; windows of one text share theirs."""
     numbers = list(dict.fromkeys(rows))
-    more = ", …" if len(numbers) > LISTED else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:LISTED])}{more}"
+    more = ", …" if len(numbers) > _LISTED else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:_LISTED])}{more}"
 
 
 def forget_numbers(check: Check, calibration: Calibration | None) -> str:
@@ -140,7 +140,7 @@ def trace_numbers(check: Check | None) -> str:
     """The figures behind it."""
     if check is None:
         return ""
-    where = f" ({row_list(check.rows)})" if check.rows else ""
+    where = f" ({_row_list(check.rows)})" if check.rows else ""
     return (
         f"Mean loss {number(check.after)} nats per token against {number(check.reference)}; "
         f"{len(check.rows)} of {check.n} beyond the yardstick{where}."

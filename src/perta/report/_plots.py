@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perta.evidence.measures import PAIRS, Reading, measure_of, truth_ratios
-from perta.report.collect import Collection, Run
-from perta.report.svg import (
+from perta.report._svg import (
     SMALLEST,
     Axis,
     Cell,
@@ -26,6 +25,7 @@ from perta.report.svg import (
     log_axis,
     unit_axis,
 )
+from perta.report.collect import Collection, Run
 from perta.report.tables import file_name
 from perta.report.verdict.judge import reference_quality
 from perta.report.verdict.sentences import number

@@ -26,8 +26,8 @@ from perta.models.facts import score_facts
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of
 from perta.options import DataConfig, ScoringConfig, TuneConfig
-from perta.recipes.compare.draw import Draw, rows_config
-from perta.recipes.compare.knowledge import Knowledge
+from perta.recipes.compare._draw import Draw, rows_config
+from perta.recipes.compare._knowledge import Knowledge
 from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.stages.bench import bench_ability
 from perta.stages.evaluate import find_in_sets

@@ -11,12 +11,13 @@ from importlib.resources import files
 from markupsafe import Markup
 
 from perta.errors import DataError
-from perta.report import plots, sections
+from perta.report import _plots as plots
+from perta.report import _sections as sections
 from perta.report import tables as tabular
+from perta.report._svg import Ecdf, Figure, HeatMap, Scatter, Style, ecdf, heat_map, scatter, swatch
+from perta.report._texts import SampleSet, sample_sets
 from perta.report.collect import Collection, Run
 from perta.report.settings import ReportConfig
-from perta.report.svg import Ecdf, Figure, HeatMap, Scatter, Style, ecdf, heat_map, scatter, swatch
-from perta.report.texts import SampleSet, sample_sets
 from perta.report.verdict import checks
 from perta.report.verdict.judge import Verdict
 

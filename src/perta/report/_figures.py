@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from perta.report.svg import Figure, drawing
+from perta.report._svg import Figure, drawing
 
 _NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'
 _WANTED = re.compile(r"\.(figure|shape|step|s\d|r-|hue-)")

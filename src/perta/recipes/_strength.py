@@ -47,8 +47,8 @@ from perta.models.facts import Fact, fact_score, find_facts
 from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, pad_id
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import say, warn
-from perta.recipes.edited_model import EditedModel, load_changes
-from perta.recipes.search import LARGEST, is_monotone, search_strength
+from perta.recipes._edited_model import EditedModel, load_changes
+from perta.recipes._search import LARGEST, is_monotone, search_strength
 from perta.stages.settings import EditConfig
 from perta.store.atomic import scratch_folder
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from perta.engine.edit.chunks import (
+from perta.engine.edit._chunks import (
     SPAN_CHUNKS,
     Averages,
     Blocks,

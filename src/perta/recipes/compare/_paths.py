@@ -27,11 +27,11 @@ from perta.engine.train.unlearn import Trained, unlearn_by_training, with_method
 from perta.errors import DivergenceError
 from perta.models.load import stored_dtype
 from perta.progress import warn
-from perta.recipes.compare.draw import Draw
-from perta.recipes.compare.model import Bench, means
-from perta.recipes.compare.search import Try, search_between
+from perta.recipes.compare._draw import Draw
+from perta.recipes.compare._model import Bench, means
+from perta.recipes.compare._search import Try, search_between
+from perta.recipes.compare._spec import TrainingSpec
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.compare.spec import TrainingSpec
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.costs import BACKWARD, FORWARD
 

@@ -33,9 +33,9 @@ from perta.methods.registry import get_method
 from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_id, save_model
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
-from perta.recipes.edited_model import load_changes
-from perta.recipes.search import search_strength
-from perta.recipes.strength import Unseen, surprises_of
+from perta.recipes._edited_model import load_changes
+from perta.recipes._search import search_strength
+from perta.recipes._strength import Unseen, surprises_of
 from perta.stages.settings import EditConfig
 from perta.stages.stage import run_stage
 from perta.store.atomic import scratch_folder

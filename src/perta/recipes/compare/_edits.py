@@ -15,12 +15,12 @@ from torch import Tensor
 
 from perta.data.examples import load_examples
 from perta.options import EstimatorConfig, LossOn, MomentOptions
-from perta.recipes.compare.draw import Draw
-from perta.recipes.compare.search import Try, search_equal
+from perta.recipes._edited_model import Change, load_changes
+from perta.recipes._workspace import Needs, Workspace, needs
+from perta.recipes.compare._draw import Draw
+from perta.recipes.compare._search import Try, search_equal
+from perta.recipes.compare._spec import EditSpec
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.compare.spec import EditSpec
-from perta.recipes.edited_model import Change, load_changes
-from perta.recipes.workspace import Needs, Workspace, needs
 from perta.stages.finetune import learned_by_forgetting
 from perta.store.costs import BACKWARD, FORWARD, training_passes
 from perta.store.record import read_manifest

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from perta.engine.gradients._recorder import Recorder, consecutive
 from perta.engine.gradients.powers import Direct, Product, Rows, Segments, segment_sums
-from perta.engine.gradients.recorder import Recorder, consecutive
 from perta.errors import ConfigError
 
 # --- replaced operations ----------------------------------------------------------------------

@@ -21,8 +21,8 @@ from perta.data.rows import jsonl
 from perta.errors import ConfigError, DataError
 from perta.evidence.tofu import PEOPLE
 from perta.options import DataConfig
+from perta.recipes._workspace import Workspace
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.workspace import Workspace
 from perta.stages.people import divide_people
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import exists_error
