@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_equal_forgetting_is_found_in_few_tries(first: float) -> None:
         return 0.98 * math.exp(-0.8 * strength**2)
 
     tries = search_equal(probability, 0.98, first, 0.2, 0.01, tries=10)
-    assert abs(nearest(tries, 0.2).probability - 0.2) <= 0.01
+    assert abs(nearest(tries, 0.2).known - 0.2) <= 0.01
     assert len(tries) <= 7
     assert tries[0].strength == first
 
@@ -329,12 +329,13 @@ def test_every_method_is_measured_beside_the_same_models(
     config, records = compared
     by_name = {record["method"]: record for record in records}
     assert set(by_name) == {"base", "full", "retrained", *config.methods}
-    target = by_name["retrained"]["equal"]["forget_probability"]
-    assert target < by_name["full"]["equal"]["forget_probability"]
+    column = {"facts": "forget_hit_64", "answers": "forget_probability"}[config.equal_by]
+    target = by_name["retrained"]["equal"][column]
+    assert target < by_name["full"]["equal"][column]
     for name in config.methods:
         record = by_name[name]
-        distances = [abs(made["probability"] - target) for made in record["tries"]]
-        reported = abs(record["equal"]["forget_probability"] - target)
+        distances = [abs(made["known"] - target) for made in record["tries"]]
+        reported = abs(record["equal"][column] - target)
         assert reported == pytest.approx(min(distances), abs=1e-4)
         assert record["reached"] == (min(distances) <= config.equal_tolerance)
         assert record["equal"]["relearned"] == record["relearning"][0]["relearned"]
@@ -576,3 +577,33 @@ def test_a_training_path_has_the_values_that_would_be_stored(tmp_path: Path) -> 
     (value,) = path.at([full], 0.25)
     assert value.dtype == torch.float32
     assert torch.equal(value, round_as_stored(full + 0.5, torch.bfloat16, place).float())
+
+
+@pytest.mark.parametrize("equal_by", ["facts", "answers"])
+def test_forgetting_is_equal_by_facts_or_by_answers(
+    world: World, tmp_path: Path, equal_by: Literal["facts", "answers"]
+) -> None:
+    config = CompareConfig(
+        base=str(world.base),
+        output=tmp_path / "out",
+        methods=("tv",),
+        seeds=(0,),
+        people=4,
+        questions=2,
+        forget_people=1,
+        tries=3,
+        equal_by=equal_by,
+        fixed=False,
+        relearn_steps=0,
+        tune=CompareTune(**asdict(TUNE)),
+    )
+    by_name = {record["method"]: record for record in bench_compare(config)}
+    results = read_results(config.output / "results" / "tv_seed-0.json")
+    facts = _column(results, "forget_fact_probability", "prob")
+    answers = _column(results, "forget_probability", "prob")
+    # Independently: at least one of 64 samples says the fact.
+    hits = [1 - (1 - p) ** 64 for p in facts]
+    wanted = float(np.mean(hits if equal_by == "facts" else answers))
+    strength = by_name["tv"]["equal"]["strength"]
+    (known,) = (t["known"] for t in by_name["tv"]["tries"] if t["strength"] == strength)
+    assert known == pytest.approx(wanted, rel=1e-4, abs=1e-6)

@@ -18,11 +18,12 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
 from perta.engine.train.tune import tune
+from perta.evidence.metrics import mean
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
 from perta.evidence.settings import AbilityConfig
 from perta.evidence.tofu import run_tofu
-from perta.models.facts import score_facts
+from perta.models.facts import SAMPLES, hit_probability, score_facts
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of
 from perta.options import DataConfig, ScoringConfig, TuneConfig
@@ -73,6 +74,8 @@ class Bench:
             draw.base,
             longest_input(self.model),
         )
+        # What the search asks for again and again: without the wrong answers.
+        self._bare_facts = [replace(fact, wrong=()) for fact in self._facts["forget"]]
         self._general = self.encode(_general_text(draw.folder), _plain())
 
     def encode(
@@ -94,12 +97,17 @@ class Bench:
         model = load_model(checkpoint, self._config.compute, dtype=torch.float32)
         return [parameter.detach() for parameter in model.parameters()]
 
-    def forget_probability(self) -> float:
-        """Mean answer probability of the forget set."""
-        losses = losses_of(self.model, self._forget, batch_size=self._batch, pad=self.pad)
-        if not all(map(math.isfinite, losses)):
-            return 0.0  # overflow: nothing is left of the answers, or of the model
-        return math.fsum(math.exp(-loss) for loss in losses) / len(losses)
+    def known(self) -> float:
+        """What is known of the forget set, in [0, 1], by which forgetting is made equal."""
+        size, pad = self._batch, self.pad
+        if self._config.equal_by == "answers":
+            losses = losses_of(self.model, self._forget, batch_size=size, pad=pad)
+            found = [math.exp(-loss) for loss in losses]
+        else:
+            scores = score_facts(self.model, self._bare_facts, batch_size=size, pad=pad)
+            found = [hit_probability(score.log_probability, SAMPLES) for score in scores]
+        # Not finite: nothing is left of the answers, or of the model.
+        return mean(found) if all(map(math.isfinite, found)) else 0.0
 
     def measure(self, sets: Sequence[str] = SETS) -> Results:
         """Quick evaluation without generation on some of the sets.

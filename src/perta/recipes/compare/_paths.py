@@ -1,6 +1,6 @@
 """A training method along its path: the model after every epoch, and between two of them.
 
-    learning rate ─ train, measuring the forget probability after every epoch
+    learning rate ─ train, measuring what is known of the forget set after every epoch
       ├ it passed the retrained model's between two epochs ─ look for the place between them
       ├ it fell far below in the very first epoch ─ again, with a smaller rate
       └ it stayed above to the end ─ again, with a larger rate
@@ -41,7 +41,7 @@ RATE_FACTOR = 3.0
 """Factor between the learning rates that are tried."""
 
 BEYOND = 2
-"""Epochs after the retrained model's forget probability was passed: equal resistance to
+"""Epochs after what the retrained model knows was passed: equal resistance to
 relearning may ask for more than equal forgetting."""
 
 
@@ -51,7 +51,7 @@ class TrainingPath:
 
     Attributes:
         learning_rate: of this training.
-        probabilities: forget probability after each epoch, the start's first.
+        known: what is known of the forget set after each epoch, the start's first.
         folder: where the weights after each epoch are kept while the path is of use.
         dtype: type that `perta train` stores the result in.
         places: where each parameter lies, for the rounding to that type.
@@ -62,7 +62,7 @@ class TrainingPath:
     """
 
     learning_rate: float
-    probabilities: list[float]
+    known: list[float]
     folder: Path
     dtype: torch.dtype
     places: Sequence[Place]
@@ -78,7 +78,7 @@ class TrainingPath:
     @property
     def default(self) -> float:
         """The last epoch: what the method does on its own."""
-        return float(len(self.probabilities) - 1)
+        return float(len(self.known) - 1)
 
     @property
     def largest(self) -> float:
@@ -89,9 +89,9 @@ class TrainingPath:
         self, config: CompareConfig, measure: Callable[[float], float], _start: float, target: float
     ) -> list[Try]:
         """Look for the place of equal forgetting between two epochs."""
-        made = [Try(float(i), p) for i, p in enumerate(self.probabilities)]
+        made = [Try(float(i), p) for i, p in enumerate(self.known)]
         for below, above in pairwise(made):
-            if above.probability <= target < below.probability:
+            if above.known <= target < below.known:
                 near = config.equal_tolerance
                 between = search_between(measure, below, above, target, near, config.tries)
                 return made[1:] + between
@@ -99,7 +99,7 @@ class TrainingPath:
 
     def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
         """Weights after a number of epochs, in the order of the model's parameters."""
-        first = min(int(strength), len(self.probabilities) - 1)
+        first = min(int(strength), len(self.known) - 1)
         below, share = list(self._after(full, first)), strength - first
         if share > 0:
             above = self._after(full, first + 1)
@@ -119,11 +119,11 @@ class TrainingPath:
 
     def rank(self, target: float) -> tuple[bool, float]:
         """Smaller is better: to pass the target, then to come near it after some epoch."""
-        return not self.passes_by(target), min(abs(p - target) for p in self.probabilities)
+        return not self.passes_by(target), min(abs(p - target) for p in self.known)
 
     def passes_by(self, target: float) -> bool:
-        """Whether the forget probability falls to the target."""
-        return min(self.probabilities) <= target
+        """Whether what is known falls to the target."""
+        return min(self.known) <= target
 
     def keep(self, epoch: int, weights: Sequence[Tensor]) -> None:
         """Remember the weights after an epoch."""
@@ -158,8 +158,8 @@ def prepare_path(
         spec: method and settings.
         bench: the model to train.
         full: weights to start from.
-        start: forget probability there.
-        target: forget probability of the retrained model.
+        start: what is known there.
+        target: what the retrained model knows.
 
     Returns:
         The last path: the one that passes, or the nearest to it within the attempts.
@@ -187,7 +187,7 @@ def prepare_path(
         if not is_too_fast and (best is None or path.rank(target) < best.rank(target)):
             best = path
         crossed = path.passes_by(target)
-        is_too_fast |= crossed and path.probabilities[1] < target / 2
+        is_too_fast |= crossed and path.known[1] < target / 2
         if crossed and not is_too_fast:
             break
         rate = rate / RATE_FACTOR if is_too_fast else rate * RATE_FACTOR
@@ -207,9 +207,9 @@ def _train(
     started = time.perf_counter()
 
     def after_epoch(epoch: int) -> bool:
-        path.probabilities.append(bench.forget_probability())
+        path.known.append(bench.known())
         path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
-        return sum(p <= stop_at for p in path.probabilities) > BEYOND
+        return sum(p <= stop_at for p in path.known) > BEYOND
 
     refusals = bench.encode(refuse(bench.sets["forget"], spec.training.seed))
     try:

@@ -12,10 +12,10 @@ LARGEST = 64.0
 
 @dataclass(frozen=True)
 class Try:
-    """One strength and the answer probability of the forget set there."""
+    """One strength, and what is known of the forget set there, in [0, 1]: see `Bench.known`."""
 
     strength: float
-    probability: float
+    known: float
 
 
 def search_equal(
@@ -26,17 +26,17 @@ def search_equal(
     tolerance: float,
     tries: int,
 ) -> list[Try]:
-    """Look for the strength at which the forget probability is the retrained model's.
+    """Look for the strength at which as much is known of the forget set as by the retrained model.
 
-    Between two strengths the logarithm of the probability is taken to be linear; outside, the
+    Between two strengths the logarithm of what is known is taken to be linear; outside, the
     strength grows by half. Every bracket holds a strength of equal forgetting, the smallest one
     where forgetting grows with the strength.
 
     Args:
-        measure: strength -> mean answer probability of the forget set.
-        start: that probability at strength 0.
+        measure: strength -> what is known of the forget set.
+        start: that at strength 0.
         first: strength to try first.
-        target: probability wanted.
+        target: what is wanted.
         tolerance: distance from it that is near enough.
         tries: most calls of `measure`.
 
@@ -47,9 +47,9 @@ def search_equal(
     strength = first
     while len(made) < tries and strength <= LARGEST:
         made.append(Try(strength, measure(strength)))
-        if abs(made[-1].probability - target) <= tolerance:
+        if abs(made[-1].known - target) <= tolerance:
             break
-        if made[-1].probability < target:
+        if made[-1].known < target:
             rest = tries - len(made)
             return made + search_between(measure, below, made[-1], target, tolerance, rest)
         below = made[-1]
@@ -68,10 +68,10 @@ def search_between(
     """`search_equal` between two strengths.
 
     Args:
-        measure: strength -> mean answer probability of the forget set.
-        below: where that probability is above the target.
+        measure: strength -> what is known of the forget set.
+        below: where that is above the target.
         above: where it is below.
-        target: probability wanted.
+        target: what is wanted.
         tolerance: distance from it that is near enough.
         tries: most calls of `measure`.
 
@@ -82,9 +82,9 @@ def search_between(
     while len(made) < tries:
         strength = _between(below, above, target)
         made.append(Try(strength, measure(strength)))
-        if abs(made[-1].probability - target) <= tolerance:
+        if abs(made[-1].known - target) <= tolerance:
             break
-        if made[-1].probability > target:
+        if made[-1].known > target:
             below = made[-1]
         else:
             above = made[-1]
@@ -92,17 +92,17 @@ def search_between(
 
 
 def nearest(tries: list[Try], target: float) -> Try:
-    """The try whose forget probability is nearest to the target."""
-    return min(tries, key=lambda made: abs(made.probability - target))
+    """The try that is nearest to the target."""
+    return min(tries, key=lambda made: abs(made.known - target))
 
 
 def _between(below: Try, above: Try, target: float) -> float:
-    low, high = _log(below.probability), _log(above.probability)
+    low, high = _log(below.known), _log(above.known)
     share = (low - _log(target)) / (low - high) if low > high else 0.5
     # Well inside, so that a bracket with one far end shrinks as well.
     share = min(0.9, max(0.1, share))
     return below.strength + share * (above.strength - below.strength)
 
 
-def _log(probability: float) -> float:
-    return math.log(max(probability, 1e-6))
+def _log(known: float) -> float:
+    return math.log(max(known, 1e-6))

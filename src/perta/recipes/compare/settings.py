@@ -89,8 +89,12 @@ class CompareConfig:
     """Most strengths tried to make a method forget as much as retraining does."""
     rate_tries: Annotated[int, Hidden] = 3
     """Most learning rates tried for a training method; the first is its own."""
+    equal_by: Literal["facts", "answers"] = "facts"
+    """What has to be as probable as in the retrained model for forgetting to be equal: each fact in
+    one of 64 samples, or each answer; the mean over rows. Most of an answer is the sentence around
+    its fact."""
     equal_tolerance: float = 0.01
-    """Distance from the retrained model's forget probability that counts as equal."""
+    """Distance from the retrained model's mean that counts as equal."""
     fixed: bool = True
     """Measure at the method's default strength as well."""
     relearn_steps: int = 6

@@ -22,6 +22,7 @@ from perta.data.examples import load_examples
 from perta.errors import ConfigError
 from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
+from perta.models.facts import SAMPLES
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.recipes.compare._draw import Draw, make_draw, rows_config
@@ -43,6 +44,7 @@ from perta.store.record import make_manifest, read_manifest, settings_of, stage_
 _REFERENCES = ("base", "full", "retrained")
 _IN_KEY = (
     "tries",
+    "equal_by",
     "equal_tolerance",
     "fixed",
     "relearn_steps",
@@ -51,6 +53,9 @@ _IN_KEY = (
     "relearn_factor",
     "relearn_tries",
 )
+
+_EQUAL_BY = {"facts": f"hit_{SAMPLES}", "answers": "probability"}
+"""Column of what `--equal-by` names."""
 
 Record = Mapping[str, Any]
 _AnySpec = EditSpec | TrainingSpec
@@ -158,18 +163,18 @@ class _Seed:
     def _contender(self, spec: _AnySpec) -> Record:
         say(f"── {spec.name}, seed {self._draw.seed}")
         bench, config = self._open(), self._config
-        start, target = self._probabilities()
+        start, target = self._known()
         contender = self._prepare(spec)
 
         def move(strength: float) -> None:
             bench.load(contender.at(self._full, strength))
 
-        def probability(strength: float) -> float:
+        def known(strength: float) -> float:
             move(strength)
-            return bench.forget_probability()
+            return bench.known()
 
         started = time.perf_counter()
-        tries = contender.search(config, probability, start, target)
+        tries = contender.search(config, known, start, target)
         contender.seconds["search"] = time.perf_counter() - started
         found = nearest(tries, target)
         move(found.strength)
@@ -180,7 +185,7 @@ class _Seed:
         equal = {"strength": found.strength, **self._measures(results), **bench.elsewhere()}
         record: dict[str, Any] = {
             "equal": equal,
-            "reached": abs(found.probability - target) <= config.equal_tolerance,
+            "reached": abs(found.known - target) <= config.equal_tolerance,
             "tries": [asdict(made) for made in tries],
             **contender.facts(),
         }
@@ -286,18 +291,17 @@ class _Seed:
             bench = self._open()
             made: _Contender
             if isinstance(spec, TrainingSpec):
-                ends = self._probabilities()
+                ends = self._known()
                 made = prepare_path(self._config, self._draw, spec, bench, self._full, *ends)
             else:
                 made = prepare_edit(self._config, self._draw, spec, bench.count_tokens)
             self._prepared = (spec.name, made)
         return self._prepared[1]
 
-    def _probabilities(self) -> tuple[float, float]:
-        """Forget probability of the full and of the retrained model."""
-        full, retrained = (
-            self._references[name]["equal"]["forget_probability"] for name in ("full", "retrained")
-        )
+    def _known(self) -> tuple[float, float]:
+        """What the full and the retrained model know of the forget set: see `Bench.known`."""
+        column = f"forget_{_EQUAL_BY[self._config.equal_by]}"
+        full, retrained = (self._references[m]["equal"][column] for m in ("full", "retrained"))
         return full, retrained
 
     def _folder(self, name: str) -> Path:
