@@ -18,7 +18,9 @@ from conftest import World
 from perta.cli import main
 from perta.methods.objectives import TRAINING_METHODS
 from perta.methods.registry import edits
+from perta.progress import say, warn
 from perta.recipes.compare.settings import CompareConfig
+from perta.terminal import print_comparison, print_json, print_metrics, print_samples
 
 TUNE = ("--epochs", "30", "--learning-rate", "5e-3", "--batch-size", "2")
 
@@ -293,3 +295,54 @@ def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) 
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202etxt"
+
+
+def test_escape_sequences_of_files_do_not_reach_the_terminal(perta: Run, tmp_path: Path) -> None:
+    rows = {"0": {"input": ESCAPE, "ground_truth": ESCAPE, "generation": ESCAPE}}
+    told = {"agg_value": None, "missing": f"{ESCAPE}[/red]"}
+    models = {ESCAPE: {"forget_rougeL_recall": {"agg_value": 0.5, "value_by_index": rows}}}
+
+    def printed(_name: str) -> str:
+        print_comparison(models)
+        print_samples(models, 1)
+        print_metrics({ESCAPE: told})
+        print_json({ESCAPE: ESCAPE})
+        say(ESCAPE)
+        warn(ESCAPE)
+        return "tv"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perta.recipes.request.known_method", printed)
+        shown = perta("methods", "tv")
+    (tmp_path / f"{ESCAPE}.yaml").write_text(f"? {ESCAPE}\n", "utf-8")
+    failed = perta("unlearn", "--config", tmp_path / f"{ESCAPE}.yaml")
+    traced = perta("unlearn", "--traceback", "--config", tmp_path / f"{ESCAPE}.yaml")
+    assert (shown.status, failed.status, traced.status) == (0, 1, 1)
+    assert "Traceback" in traced.err
+    for text in (shown.out, shown.err, failed.err, traced.err):
+        assert "red" in text
+        assert not set(text) & {*"\x1b\x07\x9b\u202e"}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Out of mem"),
+        (OSError(28, "No space left on device", "x.json"), "The disk is full: x.json"),
+        (Exception("I/O error: No space left on device (os error 28)"), "The disk is full"),
+        (RuntimeError("shapes do not fit"), "a defect in perta"),
+    ],
+)
+def test_what_ran_out_is_named_whichever_library_says_so(
+    perta: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fails(_: str) -> str:
+        raise error
+
+    monkeypatch.setattr("perta.recipes.request.known_method", fails)
+    ran = perta("methods", "tv")
+    assert ran.status == 1
+    assert message in " ".join(ran.err.split())

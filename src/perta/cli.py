@@ -11,15 +11,16 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from traceback import format_exc
 from types import FrameType
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
-from rich.console import Console
 
-from perta.errors import ConfigError, PertaError
+from perta.errors import ConfigError, PertaError, shortage
 from perta.evidence.settings import BENCHMARKS, Offer
+from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import DemoConfig, UnlearnConfig
 from perta.report.settings import ReportConfig
@@ -320,19 +321,13 @@ def main() -> None:
         _add_own_benchmark(tokens)
         app.meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except PertaError as error:
-        _fail(str(error), 1, tokens)
+        _fail(shortage(error) or str(error), 1, tokens)
     except CycloptsError as error:
         _fail(_usage(error), 2, tokens)
     except KeyboardInterrupt:
         _fail("Interrupted; nothing was left half-written.", 130, tokens)
-    except MemoryError:
-        _fail(
-            "Out of memory. Lower --batch-size, --importance-batch-size or --unlearn-batch-size.",
-            1,
-            tokens,
-        )
-    except OSError as error:
-        _fail(_system_error(error), 1, tokens)
+    except Exception as error:
+        _fail(_unforeseen(error), 1, tokens)
 
 
 def _yaml(file: Path) -> Any:
@@ -385,22 +380,24 @@ def _usage(error: CycloptsError) -> str:
     return f"{text} Run `perta --help`, or a subcommand with --help, for the options."
 
 
-def _system_error(error: OSError) -> str:
+def _unforeseen(error: Exception) -> str:
+    """What the computer ran out of or refused; of a defect in this package, where it is."""
+    short = shortage(error)
+    if short or not isinstance(error, OSError):
+        return short or f"This is a defect in perta.\n{format_exc()}"
     place = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{place}. Check the path, its permissions and disk space."
 
 
 def _fail(message: str, status: int, tokens: list[str]) -> None:
     if "--traceback" in tokens:
-        raise
-    Console(stderr=True, highlight=False).print(
-        f"error: {message}", markup=False, style="red", soft_wrap=True
-    )
+        message = format_exc()
+    PlainConsole(stderr=True).print(f"error: {message}", markup=False, style="red", soft_wrap=True)
     sys.exit(status)
 
 
 def _note(message: str) -> None:
-    Console(highlight=False).print(message, markup=False, soft_wrap=True)
+    PlainConsole().print(message, markup=False, soft_wrap=True)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

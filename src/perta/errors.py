@@ -19,6 +19,8 @@ alone and exits with status 1; a traceback means a defect in this package.
 
 from __future__ import annotations
 
+import errno
+
 
 class PertaError(Exception):
     """Base of all errors with a message written for the user."""
@@ -72,3 +74,41 @@ def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
+
+
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+_NO_SPACE = ("no space left on device", "disk quota exceeded", "failed writing file")
+
+
+def shortage(error: BaseException) -> str | None:
+    """What the computer ran out of, memory or disk space, whichever library says so and how.
+
+    Args:
+        error: it, and what it came from.
+
+    Returns:
+        The message for the user; None where it is something else.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_of(cause, (errno.ENOMEM,), _NO_MEMORY) or isinstance(cause, MemoryError):
+            return (
+                "Out of memory. Lower --batch-size, --importance-batch-size or "
+                "--unlearn-batch-size, or take a smaller model."
+            )
+        if _is_of(cause, (errno.ENOSPC, errno.EDQUOT), _NO_SPACE):
+            file = getattr(cause, "filename", None)
+            return (
+                f"The disk is full{f': {file}' if file else ''}. Make room, or write to another "
+                "disk, and run again; finished stages are reused."
+            )
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _is_of(error: BaseException, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    if isinstance(error, (PertaError, ValueError, LookupError)):
+        return False  # they may quote what a user wrote
+    return any(part in str(error).lower() for part in words)

@@ -7,11 +7,12 @@ one when it ends, so that a log says what runs and stays readable. `quiet` turns
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,11 +21,44 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 _Advance = Callable[..., None]
 """`advance(n=1, note="")`: n units are done; the note is shown beside the bar."""
 
-console = Console(stderr=True, highlight=False)
+_CONTROLS = {
+    **dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}, "\ufffd"),
+    **dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), ""),
+}
+"""C0 and C1 controls, which drive a terminal, and marks that reorder what is read."""
+
+
+def visible(text: str, *, escaped: bool = False) -> str:
+    """A text that a terminal shows and does not obey: escape sequences have lost their start.
+
+    Args:
+        text: any text.
+        escaped: write such characters as JSON does, in place of taking them out.
+    """
+    table = {code: f"\\u{code:04x}" for code in _CONTROLS} if escaped else _CONTROLS
+    return text.translate(table)
+
+
+class PlainConsole(Console):
+    """A console whose texts, which may come from data, names or templates, cannot drive it."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(highlight=False, emoji=False, **given)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The parts to print; only the console's own have control sequences."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
+console = PlainConsole(stderr=True)
 _quiet = False
 
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from perta.progress import PlainConsole, visible
 from perta.store.costs import details, duration
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         share = "–" if cost.share is None else f"{cost.share:.0%}"
         stages = details({segment.name: segment.seconds for segment in cost.segments})
         apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
-        table.add_row(escape(cost.label), duration(cost.total), share, stages + apart)
+        table.add_row(escape(cost.label), duration(cost.total), share, escape(stages + apart))
     console().print(table)
 
 
@@ -108,13 +108,14 @@ def print_metrics(results: Results) -> None:
         if isinstance(metric, Mapping) and "agg_value" in metric:
             value = metric["agg_value"]
             reason = f"– ({metric.get('missing', 'no value')})"
-            table.add_row(escape(name), reason if value is None else f"{value:.4g}")
+            table.add_row(escape(name), escape(reason) if value is None else f"{value:.4g}")
     console().print(table)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON object on standard output, whole whatever the width."""
-    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    print(visible(text, escaped=True))  # noqa: T201
 
 
 def without_rows(results: Results) -> dict[str, Any]:
@@ -189,9 +190,9 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """Where results go, standard output."""
-    found = Console(highlight=False)
+    found = PlainConsole()
     if not found.is_terminal:
         # Nothing is cut where nobody looks at it: a file or a pipe has no width.
         found.width = max(found.width, _WIDE)

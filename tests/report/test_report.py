@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 import re
@@ -53,7 +54,7 @@ from perta.report._svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report._texts import sample_sets
 from perta.report.collect import Collection, Run, collect
 from perta.report.settings import ReportConfig
-from perta.report.tables import costs, metric_tables, seed_table, styles, to_csv
+from perta.report.tables import costs, csv_text, metric_tables, seed_table, styles, to_csv
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.write import build_report, companion_folder, write_report
@@ -877,6 +878,9 @@ def test_tables_as_csv_hold_values_and_intervals(tmp_path: Path) -> None:
 def test_formulas_in_labels_do_not_run_in_spreadsheets(tmp_path: Path) -> None:
     runs = [Run("=1+1", "edited", read_measures(results("x", 0.1, 0.9)))]
     assert "'=1+1," in to_csv(metric_tables(runs)[0])
+    for start in "=+-@\t\r\n＝":
+        cells = next(csv.reader(io.StringIO(csv_text([[f"{start}1+1", -1.5, "plain"]]), "")))
+        assert cells == [f"'{start}1+1".replace("\r", "\n"), "-1.5", "plain"]
 
 
 def test_page_and_files_are_written_and_replaced(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from perta.errors import (
     CorruptCheckpointError,
     PertaError,
     first_line,
+    shortage,
 )
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
@@ -276,6 +277,8 @@ def plain_errors(place: Path, what: str = "model") -> Iterator[None]:
     except PertaError:
         raise
     except Exception as error:  # whatever a damaged file makes the libraries raise
+        if shortage(error):
+            raise
         raise CheckpointError(
             f"{place}: no {what} could be loaded from it: {first_line(error)}"
         ) from error

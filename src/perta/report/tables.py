@@ -320,9 +320,22 @@ def to_csv(table: Table) -> str:
         for entry, is_reading in zip(row.entries, wide, strict=True):
             line += _csv_cells(entry, is_reading)
         lines.append(line)
+    return csv_text(lines)
+
+
+def csv_text(lines: Iterable[Iterable[Any]]) -> str:
+    """Lines of cells as CSV, texts such that no spreadsheet runs one as a formula."""
     target = io.StringIO()
-    csv.writer(target, lineterminator="\n").writerows(lines)
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerows([_inert(cell) for cell in line] for line in lines)
     return target.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    line = cell.replace("\r", "\n")  # unquoted, it would end the row for many readers
+    return f"'{line}" if line.startswith(tuple("=+-@\t\n＝＋－＠")) else line
 
 
 def write_csv(tables: Iterable[Table], folder: Path) -> list[Path]:
@@ -338,9 +351,7 @@ def write_csv(tables: Iterable[Table], folder: Path) -> list[Path]:
 
 def _csv_cells(entry: Entry, is_reading: bool) -> list[Any]:
     if not is_reading:
-        # A spreadsheet would run a cell that starts like this as a formula.
-        raw = "" if entry.raw is None else entry.raw
-        return [f"'{raw}" if isinstance(raw, str) and raw[:1] in ("=", "+", "-", "@") else raw]
+        return ["" if entry.raw is None else entry.raw]
     reading = entry.raw
     if not isinstance(reading, Reading):
         return ["", "", "", ""]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from perta.report.tables import csv_text
 from perta.store.atomic import write_text
 from perta.terminal import console
 
@@ -218,20 +217,16 @@ def _print(title: str, rows: Iterable[Mapping[str, str]], names: Sequence[str]) 
     # A narrow terminal folds names; cut short, several of one family would look alike.
     width = min(_NAME_WIDTH, max(len(row["method"]) for row in listed))
     table = Table(title=title, title_justify="left")
-    table.add_column(_header(names[0]), min_width=width, overflow="fold")
+    table.add_column(escape(_header(names[0])), min_width=width, overflow="fold")
     for name in names[1:]:
-        table.add_column(_header(name), justify="right", overflow="fold")
+        table.add_column(escape(_header(name)), justify="right", overflow="fold")
     for row in listed:
         table.add_row(*(escape(row.get(name, "–")) for name in names))
     console().print(table)
 
 
 def _csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([names, *([row.get(name, "") for name in names] for row in rows)])
 
 
 def _latex(rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> str:
