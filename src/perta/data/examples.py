@@ -15,22 +15,20 @@ from typing import Any
 
 from blake3 import blake3
 
+from perta.data._conversation import (
+    ANSWERS,
+    PROMPTS,
+    RowError,
+    chat_column,
+    conversation,
+)
+from perta.data._conversation import Message as Message
 from perta.data.rows import read_rows
 from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.options import DataConfig
 from perta.progress import warn
 
-_PROMPT_COLUMNS = ("question", "prompt", "instruction", "input")
-_ANSWER_COLUMNS = ("answer", "completion", "response", "output")
 _SHOWN_ROWS = 10
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,9 @@ class Example:
     Attributes:
         row: 1-based row in its file.
         kind: `qa`, `completion`, `chat` or `text`.
-        messages: the conversation; `qa` and `completion` hold one user and one assistant turn,
-            `text` one assistant turn and no prompt.
+        messages: the conversation; `qa` and `completion` hold one user and one assistant turn
+            (`qa` a system message before them where the row has one), `text` one assistant turn
+            and no prompt.
         fields: every column of the row, for benchmarks that need more than prompt and answer.
     """
 
@@ -105,15 +104,16 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
     if not rows:
         raise EmptyDatasetError(f"{source} has no rows. Give a file with at least one example.")
     kind = _detect_kind(str(source), rows, config)
+    fingerprint = _fingerprint(rows, str(source))
     examples, bad = [], []
     for number, row in enumerate(rows, start=1):
-        messages, problem = _messages(row, kind, config, str(source), number)
-        if problem:
-            bad.append(f"row {number}: {problem}")
-        else:
-            examples.append(Example(number, kind, messages, row))
+        try:
+            _check_text(row)
+            examples.append(Example(number, *conversation(row, kind, config), row))
+        except RowError as error:
+            bad.append(f"row {number}: {error}")
     report_bad_rows(str(source), bad, config.skip_bad_rows, left=len(examples))
-    return ExampleSet(str(source), tuple(examples), tuple(bad), rows_fingerprint(rows))
+    return ExampleSet(str(source), tuple(examples), tuple(bad), fingerprint)
 
 
 def general_config(source: str, config: DataConfig) -> DataConfig:
@@ -181,77 +181,39 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def _messages(
-    row: Mapping[str, Any], kind: str, config: DataConfig, source: str, number: int
-) -> tuple[tuple[Message, ...], str | None]:
-    """The conversation of a row, or what is wrong with it."""
-    if kind == "chat":
-        return _chat_messages(row.get(config.messages_column), config.messages_column)
-    if kind == "text":
-        text = row.get(config.text_column)
-        if not isinstance(text, str) or not text.strip():
-            return (), f"column {config.text_column!r} is empty"
-        return (Message("assistant", text),), None
-    prompt_column, answer_column = _qa_columns(row, config, source, number)
-    prompt, answer = row.get(prompt_column), row.get(answer_column)
-    if not isinstance(prompt, str) or not prompt.strip():
-        return (), f"column {prompt_column!r} is empty"
-    if not isinstance(answer, str) or not answer.strip():
-        return (), f"empty answer (column {answer_column!r})"
-    return (Message("user", prompt), Message("assistant", answer)), None
+def _check_text(value: Any) -> None:
+    """Refuse text that was cut inside a character."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"half a character ({error.object[error.start]!a}), as in text that was cut inside an "
+            "emoji"
+        ) from error
 
 
-def _chat_messages(value: Any, column: str) -> tuple[tuple[Message, ...], str | None]:
-    if not isinstance(value, (list, tuple)) or not value:
-        return (), f"column {column!r} is not a list of messages"
-    messages = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            return (), f"a message in column {column!r} has no text content"
-        messages.append(Message(str(turn.get("role")), turn["content"]))
-    if messages[-1].role != "assistant":
-        return (), "the last message is not the assistant's"
-    if len(messages) < 2:
-        return (), "no message before the assistant's"
-    if any(m.role == "assistant" and not m.content.strip() for m in messages):
-        return (), "empty answer (an assistant message without text)"
-    return tuple(messages), None
-
-
-def _qa_columns(
-    row: Mapping[str, Any], config: DataConfig, source: str, number: int
-) -> tuple[str, str]:
-    prompt = config.prompt_column or _first(_PROMPT_COLUMNS, row)
-    answer = config.answer_column or _first(_ANSWER_COLUMNS, row)
-    for flag, column in (("prompt-column", prompt), ("answer-column", answer)):
-        if column is None or column not in row:
-            usual = _PROMPT_COLUMNS if flag == "prompt-column" else _ANSWER_COLUMNS
-            wanted = f"{column!r} for --{flag}" if column else " or ".join(usual)
-            raise DataError(
-                f"{source}, row {number}: no column {wanted}; the row has "
-                f"{', '.join(row) or 'no columns'}. Name the column with --{flag}."
-            )
-    return str(prompt), str(answer)
-
-
-def _first(names: Sequence[str], row: Mapping[str, Any]) -> str | None:
-    return next((name for name in names if name in row), None)
+def _fingerprint(rows: Sequence[Mapping[str, Any]], source: str) -> str:
+    try:
+        return rows_fingerprint(rows)
+    except RecursionError:
+        raise DataError(f"{source}: lists or objects are nested too deeply.") from None
 
 
 def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataConfig) -> str:
     if config.format != "auto":
         if config.format in ("chat", "text"):
-            column = config.messages_column if config.format == "chat" else config.text_column
+            chat = config.format == "chat"
+            column = chat_column(rows[0], config) if chat else config.text_column
             _require_column(source, rows, column, config.format)
         return config.format
     row = rows[0]
     if config.prompt_column or config.answer_column:
         return "qa"
-    if config.messages_column in row:
+    if chat_column(row, config) in row:
         return "chat"
     if "completion" in row and "prompt" in row:
         return "completion"
-    if _first(_PROMPT_COLUMNS, row) and _first(_ANSWER_COLUMNS, row):
+    if not row.keys().isdisjoint(PROMPTS) and not row.keys().isdisjoint(ANSWERS):
         return "qa"
     if config.text_column in row:
         return "text"

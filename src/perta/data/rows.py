@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from perta.errors import DataError, first_line
+from perta.progress import warn
 from perta.store.atomic import write_text
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SHOWN = 5
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
@@ -44,51 +50,91 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return _read_jsonl(path)
+    if suffix == ".json":
+        return _read_json(path)
+    if suffix == ".tsv":
+        return _read_tsv(path)
+    if suffix == ".csv":
+        return _read_csv(path)
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_SUFFIXES)}.")
+
+
+def _read_text(path: Path) -> str:
+    """The file's text without a byte order mark, line ends as they are."""
     try:
-        if suffix in (".jsonl", ".ndjson"):
-            return _read_jsonl(path)
-        if suffix == ".json":
-            return _read_json(path)
-        if suffix in (".csv", ".tsv"):
-            return _read_csv(path, "\t" if suffix == ".tsv" else _delimiter(path))
-        if suffix == ".parquet":
-            return _read_parquet(path)
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
         ) from error
-    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_SUFFIXES)}.")
+    if "\0" in text:
+        place = len(text[: text.index("\0")].encode())
+        raise DataError(
+            f"{path} is not UTF-8 text (a zero byte at {place}, as in UTF-16). Save it as UTF-8."
+        )
+    return text
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg}, column {error.colno}). "
-                "Each line must be one JSON object."
-            ) from error
-        rows.append(_object(row, path, f"line {number}"))
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            hint = "Each line must be one JSON object."
+            value = _parse(line, f"{path}, line {number}", hint)
+            rows.append(_object(value, path, f"line {number}"))
     return rows
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}). "
-            "Expected a list of objects; for one object a line name the file .jsonl."
-        ) from error
+    hint = "Expected a list of objects; for one object a line name the file .jsonl."
+    value = _parse(_read_text(path), str(path), hint)
     if isinstance(value, dict) and isinstance(value.get("data"), list):
+        others = [name for name, more in value.items() if name != "data" and _holds_objects(more)]
+        if others:
+            raise DataError(
+                f"{path}: rows under 'data' are read, and there are more under "
+                f"{', '.join(map(repr, others))}. Put them into a list, or into files of their own."
+            )
         value = value["data"]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
     return [_object(row, path, f"entry {number}") for number, row in enumerate(value, start=1)]
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+
+
+def _parse(text: str, where: str, hint: str) -> Any:
+    """JSON, in which every name of an object occurs once and every number is one."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise DataError(
+            f"{where}: not JSON ({error.msg}, {place}column {error.colno}). {hint}"
+        ) from error
+    except RecursionError:
+        raise DataError(f"{where}: brackets are nested too deeply. {hint}") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {first_line(error)}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {twice!r} twice. Leave one out, or rename it.")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON. Write null where a value is missing.")
 
 
 def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
@@ -97,27 +143,105 @@ def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
     return value
 
 
-def _delimiter(path: Path) -> str:
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """CSV by RFC 4180, where a cell may be quoted and then may hold line breaks."""
+    text = _read_text(path)
+    mark = _delimiter(text)
+    table = _table(text, path, delimiter=mark, strict=True)
+    joined = [
+        number
+        for number, cells in table
+        if any(_looks_like_rows(cell, mark, len(table[0][1])) for cell in cells)
+    ]
+    if joined:
+        lines = ", ".join(map(str, joined[:_SHOWN])) + (" …" if len(joined) > _SHOWN else "")
+        warn(
+            f"{path}: in {len(joined)} rows a quoted cell has line breaks, with what could be rows "
+            f"of their own (lines {lines}). Look for a quote that is not closed there."
+        )
+    return _named(table, path, "Quote fields that hold the delimiter.")
+
+
+def _read_tsv(path: Path) -> list[dict[str, Any]]:
+    """TSV, in which a quote is text like any other."""
+    cure = "In a TSV file quotes are text; if cells are quoted as in CSV, name the file .csv."
+    table = _table(_read_text(path), path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    for number, cells in table:
+        if any(_QUOTED.fullmatch(cell) for cell in cells):
+            raise DataError(f"{path}, line {number}: a cell looks quoted. {cure}")
+    return _named(table, path, cure)
+
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+"""A cell that was written with its quotes doubled."""
+
+
+def _looks_like_rows(cell: str, delimiter: str, width: int) -> bool:
+    """Whether a cell holds lines that have as many fields as a row."""
+    lines = cell.splitlines()[1:]
+    return any(line.strip() and line.count(delimiter) >= width - 1 for line in lines)
+
+
+def _delimiter(text: str) -> str:
     """What stands between the columns of a CSV file: spreadsheets of many countries write `;`."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
+    with _cells_of_any_length(text):
+        header = next(csv.reader(io.StringIO(text, newline="")), [])
     only = header[0] if len(header) == 1 else ""
     return next((mark for mark in (";", "\t") if mark in only), ",")
 
 
-def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
+@contextmanager
+def _cells_of_any_length(text: str) -> Iterator[None]:
+    limit = csv.field_size_limit(len(text) + 1)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter=delimiter))
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _table(text: str, path: Path, **dialect: Any) -> list[tuple[int, list[str]]]:
+    """Number of the first line, and the cells, of every row that is not blank."""
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    table, first = [], 1
+    try:
+        with _cells_of_any_length(text):
+            for cells in reader:
+                if cells:
+                    table.append((first, cells))
+                first = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}: not readable as CSV ({error}).") from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
+        raise DataError(
+            f"{path}, line {first}: not readable as CSV ({error}). Look for a quote that is not "
+            "closed, or not doubled within a quoted cell."
+        ) from error
+    return table
+
+
+def _named(
+    table: Sequence[tuple[int, Sequence[str]]], path: Path, cure: str
+) -> list[dict[str, Any]]:
+    """Cells by the columns' names; unnamed columns may be left out if they are empty."""
+    if not table:
+        return []
+    names, rows = list(table[0][1]), table[1:]
+    for number, cells in rows:
+        if len(cells) != len(names):
+            much = "more" if len(cells) > len(names) else "fewer"
             raise DataError(
-                f"{path}, row {number}: more fields than the header names. "
-                "Quote fields that hold the delimiter."
+                f"{path}, line {number}: {much} fields than the header names ({len(cells)} and "
+                f"{len(names)}). {cure}"
             )
-    return rows
+    used = [i for i, name in enumerate(names) if name.strip() or any(cells[i] for _, cells in rows)]
+    _refuse_twice([names[i] for i in used], path)
+    return [{names[i]: cells[i] for i in used} for _, cells in rows]
+
+
+def _refuse_twice(names: Sequence[str], path: Path) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path}: more than one column is named {', '.join(map(repr, twice))}. Rename them."
+        )
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -125,10 +249,23 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}).") from error
+        table = pyarrow.parquet.ParquetFile(path).read()
+        _refuse_twice(table.column_names, path)
+        rows: list[dict[str, Any]] = [_finite(row) for row in table.to_pylist()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a text in it is not UTF-8. Write it anew.") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet ({first_line(error)}).") from error
     return rows
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN, which tables write where a value is missing."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
@@ -143,7 +280,7 @@ def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
             f"{split!r}): {first_line(error)} Check the path; ids are written owner/name or "
             "owner/name:subset and need the hub."
         ) from error
-    return [dict(row) for row in table]
+    return [_finite(dict(row)) for row in table]
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:

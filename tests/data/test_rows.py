@@ -1,0 +1,103 @@
+"""Files as they are written by spreadsheets, databases and by hand: every row arrives, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from perta.data.examples import load_examples
+from perta.data.rows import read_rows
+from perta.errors import DataError
+
+
+def table(folder: Path, name: str, content: str | bytes) -> list[tuple[str, str]]:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [(e.prompt, e.answer) for e in load_examples(path).examples]
+
+
+LONG = "long, " * 30_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.csv", 'question,answer\n"a, b","say ""c"""\n', [("a, b", 'say "c"')]),
+        ("a.csv", 'question,answer\nWho?,He said "hi"\n', [("Who?", 'He said "hi"')]),
+        ("a.csv", "\ufeffquestion,answer\r\na,b\r\n\r\nc,d\r\n", [("a", "b"), ("c", "d")]),
+        ("a.csv", "question,answer\ra,b\rc,d", [("a", "b"), ("c", "d")]),
+        ("a.csv", 'question;answer\n"a; b";"c, d"\n', [("a; b", "c, d")]),
+        ("a.csv", 'question\tanswer\n"a\tb"\tc\n', [("a\tb", "c")]),
+        ("a.csv", f'question,answer\na,"{LONG}"\n', [("a", LONG)]),
+        ("a.csv", ",question,answer,,\n0,a,b,,\n1,c,d,,\n", [("a", "b"), ("c", "d")]),
+        ("a.csv", 'question,answer\na,"two\nlines"\n', [("a", "two\nlines")]),
+        ("a.tsv", 'question\tanswer\nWho?\t"Tis Ann\nWhen?\t"Now"\nWhy?\tLove\n',
+         [("Who?", '"Tis Ann'), ("When?", '"Now"'), ("Why?", "Love")]),
+        ("a.tsv", f"question\tanswer\na\t{LONG}\n", [("a", LONG)]),
+    ],
+)  # fmt: skip
+def test_rows_of_tables(
+    tmp_path: Path, name: str, content: str, rows: list[tuple[str, str]]
+) -> None:
+    assert table(tmp_path, name, content) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'question,answer\na,"b\nc,d\n', "line 2: not readable as CSV"),
+        ("a.csv", 'question,answer\na,"b\nc,"d"\n', "line 2: not readable as CSV"),
+        ("a.csv", 'question,answer\na,"b"c\n', "line 2: not readable as CSV"),
+        ("a.csv", "question,answer\na\n", "line 2: fewer fields than the header names"),
+        ("a.csv", 'question,answer\na,"b\nc"\nd\n', "line 4: fewer fields"),
+        ("a.csv", "question,answer,answer\na,b,c\n", "more than one column is named 'answer'"),
+        ("a.csv", "question,answer,,\na,b,c,d\n", "more than one column is named ''"),
+        ("a.csv", "question,answer\na,b\n".encode("utf-16"), "is not UTF-8"),
+        ("a.csv", "question,answer\na,b\n".encode("utf-16-le"), "zero byte at 1, as in UTF-16"),
+        ("a.tsv", 'question\tanswer\na\t"say ""b"""\n', "line 2: a cell looks quoted"),
+        ("a.tsv", 'question\tanswer\na\t"b\nc"\n', "line 3: fewer fields"),
+        ("a.tsv", 'question\tanswer\na\t"b\tc"\n', "line 2: more fields"),
+        ("a.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "has 'answer' twice"),
+        ("a.jsonl", '{"question": "a", "answer": "b", "n": NaN}', "line 1: NaN is not JSON"),
+        ("a.jsonl", '{"n": -Infinity}', "line 1: -Infinity is not JSON"),
+        ("a.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ("a.jsonl", '{"n": ' + "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"n": ' + "1" * 5_000 + "}", "line 1: Exceeds the limit"),
+        ("a.json", '[{"a": 1},\n{"a": 2,}]', "not JSON .*line 2, column"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", '{"data": [{"a": 1}], "more": [{"a": 2}]}', "there are more under 'more'"),
+    ],
+)
+def test_files_that_would_lose_something_are_refused(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        table(tmp_path, name, content)
+
+
+def test_rows_that_a_quote_may_have_swallowed_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swallowed = 'question,answer\na,b\nc,"Tis d\ne,f\ng,he said "\nh,i\n'
+    assert [q for q, _ in table(tmp_path, "a.csv", swallowed)] == ["a", "c", "h"]
+    assert "in 1 rows a quoted cell has line breaks" in capsys.readouterr().err
+    table(tmp_path, "a.csv", 'question,answer\na,"first line\nsecond line"\n')
+    assert not capsys.readouterr().err
+
+
+def test_parquet_holds_what_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"question": ["a"], "answer": ["b"], "score": [float("nan")]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert read_rows(str(path), "train") == [{"question": "a", "answer": "b", "score": None}]
+    twice = pyarrow.table([["a"], ["b"], ["c"]], names=["question", "answer", "answer"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match="more than one column is named 'answer'"):
+        load_examples(path)
+    raw = pyarrow.array([b"caf\xe9"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"], "answer": raw}), path)
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_examples(path)
