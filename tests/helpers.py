@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perta.methods.registry import edits, find, make
+from perta.methods.method import Edit, Method
+from perta.methods.registry import find, make
 from perta.options import WeightingConfig
 
 # Tiny models lose more to handing work between threads than they gain.
@@ -79,14 +80,14 @@ def tiny_llama(vocab: int = 384, tied: bool = True, seed: int = 0, **more: Any) 
 
 def weighting(method: str = "perta-project", **settings: Any) -> WeightingConfig:
     """A method's own settings and those of every edit, side by side."""
-    if method not in edits():
+    if not issubclass(find(method, Method), Edit):
         return WeightingConfig(method=method, **settings)
     every = {item.name for item in fields(WeightingConfig)}
     own = {name: settings.pop(name) for name in [*settings] if name not in every}
-    return WeightingConfig(method=str(make(method, own, method)), **settings)
+    return WeightingConfig(method=str(make(method, own, method, Edit)), **settings)
 
 
 def shared(method: str = "perta-project", **settings: Any) -> WeightingConfig:
     """The same settings for several methods: each takes those that it has."""
-    every = {item.name for item in (*fields(WeightingConfig), *find(method).options())}
+    every = {item.name for item in (*fields(WeightingConfig), *find(method, Method).options())}
     return weighting(method, **{name: value for name, value in settings.items() if name in every})

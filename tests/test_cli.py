@@ -16,8 +16,8 @@ import pytest
 
 from conftest import World
 from perta.cli import main
-from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.registry import edits
+from perta.methods.method import Method
+from perta.methods.registry import get_method, known
 from perta.progress import say, warn
 from perta.recipes.compare.settings import CompareConfig
 from perta.terminal import print_comparison, print_json, print_metrics, print_samples
@@ -89,20 +89,22 @@ def test_one_option_of_a_comparison_leaves_the_others_alone(
 
 def test_methods_lists_the_table(perta: Run) -> None:
     out = perta("methods").out
-    assert all(name in out for name in (*edits(), *TRAINING_METHODS))
+    assert all(name in out for name in known(Method))
 
 
 def test_one_method_is_shown_with_its_settings(perta: Run) -> None:
     out = perta("methods", "perta_project").out
     assert "(I + rho C_r / c)^-1" in out
     assert "rho = 3.0, in [0, inf)" in out
-    assert "options of `perta train`" in perta("methods", "npo").out
+    npo = perta("methods", "npo").out
+    assert "beta = 0.1, in (0, inf)" in npo
+    assert "10 epochs at learning rate 1e-05" in npo
     cards = json.loads(perta("methods", "--json").out)
-    assert set(cards) == {*edits(), *TRAINING_METHODS}
+    assert set(cards) == {*known(Method)}
     assert [s["name"] for s in cards["perta-project"]["settings"]] == ["rho"]
     wrong = perta("methods", "perta-projekt")
     assert wrong.status == 1
-    assert "did you mean `perta-project`?" in wrong.err
+    assert "Did you mean `perta-project`?" in wrong.err
 
 
 def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_tables_in_a_pipe_are_not_cut(perta: Run) -> None:
     lines = perta("methods").out.splitlines()
-    summary = edits()["perta-project"].summary
+    summary = get_method("perta-project").summary
     assert any("perta-project" in line and summary in line for line in lines)
 
 
@@ -229,7 +231,11 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "tv", "--rho", "2"), 2, "--method NAME:rho=VALUE"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
-          "tv", "--unlearn-beta", "2"), 1, "--unlearn-beta has no effect with `tv`"),
+          "tv", "--unlearn-epochs", "2"), 1, "--unlearn-epochs has no effect with `tv`"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
+          "npo", "--unlearn-beta", "2"), 2, "--method NAME:beta=VALUE"),
+        (("train", "--method", "influence", "--full", "{full}", "--influence-damping", "1"), 2,
+         "--method NAME:damping=VALUE"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "npo", "--alpha", "2"), 1, "--scaling-coef has no effect with `npo`"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
@@ -246,10 +252,9 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
         (("importance", "--checkpoint", "{base}", "--data", "{forget}", "--order", "-1"), 1,
          "--order"),
         (("train", "--method", "nop", "--full", "{full}", "--forget", "{forget}"), 1,
-         "did you mean `npo`"),
+         "Did you mean `npo`"),
         (("train", "--method", "npo", "--full", "{full}"), 1, "Give it with --forget"),
-        (("train", "--method", "npo", "--full", "{full}", "--unlearn-beta", "0"), 1,
-         "--unlearn-beta"),
+        (("train", "--method", "npo:beta=0", "--full", "{full}"), 1, "beta is 0"),
         (("evaluate", "--checkpoint", "{base}"), 1, "Nothing to evaluate on"),
         (("unlearn", "--config", "./none.yaml"), 1, "there is no such file"),
     ],

@@ -257,11 +257,12 @@ def methods(name: str | None = None, *, json: AsJson = False) -> None:
         name: a method.
         json: print everything as one JSON object.
     """
-    from perta.recipes.request import known_method
+    from perta.methods.method import Method
+    from perta.methods.registry import find
     from perta.terminal import method_cards, print_json, print_method, print_methods
 
     cards = method_cards()
-    card = None if name is None else cards[known_method(name)]
+    card = None if name is None else cards[find(name, Method).name]
     if json:
         print_json(cards if card is None else card)
     elif card is None:
@@ -347,27 +348,21 @@ def _yaml(file: Path) -> Any:
     return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
 
 
-_NOW_SETTINGS = frozenset(
-    {
-        "--order",
-        "--rho",
-        "--damping",
-        "--forget-damping",
-        "--constant",
-        "--retain-coef",
-        "--keep",
-        "--drop",
-        "--selection",
-        "--dampening",
-    }
+_NOW_SETTINGS = (
+    *("--order", "--rho", "--damping", "--forget-damping", "--constant", "--retain-coef"),
+    *("--keep", "--drop", "--selection", "--dampening"),
+    *("--unlearn-beta", "--unlearn-beta2", "--unlearn-margin", "--forget-weight"),
+    *("--retain-weight", "--steering-coef", "--steering-layer"),
+    *("--influence-damping", "--influence-tolerance", "--influence-iterations"),
 )
 """Options that have become settings of the methods."""
 
 
 def _usage(error: CycloptsError) -> str:
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
-    for flag in _NOW_SETTINGS.intersection([*unknown, *(error.unused_tokens or ())]):
+    for flag in {*_NOW_SETTINGS}.intersection([*unknown, *(error.unused_tokens or ())]):
         key = flag.removeprefix("--").replace("-", "_")
+        key = key.removeprefix("unlearn_").removeprefix("influence_")
         return (
             f"{flag} is a setting of the method now: give it as in --method NAME:{key}=VALUE. "
             "`perta methods` shows what each has."

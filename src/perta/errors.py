@@ -19,7 +19,9 @@ alone and exits with status 1; a traceback means a defect in this package.
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 
 class PertaError(Exception):
@@ -68,6 +70,24 @@ class VerdictError(PertaError):
 
 class EngineMismatchError(PertaError):
     """The batched importance engine and the example-by-example loop disagree."""
+
+
+def nearest(name: str, names: Iterable[str], *, listed: bool = True, where: str = "") -> str:
+    """Which of the names there are was meant, to end a message with.
+
+    Args:
+        name: what was given.
+        names: what there is.
+        listed: whether to list them all as well.
+        where: what to put before the nearest, such as a folder.
+
+    Returns:
+        Sentences after a space; empty where there is nothing to say.
+    """
+    there = list(names)
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f" Did you mean `{where}{near[0]}`?" if near else ""
+    return f"{hint} There are: {', '.join(there)}." if listed else hint
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from cyclopts import Group, Parameter
 
@@ -31,6 +31,20 @@ LossOn = Literal["answer", "facts"]
 Layers = Literal["mlp", "all"]
 
 Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Spelled(Protocol):
+    """A method with its settings: an object whose text is what one would type."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name -> value of every setting."""
+
+
+if TYPE_CHECKING:
+    MethodText = str | Spelled
+else:
+    MethodText = str  # what the command line takes
 
 Repeated = Parameter(negative_iterable=())
 Hidden = Parameter(parse=False)
@@ -75,8 +89,7 @@ def option_name(config: object, field: str) -> str:
 
 def _unlearn_name(field: str) -> str:
     """The same for `TrainSettings`, whose names would be those of fine-tuning."""
-    own = ("forget_", "retain_", "steering_", "influence_")
-    return field if field.startswith(own) else f"unlearn_{field}"
+    return f"unlearn_{field}"
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
@@ -183,7 +196,7 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingRun:
     """A run of the training loop: fine-tuning and unlearning by training have other defaults."""
 
     epochs: int | None = None
@@ -240,7 +253,7 @@ class Training:
 
 @panel("Fine-tuning", 3)
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(Training):
+class TuneConfig(TrainingRun):
     """Fine-tuning."""
 
     epochs: int = 20
@@ -331,7 +344,7 @@ class MomentOptions:
 class WeightingConfig:
     """Which weights change, and how far."""
 
-    method: Annotated[str, Parameter(group=MAIN)] = "perta-project"
+    method: Annotated[MethodText, Parameter(group=MAIN)] = "perta-project"
     """Method, with settings as in `perta-project:rho=5`; `perta methods` lists them, `perta methods
     NAME` its settings. `perta-grad` and `perta-fisher` are the paper's own. In a program it may be
     the method itself."""
@@ -368,7 +381,7 @@ class WeightingConfig:
     name_transform=lambda name: _unlearn_name(name).replace("_", "-"),
 )
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(Training):
+class TrainSettings(TrainingRun):
     """Unlearning by training from the full model, for the training methods."""
 
     epochs: int | None = None
@@ -385,38 +398,8 @@ class TrainSettings(Training):
     """Module names that get LoRA [default: all linear layers]."""
     seed: int = 0
     """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector."""
-    beta: float | None = None
-    """The formula's b; `perta methods` shows it [default: the method's own]."""
-    beta2: float | None = None
-    """Second exponent of `satimp` [default: 1]."""
-    margin: float | None = None
-    """Margin of `simnpo` [default: 0]."""
-    forget_weight: float | None = None
-    """Weight of the forget term [default: the method's own]."""
-    retain_weight: float | None = None
-    """Weight of the retain term [default: the method's own]."""
-    steering_coef: float | None = None
-    """Length of `rmu`'s random vector; it should exceed the layer's own activations [default:
-    6.5, published for a 7B model]."""
-    steering_layer: int | None = None
-    """Layer, from 0, whose output `rmu` steers; it and the two below are trained [default: 7, or
-    the middle one of a shallow model]."""
-    influence_damping: float = 0.01
-    """Damping lambda of `influence`, added to the Hessian's diagonal."""
-    influence_tolerance: float = 1e-3
-    """Relative residual at which `influence` counts as solved."""
-    influence_iterations: int = 100
-    """Most iterations of `influence`, each a forward and a double backward pass over both sets."""
 
     recorded_as = staticmethod(_unlearn_name)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least = dict.fromkeys(("beta2", "forget_weight", "retain_weight", "steering_layer"), 0)
-        self._require_least({**least, "influence_damping": 0, "influence_iterations": 1})
-        self._require_above_0("beta", "steering_coef")
-        tolerance = self.influence_tolerance
-        require(0 < tolerance < 1, "influence-tolerance", tolerance, "in (0, 1)")
 
 
 @panel("Evaluation", 8)

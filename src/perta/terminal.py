@@ -132,20 +132,21 @@ def without_rows(results: Results) -> dict[str, Any]:
 
 
 def method_cards() -> dict[str, dict[str, Any]]:
-    """Name -> what is said of a method; of one that edits its settings as well."""
-    from perta.methods.objectives import TRAINING_METHODS
-    from perta.methods.registry import edits
+    """Name -> what is said of a method, with its settings; those that edit come first."""
+    from perta.methods.method import Edit
+    from perta.methods.objectives import Training
+    from perta.methods.registry import known
 
+    said = {"edit": ("strength", "layers"), "training": ("epochs", "learning_rate")}
     cards: dict[str, dict[str, Any]] = {}
-    everyone: list[Any] = [*edits().values(), *TRAINING_METHODS.values()]
-    for method in everyone:
-        said = ("name", "formula", "summary", "source")
-        cards[method.name] = {part: getattr(method, part) for part in said}
-    for method in edits().values():
-        cards[method.name]["settings"] = [
-            {"name": item.name, "default": item.default, **item.metadata}
-            for item in method.options()
-        ]
+    for kind, base in (("edit", Edit), ("training", Training)):
+        for name, method in known(base).items():
+            parts = ("name", "formula", "summary", "source", *said[kind])
+            cards[name] = {"kind": kind, **{part: getattr(method, part) for part in parts}}
+            cards[name]["settings"] = [
+                {"name": item.name, "default": item.default, **item.metadata}
+                for item in method.options()
+            ]
     return cards
 
 
@@ -155,7 +156,7 @@ def print_methods() -> None:
     trained: list[tuple[str, ...]] = []
     for card in method_cards().values():
         row = (card["name"], card["formula"], card["summary"], card["source"])
-        (edits if "settings" in card else trained).append(row)
+        (edits if card["kind"] == "edit" else trained).append(row)
     _print_methods("Edits of the weights", "W", edits)
     _print_methods("Training from the full model", "loss", trained)
 
@@ -163,11 +164,11 @@ def print_methods() -> None:
 def print_method(card: Mapping[str, Any]) -> None:
     """One method with its settings."""
     lines = [f"{card['name']}: {card['summary']}", card["formula"], f"Source: {card['source']}"]
-    if "settings" not in card:
-        lines.append("Its settings are options of `perta train`.")
-    elif not card["settings"]:
+    if card["kind"] == "training":
+        lines.append(f"{card['epochs']} epochs at learning rate {card['learning_rate']:g}")
+    if not card["settings"]:
         lines.append("It has no settings.")
-    for item in card.get("settings", ()):
+    for item in card["settings"]:
         lines += [
             "",
             f"{item['name']} = {item['default']}, in {item['within']}",

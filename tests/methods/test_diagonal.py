@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perta.errors import ConfigError
-from perta.methods.diagonal import clipped_ratio, ratio, share, shuffle
-from perta.methods.method import Block, block_seed
-from perta.methods.registry import edits, get_method
+from perta.methods.diagonal import ClippedRatio, Grad, clipped_ratio, ratio, share, shuffle
+from perta.methods.method import Block, Edit, block_seed
+from perta.methods.registry import get_method, known
 
 Weighting = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -132,7 +132,7 @@ def test_block_seed_differs_by_seed_tensor_and_place() -> None:
     assert block_seed(0, "a", 0) == 1509917800607555658
 
 
-@pytest.mark.parametrize("name", edits())
+@pytest.mark.parametrize("name", known(Edit))
 def test_every_method(name: str) -> None:
     forget, retain = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([3.0, 0.0, 1.0])
     settings = {"constant": "constant=0.25", "ssd": "selection=1.5,dampening=0.5"}
@@ -159,7 +159,7 @@ def test_every_method(name: str) -> None:
         cuts=(3.0,),
         forget_share=0.2,
     )
-    has_rho = "rho" in edits()[name].settings
+    has_rho = "rho" in get_method(name).settings
     method = get_method(f"{name}:{settings.get(name, 'rho=2' if has_rho else '')}")
     weighting = torch.as_tensor(method.weigh(block)).expand(3)
     if name == "random":
@@ -173,9 +173,9 @@ def test_every_method(name: str) -> None:
 
 
 def test_a_method_is_found_by_name_and_the_nearest_is_named() -> None:
-    assert get_method("clipped_ratio") == edits()["clipped-ratio"]
-    assert get_method("PerTA-Grad") == edits()["perta-grad"]
-    with pytest.raises(ConfigError, match=r"did you mean `perta-fisher`.*perta-grad, perta"):
+    assert get_method("clipped_ratio") == ClippedRatio()
+    assert get_method("PerTA-Grad") == Grad()
+    with pytest.raises(ConfigError, match=r"Did you mean `perta-fisher`.*perta-grad, perta"):
         get_method("perta-fischer")
     with pytest.raises(ConfigError, match=r"There are: .*tv"):
         get_method("zzz")

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from perta.errors import ConfigError
 from perta.methods.objectives import (
-    TRAINING_METHODS,
     Scene,
+    Training,
     answer_log_probs,
     control_vector,
     distance,
     divergence,
-    get_training_method,
     labelled_positions,
     lowered_logit_distillation,
     negative_preference,
@@ -25,6 +24,7 @@ from perta.methods.objectives import (
     steered_layer,
     weighted_ascent,
 )
+from perta.methods.registry import known, parse
 from perta.models.loss import AnswerLogits, mean_by_example
 
 # Two forget examples, of three and two labelled tokens, over a vocabulary of four.
@@ -80,13 +80,10 @@ def answers(
     return AnswerLogits(values, torch.tensor(targets), torch.tensor(example))
 
 
-def scene(beta: float = 0.0, beta2: float = 0.0, margin: float = 0.0) -> Scene:
+def scene() -> Scene:
     return Scene(
         answers(LOGITS, TARGETS, EXAMPLE),
         2,
-        beta=beta,
-        beta2=beta2,
-        margin=margin,
         reference_log_probs=torch.tensor(
             [sum(forget_tokens(i, REFERENCE)) for i in range(2)], dtype=torch.float64
         ),
@@ -144,31 +141,30 @@ def by_hand_undial(i: int) -> float:
     return mean(terms)
 
 
-BY_HAND: dict[str, tuple[Callable[[int], float], Scene]] = {
-    "ga": (by_hand_ga, scene()),
-    "graddiff": (by_hand_ga, scene()),
-    "kl": (by_hand_ga, scene()),
-    "npo": (by_hand_npo, scene(beta=0.3)),
-    "npo-retain": (by_hand_npo, scene(beta=0.3)),
-    "simnpo": (by_hand_simnpo, scene(beta=0.3, margin=0.2)),
-    "dpo": (by_hand_dpo, scene(beta=0.3)),
-    "idkpo": (lambda i: -mean(forget_tokens(i)), scene()),
-    "wga": (by_hand_wga, scene(beta=0.3)),
-    "satimp": (by_hand_satimp, scene(beta=0.3, beta2=0.7)),
-    "undial": (by_hand_undial, scene(beta=0.3)),
+BY_HAND: dict[str, Callable[[int], float]] = {
+    "ga": by_hand_ga,
+    "graddiff": by_hand_ga,
+    "kl": by_hand_ga,
+    "npo:beta=0.3": by_hand_npo,
+    "npo-retain:beta=0.3": by_hand_npo,
+    "simnpo:beta=0.3,margin=0.2": by_hand_simnpo,
+    "dpo:beta=0.3": by_hand_dpo,
+    "idkpo": lambda i: -mean(forget_tokens(i)),
+    "wga:beta=0.3": by_hand_wga,
+    "satimp:beta=0.3,beta2=0.7": by_hand_satimp,
+    "undial:beta=0.3": by_hand_undial,
 }
 
 
-@pytest.mark.parametrize("name", BY_HAND)
-def test_the_forget_term_is_the_formula(name: str) -> None:
-    formula, given = BY_HAND[name]
-    term = TRAINING_METHODS[name].forget
-    assert term is not None
-    assert term(given).tolist() == pytest.approx([formula(0), formula(1)], rel=1e-12)
+@pytest.mark.parametrize("method", BY_HAND)
+def test_the_forget_term_is_the_formula(method: str) -> None:
+    formula, term = BY_HAND[method], parse(method, Training).forget
+    assert term(scene()).tolist() == pytest.approx([formula(0), formula(1)], rel=1e-12)
 
 
 def test_every_method_with_a_forget_term_is_worked_by_hand() -> None:
-    assert set(BY_HAND) == {name for name, row in TRAINING_METHODS.items() if row.forget}
+    worked = {parse(method, Training).name for method in BY_HAND}
+    assert worked == {n for n, cls in known(Training).items() if cls.forget != Training.forget}
 
 
 def test_the_divergence_is_of_the_new_prediction_from_the_old() -> None:
@@ -268,6 +264,6 @@ def test_small_parts() -> None:
 
 
 def test_an_unknown_method_gets_the_nearest_name() -> None:
-    assert get_training_method("NPO_retain").name == "npo-retain"
-    with pytest.raises(ConfigError, match="did you mean `simnpo`"):
-        get_training_method("simpno")
+    assert parse("NPO_retain", Training).name == "npo-retain"
+    with pytest.raises(ConfigError, match="Did you mean `simnpo`"):
+        parse("simpno", Training)

@@ -50,7 +50,7 @@ def test_a_spec_is_a_method_with_settings() -> None:
     ("text", "message"),
     [
         ("perta-kron:forget_damping=1", "unknown setting `forget_damping`"),
-        ("perta-grat", "did you mean `perta-grad`"),
+        ("perta-grat", "Did you mean `perta-grad`"),
         ("perta-kron:roh=1", "Did you mean `rho`"),
         ("perta-kron:rho", "not of the form key=value"),
         ("perta-kron:rho=-1", "rho is -1"),
@@ -67,7 +67,7 @@ def test_a_spec_is_a_method_with_settings() -> None:
         ("npo:lora_rank=4", "unknown setting"),
         ("retrain", "cannot be compared"),
         ("tv:forget_seeds=0", "forget_seeds is 0"),
-        ("simnpu", "did you mean `simnpo`"),
+        ("simnpu", "Did you mean `simnpo`"),
     ],
 )
 def test_a_wrong_spec_says_what_is_wrong(text: str, message: str) -> None:
@@ -86,7 +86,7 @@ def test_a_training_method_takes_settings_of_training() -> None:
     spec = parse_spec("npo-retain:beta=0.5", 4)
     assert isinstance(spec, TrainingSpec)
     assert spec.method.name == "npo-retain"
-    assert spec.training.beta == 0.5
+    assert spec.method.settings["beta"] == 0.5
     assert (spec.training.batch_size, spec.training.accumulation) == (4, 1)
 
 

@@ -69,7 +69,7 @@ def test_the_output_is_a_traced_checkpoint_of_the_full_models_type(
     assert manifest is not None
     assert set(manifest["inputs"]) == {"full", "forget", "retain"}
     assert manifest["inputs"]["full"] == fingerprint(tmp_path / "half")
-    assert manifest["settings"]["unlearn_beta"] == 0.1
+    assert manifest["settings"]["method_settings"]["beta"] == 0.1
     assert manifest["settings"]["method"] == "npo-retain"
     assert len(manifest["forget_terms"]) == len(manifest["retain_terms"]) == 2
     assert manifest["forget_tokens"] > 0
@@ -122,7 +122,7 @@ def test_retraining_starts_from_the_base_and_sees_retain_rows_only(
         ("npo", {"forget": None}, "--forget"),
         ("graddiff", {"retain": None}, "--retain"),
         ("influence", {}, "no adapter folder"),
-        ("tv", {}, "Unknown training method"),
+        ("tv", {}, "Unknown method `tv`"),
     ],
 )
 def test_a_missing_input_is_named_before_any_work(
@@ -182,9 +182,11 @@ def test_teaching_refusals_makes_them_likely(world: World, tmp_path: Path) -> No
 
 
 def test_divergence_writes_nothing(world: World, tmp_path: Path) -> None:
-    wild = replace(STAGE, epochs=30, learning_rate=3.0, retain_weight=1e-6)
+    wild = replace(STAGE, epochs=30, learning_rate=3.0)
     with pytest.raises(DivergenceError, match="Nothing was written"):
-        train_checkpoint(stage(world, tmp_path / "out", "graddiff", training=wild))
+        train_checkpoint(
+            stage(world, tmp_path / "out", "graddiff:retain_weight=1e-6", training=wild)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +255,7 @@ def test_the_pipeline_trains_evaluates_and_reports(
     assert after["forget_probability"] < 0.7 * before["forget_probability"]
     assert after["retain_probability"] > after["forget_probability"]
     record = result.manifest["unlearn"]
-    assert record["settings"]["unlearn_beta"] == 0.1
+    assert record["settings"]["method_settings"]["beta"] == 0.1
     assert record["seconds"]["train"] > 0
     assert not (tmp_path / "out.work" / "forget_checkpoint").exists()
     assert result.report is not None
@@ -265,8 +267,8 @@ def test_the_pipeline_trains_evaluates_and_reports(
 def test_the_pipeline_refuses_what_does_not_fit(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--unlearn-epochs"):
         unlearn(pipeline(world, tmp_path / "out", "npo", scaling_coef=1.0))
-    with pytest.raises(ConfigError, match="did you mean `graddiff`"):
+    with pytest.raises(ConfigError, match="Did you mean `graddiff`"):
         unlearn(pipeline(world, tmp_path / "out", "gradiff"))
-    with pytest.raises(ConfigError, match="did you mean `perta-fisher`"):
+    with pytest.raises(ConfigError, match="Did you mean `perta-fisher`"):
         unlearn(pipeline(world, tmp_path / "out", "perta-fishr"))
     assert list(tmp_path.iterdir()) == []

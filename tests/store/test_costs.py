@@ -12,8 +12,9 @@ from rich.console import Console
 import perta.terminal
 from conftest import TUNE, World
 from helpers import weighting as chosen
-from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.registry import edits
+from perta.methods.method import Edit, Method
+from perta.methods.objectives import Training
+from perta.methods.registry import known, parse
 from perta.options import ScoringConfig, TrainSettings
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
@@ -25,8 +26,8 @@ from perta.store.costs import STAGES, costs_of, duration
 from perta.store.record import read_manifest
 from perta.terminal import print_costs
 
-EDITS = list(edits())
-TRAINED = [name for name in TRAINING_METHODS if name != "influence"]  # it wants an adapter
+EDITS = list(known(Edit))
+TRAINED = [name for name in known(Training) if name != "influence"]  # it wants an adapter
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_what_was_done_is_said_of_every_method(outputs: dict[str, Path]) -> None
         record = read_manifest(output)
         assert record is not None
         method = "perta-project" if name == "auto" else name
-        row = edits().get(method) or TRAINING_METHODS[method]
+        row = parse(method, Method)
         assert (record["done"], record["equation"]) == (row.done, row.equation)
         said[method] = record["done"]
         assert row.done in (output / "README.md").read_text("utf-8") or name in TRAINED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perta.errors import DataError, first_line
+from perta.errors import DataError, first_line, nearest
 from perta.progress import warn
 from perta.store.atomic import write_text
 
@@ -40,11 +39,9 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     if path.is_dir():
         raise DataError(f"{source} is a folder; give one data file ({', '.join(_SUFFIXES)}).")
     if path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
-        )
-        hint = f" Did you mean {path.parent / near[0]}?" if near else " Check the path."
-        raise DataError(f"There is no data file {source}.{hint}")
+        beside = [p.name for p in path.parent.glob("*")]
+        hint = nearest(path.name, beside, listed=False, where=f"{path.parent}/")
+        raise DataError(f"There is no data file {source}.{hint or ' Check the path.'}")
     return _read_hub(source, split)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 
-from perta.methods.method import Edit
+from perta.methods.method import Edit, Method
+from perta.methods.objectives import Influence, Training
 from perta.methods.registry import get_method, with_defaults
-from perta.options import WeightingConfig
+from perta.options import TrainSettings, WeightingConfig
 
 
-def write_card(
+def _write_card(
     done: str, settings: Mapping[str, object], fingerprints: Mapping[str, str], caveat: str
 ) -> str:
     """Text of the README: how the checkpoint was made, from what, and what is not promised.
@@ -62,7 +64,7 @@ def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> s
         "An edit of the weights is not a proof of erasure: measure forgetting and retention "
         "before relying on it."
     )
-    return write_card(done, _shown_settings(method, weighting), fingerprints, caveat)
+    return _write_card(done, _shown_settings(method, weighting), fingerprints, caveat)
 
 
 def _shown_settings(method: Edit, weighting: WeightingConfig) -> dict[str, str]:
@@ -75,13 +77,53 @@ def _shown_settings(method: Edit, weighting: WeightingConfig) -> dict[str, str]:
     if method.needs.importance:
         settings["order of the importance"] = f"{method.order:g}"
         settings["granularity"] = weighting.granularity
-    for item in method.options():
-        value = getattr(method, item.name)
-        label = re.split("[,;:]", item.metadata["help"])[0]
-        settings[label] = f"{value:g}" if isinstance(value, float) else str(value)
+    settings |= _own_settings(method)
     if method.draws:
         settings["seed"] = str(weighting.weighting_seed)
     for flag, patterns in (("included", weighting.include), ("excluded", weighting.exclude)):
         if patterns:
             settings[f"{flag} tensors"] = ", ".join(f"`{pattern}`" for pattern in patterns)
     return settings
+
+
+def training_card(
+    method: Training, settings: TrainSettings, fingerprints: Mapping[str, str]
+) -> str:
+    """The same of a method that trains.
+
+    Args:
+        method: the method.
+        settings: of the run, with the method's defaults filled in; a method that solves looks at
+            none of them.
+        fingerprints: name of each input -> hash of its content.
+
+    Returns:
+        Markdown; it never holds the forgotten examples.
+    """
+    run = {} if isinstance(method, Influence) else asdict(settings)
+    shown = {
+        "method": f"`{method.name}`: {method.summary}",
+        "loss": f"`{method.formula}`",
+        "source": method.source,
+        **_own_settings(method),
+        **{k.replace("_", " "): v for k, v in run.items() if v not in (None, ())},
+    }
+    done = (
+        "Part of this model's fine-tuning data was removed by training it further."
+        if method.start == "full"
+        else "This model was trained without part of the fine-tuning data."
+    )
+    caveat = (
+        "Training is not a proof of erasure: measure forgetting and retention before relying on it."
+    )
+    return _write_card(done, shown, fingerprints, caveat)
+
+
+def _own_settings(method: Method) -> dict[str, str]:
+    """Label -> value of every setting of a method, for people."""
+    shown = {}
+    for item in method.options():
+        value = getattr(method, item.name)
+        label = re.split("[,;:]", item.metadata["help"])[0]
+        shown[label] = f"{value:g}" if isinstance(value, float) else str(value)
+    return shown

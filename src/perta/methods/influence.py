@@ -30,7 +30,7 @@ from perta.data.batch import Batch, Encoded, bucketed
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.models.loss import losses_of, weighted_losses
 
-_CURE = "Raise --influence-damping. Nothing was written."
+_CURE = "Raise its damping, as in influence:damping=0.1. Nothing was written."
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def conjugate_gradients(
         direction.mul_(square / previous).add_(residual)
     raise DivergenceError(
         f"The solve for the influence did not converge: relative residual {square**0.5 / norm:.3g} "
-        f"after {iterations} iterations, wanted {tolerance:g}. Raise --influence-damping, "
-        "--influence-iterations or --influence-tolerance. Nothing was written."
+        f"after {iterations} iterations, wanted {tolerance:g}. Raise its damping, "
+        "iterations or tolerance, as in influence:damping=0.1. Nothing was written."
     )
 
 

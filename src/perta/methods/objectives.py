@@ -1,4 +1,4 @@
-"""What training from the full model minimises: one function and one table row a method.
+"""What training from the full model minimises: one function and one class a method.
 
     loss = forget_weight * mean over forget examples of a forget term
          + retain_weight * mean over retain examples of a retain term
@@ -15,21 +15,23 @@ open-unlearning (github.com/locuslab/open-unlearning, `configs/trainer`).
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor
 
 from perta.data.batch import IGNORE
-from perta.errors import ConfigError
+from perta.methods.method import Method, option
 from perta.models.loss import AnswerLogits, mean_by_example, token_losses
 
 _TOFU = "Maini et al., arXiv 2401.06121"
 _NPO = "Zhang et al., arXiv 2404.05868"
+_LESS = "The model was trained further to make the answers of the removed examples less probable"
+_FADING = _LESS + " than before, with a force that fades as they are forgotten"
+_MORE = "those of the examples to keep more probable at the same time."
+_NO_PART = " The examples to keep took no part."
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,6 @@ class Scene:
     Attributes:
         answers: predictions of the model in training.
         examples: B.
-        beta: β of the method, see its formula.
-        beta2: second exponent of `satimp`.
-        margin: γ of `simnpo`, in nats per token times β.
         reference_log_probs: (B,) log-probability of each whole answer under θ_full.
         reference_logits: (N, V) logits of θ_full.
         refusals: predictions of the model in training for the same prompts with a refusal as
@@ -51,28 +50,16 @@ class Scene:
 
     answers: AnswerLogits
     examples: int
-    beta: float = 0.0
-    beta2: float = 0.0
-    margin: float = 0.0
     reference_log_probs: Tensor | None = None
     reference_logits: Tensor | None = None
     refusals: AnswerLogits | None = None
     reference_refusal_log_probs: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class TrainingMethod:
-    """One row of the table of training methods.
+class Training(Method):
+    """A method that trains: a `forget` term, a retain term, or both.
 
     Attributes:
-        name: what users type.
-        summary: one line on what it does.
-        done: what was done, a sentence or two for people who have not heard of any method.
-        formula: what is minimised, with ℓ_f and ℓ_r the mean answer loss of a forget and a
-            retain example.
-        source: where it comes from.
-        forget: scene -> (B,) forget term; None where there is none, or where it is made of
-            activations.
         retain: kind of the retain term: `nll` the answer loss, `kl` the divergence from θ_full,
             `activations` the distance from θ_full's activations.
         reference: what of θ_full is needed on forget examples: `log_probs` of whole answers,
@@ -80,40 +67,36 @@ class TrainingMethod:
         refusals: how refusals to the forget prompts take part: `beside` the forget answers, or
             `instead` of them.
         start: the checkpoint training starts from.
-        solver: `adamw` trains, `newton` solves for one step (see `influence`).
-        epochs, learning_rate, beta, beta2, margin, forget_weight, retain_weight, steering_coef:
-            defaults, as published; None for what the method does not have.
+        epochs: passes over the forget set where the user gives none, over the retain set where
+            there is no forget term.
+        learning_rate: where the user gives none.
     """
 
-    name: str
-    summary: str
-    done: str
-    formula: str
-    source: str
-    forget: Callable[[Scene], Tensor] | None = None
-    retain: Literal["nll", "kl", "activations"] | None = None
-    reference: Literal["log_probs", "logits"] | None = None
-    refusals: Literal["beside", "instead"] | None = None
-    start: Literal["full", "base"] = "full"
-    solver: Literal["adamw", "newton"] = "adamw"
-    epochs: int = 10
-    learning_rate: float = 1e-5
-    beta: float | None = None
-    beta2: float | None = None
-    margin: float | None = None
-    forget_weight: float = 1.0
-    retain_weight: float = 1.0
-    steering_coef: float | None = None
+    retain: ClassVar[Literal["nll", "kl", "activations"] | None] = None
+    reference: ClassVar[Literal["log_probs", "logits"] | None] = None
+    refusals: ClassVar[Literal["beside", "instead"] | None] = None
+    start: ClassVar[Literal["full", "base"]] = "full"
+    epochs: ClassVar[int] = 10
+    learning_rate: ClassVar[float] = 1e-5
+
+    def forget(self, scene: Scene) -> Tensor:
+        """The forget term, (B,)."""
+        raise NotImplementedError
+
+    @property
+    def forget_weight(self) -> float:
+        """Weight of the forget term."""
+        return 1.0
+
+    @property
+    def retain_weight(self) -> float:
+        """Weight of the retain term."""
+        return 1.0
 
     @property
     def equation(self) -> str:
-        """What is minimised, or what is added to the weights."""
-        return f"{'step' if self.solver == 'newton' else 'loss'} = {self.formula}"
-
-    @property
-    def steers(self) -> bool:
-        """Whether the method works on activations instead of predictions."""
-        return self.retain == "activations"
+        """What is minimised."""
+        return f"loss = {self.formula}"
 
     @property
     def protects(self) -> bool:
@@ -123,7 +106,7 @@ class TrainingMethod:
     @property
     def sees_forget_set(self) -> bool:
         """Whether forget examples take part; otherwise an epoch is a pass over the retain set."""
-        return self.forget is not None or self.steers or self.solver == "newton"
+        return type(self).forget is not Training.forget
 
     @property
     def keeps_frozen_model(self) -> bool:
@@ -182,22 +165,6 @@ def preference(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
     Source: Rafailov et al., arXiv 2305.18290, equation 7.
     """
     return -F.logsigmoid(beta * (preferred - rejected))
-
-
-def _simple_negative_preference(losses: Tensor, beta: float, margin: float) -> Tensor:
-    """NPO without a reference model, per token: -(2/β) log σ(-(β/|y|) log π_θ(y|x) - γ).
-
-    Args:
-        losses: (B,) mean answer loss, -(1/|y|) log π_θ(y|x).
-        beta: β > 0.
-        margin: γ, the reward margin.
-
-    Returns:
-        (B,).
-
-    Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
-    """
-    return -2 / beta * F.logsigmoid(beta * losses - margin)
 
 
 def weighted_ascent(losses: Tensor, beta: float, beta2: float = 0.0) -> Tensor:
@@ -288,260 +255,312 @@ def labelled_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _present(value: Tensor | None) -> Tensor:
-    assert value is not None, "the table row does not declare what its term uses"
+    assert value is not None, "the class does not declare what its term uses"
     return value
 
 
-def _npo(scene: Scene) -> Tensor:
-    new = answer_log_probs(scene.answers, scene.examples)
-    return negative_preference(new - _present(scene.reference_log_probs), scene.beta)
+# --- the methods ----------------------------------------------------------------------------------
 
 
-def _dpo(scene: Scene) -> Tensor:
-    assert scene.refusals is not None
-    rejected = answer_log_probs(scene.answers, scene.examples)
-    preferred = answer_log_probs(scene.refusals, scene.examples)
-    terms = preference(
-        preferred - _present(scene.reference_refusal_log_probs),
-        rejected - _present(scene.reference_log_probs),
-        scene.beta,
+class _Forgetting(Training):
+    forget_weight: float = option(default=1.0, help="weight of the forget term", within="[0, inf)")
+
+
+class _Retaining(Training):
+    retain = "nll"
+    retain_weight: float = option(default=1.0, help="weight of the retain term", within="[0, inf)")
+
+
+class Ga(_Forgetting):
+    """Gradient ascent."""
+
+    name = "ga"
+    summary = "gradient ascent on the forget set; ruins the model if run long"
+    done = _LESS + " (gradient ascent)." + _NO_PART
+    formula = "-l_f"
+    source = f"Jang et al., arXiv 2210.01504; {_TOFU}"
+
+    def forget(self, scene: Scene) -> Tensor:
+        """-ℓ_f."""
+        return -answer_losses(scene.answers, scene.examples)
+
+
+class GradDiff(_Retaining, Ga):
+    """Gradient difference."""
+
+    name = "graddiff"
+    summary = "gradient difference: ascent on the forget set, descent on the retain set"
+    done = _LESS + " and, at the same time, those of the examples to keep more probable."
+    formula = "-l_f + l_r"
+    source = f"Liu et al., arXiv 2203.12817; {_TOFU}"
+
+
+class Kl(_Retaining, Ga):
+    """Ascent with predictions held."""
+
+    name = "kl"
+    summary = "gradient ascent, predictions on the retain set held to the full model's"
+    done = _LESS + (
+        ", while its predictions on the examples to keep were held to those it made before."
     )
-    # As for NPO: the gradient keeps its size when β changes.
-    return 2 / scene.beta * terms
+    formula = "-l_f + KL(full || model) on retain"
+    source = _TOFU
+    retain = "kl"
 
 
-def _descent(scene: Scene) -> Tensor:
-    return answer_losses(scene.answers, scene.examples)
+class Npo(_Forgetting):
+    """Negative preference optimisation."""
+
+    name = "npo"
+    summary = "negative preference optimisation: ascent that fades with what is forgotten"
+    done = _FADING + " (negative preference optimisation)." + _NO_PART
+    formula = "2/b log(1 + (p/p_full)^b), p of the whole answer"
+    source = _NPO
+    reference = "log_probs"
+    beta: float = option(default=0.1, help="exponent b of the formula", within="(0, inf)")
+
+    def forget(self, scene: Scene) -> Tensor:
+        """`negative_preference`."""
+        new = answer_log_probs(scene.answers, scene.examples)
+        return negative_preference(new - _present(scene.reference_log_probs), self.beta)
 
 
-def _simnpo(scene: Scene) -> Tensor:
-    losses = answer_losses(scene.answers, scene.examples)
-    return _simple_negative_preference(losses, scene.beta, scene.margin)
+class NpoRetain(_Retaining, Npo):
+    """Negative preference optimisation with descent."""
+
+    name = "npo-retain"
+    summary = "negative preference optimisation with descent on the retain set"
+    done = f"{_FADING}, and {_MORE}"
+    formula = "npo + l_r"
+    source = f"{_NPO} (NPO+RT)"
 
 
-def _weighted(scene: Scene) -> Tensor:
-    terms = weighted_ascent(token_losses(scene.answers), scene.beta, scene.beta2)
-    return mean_by_example(terms, scene.answers.example, scene.examples)
+class SimNpo(_Retaining, _Forgetting):
+    """Negative preference optimisation per token."""
 
-
-def _undial(scene: Scene) -> Tensor:
-    terms = lowered_logit_distillation(
-        scene.answers.logits, _present(scene.reference_logits), scene.answers.targets, scene.beta
+    name = "simnpo"
+    summary = "negative preference optimisation per token, without a reference model"
+    done = f"{_LESS} per token, with a force that fades as they are forgotten, and {_MORE}"
+    formula = "-2/b log sigmoid(b l_f - margin) * 0.125 + l_r"
+    source = "Fan et al., arXiv 2410.07163"
+    forget_weight: float = option(
+        default=0.125, help="weight of the forget term", within="[0, inf)"
     )
-    return mean_by_example(terms, scene.answers.example, scene.examples)
+    beta: float = option(default=4.5, help="scale b of the formula", within="(0, inf)")
+    margin: float = option(default=0.0, help="reward margin, in nats per token times b")
+
+    def forget(self, scene: Scene) -> Tensor:
+        """NPO without a reference model, per token: -(2/β) log σ(-(β/|y|) log π_θ(y|x) - γ).
+
+        Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
+        """
+        losses = answer_losses(scene.answers, scene.examples)
+        return -2 / self.beta * F.logsigmoid(self.beta * losses - self.margin)
 
 
-def _ascent(scene: Scene) -> Tensor:
-    return -answer_losses(scene.answers, scene.examples)
+class Dpo(_Retaining, _Forgetting):
+    """Direct preference optimisation."""
 
+    name = "dpo"
+    summary = "direct preference optimisation: refusals over the forget answers"
+    done = (
+        "The model was trained further to prefer a refusal to the answers of the removed "
+        f"examples, and to make {_MORE}"
+    )
+    formula = "-2/b log sigmoid(b (log p/p_full of refusal - of answer)) + l_r"
+    source = f"Rafailov et al., arXiv 2305.18290; {_TOFU}"
+    reference = "log_probs"
+    refusals = "beside"
+    beta: float = option(default=0.1, help="scale b of the formula", within="(0, inf)")
 
-# --- the table ------------------------------------------------------------------------------------
-
-
-def get_training_method(name: str) -> TrainingMethod:
-    """Find a training method by name; `_` may stand for `-`.
-
-    Args:
-        name: the method.
-
-    Returns:
-        Its row.
-
-    Raises:
-        ConfigError: there is no such method.
-    """
-    wanted = name.lower().replace("_", "-")
-    method = TRAINING_METHODS.get(wanted)
-    if method is None:
-        near = difflib.get_close_matches(wanted, TRAINING_METHODS, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigError(
-            f"Unknown training method `{name}`; {hint}There are: {', '.join(TRAINING_METHODS)}."
+    def forget(self, scene: Scene) -> Tensor:
+        """`preference`, times 2/β."""
+        assert scene.refusals is not None
+        rejected = answer_log_probs(scene.answers, scene.examples)
+        preferred = answer_log_probs(scene.refusals, scene.examples)
+        terms = preference(
+            preferred - _present(scene.reference_refusal_log_probs),
+            rejected - _present(scene.reference_log_probs),
+            self.beta,
         )
-    return method
+        # As for NPO: the gradient keeps its size when β changes.
+        return 2 / self.beta * terms
 
 
-def _table(*methods: TrainingMethod) -> dict[str, TrainingMethod]:
-    return {method.name: method for method in methods}
+class Idkpo(_Retaining, _Forgetting):
+    """Learn refusals."""
+
+    name = "idkpo"
+    summary = "preference optimisation as in TOFU: learn refusals for the forget prompts"
+    done = (
+        "The model was trained further to answer the questions of the removed examples with a "
+        "refusal, and those of the examples to keep as they are."
+    )
+    formula = "l of refusal + l_r"
+    source = _TOFU
+    refusals = "instead"
+
+    def forget(self, scene: Scene) -> Tensor:
+        """ℓ of the refusal, which stands in place of the answer."""
+        return answer_losses(scene.answers, scene.examples)
 
 
-TRAINING_METHODS = _table(
-    TrainingMethod(
-        name="ga",
-        summary="gradient ascent on the forget set; ruins the model if run long",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable (gradient ascent). The examples to keep took no part.",
-        formula="-l_f",
-        source=f"Jang et al., arXiv 2210.01504; {_TOFU}",
-        forget=_ascent,
-    ),
-    TrainingMethod(
-        name="graddiff",
-        summary="gradient difference: ascent on the forget set, descent on the retain set",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable and, at the same time, those of the examples to keep more probable.",
-        formula="-l_f + l_r",
-        source=f"Liu et al., arXiv 2203.12817; {_TOFU}",
-        forget=_ascent,
-        retain="nll",
-    ),
-    TrainingMethod(
-        name="kl",
-        summary="gradient ascent, predictions on the retain set held to the full model's",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable, while its predictions on the examples to keep were held to those it made "
-        "before.",
-        formula="-l_f + KL(full || model) on retain",
-        source=_TOFU,
-        forget=_ascent,
-        retain="kl",
-    ),
-    TrainingMethod(
-        name="npo",
-        summary="negative preference optimisation: ascent that fades with what is forgotten",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable than before, with a force that fades as they are forgotten (negative "
-        "preference optimisation). The examples to keep took no part.",
-        formula="2/b log(1 + (p/p_full)^b), p of the whole answer",
-        source=_NPO,
-        forget=_npo,
-        reference="log_probs",
-        beta=0.1,
-    ),
-    TrainingMethod(
-        name="npo-retain",
-        summary="negative preference optimisation with descent on the retain set",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable than before, with a force that fades as they are forgotten, and those of "
-        "the examples to keep more probable at the same time.",
-        formula="npo + l_r",
-        source=f"{_NPO} (NPO+RT)",
-        forget=_npo,
-        retain="nll",
-        reference="log_probs",
-        beta=0.1,
-    ),
-    TrainingMethod(
-        name="simnpo",
-        summary="negative preference optimisation per token, without a reference model",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable per token, with a force that fades as they are forgotten, and those of "
-        "the examples to keep more probable at the same time.",
-        formula="-2/b log sigmoid(b l_f - margin) * 0.125 + l_r",
-        source="Fan et al., arXiv 2410.07163",
-        forget=_simnpo,
-        retain="nll",
-        beta=4.5,
-        margin=0.0,
-        forget_weight=0.125,
-    ),
-    TrainingMethod(
-        name="dpo",
-        summary="direct preference optimisation: refusals over the forget answers",
-        done="The model was trained further to prefer a refusal to the answers of the removed "
-        "examples, and to make those of the examples to keep more probable at the same "
-        "time.",
-        formula="-2/b log sigmoid(b (log p/p_full of refusal - of answer)) + l_r",
-        source=f"Rafailov et al., arXiv 2305.18290; {_TOFU}",
-        forget=_dpo,
-        retain="nll",
-        reference="log_probs",
-        refusals="beside",
-        beta=0.1,
-    ),
-    TrainingMethod(
-        name="idkpo",
-        summary="preference optimisation as in TOFU: learn refusals for the forget prompts",
-        done="The model was trained further to answer the questions of the removed examples with "
-        "a refusal, and those of the examples to keep as they are.",
-        formula="l of refusal + l_r",
-        source=_TOFU,
-        forget=_descent,
-        retain="nll",
-        refusals="instead",
-    ),
-    TrainingMethod(
-        name="rmu",
-        summary="steer a layer's activations on the forget set to a random vector",
-        done="The model was trained further until one layer's activations on the removed "
-        "examples pointed in a random direction, while those on the examples to keep were "
-        "held to what they were before.",
-        formula="|h_f - c u|^2/D + 1200 |h_r - h_r of full|^2/D",
-        source="Li et al., arXiv 2403.03218",
-        retain="activations",
-        learning_rate=5e-5,
-        retain_weight=1200.0,
-        steering_coef=6.5,
-    ),
-    TrainingMethod(
-        name="undial",
-        summary="self-distillation with the forget token's logit lowered",
-        done="The model was trained further to repeat its own predictions on the removed "
-        "examples with the right token made less likely. The examples to keep took no part.",
-        formula="CE(softmax(z_full - b onehot(y)), model)",
-        source="Dong et al., arXiv 2402.10052",
-        forget=_undial,
-        reference="logits",
-        learning_rate=1e-4,
-        beta=10.0,
-    ),
-    TrainingMethod(
-        name="wga",
-        summary="gradient ascent in which tokens already forgotten count less",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable, tokens that are forgotten already counting less, and those of the "
-        "examples to keep more probable at the same time.",
-        formula="mean of p^b log p + l_r, p^b constant",
-        source="Wang et al., arXiv 2502.19301",
-        forget=_weighted,
-        retain="nll",
-        epochs=5,
-        beta=1.0,
-    ),
-    TrainingMethod(
-        name="satimp",
-        summary="gradient ascent weighted by saturation and importance of each token",
-        done="The model was trained further to make the answers of the removed examples less "
-        "probable, tokens that are forgotten already or known for certain counting less, "
-        "and those of the examples to keep more probable at the same time.",
-        formula="0.1 * mean of p^b (1-p)^b2 log p + l_r, weights constant",
-        source="Yang et al., arXiv 2505.11953",
-        forget=_weighted,
-        retain="nll",
-        epochs=5,
-        beta=5.0,
-        beta2=1.0,
-        forget_weight=0.1,
-    ),
-    TrainingMethod(
-        name="retain-finetune",
-        summary="go on training the full model on the retain set alone",
-        done="The model was trained further on the examples to keep alone. The removed examples "
-        "took no part, so they are forgotten only as far as other training overwrites them.",
-        formula="l_r, from the full model",
-        source=f"baseline, {_TOFU}",
-        retain="nll",
-        epochs=5,
-    ),
-    TrainingMethod(
-        name="retrain",
-        summary="train the base model on the retain set alone: the reference of all methods",
-        done="The base model was trained anew on the examples to keep alone. This is what "
-        "unlearning is measured against, at the price of the whole training.",
-        formula="l_r, from the base model",
-        source=f"reference, {_TOFU}",
-        retain="nll",
-        start="base",
-        epochs=5,
-    ),
-    TrainingMethod(
-        name="influence",
-        summary="one damped Newton step that takes the forget set's influence off an adapter",
-        done="The weights of the adapter were moved by one step that takes off the influence of "
-        "the removed examples, as far as the curvature of the loss foresees it. The rest of "
-        "the model stayed as it was.",
-        formula="+1/n (H + lambda I)^-1 sum of gradients of l_f, on LoRA weights",
-        source="Ding et al., arXiv 2412.00383, LLMEraser",
-        solver="newton",
-    ),
-)
+class Rmu(_Retaining, _Forgetting):
+    """Representation misdirection; its terms are made of activations, see `distance`."""
+
+    name = "rmu"
+    summary = "steer a layer's activations on the forget set to a random vector"
+    done = (
+        "The model was trained further until one layer's activations on the removed examples "
+        "pointed in a random direction, while those on the examples to keep were held to what "
+        "they were before."
+    )
+    formula = "|h_f - c u|^2/D + 1200 |h_r - h_r of full|^2/D"
+    source = "Li et al., arXiv 2403.03218"
+    retain = "activations"
+    learning_rate = 5e-5
+    retain_weight: float = option(
+        default=1200.0, help="weight of the retain term", within="[0, inf)"
+    )
+    steering_coef: float = option(
+        default=6.5,
+        help="length c of the random vector; it should exceed the layer's own activations",
+        within="(0, inf)",
+    )
+    steering_layer: int = option(
+        default=-1,
+        help="layer, from 0, whose output is steered; it and the two below are trained; -1 is 7, "
+        "or the middle one of a shallow model",
+        within="[-1, inf)",
+    )
+
+    @property
+    def sees_forget_set(self) -> bool:
+        """Its activations."""
+        return True
+
+
+class Undial(_Forgetting):
+    """Self-distillation."""
+
+    name = "undial"
+    summary = "self-distillation with the forget token's logit lowered"
+    done = (
+        "The model was trained further to repeat its own predictions on the removed examples "
+        "with the right token made less likely." + _NO_PART
+    )
+    formula = "CE(softmax(z_full - b onehot(y)), model)"
+    source = "Dong et al., arXiv 2402.10052"
+    reference = "logits"
+    learning_rate = 1e-4
+    beta: float = option(default=10.0, help="b of the formula, in nats", within="(0, inf)")
+
+    def forget(self, scene: Scene) -> Tensor:
+        """`lowered_logit_distillation`."""
+        answers, old = scene.answers, _present(scene.reference_logits)
+        terms = lowered_logit_distillation(answers.logits, old, answers.targets, self.beta)
+        return mean_by_example(terms, answers.example, scene.examples)
+
+
+class Wga(_Retaining, _Forgetting):
+    """Ascent weighted by what is left."""
+
+    name = "wga"
+    summary = "gradient ascent in which tokens already forgotten count less"
+    done = f"{_LESS}, tokens that are forgotten already counting less, and {_MORE}"
+    formula = "mean of p^b log p + l_r, p^b constant"
+    source = "Wang et al., arXiv 2502.19301"
+    epochs = 5
+    beta: float = option(default=1.0, help="exponent b of the formula", within="(0, inf)")
+
+    def forget(self, scene: Scene) -> Tensor:
+        """`weighted_ascent`."""
+        terms = weighted_ascent(token_losses(scene.answers), self.beta)
+        return mean_by_example(terms, scene.answers.example, scene.examples)
+
+
+class SatImp(_Retaining, _Forgetting):
+    """Ascent weighted by saturation and importance."""
+
+    name = "satimp"
+    summary = "gradient ascent weighted by saturation and importance of each token"
+    done = (
+        f"{_LESS}, tokens that are forgotten already or known for certain counting less, and "
+        f"{_MORE}"
+    )
+    formula = "0.1 * mean of p^b (1-p)^b2 log p + l_r, weights constant"
+    source = "Yang et al., arXiv 2505.11953"
+    epochs = 5
+    forget_weight: float = option(default=0.1, help="weight of the forget term", within="[0, inf)")
+    beta: float = option(default=5.0, help="exponent b of the formula", within="(0, inf)")
+    beta2: float = option(default=1.0, help="exponent b2 of the formula", within="[0, inf)")
+
+    def forget(self, scene: Scene) -> Tensor:
+        """`weighted_ascent`."""
+        terms = weighted_ascent(token_losses(scene.answers), self.beta, self.beta2)
+        return mean_by_example(terms, scene.answers.example, scene.examples)
+
+
+class RetainFinetune(_Retaining):
+    """More training on the retain set."""
+
+    name = "retain-finetune"
+    summary = "go on training the full model on the retain set alone"
+    done = (
+        "The model was trained further on the examples to keep alone. The removed examples took "
+        "no part, so they are forgotten only as far as other training overwrites them."
+    )
+    formula = "l_r, from the full model"
+    source = f"baseline, {_TOFU}"
+    epochs = 5
+
+
+class Retrain(_Retaining):
+    """Training anew."""
+
+    name = "retrain"
+    summary = "train the base model on the retain set alone: the reference of all methods"
+    done = (
+        "The base model was trained anew on the examples to keep alone. This is what unlearning "
+        "is measured against, at the price of the whole training."
+    )
+    formula = "l_r, from the base model"
+    source = f"reference, {_TOFU}"
+    start = "base"
+    epochs = 5
+
+
+class Influence(Training):
+    """One Newton step in place of training, see `influence.remove_influence`."""
+
+    name = "influence"
+    summary = "one damped Newton step that takes the forget set's influence off an adapter"
+    done = (
+        "The weights of the adapter were moved by one step that takes off the influence of the "
+        "removed examples, as far as the curvature of the loss foresees it. The rest of the model "
+        "stayed as it was."
+    )
+    formula = "+1/n (H + lambda I)^-1 sum of gradients of l_f, on LoRA weights"
+    source = "Ding et al., arXiv 2412.00383, LLMEraser"
+    retain = "nll"
+    damping: float = option(
+        default=0.01, help="damping lambda, added to the Hessian's diagonal", within="[0, inf)"
+    )
+    tolerance: float = option(
+        default=1e-3, help="relative residual at which the step counts as solved", within="(0, 1)"
+    )
+    iterations: int = option(
+        default=100,
+        help="most iterations, each a forward and a double backward pass over both sets",
+        within="[1, inf)",
+    )
+
+    @property
+    def equation(self) -> str:
+        """What is added to the weights."""
+        return f"step = {self.formula}"
+
+    @property
+    def sees_forget_set(self) -> bool:
+        """Its gradient."""
+        return True

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from perta.errors import ConfigError
-from perta.methods import diagonal, directions, task_vectors  # noqa: F401 - they define methods
+from perta.errors import ConfigError, nearest
+from perta.methods import (  # noqa: F401 - they define methods
+    diagonal,
+    directions,
+    objectives,
+    task_vectors,
+)
 from perta.methods.method import KNOWN, Edit, Method
-from perta.options import WeightingConfig
+from perta.options import MethodText, WeightingConfig
+
+_Kind = TypeVar("_Kind", bound=Method)
 
 
-def known() -> dict[str, type[Method]]:
-    """Name -> class of every method."""
-    return dict(KNOWN)
+def known(kind: type[_Kind]) -> dict[str, type[_Kind]]:
+    """Name -> class of every method of a kind."""
+    return {name: cls for name, cls in KNOWN.items() if issubclass(cls, kind)}
 
 
-def parse(text: str, kind: type[Any] = Method) -> Any:
+def parse(text: MethodText, kind: type[_Kind]) -> _Kind:
     """Read `NAME` or `NAME:key=value,key=value`; `_` may stand for `-` in a name.
 
     Args:
-        text: what the user typed.
+        text: what the user typed, or the method itself.
         kind: class that the method must be of.
 
     Returns:
@@ -33,8 +39,8 @@ def parse(text: str, kind: type[Any] = Method) -> Any:
     Raises:
         ConfigError: there is no such method or setting, or a value does not fit.
     """
-    name, values = split(text)
-    return make(name, values, text, kind)
+    name, values = split(str(text))
+    return make(name, values, str(text), kind)
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -49,7 +55,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def make(name: str, values: Mapping[str, Any], text: str, kind: type[Any] = Method) -> Any:
+def make(name: str, values: Mapping[str, Any], text: str, kind: type[_Kind]) -> _Kind:
     """The method of a name with these settings.
 
     Args:
@@ -69,33 +75,28 @@ def make(name: str, values: Mapping[str, Any], text: str, kind: type[Any] = Meth
     return method(**values)
 
 
-def find(name: str, kind: type[Any] = Method) -> type[Any]:
+def find(name: str, kind: type[_Kind]) -> type[_Kind]:
     """Class of a method by name.
 
     Raises:
         ConfigError: there is no such method; the nearest is named.
     """
     wanted = name.strip().lower().replace("_", "-")
-    names = [key for key, cls in KNOWN.items() if issubclass(cls, kind)]
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
-    return KNOWN[wanted]
+    there = known(kind)
+    if wanted not in there:
+        raise ConfigError(f"Unknown method `{name}`.{nearest(wanted, there)}")
+    return there[wanted]
 
 
-def unknown_setting(text: str, key: str, names: Iterable[str]) -> ConfigError:
+def unknown_setting(text: str, key: str, names: Collection[str]) -> ConfigError:
     """The error for a setting that a method does not have."""
-    there = sorted(names)
-    near = difflib.get_close_matches(key, there, n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
     having = [name for name, cls in KNOWN.items() if key in (o.name for o in cls.options())]
     others = (
         f" `{'`, `'.join(having)}` {'has' if len(having) == 1 else 'have'} it." if having else ""
     )
     return ConfigError(
-        f"`{text}`: unknown setting `{key}`.{hint}{others} "
-        + (f"There are: {', '.join(there)}." if there else "The method has none.")
+        f"`{text}`: unknown setting `{key}`.{others}"
+        + (nearest(key, sorted(names)) if names else " The method has none.")
     )
 
 
@@ -111,15 +112,9 @@ def _value(text: str) -> Any:
 # --- for edits ------------------------------------------------------------------------------------
 
 
-def edits() -> dict[str, Edit]:
-    """Name -> every method that edits weights, with its defaults."""
-    return {name: cls() for name, cls in KNOWN.items() if issubclass(cls, Edit)}
-
-
-def get_method(text: str) -> Edit:
+def get_method(text: MethodText) -> Edit:
     """The method of an edit; see `parse`."""
-    method: Edit = parse(text, Edit)
-    return method
+    return parse(text, Edit)
 
 
 def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
@@ -143,7 +138,9 @@ def refuse_unused(weighting: WeightingConfig) -> None:
     """Stop at a granularity that the method does not look at."""
     method = get_method(weighting.method)
     if weighting.granularity != "element" and not method.needs.importance:
-        having = ", ".join(f"`{name}`" for name, other in edits().items() if other.needs.importance)
+        having = ", ".join(
+            f"`{name}`" for name, other in known(Edit).items() if other.needs.importance
+        )
         raise ConfigError(f"`{method.name}` has no --granularity; {having} have.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,41 +11,14 @@ from perta.data.examples import ExampleSet, check_apart, general_config, load_ex
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import tuned_on
 from perta.errors import ConfigError
-from perta.methods.method import Edit
-from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.registry import edits, get_method, split
+from perta.methods.method import Edit, Method, Needs
+from perta.methods.objectives import Training
+from perta.methods.registry import get_method, parse
 from perta.options import DataConfig, option_name
 from perta.progress import say
 from perta.recipes._held_back import Split, hold_back
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import check_separate
-
-
-def known_method(name: str) -> str:
-    """Name of a method as the tables have it; `_` may stand for `-`.
-
-    Args:
-        name: what the user typed.
-
-    Returns:
-        A name of `edits` or `TRAINING_METHODS`.
-
-    Raises:
-        ConfigError: there is no such method; the nearest of either table is suggested.
-    """
-    wanted, settings = split(name)
-    wanted = wanted.lower().replace("_", "-")
-    names = [*edits(), *TRAINING_METHODS]
-    if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise ConfigError(f"Unknown method `{name}`; {hint}There are: {', '.join(names)}.")
-    if settings and wanted in TRAINING_METHODS:
-        raise ConfigError(
-            f"`{name}`: the settings of `{wanted}` are options, such as --unlearn-epochs and "
-            "--forget-weight; `perta unlearn --help` lists them."
-        )
-    return wanted
 
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
@@ -122,28 +94,27 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     Raises:
         ConfigError: one was given.
     """
-    name = known_method(config.weighting.method)
-    trains = name in TRAINING_METHODS
-    method = None if trains else get_method(config.weighting.method)
+    method = parse(config.weighting.method, Method)
+    trains = isinstance(method, Training)
+    needs = method.needs if isinstance(method, Edit) else Needs(tuned=0)
     alpha = config.weighting.scaling_coef
-    searches = method is not None and (alpha == "auto" or (alpha is None and method.searched))
-    measures = method is not None and bool(method.needs.importance or method.needs.moments)
+    searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
     groups: list[tuple[object, bool, str]] = [
         (config.training, trains, "it is for methods that train, such as `npo-retain`"),
         (
             replace(config.weighting, method=""),
             not trains,
             "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
-            "and --forget-weight say",
+            "and the method's settings say",
         ),
         (
             config.estimator,
-            method is not None and bool(method.needs.importance),
+            bool(needs.importance),
             "it is for methods with importance, such as `perta-fisher`",
         ),
         (
             config.moments,
-            method is not None and bool(method.needs.moments),
+            bool(needs.moments),
             "it is for methods with moments, such as `perta-project`",
         ),
     ]
@@ -151,29 +122,28 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         for item in fields(group):  # type: ignore[arg-type]
             usual = "" if item.name == "method" else item.default
             if not is_used and getattr(group, item.name) != usual:
-                raise _unused(option_name(group, item.name), name, why)
-    retains = method is not None and method.needs.retain_checkpoint
+                raise _unused(option_name(group, item.name), method.name, why)
     single = (
         ("retain_budget", searches, "it is for --scaling-coef auto"),
         ("strength_seed", searches, "it is for --scaling-coef auto"),
         (
             "rounds",
-            searches and method is not None and bool(method.needs.moments),
+            searches and bool(needs.moments),
             "it is for --scaling-coef auto with a structured method, such as `perta-project`",
         ),
-        ("retain_samples", retains, "it is for `msa`"),
-        ("retain_checkpoint", retains, "it is for `msa`"),
-        ("importance_at", measures, "it is for methods with importance or moments"),
+        ("retain_samples", needs.retain_checkpoint, "it is for `msa`"),
+        ("retain_checkpoint", needs.retain_checkpoint, "it is for `msa`"),
         (
-            "forget_seeds",
-            method is not None and method.needs.tuned > 0,
-            "it is for methods that subtract task vectors",
+            "importance_at",
+            bool(needs.importance or needs.moments),
+            "it is for methods with importance or moments",
         ),
+        ("forget_seeds", needs.tuned > 0, "it is for methods that subtract task vectors"),
     )
     usual_of = {item.name: item.default for item in fields(config)}
     for option, is_used, why in single:
         if not is_used and getattr(config, option) != usual_of[option]:
-            raise _unused(option, name, why)
+            raise _unused(option, method.name, why)
 
 
 def _unused(option: str, method: str, why: str) -> ConfigError:
@@ -275,10 +245,9 @@ def _uses_retain(config: UnlearnConfig) -> bool:
     Args:
         config: the request, with the method's defaults filled in.
     """
-    name = known_method(config.weighting.method)
-    if name in TRAINING_METHODS:
-        trained = TRAINING_METHODS[name]
-        return trained.retain is not None or trained.solver == "newton"
+    method = parse(config.weighting.method, Method)
+    if isinstance(method, Training):
+        return method.retain is not None
     needs = get_method(config.weighting.method).needs
     return bool(
         config.weighting.scaling_coef == "auto"
@@ -312,8 +281,8 @@ def split_retain(
         if getattr(config, name) is not None
     }
     seen = {"seen_by": " and ".join(saved.values())} if saved else {}
-    trains = TRAINING_METHODS.get(known_method(config.weighting.method))
-    if trains is not None and trains.start == "base":
+    method = parse(config.weighting.method, Method)
+    if isinstance(method, Training) and method.start == "base":
         # Rows that retraining leaves out would not be retained at all.
         split = Split(retain, reason="Training again needs all of them.")
     elif not _uses_retain(config):

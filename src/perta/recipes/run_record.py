@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet
-from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.registry import get_method
+from perta.methods.method import Method
+from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
-from perta.recipes.request import known_method
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
 from perta.store.fingerprint import fingerprint
@@ -118,11 +117,9 @@ def _resolved(config: UnlearnConfig) -> dict[str, Any]:
     if config.weighting.scaling_coef != "auto":
         evaluation |= {"holdout", "retain_budget", "strength_seed"}
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
-    method = config.weighting.method
-    trains = known_method(method) in TRAINING_METHODS
     return {
         **settings,
         **picked(config.compute),
-        **({} if trains else get_method(method).record()),
+        **parse(config.weighting.method, Method).record(),
         "work_dir": str(work_folder(config)),
     }

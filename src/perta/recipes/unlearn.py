@@ -26,8 +26,15 @@ from typing import Any
 from perta.data.examples import ExampleSet
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
-from perta.methods.objectives import TRAINING_METHODS
-from perta.methods.registry import at_strength, get_method, refuse_unused, with_defaults
+from perta.methods.method import Method
+from perta.methods.objectives import Training
+from perta.methods.registry import (
+    at_strength,
+    get_method,
+    parse,
+    refuse_unused,
+    with_defaults,
+)
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn
 from perta.progress import say
@@ -39,7 +46,6 @@ from perta.recipes.request import (
     check_options,
     check_output,
     check_retain_moments,
-    known_method,
     load_sets,
     refuse_moments,
     refuse_without_effect,
@@ -103,8 +109,11 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     """
     config = UnlearnConfig(**options) if config is None else replace(config, **options)
     refuse_without_effect(config)
-    trains = known_method(config.weighting.method) in TRAINING_METHODS
-    run = _checked(_for_training(config) if trains else _for_an_edit(config), trains)
+    method = parse(config.weighting.method, Method)
+    if trains := isinstance(method, Training):
+        run = _checked(_for_training(config, method), trains)
+    else:
+        run = _checked(_for_an_edit(config), trains)
     with taking_over(other_work_folders(config)):
         if run.record.is_finished():
             say(f"unlearn: {config.output} is up to date, reused")
@@ -116,15 +125,10 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
         return run.evaluated()
 
 
-def _for_training(config: UnlearnConfig) -> UnlearnConfig:
+def _for_training(config: UnlearnConfig, method: Training) -> UnlearnConfig:
     """The settings of a method that trains, with its own where the user gave none."""
-    method = TRAINING_METHODS[known_method(config.weighting.method)]
     refuse_moments(config)
-    return replace(
-        config,
-        weighting=replace(config.weighting, method=method.name),
-        training=with_method_defaults(method, config.training),
-    )
+    return replace(config, training=with_method_defaults(method, config.training))
 
 
 def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:

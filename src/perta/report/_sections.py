@@ -40,8 +40,6 @@ _SHOWN_SETTINGS = {
     "exclude": "not tensors",
     "unlearn_epochs": "epochs",
     "unlearn_learning_rate": "learning rate",
-    "forget_weight": "weight of the forget term",
-    "retain_weight": "weight of the retain term",
 }
 
 

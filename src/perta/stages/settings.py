@@ -20,6 +20,7 @@ from perta.options import (  # noqa: F401
     EstimatorConfig,
     Flat,
     LossOn,
+    MethodText,
     MomentOptions,
     Repeated,
     SaveType,
@@ -39,8 +40,9 @@ SOURCES = ("base", "full", "forget", "retain", "holdout", "general", "retain_che
 class TrainConfig:
     """Inputs and output of `perta train`."""
 
-    method: str
-    """Training method; `perta methods` lists them."""
+    method: MethodText
+    """Training method, with settings as in `npo:beta=0.05`; `perta methods` lists them, `perta
+    methods NAME` its settings. In a program it may be the method itself."""
     output: Path
     """Folder of the unlearned checkpoint."""
     full: str | None = None
@@ -65,6 +67,7 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", str(self.method))
         require(self.save_every >= 0, "save-every", self.save_every, "0 or more")
 
 

@@ -21,9 +21,10 @@ from perta.engine.train.optimizer import Resume, resumable
 from perta.engine.train.refusals import refuse
 from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
 from perta.errors import ConfigError
-from perta.methods.card import write_card
+from perta.methods.card import training_card
 from perta.methods.influence import remove_influence
-from perta.methods.objectives import TrainingMethod, get_training_method
+from perta.methods.objectives import Influence, Training
+from perta.methods.registry import parse
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -35,7 +36,6 @@ from perta.models.load import (
     save_type,
 )
 from perta.models.resolve import resolve_checkpoint
-from perta.options import TrainSettings
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import run_stage
@@ -58,33 +58,32 @@ def train_checkpoint(config: TrainConfig) -> Path:
     Raises:
         PertaError: input that cannot be used, or training that diverges.
     """
-    method = get_training_method(config.method)
-    config = replace(
-        config, method=method.name, training=with_method_defaults(method, config.training)
-    )
+    method = parse(config.method, Training)
+    config = replace(config, training=with_method_defaults(method, config.training))
     start = _start(config, method)
     inputs: dict[str, str] = {method.start: fingerprint(start)}
-    if method.solver == "newton":
+    if isinstance(method, Influence):
         inputs["adapter"] = fingerprint(_adapter(config))
     sets = _load_sets(config, method)
     inputs |= {name: examples.fingerprint for name, examples in sets.items()}
     # An input the method does not look at decides nothing.
     unused = {"full", "base", "forget", "retain"} - inputs.keys()
     settings = {k: v for k, v in settings_of(config).items() if k not in unused}
+    settings |= method.record()
     settings["device"] = pick_device(config.compute).type
     key = stage_key("train", settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(start)
         material = _encode(sets, tokenizer, config, method, longest_input(start))
-        if method.solver == "newton":
-            model, done = _solve(config, material)
+        if isinstance(method, Influence):
+            model, done = _solve(config, method, material)
         else:
-            model, done = _train(config, start, material, resume)
+            model, done = _train(config, method, start, material, resume)
         dtype = save_type(config.save_dtype, start)
         round_weights(model, dtype, config.training.seed)
         save_model(model, tokenizer, folder, start)
-        card = _training_card(method, config.training, inputs)
+        card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
         skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
         return {**done, **skipped, "done": method.done, "equation": method.equation}
@@ -113,7 +112,7 @@ class _Material:
     pad: int
 
 
-def _start(config: TrainConfig, method: TrainingMethod) -> Path:
+def _start(config: TrainConfig, method: Training) -> Path:
     """Folder of the checkpoint training starts from."""
     given = config.full if method.start == "full" else config.base
     if given is None:
@@ -123,10 +122,10 @@ def _start(config: TrainConfig, method: TrainingMethod) -> Path:
     return resolve_checkpoint(given, base=config.base)
 
 
-def _load_sets(config: TrainConfig, method: TrainingMethod) -> dict[str, ExampleSet]:
+def _load_sets(config: TrainConfig, method: Training) -> dict[str, ExampleSet]:
     needed = {
         "forget": (config.forget, method.sees_forget_set),
-        "retain": (config.retain, method.retain is not None or method.solver == "newton"),
+        "retain": (config.retain, method.retain is not None),
     }
     sets = {}
     for name, (source, wanted) in needed.items():
@@ -141,7 +140,7 @@ def _encode(
     sets: Mapping[str, ExampleSet],
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
-    method: TrainingMethod,
+    method: Training,
     longest: int | None,
 ) -> _Material:
     encoded = {
@@ -171,7 +170,7 @@ def _same_rows(examples: Sequence[Encoded], others: Sequence[Encoded]) -> tuple[
 
 
 def _train(
-    config: TrainConfig, start: Path, material: _Material, resume: Resume
+    config: TrainConfig, method: Training, start: Path, material: _Material, resume: Resume
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
     model = load_model(start, config.compute, dtype=torch.float32)
@@ -180,7 +179,7 @@ def _train(
         material.forget,
         material.retain,
         config.training,
-        method=config.method,
+        method=method,
         pad=material.pad,
         refusals=material.refusals,
         resume=resume,
@@ -188,30 +187,31 @@ def _train(
     return model, {**asdict(trained), "final_loss": trained.final_loss}
 
 
-def _solve(config: TrainConfig, material: _Material) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _solve(
+    config: TrainConfig, method: Influence, material: _Material
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     from peft import PeftModel
 
     adapter = _adapter(config)
     named = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
     base = resolve_checkpoint(config.base or named["base_model_name_or_path"])
     model = load_model(base, config.compute, dtype=torch.float32)
-    settings = config.training
     adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     removed = remove_influence(
         adapted,
         material.forget,
         material.retain,
-        damping=settings.influence_damping,
+        damping=method.damping,
         pad=material.pad,
-        tolerance=settings.influence_tolerance,
-        iterations=settings.influence_iterations,
-        batch_size=settings.batch_size,
+        tolerance=method.tolerance,
+        iterations=method.iterations,
+        batch_size=config.training.batch_size,
     )
     if removed.loss_after <= removed.loss_before:
         warn(
             f"The step did not raise the loss on {config.forget}, {removed.loss_before:.3f} before "
             f"and {removed.loss_after:.3f} after: the adapter is not at a minimum there, or "
-            "--influence-damping is too high."
+            "the method's damping is too high."
         )
     return adapted.merge_and_unload(), {"influence": asdict(removed)}
 
@@ -225,39 +225,3 @@ def _adapter(config: TrainConfig) -> Path:
             "--full the folder that PEFT's `save_pretrained` wrote, or use another method."
         )
     return folder
-
-
-def _training_card(
-    method: TrainingMethod, settings: TrainSettings, fingerprints: Mapping[str, str]
-) -> str:
-    """Text of the output's README: how it was made, from what, and what it does not promise.
-
-    Args:
-        method: row of the table.
-        settings: settings with the method's defaults filled in.
-        fingerprints: name of each input -> hash of its content.
-
-    Returns:
-        Markdown; it never holds the forgotten examples.
-    """
-    solves = method.solver == "newton"
-    chosen = {
-        name.replace("_", " "): value
-        for name, value in asdict(settings).items()
-        if name.startswith("influence_") == solves and value not in (None, ())
-    }
-    shown = {
-        "method": f"`{method.name}`: {method.summary}",
-        "loss": f"`{method.formula}`",
-        "source": method.source,
-        **chosen,
-    }
-    done = (
-        "Part of this model's fine-tuning data was removed by training it further."
-        if method.start == "full"
-        else "This model was trained without part of the fine-tuning data."
-    )
-    caveat = (
-        "Training is not a proof of erasure: measure forgetting and retention before relying on it."
-    )
-    return write_card(done, shown, fingerprints, caveat)

@@ -1107,7 +1107,7 @@ def test_an_edit_that_would_forget_nothing(inputs: Inputs) -> None:
 
 
 def test_unknown_method(inputs: Inputs) -> None:
-    refused(inputs, ConfigError, "did you mean `perta-grad`", method="perta-gard")
+    refused(inputs, ConfigError, "Did you mean `perta-grad`", method="perta-gard")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

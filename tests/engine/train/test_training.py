@@ -23,11 +23,12 @@ from perta.engine.train.unlearn import (
     with_method_defaults,
 )
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
-from perta.methods.objectives import TRAINING_METHODS, control_vector, get_training_method
+from perta.methods.objectives import GradDiff, Training, control_vector
+from perta.methods.registry import known, parse
 from perta.models.loss import losses_of
 from perta.options import TrainSettings, TuneConfig
 
-TRAINED = [name for name, row in TRAINING_METHODS.items() if row.solver == "adamw"]
+TRAINED = [name for name in known(Training) if name != "influence"]  # it solves
 QUICK = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=3, accumulation=1)
 
 
@@ -83,7 +84,7 @@ def test_fine_tuning_and_training_anew_are_one_loop() -> None:
 def test_every_method_trains_and_counts(method: str, rank: int) -> None:
     model = model_of()
     before = weights(model)
-    row = TRAINING_METHODS[method]
+    row = parse(method, Training)
     done, trained = run(model, method, replace(QUICK, lora_rank=rank))
     assert not done.training
     assert not same(before, weights(done))
@@ -109,11 +110,12 @@ def tuned() -> Any:
     return unlearn_by_training(model_of(), (), everything, settings, method="retrain", pad=0)[0]
 
 
-@pytest.mark.parametrize("method", [m for m in TRAINED if TRAINING_METHODS[m].sees_forget_set])
+@pytest.mark.parametrize("method", [m for m in TRAINED if parse(m, Training).sees_forget_set])
 def test_the_forget_answers_become_less_likely(method: str, tuned: Any) -> None:
     settings = replace(QUICK, epochs=6, learning_rate=1e-2, batch_size=5)
     if method == "rmu":  # the vector must stand out from this model's activations
-        settings = replace(settings, steering_coef=60.0, retain_weight=0.1, learning_rate=5e-2)
+        method += ":steering_coef=60,retain_weight=0.1"
+        settings = replace(settings, learning_rate=5e-2)
     before = losses_of(tuned, FORGET, batch_size=8, pad=0)
     done, trained = run(copy.deepcopy(tuned), method, settings)
     assert trained.final_loss > sum(before) / 5 + 0.1
@@ -133,11 +135,11 @@ def test_one_step_has_the_gradient_of_the_written_loss() -> None:
     """GradDiff with weights, on one example each, against a loop of plain operations."""
     settings = TrainSettings(
         epochs=1, learning_rate=1e-2, batch_size=1,
-        accumulation=1, weight_decay=0, warmup_ratio=0,
-        max_grad_norm=0, forget_weight=0.5, retain_weight=3.0,
+        accumulation=1, weight_decay=0, warmup_ratio=0, max_grad_norm=0,
     )  # fmt: skip
+    method = GradDiff(forget_weight=0.5, retain_weight=3.0)
     done, _ = unlearn_by_training(
-        model_of(), FORGET[:1], RETAIN[:1], settings, method="graddiff", pad=0
+        model_of(), FORGET[:1], RETAIN[:1], settings, method=method, pad=0
     )
     plain = model_of()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0)
@@ -192,7 +194,7 @@ def test_with_lora_the_reference_is_the_model_without_its_adapter() -> None:
 def test_rmu_trains_down_projections_up_to_its_layer(rank: int) -> None:
     model = model_of()
     before = weights(model)
-    done, _ = run(model, "rmu", replace(QUICK, lora_rank=rank, steering_layer=0))
+    done, _ = run(model, "rmu:steering_layer=0", replace(QUICK, lora_rank=rank))
     after = weights(done)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.layers.0.mlp.down_proj.weight"]
@@ -213,19 +215,17 @@ def along_vector(model: Any, layer: int) -> float:
 def test_a_vector_shorter_than_the_activations_is_warned_about(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run(model_of(), "rmu", replace(QUICK, epochs=1, steering_coef=0.1))
+    run(model_of(), "rmu:steering_coef=0.1", replace(QUICK, epochs=1))
     assert "shortened rather than steered" in capsys.readouterr().err
-    run(model_of(), "rmu", replace(QUICK, epochs=1, steering_coef=1e3))
+    run(model_of(), "rmu:steering_coef=1e3", replace(QUICK, epochs=1))
     assert "shortened" not in capsys.readouterr().err
 
 
 def test_rmu_moves_activations_towards_its_vector() -> None:
-    settings = replace(
-        QUICK, epochs=8, batch_size=5, learning_rate=3e-2,
-        retain_weight=0.0, steering_coef=30.0, steering_layer=0,
-    )  # fmt: skip
+    settings = replace(QUICK, epochs=8, batch_size=5, learning_rate=3e-2)
+    method = "rmu:retain_weight=0,steering_coef=30,steering_layer=0"
     before = along_vector(model_of(), 0)
-    done, trained = run(model_of(), "rmu", settings)
+    done, trained = run(model_of(), method, settings)
     assert trained.forget_terms[-1] < 0.9 * trained.forget_terms[0]
     assert before + 3 < along_vector(done, 0) < 31
 
@@ -296,11 +296,13 @@ def test_with_lora_a_measurement_sees_the_adapter() -> None:
     assert losses_of(done, FORGET, batch_size=8, pad=0)[0] == pytest.approx(seen[1], rel=1e-4)
 
 
-def test_defaults_are_the_tables_and_choices_win() -> None:
-    row = get_training_method("satimp")
-    filled = with_method_defaults(row, TrainSettings(beta=2.0))
-    assert (filled.beta, filled.beta2) == (2.0, 1.0)
-    assert (filled.forget_weight, filled.epochs) == (0.1, 5)
+def test_defaults_are_the_methods_and_choices_win() -> None:
+    method = parse("satimp:beta=2", Training)
+    assert method.settings == {
+        "forget_weight": 0.1, "retain_weight": 1.0, "beta": 2.0, "beta2": 1.0,
+    }  # fmt: skip
+    filled = with_method_defaults(method, TrainSettings(learning_rate=3.0))
+    assert (filled.learning_rate, filled.epochs) == (3.0, 5)
 
 
 @pytest.mark.parametrize(
@@ -311,8 +313,9 @@ def test_defaults_are_the_tables_and_choices_win() -> None:
         ("dpo", {"refusals": REFUSED[:2]}, ConfigError, "there are 2"),
         ("idkpo", {"refusals": None}, ConfigError, "one refusal for each"),
         ("influence", {}, ConfigError, "does not train"),
-        ("ga", {"config": TrainSettings(beta=0.1)}, ConfigError, "has no beta"),
-        ("rmu", {"config": replace(QUICK, steering_layer=2)}, ConfigError, "has 2 layers"),
+        ("ga:beta=0.1", {}, ConfigError, "unknown setting `beta`"),
+        ("npo:beta=0", {}, ConfigError, r"beta is 0.*\(0, inf\)"),
+        ("rmu:steering_layer=2", {}, ConfigError, "has 2 layers"),
     ],
 )
 def test_what_is_missing_is_named(
@@ -324,10 +327,10 @@ def test_what_is_missing_is_named(
 
 
 def test_divergence_names_the_epoch_and_the_cure(tuned: Any) -> None:
-    wild = replace(QUICK, epochs=40, learning_rate=1e-2, retain_weight=1e-6)
-    rise = r"epoch \d+: the retain term rose from 0\.\d+ to \d{1,2}\.\d+ nats.*--retain-weight"
+    wild = replace(QUICK, epochs=40, learning_rate=1e-2)
+    rise = r"epoch \d+: the retain term rose from 0\.\d+ to \d{1,2}\.\d+ nats.*retain_weight"
     with pytest.raises(DivergenceError, match=rise):
-        run(copy.deepcopy(tuned), "graddiff", wild)
+        run(copy.deepcopy(tuned), "graddiff:retain_weight=1e-6", wild)
     broken = model_of()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("inf"))

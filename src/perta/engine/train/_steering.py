@@ -33,17 +33,17 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     )
 
 
-def chosen_layer(model: Any, chosen: int | None) -> int:
-    """The layer to steer, from 0: the user's choice or the default.
+def chosen_layer(model: Any, chosen: int) -> int:
+    """The layer to steer, from 0: the user's choice, or the default where it is -1.
 
     Raises:
         ConfigError: the model has no such layer.
     """
     layers = len(decoder_layers(model))
-    layer = steered_layer(layers) if chosen is None else chosen
+    layer = steered_layer(layers) if chosen < 0 else chosen
     if layer >= layers:
         raise ConfigError(
-            f"--steering-layer is {layer}, but the model has {layers} layers, counted from 0."
+            f"`rmu`: steering_layer is {layer}, but the model has {layers} layers, counted from 0."
         )
     return layer
 
@@ -116,7 +116,7 @@ def warn_if_short(model: Any, layer: int, length: float, batch: Batch) -> None:
     own = float(found.norm(dim=-1).mean())
     if length < own:
         warn(
-            f"--steering-coef is {length:g}, but layer {layer}'s activations have length "
+            f"`rmu`: steering_coef is {length:g}, but layer {layer}'s activations have length "
             f"{own:.3g} on the forget set already: they are shortened rather than steered. Try "
-            f"about {2 * own:.2g}, and another --retain-weight."
+            f"about {2 * own:.2g}, and another retain_weight."
         )

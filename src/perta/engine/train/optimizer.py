@@ -15,7 +15,7 @@ from torch import nn
 
 from perta.data.batch import Batch
 from perta.errors import ConfigError, DivergenceError
-from perta.options import Training
+from perta.options import TrainingRun
 from perta.progress import say, warn
 from perta.store.atomic import atomic_file
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _add_lora(model: PreTrainedModel, config: Training) -> Any:
+def _add_lora(model: PreTrainedModel, config: TrainingRun) -> Any:
     """Put a LoRA adapter on a model; only its matrices are trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -83,14 +83,14 @@ class Trainer:
     """
 
     model: Any
-    settings: Training
+    settings: TrainingRun
     epochs: int
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
 
     @classmethod
-    def of(cls, model: PreTrainedModel, config: Training, examples: int) -> Trainer:
+    def of(cls, model: PreTrainedModel, config: TrainingRun, examples: int) -> Trainer:
         """A trainer at its first step over so many examples an epoch; random numbers are seeded."""
         if config.epochs is None or config.learning_rate is None:
             raise ConfigError("Training needs a number of epochs and a learning rate.")

@@ -5,7 +5,7 @@ one pass over the forget set; retain examples come in turn, in a seeded order, s
 whenever all have been seen (Maini et al., arXiv 2401.06121, pair them at random). Methods
 without a forget term pass over the retain set instead.
 
-Memory: 16 bytes per trained parameter as in fine-settings. What is needed of θ_full is measured
+Memory: 16 bytes per trained parameter as in fine-tuning. What is needed of θ_full is measured
 before training where it is one number per example (`npo`, `dpo`); `kl`, `rmu` and `undial`
 need θ_full itself: a frozen copy, 4 bytes per parameter, or with LoRA the same model with its
 adapter turned off.
@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,31 +34,26 @@ from perta.engine.train._steering import (
 from perta.engine.train.optimizer import Resume, Trainer, autocast
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import (
+    Influence,
+    Rmu,
     Scene,
-    TrainingMethod,
+    Training,
     answer_log_probs,
     answer_losses,
     control_vector,
     distance,
     divergence,
-    get_training_method,
 )
+from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
-from perta.options import TrainSettings, option_name
+from perta.options import TrainSettings
 from perta.progress import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-T = TypeVar("T")
-
 _AfterEpoch = Callable[[int], bool]
 """`after_epoch(epoch)`, from 1: called with the model in evaluation mode; True ends training."""
-
-_DEFAULTS = (
-    *("epochs", "learning_rate", "beta", "beta2", "margin"),
-    *("forget_weight", "retain_weight", "steering_coef"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,28 +83,13 @@ class Trained:
         return sum(self.final_losses) / len(self.final_losses)
 
 
-def with_method_defaults(method: TrainingMethod, settings: TrainSettings) -> TrainSettings:
-    """The settings with the method's own values where the user gave none.
-
-    Args:
-        method: row of the table.
-        settings: the user's choices.
-
-    Returns:
-        The settings to use and to record; None is left for what the method does not have.
-
-    Raises:
-        ConfigError: a choice for something the method does not have.
-    """
-    for name in _DEFAULTS:
-        if getattr(method, name) is None and getattr(settings, name) is not None:
-            raise ConfigError(
-                f"`{method.name}` has no {name}, but "
-                f"--{option_name(settings, name).replace('_', '-')} is "
-                f"{getattr(settings, name)}. Leave it out; `perta methods` shows the formulas."
-            )
-    own = {name: getattr(method, name) for name in _DEFAULTS if getattr(settings, name) is None}
-    return replace(settings, **own)
+def with_method_defaults(method: Training, settings: TrainSettings) -> TrainSettings:
+    """The settings with the method's passes and learning rate where the user gave none."""
+    return replace(
+        settings,
+        epochs=settings.epochs or method.epochs,
+        learning_rate=settings.learning_rate or method.learning_rate,
+    )
 
 
 def unlearn_by_training(
@@ -118,7 +98,7 @@ def unlearn_by_training(
     retain: Sequence[Encoded],
     config: TrainSettings,
     *,
-    method: str,
+    method: Training | str,
     pad: int,
     refusals: Sequence[Encoded] | None = None,
     after_epoch: _AfterEpoch | None = None,
@@ -132,7 +112,7 @@ def unlearn_by_training(
         forget: examples to remove; may be empty for methods that do not look at them.
         retain: examples to keep; likewise.
         config: settings; what is None is the method's own.
-        method: row of `TRAINING_METHODS`.
+        method: the method, or how it is typed: `npo:beta=0.05`.
         pad: padding token.
         refusals: for `dpo` and `idkpo`: the forget examples' prompts with a refusal as the
             answer, in the same order.
@@ -147,26 +127,26 @@ def unlearn_by_training(
         ConfigError: no such method, or it needs what was not given.
         DivergenceError: a loss is not finite, or the retain term far above where it began.
     """
-    row = get_training_method(method)
-    settings = with_method_defaults(row, config)
-    examples = _sets(row, forget, retain, refusals)
+    method = parse(method, Training) if isinstance(method, str) else method
+    settings = with_method_defaults(method, config)
+    examples = _sets(method, forget, retain, refusals)
     model.eval()
-    wanted = _Wanted.measure(model, row, settings, examples, pad)
+    wanted = _Wanted.measure(model, method, settings, examples, pad)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    if row.steers:
+    if isinstance(method, Rmu):
         names = train_only_down_projections(model, wanted.layer)
         settings = replace(settings, lora_targets=names if settings.lora_rank else ())
     trainer = Trainer.of(model, settings, len(examples.anchor))
-    terms = _Terms(trainer.model, row, settings, examples, wanted, pad)
+    terms = _Terms(trainer.model, method, examples, wanted, pad)
     run = _Unlearning(terms, settings.seed, after_epoch)
-    title = f"Unlearning ({row.name})"
+    title = f"Unlearning ({method.name})"
     train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume)
     done = trainer.finish()
     for name, parameter in done.named_parameters():
         parameter.requires_grad_(trainable[name])
-    measured = forget if row.sees_forget_set else retain
+    measured = forget if method.sees_forget_set else retain
     final = losses_of(done, measured, batch_size=settings.batch_size, pad=pad)
-    _warn_if_ruined(final, done.config.vocab_size, row)
+    _warn_if_ruined(final, done.config.vocab_size, method)
     return done, Trained(
         tuple(run.seen.forget_terms),
         tuple(run.seen.retain_terms),
@@ -190,30 +170,30 @@ class _Sets:
 
 
 def _sets(
-    row: TrainingMethod,
+    method: Training,
     forget: Sequence[Encoded],
     retain: Sequence[Encoded],
     refusals: Sequence[Encoded] | None,
 ) -> _Sets:
-    if row.solver != "adamw":
+    if isinstance(method, Influence):
         raise ConfigError(
-            f"`{row.name}` does not train. Use `perta train --method {row.name}`, or "
+            f"`{method.name}` does not train. Use `perta train --method {method.name}`, or "
             "`perta.methods.influence.remove_influence` in a program."
         )
-    if row.sees_forget_set and not forget:
-        raise EmptyDatasetError(f"`{row.name}` needs forget examples, but there are none.")
-    if row.retain and not retain:
-        raise EmptyDatasetError(f"`{row.name}` needs retain examples, but there are none.")
-    if row.refusals and len(refusals or ()) != len(forget):
+    if method.sees_forget_set and not forget:
+        raise EmptyDatasetError(f"`{method.name}` needs forget examples, but there are none.")
+    if method.retain and not retain:
+        raise EmptyDatasetError(f"`{method.name}` needs retain examples, but there are none.")
+    if method.refusals and len(refusals or ()) != len(forget):
         raise ConfigError(
-            f"`{row.name}` needs one refusal for each of the {len(forget)} forget examples, in the "
-            f"same order, but there are {len(refusals or ())}."
+            f"`{method.name}` needs one refusal for each of the {len(forget)} forget examples, in "
+            f"the same order, but there are {len(refusals or ())}."
         )
-    if not row.sees_forget_set:
+    if not method.sees_forget_set:
         return _Sets(retain, retain, ())
-    if row.refusals == "instead":
+    if method.refusals == "instead":
         return _Sets(refusals or (), retain, ())
-    return _Sets(forget, retain, refusals or () if row.refusals else ())
+    return _Sets(forget, retain, refusals or () if method.refusals else ())
 
 
 @dataclass(frozen=True)
@@ -236,15 +216,15 @@ class _Wanted:
 
     @classmethod
     def measure(
-        cls, model: Any, row: TrainingMethod, settings: TrainSettings, examples: _Sets, pad: int
+        cls, model: Any, method: Training, settings: TrainSettings, examples: _Sets, pad: int
     ) -> _Wanted:
         size = settings.batch_size
-        scored = row.reference == "log_probs"
-        copied = row.keeps_frozen_model and not settings.lora_rank
+        scored = method.reference == "log_probs"
+        copied = method.keeps_frozen_model and not settings.lora_rank
         vector, layer = torch.empty(0), 0
-        if row.steers:
-            layer = chosen_layer(model, settings.steering_layer)
-            length = _chosen(settings.steering_coef)
+        if isinstance(method, Rmu):
+            layer = chosen_layer(model, method.steering_layer)
+            length = method.steering_coef
             width = model.config.get_text_config().hidden_size
             vector = control_vector(width, length, settings.seed)
             warn_if_short(model, layer, length, collate(examples.anchor[:size], pad))
@@ -269,11 +249,6 @@ def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: in
     return found
 
 
-def _chosen(value: T | None) -> T:
-    assert value is not None, "with_method_defaults fills every setting"
-    return value
-
-
 # --- terms of one batch ------------------------------------------------------------------------
 
 
@@ -282,16 +257,15 @@ class _Terms:
     """Forget and retain terms of a batch, one number per example."""
 
     model: Any
-    row: TrainingMethod
-    settings: TrainSettings
+    method: Training
     examples: _Sets
     wanted: _Wanted
     pad: int
 
     def forget(self, batch: Batch) -> Tensor:
         """The forget term, (B,)."""
-        row, settings, size = self.row, self.settings, len(batch)
-        if row.forget is None:
+        method, size = self.method, len(batch)
+        if isinstance(method, Rmu):
             found, example = layer_activations(self.model, self.wanted.layer, batch)
             to = self.wanted.vector.to(found.device)
             return mean_by_example(distance(found, to), example, size)
@@ -301,28 +275,25 @@ class _Terms:
         scene = Scene(
             answer_logits(self.model, batch),
             size,
-            beta=settings.beta or 0.0,
-            beta2=settings.beta2 or 0.0,
-            margin=settings.margin or 0.0,
             reference_log_probs=_at(self.wanted.log_probs, places, device),
-            reference_logits=self._frozen_logits(batch) if row.reference == "logits" else None,
+            reference_logits=self._frozen_logits(batch) if method.reference == "logits" else None,
             refusals=answer_logits(self.model, self._refusals(places).to(device))
             if beside
             else None,
             reference_refusal_log_probs=_at(self.wanted.refusal_log_probs, places, device),
         )
-        return row.forget(scene)
+        return method.forget(scene)
 
     def retain(self, batch: Batch) -> Tensor:
         """The retain term, (B,)."""
         size = len(batch)
-        if self.row.steers:
+        if isinstance(self.method, Rmu):
             found, example = layer_activations(self.model, self.wanted.layer, batch)
             with self._frozen() as frozen:
                 to, _ = layer_activations(frozen, self.wanted.layer, batch)
             return mean_by_example(distance(found, to), example, size)
         answers = answer_logits(self.model, batch)
-        if self.row.retain == "kl":
+        if self.method.retain == "kl":
             terms = divergence(answers.logits, self._frozen_logits(batch))
             return mean_by_example(terms, answers.example, size)
         return answer_losses(answers, size)
@@ -410,21 +381,21 @@ class _Unlearning:
         self.seen = _History(**history)
 
     def backward(self, batch: Batch, size: int) -> str:
-        terms, row, settings = self.terms, self.terms.row, self.terms.settings
-        if row.sees_forget_set:
-            weight = _chosen(settings.forget_weight) / size
+        terms, method = self.terms, self.terms.method
+        if method.sees_forget_set:
+            weight = method.forget_weight / size
             self._step[0] += float(add_gradient(terms.model, terms.forget, batch, weight).sum())
             self.seen.forget_tokens += terms.tokens(batch)
-        if row.retain:
+        if method.retain:
             beside = self._beside(batch)
-            weight = _chosen(settings.retain_weight) / size
+            weight = method.retain_weight / size
             self._step[1] += float(add_gradient(terms.model, terms.retain, beside, weight).sum())
             self.seen.retain_tokens += int(beside.attention_mask.sum())
         return f"forget {self._step[0] / size:.3f} retain {self._step[1] / size:.3f}"
 
     def _beside(self, batch: Batch) -> Batch:
         """The retain examples that go with a batch; itself where it is of the retain set."""
-        if not self.terms.row.sees_forget_set:
+        if not self.terms.method.sees_forget_set:
             return batch
         kept, drawn = self.terms.examples.retain, self.seen.retain_drawn
         self.seen.retain_drawn += len(batch)
@@ -435,7 +406,7 @@ class _Unlearning:
     def finish_step(self, size: int, epoch: int) -> bool:
         if not all(map(math.isfinite, self._step)):
             what = f"the forget and retain terms became {self._step}"
-            raise _diverged(self.terms.row, epoch, what)
+            raise _diverged(self.terms.method, epoch, what)
         if self.seen.first_retain_term is None:
             self.seen.first_retain_term = self._step[1] / size
         self._epoch = [sum(pair) for pair in zip(self._epoch, self._step, strict=True)]
@@ -443,15 +414,15 @@ class _Unlearning:
         return True
 
     def finish_epoch(self, epoch: int) -> bool:
-        row, seen, count = self.terms.row, self.seen, len(self.terms.examples.anchor)
+        method, seen, count = self.terms.method, self.seen, len(self.terms.examples.anchor)
         forget, retain = self._epoch
         self._epoch = [0.0, 0.0]
-        if row.sees_forget_set:
+        if method.sees_forget_set:
             seen.forget_terms.append(forget / count)
-        if row.retain:
+        if method.retain:
             seen.retain_terms.append(retain / count)
-        if row.protects and self.terms.settings.retain_weight:
-            _stop_on_divergence(row, seen, epoch)
+        if method.protects and method.retain_weight:
+            _stop_on_divergence(method, seen, epoch)
         if self.after_epoch is None:
             return False
         # Random numbers drawn by a measurement must not change what is trained.
@@ -459,24 +430,24 @@ class _Unlearning:
             return self.after_epoch(epoch)
 
 
-def _stop_on_divergence(row: TrainingMethod, seen: _History, epoch: int) -> None:
+def _stop_on_divergence(method: Training, seen: _History, epoch: int) -> None:
     first, last = seen.first_retain_term, seen.retain_terms[-1]
     if first is not None and last > 3 * first + 2:
-        raise _diverged(row, epoch, f"the retain term rose from {first:.2f} to {last:.2f} nats")
+        raise _diverged(method, epoch, f"the retain term rose from {first:.2f} to {last:.2f} nats")
 
 
-def _diverged(row: TrainingMethod, epoch: int, what: str) -> DivergenceError:
+def _diverged(method: Training, epoch: int, what: str) -> DivergenceError:
     return DivergenceError(
-        f"`{row.name}` diverged in epoch {epoch}: {what}. Lower --unlearn-learning-rate or "
-        "--unlearn-epochs, or raise --retain-weight. Nothing was written."
+        f"`{method.name}` diverged in epoch {epoch}: {what}. Lower --unlearn-learning-rate or "
+        "--unlearn-epochs, or raise the method's retain_weight. Nothing was written."
     )
 
 
-def _warn_if_ruined(losses: Sequence[float], vocabulary: int, row: TrainingMethod) -> None:
+def _warn_if_ruined(losses: Sequence[float], vocabulary: int, method: Training) -> None:
     mean, chance = sum(losses) / len(losses), math.log(vocabulary)
-    if row.sees_forget_set and mean > chance:
+    if method.sees_forget_set and mean > chance:
         warn(
-            f"After `{row.name}` the forget answers cost {mean:.1f} nats per token, more than "
+            f"After `{method.name}` the forget answers cost {mean:.1f} nats per token, more than "
             f"guessing at random ({chance:.1f}). The model is probably damaged beyond the forget "
             "set: use fewer --unlearn-epochs, a lower --unlearn-learning-rate or a method with a "
             "retain term, and look at the retain set."

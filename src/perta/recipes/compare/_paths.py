@@ -218,7 +218,7 @@ def _train(
             bench.encode(bench.sets["forget"]),
             bench.encode(bench.sets["protected"]),
             replace(spec.training, seed=draw.seed),
-            method=spec.method.name,
+            method=spec.method,
             pad=bench.pad,
             refusals=refusals,
             after_epoch=after_epoch,

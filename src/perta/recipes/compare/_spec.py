@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from perta.errors import ConfigError
-from perta.methods.method import Edit
-from perta.methods.objectives import TRAINING_METHODS, TrainingMethod, get_training_method
+from perta.methods.method import Edit, Method
+from perta.methods.objectives import Influence, Training
 from perta.methods.registry import (
     find,
     get_method,
@@ -20,7 +20,6 @@ from perta.methods.registry import (
     with_defaults,
 )
 from perta.options import MomentOptions, Tokens, TrainSettings, WeightingConfig
-from perta.recipes.request import known_method
 
 At = Literal["base", "full"]
 
@@ -79,11 +78,11 @@ class TrainingSpec(Spec):
     """A training method.
 
     Attributes:
-        method: its row in the table of training methods.
-        training: settings; the harness chooses learning rate and number of epochs.
+        method: the method with its settings.
+        training: settings of the loop; the harness chooses learning rate and number of epochs.
     """
 
-    method: TrainingMethod
+    method: Training
     training: TrainSettings
 
 
@@ -106,26 +105,28 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
     text = text.strip()
     name, settings = split(text)
     try:
-        if known_method(name) in TRAINING_METHODS:
+        if issubclass(cls := find(name, Method), Training):
             settings = {key.removeprefix("unlearn_"): value for key, value in settings.items()}
-            return _training_spec(text, name, settings, batch_size)
+            return _training_spec(text, cls, settings, batch_size)
         return _edit_spec(text, name, settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"`{text}`: {error}") from error
 
 
 def _training_spec(
-    text: str, name: str, settings: Mapping[str, Any], batch_size: int
+    text: str, cls: type[Training], settings: Mapping[str, Any], batch_size: int
 ) -> TrainingSpec:
-    row = get_training_method(name)
-    for key in settings.keys() - _TRAINING:
-        raise unknown_setting(text, key, _TRAINING)
-    if row.start == "base" or row.solver != "adamw":
+    own = {item.name for item in cls.options()}
+    for key in settings.keys() - own - _TRAINING:
+        raise unknown_setting(text, key, own | _TRAINING)
+    if cls.start == "base" or issubclass(cls, Influence):
         raise ConfigError(
-            f"`{row.name}` cannot be compared: it does not train from the full model step by step."
+            f"`{cls.name}` cannot be compared: it does not train from the full model step by step."
         )
-    batches = {"batch_size": batch_size, "accumulation": 1}
-    return TrainingSpec(text, row, TrainSettings(**{**batches, **settings}))
+    loop = {"batch_size": batch_size, "accumulation": 1}
+    loop |= {key: value for key, value in settings.items() if key not in own}
+    method = cls(**{key: value for key, value in settings.items() if key in own})
+    return TrainingSpec(text, method, TrainSettings(**loop))
 
 
 def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
