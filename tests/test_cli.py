@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from perta.methods.method import Method
 from perta.methods.registry import get_method, known
 from perta.progress import say, warn
 from perta.recipes.compare.settings import CompareConfig
-from perta.terminal import print_comparison, print_json, print_metrics, print_samples
+from perta.terminal import method_cards, print_comparison, print_json, print_metrics, print_samples
 
 TUNE = ("--epochs", "30", "--learning-rate", "5e-3", "--batch-size", "2")
 
@@ -310,17 +311,17 @@ def test_escape_sequences_of_files_do_not_reach_the_terminal(perta: Run, tmp_pat
     told = {"agg_value": None, "missing": f"{ESCAPE}[/red]"}
     models = {ESCAPE: {"forget_rougeL_recall": {"agg_value": 0.5, "value_by_index": rows}}}
 
-    def printed(_name: str) -> str:
+    def printed() -> dict[str, Any]:
         print_comparison(models)
         print_samples(models, 1)
         print_metrics({ESCAPE: told})
         print_json({ESCAPE: ESCAPE})
         say(ESCAPE)
         warn(ESCAPE)
-        return "tv"
+        return method_cards()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perta.recipes.request.known_method", printed)
+        patch.setattr("perta.terminal.method_cards", printed)
         shown = perta("methods", "tv")
     (tmp_path / f"{ESCAPE}.yaml").write_text(f"? {ESCAPE}\n", "utf-8")
     failed = perta("unlearn", "--config", tmp_path / f"{ESCAPE}.yaml")
@@ -344,10 +345,10 @@ def test_escape_sequences_of_files_do_not_reach_the_terminal(perta: Run, tmp_pat
 def test_what_ran_out_is_named_whichever_library_says_so(
     perta: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def fails(_: str) -> str:
+    def fails() -> str:
         raise error
 
-    monkeypatch.setattr("perta.recipes.request.known_method", fails)
+    monkeypatch.setattr("perta.terminal.method_cards", fails)
     ran = perta("methods", "tv")
     assert ran.status == 1
     assert message in " ".join(ran.err.split())

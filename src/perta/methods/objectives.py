@@ -26,6 +26,8 @@ from perta.data.batch import IGNORE
 from perta.methods.method import Method, option
 from perta.models.loss import AnswerLogits, mean_by_example, token_losses
 
+_Kept = Literal["nll", "kl", "activations"]
+
 _TOFU = "Maini et al., arXiv 2401.06121"
 _NPO = "Zhang et al., arXiv 2404.05868"
 _LESS = "The model was trained further to make the answers of the removed examples less probable"
@@ -72,7 +74,7 @@ class Training(Method):
         learning_rate: where the user gives none.
     """
 
-    retain: ClassVar[Literal["nll", "kl", "activations"] | None] = None
+    retain: ClassVar[_Kept | None] = None
     reference: ClassVar[Literal["log_probs", "logits"] | None] = None
     refusals: ClassVar[Literal["beside", "instead"] | None] = None
     start: ClassVar[Literal["full", "base"]] = "full"
@@ -267,7 +269,7 @@ class _Forgetting(Training):
 
 
 class _Retaining(Training):
-    retain = "nll"
+    retain: ClassVar[_Kept] = "nll"
     retain_weight: float = option(default=1.0, help="weight of the retain term", within="[0, inf)")
 
 

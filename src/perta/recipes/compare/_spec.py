@@ -123,7 +123,7 @@ def _training_spec(
         raise ConfigError(
             f"`{cls.name}` cannot be compared: it does not train from the full model step by step."
         )
-    loop = {"batch_size": batch_size, "accumulation": 1}
+    loop: dict[str, Any] = {"batch_size": batch_size, "accumulation": 1}
     loop |= {key: value for key, value in settings.items() if key not in own}
     method = cls(**{key: value for key, value in settings.items() if key in own})
     return TrainingSpec(text, method, TrainSettings(**loop))
