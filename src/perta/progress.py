@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,27 @@ def say(message: str) -> None:
         console.print(message, markup=False, soft_wrap=True)
 
 
+_told: ContextVar[set[str] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Print a warning once that several stages of one run come to."""
+    before = _told.set(set()) if _told.get() is None else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            _told.reset(before)
+
+
 def warn(message: str) -> None:
     """Print a warning; it is shown even when quiet."""
+    told = _told.get()
+    if told is not None:
+        if message in told:
+            return
+        told.add(message)
     console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
 
 

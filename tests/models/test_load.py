@@ -21,6 +21,8 @@ from perta.models.load import load_model, load_tokenizer, round_weights, stored_
 from perta.models.loss import losses_of
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
 from perta.store.checkpoint import open_index, read_tensor
@@ -121,6 +123,42 @@ def test_what_an_adapter_adds_is_not_rounded_to_its_base(world: World, tmp_path:
         tau = alpha / 2 * b.double() @ a.double()
         error = (before - after - 0.5 * tau).norm() / (0.5 * tau).norm()
         assert float(error) < 1e-3
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_way_back_from_an_adapter_is_not_rounded(
+    world: World, tmp_path: Path, whole: bool
+) -> None:
+    """θ_full − θ₀ is scale · B A; α = ½ of it, in float32, by the edit and by the whole run."""
+    half = load_model(world.base, ComputeConfig(device="cpu", dtype="bfloat16"))
+    half.save_pretrained(tmp_path / "half")
+    load_tokenizer(world.base).save_pretrained(str(tmp_path / "half"))
+    lora = adapter(world, tmp_path / "lora", std=0.01)
+    common: Any = {
+        "full": str(lora),
+        "base": str(tmp_path / "half"),
+        "output": tmp_path / "out",
+        "save_dtype": "float32",
+        "weighting": WeightingConfig(method="interpolate", scaling_coef=0.5),
+    }
+    if whole:
+        unlearn(UnlearnConfig(**common, forget=str(world.forget), evaluate=False))
+    else:
+        edit_checkpoint(EditConfig(**common))
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (
+        read_tensor(open_index_of(lora)[f"base_model.model.{name}.lora_{side}.weight"])
+        for side in "AB"
+    )
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    tau = settings["lora_alpha"] / 2 * b.double() @ a.double()
+    merged = resolve_checkpoint(lora, base=tmp_path / "half")
+    before, after = (
+        read_tensor(open_index(folder).tensors[f"{name}.weight"]).double()
+        for folder in (merged, tmp_path / "out")
+    )
+    error = (before - after - 0.5 * tau).norm() / (0.5 * tau).norm()
+    assert float(error) < 1e-3
 
 
 def test_small_steps_of_training_survive_a_narrow_type(world: World) -> None:

@@ -379,3 +379,19 @@ def test_a_second_request_reports_on_its_own_model_and_rows(world: World, tmp_pa
     assert first.after is not None
     value = edited.measures["forget_probability"].value
     assert value == pytest.approx(first.after["forget_probability"]["agg_value"])
+
+
+def test_a_warning_that_several_stages_come_to_is_told_once_a_run(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "Mira Thornwick was born in Caldholm."
+    forget = tmp_path / "texts.jsonl"
+    forget.write_text(json.dumps({"text": text, "fact": "Caldholm"}) + "\n")
+    for name in ("one", "two"):
+        unlearn(
+            config(world, tmp_path / name / "out"),
+            forget=str(forget),
+            weighting=WeightingConfig(method="tv"),
+            scoring=ScoringConfig(generate=False),
+        )
+        assert capsys.readouterr().err.count("the column `fact` is not used") == 1

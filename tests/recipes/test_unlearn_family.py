@@ -226,15 +226,16 @@ def test_the_loaded_direction_is_what_the_edit_subtracts(
     world: World, tmp_path: Path, method: str
 ) -> None:
     (tmp_path / "scratch").mkdir()
-    tuned = tmp_path / "tuned"
-    finetune_checkpoint(
-        FinetuneConfig(base=str(world.base), data=str(world.forget), output=tuned, tune=TUNE)
-    )
+    tuned, retained = tmp_path / "tuned", tmp_path / "retained"
+    for data, output in ((world.forget, tuned), (world.retain, retained)):
+        finetune_checkpoint(
+            FinetuneConfig(base=str(world.base), data=str(data), output=output, tune=TUNE)
+        )
     edit = EditConfig(
         full=str(world.full),
         base=str(world.base),
         forget_checkpoint=str(tuned),
-        retain_checkpoint=str(world.full),
+        retain_checkpoint=str(retained),
         output=tmp_path / "out",
         weighting=shared(
             method=method, scaling_coef=0.8, retain_coef=0.2 if method == "msa" else 1.0
@@ -263,6 +264,11 @@ def test_the_command_line_takes_several_checkpoints(
             monkeypatch, "finetune", "--base", world.base, "--data", world.forget, "--output",
             folder, "--epochs", 3, "--learning-rate", 5e-3, "--seed", seed, "--samples", 1,
         )  # fmt: skip
+    retained = tmp_path / "retained"
+    run(
+        monkeypatch, "finetune", "--base", world.base, "--data", world.retain, "--output", retained,
+        "--epochs", 1,
+    )  # fmt: skip
     given = [word for folder in folders for word in ("--forget-checkpoint", folder)]
     common = ("edit", "--full", world.full, "--base", world.base, *given)
     run(
@@ -270,7 +276,7 @@ def test_the_command_line_takes_several_checkpoints(
     )  # fmt: skip
     run(
         monkeypatch, *common, "--method", "msa:retain_coef=0.3", "--retain-checkpoint",
-        world.full, "--output", tmp_path / "msa",
+        retained, "--output", tmp_path / "msa",
     )  # fmt: skip
     settings = json.loads((tmp_path / "ties" / "perta.json").read_text("utf-8"))["settings"]
     assert (settings["method_settings"], settings["forget_checkpoint"]) == (

@@ -240,13 +240,20 @@ def test_another_strength_costs_only_the_edit(
     assert all(torch.equal(value, full[name]) for name, value in tensors(tmp_path / "none").items())
 
 
-def test_several_forget_checkpoints_are_averaged(parts: Parts, tmp_path: Path) -> None:
-    # The full model differs from the base as a second forget checkpoint would.
+def test_several_forget_checkpoints_are_averaged(
+    world: World, parts: Parts, tmp_path: Path
+) -> None:
+    tune = replace(TUNE, seed=1)
+    second = finetune_checkpoint(
+        FinetuneConfig(
+            base=str(world.base), data=str(world.forget), output=tmp_path / "second", tune=tune
+        )
+    )
     both = replace(
-        parts.config(tmp_path / "both"), forget_checkpoint=(str(parts.tuned), str(parts.full))
+        parts.config(tmp_path / "both"), forget_checkpoint=(str(parts.tuned), str(second))
     )
     edit_checkpoint(both)
-    for name, tuned in (("one", parts.tuned), ("two", parts.full)):
+    for name, tuned in (("one", parts.tuned), ("two", second)):
         edit_checkpoint(replace(parts, tuned=tuned).config(tmp_path / name))
     one, two, found = (tensors(tmp_path / n) for n in ("one", "two", "both"))
     for name, value in found.items():

@@ -45,6 +45,7 @@ from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.models.facts import Fact, fact_score, find_facts
 from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, pad_id
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import say, warn
 from perta.recipes._edited_model import EditedModel, load_changes
@@ -391,7 +392,7 @@ def choose_strength(
         ConfigError: the retain budget leaves no strength above 0.
         PertaError: input that cannot be used.
     """
-    full = Path(edit.full)
+    full = resolve_checkpoint(edit.full, base=edit.base)
     tokenizer = load_tokenizer(full)
     encoded = encode_examples(
         sets["retain"], tokenizer, data_config, longest=longest_input(full)

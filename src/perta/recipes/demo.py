@@ -20,7 +20,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.models.smollm import obtain_smollm
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import DataConfig, ScoringConfig, TuneConfig, WeightingConfig
-from perta.progress import say
+from perta.progress import say, telling_once
 from perta.recipes._workspace import Workspace, needs
 from perta.recipes.settings import DemoConfig
 from perta.report.collect import collect
@@ -66,6 +66,7 @@ TINY = Scale(
 )
 
 
+@telling_once()
 def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     """Run the demo and print its table.
 

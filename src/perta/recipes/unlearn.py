@@ -37,7 +37,7 @@ from perta.methods.registry import (
 )
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn
-from perta.progress import say
+from perta.progress import say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._rounds import write_rounds
 from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
@@ -91,6 +91,7 @@ class Unlearned:
     verdict: Verdict | None = None
 
 
+@telling_once()
 def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     """Remove a forget set from a checkpoint (`perta unlearn`).
 
@@ -234,10 +235,12 @@ class _Run:
     def edit(self) -> dict[str, Any]:
         """Make what the method needs and edit; what the search for the strength found."""
         started, work = time.perf_counter(), self.work
+        method = get_method(self.config.weighting.method)
         is_auto = self.config.weighting.scaling_coef == "auto"
         unseen = self._calibrated() if is_auto else None
         edit = work.edit_config(
-            full=str(self.full),
+            # A difference from θ_full is of the adapter itself, not of what its base's type left.
+            full=self.config.full if method.direction == "full - base" else str(self.full),
             output=self.config.output,
             direction=work.place("direction"),
             save_dtype=self.config.save_dtype,
@@ -247,7 +250,7 @@ class _Run:
         )
         if unseen is not None and (self.config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
-        if get_method(edit.weighting.method).needs.moments:
+        if method.needs.moments:
             # Search and edit share it.
             work.timed("direction", lambda: with_direction(edit, find_inputs(edit))["direction"])
         found: dict[str, Any] = {}
@@ -255,7 +258,8 @@ class _Run:
             strength = self._strength(edit, unseen)
             found = {"strength": asdict(strength)}
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
-        work.timed("edit", lambda: edit_checkpoint(edit))
+        rows = self.sets["forget"].fingerprint
+        work.timed("edit", lambda: edit_checkpoint(edit, forget_rows=rows))
         self.record.seconds["total"] = time.perf_counter() - started
         return found
 

@@ -89,11 +89,12 @@ _WELL_STORED = 0.9
 """Share of the wanted step below which an edit warns."""
 
 
-def edit_checkpoint(config: EditConfig) -> Path:
+def edit_checkpoint(config: EditConfig, *, forget_rows: str | None = None) -> Path:
     """Edit a checkpoint and write the result (`perta edit`).
 
     Args:
         config: inputs, output and settings.
+        forget_rows: fingerprint of the forget set, where the caller knows it.
 
     Returns:
         The output folder: a complete checkpoint.
@@ -107,7 +108,7 @@ def edit_checkpoint(config: EditConfig) -> Path:
     method = get_method(config.weighting.method)
     given = find_inputs(config)
     inputs = {name: fingerprint(folder) for name, folder in given.items()}
-    check_records(method, given, inputs)
+    check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
     refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
     given = with_direction(config, given)
@@ -175,6 +176,9 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
         "forget_moments": config.forget_moments,
         "retain_moments": config.retain_moments,
     }
+    if get_method(config.weighting.method).direction == "full - base":
+        exact = resolve_checkpoint(config.full, base=config.base, exact=True)
+        folders["exact"] = exact if exact != folders["full"] else None
     given = {name: folder for name, folder in folders.items() if folder is not None}
     check_separate(config.output, given.values())
     return given
@@ -208,6 +212,7 @@ def as_inputs(given: Mapping[str, Path]) -> EditInputs:
         given.get("retain_importance"),
         given.get("direction"),
         given.get("retain_checkpoint"),
+        given.get("exact"),
     )
 
 

@@ -832,6 +832,10 @@ class Recorded:
             "inputs": {"base": self.start["forget"], "data": self.rows["forget"]},
         }
         (self.root / "forget" / "perta.json").write_text(json.dumps(record))
+        if "full" in self.rows:
+            of_full = {"base": self.prints["base"], "data": self.rows["full"]}
+            text = json.dumps({"stage": "finetune", "inputs": of_full})
+            (self.root / "full" / "perta.json").write_text(text)
         return edit_checkpoint(
             EditConfig(
                 full=str(self.root / "full"),
@@ -885,6 +889,8 @@ def test_inputs_whose_records_fit_are_taken(inputs: Inputs) -> None:
         ({"rows": {"I_r": "rows f"}}, "same rows"),
         ({"rows": {"forget": "rows r"}}, "same rows"),
         ({"start": {"forget": "full"}}, "tuned from the base"),
+        ({"start": {"forget": "third"}}, "tuned from another model than .*base"),
+        ({"rows": {"forget": "all", "full": "all"}}, "on all rows that .*full was"),
     ],
 )
 def test_inputs_that_their_records_show_to_be_wrong_stop(
@@ -896,6 +902,33 @@ def test_inputs_that_their_records_show_to_be_wrong_stop(
     with pytest.raises(CheckpointMismatchError, match=message):
         recorded.edit()
     assert not (inputs.root / "out").exists()
+
+
+@pytest.mark.parametrize("copy", ["itself", "values", "wide"])
+def test_the_full_checkpoint_is_no_forget_checkpoint(inputs: Inputs, copy: str) -> None:
+    """By its values, in whatever type: all that was learned would go, and nothing say so."""
+    full = inputs.tensors["full"]
+    if copy == "wide":
+        full = inputs.tensors["full"] = {name: t.bfloat16() for name, t in full.items()}
+    if copy == "wide":
+        inputs.cast(full=torch.bfloat16)
+    # As an adapter is: its exact weights, which the type of its base rounds.
+    factor = 1 + 2**-12 if copy == "wide" else 1
+    wide = {name: t.float() * factor for name, t in full.items()}
+    inputs.tensors["forget"] = wide
+    recorded = Recorded(inputs)
+    recorded.start["forget"] = recorded.rows["forget"] = None  # type: ignore[assignment]
+    if copy == "itself":
+        shutil.rmtree(inputs.root / "forget")
+        shutil.copytree(inputs.root / "full", inputs.root / "forget")
+    with pytest.raises(CheckpointMismatchError, match=r"forget is .*full itself"):
+        recorded.edit(method="tv")
+    # One weight that differs makes it another model.
+    name = max(SHAPES)
+    inputs.tensors["forget"] = {**wide, name: wide[name] + 1}
+    recorded = Recorded(inputs)
+    recorded.start["forget"] = recorded.rows["forget"] = None  # type: ignore[assignment]
+    assert recorded.edit(method="tv").is_dir()
 
 
 def test_dampening_takes_importance_at_the_full_checkpoint(inputs: Inputs) -> None:

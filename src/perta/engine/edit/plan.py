@@ -68,6 +68,7 @@ class EditInputs:
         retain_importance: importance folder of the retain set, where the method needs it.
         direction: weighted direction, for the structured methods.
         retain_checkpoint: θ_r, for the method that adds a retain vector.
+        exact: θ_full before it was rounded to its type, where the method subtracts θ_full − θ₀.
     """
 
     full: Path
@@ -77,6 +78,7 @@ class EditInputs:
     retain_importance: Path | None = None
     direction: Path | None = None
     retain_checkpoint: Path | None = None
+    exact: Path | None = None
 
 
 def forget_role(place: int) -> str:
@@ -372,7 +374,7 @@ def _open_checkpoints(method: Edit, inputs: EditInputs) -> dict[str, CheckpointI
     tuned: dict[str, Path] = {}
     if method.direction == "full - base":
         # θ_full takes the place of the forget checkpoint.
-        sources[FORGET] = open_index(inputs.full)
+        sources[FORGET] = open_index(inputs.exact or inputs.full)
     else:
         check_count(method, base, len(inputs.forget_checkpoints))
         tuned = {forget_role(i): folder for i, folder in enumerate(inputs.forget_checkpoints)}

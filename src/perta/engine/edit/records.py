@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perta.errors import CheckpointMismatchError
 from perta.methods.method import Edit
 from perta.progress import warn
+from perta.store.checkpoint import open_index, read_tensor
 from perta.store.importance import read_sidecar
 from perta.store.moments import open_moments
 from perta.store.record import read_manifest
@@ -21,7 +24,10 @@ _SIDES = ("forget", "retain")
 
 
 def check_records(
-    method: Edit, folders: Mapping[str, Path], fingerprints: Mapping[str, str]
+    method: Edit,
+    folders: Mapping[str, Path],
+    fingerprints: Mapping[str, str],
+    forget_rows: str | None = None,
 ) -> None:
     """Stop at inputs that their own records show to be the wrong ones, or tell of doubtful ones.
 
@@ -29,14 +35,16 @@ def check_records(
         method: row of the table of methods.
         folders: name of each input -> local folder.
         fingerprints: name of each input -> hash of its content.
+        forget_rows: fingerprint of the forget set, where it is known.
 
     Raises:
         CheckpointMismatchError: importance of another model than the base or the full checkpoint,
-            or for `ssd` of the base; a checkpoint tuned from the full one; or rows that stand on
-            the forget side and on the retain side.
+            or for `ssd` of the base; a checkpoint that is not the base tuned on its set; or rows
+            that stand on the forget side and on the retain side.
     """
     _check_models(method, folders, fingerprints)
-    _check_starts(folders, fingerprints)
+    told = {*_measured_on("forget", folders), *_known([forget_rows])}
+    _check_starts(method, folders, fingerprints, told)
     sides = {side: _rows_of(side, folders) for side in _SIDES}
     for rows in sides["forget"].keys() & sides["retain"].keys():
         forget, retain = sides["forget"][rows], sides["retain"][rows]
@@ -77,15 +85,46 @@ def _check_models(
             )
 
 
-def _check_starts(folders: Mapping[str, Path], fingerprints: Mapping[str, str]) -> None:
-    """A task vector starts at the base; one from θ_full would hold all that was learnt."""
+def _check_starts(
+    method: Edit,
+    folders: Mapping[str, Path],
+    fingerprints: Mapping[str, str],
+    forget_rows: set[str],
+) -> None:
+    """A task vector starts at the base; one from or to θ_full would hold all that was learnt."""
+    whole, base, full = _tuning(folders["full"]), folders["base"], folders["full"]
+    used = ["forget"] if method.direction == "forget - base" else []
+    used += ["retain"] if method.needs.retain_checkpoint else []
     for name, folder in _tuned(folders):
-        start = _tuning(folder).get("base")
-        if start == fingerprints["full"] != fingerprints["base"]:
-            raise CheckpointMismatchError(
-                f"{folder} was tuned from {folders['full']}, but a {name} is tuned from the base. "
-                f"Make it again with `perta finetune --base {folders['base']} ...`."
-            )
+        side = name.split()[0]
+        start, rows = (_tuning(folder).get(key) for key in ("base", "data"))
+        if start not in (None, fingerprints["base"]):
+            other = full if start == fingerprints["full"] else f"another model than {base}"
+            wrong = f"was tuned from {other}, but a {name} is tuned from the base"
+        elif side not in used or (side == "forget" and rows in forget_rows):
+            continue
+        elif _is_the_same(folder, full):
+            wrong = f"is {full} itself, which learned all rows, not those of one set"
+        elif side == "forget" and rows and (start, rows) == (whole.get("base"), whole.get("data")):
+            wrong = f"was tuned on all rows that {full} was tuned on; without them it is the base"
+        else:
+            continue
+        raise CheckpointMismatchError(
+            f"{folder} {wrong}. Make it again with `perta finetune --base {base} --data "
+            f"{side.upper()}_SET ...`."
+        )
+
+
+def _is_the_same(tuned: Path, full: Path) -> bool:
+    """Whether a checkpoint holds θ_full, also in a wider type or as an adapter's exact weights."""
+    theirs = open_index(tuned)
+    pairs = [(entry, theirs.find(name)) for name, entry in open_index(full).tensors.items()]
+    return all(
+        other is not None
+        and entry.shape == other.shape
+        and torch.equal(read_tensor(entry), read_tensor(other).to(entry.dtype))
+        for entry, other in pairs
+    )
 
 
 def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
@@ -94,6 +133,12 @@ def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
     for name, folder in _tuned(folders):
         if name.startswith(side) and (tuned := tuned_on(folder)):
             found[tuned] = folder
+    return found | _measured_on(side, folders)
+
+
+def _measured_on(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:
+    """The same for what was measured alone."""
+    found: dict[str, Path] = {}
     if importance := folders.get(f"{side}_importance"):
         rows = read_sidecar(importance).get("data_fingerprint")
         found |= dict.fromkeys(_known([rows]), importance)

@@ -24,7 +24,7 @@ from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.facts import SAMPLES
 from perta.models.resolve import resolve_checkpoint
-from perta.progress import say
+from perta.progress import say, telling_once
 from perta.recipes.compare._draw import Draw, make_draw, rows_config
 from perta.recipes.compare._edits import WeightEdit, forget_loss, prepare_edit
 from perta.recipes.compare._knowledge import Knowledge
@@ -62,6 +62,7 @@ _AnySpec = EditSpec | TrainingSpec
 _Contender = WeightEdit | TrainingPath
 
 
+@telling_once()
 def bench_compare(config: CompareConfig) -> list[Record]:
     """Compare methods at fixed settings, at equal forgetting and at equal resistance.
 
