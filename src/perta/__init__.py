@@ -7,8 +7,8 @@
       -> evaluate_checkpoint(...)                 results
 
 `unlearn` runs all of it. Every function takes one frozen configuration object, with the same
-fields as the command line has flags, and returns the path of what it wrote (`unlearn` and
-`evaluate_checkpoint` also the results).
+fields as the command line has flags (`unlearn` keywords as well), and returns the path of what it
+wrote; `unlearn`, `evaluate_checkpoint` and the benchmarks return results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from perta.engine.train.unlearn import Trained, unlearn_by_training
     from perta.errors import PertaError
     from perta.evidence.people import generate_people
+    from perta.evidence.settings import MuseConfig, TofuConfig
     from perta.options import (
         ComputeConfig,
         DataConfig,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from perta.recipes.compare.study import bench_compare
     from perta.recipes.settings import UnlearnConfig
     from perta.recipes.unlearn import Unlearned, unlearn
+    from perta.report.settings import ReportConfig
+    from perta.report.write import write_report
+    from perta.stages.bench import bench_muse, bench_tofu
     from perta.stages.edit import edit_checkpoint
     from perta.stages.evaluate import evaluate_checkpoint
     from perta.stages.finetune import finetune_checkpoint
@@ -66,9 +70,12 @@ __all__ = [
     "MergeMomentsConfig",
     "MomentOptions",
     "MomentsConfig",
+    "MuseConfig",
     "PeopleConfig",
     "PertaError",
+    "ReportConfig",
     "ScoringConfig",
+    "TofuConfig",
     "TrainConfig",
     "TrainSettings",
     "Trained",
@@ -77,6 +84,8 @@ __all__ = [
     "Unlearned",
     "WeightingConfig",
     "bench_compare",
+    "bench_muse",
+    "bench_tofu",
     "compute_importance",
     "compute_moments",
     "edit_checkpoint",
@@ -88,6 +97,7 @@ __all__ = [
     "train_checkpoint",
     "unlearn",
     "unlearn_by_training",
+    "write_report",
 ]
 
 _HOME = {
@@ -97,12 +107,16 @@ _HOME = {
         "engine.train.unlearn": "Trained unlearn_by_training",
         "errors": "PertaError",
         "evidence.people": "generate_people",
+        "evidence.settings": "MuseConfig TofuConfig",
         "options": "ComputeConfig DataConfig EstimatorConfig MomentOptions ScoringConfig "
         "TrainSettings TuneConfig WeightingConfig",
         "recipes.compare.settings": "CompareConfig",
         "recipes.compare.study": "bench_compare",
         "recipes.settings": "UnlearnConfig",
         "recipes.unlearn": "Unlearned unlearn",
+        "report.settings": "ReportConfig",
+        "report.write": "write_report",
+        "stages.bench": "bench_muse bench_tofu",
         "stages.edit": "edit_checkpoint",
         "stages.evaluate": "evaluate_checkpoint",
         "stages.finetune": "finetune_checkpoint",

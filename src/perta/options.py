@@ -8,13 +8,18 @@ one raises `ConfigError` naming the flag.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from cyclopts import Group, Parameter
 
-from perta.errors import ConfigError
+from perta.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 Format = Literal["auto", "qa", "completion", "chat", "text"]
 Granularity = Literal["element", "row", "tensor"]
@@ -77,7 +82,7 @@ def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> 
     for names, kind in ((paths, Path), (texts, str)):
         for name in names:
             value = getattr(config, name)
-            if value is not None:
+            if value is not None and not isinstance(value, kind):
                 object.__setattr__(config, name, kind(value))
 
 
@@ -90,6 +95,38 @@ def option_name(config: object, field: str) -> str:
 def _unlearn_name(field: str) -> str:
     """The same for `TrainSettings`, whose names would be those of fine-tuning."""
     return f"unlearn_{field}"
+
+
+_ALIASES = {"alpha": "scaling_coef"}
+
+
+def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
+    """A configuration with options as the command line names them, with `_` for `-`.
+
+    Args:
+        config: what they are changed in, or the class of a new one.
+        given: its fields, and fields of its groups.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    own = {item.name for item in fields(config)}
+    mine = {name: value for name, value in given.items() if name in own}
+    made = config(**mine) if isinstance(config, type) else replace(config, **mine)
+    groups = {name: getattr(made, name) for name in own if is_dataclass(getattr(made, name))}
+    places = {
+        option_name(group, item.name): (name, item.name)
+        for name, group in groups.items()
+        for item in fields(group)
+    }
+    changed: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    for option in given.keys() - own:
+        place = places.get(_ALIASES.get(option, option))
+        if place is None:
+            hint = nearest(option, [*own, *places], listed=False)
+            raise ConfigError(f"There is no option `{option}`.{hint}")
+        changed[place[0]][place[1]] = given[option]
+    return replace(made, **{name: replace(groups[name], **new) for name, new in changed.items()})
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:

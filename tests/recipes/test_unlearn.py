@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -395,3 +396,75 @@ def test_a_warning_that_several_stages_come_to_is_told_once_a_run(
             scoring=ScoringConfig(generate=False),
         )
         assert capsys.readouterr().err.count("the column `fact` is not used") == 1
+
+
+def rows_of(*files: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def test_a_program_gives_rows_and_keywords(
+    run: tuple[UnlearnConfig, Unlearned], world: World, tmp_path: Path
+) -> None:
+    made = unlearn(
+        base=world.base,
+        full=world.full,
+        forget=rows_of(world.forget),
+        retain=datasets.Dataset.from_list(rows_of(world.retain)),
+        output=tmp_path / "out",
+        method="perta-grad",
+        alpha=1.5,
+        epochs=TUNE.epochs,
+        learning_rate=TUNE.learning_rate,
+        batch_size=TUNE.batch_size,
+        max_new_tokens=12,
+    )
+    assert fingerprint(made.folder) == fingerprint(run[1].folder)
+    record, same = made.manifest["unlearn"], run[1].manifest["unlearn"]
+    assert record["inputs"] == same["inputs"]
+    texts = [row["answer"] for row in rows_of(world.forget, world.retain)]
+    assert not any(text in json.dumps(made.manifest) for text in texts)
+
+
+def test_a_file_and_a_condition_are_two_files(
+    run: tuple[UnlearnConfig, Unlearned], world: World, tmp_path: Path
+) -> None:
+    file, person = tmp_path / "all.jsonl", rows_of(world.forget)[0]["person"]
+    lines = [world.retain.read_text("utf-8"), world.forget.read_text("utf-8")]
+    file.write_text("".join(lines), "utf-8")
+    whole = replace(
+        run[0], forget=str(file), retain=None, forget_where=f'person == "{person}"',
+        output=tmp_path / "out",
+    )  # fmt: skip
+    made = unlearn(whole)
+    assert fingerprint(made.folder) == fingerprint(run[1].folder)
+    assert person not in json.dumps(made.manifest)
+    with pytest.raises(ConfigError, match="leave --retain out"):
+        replace(whole, retain=str(world.retain))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"metod": "tv"}, "no option `metod`. Did you mean `method`"),
+        ({"epoch": 1}, "Did you mean `epochs`"),
+        ({"learning_rate": -1.0}, "--learning-rate is -1.0"),
+    ],
+)
+def test_wrong_keywords_are_one_error(
+    world: World, tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        unlearn(config(world, tmp_path / "out"), **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_stops_the_run_at_once(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "out.report.html").write_text("somebody's page")
+    for output, work in (("file/out", None), ("a", "file/work")):
+        place = None if work is None else tmp_path / work
+        with pytest.raises(ConfigError, match=r"file is no folder"):
+            unlearn(config(world, tmp_path / output, work_dir=place))
+    with pytest.raises(OutputExistsError, match="is not a report"):
+        unlearn(config(world, tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out.report.html"]

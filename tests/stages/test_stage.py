@@ -14,10 +14,12 @@ from perta.errors import ConfigError
 from perta.options import TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
+from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
 from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import (
+    EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     MergeMomentsConfig,
@@ -109,3 +111,18 @@ def test_merged_moments_never_replace_their_parts(world: World, tmp_path: Path) 
     with pytest.raises(ConfigError, match="overlaps the input"):
         merge_moments(MergeMomentsConfig(folders=(part,), output=part, overwrite=True))
     assert fingerprint(part) == before
+
+
+def test_results_that_cannot_be_written_stop_before_the_model(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.stages.evaluate.load_model", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is no folder"):
+        evaluate_checkpoint(
+            EvaluateConfig(
+                checkpoint=str(world.base),
+                forget=str(world.forget),
+                output=tmp_path / "file" / "results.json",
+            )
+        )

@@ -8,7 +8,7 @@ A row that cannot be used is reported with its number; none disappears in silenc
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from perta.data._conversation import (
     conversation,
 )
 from perta.data._conversation import Message as Message
-from perta.data.rows import read_rows
+from perta.data.rows import as_source, numbered_rows
 from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.options import DataConfig
 from perta.progress import warn
@@ -85,11 +85,14 @@ class ExampleSet:
         return len(self.examples)
 
 
-def load_examples(source: str | Path, config: DataConfig | None = None) -> ExampleSet:
+def load_examples(
+    source: str | Path | Iterable[Mapping[str, Any]], config: DataConfig | None = None
+) -> ExampleSet:
     """Read every row of a file or `datasets` id.
 
     Args:
-        source: JSONL, JSON, CSV, TSV or Parquet file, or a `datasets` id.
+        source: JSONL, JSON, CSV, TSV or Parquet file, or a `datasets` id; in a program also the
+            rows themselves, as dictionaries, a `datasets` table or a pandas frame.
         config: column names and kind of rows.
 
     Returns:
@@ -100,20 +103,22 @@ def load_examples(source: str | Path, config: DataConfig | None = None) -> Examp
         EmptyDatasetError: no rows.
     """
     config = config or DataConfig()
-    rows = read_rows(str(source), config.split)
-    if not rows:
-        raise EmptyDatasetError(f"{source} has no rows. Give a file with at least one example.")
-    kind = _detect_kind(str(source), rows, config)
-    fingerprint = _fingerprint(rows, str(source))
+    source = as_source(source, "the data")
+    numbered = numbered_rows(source, config.split)
+    if not numbered:
+        raise EmptyDatasetError(f"{source} has no rows. Give at least one example.")
+    rows = [row for _, row in numbered]
+    kind = _detect_kind(source, rows, config)
+    fingerprint = _fingerprint(rows, source)
     examples, bad = [], []
-    for number, row in enumerate(rows, start=1):
+    for number, row in numbered:
         try:
             _check_text(row)
             examples.append(Example(number, *conversation(row, kind, config), row))
         except RowError as error:
             bad.append(f"row {number}: {error}")
-    report_bad_rows(str(source), bad, config.skip_bad_rows, left=len(examples))
-    return ExampleSet(str(source), tuple(examples), tuple(bad), fingerprint)
+    report_bad_rows(source, bad, config.skip_bad_rows, left=len(examples))
+    return ExampleSet(source, tuple(examples), tuple(bad), fingerprint)
 
 
 def general_config(source: str, config: DataConfig) -> DataConfig:

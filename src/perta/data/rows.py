@@ -1,4 +1,4 @@
-"""Rows of files and of `datasets` ids, as they stand there; `examples` makes examples of them."""
+"""Rows of files, `datasets` ids and programs, as they are; `examples` makes examples of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,66 @@ from perta.store.atomic import write_text
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SHOWN = 5
+
+
+class Rows(str):
+    """Rows given by a program or picked from a file, wherever the name of a file may stand.
+
+    As text it is what messages and records call them. `numbered` has the rows with their numbers.
+    """
+
+    numbered: tuple[tuple[int, dict[str, Any]], ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> Rows:
+        """Rows under a name.
+
+        Args:
+            rows: each with its number, from 1 where it came from.
+            name: what they are called.
+        """
+        made = cls(name)
+        made.numbered = tuple((number, dict(row)) for number, row in rows)
+        return made
+
+
+def as_source(given: Any, name: str) -> str:
+    """What a set of examples is read from.
+
+    Args:
+        given: place or id as text or path, or the rows themselves: dictionaries, a `datasets`
+            table or a pandas frame.
+        name: what the set is called.
+
+    Returns:
+        The place, or the rows as `Rows`.
+
+    Raises:
+        DataError: something else.
+    """
+    if isinstance(given, (str, Path)):
+        return given if isinstance(given, str) else str(given)
+    if hasattr(given, "iloc"):
+        given = given.to_dict("records")
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise DataError(
+            f"{name} is a {type(given).__name__}; give a file, an id or a list of rows."
+        )
+    rows = list(given)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{name}, row {number}: expected column -> value, found {type(row).__name__}. Give "
+                "dictionaries, or one split of a `datasets` table."
+            )
+    return Rows.of(enumerate(rows, start=1), f"{name} (given as rows)")
+
+
+def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of `read_rows` with their numbers, from 1 where they came from."""
+    if isinstance(source, Rows):
+        return list(source.numbered)
+    return list(enumerate(read_rows(source, split), start=1))
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet, check_apart, general_config, load_examples
+from perta.data.where import split_by
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import tuned_on
 from perta.errors import ConfigError
@@ -17,8 +18,11 @@ from perta.methods.registry import get_method, parse
 from perta.options import DataConfig, option_name
 from perta.progress import say
 from perta.recipes._held_back import Split, hold_back
-from perta.recipes.settings import UnlearnConfig
+from perta.recipes.settings import SETS, UnlearnConfig
+from perta.report.settings import ReportConfig
+from perta.report.write import refuse_foreign_page
 from perta.stages.stage import check_separate
+from perta.store.atomic import check_writable
 
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
@@ -171,7 +175,7 @@ def refuse_moments(config: UnlearnConfig) -> None:
 
 
 def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> None:
-    """Stop before an output that overlaps what is read, or holds the intermediate results.
+    """Stop before an output that cannot be written, overlaps what is read, or holds the work.
 
     Args:
         config: the request.
@@ -180,7 +184,7 @@ def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> N
         work: folder of the intermediate results.
 
     Raises:
-        ConfigError: it does.
+        PertaError: it does, or what is no report lies where the page goes.
     """
     given = (
         base,
@@ -193,11 +197,20 @@ def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> N
         config.retain_checkpoint,
     )
     check_separate(config.output, [place for place in given if place is not None])
+    for place in (config.output, work):
+        check_writable(place / "file" if place.exists() else place)
+    if config.evaluate:
+        refuse_foreign_page(ReportConfig(output=page_of(config.output)))
     if work.resolve().is_relative_to(config.output.resolve()):
         raise ConfigError(
             f"The work folder {work} lies in the output {config.output}, which replaces what was "
             "there. Give another --work-dir."
         )
+
+
+def page_of(output: Path) -> Path:
+    """Where the report on an output lies."""
+    return output.with_name(f"{output.name}.report.html")
 
 
 def check_retain_moments(
@@ -230,6 +243,20 @@ def check_retain_moments(
                 f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
                 "already. Make them again without it, or leave it out."
             )
+
+
+def with_picked_rows(config: UnlearnConfig) -> UnlearnConfig:
+    """The request with both sets of `--forget-where` in the place of the file they come from.
+
+    Raises:
+        PertaError: the condition does not divide the file.
+    """
+    if config.forget_where is None:
+        return config
+    check_separate(config.output, [config.forget])
+    forget, retain = split_by(config.forget, config.forget_where, config.data_config.split)
+    say(f"--forget-where: {len(forget.numbered)} rows to forget, {len(retain.numbered)} to keep")
+    return replace(config, forget=forget, retain=retain, forget_where=None)
 
 
 def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
@@ -310,7 +337,7 @@ def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     """
     sets = {
         name: load_examples(source, rows_config(config, name))
-        for name in ("forget", "retain", "holdout", "general")
+        for name in SETS
         if (source := getattr(config, name)) is not None
     }
     check_apart(sets)

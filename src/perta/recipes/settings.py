@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from cyclopts import Parameter
+
+from perta.data.rows import as_source
 from perta.errors import ConfigError
 from perta.options import (
     ComputeConfig,
@@ -26,25 +29,37 @@ from perta.options import (
     sample_count,
 )
 from perta.report.settings import Wanted
-from perta.stages.settings import SOURCES
+
+_PATHS, _CHECKPOINTS = (
+    ("output", "work_dir", "retain_moments"),
+    ("base", "full", "retain_checkpoint"),
+)
+SETS = ("forget", "retain", "holdout", "general")
+"""Options that name examples."""
 
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
 class UnlearnConfig:
-    """Inputs and output of `perta unlearn`: every stage in order."""
+    """Inputs and output of `perta unlearn`: every stage in order.
+
+    In a program, sets of examples may be given as rows in place of a file: see `load_examples`.
+    """
 
     base: str
     """Model before it saw the data: folder, GGUF file, LoRA adapter folder or hub id."""
     full: str
     """Checkpoint to clean: the base model tuned on forget and retain data."""
-    forget: str
+    forget: Annotated[str, Parameter(alias="--data")]
     """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
     output: Path
     """Folder of the unlearned checkpoint."""
     retain: str | None = None
     """Examples to keep, for the evaluation and for the methods that weigh them: all but `tv` and
     its like. The structured methods can do with --retain-moments or --general instead."""
+    forget_where: str | None = None
+    """Take rows of the --forget file alone, and keep its other rows in place of --retain: a column
+    and a value, or several with commas, such as 'person == "Mira Thornwick"'."""
     holdout: str | None = None
     """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
     takes the strength at which every row's fact looks as unseen as theirs."""
@@ -104,7 +119,15 @@ class UnlearnConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        places_of(self, paths=("output", "work_dir", "retain_moments"), texts=SOURCES)
+        places_of(self, paths=_PATHS, texts=_CHECKPOINTS)
+        for name in SETS:
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_source(given, name))
+        if self.forget_where is not None and self.retain is not None:
+            raise ConfigError(
+                "--forget-where divides one file, so that its other rows are what is kept: leave "
+                "--retain out."
+            )
         seeds = self.forget_seeds
         require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
         require(self.rounds is None or self.rounds >= 1, "rounds", self.rounds, "at least 1")

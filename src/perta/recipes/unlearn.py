@@ -36,7 +36,7 @@ from perta.methods.registry import (
     with_defaults,
 )
 from perta.models.resolve import resolve_checkpoint
-from perta.options import LossOn
+from perta.options import LossOn, with_options
 from perta.progress import say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._rounds import write_rounds
@@ -47,9 +47,11 @@ from perta.recipes.request import (
     check_output,
     check_retain_moments,
     load_sets,
+    page_of,
     refuse_moments,
     refuse_without_effect,
     split_retain,
+    with_picked_rows,
 )
 from perta.recipes.run_record import RunRecord, other_work_folders, work_folder
 from perta.recipes.settings import UnlearnConfig
@@ -99,8 +101,9 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
 
     Args:
         config: inputs, output and settings.
-        **options: fields of the configuration, in its place or over those it has; places may be
-            text or paths.
+        **options: in its place or over what it has: its fields, and those of its groups by the
+            names of the command line, such as `method`, `alpha` and `epochs`. Places may be text or
+            paths; sets of examples may be rows as well.
 
     Returns:
         The unlearned checkpoint with its evaluation.
@@ -108,7 +111,8 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
-    config = UnlearnConfig(**options) if config is None else replace(config, **options)
+    config = with_options(UnlearnConfig if config is None else config, options)
+    config = with_picked_rows(config)
     refuse_without_effect(config)
     method = parse(config.weighting.method, Method)
     if trains := isinstance(method, Training):
@@ -361,8 +365,7 @@ class _Run:
         models = {"before": self.full, "after": output, "base": self.work.base}
         results = {name: self._evaluation(name, model) for name, model in models.items()}
         self.record.write({name: aggregates(found) for name, found in results.items()})
-        page = output.with_name(f"{output.name}.report.html")
-        report = write_report(ReportConfig(results=(str(output),), output=page))
+        report = write_report(ReportConfig(results=(str(output),), output=page_of(output)))
         verdicts = judge(collect([str(output)]))
         return Unlearned(
             output,

@@ -45,7 +45,7 @@ def write_report(config: ReportConfig) -> Path:
     """
     if not config.results:
         raise ConfigError("Nothing to report on: name at least one results file or folder.")
-    _refuse_foreign(config)
+    refuse_foreign_page(config)
     collection = collect(config.results)
     page = Page(config, collection, _ordered(judge(collection), config.subject))
     text = _render(page)
@@ -126,7 +126,12 @@ def _write_companions(folder: Path, page: Page) -> None:
             write_figures(page.figures, page.css, partial)
 
 
-def _refuse_foreign(config: ReportConfig) -> None:
+def refuse_foreign_page(config: ReportConfig) -> None:
+    """Stop at an output that is no report and must not be replaced.
+
+    Raises:
+        PertaError: it is there.
+    """
     output = config.output
     folder = companion_folder(output)
     # Never replaced, not even on request: there may be anything in it.

@@ -32,8 +32,6 @@ from perta.options import (  # noqa: F401
     require,
 )
 
-SOURCES = ("base", "full", "forget", "retain", "holdout", "general", "retain_checkpoint")
-
 
 @Flat
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from perta.models.load import (
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
-from perta.store.atomic import atomic_file, atomic_folder
+from perta.store.atomic import atomic_file, atomic_folder, check_writable
 from perta.store.fingerprint import fingerprint
 from perta.store.record import (
     MANIFEST,
@@ -169,6 +169,7 @@ def run_file_stage(
                 shutil.copy2(other, partial)
             say(f"{stage}: {other} is what is needed, reused")
             return _FileResults(json.loads(output.read_text("utf-8")))
+    check_writable(output)
     started = time.perf_counter()
     results = _FileResults(make())
     seconds = {stage: time.perf_counter() - started}

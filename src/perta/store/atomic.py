@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from perta.errors import OutputExistsError
+from perta.errors import ConfigError, OutputExistsError
 
 
 @contextmanager
@@ -72,6 +72,24 @@ def write_text(file: Path, text: str) -> None:
     """Write a text whole or not at all, in UTF-8, in place of the one before."""
     with atomic_file(file, overwrite=True) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def check_writable(output: Path) -> None:
+    """Stop before any work where an output could not be written.
+
+    Args:
+        output: place of a file or folder; its parents may not be there yet.
+
+    Raises:
+        ConfigError: a parent is no folder, or nothing may be written there.
+    """
+    parent = next(p for p in output.absolute().parents if p.exists() or p.is_symlink())
+    if not parent.is_dir():
+        raise ConfigError(f"{output} cannot be written: {parent} is no folder. Choose another.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{output} cannot be written: nothing may be written to {parent}. Choose another place."
+        )
 
 
 @contextmanager
