@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PertaError(Exception):
@@ -132,3 +132,9 @@ def _is_of(error: BaseException, numbers: tuple[int, ...], words: tuple[str, ...
     if isinstance(error, (PertaError, ValueError, LookupError)):
         return False  # they may quote what a user wrote
     return any(part in str(error).lower() for part in words)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

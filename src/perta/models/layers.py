@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from perta.models.complete import described_model
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -195,13 +196,13 @@ def mlp_names(folder: Path) -> frozenset[str]:
     Returns:
         The names; none where the model is of no known kind, or its MLPs cannot be told apart.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = described_model(folder)
     except Exception:  # transformers raises what it likes at a configuration it cannot build
+        return frozenset()
+    if model is None:
         return frozenset()
     # Rows alone tell where a weight goes; its values would be as large as the model.
     rows = {

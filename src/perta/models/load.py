@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +23,7 @@ from perta.errors import (
     first_line,
     shortage,
 )
+from perta.models.complete import check_checkpoint, check_loaded, described_model, read_settings
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.checkpoint import copy_companions, open_index
@@ -50,13 +51,20 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    open_index(folder)
+    index = open_index(folder)
     _require_config(folder)
     device = pick_device(compute)
     with plain_errors(folder):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or _pick_dtype(compute), use_safetensors=True
+        check_checkpoint(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or _pick_dtype(compute),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    check_loaded(loaded[1], index)
     _require_finite(model, folder)
     torch.nn.Module.to(model, device)
     model.eval()
@@ -88,15 +96,31 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
-    """Most tokens the model has positions for, if its config says."""
+    """Most tokens the model has positions for, if its config says.
+
+    Of a model that reads more than text, those of its language part.
+
+    Raises:
+        CheckpointError: the config names no number, or one of which no text can be made.
+    """
     if isinstance(model_or_folder, Path):
-        config = json.loads((model_or_folder / "config.json").read_text("utf-8"))
-        get = config.get
+        settings = read_settings(model_or_folder)
     else:
-        settings = model_or_folder.config
-        get = lambda name: getattr(settings, name, None)  # noqa: E731
-    value = get("max_position_embeddings") or get("n_positions")
-    return int(value) if value else None
+        settings = model_or_folder.config.to_dict()
+    text = settings.get("text_config")
+    parts = [settings, *([text] if isinstance(text, dict) else [])]
+    names = ("max_position_embeddings", "n_positions")
+    value = next((v for part in parts for n in names if (v := part.get(n)) is not None), None)
+    if value is not None and (type(value) is not int or value < _LEAST_POSITIONS):
+        raise CheckpointError(
+            f"The model's config.json says max_position_embeddings = {value!r}; that many tokens "
+            "hold no question and answer. Take config.json from where the checkpoint came from."
+        )
+    return value
+
+
+_LEAST_POSITIONS = 2
+"""A token that is read, and one that is predicted from it."""
 
 
 def pick_device(compute: ComputeConfig) -> torch.device:
@@ -150,14 +174,10 @@ def transposed_weights(folder: Path) -> frozenset[str]:
     They are found in the model that the config describes, which is built without weights. A
     config that transformers knows no model for describes none.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError):
+    model = described_model(folder)
+    if model is None:
         return frozenset()
     index = open_index(folder)
     names = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
@@ -254,11 +274,15 @@ def _require_config(folder: Path) -> None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the libraries' progress bars out of the user's output, in a program as on a terminal.
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and reports out of the user's output.
 
-    Some know no switch: they take their bars from tqdm itself.
+    Some know no switch: they take their bars from tqdm itself. What the reports say of missing
+    tensors is an error here, which says it itself.
     """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     tqdm: Any = import_module("tqdm").tqdm
     original = tqdm.__init__
     tqdm.__init__ = partialmethod(original, disable=True)
@@ -266,13 +290,14 @@ def _without_bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
+        logger.setLevel(level)
 
 
 @contextmanager
 def plain_errors(place: Path, what: str = "model") -> Iterator[None]:
     """Turn the libraries' many exceptions on loading into one that names the place, in silence."""
     try:
-        with _without_bars():
+        with _quiet():
             yield
     except PertaError:
         raise

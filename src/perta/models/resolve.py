@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
+from perta.models.complete import check_checkpoint
 from perta.models.load import load_model, load_tokenizer, plain_errors, save_model, stored_dtype
 from perta.options import ComputeConfig
 from perta.progress import say
@@ -50,7 +51,8 @@ def resolve_checkpoint(
 
     Raises:
         CheckpointNotFoundError: nothing is there, or the hub cannot be reached.
-        CheckpointError: an adapter that cannot be merged, or a GGUF file that cannot be read.
+        CheckpointError: an adapter that cannot be merged, a GGUF file that cannot be read, or a
+            checkpoint that is quantised or of another model than its configuration.
     """
     text = str(reference)
     path = Path(text).expanduser()
@@ -61,13 +63,22 @@ def resolve_checkpoint(
             f"{text} is a file. Give the folder of a Hugging Face checkpoint, or a .gguf file."
         )
     if path.is_dir():
-        return _from_adapter(path, base, exact) if (path / ADAPTER_CONFIG).exists() else path
+        if (path / ADAPTER_CONFIG).exists():
+            return _from_adapter(path, base, exact)
+        return _whole(path)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
         raise CheckpointNotFoundError(
             f"There is no checkpoint at {text}. Give a folder with config.json and safetensors "
             "files, a LoRA adapter folder, a .gguf file, or a hub id such as owner/name."
         )
-    return _from_hub(text)
+    return _whole(_from_hub(text))
+
+
+def _whole(folder: Path) -> Path:
+    """The folder, compared with its configuration."""
+    with plain_errors(folder):
+        check_checkpoint(folder)
+    return folder
 
 
 def _from_gguf(path: Path) -> Path:

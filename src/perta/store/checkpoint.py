@@ -426,6 +426,20 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
+def is_float(entry: TensorEntry) -> bool:
+    """Whether a tensor is stored in a type that models compute in."""
+    return entry.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def is_constant(entry: TensorEntry) -> bool:
+    """Whether a tensor is no weight but a constant, as older transformers versions stored."""
+    name, shape = entry.name, entry.shape
+    if not is_float(entry) or name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
+        return True
+    causal_mask = len(shape) == 4 and shape[:2] == (1, 1)
+    return name.endswith((".attn.bias", ".attention.bias")) and causal_mask
+
+
 # --- writing -------------------------------------------------------------------------------
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from perta.engine.edit.plan import (
     BASE,
     DIRECTION,
-    FLOATS,
     FULL,
     IMPORTANCE_ROLES,
     Target,
@@ -31,7 +30,7 @@ from perta.errors import CorruptCheckpointError
 from perta.methods.method import Block, Edit, Side
 from perta.options import WeightingConfig
 from perta.store.arithmetic import difference, square_norm
-from perta.store.checkpoint import TensorEntry, opened, read_into
+from perta.store.checkpoint import TensorEntry, is_float, opened, read_into
 
 CHUNK = 1 << 18
 """Elements worked on at once: few enough for the caches, enough that threads seldom meet at the
@@ -102,7 +101,7 @@ class Reader:
         self.entry = entry
         self._descriptor = descriptor
         self._room = buffers.raw(role, entry.dtype)
-        self._is_kept = entry.dtype == torch.float32 or entry.dtype not in FLOATS
+        self._is_kept = entry.dtype == torch.float32 or not is_float(entry)
         self._float_room = self._room if self._is_kept else buffers.floats(role)
         self._fit(self._room.numel())
 
@@ -135,7 +134,7 @@ class Reader:
 
     def check_copy(self, begin: int, count: int) -> None:
         """Stop if the chunk last read is not finite."""
-        if self.entry.dtype in FLOATS and not math.isfinite(square_norm(self._floats)):
+        if is_float(self.entry) and not math.isfinite(square_norm(self._floats)):
             self.check(begin, count)
 
     def check(self, begin: int, count: int) -> None:

@@ -16,18 +16,20 @@ from pathlib import Path
 import torch
 
 from perta.errors import (
-    CheckpointError,
     CheckpointMismatchError,
     ConfigError,
     CorruptCheckpointError,
+    some,
 )
 from perta.methods.method import Edit, Side
+from perta.models.complete import refuse_quantised
 from perta.models.layers import mlp_names
 from perta.options import WeightingConfig
 from perta.progress import say
 from perta.store.checkpoint import (
     CheckpointIndex,
     TensorEntry,
+    is_constant,
     matches,
     open_index,
     opened,
@@ -36,7 +38,6 @@ from perta.store.checkpoint import (
 from perta.store.importance import order_folder, read_sidecar
 from perta.store.moments import MomentFolder
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight",
@@ -121,7 +122,7 @@ def plan_edit(
         ConfigError: a pattern matches nothing, or nothing is left to edit.
     """
     for index in (full, *sources.values()):
-        _refuse_quantised(index)
+        refuse_quantised(index)
     others = (DIRECTION, *IMPORTANCE_ROLES.values())
     tied = _is_tied(full, [full, *(sources[role] for role in sources if role not in others)])
     # A tied parameter that θ_full stores twice has two names; `own` is the first stored.
@@ -251,12 +252,6 @@ def describe_layers(layers: Layers) -> list[str]:
             "measured of them."
         )
     return lines
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def _no_layer(
@@ -469,33 +464,13 @@ def share_of_examples(forget_importance: Path, retain_importance: Path) -> float
     return counts[0] / sum(counts)
 
 
-def _refuse_quantised(index: CheckpointIndex) -> None:
-    for entry in index.tensors.values():
-        last = entry.name.rpartition(".")[2]
-        packed = not entry.dtype.is_floating_point and "weight" in last
-        if packed or (entry.dtype.is_floating_point and entry.dtype not in FLOATS):
-            raise CheckpointError(
-                f"{entry.file}: {entry.name} is quantised ({short_name(entry.dtype)}). Edit the "
-                "original bfloat16, float16 or float32 checkpoint, and quantise the result."
-            )
-
-
-def _is_buffer(entry: TensorEntry) -> bool:
-    """Whether a tensor is a constant that older transformers versions stored."""
-    name, shape = entry.name, entry.shape
-    if entry.dtype not in FLOATS or name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
-        return True
-    causal_mask = len(shape) == 4 and shape[:2] == (1, 1)
-    return name.endswith((".attn.bias", ".attention.bias")) and causal_mask
-
-
 def _select(
     full: CheckpointIndex, names: Mapping[str, str], weighting: WeightingConfig
 ) -> set[str]:
     """Parameters to edit; of one with two names, the patterns may match either."""
     stored: dict[str, list[str]] = {}
     for name, first in names.items():
-        if not _is_buffer(full.tensors[name]):
+        if not is_constant(full.tensors[name]):
             stored.setdefault(first, []).append(name)
     for flag, patterns in (("include", weighting.include), ("exclude", weighting.exclude)):
         for pattern in patterns:
@@ -608,7 +583,7 @@ def _align(
         extra = sorted(
             entry.name
             for key, entry in theirs.items()
-            if key not in ours and not _is_buffer(entry) and _is_wanted(entry.name, weighting)
+            if key not in ours and not is_constant(entry) and _is_wanted(entry.name, weighting)
         )
         attempts.append((len(missing) + len(extra), prefix, missing, extra))
     _, prefix, missing, extra = min(attempts)

@@ -27,10 +27,9 @@ from perta.engine.edit.plan import (
     open_sources,
     plan_edit,
     share_of_examples,
-    some,
 )
 from perta.engine.edit.stream import Editor, Stored, TensorSummary, edit_all, stored_of
-from perta.errors import CheckpointError
+from perta.errors import CheckpointError, some
 from perta.methods.card import model_card
 from perta.methods.method import Edit
 from perta.methods.registry import get_method, refuse_auto, with_defaults

@@ -1,0 +1,239 @@
+"""Whether a checkpoint holds the model that its configuration describes, no more and no less.
+
+    config.json ── settings that cannot be ── model without values ── what the files hold
+
+transformers fills a tensor that no file holds with random numbers, and leaves out one it has no
+place for. Here both stop the run, before any value is read. What may be missing is what the
+library itself lets go: tied weights and buffers it computes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perta.errors import CheckpointError, CorruptCheckpointError, some
+from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is_float, open_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LAYERS = re.compile(r"^(num|n|encoder|decoder)_([a-z]+_)*(layers?|blocks?)$|^depth$")
+"""Settings that say how many layers there are, each of which holds a tensor."""
+
+_PARTS = re.compile(r"^(num|n)_([a-z]+_)*(experts?|heads?|labels|groups?)$")
+"""Settings that say how many parts a layer has, which may be rows of one tensor."""
+
+_SIZES = re.compile(r"position|ctx|context|length|size|dim")
+_LARGEST_SIZE = 1 << 31
+"""No model has so wide a tensor, or so many positions; what computes tables may take it whole."""
+
+_BUFFER_SHARE, _BUFFER_BYTES = 4, 1 << 30
+"""Room for what a model computes itself, as a multiple of its files and in bytes."""
+
+_PACKED = ("weight", "_blocks", "_scales", "qzeros")
+_SCALES = re.compile(
+    r"(weight_scale(_inv|_2)?|weight_zero_point|absmax|quant_map|SCB|input_scale)$"
+)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Stop at a checkpoint that is quantised, lacks tensors, or holds some of another model.
+
+    Only headers are read, and config.json. A folder without one, or with a kind of model that
+    transformers does not know, is compared with nothing.
+
+    Args:
+        folder: local checkpoint.
+
+    Raises:
+        CheckpointError: quantised, or config.json cannot be read or be true.
+        CorruptCheckpointError: the files and config.json are of different models.
+    """
+    index = open_index(folder)
+    _check_settings(index)
+    model = described_model(folder)
+    if model is None:
+        return
+    held = sum(entry.nbytes for entry in index.tensors.values())
+    made = sum(buffer.nbytes for buffer in model.buffers())
+    if made > _BUFFER_SHARE * held + _BUFFER_BYTES:
+        raise CheckpointError(
+            f"{folder}: the model of config.json needs {made:,} bytes of tables that it computes "
+            f"itself, and its files have {held:,}. A setting such as max_position_embeddings is "
+            "far too large; take config.json from where the checkpoint came from."
+        )
+    values = {
+        entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for entry in index.tensors.values()
+    }
+    loaded: Any = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=values,
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    check_loaded(loaded[1], index)
+
+
+def described_model(folder: Path) -> PreTrainedModel | None:
+    """The model that a folder's config.json describes, without values.
+
+    Returns:
+        The model on the device `meta`; None where there is no config.json, or transformers knows
+        no causal language model of that kind.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if read_settings(folder).get("model_type") not in CONFIG_MAPPING:
+        return None
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def check_loaded(info: Mapping[str, Any], index: CheckpointIndex) -> None:
+    """Compare what was loaded with what the model needs and the files hold.
+
+    Args:
+        info: what `from_pretrained` says with `output_loading_info`.
+        index: the files.
+
+    Raises:
+        CorruptCheckpointError: something is missing, left over, or of another shape.
+    """
+    cure = (
+        "The files are not all there, or config.json is of another model (its number of layers, "
+        "tie_word_embeddings); copy or download the checkpoint again."
+    )
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    unknown = [name for name in unknown if not _is_constant_in(index, name)]
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise CorruptCheckpointError(
+            f"{index.folder}: {name} is {tuple(stored)} in the files, but {tuple(wanted)} in the "
+            f"model that config.json describes. {cure}"
+        )
+    if missing:
+        raise CorruptCheckpointError(
+            f"{index.folder}: no file holds {some(missing)}, which the model of config.json "
+            f"needs and would run without, on random numbers. {cure}"
+        )
+    if unknown:
+        raise CorruptCheckpointError(
+            f"{index.folder}: the model of config.json has no place for {some(unknown)}, which "
+            f"the files hold, and would run without. {cure}"
+        )
+
+
+def _check_settings(index: CheckpointIndex) -> None:
+    """Stop at what config.json alone shows to be wrong, before anything is built from it.
+
+    Args:
+        index: the checkpoint.
+
+    Raises:
+        CheckpointError: quantised, weights in a file of another name, or counts of parts that
+            the files cannot hold.
+    """
+    folder, settings = index.folder, read_settings(index.folder)
+    refuse_quantised(index)
+    shards = sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors"))
+    if other := settings.get("transformers_weights") or next(iter(shards), None):
+        raise CheckpointError(
+            f"{folder}: transformers would read {other} in place of the files that are checked "
+            "here. Save the model with `model.save_pretrained(folder)`."
+        )
+    widest = max((size for entry in index.tensors.values() for size in entry.shape), default=0)
+    most = max(widest, len(index.tensors))
+    for setting, value in _numbers(settings):
+        last = setting.rpartition(".")[2]
+        limits = {_LAYERS: len(index.tensors), _PARTS: most, _SIZES: _LARGEST_SIZE}
+        if any(value > limit and name.search(last) for name, limit in limits.items()):
+            raise CheckpointError(
+                f"{folder}: config.json says {setting} = {value:,}, but the files have "
+                f"{len(index.tensors)} tensors, the widest of {widest:,}. Take config.json from "
+                "where the checkpoint came from."
+            )
+
+
+def refuse_quantised(index: CheckpointIndex) -> None:
+    """Stop at a quantised checkpoint.
+
+    Args:
+        index: the checkpoint.
+
+    Raises:
+        CheckpointError: its configuration or its tensors say so; the message names the way out.
+    """
+    settings = read_settings(index.folder)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    found = (part.get(name) for part in parts for name in _QUANTISED)
+    if record := next(filter(None, found), None):
+        method = record.get("quant_method") if isinstance(record, dict) else None
+        raise CheckpointError(
+            f"{index.folder} is quantised ({method or 'unknown'}, says its config.json). {_WAY_OUT}"
+        )
+    for entry in index.tensors.values():
+        if _is_packed(entry):
+            kind = str(entry.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{entry.file}: {entry.name} is quantised ({kind}). {_WAY_OUT}")
+
+
+_QUANTISED = ("quantization_config", "compression_config")
+_WAY_OUT = (
+    "Use the bfloat16, float16 or float32 checkpoint that it was made from, or load it with "
+    "transformers, `dequantize` it and save that; edit there, and quantise the result."
+)
+
+
+def _is_packed(entry: TensorEntry) -> bool:
+    last = entry.name.rpartition(".")[2]
+    if entry.dtype.is_floating_point:
+        return not is_float(entry) or bool(_SCALES.search(last))
+    return any(part in last for part in _PACKED)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Copy it again.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file} is no JSON object. Copy it again.")
+    return settings
+
+
+def _numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number of a configuration by name, those of its parts too."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def _is_constant_in(index: CheckpointIndex, name: str) -> bool:
+    entry = index.find(name)
+    return entry is not None and is_constant(entry)
