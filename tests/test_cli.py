@@ -184,7 +184,9 @@ def test_tables_in_a_pipe_are_not_cut(perta: Run) -> None:
 def test_people_are_written_and_repeatable(perta: Run, tmp_path: Path) -> None:
     made = ("people", "--output", tmp_path / "p", "--people", 5, "--questions", 3)
     assert perta(*made, "--forget-people", 2).status == 0
-    sizes = {p.stem: len(p.read_text("utf-8").splitlines()) for p in (tmp_path / "p").iterdir()}
+    sizes = {
+        p.stem: len(p.read_text("utf-8").splitlines()) for p in (tmp_path / "p").glob("*.jsonl")
+    }
     assert sizes == {"forget": 6, "retain": 9, "full": 15, "holdout": 6}
     assert perta(*made, "--forget-people", 2).status == 0
     assert perta(*made, "--forget-people", 1).status == 1

@@ -551,6 +551,14 @@ def test_rows_and_models_of_another_comparison_are_not_replaced(
         bench_compare(replace(config, base=str(folder / "full"), overwrite=True))
 
 
+def test_a_comparison_replaces_no_files_of_others(world: World, tmp_path: Path) -> None:
+    (tmp_path / "summary.md").write_text("mine")
+    config = CompareConfig(base=str(world.base), output=tmp_path, overwrite=True)
+    with pytest.raises(OutputExistsError, match="not made by perta"):
+        bench_compare(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.md"]
+
+
 def test_too_few_rows_to_compare_are_refused(world: World, tmp_path: Path) -> None:
     config = CompareConfig(
         base=str(world.base), output=tmp_path, people=4, questions=1, forget_people=1

@@ -909,6 +909,10 @@ def test_what_is_not_a_report_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="is not a report"):
         write_report(config)
     assert page.read_text("utf-8") == "mine"
+    with pytest.raises(OutputExistsError, match="not made by perta"):
+        write_report(replace(config, overwrite=True))
+    assert page.read_text("utf-8") == "mine"
+    page.write_text("", "utf-8")
     assert write_report(replace(config, overwrite=True)).read_text("utf-8").startswith("<!doctype")
     foreign = tmp_path / "other_files"
     foreign.mkdir()

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from conftest import TUNE, World
-from perta.errors import ConfigError
+from perta.errors import ConfigError, OutputExistsError
+from perta.evidence.settings import PeopleBenchConfig
 from perta.options import TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
+from perta.report.settings import ReportConfig
+from perta.report.write import write_report
+from perta.stages.bench import bench_people
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
@@ -28,6 +34,7 @@ from perta.stages.settings import (
 )
 from perta.stages.train import train_checkpoint
 from perta.store.fingerprint import fingerprint
+from perta.store.record import write_manifest
 
 Stage = Callable[[str, str, Path], object]
 """Runs a stage on a checkpoint, a data file and an output, and may overwrite."""
@@ -102,6 +109,79 @@ def test_an_output_never_replaces_an_input(stage: Stage, world: World, tmp_path:
         with pytest.raises(ConfigError, match="overlaps the input"):
             stage(str(checkpoint), str(data), output)
     assert (fingerprint(checkpoint), data.read_bytes()) == before
+
+
+def _evaluate(checkpoint: str, data: str, output: Path) -> object:
+    return evaluate_checkpoint(
+        EvaluateConfig(checkpoint=checkpoint, forget=data, output=output, overwrite=True)
+    )
+
+
+def _bench(checkpoint: str, data: str, output: Path) -> object:
+    folder = str(Path(data).parent)
+    return bench_people(
+        PeopleBenchConfig(checkpoint=checkpoint, data=folder, output=output, overwrite=True)
+    )
+
+
+def _report(checkpoint: str, data: str, output: Path) -> object:
+    return write_report(ReportConfig(results=(checkpoint,), output=output, overwrite=True))
+
+
+@pytest.mark.parametrize("stage", [_evaluate, _bench, _report])
+def test_results_never_replace_what_is_read(stage: Stage, world: World, tmp_path: Path) -> None:
+    checkpoint, data = tmp_path / "model", tmp_path / "sets" / "forget.jsonl"
+    shutil.copytree(world.full, checkpoint)
+    shutil.copytree(world.forget.parent, data.parent)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    places = [file for file in before if stage is not _report or file.parent == checkpoint]
+    parts = [checkpoint / "generation_config.json", checkpoint / "new.safetensors"]
+    for output in (*places, *(() if stage is _report else parts), checkpoint, data.parent):
+        with pytest.raises((ConfigError, OutputExistsError)):
+            stage(str(checkpoint), str(data), output)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_results_of_another_kind_are_replaced_beside_the_weights(
+    world: World, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "model"
+    shutil.copytree(world.full, checkpoint)
+    output = checkpoint / "results.json"
+    _evaluate(str(checkpoint), str(world.forget), output)
+    first = output.read_bytes()
+    _evaluate(str(checkpoint), str(world.retain), output)
+    assert output.read_bytes() != first
+
+
+def test_a_work_folder_is_no_input_and_lies_in_none(world: World, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    shutil.copytree(world.full, full)
+    before = {file: file.read_bytes() for file in full.rglob("*") if file.is_file()}
+    mine = tmp_path / "work" / "retain_protected.jsonl"
+    mine.parent.mkdir()
+    shutil.copyfile(world.retain, mine)
+    given: dict[str, Any] = {"base": world.base, "full": full, "forget": world.forget}
+    for work, retain in ((full, world.retain), (full / "work", world.retain), (mine.parent, mine)):
+        with pytest.raises(ConfigError, match="overlaps the input"):
+            unlearn(**given, retain=retain, output=tmp_path / "out", work_dir=work)
+    assert {file: file.read_bytes() for file in full.rglob("*") if file.is_file()} == before
+    assert mine.read_bytes() == world.retain.read_bytes()
+
+
+def test_an_adapter_is_no_output(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    adapter = tmp_path / "adapter"
+    model = LlamaForCausalLM.from_pretrained(world.base)
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
+        str(adapter)
+    )
+    write_manifest(adapter, {"stage": "finetune"})  # so nothing else keeps it
+    with pytest.raises(ConfigError, match="overlaps the input"):
+        _finetune(str(adapter), str(world.forget), adapter)
+    assert (adapter / "adapter_model.safetensors").exists()
 
 
 def test_merged_moments_never_replace_their_parts(world: World, tmp_path: Path) -> None:

@@ -379,8 +379,8 @@ def test_atomic_folder_appears_when_complete(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
     with atomic_folder(output) as partial:
         (partial / "file").write_text("x")
-        assert partial.parent == output.parent
-        assert partial.name == f".out.partial-{os.getpid()}"
+        assert partial.parent.parent == output.parent
+        assert partial.parent.name.startswith(".out.partial-")
         assert not output.exists()
     assert (output / "file").read_text() == "x"
     assert hidden(output.parent) == []
@@ -438,7 +438,7 @@ def test_failed_swap_restores_the_old_output(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if self.name == "new":
             raise OSError("no")
         return rename(self, target)
 
@@ -456,30 +456,6 @@ def test_home_and_working_folder_are_not_replaced(
     monkeypatch.chdir(tmp_path / "inner")
     with pytest.raises(OutputExistsError, match="contains"), atomic_folder(tmp_path, True):
         pass
-
-
-def test_leftovers_of_dead_runs_are_cleared_and_of_live_runs_kept(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    for name in (f".out.partial-{process.pid}", f".out.partial-{os.getppid()}", ".out.partial-x"):
-        (tmp_path / name).mkdir()
-    (tmp_path / f".other.partial-{process.pid}").mkdir()
-    with atomic_folder(tmp_path / "out"):
-        pass
-    kept = {f".out.partial-{os.getppid()}", ".out.partial-x", f".other.partial-{process.pid}"}
-    assert set(hidden(tmp_path)) == kept
-
-
-def test_output_set_aside_by_a_dead_run_is_restored(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    process.wait()
-    aside = tmp_path / f".out.replaced-{process.pid}"
-    aside.mkdir()
-    (aside / "old").touch()
-
-    with pytest.raises(OutputExistsError), atomic_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "out" / "old").exists()
 
 
 def test_one_output_is_not_written_twice_at_once(tmp_path: Path) -> None:

@@ -240,6 +240,14 @@ class Journal:
         return kept
 
 
+def is_journal(path: Path) -> bool:
+    """Whether a file that is there is a journal, or empty."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(9) in (b"", b'{"key": "')
+
+
 def open_journal(
     path: Path | None,
     settings: Mapping[str, Any],

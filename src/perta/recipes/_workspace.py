@@ -39,6 +39,7 @@ from perta.stages.settings import (
     MomentsConfig,
 )
 from perta.store.costs import seconds_of
+from perta.store.outputs import check_separate
 from perta.store.record import read_manifest
 
 T = TypeVar("T")
@@ -94,6 +95,7 @@ class Workspace:
         overwrite: whether outputs of another origin are replaced; None for those alone that this
             package made.
         names: what is made -> name of its folder, where it has another.
+        reads: what the run reads, wherever it lies; nothing is made in its place.
         seconds: stage -> duration.
         made: stage -> output, as far as this run has asked for it.
     """
@@ -110,6 +112,7 @@ class Workspace:
     compute: ComputeConfig
     overwrite: bool | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    reads: Sequence[str | Path] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     made: dict[str, Path] = field(default_factory=dict)
 
@@ -239,8 +242,10 @@ class Workspace:
 
     def place(self, name: str) -> Path:
         """Where something lies."""
+        place = self.folder / self.names.get(name, name)
+        check_separate(place, self.reads)
         self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder / self.names.get(name, name)
+        return place
 
     def _common(self, output: Path) -> dict[str, Any]:
         """What the configurations of all stages share."""

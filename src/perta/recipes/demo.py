@@ -30,7 +30,8 @@ from perta.report.write import write_report
 from perta.stages.edit import edit_checkpoint
 from perta.stages.people import write_people
 from perta.stages.settings import PeopleConfig
-from perta.store.atomic import atomic_folder
+from perta.stages.stage import run_stage
+from perta.store.fingerprint import fingerprint
 from perta.terminal import console, print_comparison, print_costs, print_samples
 
 
@@ -200,9 +201,14 @@ def _tiny_base(config: DemoConfig, data: Path) -> Path:
         for example in load_examples(file, _DATA).examples
         for text in (example.prompt, example.answer)
     ]
-    random = config.output / "random"
-    with atomic_folder(random, overwrite=True) as folder:
+    random, settings = config.output / "random", {"seed": config.seed}
+    inputs = {part.name: fingerprint(part / "full.jsonl") for part in (data, others)}
+
+    def make(folder: Path) -> dict[str, Any]:
         write_tiny_checkpoint(folder, [*texts, _DATA.system_prompt], seed=config.seed)
+        return {}
+
+    run_stage("random", random, settings, inputs, make, overwrite=config.overwrite)
     say("── base: teach a tiny random model to answer questions about other people")
     tune = TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8)
     return _workspace(config, random, tune, others).tuned("base", "full", tune, "base")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from perta.methods.objectives import Training
 from perta.methods.registry import get_method, parse
 from perta.options import DataConfig, option_name
 from perta.progress import say
-from perta.recipes._held_back import Split, hold_back
+from perta.recipes._held_back import HELD_BACK, PROTECTED, Split, hold_back
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
-from perta.stages.stage import check_separate
-from perta.store.atomic import check_writable
+from perta.store.atomic import check_place, check_writable
+from perta.store.outputs import check_output, check_separate
 
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
@@ -174,29 +174,26 @@ def refuse_moments(config: UnlearnConfig) -> None:
             )
 
 
-def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> None:
-    """Stop before an output that cannot be written, overlaps what is read, or holds the work.
+def read_by(config: UnlearnConfig, *folders: Path) -> tuple[str | Path, ...]:
+    """Everything that a request reads: what the user gave, and the folders that this stands for."""
+    names = ("base", "full", "retain_checkpoint", "retain_moments", *SETS)
+    given = (getattr(config, name) for name in names)
+    return (*folders, *(place for place in given if place is not None))
+
+
+def check_places(config: UnlearnConfig, reads: Iterable[str | Path], work: Path) -> None:
+    """Stop before an output that cannot or must not be written, or a work folder likewise.
 
     Args:
         config: the request.
-        base: folder of θ₀.
-        full: folder of θ_full.
+        reads: from `read_by`.
         work: folder of the intermediate results.
 
     Raises:
-        PertaError: it does, or what is no report lies where the page goes.
+        ConfigError: one overlaps what is read, or cannot be written, or the output holds the
+            intermediate results.
+        OutputExistsError: what lies at the output, or where the page goes, must stay.
     """
-    given = (
-        base,
-        full,
-        config.forget,
-        config.retain,
-        config.holdout,
-        config.general,
-        config.retain_moments,
-        config.retain_checkpoint,
-    )
-    check_separate(config.output, [place for place in given if place is not None])
     for place in (config.output, work):
         check_writable(place / "file" if place.exists() else place)
     if config.evaluate:
@@ -206,6 +203,10 @@ def check_output(config: UnlearnConfig, base: Path, full: Path, work: Path) -> N
             f"The work folder {work} lies in the output {config.output}, which replaces what was "
             "there. Give another --work-dir."
         )
+    check_output(config.output, reads, overwrite=config.overwrite)
+    for name in (PROTECTED, HELD_BACK):
+        check_separate(work / name, reads)
+    check_place(work)
 
 
 def page_of(output: Path) -> Path:

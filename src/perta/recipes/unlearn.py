@@ -44,10 +44,11 @@ from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrat
 from perta.recipes._workspace import Workspace, needs
 from perta.recipes.request import (
     check_options,
-    check_output,
+    check_places,
     check_retain_moments,
     load_sets,
     page_of,
+    read_by,
     refuse_moments,
     refuse_without_effect,
     split_retain,
@@ -159,7 +160,7 @@ def _checked(config: UnlearnConfig, trains: bool) -> _Run:
     """A run after every check that needs no long step; they raise what would stop it later."""
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    check_output(config, base, full, work_folder(config))
+    check_places(config, read_by(config, base, full), work_folder(config))
     if not trains:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
         if config.retain_checkpoint is not None:
@@ -208,6 +209,7 @@ class _Run:
         held_back: Mapping[str, Any],
     ) -> _Run:
         record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
+        reads = read_by(config, base, full)
         if split is not None and split.held_back is not None:
             judged = str(work_folder(config) / HELD_BACK)
             config = replace(config, retain=str(work_folder(config) / PROTECTED))
@@ -222,6 +224,7 @@ class _Run:
             moments=config.moments,
             data_config=config.data_config,
             compute=config.compute,
+            reads=reads,
             seconds=record.seconds,
         )
         return cls(config, full, sets, split, judged, work, record)

@@ -37,7 +37,7 @@ class ReportConfig:
     """Exit with status 1 unless forgetting and retention of the model that the page is about are
     met, or are at least partly; the page stays."""
     overwrite: bool = False
-    """Replace an output that is not a report."""
+    """Replace an output that is not a report, if it is empty or made by perta."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 0, "samples", self.samples, "0 or more")

@@ -22,8 +22,9 @@ from perta.report.settings import ReportConfig
 from perta.report.tables import write_csv
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.sentences import number
-from perta.store.atomic import atomic_file, atomic_folder
+from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
 from perta.store.costs import duration
+from perta.store.outputs import check_output, check_separate
 from perta.version import __version__
 
 _GENERATOR = "perta report"
@@ -127,13 +128,16 @@ def _write_companions(folder: Path, page: Page) -> None:
 
 
 def refuse_foreign_page(config: ReportConfig) -> None:
-    """Stop at an output that is no report and must not be replaced.
+    """Stop at an output that must not be written, or is no report and must not be replaced.
 
     Raises:
         PertaError: it is there.
     """
-    output = config.output
-    folder = companion_folder(output)
+    output, folder = config.output, companion_folder(config.output)
+    for place in (output, folder):
+        recover(place)
+        check_separate(place, config.results, within=True)
+        check_place(place)
     # Never replaced, not even on request: there may be anything in it.
     if folder.exists() and not (folder / _ABOUT).is_file():
         raise OutputExistsError(
@@ -142,14 +146,16 @@ def refuse_foreign_page(config: ReportConfig) -> None:
         )
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file such as report.html.")
-    if config.overwrite or not output.exists():
+    if not output.exists() or _is_page(output):
         return
-    try:
-        start = output.read_text("utf-8")[:2000]
-    except (OSError, UnicodeDecodeError):
-        start = ""
-    if f'content="{_GENERATOR}' not in start:
+    check_output(output, config.results, overwrite=config.overwrite, within=True)
+    if not config.overwrite:
         raise OutputExistsError(
             f"{output} exists and is not a report. Choose another --output, or pass --overwrite "
-            "to replace it."
+            "to replace it if it is empty or made by perta."
         )
+
+
+def _is_page(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return f'content="{_GENERATOR}'.encode() in stream.read(2000)

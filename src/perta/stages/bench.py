@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from perta.data.examples import rows_fingerprint
 from perta.errors import ConfigError, DataError, first_line
-from perta.evidence.benchmark import Benchmark, Given
+from perta.evidence.benchmark import Benchmark, Given, is_journal
 from perta.evidence.muse import Muse
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import (
@@ -31,6 +31,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.stage import run_file_stage
 from perta.store.fingerprint import fingerprint
+from perta.store.outputs import check_output
 from perta.store.provenance import check_reference
 from perta.store.record import settings_of
 
@@ -78,6 +79,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
             say(f"Reference: {config.reference}, of the retrained model as stated by the user")
     # Outcomes are kept as they come, so that a run that was killed goes on where it stopped.
     given = Given(data, reference, config.output.with_name(config.output.name + ".journal"))
+    check_output(given.journal, overwrite=True, ours=is_journal)
 
     def make() -> Mapping[str, Any]:
         benchmark.check(config, given)
@@ -90,6 +92,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
         settings,
         inputs,
         make,
+        reads=[data, checkpoint],
         overwrite=config.overwrite,
     )
     given.journal.unlink(missing_ok=True)
@@ -160,7 +163,13 @@ def bench_ability(config: AbilityConfig) -> Results:
     if config.include_path:
         inputs["include_path"] = _folder_hash(config.include_path)
     return run_file_stage(
-        "bench ability", config.output, settings, inputs, make, overwrite=config.overwrite
+        "bench ability",
+        config.output,
+        settings,
+        inputs,
+        make,
+        reads=[checkpoint],
+        overwrite=config.overwrite,
     )
 
 

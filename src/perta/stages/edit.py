@@ -29,10 +29,11 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
-from perta.stages.stage import check_separate, refuse_other, run_stage
+from perta.stages.stage import refuse_other, run_stage
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import open_moments, write_shards
+from perta.store.outputs import check_separate
 from perta.store.record import read_manifest, settings_of
 
 SHARD_BYTES = 2 << 30

@@ -60,7 +60,13 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
             )
 
     return run_file_stage(
-        "evaluate", config.output, settings, inputs, make, overwrite=config.overwrite
+        "evaluate",
+        config.output,
+        settings,
+        inputs,
+        make,
+        reads=[folder, *([base] if base else [])],
+        overwrite=config.overwrite,
     )
 
 

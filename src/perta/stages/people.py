@@ -9,6 +9,8 @@ from perta.data.rows import jsonl, write_jsonl
 from perta.evidence.people import generate_people, split_people
 from perta.stages.settings import PeopleConfig
 from perta.store.atomic import atomic_folder
+from perta.store.outputs import check_output
+from perta.store.record import make_manifest, settings_of, write_manifest
 
 
 def divide_people(
@@ -49,7 +51,9 @@ def write_people(config: PeopleConfig) -> list[Path]:
     texts = dict(zip(files, map(jsonl, parts.values()), strict=True))
     if all(file.exists() and file.read_text("utf-8") == texts[file] for file in files):
         return files
+    check_output(config.output, overwrite=config.overwrite)
     with atomic_folder(config.output, overwrite=config.overwrite) as folder:
         for name, part in parts.items():
             write_jsonl(part, folder / f"{name}.jsonl")
+        write_manifest(folder, make_manifest("people", settings_of(config), {}))
     return files

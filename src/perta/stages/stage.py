@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
-from perta.errors import CheckpointNotFoundError, ConfigError, OutputExistsError
+from perta.errors import CheckpointNotFoundError, OutputExistsError
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -31,8 +31,10 @@ from perta.models.load import (
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
-from perta.store.atomic import atomic_file, atomic_folder, check_writable
-from perta.store.fingerprint import fingerprint
+from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
+from perta.store.checkpoint import matches
+from perta.store.fingerprint import COUNTED, fingerprint
+from perta.store.outputs import check_output, check_separate
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
@@ -110,11 +112,14 @@ def run_stage(
         ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
+    reads = [*reads, *_named(settings, inputs)]
     check_separate(output, reads)
+    recover(output)
     finished = _finished_stage(stage, output, settings, inputs)
     if finished is not None:
         say(f"{stage}: {output} is up to date, reused")
         return finished
+    check_output(output, reads, overwrite=overwrite)
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     finished = _taken_over(stage, output, settings, inputs, overwrite)
     if finished is not None:
@@ -141,6 +146,7 @@ def run_file_stage(
     inputs: Mapping[str, str],
     make: Callable[[], Mapping[str, Any]],
     *,
+    reads: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """The same for a stage whose output is one JSON file with its manifest under `perta`.
@@ -151,17 +157,24 @@ def run_file_stage(
         settings: resolved settings.
         inputs: name -> fingerprint of every input.
         make: computes the results.
+        reads: folders and files that the stage reads.
         overwrite: replace an output that does not match.
 
     Returns:
         What the file holds.
 
     Raises:
+        ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
+    reads = [*reads, *_named(settings, inputs)]
+    # A new file beside the weights is welcome, unless it would be read as a part of them.
+    check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
+    recover(output)
     if _is_finished(output, key := stage_key(stage, settings, inputs)):
         say(f"{stage}: {output} is up to date, reused")
         return _FileResults(json.loads(output.read_text("utf-8")))
+    check_output(output, reads, overwrite=overwrite, within=True)
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     for other in _entries(f"*{output.suffix}"):
         if _is_finished(other, key):
@@ -179,6 +192,13 @@ def run_file_stage(
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         partial.write_text(text + "\n", "utf-8")
     return results
+
+
+def _named(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
+    """What the user gave as inputs: an adapter, say, where the stage reads what was made of it."""
+    for name in inputs.keys() & settings.keys():
+        given = settings[name]
+        yield from map(str, given if isinstance(given, tuple | list) else [given])
 
 
 def _entries(pattern: str) -> Iterator[Path]:
@@ -218,26 +238,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def check_separate(output: Path, inputs: Iterable[str | Path]) -> None:
-    """Make sure that writing the output cannot touch an input.
-
-    Args:
-        output: folder of the result.
-        inputs: folders and files that are read.
-
-    Raises:
-        ConfigError: the output is an input, lies in one, or contains one.
-    """
-    place = output.resolve()
-    for given in map(Path, inputs):
-        other = given.resolve()
-        if place.is_relative_to(other) or other.is_relative_to(place):
-            raise ConfigError(
-                f"The output {output} overlaps the input {given}, which must stay as it is. "
-                "Give an output folder of its own."
-            )
 
 
 def _finished_stage(

@@ -1,15 +1,38 @@
-"""Outputs that appear complete or not at all."""
+"""Outputs that appear complete or not at all, and what may be replaced by them.
+
+While an output is made, a hidden folder of that run lies beside it:
+
+    .OUTPUT.partial-PLACE-XXXXXX/lock   locked as long as the run lives, wherever it runs
+    .OUTPUT.partial-PLACE-XXXXXX/new    what is being written
+    .OUTPUT.partial-PLACE-XXXXXX/old    what it replaces, while the two change places
+
+`new` is on the disk itself before it is renamed, so a loss of power takes no part of it. What a
+dead run left is finished, where it was about to replace something, and else cleared away by the
+next run that looks for the output. PLACE says on which host and since which start of it the run
+was made: what came from elsewhere cannot be known to be dead, and stays.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
 import os
+import re
+import secrets
 import shutil
+import socket
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 
 from perta.errors import ConfigError, OutputExistsError
+from perta.progress import say
+
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 @contextmanager
@@ -28,18 +51,12 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
         The folder to write to.
 
     Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or replacing it would
-            remove the working or home folder.
+        OutputExistsError: the output is there and `overwrite` is off, or it is one that must not
+            be replaced.
     """
-    output = output.absolute()
-    partial = _reserve(output, overwrite)
-    try:
-        partial.mkdir()
-        yield partial
-        _check_output(output, overwrite)
-        _put_in_place(partial, output)
-    finally:
-        _release(partial)
+    with _making(output.absolute(), overwrite) as new:
+        new.mkdir()
+        yield new
 
 
 @contextmanager
@@ -54,18 +71,13 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
         The path to write to; nothing is there yet.
 
     Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or is a folder.
+        OutputExistsError: the output is there and `overwrite` is off, or is no file.
     """
     output = output.absolute()
     if output.is_dir():
         raise OutputExistsError(f"{output} is a folder; give the name of a file.")
-    partial = _reserve(output, overwrite)
-    try:
-        yield partial
-        _check_output(output, overwrite)
-        partial.replace(output)
-    finally:
-        _release(partial)
+    with _making(output, overwrite) as new:
+        yield new
 
 
 def write_text(file: Path, text: str) -> None:
@@ -104,86 +116,225 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     Yields:
         The folder.
     """
-    partial = _reserve(place.absolute(), overwrite=True)
+    with _hidden(place.absolute()) as run:
+        (run / _NEW).mkdir()
+        yield run / _NEW
+
+
+def recover(output: Path) -> None:
+    """Finish or clear away what dead runs left beside an output.
+
+    Args:
+        output: the final name; nothing need be there.
+    """
+    output = output.absolute()
+    for run in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*")):
+        place = _PARTIAL.search(run.name)
+        if place is None:
+            continue
+        with _claimed(run) as claimed:
+            if claimed and _host() != place[1] and _boot() != place[2]:
+                say(f"{run} is of a run on another machine. Delete it if that runs no more.")
+            elif claimed:
+                if _is_there(run / _OLD) and _is_there(run / _NEW) and not _is_there(output):
+                    (run / _NEW).rename(output)
+                _clear(run)
+
+
+def check_place(output: Path) -> None:
+    """Stop before a place at which no output may be put, whatever the user wants.
+
+    Args:
+        output: the final name; nothing need be there.
+
+    Raises:
+        OutputExistsError: a link, a device or a pipe is there, or a folder that is or holds the
+            working folder, the home folder or the root of a file system.
+    """
+    if not _is_there(output):
+        return
+    mode, place = output.lstat().st_mode, output.parent.resolve() / output.name
+    if stat.S_ISLNK(mode):
+        why = f"is a link to {output.readlink()}"
+    elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        why = "is no file and no folder but a device, a pipe or a socket"
+    else:
+        kept = (Path.cwd(), Path.home(), *_mounts())
+        inside = [str(path) for path in kept if path.resolve().is_relative_to(place.resolve())]
+        if not inside:
+            return
+        why = f"contains {inside[0]}"
+    raise OutputExistsError(f"{output} {why}; it is not replaced. Choose another output.")
+
+
+def _mounts() -> list[Path]:
+    """Where file systems begin, as far as the system tells."""
     try:
-        partial.mkdir()
-        yield partial
-    finally:
-        _release(partial)
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return []
+    escaped = re.compile(r"\\([0-7]{3})")
+    return [Path(escaped.sub(lambda m: chr(int(m[1], 8)), line.split()[4])) for line in lines]
 
 
 _active: set[Path] = set()
-"""Unfinished outputs of this process."""
+"""Outputs that this process is making."""
+
+
+@contextmanager
+def _making(output: Path, overwrite: bool) -> Iterator[Path]:
+    """The place to write an output to, which is renamed when the block has ended."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    recover(output)
+    _check_output(output, overwrite)
+    if output in _active:
+        raise OutputExistsError(f"{output} is being written by another part of this program.")
+    _active.add(output)
+    try:
+        with _hidden(output) as run:
+            yield run / _NEW
+            _sync_all(run / _NEW)
+            _check_output(output, overwrite)
+            _put_in_place(run, output)
+    finally:
+        _active.discard(output)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if not (output.exists() or output.is_symlink()):
-        return
-    if not overwrite:
+    check_place(output)
+    if _is_there(output) and not overwrite:
         raise OutputExistsError(
             f"{output} is there already. Give another output, or replace it with --overwrite."
         )
-    for kept in (Path.cwd(), Path.home()):
-        if kept.is_relative_to(output):
-            raise OutputExistsError(f"{output} contains {kept}; it is not replaced.")
 
 
-def _reserve(output: Path, overwrite: bool) -> Path:
-    """Name for the unfinished output; what dead runs left beside it is cleared away first."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    if partial in _active:
-        raise OutputExistsError(f"{output} is being written by another part of this program.")
-    for path in output.parent.glob(f".{glob.escape(output.name)}.*-*"):
-        kind, _, pid = path.name.removeprefix(f".{output.name}.").partition("-")
-        if kind not in {"partial", "replaced"} or _is_alive(pid):
-            continue
-        if kind == "replaced" and not output.exists():
-            path.rename(output)
-        else:
-            _remove(path)
-    _check_output(output, overwrite)
-    _active.add(partial)
-    return partial
-
-
-def _release(partial: Path) -> None:
-    _remove(partial)
-    _active.discard(partial)
-
-
-def _is_alive(pid: str) -> bool:
-    # A file of our own process id that `_active` does not know is of an earlier process with
-    # the same id, which is common in containers.
-    if not pid.isdigit():
-        return True
-    if int(pid) == os.getpid():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    if not (output.exists() or output.is_symlink()):
-        partial.rename(output)
-        return
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    output.rename(replaced)
-    try:
-        partial.rename(output)
-    except BaseException:
-        replaced.rename(output)
-        raise
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+def _put_in_place(run: Path, output: Path) -> None:
+    if (run / _NEW).is_dir() and _is_there(output):
+        output.rename(run / _OLD)
+        try:
+            (run / _NEW).rename(output)
+        except BaseException:
+            (run / _OLD).rename(output)
+            raise
     else:
-        path.unlink(missing_ok=True)
+        (run / _NEW).replace(output)
+    _sync(output.parent)
+
+
+@contextmanager
+def _hidden(output: Path) -> Iterator[Path]:
+    """A hidden folder beside an output that is gone when the block ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    recover(output)
+    run, lock = _begin(output)
+    try:
+        yield run
+    finally:
+        _clear(run)
+        os.close(lock)
+
+
+_PARTIAL = re.compile(r"\.partial-([0-9a-f]{8})-([0-9a-f]{8})-[0-9a-f]{6}$")
+
+
+def _begin(output: Path) -> tuple[Path, int]:
+    """A new hidden folder, and the descriptor that shows that its run lives."""
+    while True:
+        token = f"{_host()}-{_boot()}-{secrets.token_hex(3)}"
+        run = output.with_name(f".{output.name}.partial-{token}")
+        run.mkdir(mode=0o700)
+        try:
+            lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileNotFoundError:
+            continue  # cleared away as one without a lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (run / _LOCK).exists():
+                return run, lock
+        except BlockingIOError:
+            pass  # taken for dead before it was locked
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return run, lock
+            raise
+        os.close(lock)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks answer; leftovers on them are never known to be dead."""
+
+
+@contextmanager
+def _claimed(run: Path) -> Iterator[bool]:
+    """Whether nobody holds a hidden folder; the lock is held until the block ends."""
+    try:
+        lock = os.open(run / _LOCK, os.O_RDWR)
+    except FileNotFoundError:  # it was never begun, or half cleared away
+        yield True
+        return
+    except OSError:  # of another user
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(lock)
+
+
+@cache
+def _host() -> str:
+    """This machine; containers have names of their own, and a few share a machine's id."""
+    try:
+        number = Path("/etc/machine-id").read_text("utf-8")
+    except OSError:
+        number = ""
+    return blake2b(f"{socket.gethostname()} {number}".encode(), digest_size=4).hexdigest()
+
+
+@cache
+def _boot() -> str:
+    """This start of the kernel, under which locks are to be relied upon."""
+    try:
+        number = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8")
+    except OSError:
+        number = _host()
+    return blake2b(number.encode(), digest_size=4).hexdigest()
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _clear(run: Path) -> None:
+    """Remove a hidden folder, its lock last."""
+    for part in (_NEW, _OLD, _LOCK):
+        if (run / part).is_dir() and not (run / part).is_symlink():
+            shutil.rmtree(run / part, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                (run / part).unlink()
+    with suppress(OSError):
+        run.rmdir()
+
+
+def _sync_all(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, on the disk itself."""
+    for place in (*path.rglob("*"), path):
+        if not place.is_symlink():
+            _sync(place)
+
+
+def _sync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)

@@ -23,6 +23,9 @@ from perta.store.checkpoint import (
 
 # --- fingerprints --------------------------------------------------------------------------
 
+COUNTED = (*WEIGHTS, *COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR)
+"""Files of a folder that are hashed."""
+
 _FileState = tuple[str, int, int, int, int]
 _hashes: dict[_FileState, str] = {}
 _HASHED_AT_ONCE = 1 << 20
@@ -50,9 +53,7 @@ def fingerprint(path: Path) -> str:
         return _hash_file(path)
     if not path.exists():
         raise CheckpointNotFoundError(f"{path} does not exist.")
-    names = matching(
-        path, (*WEIGHTS, *COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR)
-    )
+    names = matching(path, COUNTED)
     if not names:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint and no importance.")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

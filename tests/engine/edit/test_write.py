@@ -53,12 +53,12 @@ from perta.methods.method import block_seed
 from perta.options import SaveType, WeightingConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
-from perta.stages.stage import check_separate
 from perta.store import arithmetic
 from perta.store.arithmetic import Place
 from perta.store.atomic import atomic_folder
 from perta.store.checkpoint import TensorEntry, open_index, read_tensor, write_from, write_tensors
 from perta.store.fingerprint import fingerprint
+from perta.store.outputs import check_separate
 
 EMBEDDING = "model.embed_tokens.weight"
 SHAPES = {

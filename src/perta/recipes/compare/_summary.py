@@ -156,6 +156,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:{form}} ± {statistics.stdev(values):{form}}"
 
 
+def summary_files() -> list[str]:
+    """Names of all that `write_summary` may write."""
+    return ["summary.md", *(f"{v}{part}" for v in VIEWS for part in (".csv", "_seeds.csv", ".tex"))]
+
+
 def write_summary(records: Sequence[Record], folder: Path) -> None:
     """Print the tables, and write them.
 

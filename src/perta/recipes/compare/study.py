@@ -32,13 +32,14 @@ from perta.recipes.compare._model import Bench, means
 from perta.recipes.compare._paths import TrainingPath, prepare_path
 from perta.recipes.compare._search import nearest
 from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
-from perta.recipes.compare._summary import write_summary
+from perta.recipes.compare._summary import summary_files, write_summary
 from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import write_text
 from perta.store.costs import seconds_of, training_passes
 from perta.store.fingerprint import fingerprint
+from perta.store.outputs import check_output, check_separate
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
 
 _REFERENCES = ("base", "full", "retrained")
@@ -89,6 +90,11 @@ def bench_compare(config: CompareConfig) -> list[Record]:
         # Raises now what would stop it later.
         load_examples(config.general, rows_config(config, config.general))
     base = resolve_checkpoint(config.base)
+    sets = (config.forget, config.retain, config.general, config.tofu, config.ability_path)
+    reads = [base, config.base, *(given for given in sets if given)]
+    for seed in config.seeds:
+        check_separate(config.output / f"seed-{seed}", reads)
+    check_output(config.output, overwrite=True, ours=_is_comparison)
     records: list[Record] = []
     for seed in config.seeds:
         records += _Seed(config, base, seed).run(specs)
@@ -107,6 +113,12 @@ def bench_compare(config: CompareConfig) -> list[Record]:
         )
     )
     return records
+
+
+def _is_comparison(folder: Path) -> bool:
+    """Whether a comparison may be written to a folder: none of its files are of anything else."""
+    tables = any((folder / name).exists() for name in summary_files())
+    return folder.is_dir() and (any(folder.glob("seed-*")) or not tables)
 
 
 def _uses_general(spec: _AnySpec | None) -> bool:
