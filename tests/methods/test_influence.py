@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import World
@@ -17,7 +19,7 @@ from perta.data.batch import IGNORE, Encoded, bucketed
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.train.unlearn import unlearn_by_training
-from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
+from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.influence import (
     conjugate_gradients,
     hessian_product,
@@ -255,3 +257,19 @@ def test_the_stage_edits_the_adapters_layers_only(
     losses = losses_of(done, encoded, batch_size=4, pad=0)
     assert sum(losses) / len(losses) == pytest.approx(found["loss_after"], rel=1e-3)
     assert "| damping lambda | 1 |" in (output / "README.md").read_text("utf-8")
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(
+    world: World, adapter: Path, tmp_path: Path
+) -> None:
+    file = shutil.copytree(adapter, tmp_path / "cut") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[min(tensors)]
+    save_file(tensors, file)
+    config = TrainConfig(
+        method="influence", full=str(tmp_path / "cut"), forget=str(world.forget),
+        retain=str(world.retain), output=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(CheckpointMismatchError, match="asks for"):
+        train_checkpoint(config)
+    assert not (tmp_path / "out").exists()

@@ -173,19 +173,8 @@ def test_small_steps_of_training_survive_a_narrow_type(world: World) -> None:
     assert float(moved.mean()) == pytest.approx(1 / 16, abs=5 * (1 / 16 / moved.numel()) ** 0.5)
 
 
-def test_adapters_that_cannot_be_merged_say_why(world: World, tmp_path: Path) -> None:
+def test_an_adapter_in_a_pickle_is_not_loaded(world: World, tmp_path: Path) -> None:
     lora = adapter(world, tmp_path / "lora")
-    settings = json.loads((lora / "adapter_config.json").read_text())
-    (lora / "adapter_config.json").write_text(
-        json.dumps({**settings, "peft_type": "PREFIX_TUNING"})
-    )
-    with pytest.raises(CheckpointError, match="only LoRA"):
-        resolve_checkpoint(lora)
-    (lora / "adapter_config.json").write_text(
-        json.dumps({**settings, "base_model_name_or_path": None})
-    )
-    with pytest.raises(CheckpointError, match="does not name its base"):
-        resolve_checkpoint(lora)
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="never loaded"):
         resolve_checkpoint(lora)

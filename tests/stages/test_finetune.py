@@ -15,7 +15,7 @@ from perta.data.batch import IGNORE, Encoded, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.train.tune import tune
-from perta.errors import DivergenceError, OutputExistsError
+from perta.errors import ConfigError, DivergenceError, OutputExistsError
 from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.loss import answer_logits, example_losses, losses_of
@@ -141,6 +141,16 @@ def test_lora_is_merged_and_leaves_other_weights_alone(world: World, tmp_path: P
     manifest = read_manifest(output)
     assert manifest is not None
     assert manifest["final_loss"] < manifest["epoch_losses"][0]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_lora_on_one_use_of_a_tied_weight_is_refused(
+    target: str, world: World, tmp_path: Path
+) -> None:
+    settings = TuneConfig(epochs=1, lora_rank=2, lora_targets=("q_proj", target))
+    with pytest.raises(ConfigError, match="one weight for both"):
+        finetune_checkpoint(config(world, tmp_path / "f", settings))
+    assert not (tmp_path / "f").exists()
 
 
 def test_companions_are_carried_over_and_type_kept_when_asked(world: World, tmp_path: Path) -> None:

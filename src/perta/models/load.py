@@ -26,7 +26,7 @@ from perta.errors import (
 from perta.models.complete import check_checkpoint, check_loaded, described_model, read_settings
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
-from perta.store.checkpoint import copy_companions, open_index
+from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -192,6 +192,15 @@ def save_type(wanted: SaveType, folder: Path) -> torch.dtype:
     return named[wanted]
 
 
+def rename_type(config: dict[str, Any], name: str) -> None:
+    """Write another type of the weights into a configuration, wherever it names one."""
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None:
+            config[key] = name
+        elif isinstance(value, dict):
+            rename_type(value, name)
+
+
 def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
     """Turn a tuned float32 model into the type it is stored in, as the edit rounds.
 
@@ -270,6 +279,12 @@ def _require_config(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise CheckpointNotFoundError(
             f"{folder} has no config.json. Give the folder that `save_pretrained` wrote."
+        )
+    if (folder / ADAPTER_CONFIG).exists():
+        # transformers would put it on the model unasked.
+        raise CheckpointError(
+            f"{folder} holds an adapter beside its base model. Move the adapter's files, "
+            f"{ADAPTER_CONFIG} and adapter_model.safetensors, to a folder of their own."
         )
 
 

@@ -1,28 +1,30 @@
 """From what the user names to a local checkpoint folder.
 
 folder with safetensors ── as it is
-LoRA adapter folder ────── merged into its base, kept in the cache
+adapter folder ─────────── merged into its base, kept in the cache
 GGUF file ──────────────── dequantised to float32, kept in the cache
 hub id ─────────────────── downloaded by huggingface_hub, into its own cache
 """
 
 from __future__ import annotations
 
-import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
+from perta.models.adapters import adapter_settings, merge_adapter
 from perta.models.complete import check_checkpoint
-from perta.models.load import load_model, load_tokenizer, plain_errors, save_model, stored_dtype
-from perta.options import ComputeConfig
+from perta.models.load import plain_errors, save_model
 from perta.progress import say
 from perta.store.atomic import atomic_folder
-from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions
+from perta.store.checkpoint import ADAPTER_CONFIG
 from perta.store.fingerprint import fingerprint
+from perta.version import __version__
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -41,7 +43,7 @@ def resolve_checkpoint(
     """The local safetensors folder a reference stands for.
 
     Args:
-        reference: folder, LoRA adapter folder, GGUF file or hub id.
+        reference: folder, PEFT adapter folder, GGUF file or hub id.
         base: model an adapter belongs to; by default the one its config names.
         exact: merge an adapter into float32 weights, whatever the type of its base: what it adds
             is a task vector, most of which the base's type may round away.
@@ -54,6 +56,17 @@ def resolve_checkpoint(
         CheckpointError: an adapter that cannot be merged, a GGUF file that cannot be read, or a
             checkpoint that is quantised or of another model than its configuration.
     """
+    return _resolve(reference, base=base, exact=exact)
+
+
+def _resolve(
+    reference: str | Path,
+    above: tuple[Path, ...] = (),
+    *,
+    base: str | Path | None = None,
+    exact: bool = False,
+    revision: str | None = None,
+) -> Path:
     text = str(reference)
     path = Path(text).expanduser()
     if path.is_file():
@@ -64,14 +77,14 @@ def resolve_checkpoint(
         )
     if path.is_dir():
         if (path / ADAPTER_CONFIG).exists():
-            return _from_adapter(path, base, exact)
+            return _from_adapter(path, base, exact, above)
         return _whole(path)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
         raise CheckpointNotFoundError(
             f"There is no checkpoint at {text}. Give a folder with config.json and safetensors "
-            "files, a LoRA adapter folder, a .gguf file, or a hub id such as owner/name."
+            "files, a PEFT adapter folder, a .gguf file, or a hub id such as owner/name."
         )
-    return _whole(_from_hub(text))
+    return _whole(_from_hub(text, revision))
 
 
 def _whole(folder: Path) -> Path:
@@ -82,7 +95,8 @@ def _whole(folder: Path) -> Path:
 
 
 def _from_gguf(path: Path) -> Path:
-    target = cache_folder() / "gguf" / fingerprint(path)[:24]
+    made_by = f"{fingerprint(path)} {__version__} {version('transformers')} {version('gguf')}"
+    target = cache_folder() / "gguf" / blake3(made_by.encode()).hexdigest()[:24]
     if target.is_dir():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,51 +117,68 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
-def _from_adapter(path: Path, base: str | Path | None, exact: bool) -> Path:
-    settings = json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))
-    named = base or settings.get("base_model_name_or_path")
-    if settings.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{path} is a {settings.get('peft_type')} adapter; only LoRA adapters can be merged "
-            "into weights."
-        )
-    if not (path / "adapter_model.safetensors").exists():
-        raise CheckpointError(
-            f"{path} has no adapter_model.safetensors. Pickle files are never loaded; save the "
-            "adapter again with safe_serialization."
-        )
-    if not named:
-        raise CheckpointError(f"{path} does not name its base model. Pass it with --base.")
-    base_folder = resolve_checkpoint(named)
-    dtype = torch.float32 if exact else stored_dtype(base_folder)
-    kind = str(dtype).removeprefix("torch.")
-    key = f"{fingerprint(base_folder)[:12]}{fingerprint(path)[:12]}-{kind}"
+def _from_adapter(
+    path: Path, base: str | Path | None, exact: bool, above: tuple[Path, ...] = ()
+) -> Path:
+    base_folder = base_of_adapter(path, base, above)
+    # All that the result depends on: both inputs, the type it is stored in, and what merges.
+    makers = f"{__version__} {version('peft')} {version('transformers')}"
+    parts = (fingerprint(base_folder), fingerprint(path), "float32" if exact else "", makers)
+    key = blake3("\n".join(parts).encode()).hexdigest()[:24]
     target = cache_folder() / "merged" / key
     if not target.is_dir():
-        _merge_adapter(path, base_folder, target, dtype)
+        say(f"Merging adapter {path.name} into its base (once)")
+        with atomic_folder(target, overwrite=True) as partial:
+            merge_adapter(path, base_folder, partial, exact=exact)
     return target
 
 
-def _merge_adapter(path: Path, base_folder: Path, target: Path, dtype: torch.dtype) -> None:
-    from peft import PeftModel
+def base_of_adapter(
+    adapter: Path, given: str | Path | None = None, above: tuple[Path, ...] = ()
+) -> Path:
+    """The local folder of the model that an adapter belongs to; it may be the adapter's own.
 
-    say(f"Merging adapter {path.name} into its base (once)")
-    model = load_model(base_folder, ComputeConfig(device="cpu", dtype="float32"))
-    with plain_errors(path, "adapter"):
-        merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    # Added in float32, rounded once.
-    merged.to(dtype)
-    with atomic_folder(target, overwrite=True) as partial:
-        save_model(merged, load_tokenizer(base_folder), partial, base_folder)
-        # An adapter folder may bring its own tokenizer or chat template.
-        copy_companions(path, partial)
+    Args:
+        adapter: the adapter's folder.
+        given: the model, in place of the one that the adapter names.
+        above: adapters that wait for this one.
+
+    Raises:
+        CheckpointNotFoundError: the adapter names no model, or none that is there.
+        CheckpointError: see `adapter_settings`, or adapters that name each other.
+    """
+    settings = adapter_settings(adapter)
+    named = given or settings.get("base_model_name_or_path")
+    cure = (
+        f"Set base_model_name_or_path in {adapter / ADAPTER_CONFIG} to the folder or hub id of the "
+        "model that it was tuned on."
+    )
+    if not named:
+        raise CheckpointNotFoundError(f"The adapter {adapter} does not name its base model. {cure}")
+    folder = Path(str(named)).expanduser()
+    if folder.is_dir() and folder.resolve() == adapter.resolve():
+        return _whole(folder)
+    waiting = (*above, adapter.resolve())
+    if folder.resolve() in waiting:
+        raise CheckpointError(
+            f"The adapters {adapter} and {folder} name each other as base. {cure}"
+        )
+    try:
+        return _resolve(str(named), waiting, revision=None if given else settings.get("revision"))
+    except CheckpointNotFoundError as error:
+        if given:
+            raise
+        raise CheckpointNotFoundError(
+            f"The base model {named} that the adapter {adapter} names is not there: {error} {cure}"
+        ) from error
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(str(snapshot_download(name, allow_patterns=list(_HUB_FILES))))
+        patterns = list(_HUB_FILES)
+        return Path(str(snapshot_download(name, revision=revision, allow_patterns=patterns)))
     except Exception as error:  # the library raises a dozen unrelated classes here
         raise CheckpointNotFoundError(
             f"{name} is no folder here, and could not be fetched from the hub: {first_line(error)} "

@@ -6,7 +6,6 @@ The baselines that weight-space edits are compared with, and the reference they 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from perta.methods.card import training_card
 from perta.methods.influence import remove_influence
 from perta.methods.objectives import Influence, Training
 from perta.methods.registry import parse
+from perta.models.adapters import put_on
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -35,7 +35,7 @@ from perta.models.load import (
     save_model,
     save_type,
 )
-from perta.models.resolve import resolve_checkpoint
+from perta.models.resolve import base_of_adapter, resolve_checkpoint
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import run_stage
@@ -190,13 +190,10 @@ def _train(
 def _solve(
     config: TrainConfig, method: Influence, material: _Material
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    from peft import PeftModel
-
     adapter = _adapter(config)
-    named = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    base = resolve_checkpoint(config.base or named["base_model_name_or_path"])
+    base = base_of_adapter(adapter, config.base)
     model = load_model(base, config.compute, dtype=torch.float32)
-    adapted: Any = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    adapted = put_on(model, adapter, base)
     removed = remove_influence(
         adapted,
         material.forget,

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -478,13 +478,41 @@ def write_tensors(
         ConfigError: a tensor is in no shard, or its type cannot be stored.
     """
     layout = {_SINGLE: list(tensors)} if shards is None else _present(shards, tensors)
-    weight_map: dict[str, str] = {}
-    for file_name, names in layout.items():
-        selected = {name: tensors[name] for name in names}
-        _write_file(folder / file_name, selected, metadata or {"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file_name))
-    if set(layout) != {_SINGLE}:
-        total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    places = {
+        file: {name: (tensors[name].dtype, tensors[name].shape) for name in sorted(names)}
+        for file, names in layout.items()
+    }
+    stream_tensors(folder, places, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    folder: Path,
+    places: Mapping[str, Mapping[str, tuple[torch.dtype, Sequence[int]]]],
+    value: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors checkpoint, each tensor made when its turn comes.
+
+    Args:
+        folder: existing folder; for an all-or-nothing write, one from `atomic_folder`.
+        places: file name -> type and shape of each of its tensors.
+        value: gives a tensor by its name, in that type and shape, on any device.
+        metadata: free text for the headers [default: {"format": "pt"}].
+
+    Raises:
+        ConfigError: a type cannot be stored.
+    """
+    for file_name, types in places.items():
+        header = safetensors_header(types, metadata or {"format": "pt"})
+        with (folder / file_name).open("wb") as stream:
+            stream.write(header)
+            for name in sorted(types, key=lambda name: -types[name][0].itemsize):
+                flat = value(name).detach().contiguous().cpu().reshape(-1)
+                stream.write(flat.view(torch.uint8).numpy().data)
+    if set(places) != {_SINGLE}:
+        every = {name: place for types in places.values() for name, place in types.items()}
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in every.values())
+        weight_map = {name: file for file, types in places.items() for name in types}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -530,16 +558,6 @@ def safetensors_header(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header = safetensors_header({n: (tensors[n].dtype, tensors[n].shape) for n in names}, metadata)
-    with file.open("wb") as stream:
-        stream.write(header)
-        for name in names:
-            flat = tensors[name].detach().contiguous().cpu().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -10,11 +10,11 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
-from perta.models.load import save_type, stored_dtype
+from perta.models.load import rename_type, save_type, stored_dtype
 from perta.options import SaveType
 from perta.store.checkpoint import (
     INDEX,
@@ -80,16 +80,8 @@ def write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
     if save_dtype == "full" or not file.is_file():
         return
     config = json.loads(file.read_text("utf-8"))
-    _rename_type(config, save_dtype)
+    rename_type(config, save_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _rename_type(config: dict[str, Any], save_dtype: SaveType) -> None:
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and value is not None:
-            config[key] = save_dtype
-        elif isinstance(value, dict):
-            _rename_type(value, save_dtype)
 
 
 def _header_bytes(file: Path) -> bytes:

@@ -15,6 +15,7 @@ from torch import nn
 
 from perta.data.batch import Batch
 from perta.errors import ConfigError, DivergenceError
+from perta.models.adapters import refuse_tied
 from perta.options import TrainingRun
 from perta.progress import say, warn
 from perta.store.atomic import atomic_file
@@ -36,7 +37,12 @@ def _add_lora(model: PreTrainedModel, config: TrainingRun) -> Any:
     )
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # PEFT warns of what is refused here.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        adapted = get_peft_model(model, settings)
+    refuse_tied(adapted)
+    return adapted
 
 
 def _set_checkpointing(model: Any, on: bool) -> None:
