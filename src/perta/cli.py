@@ -20,6 +20,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Unknow
 
 from perta.errors import ConfigError, PertaError, shortage
 from perta.evidence.settings import BENCHMARKS, Offer
+from perta.options import Repeated
 from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import DemoConfig, UnlearnConfig
@@ -292,6 +293,7 @@ def demo(config: DemoConfig | None = None) -> None:
 def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(name="--config")] = None,
+    method_file: Annotated[tuple[Path, ...], Repeated] = (),
     quiet: bool = False,
     traceback: bool = False,
 ) -> None:
@@ -301,6 +303,7 @@ def launch(
         tokens: the subcommand and its options.
         config: YAML file with options of the subcommand, named as on the command line; flags
             given as well take precedence.
+        method_file: Python file that defines methods, which --method then takes as it takes ours.
         quiet: print results only, no progress.
         traceback: show the full traceback of an error.
     """
@@ -310,6 +313,11 @@ def launch(
 
         set_quiet(True)
     _quiet_libraries()
+    if method_file:
+        from perta.methods.registry import load_methods
+
+        for file in method_file:
+            load_methods(file)
     app.config = () if config is None else (_yaml(config),)
     app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 

@@ -382,9 +382,9 @@ class WeightingConfig:
     """Which weights change, and how far."""
 
     method: Annotated[MethodText, Parameter(group=MAIN)] = "perta-project"
-    """Method, with settings as in `perta-project:rho=5`; `perta methods` lists them, `perta methods
-    NAME` its settings. `perta-grad` and `perta-fisher` are the paper's own. In a program it may be
-    the method itself."""
+    """Method, with settings as in `perta-project:rho=5`; `perta methods` lists them, and with a
+    name the settings of one. `perta-grad` and `perta-fisher` are the paper's own. In a program it
+    may be the method itself."""
     scaling_coef: Annotated[
         float | Literal["auto"] | None, Parameter(alias="--alpha", group=MAIN)
     ] = None

@@ -21,6 +21,8 @@ from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import AbilityConfig
+from perta.methods.method import KNOWN
+from perta.methods.registry import load_methods
 from perta.recipes.compare._draw import draw_sets
 from perta.recipes.compare._edits import prepare_edit
 from perta.recipes.compare._model import Bench, relearning
@@ -513,6 +515,41 @@ def test_the_report_is_of_the_methods_asked_for(
     page = (config.output / "report.html").read_text("utf-8")
     assert "perta-grad" not in page
     assert ">tv" in page
+
+
+SCALED = """
+from perta.methods.method import Combination
+
+
+class Scaled(Combination):
+    name, summary, done, formula, source = "scaled", "a part", "It was.", "W = part", "this test"
+
+    def combine(self, vectors, block):
+        return vectors[0].mul_(0.5)
+"""
+
+
+def test_a_method_whose_code_changed_is_compared_again(
+    compared: tuple[CompareConfig, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = compared
+    prepared, strengths = [], []
+
+    def prepare(*args: Any) -> Any:
+        prepared.append(args[2].name)
+        return prepare_edit(*args)
+
+    monkeypatch.setattr("perta.recipes.compare.study.prepare_edit", prepare)
+    mine, before = tmp_path / "mine.py", dict(KNOWN)
+    for code in (SCALED, SCALED, SCALED.replace("0.5", "0.25")):
+        mine.write_text(code, "utf-8")
+        load_methods(mine)
+        found = bench_compare(replace(config, general=None, methods=("scaled",), suite=False))
+        strengths.append(next(r["tries"] for r in found if r["method"] == "scaled"))
+    for name in KNOWN.keys() - before:
+        del KNOWN[name]
+    assert prepared == ["scaled"] * 2
+    assert strengths[0] == strengths[1] != strengths[2]
 
 
 @pytest.mark.parametrize(

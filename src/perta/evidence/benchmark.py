@@ -14,11 +14,9 @@ own:
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +38,7 @@ from perta.models.resolve import cache_folder
 from perta.options import DataConfig
 from perta.progress import say
 from perta.store.atomic import write_text
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import fingerprint, run_file
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
@@ -127,20 +125,13 @@ def load_benchmark(path: Path) -> Benchmark[Any]:
     Raises:
         ConfigError: the file cannot be run, or does not define exactly one complete `Benchmark`.
     """
-    name = f"perta_benchmark_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(f"There is no Python file {path} to take a benchmark from.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    module = run_file(path)
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Benchmark) and value.__module__ == name
+        if isinstance(value, type)
+        and issubclass(value, Benchmark)
+        and value.__module__ == module.__name__
     ]
     if len(found) != 1 or inspect.isabstract(found[0]):
         raise ConfigError(

@@ -22,6 +22,8 @@ import dataclasses
 import hashlib
 import inspect
 import marshal
+import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +191,7 @@ class Method:
                 )
         if "name" in vars(cls):
             missing = [part for part in _SAID if not hasattr(cls, part)]
+            missing += [part for part in dir(cls) if _is_left_out(getattr(cls, part, None))]
             if missing:
                 raise ConfigError(f"The method `{cls.name}` has no {', '.join(missing)}.")
             if (taken := KNOWN.get(cls.name)) and is_ours(taken):
@@ -233,11 +236,15 @@ class Method:
         ]
         return ":".join([self.name, *([",".join(own)] if own else [])])
 
+    @property
+    def code(self) -> dict[str, Any]:
+        """Hashes of its code, for an output's record, as far as it does not come with perta."""
+        theirs = [cls for cls in type(self).__mro__ if not is_ours(cls) and cls is not object]
+        return {"method_code": [_digest(cls) for cls in theirs]} if theirs else {}
+
     def record(self) -> dict[str, Any]:
         """What decides its result, for an output's record: name, settings, code not of perta."""
-        theirs = [cls for cls in type(self).__mro__ if not is_ours(cls) and cls is not object]
-        code = {"method_code": [_digest(cls) for cls in theirs]} if theirs else {}
-        return {"method": self.name, "method_settings": self.settings, **code}
+        return {"method": self.name, "method_settings": self.settings, **self.code}
 
     @property
     def equation(self) -> str:
@@ -339,6 +346,10 @@ class Edit(Method):
 class Weighting(Edit):
     """A method that says of every weight what share of it belongs to forgetting: `weigh`."""
 
+    @abstractmethod
+    def weigh(self, block: Block) -> Tensor | float:
+        """W of a block's shape, or one number for all of it."""
+
 
 class Combination(Edit):
     """A method that makes one direction of several task vectors: `combine`."""
@@ -347,6 +358,7 @@ class Combination(Edit):
 class Directions(Edit):
     """A method that solves for the direction of every linear layer: `solve`."""
 
+    @abstractmethod
     def solve(
         self,
         vectors: Sequence[Tensor],
@@ -363,13 +375,16 @@ class Directions(Edit):
         Returns:
             One direction a layer.
         """
-        raise NotImplementedError
 
 
 def _lies(value: float, within: str) -> bool:
     low, high = map(float, within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
     return above and (value <= high if within[-1] == "]" else value < high)
+
+
+def _is_left_out(part: object) -> bool:
+    return bool(getattr(part, "__isabstractmethod__", False))
 
 
 def is_ours(cls: type[Any]) -> bool:
@@ -379,7 +394,7 @@ def is_ours(cls: type[Any]) -> bool:
 
 def _digest(cls: type[Any]) -> str:
     """Hash of the code of a class: of its file, or where it has none of its functions."""
-    loaded = getattr(cls, "loaded_from", None)
+    loaded = getattr(sys.modules.get(cls.__module__), "loaded_from", None)
     if loaded is not None:
         return cast(str, loaded)
     try:

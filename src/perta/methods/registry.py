@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from perta.errors import ConfigError, nearest
+from perta.errors import ConfigError, first_line, nearest
 from perta.methods import (  # noqa: F401 - they define methods
     diagonal,
     directions,
@@ -17,13 +21,55 @@ from perta.methods import (  # noqa: F401 - they define methods
 )
 from perta.methods.method import KNOWN, Edit, Method
 from perta.options import MethodText, WeightingConfig
+from perta.progress import warn
+from perta.store.fingerprint import run_file
 
 _Kind = TypeVar("_Kind", bound=Method)
 
 
 def known(kind: type[_Kind]) -> dict[str, type[_Kind]]:
     """Name -> class of every method of a kind."""
+    _load_installed()
     return {name: cls for name, cls in KNOWN.items() if issubclass(cls, kind)}
+
+
+def load_methods(path: Path) -> None:
+    """Make the methods that a Python file defines known; none of them if the file cannot be run.
+
+    Raises:
+        ConfigError: it cannot be run, or defines no method.
+    """
+    before = dict(KNOWN)
+    with _whole():
+        run_file(path)
+        if before == KNOWN:
+            raise ConfigError(
+                f"{path} defines no method: a class with a `name`, based on Weighting, Combination "
+                "or Directions of perta.methods.method or on Training of perta.methods.objectives."
+            )
+
+
+@cache
+def _load_installed() -> None:
+    """Make the methods of installed packages known, which offer them as `perta.methods`."""
+    for entry in entry_points(group="perta.methods"):
+        try:
+            with _whole():
+                entry.load()
+        except (Exception, SystemExit) as error:
+            warn(f"The methods of {entry.value} are left out: {first_line(error)}")
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Forget the methods that were defined where a block fails."""
+    before = dict(KNOWN)
+    try:
+        yield
+    except BaseException:
+        KNOWN.clear()
+        KNOWN.update(before)
+        raise
 
 
 def parse(text: MethodText, kind: type[_Kind]) -> _Kind:

@@ -39,8 +39,8 @@ class TrainConfig:
     """Inputs and output of `perta train`."""
 
     method: MethodText
-    """Training method, with settings as in `npo:beta=0.05`; `perta methods` lists them, `perta
-    methods NAME` its settings. In a program it may be the method itself."""
+    """Training method, with settings as in `npo:beta=0.05`; `perta methods` lists them, and
+    with a name the settings of one. In a program it may be the method itself."""
     output: Path
     """Folder of the unlearned checkpoint."""
     full: str | None = None

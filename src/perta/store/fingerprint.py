@@ -1,17 +1,20 @@
-"""Fingerprints: what a file or folder holds, as one hash, wherever it lies.
+"""Fingerprints: what a file or folder holds, as one hash, wherever it lies; code that is run too.
 
 A large file is hashed once and remembered by its place, size and time of change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from blake3 import blake3
 
-from perta.errors import CheckpointNotFoundError
+from perta.errors import CheckpointNotFoundError, ConfigError, first_line
 from perta.store.checkpoint import (
     ADAPTER_CONFIG,
     COMPANIONS,
@@ -78,3 +81,32 @@ def _hash_file(file: Path) -> str:
                 digest.update(part)
         _hashes[state] = digest.hexdigest()
     return _hashes[state]
+
+
+def run_file(path: Path) -> ModuleType:
+    """Run a Python file of a user's own, as a module that holds the hash of the code that ran.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The module; its `loaded_from` is the SHA-256 of the file in hexadecimal.
+
+    Raises:
+        ConfigError: it is not there, or cannot be run.
+    """
+    try:
+        code = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"There is no Python file {path} to run: {error.strerror}.") from error
+    digest = hashlib.sha256(code).hexdigest()
+    module = ModuleType(f"own_{digest[:16]}")
+    vars(module).update(__file__=str(path), loaded_from=digest)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(code, str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[module.__name__]
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{path} cannot be run: {what}") from error
+    return module

@@ -180,6 +180,8 @@ def _sets(
             f"`{method.name}` does not train. Use `perta train --method {method.name}`, or "
             "`perta.methods.influence.remove_influence` in a program."
         )
+    if not method.sees_forget_set and method.retain is None:
+        raise ConfigError(f"`{method.name}` has neither a `forget` term nor a retain term.")
     if method.sees_forget_set and not forget:
         raise EmptyDatasetError(f"`{method.name}` needs forget examples, but there are none.")
     if method.retain and not retain:

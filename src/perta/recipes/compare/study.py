@@ -343,7 +343,7 @@ class _Seed:
         config, draw = self._config, self._draw
         settings = {name: getattr(config, name) for name in _IN_KEY}
         settings |= settings_of(config.data_config)
-        settings |= {"contender": spec.name if spec else None}
+        settings |= {"contender": spec.name, **spec.method.code} if spec else {"contender": None}
         if isinstance(spec, EditSpec):
             settings |= {"loss_on": forget_loss(config, draw, spec)}
         if isinstance(spec, TrainingSpec):
