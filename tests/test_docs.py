@@ -13,7 +13,9 @@ import pytest
 
 import perta
 from perta.cli import main
-from perta.methods.method import KNOWN
+from perta.methods.method import KNOWN, Edit, Method, is_ours
+from perta.methods.objectives import Training
+from perta.methods.registry import get_method, known
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import DataConfig
 
@@ -102,6 +104,74 @@ def test_options_on_the_pages_exist(
     pages = [p for p in PAGES if p not in others and "experiments" not in p.parts]
     named = {(p.name, o) for p in pages for o in re.findall(option, p.read_text("utf-8"))}
     assert [(page, o) for page, o in named if o not in known] == []
+
+
+def method_tables() -> dict[str, dict[str, str]]:
+    """Method -> cells of all its rows in the tables of methods.md, by their column."""
+    found: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for line in (ROOT / "docs" / "methods.md").read_text("utf-8").splitlines():
+        if not line.startswith("| "):
+            columns = []
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not columns:
+            columns = cells
+        elif "`" in cells[0]:
+            for name in re.findall(r"`([a-z-]+)`", cells[0]):
+                found.setdefault(name, {}).update(zip(columns[1:], cells[1:], strict=True))
+                if "source" in columns:
+                    found[name]["together"] = cells[0]
+    return found
+
+
+def numbers(text: str) -> set[float]:
+    return {float(n) for n in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?:e-\d+)?(?!\w)", text)}
+
+
+def arxiv(text: str) -> set[str]:
+    return set(re.findall(r"\d{4}\.\d{5}", text))
+
+
+def test_the_tables_of_methods_are_those_of_the_classes() -> None:
+    tables = method_tables()
+    assert set(tables) == {name for name, cls in known(Method).items() if is_ours(cls)}
+    for name, row in tables.items():
+        together = re.findall(r"`([a-z-]+)`", row["together"])
+        sources = {source for other in together for source in arxiv(known(Method)[other].source)}
+        tofu = {"2401.06121"} if "TOFU" in row["source"] else set()
+        assert arxiv(row["source"]) | tofu == sources, name
+
+
+@pytest.mark.parametrize("name", known(Edit))
+def test_the_table_of_edits_has_their_defaults_and_passes(name: str) -> None:
+    row, needs = method_tables()[name], known(Edit)[name].needs
+    together = [get_method(n) for n in re.findall(r"`([a-z-]+)`", row["together"])]
+    own = {float(v) for method in together for v in method.settings.values()}
+    assert numbers(row["defaults"]) == own | {method.strength for method in together}
+    passes = row["passes over data"]
+    assert ("E·n" in passes or "as `tv`" in passes) == bool(needs.tuned)
+    assert ("MLP" in row["defaults"]) == (together[0].layers == "mlp")
+    if "as `" not in passes:
+        assert bool(re.search(r"\bm\b", passes)) == (
+            "retain" in (*needs.importance, *needs.moments)
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in known(Training) if name != "influence"])
+def test_the_tables_of_training_have_their_defaults_and_needs(name: str) -> None:
+    row, cls = method_tables()[name], known(Training)[name]
+    own = dict(cls().settings)
+    for column in ("forget weight", "retain weight"):
+        weight = own.pop(column.replace(" ", "_"), None)
+        assert numbers(row[column]) == (set() if weight is None else {weight})
+    assert numbers(row["epochs"]) == {cls.epochs}
+    assert numbers(row["learning rate"]) == {cls.learning_rate}
+    # A negative number stands for a choice that the model makes.
+    assert numbers(row["β, other"]) == {value for value in own.values() if value >= 0}
+    measured = {None: "one number per forget example", "beside": "two numbers per forget example"}
+    kept = measured[cls.refusals] if cls.reference == "log_probs" else "–"
+    assert row["needs of θ_full"] == ("a frozen copy" if cls().keeps_frozen_model else kept)
 
 
 class Tutorials:
