@@ -35,6 +35,7 @@ from perta.stages.settings import (
     PeopleConfig,
     TrainConfig,
 )
+from perta.store.parse import parse_yaml, read_bytes
 from perta.version import __version__
 
 app = App(
@@ -341,16 +342,11 @@ def main() -> None:
 
 def _yaml(file: Path) -> Any:
     """A source of options from a YAML file, checked first so that its errors are plain."""
-    import yaml
     from cyclopts.config import Yaml
 
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config {file}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {file} is not readable as YAML: {reason}") from error
+    if not file.exists():
+        raise ConfigError(f"--config {file}: there is no such file.")
+    content = parse_yaml(read_bytes(file, ConfigError), f"--config {file}", ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file}: expected `option: value` lines.")
     return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)

@@ -243,7 +243,7 @@ def test_results_files(tmp_path: Path) -> None:
     path.write_text(results_json({"x": {"agg_value": 1.0}}))
     assert read_results(path) == {"x": {"agg_value": 1.0}}
     path.write_text("{")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(DataError, match="as JSON"):
         read_results(path)
     path.write_text("[]")
     with pytest.raises(DataError, match="object"):

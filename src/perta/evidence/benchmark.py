@@ -39,6 +39,7 @@ from perta.options import DataConfig
 from perta.progress import say
 from perta.store.atomic import write_text
 from perta.store.fingerprint import fingerprint, run_file
+from perta.store.parse import parse_json
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
@@ -223,9 +224,9 @@ class Journal:
         kept = [header]
         for line in lines[1:]:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, str(self.path), DataError)
                 self.entries[entry["name"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
+            except (DataError, KeyError, TypeError):
                 continue
             kept.append(line)
         return kept

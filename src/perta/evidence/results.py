@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
 from perta.evidence.scoring.answers import Score
+from perta.store.parse import read_json
 
 Results = dict[str, Any]
 
@@ -72,15 +73,7 @@ def read_results(path: str | Path) -> Results:
     Raises:
         DataError: the file is missing or is not a JSON object.
     """
-    try:
-        results = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}). Check the path.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(results, dict):
-        raise DataError(f"{path} does not hold results: expected a JSON object.")
-    return results
+    return read_json(Path(path), DataError, nan=True)
 
 
 def missing(reason: str) -> Results:

@@ -151,7 +151,7 @@ def _value(text: str) -> Any:
         value = yaml.safe_load(text)
         # YAML takes 3e-5, which has no point, for text.
         return float(value) if isinstance(value, str) else value
-    except (ValueError, yaml.YAMLError):
+    except Exception:  # dates and numbers that are none raise what they like
         return text.strip()
 
 

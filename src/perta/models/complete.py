@@ -9,7 +9,6 @@ library itself lets go: tied weights and buffers it computes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perta.errors import CheckpointError, CorruptCheckpointError, some
+from perta.models.trust import LOCAL, NO_CODE, read_config
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is_float, open_index
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ def described_model(folder: Path) -> PreTrainedModel | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if read_settings(folder).get("model_type") not in CONFIG_MAPPING:
+    if read_config(folder).get("model_type") not in CONFIG_MAPPING:
         return None
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, **LOCAL)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **NO_CODE)
     return model
 
 
@@ -149,7 +149,7 @@ def _check_settings(index: CheckpointIndex) -> None:
         CheckpointError: quantised, weights in a file of another name, or counts of parts that
             the files cannot hold.
     """
-    folder, settings = index.folder, read_settings(index.folder)
+    folder, settings = index.folder, read_config(index.folder)
     refuse_quantised(index)
     shards = sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors"))
     if other := settings.get("transformers_weights") or next(iter(shards), None):
@@ -179,7 +179,7 @@ def refuse_quantised(index: CheckpointIndex) -> None:
     Raises:
         CheckpointError: its configuration or its tensors say so; the message names the way out.
     """
-    settings = read_settings(index.folder)
+    settings = read_config(index.folder)
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     found = (part.get(name) for part in parts for name in _QUANTISED)
     if record := next(filter(None, found), None):
@@ -205,24 +205,6 @@ def _is_packed(entry: TensorEntry) -> bool:
     if entry.dtype.is_floating_point:
         return not is_float(entry) or bool(_SCALES.search(last))
     return any(part in last for part in _PACKED)
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json says; nothing where there is none.
-
-    Raises:
-        CheckpointError: it is no JSON object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Copy it again.") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is no JSON object. Copy it again.")
-    return settings
 
 
 def _numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

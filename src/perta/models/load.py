@@ -23,7 +23,8 @@ from perta.errors import (
     first_line,
     shortage,
 )
-from perta.models.complete import check_checkpoint, check_loaded, described_model, read_settings
+from perta.models.complete import check_checkpoint, check_loaded, described_model
+from perta.models.trust import LOCAL, read_config
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
@@ -62,6 +63,7 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **LOCAL,
         )
     model: PreTrainedModel = loaded[0]
     check_loaded(loaded[1], index)
@@ -80,7 +82,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with plain_errors(folder, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"The tokenizer in {folder} has no end-of-sequence token. Set `eos_token` in its "
@@ -104,7 +106,7 @@ def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
         CheckpointError: the config names no number, or one of which no text can be made.
     """
     if isinstance(model_or_folder, Path):
-        settings = read_settings(model_or_folder)
+        settings = read_config(model_or_folder)
     else:
         settings = model_or_folder.config.to_dict()
     text = settings.get("text_config")
@@ -319,6 +321,11 @@ def plain_errors(place: Path, what: str = "model") -> Iterator[None]:
     except Exception as error:  # whatever a damaged file makes the libraries raise
         if shortage(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{place}: the {what} comes with code of its own, which is never run. Convert it "
+                "to an architecture of the transformers library on a machine you trust."
+            ) from error
         raise CheckpointError(
             f"{place}: no {what} could be loaded from it: {first_line(error)}"
         ) from error

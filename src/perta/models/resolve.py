@@ -20,6 +20,7 @@ from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
 from perta.models.adapters import adapter_settings, merge_adapter
 from perta.models.complete import check_checkpoint
 from perta.models.load import plain_errors, save_model
+from perta.models.trust import LOCAL
 from perta.progress import say
 from perta.store.atomic import atomic_folder
 from perta.store.checkpoint import ADAPTER_CONFIG
@@ -102,7 +103,7 @@ def _from_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say(f"Converting {path.name} to safetensors (once)")
-    place: dict[str, Any] = {"gguf_file": path.name}
+    place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
     with plain_errors(path, "GGUF file"):
         model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **place)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)

@@ -9,7 +9,6 @@ as in `retrained=results.json`; never from names of files or from where they lie
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from perta.errors import DataError
 from perta.evidence.measures import Reading, read_measures
+from perta.store.parse import read_json
 from perta.store.provenance import (
     STATED,
     Record,
@@ -365,10 +365,9 @@ def _split_label(text: str) -> tuple[str | None, Path]:
 
 def _load(path: Path) -> Record | None:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, DataError, nan=True)
+    except DataError:
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _is_results(content: Record | None) -> bool:

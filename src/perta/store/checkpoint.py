@@ -32,6 +32,7 @@ from perta.errors import (
     ConfigError,
     CorruptCheckpointError,
 )
+from perta.store.parse import parse_json, read_json
 
 _SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -136,9 +137,9 @@ class CheckpointIndex:
     metadata: dict[str, str]
 
     @cached_property
-    def _firsts(self) -> tuple[str, ...]:
-        """First parts of the tensors' names."""
-        return tuple(sorted({name.partition(".")[0] for name in self.tensors}))
+    def _without_first(self) -> dict[str, str]:
+        """What follows the first part of a name -> the name, the first by the alphabet."""
+        return {name.partition(".")[2]: name for name in sorted(self.tensors, reverse=True)}
 
     def find(self, name: str) -> TensorEntry | None:
         """A tensor by its name, with or without the base model's prefix.
@@ -149,8 +150,8 @@ class CheckpointIndex:
         for same in (name, name.partition(".")[2]):
             if same in self.tensors:
                 return self.tensors[same]
-        names = (f"{first}.{name}" for first in self._firsts)
-        return next((self.tensors[n] for n in names if n in self.tensors), None)
+        longer = self._without_first.get(name)
+        return self.tensors[longer] if longer else None
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -213,6 +214,8 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
     """
     header, data_start = _read_raw_header(file)
     raw_metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(raw_metadata, dict):
+        raise CorruptCheckpointError(f"{file}: __metadata__ in the header is no JSON object.")
     entries = [_entry(file, name, info, data_start) for name, info in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = data_start
@@ -322,13 +325,11 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _read_weight_map(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    pairs = read_json(file, CorruptCheckpointError).get("weight_map")
+    if not isinstance(pairs, dict) or not all(isinstance(shard, str) for shard in pairs.values()):
         raise CorruptCheckpointError(
-            f"{file} is not a shard index ({error}). Copy or download it again."
-        ) from error
+            f"{file} is not a shard index: it lacks a weight_map. Copy or download it again."
+        )
     for shard in set(pairs.values()):
         # A shard is a file beside the index; anything else could point outside the folder.
         if Path(shard).name != shard:
@@ -382,20 +383,10 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
                 f"alone would be {length}. Copy or download it again."
             )
         text = stream.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{file}: the header cannot be read ({error}).") from error
+    header = parse_json(text, f"{file}: the header", CorruptCheckpointError)
     if not isinstance(header, dict):
         raise CorruptCheckpointError(f"{file}: the header is not a JSON object.")
     return header, 8 + length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
 
 
 def _entry(file: Path, name: str, info: Any, data_start: int) -> TensorEntry:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from perta.store.checkpoint import IMPORTANCE_SIDECAR
+from perta.store.parse import fits, read_json
+
+_FORM = dict.fromkeys(("model_fingerprint?", "data_fingerprint?", "reduction?"), (str, type(None)))
 
 
 def order_name(order: float) -> str:
@@ -65,10 +67,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
             f"{folder} is not an importance folder: it has no {IMPORTANCE_SIDECAR}. Make one "
             f"with `perta importance`."
         )
-    try:
-        sidecar = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{file} cannot be read ({error}).") from error
-    if not isinstance(sidecar, dict):
-        raise CorruptCheckpointError(f"{file} is not a JSON object.")
+    sidecar = read_json(file, CorruptCheckpointError)
+    if not fits(sidecar, _FORM):
+        raise CorruptCheckpointError(f"{file} has entries of another kind than `perta` writes.")
     return sidecar

@@ -31,9 +31,21 @@ from perta.store.checkpoint import (
     read_tensor,
     write_tensors,
 )
+from perta.store.parse import NUMBERS, fits, read_json
 from perta.store.second_moment import divided
 
 INPUT, OUTPUT = "input_moment", "output_moment"
+_FORM = {
+    "inputs": {str: str},
+    "outputs": {str: str},
+    "tokens": NUMBERS,
+    "examples": NUMBERS,
+    "model_fingerprint": str,
+    "token_choice": str,
+    "transposed": [str],
+    "data_fingerprints": [str],
+    "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
+}
 EXPECTED = 10
 """Tokens of an average expert from which one without any counts as not used."""
 
@@ -117,15 +129,15 @@ def open_moments(folder: Path) -> MomentFolder:
             "...`."
         )
     index = open_index(folder)
-    try:
-        facts = json.loads(file.read_text("utf-8"))
-        named = {*facts["inputs"].values(), *facts["outputs"].values()}
-        counted = facts["tokens"] > 0 and facts["examples"] > 0
-        for key in ("model_fingerprint", "token_choice", "transposed", "data_fingerprints"):
-            facts[key]
-        counted = counted and set(facts["seen"]) == named
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{file} cannot be read ({error!r}).") from error
+    facts = read_json(file, CorruptCheckpointError)
+    if not fits(facts, _FORM):
+        missing = ", ".join(_FORM.keys() - facts.keys())
+        raise CorruptCheckpointError(
+            f"{file} cannot be read as a sidecar: it lacks {missing or 'none'}, or "
+            "has entries of another kind. Make the folder again with `perta moments`."
+        )
+    named = {*facts["inputs"].values(), *facts["outputs"].values()}
+    counted = facts["tokens"] > 0 and facts["examples"] > 0 and set(facts["seen"]) == named
     if not counted or named != set(index.tensors):
         raise CorruptCheckpointError(
             f"{folder}: {MOMENTS_SIDECAR} and the tensors beside it do not belong together. Make "

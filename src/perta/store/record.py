@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perta.errors import DataError
 from perta.options import option_name
 from perta.store.atomic import write_text
+from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
 
 MANIFEST = "perta.json"
@@ -114,12 +116,26 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """The record of an output folder or results file; None if it has none."""
     file = path / MANIFEST if path.is_dir() else path
     try:
-        record = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+        record: Any = read_json(file, DataError, nan=True)
+    except DataError:
         return None
-    if path.is_file() and isinstance(record, dict):
+    if path.is_file():
         record = record.get("perta")
-    return record if isinstance(record, dict) else None
+    return record if is_record(record) else None
+
+
+_FORM = {
+    **dict.fromkeys(("stage?", "key?", "content?"), str),
+    **{key: {str: object} for key in ("settings?", "evaluation?", "edit?")},
+    "inputs?": {str: str},
+    "seconds?": {str: NUMBERS},
+    "passes?": (dict, *NUMBERS),
+}
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value has the form of a record, so that its parts can be read without a look."""
+    return fits(value, _FORM) and ("unlearn" not in value or is_record(value["unlearn"]))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

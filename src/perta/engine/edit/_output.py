@@ -14,7 +14,9 @@ from typing import BinaryIO
 
 import torch
 
+from perta.errors import CorruptCheckpointError
 from perta.models.load import rename_type, save_type, stored_dtype
+from perta.models.trust import read_config
 from perta.options import SaveType
 from perta.store.checkpoint import (
     INDEX,
@@ -23,6 +25,7 @@ from perta.store.checkpoint import (
     open_index,
     safetensors_header,
 )
+from perta.store.parse import read_json
 
 
 def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> CheckpointIndex:
@@ -79,7 +82,7 @@ def write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
     file = full / "config.json"
     if save_dtype == "full" or not file.is_file():
         return
-    config = json.loads(file.read_text("utf-8"))
+    config = read_config(full)
     rename_type(config, save_dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
@@ -99,7 +102,7 @@ def _new_header(
 
 
 def _write_total(file: Path, total: int) -> None:
-    index = json.loads(file.read_text("utf-8"))
+    index = read_json(file, CorruptCheckpointError)
     index["metadata"] = {**index.get("metadata", {}), "total_size": total}
     file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 

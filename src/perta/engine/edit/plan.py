@@ -8,7 +8,6 @@ Only headers are read, apart from the copies of tied weights, which are compared
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from perta.errors import (
 from perta.methods.method import Edit, Side
 from perta.models.complete import refuse_quantised
 from perta.models.layers import mlp_names
+from perta.models.trust import read_config
 from perta.options import WeightingConfig
 from perta.progress import say
 from perta.store.checkpoint import (
@@ -525,11 +525,9 @@ def _is_tied(full: CheckpointIndex, checkpoints: Iterable[CheckpointIndex]) -> b
     The configuration says so (by default, for the architectures that do not store the option),
     and copies that are stored twice are equal: transformers unties them when they are not.
     """
-    try:
-        config = json.loads((full.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    text_config = config.get("text_config") or {}
+    config = read_config(full.folder)
+    nested = config.get("text_config")
+    text_config = nested if isinstance(nested, dict) else {}
     if not config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", True)):
         return False
     for index in checkpoints:

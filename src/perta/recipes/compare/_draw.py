@@ -10,7 +10,6 @@ others are `unseen` by every method, and retention is reported on them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from perta.data.examples import check_apart, general_config, load_examples
 from perta.data.rows import jsonl
-from perta.errors import ConfigError, DataError
+from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.tofu import PEOPLE
 from perta.options import DataConfig
 from perta.recipes._workspace import Workspace
@@ -27,6 +26,7 @@ from perta.stages.people import divide_people
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import exists_error
 from perta.store.atomic import write_text
+from perta.store.parse import parse_json
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -267,12 +267,15 @@ def _unseen(retain: Rows) -> Rows:
 def _rows(file: Path) -> Rows:
     try:
         lines = file.read_text("utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{file} cannot be read ({error.strerror}). --tofu is the folder with TOFU's JSONL "
+            f"{file} cannot be read ({first_line(error)}). --tofu is the folder with TOFU's JSONL "
             "files."
         ) from error
-    return [json.loads(line) for line in lines]
+    return [
+        parse_json(line, f"{file}, line {number}", DataError, free=True)
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _slice(rows: Rows, first: int, count: int, name: str) -> Rows:

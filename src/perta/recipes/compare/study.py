@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from perta.data.examples import load_examples
-from perta.errors import ConfigError
+from perta.errors import ConfigError, DataError
 from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.facts import SAMPLES
@@ -40,6 +40,7 @@ from perta.store.atomic import write_text
 from perta.store.costs import seconds_of, training_passes
 from perta.store.fingerprint import fingerprint
 from perta.store.outputs import check_output, check_separate
+from perta.store.parse import read_json
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
 
 _REFERENCES = ("base", "full", "retrained")
@@ -358,8 +359,8 @@ class _Seed:
 
     def _finished(self, name: str, spec: _AnySpec | None = None) -> Record | None:
         try:
-            record: Record = json.loads(self._run_file(name).read_text("utf-8"))
-        except (OSError, ValueError):
+            record: Record = read_json(self._run_file(name), DataError)
+        except DataError:
             return None
         return record if record.get("key") == self._key(spec) else None
 
