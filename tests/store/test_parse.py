@@ -90,7 +90,14 @@ def test_forms() -> None:
     form = {"a": {str: NUMBERS}, "b?": [str]}
     assert fits({"a": {"x": 1, "y": 2.5}, "c": None}, form)
     assert fits({"a": {}, "b": ["t"]}, form)
-    wrong = ('{}', '[]', '{"a": {"x": true}}', '{"a": {"x": "1"}}', '{"a": {}, "b": [1]}', '{"a": []}')
+    wrong = (
+        "{}",
+        "[]",
+        '{"a": {"x": true}}',
+        '{"a": {"x": "1"}}',
+        '{"a": {}, "b": [1]}',
+        '{"a": []}',
+    )
     for text in wrong:
         assert not fits(json.loads(text), form)
 
