@@ -269,7 +269,7 @@ def test_tensors_that_match_no_layer_stop(
 def test_a_damaged_configuration_is_named(damage: str, tmp_path: Path) -> None:
     adapter = lora(tmp_path)
     (adapter / "adapter_config.json").write_text(damage)
-    with pytest.raises(CorruptCheckpointError, match=r"adapter_config\.json is cut off"):
+    with pytest.raises(CorruptCheckpointError, match=r"adapter_config\.json"):
         resolve_checkpoint(adapter)
 
 
@@ -379,3 +379,43 @@ def test_a_changed_scale_is_another_merge(change: dict[str, Any], tmp_path: Path
     rewrite(adapter, **change)
     assert check(adapter) != before
     assert fingerprint(before) != fingerprint(resolve_checkpoint(adapter))
+
+
+def test_patterns_choose_what_they_choose_for_peft(tmp_path: Path) -> None:
+    adapter = make(
+        tmp_path,
+        "Lora",
+        tiny_llama(),
+        r=4,
+        target_modules=r".*\.(q|down)_proj",
+        exclude_modules=r".*\.1\..*down.*",
+        rank_pattern={r"layers\.0\..*": 2},
+        alpha_pattern={"(q|v)_proj": 3, "down_proj": 5},
+    )
+    check(adapter)
+
+
+ENDLESS = r"(\w|\w\w|\.|\w\.)*[!?]"
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("target_modules", ENDLESS),
+        ("target_modules", "(q_proj"),
+        ("exclude_modules", ENDLESS),
+        ("rank_pattern", {ENDLESS: 2}),
+        ("layers_pattern", ENDLESS),
+        ("modules_to_save", [ENDLESS]),
+        ("megatron_config", {"a": 1}),
+    ],
+)
+def test_patterns_without_end_and_modules_to_import_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, value: object
+) -> None:
+    adapter = make(tmp_path, "Lora", tiny_llama(), r=4, target_modules=LAYERS)
+    monkeypatch.setattr("perta.models.trust._SECONDS", 0.05)
+    more = {"layers_to_transform": [0]} if entry == "layers_pattern" else {}
+    rewrite(adapter, **{entry: value}, **more)
+    with pytest.raises(CheckpointError, match=entry if "megatron" in entry else r"\(|pattern"):
+        resolve_checkpoint(adapter)

@@ -27,6 +27,7 @@ from perta.errors import (
     some,
 )
 from perta.models.load import load_model, plain_errors, rename_type
+from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns
 from perta.options import ComputeConfig
 from perta.progress import say
 from perta.store.checkpoint import (
@@ -39,6 +40,7 @@ from perta.store.checkpoint import (
     read_tensor,
     stream_tensors,
 )
+from perta.store.parse import read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -88,14 +90,18 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
         CheckpointError: the type changes no weight, or the weights are missing or pickled.
     """
     file = adapter / ADAPTER_CONFIG
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        kind = settings["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    settings = read_json(file, CorruptCheckpointError, nan=True)
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str):
         raise CorruptCheckpointError(
-            f"{file} is cut off or no adapter's configuration ({type(error).__name__}: {error}). "
-            "Copy the adapter again, or save it again with `save_pretrained`."
-        ) from error
+            f"{file} is no adapter's configuration: it names no peft_type. Copy the adapter "
+            "again, or save it again with `save_pretrained`."
+        )
+    if settings.get("megatron_config"):
+        raise CheckpointError(
+            f"{file}: megatron_config makes PEFT import the module that the file names, which is "
+            "never done. Remove the entry."
+        )
     if kind in _ADDS_INPUT:
         raise CheckpointError(
             f"{adapter} is a {kind} adapter: it puts trained vectors before the inputs and changes "
@@ -132,7 +138,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> No
     copy_companions(base, folder)
     # An adapter folder may bring its own tokenizer or chat template.
     copy_companions(adapter, folder)
-    config = json.loads((base / "config.json").read_text("utf-8"))
+    config = read_config(base)
     merge.change(config)
     if exact:
         rename_type(config, "float32")
@@ -346,12 +352,12 @@ def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(base, **LOCAL)
 
     def build() -> PreTrainedModel:
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=False
+                config, dtype=torch.float32, **NO_CODE
             )
         return built
 
@@ -382,6 +388,7 @@ def _load(
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
+    without_patterns(config, model, adapter)
     adapted = PeftModel(model, config, _NAME)
     inside = dict(adapted.named_parameters(remove_duplicate=False))
     stored = read_header(adapter / _WEIGHTS)[0]
@@ -418,6 +425,7 @@ def put_on(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
     with plain_errors(adapter, "adapter"):
         config = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = False
+        without_patterns(config, model, adapter)
         adapted = PeftModel(model, config, _NAME)
         _load_values(adapted, adapter, base, is_trainable=True)
     refuse_tied(adapted)

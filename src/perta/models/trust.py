@@ -6,12 +6,17 @@ kernels that a configuration names would be fetched and run as well, so they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perta.errors import CheckpointError
 from perta.store.parse import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """Given to every call of `from_pretrained`; without the first, transformers asks standard input."""
@@ -44,3 +49,64 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, value
         if isinstance(value, dict):
             yield from _settings(value)
+
+
+_PLAIN = re.compile(r"[\w.-]*")
+_SECONDS = 2.0
+"""Time for one pattern on all names of a model; it takes a thousandth of it."""
+
+
+def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
+    """Put the names that an adapter's patterns match in their place.
+
+    PEFT's own matching has no limit of time, and a pattern can be such that it never ends.
+
+    Args:
+        config: PEFT's configuration, changed in place.
+        model: the model whose parts the patterns choose.
+        adapter: folder, for messages.
+
+    Raises:
+        CheckpointError: a pattern that cannot be read, or takes too long.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field, None)
+        if isinstance(pattern, str) and not _PLAIN.fullmatch(pattern):
+            setattr(config, field, _any_of(_matched(pattern, names, adapter)))
+    for field in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, field, None) or {}
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            inside = rf"(.*\.)?({key})"
+            hits = [key] if _PLAIN.fullmatch(key) else _matched(inside, names, adapter)
+            for name in hits:
+                found.setdefault(name if name == key else re.escape(name), value)
+        if given:
+            setattr(config, field, found)
+    for field in ("layers_pattern", "modules_to_save"):
+        given = getattr(config, field, None) or []
+        for name in [given] if isinstance(given, str) else given:
+            if not _PLAIN.fullmatch(str(name)):
+                raise CheckpointError(f"{adapter}: {field} is {name!r}; it has to be a plain name.")
+
+
+def _matched(pattern: str, names: Sequence[str], adapter: Path) -> list[str]:
+    import regex
+
+    try:
+        chosen, end = regex.compile(pattern), time.monotonic() + _SECONDS
+        return [
+            name
+            for name in names
+            if chosen.fullmatch(name, timeout=max(0.001, end - time.monotonic()))
+        ]
+    except (TimeoutError, regex.error, RecursionError) as error:
+        raise CheckpointError(
+            f"{adapter}: the pattern {pattern!r} in adapter_config.json takes too long on the "
+            f"model's names, or is none ({error}). List the names in its place."
+        ) from error
+
+
+def _any_of(names: Sequence[str]) -> str:
+    return "|".join(map(re.escape, names)) or "(?!)"
