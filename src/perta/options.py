@@ -66,6 +66,7 @@ Flat = Parameter(name="*", group=MAIN)
 More = Parameter(group=Group("Further inputs and settings of the run", sort_key=1))
 
 
+_NO_IA3 = "0 with --ia3: one adapter is tuned"
 _LORA_ALONE = (
     "above 0 where modules for an adapter or its scale are given, which have no effect without one"
 )
@@ -273,6 +274,11 @@ class TrainingRun:
         is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
         require(is_lora, self._flag("lora_rank"), 0, _LORA_ALONE)
 
+    @property
+    def tunes_adapter(self) -> bool:
+        """Whether a few added weights are tuned, and then merged."""
+        return self.lora_rank > 0
+
     def _flag(self, name: str) -> str:
         return option_name(self, name).replace("_", "-")
 
@@ -300,6 +306,9 @@ class TuneConfig(TrainingRun):
     weight_decay: float = 0.0
     """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
     the task vector would hold that movement."""
+    ia3: bool = False
+    """Tune (IA)³ alone: one factor for each output of keys and values and for each input of the
+    second MLP layer, merged when done. It wants a far higher learning rate, such as 1e-2."""
     loss_on: LossOn | None = None
     """What is learned: whole answers, or of each its fact alone, the tokens that neither the
     question nor the template gives away; with facts, every row to the same depth [default: facts
@@ -317,6 +326,12 @@ class TuneConfig(TrainingRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_least({"stop_loss": 0, "save_every": 0})
+        require(not (self.ia3 and self.lora_rank), self._flag("lora_rank"), self.lora_rank, _NO_IA3)
+
+    @property
+    def tunes_adapter(self) -> bool:
+        """Whether LoRA or (IA)³ weights are tuned, and then merged."""
+        return self.ia3 or super().tunes_adapter
 
     @property
     def row_by_row(self) -> bool:

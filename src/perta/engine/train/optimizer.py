@@ -21,28 +21,49 @@ from perta.progress import say, warn
 from perta.store.atomic import atomic_file
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 
-def _add_lora(model: PreTrainedModel, config: TrainingRun) -> Any:
-    """Put a LoRA adapter on a model; only its matrices are trained."""
-    from peft import LoraConfig, get_peft_model
+def _add_adapter(model: PreTrainedModel, config: TrainingRun) -> Any:
+    """Put an adapter on a model; only its weights are trained."""
+    from peft import get_peft_model
+
+    settings = _lora(config) if config.lora_rank else _ia3(model)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    with warnings.catch_warnings():
+        # PEFT warns of what is refused here, and of turning the factors of transposed weights.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        adapted = get_peft_model(model, settings)
+    refuse_tied(adapted)
+    return adapted
+
+
+def _lora(config: TrainingRun) -> PeftConfig:
+    from peft import LoraConfig
 
     alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    settings = LoraConfig(
+    return LoraConfig(
         r=config.lora_rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes any number here
         target_modules=list(config.lora_targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-    with warnings.catch_warnings():
-        # PEFT warns of what is refused here.
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        adapted = get_peft_model(model, settings)
-    refuse_tied(adapted)
-    return adapted
+
+
+def _ia3(model: PreTrainedModel) -> PeftConfig:
+    """Settings of (IA)³ on the layers that PEFT names for a kind of model."""
+    from peft import IA3Config
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as LAYERS
+
+    kind = model.config.model_type
+    if kind not in LAYERS:
+        raise ConfigError(
+            f"--ia3: PEFT names no layers for models of the kind {kind}. Use --lora-rank."
+        )
+    return IA3Config(task_type="CAUSAL_LM")
 
 
 def _set_checkpointing(model: Any, on: bool) -> None:
@@ -101,7 +122,7 @@ class Trainer:
         if config.epochs is None or config.learning_rate is None:
             raise ConfigError("Training needs a number of epochs and a learning rate.")
         torch.manual_seed(config.seed)
-        trained: Any = _add_lora(model, config) if config.lora_rank else model
+        trained: Any = _add_adapter(model, config) if config.tunes_adapter else model
         if config.gradient_checkpointing:
             _set_checkpointing(trained, True)
         optimizer = torch.optim.AdamW(
@@ -145,7 +166,7 @@ class Trainer:
         """The trained model in evaluation mode, an adapter merged."""
         if self.settings.gradient_checkpointing:
             _set_checkpointing(self.model, False)
-        done = self.model.merge_and_unload() if self.settings.lora_rank else self.model
+        done = self.model.merge_and_unload() if self.settings.tunes_adapter else self.model
         return done.eval()
 
     def state(self) -> dict[str, Any]:

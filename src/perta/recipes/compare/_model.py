@@ -215,8 +215,8 @@ def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:
     """
     rate = config.relearn_learning_rate
     if rate is None:
-        is_lora = config.tune.lora_rank > 0
-        rate = CompareTune.learning_rate if is_lora else config.tune.learning_rate
+        tune = config.tune
+        rate = CompareTune.learning_rate if tune.tunes_adapter else tune.learning_rate
     return TuneConfig(
         epochs=config.relearn_steps,
         learning_rate=rate,
