@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -178,78 +177,6 @@ def test_an_adapter_in_a_pickle_is_not_loaded(world: World, tmp_path: Path) -> N
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="never loaded"):
         resolve_checkpoint(lora)
-
-
-def write_gguf(world: World, file: Path) -> None:
-    """The world's base as a float32 GGUF file with a byte-level tokenizer."""
-    import gguf
-
-    model: Any = load_model(world.base, CPU)
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    words = ["a", "b", "ab", *(f"w{i}" for i in range(3, config.vocab_size))]
-    writer.add_token_list(words)
-    writer.add_token_types([1] * len(words))
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-    }
-    parts = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for i in range(config.num_hidden_layers):
-        for ours, theirs in parts.items():
-            names[f"model.layers.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for ours, theirs in names.items():
-        value = model.state_dict()[ours].numpy()
-        for part, count in heads.items():
-            if part in ours:  # the file format interleaves the halves of each head
-                value = (
-                    value.reshape(count, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-                )
-        writer.add_tensor(theirs, np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_becomes_a_checkpoint_once(world: World, tmp_path: Path) -> None:
-    write_gguf(world, tmp_path / "model.gguf")
-    folder = resolve_checkpoint(tmp_path / "model.gguf")
-    assert resolve_checkpoint(tmp_path / "model.gguf") == folder
-    ours, theirs = open_index(folder).tensors, open_index(world.base).tensors
-    assert set(ours) == set(theirs)
-    for name in ours:
-        torch.testing.assert_close(read_tensor(ours[name]), read_tensor(theirs[name]))
-    config = json.loads((folder / "config.json").read_text())
-    assert "quantization_config" not in config
-    load_model(folder, CPU)
-
-
-def test_a_broken_gguf_file_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(CheckpointError, match="no GGUF file could be loaded"):
-        resolve_checkpoint(tmp_path / "model.gguf")
-    assert not (tmp_path / "cache").exists() or not list(
-        (tmp_path / "cache").rglob("*.safetensors")
-    )
 
 
 def test_the_hub_is_asked_and_its_absence_explained(monkeypatch: pytest.MonkeyPatch) -> None:

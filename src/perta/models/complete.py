@@ -10,7 +10,7 @@ library itself lets go: tied weights and buffers it computes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,10 @@ from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LAYERS = re.compile(r"^(num|n|encoder|decoder)_([a-z]+_)*(layers?|blocks?)$|^depth$")
+_LAYERS = re.compile(r"^(num|n|encoder|decoder)_([a-z]+_)*(layers?|blocks?)$|^(depth|block_count)$")
 """Settings that say how many layers there are, each of which holds a tensor."""
 
-_PARTS = re.compile(r"^(num|n)_([a-z]+_)*(experts?|heads?|labels|groups?)$")
+_PARTS = re.compile(r"^(num|n)_([a-z]+_)*(experts?|heads?|labels|groups?)$|^(head|expert)_count")
 """Settings that say how many parts a layer has, which may be rows of one tensor."""
 
 _SIZES = re.compile(r"position|ctx|context|length|size|dim")
@@ -105,36 +105,38 @@ def described_model(folder: Path) -> PreTrainedModel | None:
     return model
 
 
-def check_loaded(info: Mapping[str, Any], index: CheckpointIndex) -> None:
+def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None:
     """Compare what was loaded with what the model needs and the files hold.
 
     Args:
         info: what `from_pretrained` says with `output_loading_info`.
-        index: the files.
+        place: the files, or the one file.
 
     Raises:
         CorruptCheckpointError: something is missing, left over, or of another shape.
     """
+    index = place if isinstance(place, CheckpointIndex) else None
+    where = index.folder if index else place
     cure = (
         "The files are not all there, or config.json is of another model (its number of layers, "
         "tie_word_embeddings); copy or download the checkpoint again."
     )
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    unknown = [name for name in unknown if not _is_constant_in(index, name)]
+    unknown = [name for name in unknown if not (index and _is_constant_in(index, name))]
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         raise CorruptCheckpointError(
-            f"{index.folder}: {name} is {tuple(stored)} in the files, but {tuple(wanted)} in the "
+            f"{where}: {name} is {tuple(stored)} in the files, but {tuple(wanted)} in the "
             f"model that config.json describes. {cure}"
         )
     if missing:
         raise CorruptCheckpointError(
-            f"{index.folder}: no file holds {some(missing)}, which the model of config.json "
+            f"{where}: no file holds {some(missing)}, which the model of config.json "
             f"needs and would run without, on random numbers. {cure}"
         )
     if unknown:
         raise CorruptCheckpointError(
-            f"{index.folder}: the model of config.json has no place for {some(unknown)}, which "
+            f"{where}: the model of config.json has no place for {some(unknown)}, which "
             f"the files hold, and would run without. {cure}"
         )
 
@@ -157,15 +159,30 @@ def _check_settings(index: CheckpointIndex) -> None:
             f"{folder}: transformers would read {other} in place of the files that are checked "
             "here. Save the model with `model.save_pretrained(folder)`."
         )
-    widest = max((size for entry in index.tensors.values() for size in entry.shape), default=0)
-    most = max(widest, len(index.tensors))
+    check_counts(folder, settings, [entry.shape for entry in index.tensors.values()])
+
+
+def check_counts(
+    place: Path, settings: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Stop at a setting that counts more parts than files can hold.
+
+    Args:
+        place: checkpoint, for the message.
+        settings: of its configuration.
+        shapes: of its tensors.
+
+    Raises:
+        CheckpointError: a setting does.
+    """
+    widest = max((size for shape in shapes for size in shape), default=0)
+    limits = {_LAYERS: len(shapes), _PARTS: max(widest, len(shapes)), _SIZES: _LARGEST_SIZE}
     for setting, value in _numbers(settings):
         last = setting.rpartition(".")[2]
-        limits = {_LAYERS: len(index.tensors), _PARTS: most, _SIZES: _LARGEST_SIZE}
         if any(value > limit and name.search(last) for name, limit in limits.items()):
             raise CheckpointError(
-                f"{folder}: config.json says {setting} = {value:,}, but the files have "
-                f"{len(index.tensors)} tensors, the widest of {widest:,}. Take config.json from "
+                f"{place}: its configuration says {setting} = {value:,}, but the files have "
+                f"{len(shapes)} tensors, the widest of {widest:,}. Take the configuration from "
                 "where the checkpoint came from."
             )
 

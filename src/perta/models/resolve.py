@@ -11,16 +11,14 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from blake3 import blake3
 
 from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
 from perta.models.adapters import adapter_settings, merge_adapter
 from perta.models.complete import check_checkpoint
+from perta.models.gguf import read_gguf
 from perta.models.load import plain_errors, save_model
-from perta.models.trust import LOCAL
 from perta.progress import say
 from perta.store.atomic import atomic_folder
 from perta.store.checkpoint import ADAPTER_CONFIG
@@ -100,19 +98,8 @@ def _from_gguf(path: Path) -> Path:
     target = cache_folder() / "gguf" / blake3(made_by.encode()).hexdigest()[:24]
     if target.is_dir():
         return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     say(f"Converting {path.name} to safetensors (once)")
-    place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
-    with plain_errors(path, "GGUF file"):
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **place)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
-    # The weights are plain float32 now; a left-over quantisation record would make the saved
-    # model unloadable.
-    model.hf_quantizer = None  # type: ignore[assignment]
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model._weight_conversions = None  # type: ignore[assignment]  # GGUF tensor names are not the ones to save under
+    model, tokenizer = read_gguf(path)
     with atomic_folder(target, overwrite=True) as partial:
         save_model(model, tokenizer, partial, None)
     return target

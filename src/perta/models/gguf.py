@@ -1,0 +1,176 @@
+"""GGUF files as checkpoints: every value and every setting of the file, or an error.
+
+transformers converts the tensors that its model has a name for and drops the rest, and it knows no
+scaling of positions but that of GPT-OSS. So numbers of values are compared here, and what a file
+says of positions is written into the configuration.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, sections `[llm].rope`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from perta.errors import CheckpointError, CorruptCheckpointError
+from perta.models.complete import check_counts, check_loaded
+from perta.models.load import plain_errors
+from perta.models.trust import LOCAL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_FREQUENCIES = "rope_freqs.weight"
+_KNOWN_ROPE = re.compile(
+    r"(dimension_(count|sections)|freq_base(_swa)?|scale_linear|scaling\.(type|factor|finetuned"
+    r"|original_context_length))$"
+)
+"""Settings of positions that are read here or by transformers."""
+
+
+def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of a GGUF file, dequantised to float32.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it cannot be read, or scales positions in a way that no configuration says.
+        CorruptCheckpointError: it holds fewer or other tensors than its model needs.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
+    with plain_errors(path, "GGUF file"):
+        file = GGUFReader(path)
+        shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in file.tensors}
+        # Lists are vocabularies, or of a length that something else bounds.
+        fields = {name: field for name, field in file.fields.items() if len(field.types) == 1}
+        settings = {name: field.contents() for name, field in fields.items()}
+        check_counts(path, settings, list(shapes.values()))
+        _check_blocks(path, settings, shapes)
+        config = AutoConfig.from_pretrained(path.parent, **place)
+        _scale_positions(path, config, settings, _frequencies(file))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
+        )
+        model: PreTrainedModel = loaded[0]
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+    check_loaded(loaded[1], path)
+    _check_values(path, model, shapes)
+    # The weights are plain float32 now; a left-over quantisation record would make the saved
+    # model unloadable.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model._weight_conversions = None  # type: ignore[assignment]  # GGUF tensor names are not the ones to save under
+    return model, tokenizer
+
+
+def _check_blocks(path: Path, settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))}
+    count = settings.get(f"{settings['general.architecture']}.block_count")
+    if count != len(blocks) or blocks != set(range(len(blocks))):
+        raise CorruptCheckpointError(
+            f"{path}: the header counts {count} blocks, and the file holds tensors of "
+            f"{len(blocks)}. Copy or download it again."
+        )
+
+
+def _check_values(path: Path, model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
+    """Stop where the model has not taken in as many values as the file holds."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    left = {_FREQUENCIES, *(["output.weight"] if tied else [])}
+    held = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in left)
+    parts = (*model.parameters(), *_stored_buffers(model))
+    taken = sum(part.numel() for part in parts)
+    if held != taken:
+        raise CorruptCheckpointError(
+            f"{path} holds {held:,} values, and the model of its header takes {taken:,}: tensors "
+            "would be left out, or invented. Convert the model again, without extra heads."
+        )
+
+
+def _stored_buffers(model: PreTrainedModel) -> Iterator[Tensor]:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield buffer
+
+
+# --- positions --------------------------------------------------------------------------------
+
+
+def _frequencies(file: Any) -> Tensor | None:
+    """What the file divides the frequencies of rotary positions by, (half of the head,)."""
+    found = [tensor for tensor in file.tensors if tensor.name == _FREQUENCIES]
+    return torch.tensor(found[0].data.tolist()).flatten() if found else None
+
+
+def _scale_positions(
+    path: Path, config: PreTrainedConfig, settings: Mapping[str, Any], factors: Tensor | None
+) -> None:
+    """Write into a configuration how a file scales rotary positions."""
+    start = f"{settings['general.architecture']}.rope."
+    rope = {name.removeprefix(start): v for name, v in settings.items() if name.startswith(start)}
+    kind = rope.get("scaling.type") or ("linear" if "scale_linear" in rope else "none")
+    factor = float(rope.get("scaling.factor") or rope.get("scale_linear") or 1.0)
+    others = [name for name in rope if not _KNOWN_ROPE.match(name)]
+    if kind not in ("none", "linear", "yarn") or (others and kind != "none"):
+        raise _unknown_scaling(path, f"rope.scaling.type {kind}, {', '.join(others)}")
+    scaling: dict[str, Any] = {}
+    if kind != "none" and factor != 1:
+        scaling = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            original = rope.get("scaling.original_context_length")
+            scaling["original_max_position_embeddings"] = int(
+                original or config.max_position_embeddings
+            )
+    if factors is not None and bool((factors != 1).any()):
+        if scaling:
+            raise _unknown_scaling(path, f"rope.scaling.type {kind} and {_FREQUENCIES}")
+        scaling = _as_llama3(path, config, factors.double())
+    if scaling:
+        config.rope_parameters = _merged(config.rope_parameters, scaling)
+
+
+def _merged(parameters: dict[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Scaling goes to the layers that see everything, where a model has others beside them."""
+    if isinstance(whole := parameters.get("full_attention"), dict):
+        return {**parameters, "full_attention": {**whole, **scaling}}
+    return {**parameters, **scaling}
+
+
+def _as_llama3(path: Path, config: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
+    """Find the settings of Llama 3's scaling that give the file's factors.
+
+    Wavelengths beyond the original context are stretched, those below a quarter of it are not.
+    """
+    half = len(factors)
+    theta = float(config.rope_parameters["rope_theta"])
+    wavelength = 2 * torch.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)
+    factor = float(factors.max())
+    for original in (2**power for power in range(5, 21)):
+        smooth = ((original / wavelength - 1) / 3).clamp(0, 1)
+        if torch.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    raise _unknown_scaling(path, _FREQUENCIES)
+
+
+def _unknown_scaling(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} scales positions in a way that cannot be carried over ({what}). Give the "
+        "safetensors checkpoint that it was made from."
+    )
