@@ -17,10 +17,14 @@ import pytest
 
 from conftest import World
 from perta.cli import main
+from perta.evidence.settings import MuseConfig
 from perta.methods.method import Method
 from perta.methods.registry import get_method, known
 from perta.progress import say, warn
 from perta.recipes.compare.settings import CompareConfig
+from perta.recipes.settings import UnlearnConfig
+from perta.report.settings import ReportConfig
+from perta.stages.settings import EditConfig, EvaluateConfig
 from perta.terminal import method_cards, print_comparison, print_json, print_metrics, print_samples
 
 TUNE = ("--epochs", "30", "--learning-rate", "5e-3", "--batch-size", "2")
@@ -159,6 +163,37 @@ def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path:
     failed = perta("finetune", "--config", file, "--base", "b", "--data", "d", "--output", "o")
     assert failed.status != 0
     assert "learning" in failed.err
+
+
+def test_a_tilde_in_yaml_is_the_home_folder(
+    perta: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"base: {world.base}\ndata: {world.forget}\noutput: ~/tuned\nepochs: 1\n")
+    assert perta("finetune", "--config", file).status == 0
+    assert (tmp_path / "home" / "tuned" / "perta.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run.yaml"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        EditConfig(full="f", base="b", output=Path("~/out"), direction=Path("~/d")),
+        EvaluateConfig(checkpoint="c", forget="f", output=Path("~/out")),
+        ReportConfig(output=Path("~/out")),
+        MuseConfig(checkpoint="c", output=Path("~/out")),
+        UnlearnConfig(
+            full="f", base="b", forget="f", retain="r", output=Path("~/out"), work_dir=Path("~/w")
+        ),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_no_path_keeps_a_tilde(made: object) -> None:
+    paths = {name: value for name, value in vars(made).items() if isinstance(value, Path)}
+    assert paths["output"] == Path.home() / "out"
+    assert not [path for path in paths.values() if "~" in str(path)]
 
 
 def test_alpha_is_the_strength(perta: Run, world: World, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ one raises `ConfigError` naming the flag.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
@@ -70,6 +71,17 @@ _NO_IA3 = "0 with --ia3: one adapter is tuned"
 _LORA_ALONE = (
     "above 0 where modules for an adapter or its scale are given, which have no effect without one"
 )
+
+
+class Paths:
+    """Options in whose paths a leading `~` is the home folder, wherever they were written."""
+
+    def __post_init__(self) -> None:
+        """Write the paths out."""
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                with suppress(RuntimeError):  # of a user who is not there: a name like any other
+                    object.__setattr__(self, name, value.expanduser())
 
 
 def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from conftest import World
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from perta.models.load import load_model, load_tokenizer, round_weights, stored_dtype
+from perta.models.load import load_model, load_tokenizer, round_weights, save_model, stored_dtype
 from perta.models.loss import losses_of
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
@@ -262,3 +263,25 @@ def test_bars_of_libraries_do_not_leak(
     assert capsys.readouterr().err == ""
     list(tqdm([1, 2], desc="a bar of the user's own"))
     assert "a bar of the user's own" in capsys.readouterr().err
+
+
+def test_a_sentencepiece_file_alone_names_what_reads_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_bytes((world.base / "config.json").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0c")
+    monkeypatch.setattr("perta.models.load.find_spec", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model .*`pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_saved_weights_are_as_open_as_other_files(world: World, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save_model(load_model(world.base, CPU), load_tokenizer(world.base), tmp_path, None)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == 0o666 & ~mask
+    assert set(modes.values()) == {0o666 & ~mask}

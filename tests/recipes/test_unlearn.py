@@ -101,6 +101,7 @@ def test_the_manifest_traces_the_result(run: tuple[UnlearnConfig, Unlearned], wo
 def test_the_edit_is_the_formula(run: tuple[UnlearnConfig, Unlearned], world: World) -> None:
     settings, result = run
     work = work_folder(settings)
+    assert work.stat().st_mode & 0o777 == 0o700  # a model tuned on the forget set lies there
     folders = {
         "full": world.full,
         "base": world.base,

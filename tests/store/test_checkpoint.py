@@ -203,6 +203,13 @@ def test_index_names_a_tensor_that_no_shard_holds(sharded: Path) -> None:
         open_index(sharded)
 
 
+def test_index_may_name_a_tied_head_that_no_shard_holds(sharded: Path) -> None:
+    """Transformers loads such a checkpoint; whether the head is needed its configuration says."""
+    before = open_index(sharded).tensors
+    edit_index(sharded, {"lm_head.weight": "model-00001-of-00002.safetensors"})
+    assert open_index(sharded).tensors == before
+
+
 def test_shard_holds_a_tensor_that_the_index_does_not_name(sharded: Path) -> None:
     edit_index(sharded, {"a": None})
     with pytest.raises(CorruptCheckpointError, match=r"holds a, which .* does not name"):

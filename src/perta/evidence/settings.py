@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from perta.options import ComputeConfig, Flat, Repeated, require
+from perta.options import ComputeConfig, Flat, Paths, Repeated, require
 
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Paths):
     """What all standard benchmarks take."""
 
     checkpoint: str
@@ -35,6 +35,7 @@ class BenchmarkConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         size = self.evaluation_batch_size
         require(size >= 1, "evaluation-batch-size", size, "at least 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
@@ -86,7 +87,7 @@ class MuseConfig(BenchmarkConfig):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class AbilityConfig:
+class AbilityConfig(Paths):
     """`perta bench ability`."""
 
     checkpoint: str

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partialmethod
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,9 @@ def load_model(
     return model
 
 
+_PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder.
 
@@ -81,8 +85,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with plain_errors(folder, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    try:
+        with plain_errors(folder, "tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except CheckpointError as error:
+        pieces = [name for name in _PIECES if (folder / name).is_file()]
+        if not pieces or (folder / "tokenizer.json").is_file() or find_spec("sentencepiece"):
+            raise
+        raise CheckpointError(
+            f"{folder}: to read {pieces[0]} takes the packages sentencepiece and protobuf: "
+            "`pip install sentencepiece protobuf`. Or save the tokenizer as tokenizer.json: "
+            "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` where they are."
+        ) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"The tokenizer in {folder} has no end-of-sequence token. Set `eos_token` in its "
@@ -259,6 +273,9 @@ def save_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, max_shard_size="5GB")
+    for file in folder.glob("*.safetensors"):
+        # The library's are for the owner alone; they are as open as what is beside them.
+        file.chmod((folder / "config.json").stat().st_mode)
     if source is None:
         tokenizer.save_pretrained(str(folder))
         return

@@ -244,7 +244,8 @@ class Workspace:
         """Where something lies."""
         place = self.folder / self.names.get(name, name)
         check_separate(place, self.reads)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # It holds a model tuned on the forget set, and texts.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return place
 
     def _common(self, output: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from perta.options import (
     Hidden,
     MomentOptions,
     More,
+    Paths,
     SaveType,
     ScoringConfig,
     TrainSettings,
@@ -40,7 +41,7 @@ SETS = ("forget", "retain", "holdout", "general")
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class UnlearnConfig:
+class UnlearnConfig(Paths):
     """Inputs and output of `perta unlearn`: every stage in order.
 
     In a program, sets of examples may be given as rows in place of a file: see `load_examples`.
@@ -120,6 +121,7 @@ class UnlearnConfig:
 
     def __post_init__(self) -> None:
         places_of(self, paths=_PATHS, texts=_CHECKPOINTS)
+        super().__post_init__()
         for name in SETS:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_source(given, name))
@@ -142,7 +144,7 @@ class UnlearnConfig:
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Paths):
     """`perta demo`."""
 
     output: Path = Path("perta-demo")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from perta.options import Flat, Repeated, require
+from perta.options import Flat, Paths, Repeated, require
 
 Wanted = Literal["met", "partly"]
 """The least that a verdict has to be."""
@@ -14,7 +14,7 @@ Wanted = Literal["met", "partly"]
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Paths):
     """`perta report`."""
 
     results: Annotated[tuple[str, ...], Repeated] = ()
@@ -40,4 +40,5 @@ class ReportConfig:
     """Replace an output that is not a report, if it is empty or made by perta."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.samples >= 0, "samples", self.samples, "0 or more")

@@ -22,6 +22,7 @@ from perta.options import (  # noqa: F401
     LossOn,
     MethodText,
     MomentOptions,
+    Paths,
     Repeated,
     SaveType,
     ScoringConfig,
@@ -35,7 +36,7 @@ from perta.options import (  # noqa: F401
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Paths):
     """Inputs and output of `perta train`."""
 
     method: MethodText
@@ -65,13 +66,14 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "method", str(self.method))
         require(self.save_every >= 0, "save-every", self.save_every, "0 or more")
 
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Paths):
     """Inputs and output of `perta finetune`."""
 
     base: str
@@ -95,7 +97,7 @@ class FinetuneConfig:
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class ImportanceConfig:
+class ImportanceConfig(Paths):
     """Inputs and output of `perta importance`."""
 
     checkpoint: str
@@ -113,6 +115,7 @@ class ImportanceConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.orders) > 0, "order", self.orders, "given at least once")
         for order in self.orders:
             fits = 0 < order <= MOST_ORDER
@@ -121,7 +124,7 @@ class ImportanceConfig:
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class MomentsConfig:
+class MomentsConfig(Paths):
     """Inputs and output of `perta moments`."""
 
     checkpoint: str
@@ -141,7 +144,7 @@ class MomentsConfig:
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class MergeMomentsConfig:
+class MergeMomentsConfig(Paths):
     """Inputs and output of `perta merge-moments`."""
 
     folders: tuple[Path, ...]
@@ -152,12 +155,13 @@ class MergeMomentsConfig:
     """Replace an output that is there already."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.folders) > 0, "folders", self.folders, "at least one folder")
 
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
+class EditConfig(Paths):
     """Inputs and output of `perta edit`."""
 
     full: str
@@ -201,7 +205,7 @@ class EditConfig:
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Paths):
     """Inputs and output of `perta evaluate`."""
 
     checkpoint: str
@@ -224,13 +228,14 @@ class EvaluateConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.forget or self.retain or self.holdout):
             raise ConfigError("Nothing to evaluate on: give --forget, --retain or --holdout.")
 
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class PeopleConfig:
+class PeopleConfig(Paths):
     """`perta people`."""
 
     output: Path
@@ -247,6 +252,7 @@ class PeopleConfig:
     """Replace an output that is there already."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(1 <= self.questions <= 20, "questions", self.questions, "from 1 to 20")
         require(
             1 <= self.forget_people < self.people,

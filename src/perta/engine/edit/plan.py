@@ -27,10 +27,12 @@ from perta.models.trust import read_config
 from perta.options import WeightingConfig
 from perta.progress import say
 from perta.store.checkpoint import (
+    HEADS,
     CheckpointIndex,
     TensorEntry,
     is_constant,
     matches,
+    name_ends_with,
     open_index,
     opened,
     read_into,
@@ -38,7 +40,6 @@ from perta.store.checkpoint import (
 from perta.store.importance import order_folder, read_sidecar
 from perta.store.moments import MomentFolder
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "embed_tokens.weight",
     "wte.weight",
@@ -504,19 +505,15 @@ def _in_mlps(full: CheckpointIndex, selected: set[str]) -> set[str]:
 
 def _is_of_a_layer(entry: TensorEntry) -> bool:
     """Whether a tensor looks like a linear layer's weight, by its shape and name alone."""
-    ends = _HEADS + _EMBEDDINGS + _POSITIONS
-    return len(entry.shape) > 1 and not _ends_with(entry.name, ends)
+    ends = HEADS + _EMBEDDINGS + _POSITIONS
+    return len(entry.shape) > 1 and not name_ends_with(entry.name, ends)
 
 
 def _key(name: str, prefix: str, tied: bool) -> str:
     """What a tensor is called when prefix and storage of tied weights are looked through."""
-    if tied and (_ends_with(name, _HEADS) or _ends_with(name, _EMBEDDINGS)):
+    if tied and (name_ends_with(name, HEADS) or name_ends_with(name, _EMBEDDINGS)):
         return "tied input embedding and output head"
     return name.removeprefix(prefix)
-
-
-def _ends_with(name: str, endings: Iterable[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
 
 
 def _is_tied(full: CheckpointIndex, checkpoints: Iterable[CheckpointIndex]) -> bool:
@@ -531,8 +528,10 @@ def _is_tied(full: CheckpointIndex, checkpoints: Iterable[CheckpointIndex]) -> b
     if not config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", True)):
         return False
     for index in checkpoints:
-        heads = [entry for name, entry in index.tensors.items() if _ends_with(name, _HEADS)]
-        inputs = [entry for name, entry in index.tensors.items() if _ends_with(name, _EMBEDDINGS)]
+        heads = [entry for name, entry in index.tensors.items() if name_ends_with(name, HEADS)]
+        inputs = [
+            entry for name, entry in index.tensors.items() if name_ends_with(name, _EMBEDDINGS)
+        ]
         if len(heads) > 1 or len(inputs) > 1:
             return False
         if heads and inputs and not _equal(heads[0], inputs[0]):
@@ -629,7 +628,7 @@ def _shape_mismatch(
 ) -> CheckpointMismatchError:
     where = f"{ours.name} is {ours.shape} in {full.folder} but {theirs.shape} in {index.folder}"
     rows_differ = len(ours.shape) == len(theirs.shape) and ours.shape[1:] == theirs.shape[1:]
-    if rows_differ and _ends_with(ours.name, _HEADS + _EMBEDDINGS):
+    if rows_differ and name_ends_with(ours.name, HEADS + _EMBEDDINGS):
         return CheckpointMismatchError(
             f"{where}: one of them has an enlarged or padded vocabulary. Give all of them the "
             f"same one with `model.resize_token_embeddings({ours.shape[0]})` and "

@@ -14,6 +14,7 @@ from perta.options import (  # noqa: F401
     Flat,
     Hidden,
     LossOn,
+    Paths,
     Repeated,
     Schedule,
     TuneConfig,
@@ -38,7 +39,7 @@ class CompareTune(TuneConfig):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Paths):
     """`perta bench compare`.
 
     Rows are yours with `--forget` and `--retain`, TOFU's with `--tofu`, or else fictitious people.
@@ -134,6 +135,7 @@ class CompareConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         both = (self.forget is None) == (self.retain is None)
         require(both, "forget", self.forget, "given together with --retain, or neither")
         alone = self.forget is None or self.tofu is None
