@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -217,6 +217,9 @@ class DataConfig:
     """Split of a `datasets` id."""
     skip_bad_rows: bool = False
     """Leave out rows with an empty or cut-off answer (they are listed) instead of stopping."""
+    template_date: Annotated[str, Hidden] = field(default="2025-04-10", init=False)
+    """What chat templates that write the date are told: today's would give other tokens
+    tomorrow."""
 
     def __post_init__(self) -> None:
         require(self.max_length >= 2, "max-length", self.max_length, "at least 2 tokens")

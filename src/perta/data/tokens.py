@@ -6,21 +6,22 @@ Example -> `encode_examples` -> Encoded
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from perta.data._control import Span, Tokens, control_of, tokenise
+from perta.data._conversation import Message, RowError
+from perta.data._renderer import TemplateError
+from perta.data._turns import Layout, lay_out, lay_out_plainly
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import Example, ExampleSet, Message, report_bad_rows
+from perta.data.examples import Example, ExampleSet, report_bad_rows
 from perta.errors import DataError
 from perta.options import DataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-# Templates that print today's date would tokenise the same row differently tomorrow.
-_TEMPLATE_DATE = "10 Apr 2025"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def encode_examples(
     encoded: list[Encoded] = []
     bad: list[str] = []
     for example in examples.examples:
-        whole = encode_example(example, tokenizer, config)
+        try:
+            whole = _encode(example, tokenizer, config)
+        except RowError as error:
+            bad.append(f"row {example.row}: {error}")
+            continue
         if example.kind == "text":
             encoded.extend(_windows(whole, limit))
         elif len(whole.input_ids) > limit:
@@ -83,48 +88,61 @@ def encode_examples(
 
 
 def encode_example(
-    example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    as_published: bool = False,
 ) -> Encoded:
     """Tokenise one example; every assistant turn carries loss, nothing else does.
 
-    The token that ends the answer is labelled too, and eos is appended where the sequence does
-    not end with it, so that the loss covers stopping.
+    Labelled are the answer's text, what the template puts between the generation prompt and it,
+    and what ends it: the template's text up to its first control token, or eos where it has none.
 
     Args:
         example: the example.
         tokenizer: the model's tokenizer.
         config: chat template and system prompt.
+        as_published: label all that the template writes behind the prompt, and eos once more
+            where it ends otherwise, as published benchmarks do.
 
     Returns:
-        The whole sequence, not truncated.
+        The sequence up to its last label, not truncated.
+
+    Raises:
+        DataError: the template refuses the example or leaves out a part of it, or a control token
+            in its text cannot be read as text.
     """
-    turns = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
-    ids = _token_ids(_render(example, len(example.messages), False, tokenizer, config), tokenizer)
-    labels = [IGNORE] * len(ids)
-    for turn in turns:
-        start = common_prefix(ids, encode_prompt(example, tokenizer, config, turn))
-        stop = len(ids)
-        if turn != turns[-1]:
-            end = _token_ids(_render(example, turn + 1, False, tokenizer, config), tokenizer)
-            stop = common_prefix(ids, end)
-        labels[start:stop] = ids[start:stop]
-    eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1:] != [eos]:
-        ids, labels = [*ids, eos], [*labels, eos]
-    return Encoded(tuple(ids), tuple(labels), example.row)
+    try:
+        return _encode(example, tokenizer, config, as_published)
+    except RowError as error:
+        raise DataError(f"Row {example.row}: {error}.") from error
 
 
 def encode_prompt(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    turn: int = -1,
+    example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[int]:
-    """Tokens before the assistant turn `turn`, with the generation prompt; empty for text."""
-    stop = turn % len(example.messages)
+    """Tokens before the last assistant turn, with the generation prompt; empty for text."""
     if example.kind == "text":
         return []
-    return _token_ids(_render(example, stop, True, tokenizer, config), tokenizer)
+    try:
+        layout = _layout(example, tokenizer, config)
+        special = not uses_chat_template(example, tokenizer, config)
+        return _tokens(layout.prompt, layout.prompt_own, tokenizer, special).ids
+    except RowError as error:
+        raise DataError(f"Row {example.row}: {error}.") from error
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text in which control tokens are text, with those the tokenizer puts around it.
+
+    Raises:
+        DataError: a control token in it cannot be read as text.
+    """
+    try:
+        return tokenise(text, [(0, len(text))], tokenizer, special=True).ids
+    except RowError as error:
+        raise DataError(f"A text cannot be used: {error}.") from error
 
 
 def uses_chat_template(
@@ -134,81 +152,121 @@ def uses_chat_template(
     return bool(example.kind in ("qa", "chat") and config.chat_template and tokenizer.chat_template)
 
 
-def _render(
+def _encode(
     example: Example,
-    stop: int,
-    generate: bool,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-) -> tuple[str, bool]:
-    """Text of the first `stop` messages, and whether the tokenizer adds special tokens."""
-    messages = example.messages[:stop]
-    if uses_chat_template(example, tokenizer, config):
-        return _apply_template(messages, generate, tokenizer, config), False
-    if example.kind in ("text", "completion"):
-        return "".join(m.content for m in messages), True
-    # The space belongs to the answer: most tokenizers join it with the first word.
-    lines = [
-        f"Question: {m.content}\nAnswer:"
-        if m.role == "user"
-        else f" {m.content}"
-        if m.role == "assistant"
-        else m.content
-        for m in messages
-    ]
-    return "\n\n".join("".join(pair) for pair in _pairs(lines, messages)), True
+    as_published: bool = False,
+) -> Encoded:
+    layout = _layout(example, tokenizer, config)
+    special = not uses_chat_template(example, tokenizer, config)
+    whole = _tokens(layout.text, layout.own, tokenizer, special)
+    spans, is_ended = _ends(layout, control_of(tokenizer).names)
+    ids, eos = whole.ids, tokenizer.eos_token_id
+    if example.kind == "text":
+        places = [(0, len(ids))]
+    elif as_published:
+        prompt = _tokens(layout.prompt, layout.prompt_own, tokenizer, special).ids
+        places, is_ended = [(common_prefix(ids, prompt), len(ids))], ids[-1:] == [eos]
+    else:
+        places = [_place(span, whole, layout, tokenizer, special) for span in spans]
+    labels = [IGNORE] * len(ids)
+    for start, stop in places:
+        labels[start:stop] = ids[start:stop]
+    if example.kind != "text":
+        labels[:1] = [IGNORE]
+        if not places[-1][0]:
+            raise RowError(
+                "the answer begins within the first token, before which nothing stands that could "
+                "predict it. Put the border between prompt and answer at a space"
+            )
+    # What stands behind the last label changes nothing.
+    ids, labels = ids[: places[-1][1]], labels[: places[-1][1]]
+    if eos is not None and not is_ended:
+        ids, labels = [*ids, eos], [*labels, eos]
+    return Encoded(tuple(ids), tuple(labels), example.row)
 
 
-def _pairs(lines: Sequence[str], messages: Sequence[Message]) -> list[list[str]]:
-    """Group an answer with the question before it."""
-    groups: list[list[str]] = []
-    for line, message in zip(lines, messages, strict=True):
-        if message.role == "assistant" and groups:
-            groups[-1].append(line)
-        else:
-            groups.append([line])
-    return groups
-
-
-def _apply_template(
-    messages: Sequence[Message],
-    generate: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-) -> str:
-    chat = [{"role": m.role, "content": m.content} for m in messages]
-    with_system = chat
-    if config.system_prompt and chat[0]["role"] != "system":
-        with_system = [{"role": "system", "content": config.system_prompt}, *chat]
+def _layout(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Layout:
+    """The example as text, with a system prompt where the template takes one."""
+    messages = example.messages
+    if not uses_chat_template(example, tokenizer, config):
+        return lay_out_plainly(messages, as_is=example.kind in ("text", "completion"))
+    given = (tokenizer.get_chat_template(), tokenizer.special_tokens_map, config.template_date)
+    usual = config.system_prompt == DataConfig().system_prompt
     try:
-        text = tokenizer.apply_chat_template(
-            with_system,
-            tokenize=False,
-            add_generation_prompt=generate,
-            date_string=_TEMPLATE_DATE,
-        )
-    except Exception as error:
-        # Some templates (Gemma's) refuse a system message; others fail for good reasons.
-        if with_system is chat or "system" not in str(error).lower():
-            raise DataError(f"The tokenizer's chat template refused a row: {error}") from error
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=generate, date_string=_TEMPLATE_DATE
-        )
-    return str(text)
+        if not config.system_prompt or messages[0].role == "system":
+            return lay_out(messages, *given, added=False)
+        system = Message("system", config.system_prompt)
+        try:
+            return lay_out((system, *messages), *given, added=usual)
+        except RowError:
+            # Some templates (Gemma's, Mistral's) know no system message.
+            found = lay_out(messages, *given, added=False)
+            if usual:
+                return found
+        raise RowError('the chat template takes no system message; pass --system-prompt ""')
+    except TemplateError as error:
+        raise DataError(
+            f"The tokenizer's chat template cannot be used: {error}. Use --no-chat-template, or "
+            "correct the template."
+        ) from error
 
 
-def _token_ids(rendered: tuple[str, bool], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    text, special = rendered
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+def _ends(layout: Layout, control: re.Pattern[str]) -> tuple[list[Span], bool]:
+    """What carries loss of each turn, in the text; and whether a control token ends the last."""
+    text, last = layout.text, layout.turns[-1][2]
+    token = control.search(text, last) if layout.has_template else None
+    closing = text[last : token.end() if token else len(text)]
+    spans = []
+    for begin, _, stop in layout.turns:
+        after = len(text) - len(text[stop:].lstrip())
+        if text.startswith(closing, stop):
+            stop += len(closing)
+        elif token and text.startswith(closing.lstrip(), after):
+            stop = after + len(closing.lstrip())
+        elif token and (other := control.match(text, stop)):
+            stop = other.end()
+        spans.append((begin, stop))
+    return spans, token is not None
+
+
+def _tokens(
+    text: str, own: Sequence[Span], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> Tokens:
+    tokens = tokenise(text, own, tokenizer, special=special)
     # A tokenizer that closes every text with eos would put it between prompt and answer.
-    if (
-        special
-        and ids
-        and ids[-1] == tokenizer.eos_token_id
-        and not text.endswith(str(tokenizer.eos_token))
-    ):
-        ids = ids[:-1]
-    return ids
+    if special and tokens.ids[-1:] == [tokenizer.eos_token_id]:
+        return Tokens(tokens.ids[:-1], tokens.places and tokens.places[:-1])
+    return tokens
+
+
+def _place(
+    span: Span,
+    whole: Tokens,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    special: bool,
+) -> Span:
+    """The tokens that overlap a part of the text: one that spans prompt and answer is answer."""
+    start, stop = span
+    ids = whole.ids
+    if whole.places is not None:
+        places = list(enumerate(whole.places))
+        first = next((i for i, (a, b) in places if b > start or a == b >= start > 0), len(ids))
+        last = next((i for i, (a, b) in reversed(places) if a < stop and b > start), first - 1)
+        return first, last + 1
+
+    def upto(end: int) -> list[int]:
+        own = [(a, min(b, end)) for a, b in layout.own if a < end]
+        return _tokens(layout.text[:end], own, tokenizer, special).ids
+
+    before, through = upto(start), upto(stop)
+    first = common_prefix(ids, before)
+    if ids[: len(through)] == through:
+        return first, len(through)
+    rest = tokenise(layout.text[stop:], [], tokenizer, special=False).ids
+    return first, max(len(ids) - common_prefix(ids[::-1], rest[::-1]), first)
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:

@@ -169,11 +169,13 @@ def make_items(
 ) -> list[Item]:
     """Tokenise a set; every example but plain text gets a prompt to generate from."""
     encoded = encode_examples(examples, tokenizer, data_config, longest=longest_input(model))
-    prompts: dict[int, tuple[int, ...]] = {}
-    if generate:
-        for example in examples.examples:
-            prompts[example.row] = tuple(encode_prompt(example, tokenizer, data_config))
-    return [Item((sequence,), prompts.get(sequence.row) or None) for sequence in encoded.encoded]
+    by_row = {example.row: example for example in examples.examples}
+    items = []
+    for sequence in encoded.encoded:
+        row = by_row[sequence.row]
+        prompt = encode_prompt(row, tokenizer, data_config) if generate else []
+        items.append(Item((sequence,), tuple(prompt) or None))
+    return items
 
 
 def _summary(

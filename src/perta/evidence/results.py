@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from perta.data.tokens import text_ids
 from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
 from perta.evidence.scoring.answers import Score
@@ -109,7 +110,7 @@ def privleak_entry(min_k: Results, reference: Mapping[str, Any] | None) -> Resul
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens of a text, with the special ones that the tokenizer puts around it."""
-    return tuple(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+    return tuple(text_ids(text, tokenizer))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

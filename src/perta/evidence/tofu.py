@@ -500,7 +500,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -
     """
     chat = uses_chat_template(example, tokenizer, _DATA)
     if chat or not compat:
-        encoded = encode_example(example, tokenizer, _DATA)
+        encoded = encode_example(example, tokenizer, _DATA, as_published=True)
     else:
         text = f"Question: {example.prompt}\nAnswer: {example.answer}"
         encoded = _with_eos(token_ids(text, tokenizer), (), tokenizer, example.row)
