@@ -225,7 +225,7 @@ def _ends(layout: Layout, control: re.Pattern[str]) -> tuple[list[Span], bool]:
             stop += len(closing)
         elif token and text.startswith(closing.lstrip(), after):
             stop = after + len(closing.lstrip())
-        elif token and (other := control.match(text, stop)):
+        elif token and (other := control.match(text, after)):
             stop = other.end()
         spans.append((begin, stop))
     return spans, token is not None
