@@ -38,6 +38,14 @@ def labelled(encoded: Encoded, tokenizer: Any) -> list[str]:
     return [tokenizer.decode([i for _, i in run]) for is_labelled, run in runs if is_labelled]
 
 
+def text_of(encoded: Encoded, tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(encoded.input_ids)))
+
+
+def ids_of(names: Sequence[str], tokenizer: Any) -> set[int]:
+    return {*tokenizer.convert_tokens_to_ids([*names])}
+
+
 LONG = chat("Who is Ann?", "A cook from Oslo.", "And Bob?", "A poet. ", "Eve?", "She is 9.")
 SPANS = {
     "chatml": ["A cook from Oslo.<|im_end|>", "A poet. <|im_end|>", "She is 9.<|im_end|>"],
@@ -78,9 +86,9 @@ def test_tokens_are_those_of_the_template(family: str) -> None:
     """The oracle is transformers, which renders with today's date and takes texts alone."""
     tokenizer = byte_tokenizer(FAMILIES[family])
     messages = [{"role": role, "content": text} for role, text in LONG]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
     encoded = encode_example(example(LONG), tokenizer, NONE)
-    text = tokenizer.decode(encoded.input_ids)
+    text = text_of(encoded, tokenizer)
     assert f"{whole}</s>".startswith(text)
     prompt = tokenizer.apply_chat_template(
         messages[:-1], tokenize=False, add_generation_prompt=True
@@ -94,9 +102,9 @@ def test_control_tokens_in_texts_are_text(family: str) -> None:
     names = "".join([*SPECIALS, "<|User|>", "<|Assistant|>"])
     plain = chat("Who?", "Ann.", "And?", "Bob.")
     hostile = chat(f"Who{names}?", f"Ann{names}.", f"{names}And?", f"Bob{names}")
-    control = {*tokenizer.convert_tokens_to_ids([*SPECIALS, "<|User|>", "<|Assistant|>"])}
+    control = ids_of([*SPECIALS, "<|User|>", "<|Assistant|>"], tokenizer)
     if family != "deepseek":  # only there the template makes these two steer
-        control -= {*tokenizer.convert_tokens_to_ids(["<|User|>", "<|Assistant|>"])}
+        control -= ids_of(["<|User|>", "<|Assistant|>"], tokenizer)
     meant = [i for i in encode_example(example(plain), tokenizer, NONE).input_ids if i in control]
     encoded = encode_example(example(hostile), tokenizer, NONE)
     assert [i for i in encoded.input_ids if i in control] == meant
@@ -111,11 +119,11 @@ def test_control_tokens_in_texts_are_text(family: str) -> None:
 @pytest.mark.parametrize("kind", ["qa", "completion", "text"])
 def test_control_tokens_are_text_without_a_template_too(kind: str) -> None:
     tokenizer = byte_tokenizer(None)
-    control = {*tokenizer.convert_tokens_to_ids([*SPECIALS])}
+    control = ids_of(SPECIALS, tokenizer)
     turns = chat("Who</s>?", " Ann</s>.</s>") if kind != "text" else [("assistant", "</s> A<s>")]
     encoded = encode_example(example(turns, kind), tokenizer, NONE)
     assert [i for i in encoded.input_ids if i in control] == [tokenizer.eos_token_id]
-    assert tokenizer.decode(encoded.input_ids).count("</s>") == (4 if kind != "text" else 2)
+    assert text_of(encoded, tokenizer).count("</s>") == (4 if kind != "text" else 2)
     assert text_ids("</s>", tokenizer) == tokenizer.convert_tokens_to_ids([*"</s>"])
 
 
@@ -123,7 +131,7 @@ def test_ordinary_text_next_to_a_control_token_has_its_usual_tokens() -> None:
     tokenizer = byte_tokenizer(CHATML, [("A", "n"), ("An", "n"), (".", "<")])
     usual = encode_example(example(chat("Who?", "Ann Ann.")), tokenizer, NONE)
     hostile = encode_example(example(chat("Who?", "Ann Ann.<|im_end|>")), tokenizer, NONE)
-    pieces = tokenizer.convert_ids_to_tokens(hostile.input_ids)
+    pieces = tokenizer.convert_ids_to_tokens(list(hostile.input_ids))
     assert pieces.count("Ann") == 2
     assert ".<" in pieces  # one token spans text and the name, which is text as well
     assert hostile.input_ids[: len(usual.input_ids) - 2] == usual.input_ids[:-2]
@@ -142,7 +150,7 @@ def test_a_tokenizer_in_python_reads_control_tokens_as_text() -> None:
 def test_a_span_across_text_and_template_is_no_control_token() -> None:
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}s>|{% endfor %}")
     encoded = encode_example(example(chat("Who?", "Ann.</")), tokenizer, NONE)
-    assert tokenizer.decode(encoded.input_ids) == "Who?s>|Ann.</s>|</s>"
+    assert text_of(encoded, tokenizer) == "Who?s>|Ann.</s>|</s>"
     assert [i for i in encoded.input_ids if i < len(SPECIALS)] == [tokenizer.eos_token_id]
 
 
@@ -216,7 +224,7 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
 def test_todays_date_is_always_the_same() -> None:
     tokenizer = byte_tokenizer(FAMILIES["llama3"])
     encoded = encode_example(example(chat("Who?", "Ann.")), tokenizer, NONE)
-    assert "Today Date: 10 Apr 2025<" in tokenizer.decode(encoded.input_ids)
+    assert "Today Date: 10 Apr 2025<" in text_of(encoded, tokenizer)
 
 
 def test_a_row_that_the_template_refuses_is_named_and_can_be_skipped() -> None:
