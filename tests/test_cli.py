@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def perta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_help_lists_every_command_and_its_options(perta: Run) -> None:
     commands = (
         "unlearn", "finetune", "importance", "edit", "train", "evaluate", "methods", "people",
-        "demo", "moments", "merge-moments", "report", "bench",
+        "demo", "moments", "merge-moments", "clean", "report", "bench",
     )  # fmt: skip
     top = perta("--help").out
     for command in commands:
@@ -338,6 +339,20 @@ def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) 
     assert "Interrupted" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_clean_lists_what_it_deletes(perta: Run, world: World, tmp_path: Path) -> None:
+    (tmp_path / "out.work").mkdir()
+    refused = perta("clean", tmp_path / "out")
+    assert refused.status == 1
+    assert "no run that can be cleaned" in " ".join(refused.err.split())
+    shutil.copytree(world.full, tmp_path / "out.work" / "forget_checkpoint")
+    planned = perta("clean", tmp_path / "out", "--dry-run")
+    assert "Would be deleted:" in planned.out
+    assert "forget_checkpoint" in planned.out
+    assert (tmp_path / "out.work" / "forget_checkpoint").is_dir()
+    assert perta("clean", tmp_path / "out").status == 0
+    assert not (tmp_path / "out.work").exists()
 
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202etxt"

@@ -79,7 +79,7 @@ def unlearn(config: UnlearnConfig) -> None:
         + f"Took {duration(spent.total)}: {details(spent.stages)}\n"
         + f"Intermediate results: {work}"
         + (
-            " (holds a model tuned on the forget set; delete it when you are done)"
+            f" (holds a model tuned on the forget set; `perta clean {result.folder}` deletes it)"
             if (work / "forget_checkpoint").exists()
             else ""
         )
@@ -249,6 +249,33 @@ def report(*results: str, config: ReportConfig | None = None, json: AsJson = Fal
     if verdict and not json:
         _note(f"Verdict: {verdict.line}")
     require_verdict(chosen.fail_unless, verdict, page)
+
+
+@app.command
+def clean(run: Path, *, dry_run: bool = False) -> None:
+    """Delete what a run left that still knows what was removed.
+
+    Moments and importance of retained rows stay, for the next run.
+
+    Args:
+        run: output of `perta unlearn`, `perta edit` or `perta train`.
+        dry_run: delete nothing, and list what would be deleted.
+    """
+    from perta.recipes.clean import clean
+
+    done = clean(run, dry_run=dry_run)
+    _note(
+        "\n".join(
+            [
+                "Would be deleted:" if dry_run else "Deleted:",
+                *(f"  {place}" for place in done.deleted or ("nothing",)),
+                "Kept, without anything of the forget set:",
+                *(f"  {place}" for place in done.kept or ("nothing",)),
+                "Not deleted, or not known of:",
+                *(f"  {line}" for line in done.left),
+            ]
+        )
+    )
 
 
 @app.command

@@ -194,7 +194,7 @@ class Journal:
         if self.path is None:
             return self
         lines = self._kept_lines()
-        write_text(self.path, "".join(f"{line}\n" for line in lines))
+        write_text(self.path, "".join(f"{line}\n" for line in lines), private=True)
         self._file = self.path.open("a", encoding="utf-8")
         return self
 

@@ -100,7 +100,7 @@ def _from_gguf(path: Path) -> Path:
         return target
     say(f"Converting {path.name} to safetensors (once)")
     model, tokenizer = read_gguf(path)
-    with atomic_folder(target, overwrite=True) as partial:
+    with atomic_folder(target, overwrite=True, private=True) as partial:
         save_model(model, tokenizer, partial, None)
     return target
 
@@ -116,7 +116,7 @@ def _from_adapter(
     target = cache_folder() / "merged" / key
     if not target.is_dir():
         say(f"Merging adapter {path.name} into its base (once)")
-        with atomic_folder(target, overwrite=True) as partial:
+        with atomic_folder(target, overwrite=True, private=True) as partial:
             merge_adapter(path, base_folder, partial, exact=exact)
     return target
 

@@ -10,7 +10,6 @@ at least 10 subjects, so that whole subjects are unseen, and equal rows always d
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from perta.data.examples import Example, ExampleSet, rows_fingerprint
 from perta.errors import ConfigError
 from perta.models.facts import subjects
 from perta.options import sample_count
-from perta.store.atomic import atomic_file
+from perta.store.atomic import write_text
 
 SHARE, SMALLEST, LARGEST = 0.1, 8, 200
 MOST = 0.25
@@ -153,11 +152,8 @@ def write_rows(file: Path, examples: ExampleSet) -> None:
         file: place of the file; only its owner may read it.
         examples: the set.
     """
-    with atomic_file(file, overwrite=True) as partial:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as target:
-            for example in examples.examples:
-                target.write(_line(example.fields) + "\n")
+    lines = (_line(example.fields) + "\n" for example in examples.examples)
+    write_text(file, "".join(lines), private=True)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ from perta.stages.stage import changes, exists_error
 from perta.store.fingerprint import fingerprint
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
 
-_WORK = ".work"
+WORK = ".work"
+STRENGTH = "strength.json"
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class RunRecord:
 
 def work_folder(config: UnlearnConfig) -> Path:
     """Folder of a run's intermediate results."""
-    return config.work_dir or config.output.with_name(f"{config.output.name}{_WORK}")
+    return config.work_dir or config.output.with_name(f"{config.output.name}{WORK}")
 
 
 def other_work_folders(config: UnlearnConfig) -> list[Path]:
     """Those of other outputs beside this one, whose results may serve; none with `--work-dir`."""
     if config.work_dir is not None:
         return []
-    return sorted(p for p in config.output.parent.glob(f"*{_WORK}") if p != work_folder(config))
+    return sorted(p for p in config.output.parent.glob(f"*{WORK}") if p != work_folder(config))
 
 
 def _resolved(config: UnlearnConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from perta.recipes.request import (
     split_retain,
     with_picked_rows,
 )
-from perta.recipes.run_record import RunRecord, other_work_folders, work_folder
+from perta.recipes.run_record import STRENGTH, RunRecord, other_work_folders, work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
@@ -235,7 +235,8 @@ class _Run:
         return {**self.sets, "retain": self.split.protected} if self.split else self.sets
 
     def write_split(self) -> None:
-        """Write the parts of the retain set where the stages read them."""
+        """Write the parts of the retain set where the stages read them, in a private folder."""
+        self.work.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.split is not None:
             self.split.write(self.work.folder)
 
@@ -333,7 +334,7 @@ class _Run:
         )
         self.record.passes["strength"] = found.tokens
         text = json.dumps(asdict(found), indent=1) + "\n"
-        write_text(work.place("strength.json"), text)
+        write_text(work.place(STRENGTH), text)
         return found
 
     def train(self) -> dict[str, Any]:

@@ -62,6 +62,9 @@ class _FileResults(dict[str, Any]):
         return f"{type(self).__name__}({means})"
 
 
+_PRIVATE = {"direction"}
+"""Stages whose output holds what is removed, and nothing else; it is for its owner alone."""
+
 Make = Callable[[Path], Mapping[str, Any]]
 
 _beside: ContextVar[tuple[Path, ...]] = ContextVar("beside", default=())
@@ -125,7 +128,7 @@ def run_stage(
     if finished is not None:
         return finished
     started = time.perf_counter()
-    with atomic_folder(output, overwrite=overwrite) as partial:
+    with atomic_folder(output, overwrite=overwrite, private=stage in _PRIVATE) as partial:
         more = dict(make(partial))
         manifest = make_manifest(
             stage,
@@ -178,8 +181,8 @@ def run_file_stage(
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     for other in _entries(f"*{output.suffix}"):
         if _is_finished(other, key):
-            with atomic_file(output, overwrite=overwrite) as partial:
-                shutil.copy2(other, partial)
+            with atomic_file(output, overwrite=overwrite, private=True) as partial:
+                shutil.copyfile(other, partial)
             say(f"{stage}: {other} is what is needed, reused")
             return _FileResults(json.loads(output.read_text("utf-8")))
     check_writable(output)
@@ -187,7 +190,8 @@ def run_file_stage(
     results = _FileResults(make())
     seconds = {stage: time.perf_counter() - started}
     results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
-    with atomic_file(output, overwrite=overwrite) as partial:
+    # The answers in it may be those that were to be forgotten.
+    with atomic_file(output, overwrite=overwrite, private=True) as partial:
         # Strict JSON: a NaN would make the file unreadable to everyone else.
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         partial.write_text(text + "\n", "utf-8")

@@ -36,7 +36,9 @@ _LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 @contextmanager
-def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    output: Path, overwrite: bool = False, *, private: bool = False
+) -> Iterator[Path]:
     """Fill a folder that appears only when it is complete.
 
     The block writes to a hidden folder beside the final name. It is renamed when the block
@@ -46,6 +48,7 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
     Args:
         output: the final name; missing parent folders are made.
         overwrite: replace an output that is there already.
+        private: whether it is for its owner alone, whatever the user's mask allows.
 
     Yields:
         The folder to write to.
@@ -55,20 +58,21 @@ def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
             be replaced.
     """
     with _making(output.absolute(), overwrite) as new:
-        new.mkdir()
+        new.mkdir(0o700 if private else 0o777)
         yield new
 
 
 @contextmanager
-def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_file(output: Path, overwrite: bool = False, *, private: bool = False) -> Iterator[Path]:
     """Write a file that appears only when it is complete, as `atomic_folder` does for folders.
 
     Args:
         output: the final name; missing parent folders are made.
         overwrite: replace an output that is there already.
+        private: whether it is for its owner alone, whatever the user's mask allows.
 
     Yields:
-        The path to write to; nothing is there yet.
+        The path to write to; nothing is there yet, or an empty file where it is private.
 
     Raises:
         OutputExistsError: the output is there and `overwrite` is off, or is no file.
@@ -77,12 +81,14 @@ def atomic_file(output: Path, overwrite: bool = False) -> Iterator[Path]:
     if output.is_dir():
         raise OutputExistsError(f"{output} is a folder; give the name of a file.")
     with _making(output, overwrite) as new:
+        if private:
+            new.touch(0o600)
         yield new
 
 
-def write_text(file: Path, text: str) -> None:
+def write_text(file: Path, text: str, *, private: bool = False) -> None:
     """Write a text whole or not at all, in UTF-8, in place of the one before."""
-    with atomic_file(file, overwrite=True) as partial:
+    with atomic_file(file, overwrite=True, private=private) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 

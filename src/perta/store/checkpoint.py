@@ -445,6 +445,27 @@ def is_constant(entry: TensorEntry) -> bool:
 # --- writing -------------------------------------------------------------------------------
 
 
+def companions(folder: Path) -> list[str]:
+    """What goes into every model that is made from one, as sorted relative names.
+
+    Raises:
+        CheckpointError: one is a link to a file outside the folder, whose content would be copied.
+    """
+    names, inside = matching(folder, (*COMPANIONS, *_LEGAL)), folder.resolve()
+    allowed = [inside]
+    blobs = inside.parent.parent / "blobs"
+    if inside.parent.name == "snapshots" and not blobs.is_symlink():
+        allowed.append(blobs)  # where the hub's cache keeps the files that its folders link to
+    for name in names:
+        place = (folder / name).resolve()
+        if not any(place.is_relative_to(other) for other in allowed):
+            raise CheckpointError(
+                f"{folder / name} is a link to {place}, outside its folder, and would be copied "
+                "into the result. Put the file itself in its place, or remove the link."
+            )
+    return names
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what a model needs beside its weights, and its licence.
 
@@ -454,8 +475,11 @@ def copy_companions(source: Path, target: Path) -> None:
     Args:
         source: checkpoint folder.
         target: folder to copy into.
+
+    Raises:
+        CheckpointError: see `companions`.
     """
-    for name in matching(source, (*COMPANIONS, *_LEGAL)):
+    for name in companions(source):
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, copy)

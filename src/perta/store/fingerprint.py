@@ -21,6 +21,7 @@ from perta.store.checkpoint import (
     IMPORTANCE_SIDECAR,
     MOMENTS_SIDECAR,
     WEIGHTS,
+    companions,
     matching,
 )
 
@@ -51,11 +52,13 @@ def fingerprint(path: Path) -> str:
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path, or nothing that counts.
+        CheckpointError: see `companions`.
     """
     if path.is_file():
         return _hash_file(path)
     if not path.exists():
         raise CheckpointNotFoundError(f"{path} does not exist.")
+    companions(path)  # found here, before anything is made of them
     names = matching(path, COUNTED)
     if not names:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint and no importance.")

@@ -216,7 +216,7 @@ class Resume:
         """Keep the state after an epoch (from 1), if it is one of those to be kept."""
         if not self.every or epoch % self.every:
             return
-        with atomic_file(self.file, overwrite=True) as partial:
+        with atomic_file(self.file, overwrite=True, private=True) as partial:
             state = {"key": self.key, "epoch": epoch, "history": dict(history)}
             torch.save({**state, **trainer.state()}, partial)
 

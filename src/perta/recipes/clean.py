@@ -1,0 +1,217 @@
+"""Delete what an unlearning leaves behind that still knows what was removed (`perta clean`).
+
+    OUTPUT.work ── forget checkpoints, directions, measurements of the forget set, evaluations,
+                   copies of rows
+    OUTPUT.* ───── states of unfinished training, a direction, journals, unfinished outputs
+    elsewhere ──── forget checkpoints that the record names; merged adapters in the cache
+
+Only what this package wrote is deleted, and only where its own record says what it is. Moments and
+importance of retained rows stay: they hold nothing of what was removed, and the next run uses them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perta.errors import ConfigError, PertaError
+from perta.models.resolve import cache_folder
+from perta.recipes._held_back import HELD_BACK, PROTECTED
+from perta.recipes.run_record import STRENGTH, WORK
+from perta.store.atomic import recover
+from perta.store.fingerprint import fingerprint
+from perta.store.provenance import FORGET_CHECKPOINT, is_unlearned
+from perta.store.record import read_manifest
+
+_Record = Mapping[str, Any]
+
+_TUNED = {"finetune", "rounds"}
+_MEASURED = {"importance", "moments"}
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What was deleted, and what was not.
+
+    Attributes:
+        deleted: files and folders; with a dry run those that would be.
+        kept: what lies in the work folder and holds nothing of the forget set.
+        left: sentences on what still knows it, or may.
+    """
+
+    deleted: tuple[Path, ...]
+    kept: tuple[Path, ...]
+    left: tuple[str, ...] = field(default=())
+
+
+def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
+    """Delete what a run left that knows the forget set (`perta clean`).
+
+    Args:
+        run: output of `perta unlearn`, `perta edit` or `perta train`; of a run that did not come
+            to its end, where it would be.
+        dry_run: delete nothing, and say what would be.
+
+    Returns:
+        What was deleted and what was not.
+
+    Raises:
+        ConfigError: it is no run, or is being written.
+    """
+    output = run.absolute()
+    record = read_manifest(output) or {} if output.is_dir() else {}
+    work = _work(output, record)
+    if not is_unlearned(record) and (output.exists() or not _records(work)):
+        raise ConfigError(
+            f"{run} is no run that can be cleaned: it has no record (perta.json) of an edit or a "
+            f"training, and there is no {output.name}{WORK} beside it with what a run left."
+        )
+    _refuse_unfinished(output)
+    inputs = {**record.get("unlearn", {}).get("inputs", {}), **record.get("inputs", {})}
+    found = [*_beside(output), *_named(record, inputs), *_cached(inputs)]
+    kept: list[Path] = []
+    foreign: list[Path] = []
+    for place in sorted(work.iterdir()) if work.is_dir() and not work.is_symlink() else ():
+        if _knows(place, inputs):
+            found.append(place)
+        else:
+            is_ours = _record_of(place) is not None or place.name == STRENGTH
+            (kept if is_ours else foreign).append(place)
+    deleted = tuple(dict.fromkeys(found))
+    if not dry_run:
+        for place in deleted:
+            _delete(place)
+        if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
+            work.rmdir()
+    return Cleaned(deleted, tuple(kept), (*_left(output, record, work, inputs), *_asides(foreign)))
+
+
+def _work(output: Path, record: _Record) -> Path:
+    written = record.get("unlearn", {}).get("settings", {}).get("work_dir")
+    beside = output.with_name(f"{output.name}{WORK}")
+    # A run that was moved as a whole still has its work folder beside it.
+    return Path(written) if isinstance(written, str) and Path(written).is_dir() else beside
+
+
+def _records(folder: Path) -> list[_Record]:
+    """Records of what lies in a folder."""
+    places = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [found for place in places if (found := _record_of(place)) is not None]
+
+
+def _record_of(place: Path) -> _Record | None:
+    is_own = not place.is_symlink() and (place.is_dir() or place.suffix == ".json")
+    return read_manifest(place) if is_own else None
+
+
+def _refuse_unfinished(output: Path) -> None:
+    recover(output)
+    if any(output.parent.glob(f".{output.name}.partial-*")):
+        raise ConfigError(f"{output} is being written. Wait until that run has ended.")
+
+
+def _beside(output: Path) -> Iterator[Path]:
+    """States, a direction and a journal, which have the output's name."""
+    yield from _unfinished(output)
+    direction = output.with_name(f"{output.name}.direction")
+    if (_record_of(direction) or {}).get("stage") == "direction":
+        yield direction
+
+
+def _unfinished(output: Path) -> Iterator[Path]:
+    states = output.with_name(f"{output.name}.resume")
+    if (states / "state.pt").is_file() and not states.is_symlink():
+        yield states
+    journal = output.with_name(f"{output.name}.journal")
+    if journal.is_file():
+        yield journal
+
+
+def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
+    """What the record names, if it is still what was read and this package made it."""
+    settings = record.get("settings", {})
+    if record.get("stage") != "edit":
+        return
+    tuned = settings.get(FORGET_CHECKPOINT)
+    places = [*tuned] if isinstance(tuned, list) else [tuned]
+    places += [settings.get(name) for name in ("forget_importance", "forget_moments", "direction")]
+    own = {print_ for name, print_ in inputs.items() if name.startswith("forget") and print_}
+    own |= {inputs["direction"]} if "direction" in inputs else set()
+    own -= {inputs.get("full", ""), inputs.get("base", "")}
+    for written in places:
+        place = Path(written) if isinstance(written, str) else None
+        made = _record_of(place) if place else None
+        if place and made and made.get("content") in own and made.get("stage") != "people":
+            yield place.absolute()
+            yield from _unfinished(place.absolute())
+
+
+def _cached(inputs: Mapping[str, str]) -> Iterator[Path]:
+    """Merged adapters and converted files of the cache that this run read as models that know."""
+    knowing = {
+        print_
+        for name, print_ in inputs.items()
+        if name == "full" or name.startswith(FORGET_CHECKPOINT)
+    }
+    knowing.discard(inputs.get("base", ""))
+    for kind in ("merged", "gguf"):
+        folder = cache_folder() / kind
+        for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if not place.is_symlink() and _fingerprint(place) in knowing:
+                yield place
+
+
+def _fingerprint(place: Path) -> str | None:
+    try:
+        return fingerprint(place)
+    except (PertaError, OSError):
+        return None
+
+
+def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
+    """Whether something in a work folder holds rows, or was made from the forget set."""
+    name = place.name
+    if place.is_symlink():
+        return False
+    if place.is_file():
+        if name in (PROTECTED, HELD_BACK) or name.endswith(".journal"):
+            return True
+        return (_record_of(place) or {}).get("stage") == "evaluate"
+    if name.endswith(".resume") and (place / "state.pt").is_file():
+        return True
+    made = _record_of(place) or {}
+    stage, data = made.get("stage"), made.get("inputs", {}).get("data")
+    if stage in _TUNED:
+        return not name.startswith("retain") or data == inputs.get("forget")
+    if stage in _MEASURED:
+        return data == inputs.get("forget") or name.startswith("forget")
+    return stage == "direction"
+
+
+def _delete(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _left(output: Path, record: _Record, work: Path, inputs: Mapping[str, str]) -> Iterator[str]:
+    """What clean cannot delete, or cannot know."""
+    whole = record.get("unlearn", {})
+    sources = {**record.get("settings", {}), **whole.get("sources", {})}
+    for name, what in (("forget", "the forget set"), ("full", "the model that knows it")):
+        if isinstance(sources.get(name), str):
+            yield f"{sources[name]}: {what}, which is yours to delete"
+    for other in sorted(output.parent.glob(f"*{WORK}")):
+        same = [made.get("inputs", {}).get("data") for made in _records(other)]
+        if other != work and inputs.get("forget") in same:
+            yield f"{other}: another run's, with what was made from the same forget set"
+
+
+def _asides(foreign: Iterable[Path]) -> Iterator[str]:
+    yield from (f"{place}: not known to be made by perta" for place in foreign)
+    yield "copies, backups and snapshots of the disk, logs, and caches of the hub"
+    yield "pages made with --show-texts, and results written to other places"

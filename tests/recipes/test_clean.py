@@ -1,0 +1,209 @@
+"""What a run leaves: for its owner alone, and gone after `perta clean` where it knows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import TUNE, World
+from perta.errors import CheckpointError, ConfigError
+from perta.options import ScoringConfig, WeightingConfig
+from perta.recipes.clean import clean
+from perta.recipes.settings import UnlearnConfig
+from perta.recipes.unlearn import unlearn
+from perta.store.checkpoint import copy_companions, open_index, read_tensor
+from perta.store.fingerprint import fingerprint
+
+
+def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
+    given: dict[str, Any] = {"full": str(world.full), **more}
+    return UnlearnConfig(
+        base=str(world.base),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        output=output,
+        weighting=WeightingConfig(method=method),
+        tune=TUNE,
+        scoring=ScoringConfig(max_new_tokens=4),
+        **given,
+    )
+
+
+@pytest.fixture
+def mask() -> Iterator[None]:
+    """The usual mask, with which others may read what is written."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*")}
+
+
+def texts(*files: Path) -> set[str]:
+    """Answers of the rows, and their four-word parts."""
+    words = [json.loads(line)["answer"] for f in files for line in f.read_text().splitlines()]
+    parts = [text.split() for text in words]
+    return {" ".join(p[i : i + 4]) for p in parts for i in range(max(1, len(p) - 3))}
+
+
+def holding(folder: Path, wanted: set[str]) -> list[str]:
+    """Files that hold one of some texts."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes().decode("utf-8", errors="replace")
+            if any(text in content for text in wanted):
+                found.append(str(path.relative_to(folder)))
+    return found
+
+
+@pytest.mark.parametrize("method", ["perta-project", "perta-grad", "graddiff"])
+def test_what_a_run_leaves_is_private_and_cleaned(
+    world: World, tmp_path: Path, mask: None, method: str
+) -> None:
+    name = method
+    settings = config(world, tmp_path / "out", name)
+    if name != "graddiff":
+        settings = replace(settings, weighting=WeightingConfig(method=name, scaling_coef=1.0))
+    unlearn(settings)
+    work, output = tmp_path / "out.work", tmp_path / "out"
+    assert stat.S_IMODE(work.stat().st_mode) == 0o700
+    found = modes(work)
+    results = [path for path in found if path.startswith("evaluation")]
+    assert results
+    assert all(
+        not found[path] & 0o077 for path in (*results, *(["direction"] * (name == "perta-project")))
+    )
+    (tmp_path / "out.resume").mkdir()
+    (tmp_path / "out.resume" / "state.pt").write_bytes(b"weights")
+    (work / "forget_checkpoint.resume").mkdir()
+    (work / "forget_checkpoint.resume" / "state.pt").write_bytes(b"weights")
+    (work / "mine.txt").write_text("mine")
+    kept = {p.name: fingerprint(p) for p in work.glob("retain_*") if p.is_dir()}
+    weights = fingerprint(output)
+
+    planned = clean(output, dry_run=True)
+    assert set(modes(work)) >= set(found)
+    done = clean(output)
+    assert done.deleted == planned.deleted
+    assert not any(path.exists() for path in done.deleted)
+    assert {p.name: fingerprint(p) for p in work.glob("retain_*") if p.is_dir()} == kept
+    assert {p.name for p in work.iterdir()} <= {*kept, "mine.txt", "strength.json"}
+    assert any("mine.txt" in line for line in done.left)
+    assert any(str(world.forget) in line for line in done.left)
+    assert fingerprint(output) == weights
+    forgotten = texts(world.forget) - texts(world.retain)
+    assert not holding(tmp_path, forgotten)
+    assert clean(output).deleted == ()
+
+
+def test_no_part_of_a_forgotten_row_is_in_output_record_or_report(
+    world: World, tmp_path: Path
+) -> None:
+    settings = config(world, tmp_path / "out", "perta-grad")
+    unlearn(replace(settings, weighting=WeightingConfig(method="perta-grad", scaling_coef=1.0)))
+    secrets = texts(world.forget) - texts(world.retain)
+    inside = [path for path in holding(tmp_path, secrets) if not path.startswith("out.work")]
+    # The tokenizer of this tiny model was trained on all rows and holds words, no sentences.
+    assert [path for path in inside if not path.endswith("tokenizer.json")] == []
+
+
+def test_a_killed_run_and_merged_adapters_are_cleaned(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(world.base)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    settings = config(world, tmp_path / "out", "tv", full=str(tmp_path / "adapter"))
+    tv = replace(settings, weighting=WeightingConfig(method="tv", scaling_coef=1.0))
+    unlearn(replace(tv, evaluate=False))
+    [merged] = (tmp_path / "cache" / "merged").iterdir()
+    assert stat.S_IMODE(merged.stat().st_mode) == 0o700
+    done = clean(tmp_path / "out")
+    assert merged in done.deleted
+    assert tmp_path / "out.work" / "forget_checkpoint" in done.deleted
+    assert (tmp_path / "adapter").is_dir()  # the user's own
+
+    # Of a run that did not come to its end only its work folder is there.
+    unlearn(replace(tv, output=tmp_path / "other", evaluate=False))
+    shutil.rmtree(tmp_path / "other")
+    assert clean(tmp_path / "other").deleted == (tmp_path / "other.work" / "forget_checkpoint",)
+
+
+def test_what_is_no_run_is_not_cleaned(world: World, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain.work").mkdir()
+    (tmp_path / "plain.work" / "evaluation_after.json").write_text("{}")
+    for place in (tmp_path / "plain", tmp_path / "absent", world.base, world.full):
+        with pytest.raises(ConfigError, match="no run that can be cleaned"):
+            clean(place)
+    assert (tmp_path / "plain.work" / "evaluation_after.json").exists()
+
+
+def test_links_out_of_a_checkpoint_are_not_followed(world: World, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    for name in ("LICENSE", "NOTICE.txt", "code.py", "tokenizer.model", "generation_config.json"):
+        folder = tmp_path / f"with {name}"
+        shutil.copytree(world.base, folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret")
+        for read in (fingerprint, lambda f: copy_companions(f, tmp_path)):
+            with pytest.raises(CheckpointError, match="is a link to"):
+                read(folder)
+    folder = tmp_path / "linked folder"
+    shutil.copytree(world.base, folder)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jinja").write_text("x")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        fingerprint(folder)
+
+
+def test_the_hubs_cache_links_to_its_own_files(world: World, tmp_path: Path) -> None:
+    place = tmp_path / "models--a--b"
+    snapshot, blobs = place / "snapshots" / "1", place / "blobs"
+    shutil.copytree(world.base, snapshot)
+    blobs.mkdir()
+    for path in [p for p in snapshot.iterdir() if p.is_file()]:
+        shutil.move(path, blobs / path.name)
+        path.symlink_to(Path("..") / ".." / "blobs" / path.name)
+    assert fingerprint(snapshot) == fingerprint(world.base)
+    (tmp_path / "target").mkdir()
+    copy_companions(snapshot, tmp_path / "target")
+    assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
+    shutil.move(blobs, tmp_path / "moved")
+    blobs.symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="is a link to"):
+        fingerprint(snapshot)
+    name, entry = next(iter(open_index(world.base).tensors.items()))
+    assert torch.equal(read_tensor(open_index(snapshot).tensors[name]), read_tensor(entry))
+
+
+def test_nothing_is_wider_than_the_mask(world: World, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        unlearn(
+            replace(
+                config(world, tmp_path / "out", "tv"),
+                weighting=WeightingConfig(method="tv", scaling_coef=1.0),
+            )
+        )
+    finally:
+        os.umask(before)
+    assert [path for path, mode in modes(tmp_path).items() if mode & 0o077] == []
