@@ -136,7 +136,7 @@ def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: 
     assert whole.status == 0, whole.err
     assert "forget set" in whole.out
     assert "reference" in whole.out
-    assert "delete it when you are done" in " ".join(whole.out.split())
+    assert "perta clean" in " ".join(whole.out.split())
     files = [tmp_path / name / "model.safetensors" for name in ("staged", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
