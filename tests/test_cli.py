@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,12 @@ def test_help_lists_every_command_and_its_options(perta: Run) -> None:
         assert perta(command, "--help").status == 0
     assert "--scaling-coef" in perta("unlearn", "--help").out
     assert perta("--version").out.strip() != ""
+
+
+def test_a_run_has_no_more_options_than_one_can_read(perta: Run) -> None:
+    lines = perta("unlearn", "--help").out.splitlines()
+    options = [line for line in lines if re.match(r"│ (?: {0,3}|\* +)--[a-z]", line)]
+    assert 65 < len(options) <= 75
 
 
 def test_one_option_of_a_comparison_leaves_the_others_alone(
@@ -273,6 +280,12 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
           "tv", "--unlearn-epochs", "2"), 1, "--unlearn-epochs has no effect with `tv`"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "npo", "--unlearn-beta", "2"), 2, "--method NAME:beta=VALUE"),
+        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}",
+          "--moment-batch-size", "2"), 2, "--moment-batch-size is called --pass-batch-size now"),
+        (("train", "--method", "npo", "--full", "{full}", "--unlearn-seed", "2"), 2,
+         "--unlearn-seed is called --seed now"),
+        (("importance", "--checkpoint", "{base}", "--data", "{forget}", "--pass-batch-size", "0"),
+         1, "--pass-batch-size is 0"),
         (("train", "--method", "influence", "--full", "{full}", "--influence-damping", "1"), 2,
          "--method NAME:damping=VALUE"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",

@@ -387,11 +387,20 @@ _NOW_SETTINGS = (
     *("--influence-damping", "--influence-tolerance", "--influence-iterations"),
 )
 """Options that have become settings of the methods."""
+_NOW_CALLED = {
+    "--importance-batch-size": "--pass-batch-size",
+    "--moment-batch-size": "--pass-batch-size",
+    "--evaluation-batch-size": "--pass-batch-size",
+    "--unlearn-seed": "--seed",
+}
 
 
 def _usage(error: CycloptsError) -> str:
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
-    for flag in {*_NOW_SETTINGS}.intersection([*unknown, *(error.unused_tokens or ())]):
+    unknown += error.unused_tokens or ()
+    for flag in _NOW_CALLED.keys() & unknown:
+        return f"{flag} is called {_NOW_CALLED[flag]} now."
+    for flag in {*_NOW_SETTINGS}.intersection(unknown):
         key = flag.removeprefix("--").replace("-", "_")
         key = key.removeprefix("unlearn_").removeprefix("influence_")
         return (

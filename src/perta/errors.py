@@ -113,7 +113,7 @@ def shortage(error: BaseException) -> str | None:
     while cause is not None:
         if _is_of(cause, (errno.ENOMEM,), _NO_MEMORY) or isinstance(cause, MemoryError):
             return (
-                "Out of memory. Lower --batch-size, --importance-batch-size or "
+                "Out of memory. Lower --batch-size, --pass-batch-size or "
                 "--unlearn-batch-size, or take a smaller model."
             )
         if _is_of(cause, (errno.ENOSPC, errno.EDQUOT), _NO_SPACE):

@@ -243,9 +243,17 @@ class ComputeConfig:
     """Type of weights while computing; `auto` is bfloat16 on GPUs and float32 on CPUs."""
     threads: int | None = None
     """CPU threads [default: all cores]."""
+    pass_batch_size: int | None = None
+    """Examples per pass where nothing is trained: importance, moments and evaluation; it does not
+    change the result [default: 16 for evaluation, otherwise 8]."""
 
     def __post_init__(self) -> None:
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        for flag, value in (("threads", self.threads), ("pass-batch-size", self.pass_batch_size)):
+            require(value is None or value >= 1, flag, value, "at least 1")
+
+    def batch(self, usual: int) -> int:
+        """Examples per pass, `usual` where none are given."""
+        return self.pass_batch_size or usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,16 +379,12 @@ class EstimatorConfig:
     `abs_of_mean`: |mean gradient|^p, cheaper and a different quantity."""
     importance_samples: str | None = None
     """Use a seeded sample: a share such as 0.2, or a count such as 500 [default: all]."""
-    importance_batch_size: int = 8
-    """Examples per forward and backward pass; it does not change the result."""
     importance_seed: Annotated[int, Hidden] = 0
     """Seed of the sample."""
     verify: Annotated[bool, Hidden] = False
     """Compare the batched engine with an example-by-example loop on a few rows first."""
 
     def __post_init__(self) -> None:
-        size = self.importance_batch_size
-        require(size >= 1, "importance-batch-size", size, "at least 1")
         self.sample_count(1)
 
     def sample_count(self, examples: int) -> int:
@@ -395,14 +399,10 @@ class MomentOptions:
 
     tokens: Tokens = "all"
     """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
-    moment_batch_size: int = 8
-    """Examples per pass through the model; it does not change the result."""
     moment_memory: float = 8.0
     """Memory for the sums in GiB; a model that needs more is measured in several passes."""
 
     def __post_init__(self) -> None:
-        size = self.moment_batch_size
-        require(size >= 1, "moment-batch-size", size, "at least 1")
         require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
 
 
@@ -463,8 +463,9 @@ class TrainSettings(TrainingRun):
     """AdamW weight decay."""
     lora_targets: Annotated[tuple[str, ...], Hidden] = ()
     """Module names that get LoRA [default: all linear layers]."""
-    seed: int = 0
-    """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector."""
+    seed: Annotated[int, Hidden] = 0
+    """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector; 0 for
+    the --seed of the command."""
 
     recorded_as = staticmethod(_unlearn_name)
 
@@ -476,8 +477,6 @@ class ScoringConfig:
 
     max_new_tokens: int = 200
     """Longest generated answer in tokens."""
-    evaluation_batch_size: int = 16
-    """Examples per forward pass."""
     generate: bool = True
     """Generate answers and compute ROUGE-L; without it only teacher-forced metrics."""
     show_samples: int = 0
@@ -485,5 +484,3 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max-new-tokens", self.max_new_tokens, "at least 1")
-        size = self.evaluation_batch_size
-        require(size >= 1, "evaluation-batch-size", size, "at least 1")

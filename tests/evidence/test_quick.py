@@ -36,7 +36,7 @@ METRICS = (
     "subject",
     "rougeL_recall",
 )
-SCORING = ScoringConfig(max_new_tokens=8, evaluation_batch_size=3)
+SCORING = ScoringConfig(max_new_tokens=8)
 
 
 @pytest.fixture
@@ -167,9 +167,7 @@ def test_an_answer_in_another_script_counts(tmp_path: Path) -> None:
 
 def test_batch_size_and_company_change_nothing(examples: ExampleSet) -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer(chat=False)
-    one = quick_evaluation(
-        model, tokenizer, {"a": examples}, ScoringConfig(max_new_tokens=8, evaluation_batch_size=1)
-    )
+    one = quick_evaluation(model, tokenizer, {"a": examples}, SCORING, batch_size=1)
     two = quick_evaluation(model, tokenizer, {"b": examples, "a": examples}, SCORING)
     for key, entry in one.items():
         assert entry["agg_value"] == pytest.approx(two[key]["agg_value"], abs=1e-5)

@@ -759,7 +759,7 @@ def test_stage_by_stage_on_the_command_line(
         halves.append(tmp_path / f"moments{i}")
         run(
             monkeypatch, "moments", "--checkpoint", world.base, "--data", tmp_path / f"{i}.jsonl",
-            "--output", halves[-1], "--tokens", "answer", "--moment-batch-size", 2, *gradients,
+            "--output", halves[-1], "--tokens", "answer", "--pass-batch-size", 2, *gradients,
         )  # fmt: skip
     run(
         monkeypatch, "moments", "--checkpoint", world.base, "--data", world.forget,

@@ -158,8 +158,8 @@ def test_a_senseless_sample_is_refused(text: str) -> None:
 
 
 def test_batch_size_and_row_order_do_not_change_importance(world: World, tmp_path: Path) -> None:
-    one = measured(world, tmp_path / "1", estimator=EstimatorConfig(importance_batch_size=1))
-    many = measured(world, tmp_path / "2", estimator=EstimatorConfig(importance_batch_size=6))
+    one = measured(world, tmp_path / "1", compute=ComputeConfig(pass_batch_size=1))
+    many = measured(world, tmp_path / "2", compute=ComputeConfig(pass_batch_size=6))
     backwards = tmp_path / "backwards.jsonl"
     lines = world.retain.read_text("utf-8").splitlines()
     backwards.write_text("\n".join(reversed(lines)), "utf-8")

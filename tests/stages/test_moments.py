@@ -215,18 +215,18 @@ def views(model: Any) -> dict[str, Tensor]:
 
 
 def measure(
-    model: Any, options: MomentOptions | None = None, gradients: bool = True
+    model: Any, options: MomentOptions | None = None, gradients: bool = True, size: int = 8
 ) -> tuple[Any, dict[str, Tensor]]:
     plan = plan_moments(model, examples(), gradients=gradients, pad=PAD)
     options = options or MomentOptions()
-    return plan, dict(sum_moments(model, examples(), plan, options, pad=PAD))
+    return plan, dict(sum_moments(model, examples(), plan, options, pad=PAD, batch_size=size))
 
 
 @pytest.mark.parametrize("tokens", ["all", "answer"])
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
 def test_sums_are_those_of_a_token_by_token_loop(factory: Any, tokens: Tokens) -> None:
     model = build(factory)
-    plan, sums = measure(model, MomentOptions(tokens=tokens, moment_batch_size=3))
+    plan, sums = measure(model, MomentOptions(tokens=tokens), size=3)
     wide = build(factory).double()
     wide.set_experts_implementation("eager")
     expected = oracle(wide, views(wide), tokens)
@@ -252,8 +252,8 @@ def test_sums_are_those_of_a_token_by_token_loop(factory: Any, tokens: Tokens) -
 def test_batches_and_padding_change_nothing(factory: Any) -> None:
     model = build(factory).double()
     model.set_experts_implementation("eager")
-    _, one = measure(model, MomentOptions(moment_batch_size=1))
-    _, all_ = measure(model, MomentOptions(moment_batch_size=8))
+    _, one = measure(model, size=1)
+    _, all_ = measure(model, size=8)
     assert set(one) == set(all_)
     for name, value in one.items():
         torch.testing.assert_close(all_[name], value, rtol=1e-6, atol=1e-9)
@@ -320,7 +320,7 @@ def test_a_layer_that_is_used_several_times(uses: int) -> None:
     handle.remove()
     x = torch.cat(rows).double()
     assert len(x) == 36 * uses
-    plan, sums = measure(model, MomentOptions(moment_batch_size=2), gradients=False)
+    plan, sums = measure(model, size=2, gradients=False)
     found = sums[plan.inputs["model.layers.0.mlp.down_proj.weight"]]
     assert not is_factor(found)
     torch.testing.assert_close(found.double(), x.T @ x, rtol=1e-4, atol=1e-5)
@@ -351,7 +351,7 @@ def test_a_layer_that_does_not_read_tokens_is_refused() -> None:
     original = layer.forward
     layer.forward = lambda x: torch.cat((original(x[:1, :1]).expand_as(x[:1]), original(x[1:])))
     with pytest.raises(CheckpointError, match="not one row per token"):
-        measure(model, MomentOptions(moment_batch_size=4))
+        measure(model, size=4)
 
 
 # --- files ---------------------------------------------------------------------------------

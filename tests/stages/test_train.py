@@ -94,6 +94,17 @@ def test_a_finished_output_is_reused_and_another_refused(
         train_checkpoint(other)
 
 
+def test_there_is_one_seed(world: World, tmp_path: Path) -> None:
+    def trained(name: str, **more: Any) -> str:
+        return fingerprint(train_checkpoint(stage(world, tmp_path / name, "npo-retain", **more)))
+
+    seeded = trained("seeded", seed=3)
+    assert seeded == trained("set", training=replace(STAGE, seed=3)) != trained("other")
+    run = pipeline(world, tmp_path / "run", "npo-retain")
+    run = replace(run, training=STAGE, tune=TuneConfig(seed=3), held_back="0", evaluate=False)
+    assert fingerprint(unlearn(run).folder) == seeded
+
+
 def test_retraining_starts_from_the_base_and_sees_retain_rows_only(
     world: World, tmp_path: Path
 ) -> None:

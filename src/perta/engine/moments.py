@@ -184,6 +184,7 @@ def sum_moments(
     options: MomentOptions,
     *,
     pad: int,
+    batch_size: int = 8,
     seen: dict[str, Seen] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Sum up the moments of a plan, group by group of layers.
@@ -192,8 +193,9 @@ def sum_moments(
         model: causal language model on its device.
         examples: the set.
         plan: from `plan_moments`.
-        options: which tokens count, batch size and memory.
+        options: which tokens count, and memory.
         pad: padding token; it does not change the result.
+        batch_size: examples per pass; nor does it.
         seen: filled with how much each moment rests on, when all have been taken.
 
     Raises:
@@ -203,7 +205,7 @@ def sum_moments(
         Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
         d / 2, as its factor (n, d); of an expert (number of its tokens, d).
     """
-    batches = bucketed(examples, options.moment_batch_size, pad)
+    batches = bucketed(examples, batch_size, pad)
     tokens = count_tokens(examples, options.tokens)
     groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
     rows: dict[tuple[str, Slot], int] = {}

@@ -118,7 +118,7 @@ class Muse(Benchmark[MuseConfig]):
             reference=given.reference,
             compat=config.compat,
             limit=config.limit,
-            batch_size=config.evaluation_batch_size,
+            batch_size=config.compute.batch(16),
             journal=given.journal,
         )
 

@@ -36,6 +36,7 @@ def quick_evaluation(
     progress: Progress | None = None,
     *,
     facts: Mapping[str, Sequence[Fact]] | None = None,
+    batch_size: int = 16,
 ) -> Results:
     """Evaluate a model on named sets.
 
@@ -43,10 +44,11 @@ def quick_evaluation(
         model: causal language model.
         tokenizer: its tokenizer.
         sets: name -> examples; the names commonly are forget, retain and holdout.
-        scoring: batch size, generation and its limit.
+        scoring: generation and its limit.
         data_config: how rows become tokens.
         progress: called once per finished example.
         facts: name -> facts of the set; without it what the rows tell.
+        batch_size: examples per forward pass; it does not change the result.
 
     Returns:
         For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
@@ -81,7 +83,7 @@ def quick_evaluation(
     }
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
     everything = [item for group in items.values() for item in group]
-    options = _options(model, tokenizer, scoring.evaluation_batch_size, scoring.max_new_tokens)
+    options = _options(model, tokenizer, batch_size, scoring.max_new_tokens)
     outcomes = iter(run_items(model, everything, options, _each(progress)))
     results: Results = {}
     for name, group in items.items():

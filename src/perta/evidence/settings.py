@@ -28,16 +28,12 @@ class BenchmarkConfig(Paths):
     """Reproduce the behaviour behind published numbers where it differs from the right one."""
     limit: int | None = None
     """Look at the first rows of every file only."""
-    evaluation_batch_size: int = 16
-    """Examples per forward pass; it does not change the result."""
     overwrite: bool = False
     """Replace an output that is there already."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.evaluation_batch_size
-        require(size >= 1, "evaluation-batch-size", size, "at least 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
 
@@ -100,8 +96,6 @@ class AbilityConfig(Paths):
     """Folder with task files of your own."""
     limit: int | None = None
     """Look at the first rows of every task only."""
-    evaluation_batch_size: int = 16
-    """Examples per forward pass."""
     overwrite: bool = False
     """Replace an output that is there already."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)

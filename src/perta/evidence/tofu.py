@@ -188,7 +188,7 @@ class _TofuMetrics(Benchmark[_TofuLike]):
             reference_model=other,
             compat=config.compat,
             limit=config.limit,
-            batch_size=config.evaluation_batch_size,
+            batch_size=config.compute.batch(16),
             gradient_norms=config.gradient_norms,
             journal=given.journal,
         )

@@ -154,7 +154,7 @@ def _edited(config: DemoConfig, work: Workspace, full: Path, method: str, streng
 def _evaluated(config: DemoConfig, work: Workspace, name: str, model: Path) -> dict[str, Any]:
     """Results of one model on the forget and the retain people."""
     output = config.output / "results" / f"{name}.json"
-    scoring = ScoringConfig(max_new_tokens=32, evaluation_batch_size=16)
+    scoring = ScoringConfig(max_new_tokens=32)
     sets = {part: work.sets[part] for part in ("forget", "retain")}
     return work.evaluate(name, model, output, scoring, **sets)
 

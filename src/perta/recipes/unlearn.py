@@ -134,7 +134,7 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
 def _for_training(config: UnlearnConfig, method: Training) -> UnlearnConfig:
     """The settings of a method that trains, with its own where the user gave none."""
     refuse_moments(config)
-    return replace(config, training=with_method_defaults(method, config.training))
+    return replace(config, training=with_method_defaults(method, config.training, config.tune.seed))
 
 
 def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:

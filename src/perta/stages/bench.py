@@ -146,7 +146,7 @@ def bench_ability(config: AbilityConfig) -> Results:
                 tasks=list(config.tasks),
                 task_manager=manager,
                 device=where["device"],
-                batch_size=config.evaluation_batch_size,
+                batch_size=config.compute.batch(16),
                 limit=config.limit,
                 bootstrap_iters=0,
                 log_samples=False,

@@ -56,7 +56,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         total = sum(len(examples) for examples in sets.values())
         with track("Evaluation", total) as advance:
             return quick_evaluation(
-                model, tokenizer, sets, config.scoring, config.data_config, advance, facts=facts
+                *(model, tokenizer, sets, config.scoring, config.data_config, advance),
+                facts=facts,
+                batch_size=config.compute.batch(16),
             )
 
     return run_file_stage(

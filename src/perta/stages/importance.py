@@ -53,7 +53,10 @@ def compute_importance(config: ImportanceConfig) -> Path:
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
         chosen = sample(subject.encoded.encoded, config.estimator)
-        moments = estimate(model, chosen, config.orders, config.estimator, pad=subject.pad)
+        size = config.compute.batch(8)
+        moments = estimate(
+            model, chosen, config.orders, config.estimator, pad=subject.pad, batch_size=size
+        )
         index = open_index(subject.checkpoint)
         for order, tensors in moments.by_order.items():
             target = folder / order_name(order)
@@ -84,6 +87,7 @@ def estimate(
     config: EstimatorConfig,
     *,
     pad: int,
+    batch_size: int = 8,
 ) -> Moments:
     """Importance in memory.
 
@@ -91,8 +95,9 @@ def estimate(
         model: causal language model on its device.
         examples: N examples.
         orders: every order wanted; one pass serves all.
-        config: reduction, batch size, verification.
+        config: reduction, verification.
         pad: padding token; it does not change the result.
+        batch_size: examples per pass; nor does it.
 
     Returns:
         Order -> parameter name -> float32 tensor of the parameter's shape.
@@ -100,7 +105,7 @@ def estimate(
     Raises:
         EngineMismatchError: `verify` found the batched engine and the loop to disagree.
     """
-    batches = bucketed(examples, config.importance_batch_size, pad)
+    batches = bucketed(examples, batch_size, pad)
     if config.verify:
         few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
         verify_engine(model, few, orders)

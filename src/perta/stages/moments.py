@@ -65,7 +65,10 @@ def compute_moments(config: MomentsConfig) -> Path:
         encoded, pad = subject.encoded.encoded, subject.pad
         plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
         seen: dict[str, Seen] = {}
-        sums = sum_moments(model, encoded, plan, config.options, pad=pad, seen=seen)
+        size = config.compute.batch(8)
+        sums = sum_moments(
+            model, encoded, plan, config.options, pad=pad, batch_size=size, seen=seen
+        )
         write_shards(folder, sums, SHARD_BYTES)
         tokens = count_tokens(encoded, config.options.tokens)
         facts = {

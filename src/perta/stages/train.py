@@ -59,7 +59,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
         PertaError: input that cannot be used, or training that diverges.
     """
     method = parse(config.method, Training)
-    config = replace(config, training=with_method_defaults(method, config.training))
+    config = replace(config, training=with_method_defaults(method, config.training, config.seed))
     start = _start(config, method)
     inputs: dict[str, str] = {method.start: fingerprint(start)}
     if isinstance(method, Influence):
@@ -68,7 +68,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
     inputs |= {name: examples.fingerprint for name, examples in sets.items()}
     # An input the method does not look at decides nothing.
     unused = {"full", "base", "forget", "retain"} - inputs.keys()
-    settings = {k: v for k, v in settings_of(config).items() if k not in unused}
+    settings = {k: v for k, v in settings_of(config).items() if k not in {*unused, "seed"}}
     settings |= method.record()
     settings["device"] = pick_device(config.compute).type
     key = stage_key("train", settings, inputs)

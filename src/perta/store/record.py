@@ -31,6 +31,7 @@ NOT_IN_KEY = {
     "overwrite",
     "work_dir",
     "threads",
+    "pass_batch_size",
     "edit_threads",
     "show_samples",
     "direction",

@@ -83,12 +83,13 @@ class Trained:
         return sum(self.final_losses) / len(self.final_losses)
 
 
-def with_method_defaults(method: Training, settings: TrainSettings) -> TrainSettings:
-    """The settings with the method's passes and learning rate where the user gave none."""
+def with_method_defaults(method: Training, settings: TrainSettings, seed: int = 0) -> TrainSettings:
+    """The settings with the method's passes and learning rate, and a seed, where none are given."""
     return replace(
         settings,
         epochs=settings.epochs or method.epochs,
         learning_rate=settings.learning_rate or method.learning_rate,
+        seed=settings.seed or seed,
     )
 
 

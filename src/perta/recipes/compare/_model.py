@@ -123,6 +123,7 @@ class Bench:
             self._scoring,
             self._config.data_config,
             facts=self._facts,
+            batch_size=self._batch,
         )
 
     def elsewhere(self) -> dict[str, float]:
@@ -195,11 +196,11 @@ class Bench:
 
     @property
     def _batch(self) -> int:
-        return self._config.evaluation_batch_size
+        return self._config.compute.batch(16)
 
     @property
     def _scoring(self) -> ScoringConfig:
-        return ScoringConfig(generate=False, evaluation_batch_size=self._batch)
+        return ScoringConfig(generate=False)
 
 
 def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:

@@ -128,8 +128,6 @@ class CompareConfig(Paths):
     """Heading of the report."""
     overwrite: bool = False
     """Replace rows and models that an earlier run with other settings left in the folder."""
-    evaluation_batch_size: int = 16
-    """Examples per forward pass; it does not change the result."""
     tune: CompareTune = field(default_factory=CompareTune)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -148,7 +146,7 @@ class CompareConfig(Paths):
         require(len(self.seeds) > 0, "seeds", self.seeds, "at least one")
         seeds = self.seeds
         require(min(seeds) >= 0 and len(set(seeds)) == len(seeds), "seeds", seeds, "0, 1, 2, …")
-        for name in ("forget_rows", "retain_rows", "tries", "rate_tries", "evaluation_batch_size"):
+        for name in ("forget_rows", "retain_rows", "tries", "rate_tries"):
             value, least = getattr(self, name), 2 if name.endswith("rows") else 1
             require(value >= least, name.replace("_", "-"), value, f"at least {least}")
         tolerance = self.equal_tolerance
