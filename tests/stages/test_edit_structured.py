@@ -307,14 +307,16 @@ def test_moments_of_another_width_are_refused(world: World, parts: Parts, tmp_pa
         n: read_tensor(e)[:4, :4] if n == name else read_tensor(e) for n, e in index.tensors.items()
     }
     write_tensors(wrong, cut, index.shards)
+    (wrong / "perta.json").unlink()
     with pytest.raises(CheckpointMismatchError, match=r"down_proj.weight is \d+ wide"):
         edit_checkpoint(parts.config(tmp_path / "out", retain_moments=wrong))
     assert not (tmp_path / "out").exists()
 
 
 def damaged(folder: Path, output: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
-    """A copy of a moment folder with one tensor changed."""
+    """A copy of a moment folder with one tensor changed, and without the record that tells."""
     shutil.copytree(folder, output)
+    (output / "perta.json").unlink()
     index = open_index(output)
     found = {n: read_tensor(e) for n, e in index.tensors.items()}
     write_tensors(output, {**found, name: change(found[name])}, index.shards)
@@ -328,6 +330,7 @@ def damaged(folder: Path, output: Path, name: str, change: Callable[[Tensor], Te
         (lambda m: torch.cat((m, m)), "which no moment"),
         (lambda m: m.index_fill(0, torch.tensor([0]), torch.nan), "NaN or Inf"),
         (lambda m: m + torch.inf * torch.eye(len(m))[:, : m.shape[1]].roll(1), "NaN or Inf"),
+        (torch.zeros_like, "zero throughout"),
     ],
 )
 def test_damaged_moments_are_named(

@@ -357,6 +357,7 @@ def test_fingerprint_reads_unchanged_files_once(
 ) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text("abc")
+    monkeypatch.setattr("perta.store.fingerprint._SETTLED", 0)
     known = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"  # BLAKE3
     assert fingerprint(file) == known
     monkeypatch.setattr("perta.store.fingerprint.blake3", None)
@@ -366,6 +367,18 @@ def test_fingerprint_reads_unchanged_files_once(
     file.write_text("abd")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert fingerprint(file) != known
+
+
+def test_a_file_hashed_right_after_its_change_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("abc")
+    fingerprint(file)
+    # Another change might leave no trace in its times.
+    monkeypatch.setattr("perta.store.fingerprint.blake3", None)
+    with pytest.raises(TypeError):
+        fingerprint(file)
 
 
 def test_fingerprint_of_nothing(tmp_path: Path) -> None:

@@ -88,7 +88,10 @@ def write_rounds(
     """
     folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}
     folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}
-    inputs = {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
+
+    def look() -> dict[str, str]:
+        return {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
+
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
@@ -103,7 +106,7 @@ def write_rounds(
         passes = 3 * run.tuned + tokens()
         return {"rounds": [asdict(made) for made in rounds], "passes": passes}
 
-    run_stage("rounds", output, settings, inputs, make, overwrite=overwrite)
+    run_stage("rounds", output, settings, look(), make, look=look, overwrite=overwrite)
     return output
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet
+from perta.errors import CheckpointError
 from perta.methods.method import Method
 from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import content_of, fingerprint
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
 
 WORK = ".work"
@@ -33,6 +34,7 @@ class RunRecord:
     config: UnlearnConfig
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
+    folders: Mapping[str, Path]
     held_back: Mapping[str, Any]
     seconds: dict[str, float]
     passes: dict[str, float]
@@ -50,21 +52,26 @@ class RunRecord:
         named = ["forget", "retain", "general"]
         if config.weighting.scaling_coef == "auto":
             named.append("holdout")
-        inputs = {"base": fingerprint(base), "full": fingerprint(full)}
-        inputs |= {name: sets[name].fingerprint for name in named if name in sets}
+        folders = {"base": base, "full": full}
         if config.retain_moments is not None:
-            inputs["retain_moments"] = fingerprint(config.retain_moments)
+            folders["retain_moments"] = config.retain_moments
         if config.retain_checkpoint is not None:
             retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-            inputs["retain_checkpoint"] = fingerprint(retain_checkpoint)
-        return cls(config, _resolved(config), inputs, held_back, {}, {})
+            folders["retain_checkpoint"] = retain_checkpoint
+        inputs = {name: fingerprint(folder) for name, folder in folders.items()}
+        inputs |= {name: sets[name].fingerprint for name in named if name in sets}
+        return cls(config, _resolved(config), inputs, folders, held_back, {}, {})
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides the run's result."""
+        return stage_key("unlearn", self.settings, self.inputs)
 
     def is_finished(self) -> bool:
         """Whether the output is there, as this run would make it."""
         manifest = read_manifest(self.config.output) or {}
-        return manifest.get("unlearn", {}).get("key") == stage_key(
-            "unlearn", self.settings, self.inputs
-        ) and manifest.get("content") == fingerprint(self.config.output)
+        is_mine = manifest.get("unlearn", {}).get("key") == self.key
+        return is_mine and manifest.get("content") == content_of(self.config.output)
 
     def refuse_foreign(self) -> None:
         """Stop before an output of another origin that must not be replaced."""
@@ -74,6 +81,8 @@ class RunRecord:
         manifest = read_manifest(output)
         if manifest is None:
             why = "was not made by perta"
+        elif manifest.get("part_of") == self.key:
+            return  # this very run was killed before it wrote its record
         elif "unlearn" not in manifest:
             why = f"was made by `perta {manifest.get('stage')}`"
         else:
@@ -81,9 +90,33 @@ class RunRecord:
             why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
         raise exists_error(output, why)
 
+    def check(self, made: Iterable[Path]) -> None:
+        """Stop where an input is not what this run began with, or a stage read something else.
+
+        Args:
+            made: outputs of this run's stages.
+
+        Raises:
+            CheckpointError: the message says which.
+        """
+        protected = self.held_back.get("protected")
+        known = {name: {value, protected} for name, value in self.inputs.items()}
+        rows = {self.inputs.get(name) for name in ("forget", "retain", "general")} | {protected}
+        known |= {"data": rows, "checkpoint": {self.inputs["base"], self.inputs["full"]}}
+        read = [(name, fingerprint(folder)) for name, folder in self.folders.items()]
+        for output in made:
+            read += (read_manifest(output) or {}).get("inputs", {}).items()
+        changed = {name for name, value in read if value not in known.get(name, {value})}
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(sorted(changed))} changed while the run read it, so no record of the "
+                "run would be true. Make sure that nothing writes to the inputs, and run again."
+            )
+
     def write(self, evaluation: Mapping[str, Any], **found: Any) -> None:
         """Put the record into the output's, with results; what an earlier write noted stays."""
         manifest = read_manifest(self.config.output) or {}
+        manifest.pop("part_of", None)
         earlier = manifest.get("unlearn", {})
         manifest["unlearn"] = make_manifest(
             "unlearn",

@@ -267,7 +267,10 @@ class _Run:
             found = {"strength": asdict(strength)}
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         rows = self.sets["forget"].fingerprint
-        work.timed("edit", lambda: edit_checkpoint(edit, forget_rows=rows))
+        self.record.check(work.made.values())
+        key = self.record.key
+        work.timed("edit", lambda: edit_checkpoint(edit, forget_rows=rows, part_of=key))
+        self.record.check([edit.output])
         self.record.seconds["total"] = time.perf_counter() - started
         return found
 
@@ -309,6 +312,7 @@ class _Run:
                 output, edit, unseen, tune, config.compute, most=most, overwrite=overwrite
             ),
         )
+        self.work.made["rounds"] = made
         self.record.passes["rounds"] = (read_manifest(made) or {})["passes"]
         return replace(edit, forget_checkpoint=str(made))
 
@@ -356,7 +360,8 @@ class _Run:
             data_config=config.data_config,
             compute=config.compute,
         )
-        self.work.timed("train", lambda: train_checkpoint(stage))
+        self.work.timed("train", lambda: train_checkpoint(stage, part_of=self.record.key))
+        self.record.check([stage.output])
         self.record.seconds["total"] = self.record.seconds["train"]
         return {}
 

@@ -67,13 +67,17 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
     data = benchmark.folder(config)
     checkpoint = resolve_checkpoint(config.checkpoint)
     settings = {**settings_of(config), **picked(config.compute)}
-    inputs = {"checkpoint": fingerprint(checkpoint), "data": _data_fingerprint(data)}
-    inputs |= benchmark.inputs(config)
-    if source := benchmark.source():
-        inputs["benchmark"] = source
     reference = read_results(config.reference) if config.reference else None
+
+    def look() -> dict[str, str]:
+        found = {"checkpoint": fingerprint(checkpoint), "data": _data_fingerprint(data)}
+        found |= benchmark.inputs(config)
+        if source := benchmark.source():
+            found["benchmark"] = source
+        return {**found, "reference": fingerprint(config.reference)} if config.reference else found
+
+    inputs = look()
     if config.reference:
-        inputs["reference"] = fingerprint(config.reference)
         made = {"settings": settings, "inputs": inputs}
         if not check_reference(made, (reference or {}).get("perta", {}), str(config.reference)):
             say(f"Reference: {config.reference}, of the retrained model as stated by the user")
@@ -92,6 +96,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
         settings,
         inputs,
         make,
+        look=look,
         reads=[data, checkpoint],
         overwrite=config.overwrite,
     )
@@ -159,15 +164,18 @@ def bench_ability(config: AbilityConfig) -> Results:
             ) from error
         return _aggregates(found["results"])
 
-    inputs = {"checkpoint": fingerprint(checkpoint)}
-    if config.include_path:
-        inputs["include_path"] = _folder_hash(config.include_path)
+    def look() -> dict[str, str]:
+        found = {"checkpoint": fingerprint(checkpoint)}
+        path = config.include_path
+        return {**found, "include_path": _folder_hash(path)} if path else found
+
     return run_file_stage(
         "bench ability",
         config.output,
         settings,
-        inputs,
+        look(),
         make,
+        look=look,
         reads=[checkpoint],
         overwrite=config.overwrite,
     )

@@ -29,7 +29,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
-from perta.stages.stage import refuse_other, run_stage
+from perta.stages.stage import as_part, refuse_other, run_stage
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import open_moments, write_shards
@@ -76,8 +76,11 @@ def _write_direction(
         return {"layers": solver.layers}
 
     is_ours = (read_manifest(output) or {}).get("stage") == "direction"
-    prints = {name: fingerprint(folder) for name, folder in folders.items()}
-    run_stage("direction", output, settings, prints, make, overwrite=is_ours)
+
+    def look() -> dict[str, str]:
+        return {name: fingerprint(folder) for name, folder in folders.items()}
+
+    run_stage("direction", output, settings, look(), make, look=look, overwrite=is_ours)
     return output
 
 
@@ -90,12 +93,15 @@ _WELL_STORED = 0.9
 """Share of the wanted step below which an edit warns."""
 
 
-def edit_checkpoint(config: EditConfig, *, forget_rows: str | None = None) -> Path:
+def edit_checkpoint(
+    config: EditConfig, *, forget_rows: str | None = None, part_of: str | None = None
+) -> Path:
     """Edit a checkpoint and write the result (`perta edit`).
 
     Args:
         config: inputs, output and settings.
         forget_rows: fingerprint of the forget set, where the caller knows it.
+        part_of: key of the run that this is the last step of; recorded.
 
     Returns:
         The output folder: a complete checkpoint.
@@ -108,7 +114,11 @@ def edit_checkpoint(config: EditConfig, *, forget_rows: str | None = None) -> Pa
     refuse_auto(config.weighting)
     method = get_method(config.weighting.method)
     given = find_inputs(config)
-    inputs = {name: fingerprint(folder) for name, folder in given.items()}
+
+    def look() -> dict[str, str]:
+        return {name: fingerprint(folder) for name, folder in given.items()}
+
+    inputs = look()
     check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
     refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
@@ -127,9 +137,10 @@ def edit_checkpoint(config: EditConfig, *, forget_rows: str | None = None) -> Pa
             fingerprints=inputs,
         )
         _report_stored(summary.stored)
-        return {"edit": asdict(summary), "done": method.done, "equation": method.equation}
+        said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
+        return {"edit": asdict(summary), **said}
 
-    run_stage("edit", config.output, settings, inputs, make, overwrite=config.overwrite)
+    run_stage("edit", config.output, settings, inputs, make, look=look, overwrite=config.overwrite)
     return config.output
 
 

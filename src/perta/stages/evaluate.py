@@ -42,11 +42,12 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         if source
     }
     settings = {**settings_of(config), **picked(config.compute)}
-    inputs = {"checkpoint": fingerprint(folder)}
-    inputs |= {name: examples.fingerprint for name, examples in sets.items()}
     base = resolve_checkpoint(config.base) if config.base else None
-    if base:
-        inputs["base"] = fingerprint(base)
+
+    def look() -> dict[str, str]:
+        found = {"checkpoint": fingerprint(folder)}
+        found |= {name: examples.fingerprint for name, examples in sets.items()}
+        return {**found, "base": fingerprint(base)} if base else found
 
     def make() -> Mapping[str, Any]:
         tokenizer = load_tokenizer(folder)
@@ -65,8 +66,9 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         "evaluate",
         config.output,
         settings,
-        inputs,
+        look(),
         make,
+        look=look,
         reads=[folder, *([base] if base else [])],
         overwrite=config.overwrite,
     )

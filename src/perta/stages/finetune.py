@@ -62,7 +62,10 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     device = pick_device(config.compute)
     settings = {**settings_of(config), "device": device.type}
 
-    inputs = {"base": fingerprint(base), "data": examples.fingerprint}
+    def look() -> dict[str, str]:
+        return {"base": fingerprint(base), "data": examples.fingerprint}
+
+    inputs = look()
     key = stage_key("finetune", settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -101,6 +104,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             settings,
             inputs,
             make,
+            look=look,
             reads=[base, examples.source],
             overwrite=config.overwrite,
         )

@@ -106,7 +106,9 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
-    inputs = {f"moments_{i}": fingerprint(f.folder) for i, f in enumerate(folders, start=1)}
+
+    def look() -> dict[str, str]:
+        return {f"moments_{i}": fingerprint(f.folder) for i, f in enumerate(folders, start=1)}
 
     def make(folder: Path) -> Mapping[str, Any]:
         names = list(folders[0].index.tensors)
@@ -126,8 +128,9 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
         "merge-moments",
         config.output,
         {},
-        inputs,
+        look(),
         make,
+        look=look,
         reads=config.folders,
         overwrite=config.overwrite,
     )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
-from perta.errors import CheckpointNotFoundError, OutputExistsError
+from perta.errors import CheckpointError, CheckpointNotFoundError, OutputExistsError
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -33,11 +33,12 @@ from perta.progress import say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import matches
-from perta.store.fingerprint import COUNTED, fingerprint
+from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint
 from perta.store.outputs import check_output, check_separate
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
+    content_of_results,
     make_manifest,
     read_manifest,
     settings_of,
@@ -94,6 +95,7 @@ def run_stage(
     inputs: Mapping[str, str],
     make: Make,
     *,
+    look: Callable[[], Mapping[str, str]] | None = None,
     reads: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def run_stage(
         settings: resolved settings.
         inputs: name -> fingerprint of every input.
         make: writes the output into the folder it is given; returns results worth recording.
+        look: finds `inputs` again, for they must be the same when the output is made.
         reads: folders and files that the stage reads.
         overwrite: replace an output that does not match.
 
@@ -112,6 +115,8 @@ def run_stage(
         The manifest of the output.
 
     Raises:
+        CheckpointError: an input was changed meanwhile.
+        CheckpointError: an input was changed meanwhile.
         ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
@@ -130,12 +135,14 @@ def run_stage(
     started = time.perf_counter()
     with atomic_folder(output, overwrite=overwrite, private=stage in _PRIVATE) as partial:
         more = dict(make(partial))
+        _check_unchanged(inputs, look)
         manifest = make_manifest(
             stage,
             settings,
             inputs,
             seconds={stage: time.perf_counter() - started},
-            content=fingerprint(partial),
+            content=content_of(partial),
+            files=files_of(partial),
             **more,
         )
         write_manifest(partial, manifest)
@@ -149,6 +156,7 @@ def run_file_stage(
     inputs: Mapping[str, str],
     make: Callable[[], Mapping[str, Any]],
     *,
+    look: Callable[[], Mapping[str, str]] | None = None,
     reads: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -160,6 +168,7 @@ def run_file_stage(
         settings: resolved settings.
         inputs: name -> fingerprint of every input.
         make: computes the results.
+        look: finds `inputs` again, for they must be the same when the results are there.
         reads: folders and files that the stage reads.
         overwrite: replace an output that does not match.
 
@@ -188,14 +197,34 @@ def run_file_stage(
     check_writable(output)
     started = time.perf_counter()
     results = _FileResults(make())
+    _check_unchanged(inputs, look)
     seconds = {stage: time.perf_counter() - started}
-    results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds)
+    content = content_of_results(results)
+    results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds, content=content)
     # The answers in it may be those that were to be forgotten.
     with atomic_file(output, overwrite=overwrite, private=True) as partial:
         # Strict JSON: a NaN would make the file unreadable to everyone else.
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         partial.write_text(text + "\n", "utf-8")
     return results
+
+
+def _check_unchanged(
+    inputs: Mapping[str, str], look: Callable[[], Mapping[str, str]] | None
+) -> None:
+    """Stop where inputs are not those that the record would name.
+
+    Raises:
+        CheckpointError: the message says which.
+    """
+    now = look() if look else inputs
+    changed = [name for name, value in inputs.items() if now.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)} changed while it was read, so the result would be of two things "
+            "at once; nothing was written. Make sure that nothing writes to the inputs, and run "
+            "again."
+        )
 
 
 def _named(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
@@ -211,7 +240,9 @@ def _entries(pattern: str) -> Iterator[Path]:
 
 def _is_finished(file: Path, key: str) -> bool:
     record = read_manifest(file) if file.is_file() else None
-    return record is not None and record.get("key") == key
+    if record is None or record.get("key") != key:
+        return False
+    return record.get("content") == content_of_results(json.loads(file.read_text("utf-8")))
 
 
 def _taken_over(
@@ -244,6 +275,11 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def as_part(key: str | None) -> dict[str, str]:
+    """What the record of a whole run's last stage says until that of the run is written."""
+    return {} if key is None else {"part_of": key}
+
+
 def _finished_stage(
     stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any] | None:
@@ -254,7 +290,7 @@ def _finished_stage(
     if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
         return None
     try:
-        return manifest if manifest.get("content") == fingerprint(output) else None
+        return manifest if manifest.get("content") == content_of(output) else None
     except CheckpointNotFoundError:
         return None  # nothing is left but its record
 
@@ -382,7 +418,11 @@ def run_measurement(
     longest = longest_input(checkpoint)
     encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
     settings = {**settings_of(config), **picked(config.compute)}
-    inputs = {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
+
+    def look() -> dict[str, str]:
+        return {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
+
+    inputs = look()
     subject = Subject(checkpoint, encoded, pad_id(tokenizer), settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -395,6 +435,7 @@ def run_measurement(
         settings,
         inputs,
         make,
+        look=look,
         reads=[checkpoint, examples.source],
         overwrite=config.overwrite,
     )

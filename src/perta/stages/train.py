@@ -38,7 +38,7 @@ from perta.models.load import (
 from perta.models.resolve import base_of_adapter, resolve_checkpoint
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
-from perta.stages.stage import run_stage
+from perta.stages.stage import as_part, run_stage
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of, stage_key
 
@@ -46,11 +46,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def train_checkpoint(config: TrainConfig) -> Path:
+def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path:
     """Unlearn by training and write the result (`perta train`).
 
     Args:
         config: inputs, output, method and settings.
+        part_of: key of the run that this is the last step of; recorded.
 
     Returns:
         The output folder: a complete checkpoint, stored in the type of the one it came from.
@@ -61,11 +62,15 @@ def train_checkpoint(config: TrainConfig) -> Path:
     method = parse(config.method, Training)
     config = replace(config, training=with_method_defaults(method, config.training, config.seed))
     start = _start(config, method)
-    inputs: dict[str, str] = {method.start: fingerprint(start)}
-    if isinstance(method, Influence):
-        inputs["adapter"] = fingerprint(_adapter(config))
     sets = _load_sets(config, method)
-    inputs |= {name: examples.fingerprint for name, examples in sets.items()}
+
+    def look() -> dict[str, str]:
+        found = {method.start: fingerprint(start)}
+        if isinstance(method, Influence):
+            found["adapter"] = fingerprint(_adapter(config))
+        return found | {name: examples.fingerprint for name, examples in sets.items()}
+
+    inputs = look()
     # An input the method does not look at decides nothing.
     unused = {"full", "base", "forget", "retain"} - inputs.keys()
     settings = {k: v for k, v in settings_of(config).items() if k not in {*unused, "seed"}}
@@ -86,7 +91,8 @@ def train_checkpoint(config: TrainConfig) -> Path:
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
         skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
-        return {**done, **skipped, "done": method.done, "equation": method.equation}
+        said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
+        return {**done, **skipped, **said}
 
     with resumable(config.output, key, config.save_every) as resume:
         run_stage(
@@ -95,6 +101,7 @@ def train_checkpoint(config: TrainConfig) -> Path:
             settings,
             inputs,
             make,
+            look=look,
             reads=[start, *(examples.source for examples in sets.values())],
             overwrite=config.overwrite,
         )

@@ -1,6 +1,7 @@
 """Fingerprints: what a file or folder holds, as one hash, wherever it lies; code that is run too.
 
-A large file is hashed once and remembered by its place, size and time of change.
+A file is hashed once and remembered by its number, size and time of change. A folder that this
+package wrote is compared with its record whenever it is hashed to be used.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 from blake3 import blake3
 
-from perta.errors import CheckpointNotFoundError, ConfigError, first_line
+from perta.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    first_line,
+)
 from perta.store.checkpoint import (
     ADAPTER_CONFIG,
     COMPANIONS,
@@ -22,20 +29,61 @@ from perta.store.checkpoint import (
     MOMENTS_SIDECAR,
     WEIGHTS,
     companions,
+    matches,
     matching,
 )
+from perta.store.record import MANIFEST, read_manifest
 
 # --- fingerprints --------------------------------------------------------------------------
 
 COUNTED = (*WEIGHTS, *COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR)
 """Files of a folder that are hashed."""
 
-_FileState = tuple[str, int, int, int, int]
+_FileState = tuple[int, int, int, int, int]
 _hashes: dict[_FileState, str] = {}
 _HASHED_AT_ONCE = 1 << 20
+_SETTLED = 2e9
+"""Nanoseconds after which another change shows in a file's time, whatever its file system."""
 
 
 def fingerprint(path: Path) -> str:
+    """Hash what a file or a checkpoint folder holds, to use it.
+
+    Args:
+        path: file, checkpoint folder or importance folder.
+
+    Returns:
+        As `content_of`.
+
+    Raises:
+        CheckpointNotFoundError: there is nothing at the path, or nothing that counts.
+        CorruptCheckpointError: a file is not the one that this package wrote, by the record beside
+            it.
+    """
+    found = content_of(path)
+    record = read_manifest(path) if path.is_dir() else None
+    if record is None or record.get("content", found) == found:
+        return found
+    written, names = record.get("files", {}), matching(path, COUNTED)
+    changed = [name for name in names if written.get(name) != _hash_file(path / name)]
+    changed += [name for name in written if name not in names and matches(name, WEIGHTS)]
+    if not changed:
+        return found  # a part of the files beside the weights was left behind
+    raise CorruptCheckpointError(
+        f"{path} is not what `perta {record.get('stage')}` wrote: {', '.join(changed[:3])} changed "
+        f"since. Make it again, or, if the change was meant, delete {path / MANIFEST}."
+    )
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """Hash of every file in a folder but its record, by name."""
+    names = sorted(
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()
+    )
+    return {name: _hash_file(folder / name) for name in names if name != MANIFEST}
+
+
+def content_of(path: Path) -> str:
     """Hash what a file or a checkpoint folder holds.
 
     Of a folder, the weights, the configuration, an adapter's settings, the tokenizer and the chat
@@ -68,20 +116,20 @@ def fingerprint(path: Path) -> str:
     return blake3("".join(lines).encode()).hexdigest()
 
 
+def _state(file: Path) -> _FileState:
+    found = file.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 def _hash_file(file: Path) -> str:
-    status = file.stat()
-    state = (
-        str(file.resolve()),
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_ino,
-    )
+    state = _state(file)
     if state not in _hashes:
         digest = blake3()
         with file.open("rb", buffering=0) as stream:
             while part := stream.read(_HASHED_AT_ONCE):
                 digest.update(part)
+        if state != _state(file) or time.time_ns() - state[4] < _SETTLED:
+            return digest.hexdigest()  # a change might not show
         _hashes[state] = digest.hexdigest()
     return _hashes[state]
 

@@ -93,16 +93,18 @@ class MomentFolder:
         """A stored sum, as it is in the file.
 
         Raises:
-            CorruptCheckpointError: it is no moment, or holds NaN or Inf.
+            CorruptCheckpointError: it is no moment, holds NaN or Inf, or says of tokens that were
+                counted that none matters.
         """
         entry = self.index.tensors[name]
         if len(entry.shape) != 2 or entry.shape[0] > entry.shape[1]:
             wrong = f"has the shape {tuple(entry.shape)}, which no moment has"
         else:
             moment = read_tensor(entry)
-            if moment.isfinite().all():
+            measured = bool(moment.any()) or not self.facts["seen"][name]["tokens"]
+            if moment.isfinite().all() and measured:
                 return moment
-            wrong = "holds NaN or Inf"
+            wrong = "holds NaN or Inf" if measured else "is zero throughout: nothing was measured"
         raise CorruptCheckpointError(
             f"{entry.file}: {name} {wrong}. Make the folder again with `perta moments`."
         )

@@ -139,6 +139,13 @@ def is_record(value: Any) -> bool:
     return fits(value, _FORM) and ("unlearn" not in value or is_record(value["unlearn"]))
 
 
+def content_of_results(results: Mapping[str, Any]) -> str:
+    """Hash of what a results file holds besides its record."""
+    values = {name: value for name, value in results.items() if name != "perta"}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write a folder's record in one step, so that no half of it is ever read."""
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2, default=str) + "\n")
