@@ -40,6 +40,7 @@ from perta.progress import say
 from perta.store.atomic import write_text
 from perta.store.fingerprint import fingerprint, run_file
 from perta.store.parse import parse_json
+from perta.store.record import content_of_results
 from perta.version import __version__
 
 Reference = Mapping[str, Any]
@@ -177,8 +178,9 @@ def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str,
 class Journal:
     """Outcomes appended to a file as they come.
 
-    The first line holds a key of everything the outcomes depend on. A file with another key, or
-    none, is started anew; a last line cut off by a kill is dropped.
+    The first line holds a key of everything the outcomes depend on, and every other one the hash
+    of its own. A file with another key, or none, is started anew; a line that is not as it was
+    written, such as a last one cut off by a kill, is dropped.
 
     Attributes:
         path: JSONL file; None keeps nothing.
@@ -211,7 +213,8 @@ class Journal:
         """Remember a value under a name."""
         self.entries[name] = value
         if self._file:
-            self._file.write(json.dumps({"name": name, "value": value}) + "\n")
+            entry = {"name": name, "value": value}
+            self._file.write(json.dumps({**entry, "hash": content_of_results(entry)}) + "\n")
             self._file.flush()
 
     def _kept_lines(self) -> list[str]:
@@ -225,6 +228,8 @@ class Journal:
         for line in lines[1:]:
             try:
                 entry = parse_json(line, str(self.path), DataError)
+                if entry.pop("hash") != content_of_results(entry):
+                    continue
                 self.entries[entry["name"]] = entry["value"]
             except (DataError, KeyError, TypeError):
                 continue

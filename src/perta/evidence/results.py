@@ -23,6 +23,7 @@ from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
 from perta.evidence.scoring.answers import Score
 from perta.store.parse import read_json
+from perta.store.record import refuse_changed
 
 Results = dict[str, Any]
 
@@ -72,9 +73,11 @@ def read_results(path: str | Path) -> Results:
     """Read a results file or a published log.
 
     Raises:
-        DataError: the file is missing or is not a JSON object.
+        DataError: the file is missing, is not a JSON object, or is not as perta wrote it.
     """
-    return read_json(Path(path), DataError, nan=True)
+    results = read_json(Path(path), DataError, nan=True)
+    refuse_changed(results, path)
+    return results
 
 
 def missing(reason: str) -> Results:

@@ -9,6 +9,8 @@ hub id ─────────────────── downloaded by h
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +22,10 @@ from perta.models.complete import check_checkpoint
 from perta.models.gguf import read_gguf
 from perta.models.load import plain_errors, save_model
 from perta.progress import say
-from perta.store.atomic import atomic_folder
+from perta.store.atomic import atomic_folder, recover
 from perta.store.checkpoint import ADAPTER_CONFIG
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import content_of, files_of, fingerprint, is_as_written
+from perta.store.record import make_manifest, write_manifest
 from perta.version import __version__
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -96,13 +99,27 @@ def _whole(folder: Path) -> Path:
 def _from_gguf(path: Path) -> Path:
     made_by = f"{fingerprint(path)} {__version__} {version('transformers')} {version('gguf')}"
     target = cache_folder() / "gguf" / blake3(made_by.encode()).hexdigest()[:24]
-    if target.is_dir():
-        return target
-    say(f"Converting {path.name} to safetensors (once)")
-    model, tokenizer = read_gguf(path)
-    with atomic_folder(target, overwrite=True, private=True) as partial:
-        save_model(model, tokenizer, partial, None)
+    return _cached(target, f"Converting {path.name} to safetensors", partial(_convert, path))
+
+
+def _cached(target: Path, title: str, make: Callable[[Path], object]) -> Path:
+    """A folder of the cache that is still as it was written; otherwise it is made now."""
+    recover(target)
+    if not is_as_written(target):
+        if target.is_dir():
+            say(f"{target} is not as it was written; it is made again")
+        say(f"{title} (once)")
+        with atomic_folder(target, overwrite=True, private=True) as new:
+            make(new)
+            content, files = content_of(new), files_of(new)
+            write_manifest(new, make_manifest("convert", {}, {}, content=content, files=files))
     return target
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Write a GGUF file as a safetensors checkpoint."""
+    model, tokenizer = read_gguf(path)
+    save_model(model, tokenizer, folder, None)
 
 
 def _from_adapter(
@@ -114,11 +131,8 @@ def _from_adapter(
     parts = (fingerprint(base_folder), fingerprint(path), "float32" if exact else "", makers)
     key = blake3("\n".join(parts).encode()).hexdigest()[:24]
     target = cache_folder() / "merged" / key
-    if not target.is_dir():
-        say(f"Merging adapter {path.name} into its base (once)")
-        with atomic_folder(target, overwrite=True, private=True) as partial:
-            merge_adapter(path, base_folder, partial, exact=exact)
-    return target
+    merge = partial(merge_adapter, path, base_folder, exact=exact)
+    return _cached(target, f"Merging adapter {path.name} into its base", merge)
 
 
 def base_of_adapter(

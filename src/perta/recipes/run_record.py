@@ -15,7 +15,7 @@ from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
-from perta.store.fingerprint import content_of, fingerprint
+from perta.store.fingerprint import fingerprint, is_as_written
 from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
 
 WORK = ".work"
@@ -71,7 +71,7 @@ class RunRecord:
         """Whether the output is there, as this run would make it."""
         manifest = read_manifest(self.config.output) or {}
         is_mine = manifest.get("unlearn", {}).get("key") == self.key
-        return is_mine and manifest.get("content") == content_of(self.config.output)
+        return is_mine and is_as_written(self.config.output)
 
     def refuse_foreign(self) -> None:
         """Stop before an output of another origin that must not be replaced."""

@@ -28,7 +28,7 @@ from perta.store.provenance import (
     requests_of,
     role_of,
 )
-from perta.store.record import MANIFEST, read_manifest
+from perta.store.record import MANIFEST, read_manifest, refuse_changed
 
 _REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
 
@@ -365,9 +365,11 @@ def _split_label(text: str) -> tuple[str | None, Path]:
 
 def _load(path: Path) -> Record | None:
     try:
-        return read_json(path, DataError, nan=True)
+        content = read_json(path, DataError, nan=True)
     except DataError:
         return None
+    refuse_changed(content, path)
+    return content
 
 
 def _is_results(content: Record | None) -> bool:

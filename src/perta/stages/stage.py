@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
-from perta.errors import CheckpointError, CheckpointNotFoundError, OutputExistsError
+from perta.errors import CheckpointError, OutputExistsError
 from perta.models.load import (
     load_model,
     load_tokenizer,
@@ -33,7 +33,7 @@ from perta.progress import say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import matches
-from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint
+from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
 from perta.store.outputs import check_output, check_separate
 from perta.store.record import (
     MANIFEST,
@@ -284,15 +284,10 @@ def _finished_stage(
     stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """The manifest of an output made from these inputs and settings, its files untouched."""
-    if not output.is_dir():
-        return None
-    manifest = read_manifest(output)
+    manifest = read_manifest(output) if output.is_dir() else None
     if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
         return None
-    try:
-        return manifest if manifest.get("content") == content_of(output) else None
-    except CheckpointNotFoundError:
-        return None  # nothing is left but its record
+    return manifest if is_as_written(output) else None
 
 
 def refuse_foreign(

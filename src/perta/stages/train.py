@@ -65,7 +65,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     sets = _load_sets(config, method)
 
     def look() -> dict[str, str]:
-        found = {method.start: fingerprint(start)}
+        found: dict[str, str] = {method.start: fingerprint(start)}
         if isinstance(method, Influence):
             found["adapter"] = fingerprint(_adapter(config))
         return found | {name: examples.fingerprint for name, examples in sets.items()}

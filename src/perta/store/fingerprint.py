@@ -75,6 +75,15 @@ def fingerprint(path: Path) -> str:
     )
 
 
+def is_as_written(folder: Path) -> bool:
+    """Whether a folder is there with a record, and holds what that says."""
+    record = read_manifest(folder) if folder.is_dir() else None
+    try:
+        return record is not None and record.get("content") == content_of(folder)
+    except CheckpointNotFoundError:
+        return False  # nothing is left but its record
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """Hash of every file in a folder but its record, by name."""
     names = sorted(

@@ -142,8 +142,24 @@ def is_record(value: Any) -> bool:
 def content_of_results(results: Mapping[str, Any]) -> str:
     """Hash of what a results file holds besides its record."""
     values = {name: value for name, value in results.items() if name != "perta"}
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    as_read = json.loads(json.dumps(values, default=str))  # keys are texts there, say
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_changed(results: Mapping[str, Any], where: str | Path) -> None:
+    """Stop at results that are not those that their own record is of.
+
+    Args:
+        results: what a results file holds; one without such a record is taken as it is.
+        where: the file, for the message.
+
+    Raises:
+        DataError: they differ.
+    """
+    record = results.get("perta")
+    content = record.get("content") if isinstance(record, dict) else None
+    if content is not None and content != content_of_results(results):
+        raise DataError(f"{where} is not as perta wrote it: values changed since. Make it again.")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -41,7 +41,13 @@ from perta.store.costs import seconds_of, training_passes
 from perta.store.fingerprint import fingerprint
 from perta.store.outputs import check_output, check_separate
 from perta.store.parse import read_json
-from perta.store.record import make_manifest, read_manifest, settings_of, stage_key
+from perta.store.record import (
+    content_of_results,
+    make_manifest,
+    read_manifest,
+    settings_of,
+    stage_key,
+)
 
 _REFERENCES = ("base", "full", "retrained")
 _IN_KEY = (
@@ -331,6 +337,7 @@ class _Seed:
                 "forget": fingerprint(self._draw.files["forget"]),
                 "retain": fingerprint(self._draw.files["unseen"]),
             },
+            content=content_of_results(results),
         )
         write_text(self._results_file("results", name), results_json({**results, "perta": made}))
 
@@ -359,10 +366,11 @@ class _Seed:
 
     def _finished(self, name: str, spec: _AnySpec | None = None) -> Record | None:
         try:
-            record: Record = read_json(self._run_file(name), DataError)
+            record = read_json(self._run_file(name), DataError)
         except DataError:
             return None
-        return record if record.get("key") == self._key(spec) else None
+        whole = record.pop("content", None) == content_of_results(record)
+        return record if whole and record.get("key") == self._key(spec) else None
 
     def _save(self, name: str, spec: _AnySpec | None, record: Record) -> Record:
         whole = {
@@ -371,7 +379,8 @@ class _Seed:
             "seed": self._draw.seed,
             **record,
         }
-        write_text(self._run_file(name), json.dumps(whole, indent=1) + "\n")
+        text = json.dumps({**whole, "content": content_of_results(whole)}, indent=1)
+        write_text(self._run_file(name), text + "\n")
         return whole
 
     def _run_file(self, name: str) -> Path:
