@@ -158,6 +158,43 @@ def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: 
     assert results["perta"]["inputs"]["checkpoint"]
 
 
+def test_a_dry_run_prints_the_plan_alone(perta: Run, world: World, tmp_path: Path) -> None:
+    asked = ("unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
+             "--retain", world.retain, "--output", tmp_path / "out", *TUNE)  # fmt: skip
+    plan = json.loads(perta(*asked, "--dry-run", "--json").out)
+    shown = perta(*asked, "--dry-run")
+    assert shown.status == 0
+    assert all(step["title"] in shown.out for step in plan["steps"])
+    assert shown.out.rstrip().endswith("Nothing was written.")
+    assert shown.err == ""
+    assert list(tmp_path.iterdir()) == []
+    named = [step["name"] for step in plan["steps"]]
+    assert named[:2] == ["calibrate", "finetune"]
+    assert plan["operations"] == sum(step["operations"] for step in plan["steps"]) > 0
+    refused = perta(*asked, "--dry-run", "--method", "tv", "--tokens", "answer")
+    assert refused.status == 1
+    assert "--tokens has no effect" in refused.err
+
+
+def test_a_whole_run_as_json(perta: Run, world: World, tmp_path: Path) -> None:
+    ran = perta(
+        "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
+        "--retain", world.retain, "--method", "tv", "--output", tmp_path / "out",
+        "--max-new-tokens", 8, "--json", *TUNE,
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    found = json.loads(ran.out)
+    assert Path(found["output"]) == tmp_path / "out"
+    assert Path(found["report"]).is_file()
+    manifest = json.loads((tmp_path / "out" / "perta.json").read_text("utf-8"))
+    results = manifest["unlearn"]["evaluation"]["after"]
+    shown = found["evaluation"]["unlearned"]
+    assert {name: value["agg_value"] for name, value in shown.items()} == results
+    assert found["verdict"]["forgetting"]
+    assert "value_by_index" not in ran.out
+    assert "step 1 of " in ran.err
+
+
 def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
@@ -48,26 +48,52 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
+_SWITCH = Parameter(negative="")
 AsJson = Annotated[
     bool, Parameter(negative="", help="Print results as one JSON object in place of tables.")
 ]
 
 
 @app.command
-def unlearn(config: UnlearnConfig) -> None:
+def unlearn(
+    config: UnlearnConfig, *, dry_run: Annotated[bool, _SWITCH] = False, json: AsJson = False
+) -> None:
     """Remove a forget set: fine-tune, importance, edit (or training) and evaluation in one run.
 
     Finished stages are reused when their inputs and settings are unchanged.
+
+    Args:
+        config: inputs, output and settings.
+        dry_run: print what would be done, what is reused, and about what it takes, and end.
+        json: print the result, or the plan, as one JSON object in place of tables.
     """
     from perta.recipes.run_record import work_folder
-    from perta.recipes.unlearn import unlearn
-    from perta.report.verdict.judge import require_verdict
+    from perta.recipes.unlearn import plan_unlearn, unlearn
+    from perta.report.verdict.judge import as_record, require_verdict
     from perta.store.costs import costs_of, details, duration
-    from perta.terminal import print_comparison, print_samples
+    from perta.terminal import print_comparison, print_json, print_plan, print_samples, without_rows
 
+    if dry_run:
+        plan = plan_unlearn(config)
+        print_json({**asdict(plan), "operations": plan.operations}) if json else print_plan(plan)
+        return
     result = unlearn(config)
     work = work_folder(config)
     spent = costs_of(result.manifest, {})
+    if json:
+        models = {"full": result.before, "unlearned": result.after}
+        print_json(
+            {
+                "output": result.folder,
+                "report": result.report,
+                "work": work,
+                "verdict": as_record(result.verdict) if result.verdict else None,
+                "seconds": spent.stages,
+                "evaluation": {k: without_rows(v) for k, v in models.items() if v},
+            }
+        )
+        require_verdict(config.fail_unless, result.verdict, result.folder)
+        return
     if result.before and result.after:
         print_comparison({"full": result.before, "unlearned": result.after})
         print_samples(

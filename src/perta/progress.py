@@ -1,13 +1,15 @@
 """Progress of long steps, with the time left, on standard error.
 
 On a terminal a live bar; elsewhere (logs, CI) a line when a step begins, one every half minute and
-one when it ends, so that a log says what runs and stays readable. `quiet` turns both off.
+one when it ends, so that a log says what runs and stays readable. A run of several steps numbers
+them and says how much time is left for all of them. `quiet` turns everything off.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -61,6 +63,8 @@ class PlainConsole(Console):
 
 console = PlainConsole(stderr=True)
 _quiet = False
+_said = 0.0
+"""When the last line was printed."""
 
 
 def set_quiet(quiet: bool) -> None:
@@ -71,6 +75,8 @@ def set_quiet(quiet: bool) -> None:
 
 def say(message: str) -> None:
     """Print one line for the user."""
+    global _said
+    _said = time.perf_counter()
     if not _quiet:
         console.print(message, markup=False, soft_wrap=True)
 
@@ -103,6 +109,128 @@ _EVERY = 30.0
 """Seconds between two lines of a step in a log."""
 
 
+def span(seconds: float) -> str:
+    """A duration that is about right."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class _Run:
+    """How far a run of several steps is.
+
+    Attributes:
+        work: step -> about how much there is to do, in any unit, in order.
+        done: work of the steps that are finished, what was reused left out.
+        seconds: what that took.
+    """
+
+    work: Mapping[str, float]
+    done: float = 0.0
+    seconds: float = 0.0
+    _step: str = ""
+    _began: float = 0.0
+    _tracks: int = 0
+    _share: float = 0.0
+    _reused: bool = False
+
+    def begin(self, step: str) -> None:
+        self._step, self._began = step, time.perf_counter()
+        self._tracks, self._share, self._reused = 0, 0.0, False
+
+    def end(self) -> None:
+        if self._tracks or not self._reused:
+            # A tuning that ends early has done a part of its work.
+            self.done += self.work[self._step] * (self._share if self._tracks == 1 else 1.0)
+            self.seconds += time.perf_counter() - self._began
+
+    def reuse(self) -> None:
+        self._reused = True
+
+    def track(self) -> None:
+        self._tracks, self._share = self._tracks + 1, 0.0
+
+    def advance(self, share: float) -> None:
+        self._share = share
+
+    def named(self, title: str) -> str:
+        steps = list(self.work)
+        return f"step {steps.index(self._step) + 1} of {len(steps)}: {title}"
+
+    def left(self) -> str:
+        """What the whole run still takes, as far as one can tell."""
+        share = self._share if self._tracks == 1 else 0.0
+        own, steps = self.work[self._step], list(self.work)
+        done = self.done + share * own
+        if not done:
+            return ""
+        ahead = sum(self.work[step] for step in steps[steps.index(self._step) + 1 :])
+        passed = self.seconds + (time.perf_counter() - self._began if share else 0.0)
+        return f", about {span(passed * (ahead + (1 - share) * own) / done)} left in all"
+
+
+_run: ContextVar[_Run | None] = ContextVar("run", default=None)
+
+
+@contextmanager
+def running(work: Mapping[str, float]) -> Iterator[None]:
+    """Number the steps of a run.
+
+    Args:
+        work: step -> about how much there is to do, in any unit, in order.
+    """
+    before = _run.set(_Run(work))
+    try:
+        yield
+    finally:
+        _run.reset(before)
+
+
+@contextmanager
+def step(name: str, title: str) -> Iterator[None]:
+    """One step of a run: a line when it begins, and one every half minute whatever it does.
+
+    Args:
+        name: of the step; nothing is said of one that the run does not have.
+        title: what it is.
+    """
+    run = _run.get()
+    if run is None or name not in run.work:
+        yield
+        return
+    run.begin(name)
+    say(f"{run.named(title)}{run.left()}")
+    over = threading.Event()
+    lines = threading.Thread(target=_keep_saying, args=(run, title, over), daemon=True)
+    lines.start()
+    try:
+        yield
+    finally:
+        over.set()
+        lines.join()
+    run.end()
+
+
+def _keep_saying(run: _Run, title: str, over: threading.Event) -> None:
+    """Say that a step goes on, where nothing else has been said for a while."""
+    began = time.perf_counter()
+    while not over.wait(max(_EVERY - (time.perf_counter() - max(_said, began)), _EVERY / 10)):
+        now = time.perf_counter()
+        if now - max(_said, began) >= _EVERY and not _bars:
+            say(f"{run.named(title)}: {span(now - began)} so far{run.left()}")
+
+
+def reused() -> None:
+    """Say to the run that its present step had nothing to do."""
+    if (run := _run.get()) is not None:
+        run.reuse()
+
+
+_bars: list[Progress] = []
+"""Live bars, which say how far things are."""
+
+
 @dataclass
 class _Log:
     """Progress as lines.
@@ -116,13 +244,19 @@ class _Log:
     description: str
     total: int
     started: float
+    run: _Run | None = None
     _done: int = 0
     _note: str = ""
     _said: float = 0.0
 
-    def advance(self, n: int = 1, note: str = "") -> None:
+    def count(self, n: int, note: str) -> None:
         self._done += n
         self._note = note or self._note
+        if self.run and self.total:
+            self.run.advance(self._done / self.total)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.count(n, note)
         passed = time.perf_counter() - self.started
         if passed - self._said >= _EVERY:
             self._said = passed
@@ -130,8 +264,13 @@ class _Log:
             rest = "" if left is None else f", about {left:.0f} s left"
             say(
                 f"{self.description}: {self._done} of {self.total} in {passed:.0f} s{rest}"
-                f"{self.shown_note}"
+                f"{self.whole}{self.shown_note}"
             )
+
+    @property
+    def whole(self) -> str:
+        """What the whole run still takes."""
+        return self.run.left() if self.run else ""
 
     @property
     def shown_note(self) -> str:
@@ -149,9 +288,11 @@ def track(description: str, total: int) -> Iterator[_Advance]:
     Yields:
         A function that reports finished units.
     """
-    started = time.perf_counter()
+    started, run = time.perf_counter(), _run.get()
+    if run:
+        run.track()
+    log = _Log(description, total, started, run)
     if _quiet or not console.is_terminal:
-        log = _Log(description, total, started)
         say(f"{description}: {total} to do")
         yield log.advance
         seconds = time.perf_counter() - started
@@ -164,14 +305,17 @@ def track(description: str, total: int) -> Iterator[_Advance]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(n: int = 1, note: str = "") -> None:
-            bar.advance(task, n)
-            if note:
-                bar.update(task, note=note)
+            log.count(n, note)
+            bar.update(task, advance=n, note=f"{log.whole}{log.shown_note}".lstrip(", "))
 
-        yield advance
+        _bars.append(bar)
+        try:
+            yield advance
+        finally:
+            _bars.remove(bar)

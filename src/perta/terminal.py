@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from perta.progress import PlainConsole, visible
-from perta.store.costs import details, duration
+from perta.store.costs import Plan, details, duration, operations, size
 
 if TYPE_CHECKING:
     from perta.report.tables import Cost
@@ -99,6 +99,26 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
     console().print(table)
 
 
+def print_plan(plan: Plan) -> None:
+    """The steps of a run, what is reused, and what it takes."""
+    table = Table(title="plan", title_justify="left")
+    for column in ("step", "operations, at most", "what it is"):
+        table.add_column(column, justify="left" if column == "what it is" else "right")
+    for number, step in enumerate(plan.steps, start=1):
+        work = "reused" if step.reused else operations(step.operations)
+        table.add_row(str(number), work, step.title)
+    console().print(table)
+    console().print(
+        f"Operations: at most about {operations(plan.operations)}\n"
+        f"Memory: about {size(plan.memory)} for weights and sums, activations apart\n"
+        f"Disk: about {size(plan.work)} in {plan.work_folder}, "
+        f"{size(plan.output)} in {plan.output_folder}\n"
+        "Nothing was written.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 def print_metrics(results: Results) -> None:
     """Every metric of a benchmark, with the reason where one is missing."""
     table = Table()
@@ -114,7 +134,7 @@ def print_metrics(results: Results) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON object on standard output, whole whatever the width."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str)
     print(visible(text, escaped=True))  # noqa: T201
 
 

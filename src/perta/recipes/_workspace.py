@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from perta.data.examples import general_config
+from perta.errors import CheckpointError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
 from perta.options import (
@@ -25,6 +27,7 @@ from perta.options import (
     TuneConfig,
     TunedType,
 )
+from perta.progress import step
 from perta.stages.edit import checkpoint_name
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
@@ -38,7 +41,8 @@ from perta.stages.settings import (
     MergeMomentsConfig,
     MomentsConfig,
 )
-from perta.store.costs import seconds_of
+from perta.stages.stage import NotMadeError, only_asking
+from perta.store.costs import seconds_of, title_of
 from perta.store.outputs import check_separate
 from perta.store.record import read_manifest
 
@@ -98,6 +102,8 @@ class Workspace:
         reads: what the run reads, wherever it lies; nothing is made in its place.
         seconds: stage -> duration.
         made: stage -> output, as far as this run has asked for it.
+        asked: where nothing is to be made: stage -> whether it is there already.
+        looks: whether that is looked for.
     """
 
     folder: Path
@@ -115,6 +121,8 @@ class Workspace:
     reads: Sequence[str | Path] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     made: dict[str, Path] = field(default_factory=dict)
+    asked: dict[str, bool] | None = None
+    looks: bool = True
 
     def make(
         self,
@@ -171,7 +179,7 @@ class Workspace:
             tune=tune,
             **self._common(output),
         )
-        return self._once(stage, lambda: finetune_checkpoint(config))
+        return self._once(stage, output, lambda: finetune_checkpoint(config))
 
     def _forget(self, place: int, seed: int, loss_on: LossOn | None) -> Path:
         number = checkpoint_name(place).removeprefix(checkpoint_name(0))
@@ -188,7 +196,7 @@ class Workspace:
             estimator=self.estimator,
             **self._common(output),
         )
-        return self._once(f"{side}_importance", lambda: compute_importance(config))
+        return self._once(f"{side}_importance", output, lambda: compute_importance(config))
 
     def _moments(self, part: str, gradients: bool) -> Path:
         output, data = self.place(f"{part}_moments"), self.sets[part]
@@ -202,7 +210,7 @@ class Workspace:
             options=self.moments,
             **common,
         )
-        return self._once(f"{part}_moments", lambda: compute_moments(config))
+        return self._once(f"{part}_moments", output, lambda: compute_moments(config))
 
     def _merged(self, folders: Sequence[Path]) -> Path:
         if len(folders) == 1:
@@ -211,7 +219,7 @@ class Workspace:
         config = MergeMomentsConfig(
             folders=tuple(folders), output=output, overwrite=self.replaces(output)
         )
-        return self._once("merge_moments", lambda: merge_moments(config))
+        return self._once("merge_moments", output, lambda: merge_moments(config))
 
     def edit_config(self, **given: Any) -> EditConfig:
         """An edit of what was made; `given` are its fields but for the base and the computer."""
@@ -228,12 +236,29 @@ class Workspace:
         """Evaluate a model on some sets, with a base model where `sets` has one."""
         given = {**self._common(output), **sets}
         config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
-        return self.timed(f"evaluate_{name}", lambda: evaluate_checkpoint(config))
+        stage = f"evaluate_{name}"
+        if self.asked is not None:
+            self.ask(stage, output, lambda: evaluate_checkpoint(config))
+            return {}
+        return self.timed(stage, lambda: evaluate_checkpoint(config))
+
+    def ask(self, stage: str, output: Path, run: Callable[[], object]) -> Path:
+        """Note whether a stage's output is there already, and where."""
+        assert self.asked is not None, "this workspace makes things"
+        self.asked[stage] = False
+        if not self.looks:
+            return output
+        # A stage that stands on one that is not there finds nothing to read.
+        with only_asking() as found, suppress(NotMadeError, CheckpointError):
+            run()
+            self.asked[stage] = True
+        return found.get(output, output)
 
     def timed(self, stage: str, run: Callable[[], T]) -> T:
         """Run a stage and note its duration, by its output's own record where that has one."""
         started = time.perf_counter()
-        result = run()
+        with step(stage, title_of(stage)):
+            result = run()
         made = read_manifest(result) if isinstance(result, Path) else None
         if isinstance(result, dict):
             made = result.get("perta")
@@ -244,8 +269,9 @@ class Workspace:
         """Where something lies."""
         place = self.folder / self.names.get(name, name)
         check_separate(place, self.reads)
-        # It holds a model tuned on the forget set, and texts.
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.asked is None:
+            # It holds a model tuned on the forget set, and texts.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return place
 
     def _common(self, output: Path) -> dict[str, Any]:
@@ -257,9 +283,12 @@ class Workspace:
             "compute": self.compute,
         }
 
-    def _once(self, stage: str, run: Callable[[], Path]) -> Path:
+    def _once(self, stage: str, output: Path, run: Callable[[], Path]) -> Path:
         if stage not in self.made:
-            self.made[stage] = self.timed(stage, run)
+            if self.asked is None:
+                self.made[stage] = self.timed(stage, run)
+            else:
+                self.made[stage] = self.ask(stage, output, run)
         return self.made[stage]
 
     def replaces(self, output: Path) -> bool:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet
-from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
+from perta.data.rows import as_source
+from perta.engine.edit.plan import BASE, FORGET, RETAIN, Target, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.method import Method
 from perta.methods.objectives import Training
@@ -37,8 +38,9 @@ from perta.methods.registry import (
 )
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn, with_options
-from perta.progress import say, telling_once
+from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
+from perta.recipes._plan import Sizes
 from perta.recipes._rounds import write_rounds
 from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.recipes._workspace import Workspace, needs
@@ -67,6 +69,7 @@ from perta.stages.stage import taking_over
 from perta.stages.train import train_checkpoint
 from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
+from perta.store.costs import Plan, size
 from perta.store.record import read_manifest
 
 _ROUNDS = 6
@@ -112,23 +115,46 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
-    config = with_options(UnlearnConfig if config is None else config, options)
+    run = _request(with_options(UnlearnConfig if config is None else config, options))
+    output, plan = run.config.output, run.plan(looks=False)
+    say(f"{plan.output_folder}: about {size(plan.output)}; {plan.work_folder}: {size(plan.work)}")
+    work = {step.name: step.operations for step in plan.steps}
+    with taking_over(other_work_folders(run.config)), running(work):
+        if run.record.is_finished():
+            say(f"unlearn: {output} is up to date, reused")
+        else:
+            run.write_split()
+            found = run.edit() if run.training is None else run.train()
+            run.record.write({}, **found)
+        return run.evaluated()
+
+
+def plan_unlearn(config: UnlearnConfig | None = None, **options: Any) -> Plan:
+    """What `unlearn` would do, after all of its checks; nothing is written but to the cache.
+
+    Args:
+        config: as for `unlearn`.
+        **options: likewise.
+
+    Raises:
+        PertaError: input that cannot be used.
+    """
+    run = _request(with_options(UnlearnConfig if config is None else config, options))
+    with taking_over(other_work_folders(run.config)):
+        return run.plan(looks=True)
+
+
+def _request(config: UnlearnConfig) -> _Run:
+    """A run after every check."""
     config = with_picked_rows(config)
     refuse_without_effect(config)
     method = parse(config.weighting.method, Method)
-    if trains := isinstance(method, Training):
-        run = _checked(_for_training(config, method), trains)
-    else:
-        run = _checked(_for_an_edit(config), trains)
-    with taking_over(other_work_folders(config)):
-        if run.record.is_finished():
-            say(f"unlearn: {config.output} is up to date, reused")
-        else:
-            run.record.refuse_foreign()
-            run.write_split()
-            found = run.train() if trains else run.edit()
-            run.record.write({}, **found)
-        return run.evaluated()
+    training = method if isinstance(method, Training) else None
+    config = _for_training(config, training) if training else _for_an_edit(config)
+    run = _checked(config, training)
+    if not run.record.is_finished():
+        run.record.refuse_foreign()
+    return run
 
 
 def _for_training(config: UnlearnConfig, method: Training) -> UnlearnConfig:
@@ -156,12 +182,13 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     )
 
 
-def _checked(config: UnlearnConfig, trains: bool) -> _Run:
+def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     """A run after every check that needs no long step; they raise what would stop it later."""
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     check_places(config, read_by(config, base, full), work_folder(config))
-    if not trains:
+    targets: Sequence[Target] = ()
+    if training is None:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
         if config.retain_checkpoint is not None:
             given = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
@@ -170,8 +197,8 @@ def _checked(config: UnlearnConfig, trains: bool) -> _Run:
         if get_method(config.weighting.method).needs.moments:
             check_linear(targets)
     sets = load_sets(config)
-    run = _Run.of(config, base, full, sets, *split_retain(config, sets))
-    if not trains:
+    run = _Run.of(config, training, targets, base, full, sets, *split_retain(config, sets))
+    if training is None:
         check_options(config, run.used)
         check_retain_moments(config, run.work.measured, sets)
     return run
@@ -183,6 +210,8 @@ class _Run:
 
     Attributes:
         config: the request; its retain set is what the run may use.
+        training: the method, if it trains.
+        targets: of the edit, if there is one.
         full: folder of θ_full.
         sets: as given.
         split: the retain set in two parts, the second of which is `judged` retention on.
@@ -191,6 +220,8 @@ class _Run:
     """
 
     config: UnlearnConfig
+    training: Training | None
+    targets: Sequence[Target] = field(repr=False)
     full: Path
     sets: Mapping[str, ExampleSet]
     split: Split | None
@@ -202,6 +233,8 @@ class _Run:
     def of(
         cls,
         config: UnlearnConfig,
+        training: Training | None,
+        targets: Sequence[Target],
         base: Path,
         full: Path,
         sets: Mapping[str, ExampleSet],
@@ -227,12 +260,68 @@ class _Run:
             reads=reads,
             seconds=record.seconds,
         )
-        return cls(config, full, sets, split, judged, work, record)
+        return cls(config, training, targets, full, sets, split, judged, work, record)
 
     @property
     def used(self) -> Mapping[str, ExampleSet]:
         """The sets that may decide what the result is."""
         return {**self.sets, "retain": self.split.protected} if self.split else self.sets
+
+    def plan(self, *, looks: bool) -> Plan:
+        """What the run would do.
+
+        Args:
+            looks: whether to look for what is there already; else all would be made.
+        """
+        sets, split = dict(self.used), self.split
+        if "retain" in sets:
+            held = split.held_back if split else None
+            sets["judged"] = held or self.sets["retain"]
+        sizes = Sizes(self.config, self.training, self.full, self.work.base, self.targets, sets)
+        return sizes.plan(self._asked(looks), self.work.folder)
+
+    def _asked(self, looks: bool) -> dict[str, bool]:
+        """Every step in order, and whether its result is there already."""
+        steps: dict[str, bool] = {}
+        config, work, judged = self.config, self.work, self.judged
+        if self.split and self.split.held_back:  # nothing is written here for stages to read
+            rows = {"retain": self.split.protected, "judged": self.split.held_back}
+            given = {
+                name: as_source([e.fields for e in part.examples], name)
+                for name, part in rows.items()
+            }
+            work, judged = (
+                replace(work, sets={**work.sets, "retain": given["retain"]}),
+                given["judged"],
+            )
+        work = replace(work, asked=steps, looks=looks, made={})
+        run = replace(self, work=work, judged=judged)
+        if not self.record.is_finished():
+            if self.training:
+                steps["train"] = False
+            else:
+                run._ask_edit(steps)
+        if config.evaluate:
+            run._evaluations()
+        return steps
+
+    def _ask_edit(self, steps: dict[str, bool]) -> None:
+        config, work = self.config, self.work
+        needed = get_method(config.weighting.method).needs
+        is_auto = config.weighting.scaling_coef == "auto"
+        if is_auto:
+            steps["calibrate"] = False
+        edit = self._edit_config()
+        if in_rounds := is_auto and (config.rounds or 1) > 1:
+            steps["rounds"] = False
+        if needed.moments and in_rounds:
+            steps["direction"] = False
+        elif needed.moments:
+            place = work.place("direction")
+            work.ask("direction", place, lambda: with_direction(edit, find_inputs(edit)))
+        if is_auto:
+            steps["strength"] = False
+        steps["edit"] = False
 
     def write_split(self) -> None:
         """Write the parts of the retain set where the stages read them, in a private folder."""
@@ -246,16 +335,7 @@ class _Run:
         method = get_method(self.config.weighting.method)
         is_auto = self.config.weighting.scaling_coef == "auto"
         unseen = self._calibrated() if is_auto else None
-        edit = work.edit_config(
-            # A difference from θ_full is of the adapter itself, not of what its base's type left.
-            full=self.config.full if method.direction == "full - base" else str(self.full),
-            output=self.config.output,
-            direction=work.place("direction"),
-            save_dtype=self.config.save_dtype,
-            overwrite=self.config.overwrite,
-            weighting=self.config.weighting,
-            **self._needed(),
-        )
+        edit = self._edit_config()
         if unseen is not None and (self.config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
         if method.needs.moments:
@@ -273,6 +353,20 @@ class _Run:
         self.record.check([edit.output])
         self.record.seconds["total"] = time.perf_counter() - started
         return found
+
+    def _edit_config(self) -> EditConfig:
+        """The edit, with what it reads made or reused."""
+        config, method = self.config, get_method(self.config.weighting.method)
+        return self.work.edit_config(
+            # A difference from θ_full is of the adapter itself, not of what its base's type left.
+            full=config.full if method.direction == "full - base" else str(self.full),
+            output=config.output,
+            direction=self.work.place("direction"),
+            save_dtype=config.save_dtype,
+            overwrite=config.overwrite,
+            weighting=config.weighting,
+            **self._needed(),
+        )
 
     def _needed(self) -> dict[str, Any]:
         """Everything that the edit reads, made or reused."""
@@ -371,8 +465,7 @@ class _Run:
         if not self.config.evaluate:
             return Unlearned(output, read_manifest(output) or {}, None, None)
         self.write_split()
-        models = {"before": self.full, "after": output, "base": self.work.base}
-        results = {name: self._evaluation(name, model) for name, model in models.items()}
+        results = self._evaluations()
         self.record.write({name: aggregates(found) for name, found in results.items()})
         report = write_report(ReportConfig(results=(str(output),), output=page_of(output)))
         verdicts = judge(collect([str(output)]))
@@ -384,6 +477,10 @@ class _Run:
             report,
             verdicts[0] if verdicts else None,
         )
+
+    def _evaluations(self) -> dict[str, dict[str, Any]]:
+        models = {"before": self.full, "after": self.config.output, "base": self.work.base}
+        return {name: self._evaluation(name, model) for name, model in models.items()}
 
     def _evaluation(self, name: str, checkpoint: Path) -> dict[str, Any]:
         config, scoring = self.config, self.config.scoring

@@ -29,7 +29,7 @@ from perta.models.load import (
     picked,
 )
 from perta.models.resolve import resolve_checkpoint
-from perta.progress import say
+from perta.progress import reused, say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import matches
@@ -70,6 +70,29 @@ Make = Callable[[Path], Mapping[str, Any]]
 
 _beside: ContextVar[tuple[Path, ...]] = ContextVar("beside", default=())
 """Folders in whose entries a stage looks for its output before it makes it."""
+
+
+_asking: ContextVar[dict[Path, Path] | None] = ContextVar("asking", default=None)
+"""While stages are only asked: output -> where it lies already."""
+
+
+class NotMadeError(Exception):
+    """A stage was only asked whether its output is there already, and it is not."""
+
+
+@contextmanager
+def only_asking() -> Iterator[Mapping[Path, Path]]:
+    """Let stages write nothing: one whose output is not there raises `NotMadeError`.
+
+    Yields:
+        Output -> where it lies, of those that lie elsewhere.
+    """
+    found: dict[Path, Path] = {}
+    before = _asking.set(found)
+    try:
+        yield found
+    finally:
+        _asking.reset(before)
 
 
 @contextmanager
@@ -122,16 +145,19 @@ def run_stage(
     """
     reads = [*reads, *_named(settings, inputs)]
     check_separate(output, reads)
-    recover(output)
+    if _asking.get() is None:
+        recover(output)
     finished = _finished_stage(stage, output, settings, inputs)
     if finished is not None:
-        say(f"{stage}: {output} is up to date, reused")
+        _tell_reused(f"{stage}: {output} is up to date, reused")
         return finished
     check_output(output, reads, overwrite=overwrite)
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     finished = _taken_over(stage, output, settings, inputs, overwrite)
     if finished is not None:
         return finished
+    if _asking.get() is not None:
+        raise NotMadeError
     started = time.perf_counter()
     with atomic_folder(output, overwrite=overwrite, private=stage in _PRIVATE) as partial:
         more = dict(make(partial))
@@ -182,18 +208,22 @@ def run_file_stage(
     reads = [*reads, *_named(settings, inputs)]
     # A new file beside the weights is welcome, unless it would be read as a part of them.
     check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
-    recover(output)
+    if _asking.get() is None:
+        recover(output)
     if _is_finished(output, key := stage_key(stage, settings, inputs)):
-        say(f"{stage}: {output} is up to date, reused")
+        _tell_reused(f"{stage}: {output} is up to date, reused")
         return _FileResults(json.loads(output.read_text("utf-8")))
     check_output(output, reads, overwrite=overwrite, within=True)
     refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
     for other in _entries(f"*{output.suffix}"):
         if _is_finished(other, key):
-            with atomic_file(output, overwrite=overwrite, private=True) as partial:
-                shutil.copyfile(other, partial)
-            say(f"{stage}: {other} is what is needed, reused")
-            return _FileResults(json.loads(output.read_text("utf-8")))
+            if _asking.get() is None:
+                with atomic_file(output, overwrite=overwrite, private=True) as partial:
+                    shutil.copyfile(other, partial)
+            _tell_reused(f"{stage}: {other} is what is needed, reused")
+            return _FileResults(json.loads(other.read_text("utf-8")))
+    if _asking.get() is not None:
+        raise NotMadeError
     check_writable(output)
     started = time.perf_counter()
     results = _FileResults(make())
@@ -225,6 +255,12 @@ def _check_unchanged(
             "at once; nothing was written. Make sure that nothing writes to the inputs, and run "
             "again."
         )
+
+
+def _tell_reused(message: str) -> None:
+    reused()
+    if _asking.get() is None:
+        say(message)
 
 
 def _named(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
@@ -259,11 +295,15 @@ def _taken_over(
             finished = _finished_stage(stage, folder, settings, inputs)
             if finished is None:
                 continue
-            with atomic_folder(output, overwrite=overwrite) as partial:
-                shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
+            asked = _asking.get()
+            if asked is not None:
+                asked[output] = folder
+            else:
+                with atomic_folder(output, overwrite=overwrite) as partial:
+                    shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
         except OSError:
             continue  # it went while it was read, or is not ours to read
-        say(f"{stage}: {folder} is what is needed, reused")
+        _tell_reused(f"{stage}: {folder} is what is needed, reused")
         return finished
     return None
 

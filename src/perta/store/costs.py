@@ -7,7 +7,8 @@ when it was made, so a run that reuses stages costs no less than the one that ma
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from perta.store.provenance import FORGET_CHECKPOINT, Record, Records
 
@@ -28,6 +29,11 @@ STAGES: Mapping[str, str] = {
     "edit": "edit",
 }
 """Stage, as records name it -> what it is, in the order in which stages run."""
+_EVALUATIONS = {
+    "evaluate_before": "evaluation of the full model",
+    "evaluate_after": "evaluation of the result",
+    "evaluate_base": "evaluation of the base model",
+}
 FORWARD, BACKWARD = 1, 2
 """Operations of a pass over one token."""
 _OF_INPUT = {FORGET_CHECKPOINT: "finetune", "retain_checkpoint": "retain_finetune"}
@@ -56,6 +62,49 @@ class Costs:
         return self.total / retraining if retraining else None
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+        name: as records have it.
+        title: what it is.
+        operations: about how many it takes; 0 where its result is there already.
+        reused: whether it is.
+    """
+
+    name: str
+    title: str
+    operations: float
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        steps: in order.
+        memory: bytes, about, at the most demanding step, activations left out.
+        work: bytes that the work folder takes in the end, about.
+        output: bytes of the output.
+        work_folder: where intermediate results would lie.
+        output_folder: where the output would lie.
+    """
+
+    steps: tuple[Step, ...] = field(repr=False)
+    memory: float
+    work: float
+    output: float
+    work_folder: Path
+    output_folder: Path
+
+    @property
+    def operations(self) -> float:
+        """About how many all steps take."""
+        return sum(step.operations for step in self.steps)
+
+
 def costs_of(record: Record, records: Records, evaluation: Record | None = None) -> Costs:
     """Everything that making an output took.
 
@@ -80,6 +129,13 @@ def costs_of(record: Record, records: Records, evaluation: Record | None = None)
     return Costs(stages, sum(apart) or seconds_of(evaluation or {}))
 
 
+def title_of(name: str) -> str:
+    """What a stage is, by the name under which a run notes it."""
+    stage = _stage(name)
+    number = f" ({name.removeprefix(stage + '_')})" if stage != name else ""
+    return {**STAGES, **_EVALUATIONS}.get(stage, name.replace("_", " ")) + number
+
+
 def seconds_of(record: Record) -> float:
     """What a stage took when it was made."""
     return float(sum(record.get("seconds", {}).values()))
@@ -99,6 +155,22 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """A number of bytes in the unit that reads best."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= least:
+            return f"{count / least:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def operations(count: float) -> str:
+    """A number of floating-point operations in the unit that reads best."""
+    for unit, least in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if count >= least:
+            return f"{count / least:.1f} {unit}"
+    return f"{count / 1e6:.1f} MFLOP"
 
 
 def details(stages: Mapping[str, float]) -> str:

@@ -306,7 +306,7 @@ def check_linear(targets: Iterable[Target]) -> None:
         ConfigError: nothing but vectors, embeddings and the output head is selected.
     """
     entries = [target.full for target in targets if target.sources]
-    if not any(map(_is_of_a_layer, entries)):
+    if not any(map(is_of_a_layer, entries)):
         raise _no_linear(entry.name for entry in entries)
 
 
@@ -494,7 +494,7 @@ def _in_mlps(full: CheckpointIndex, selected: set[str]) -> set[str]:
     """Those of the selected parameters that lie in MLPs; where these cannot be told, in layers."""
     of_mlps = _mlp(full)
     if of_mlps is None:
-        return {name for name in selected if _is_of_a_layer(full.tensors[name])}
+        return {name for name in selected if is_of_a_layer(full.tensors[name])}
     if not selected & of_mlps:
         raise ConfigError(
             "--layers mlp and the patterns of --include and --exclude leave no tensor to edit, "
@@ -503,7 +503,7 @@ def _in_mlps(full: CheckpointIndex, selected: set[str]) -> set[str]:
     return selected & of_mlps
 
 
-def _is_of_a_layer(entry: TensorEntry) -> bool:
+def is_of_a_layer(entry: TensorEntry) -> bool:
     """Whether a tensor looks like a linear layer's weight, by its shape and name alone."""
     ends = HEADS + _EMBEDDINGS + _POSITIONS
     return len(entry.shape) > 1 and not name_ends_with(entry.name, ends)

@@ -17,6 +17,7 @@ from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of
 from perta.options import TuneConfig
+from perta.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +140,6 @@ class _Learning:
         return wanting
 
     def finish_epoch(self, epoch: int) -> bool:
-        del epoch
         loss, highest = self._epoch / self.examples, self._highest
         self._epoch = self._highest = 0.0
         self.epoch_losses.append(loss)
@@ -147,7 +147,14 @@ class _Learning:
             rise = f"from {self.epoch_losses[0]:.2f} to {loss:.2f}"
             raise _diverged(f"the epoch's loss rose {rise}")
         settings = self.settings
-        return (highest if settings.row_by_row else loss) <= settings.depth
+        reached = highest if settings.row_by_row else loss
+        if reached <= settings.depth and epoch < settings.epochs:
+            what = "the highest loss of a row" if settings.row_by_row else "the mean loss"
+            say(
+                f"Stopped after epoch {epoch} of {settings.epochs}: {what} is {reached:.3f}, at or "
+                f"below {settings.depth:g}"
+            )
+        return reached <= settings.depth
 
     @property
     def _row_depth(self) -> float | None:
