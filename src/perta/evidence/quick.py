@@ -8,7 +8,7 @@ of every example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,17 +70,10 @@ def quick_evaluation(
         name: find_facts(examples, tokenizer, data_config, longest=longest)
         for name, examples in sets.items()
     }
-    items = {
-        name: [
-            replace(item, answers=(*item.answers, *fact.sequences))
-            for item, fact in zip(
-                make_items(model, tokenizer, examples, data_config, generate=scoring.generate),
-                facts[name],
-                strict=True,
-            )
-        ]
-        for name, examples in sets.items()
-    }
+    items = {}
+    for name, examples in sets.items():
+        made = make_items(model, tokenizer, examples, data_config, generate=scoring.generate)
+        items[name] = _with_facts(made, facts[name])
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
     everything = [item for group in items.values() for item in group]
     options = _options(model, tokenizer, batch_size, scoring.max_new_tokens)
@@ -279,6 +272,14 @@ def _options(
         max_new_tokens,
         longest_input(model),
     )
+
+
+def _with_facts(items: Iterable[Item], facts: Sequence[Fact]) -> list[Item]:
+    """Items that are scored on their facts' sequences as well."""
+    return [
+        replace(item, answers=(*item.answers, *fact.sequences))
+        for item, fact in zip(items, facts, strict=True)
+    ]
 
 
 def _each(progress: Progress | None) -> Callable[[int, Outcome], None] | None:

@@ -18,6 +18,7 @@ Source: Ding et al., "Unified Parameter-Efficient Unlearning for LLMs" (LLMErase
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,40 +154,36 @@ def remove_influence(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ConfigError("The model has no trainable weights. Load its adapter as trainable.")
-    device = parameters[0].device
-    examples = len(forget) + len(retain)
+    device, everything = parameters[0].device, [*forget, *retain]
     model.eval()
 
     def batches(chosen: Sequence[Encoded]) -> Iterator[Batch]:
         return (batch.to(device) for batch in bucketed(chosen, batch_size, pad))
 
+    def product(vector: Tensor) -> Tensor:
+        batched, count = batches(everything), len(everything)
+        curved = hessian_product(model, parameters, batched, count, vector)
+        return curved.add_(vector, alpha=damping)
+
     before = losses_of(model, forget, batch_size=batch_size, pad=pad)
-    everything = [*forget, *retain]
     with twice_differentiable(model):
-        gradient = mean_gradient(model, parameters, batches(forget), examples)
-
-        def product(vector: Tensor) -> Tensor:
-            curved = hessian_product(model, parameters, batches(everything), examples, vector)
-            return curved.add_(vector, alpha=damping)
-
+        gradient = mean_gradient(model, parameters, batches(forget), len(everything))
         solution = conjugate_gradients(
             product, gradient, tolerance=tolerance, iterations=iterations
         )
-    with torch.no_grad():
-        for parameter, step in zip(parameters, _split(solution.x, parameters), strict=True):
-            parameter.add_(step)
+    _move(parameters, solution.x)
     after = losses_of(model, forget, batch_size=batch_size, pad=pad)
-    mean_after = sum(after) / len(after)
-    if not torch.isfinite(torch.tensor(mean_after)):
-        raise DivergenceError(f"After the step the loss is {mean_after}. {_CURE}")
-    return Removed(
-        solution.iterations,
-        solution.residual,
-        float(gradient.norm()),
-        float(solution.x.norm()),
-        sum(before) / len(before),
-        mean_after,
-    )
+    losses = (sum(before) / len(before), sum(after) / len(after))
+    if not math.isfinite(losses[1]):
+        raise DivergenceError(f"After the step the loss is {losses[1]}. {_CURE}")
+    norms = (float(gradient.norm()), float(solution.x.norm()))
+    return Removed(solution.iterations, solution.residual, *norms, *losses)
+
+
+@torch.no_grad()
+def _move(parameters: Sequence[Tensor], step: Tensor) -> None:
+    for parameter, part in zip(parameters, _split(step, parameters), strict=True):
+        parameter.add_(part)
 
 
 def mean_gradient(

@@ -99,34 +99,14 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         ConfigError: one was given.
     """
     method = parse(config.weighting.method, Method)
-    trains = isinstance(method, Training)
     needs = method.needs if isinstance(method, Edit) else Needs(tuned=0)
-    alpha = config.weighting.scaling_coef
-    searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
-    groups: list[tuple[object, bool, str]] = [
-        (config.training, trains, "it is for methods that train, such as `npo-retain`"),
-        (
-            replace(config.weighting, method=""),
-            not trains,
-            "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
-            "and the method's settings say",
-        ),
-        (
-            config.estimator,
-            bool(needs.importance),
-            "it is for methods with importance, such as `perta-fisher`",
-        ),
-        (
-            config.moments,
-            bool(needs.moments),
-            "it is for methods with moments, such as `perta-project`",
-        ),
-    ]
-    for group, is_used, why in groups:
+    for group, is_used, why in _groups(config, isinstance(method, Training), needs):
         for item in fields(group):  # type: ignore[arg-type]
             usual = "" if item.name == "method" else item.default
             if not is_used and getattr(group, item.name) != usual:
                 raise _unused(option_name(group, item.name), method.name, why)
+    alpha = config.weighting.scaling_coef
+    searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
     single = (
         ("retain_budget", searches, "it is for --scaling-coef auto"),
         ("strength_seed", searches, "it is for --scaling-coef auto"),
@@ -148,6 +128,29 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     for option, is_used, why in single:
         if not is_used and getattr(config, option) != usual_of[option]:
             raise _unused(option, method.name, why)
+
+
+def _groups(config: UnlearnConfig, trains: bool, needs: Needs) -> list[tuple[object, bool, str]]:
+    """Groups of options: whether the method looks at them, and whose they are."""
+    return [
+        (config.training, trains, "it is for methods that train, such as `npo-retain`"),
+        (
+            replace(config.weighting, method=""),
+            not trains,
+            "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
+            "and the method's settings say",
+        ),
+        (
+            config.estimator,
+            bool(needs.importance),
+            "it is for methods with importance, such as `perta-fisher`",
+        ),
+        (
+            config.moments,
+            bool(needs.moments),
+            "it is for methods with moments, such as `perta-project`",
+        ),
+    ]
 
 
 def _unused(option: str, method: str, why: str) -> ConfigError:

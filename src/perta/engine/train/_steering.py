@@ -73,12 +73,10 @@ def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
             "which `rmu` trains. Use another method."
         )
     model.requires_grad_(False)
-    names = []
-    for name, module in model.named_modules():
-        if id(module) in chosen:
-            module.weight.requires_grad_(True)
-            names.append(name)
-    return tuple(names)
+    trained = {name: module for name, module in model.named_modules() if id(module) in chosen}
+    for module in trained.values():
+        module.weight.requires_grad_(True)
+    return tuple(trained)
 
 
 def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -148,14 +148,9 @@ def unlearn_by_training(
     measured = forget if method.sees_forget_set else retain
     final = losses_of(done, measured, batch_size=settings.batch_size, pad=pad)
     _warn_if_ruined(final, done.config.vocab_size, method)
-    return done, Trained(
-        tuple(run.seen.forget_terms),
-        tuple(run.seen.retain_terms),
-        tuple(final),
-        trainer.steps,
-        run.seen.forget_tokens,
-        run.seen.retain_tokens,
-    )
+    terms_of = (tuple(run.seen.forget_terms), tuple(run.seen.retain_terms))
+    tokens = (run.seen.forget_tokens, run.seen.retain_tokens)
+    return done, Trained(*terms_of, tuple(final), trainer.steps, *tokens)
 
 
 # --- what a run works on --------------------------------------------------------------------------
