@@ -236,7 +236,7 @@ def test_cut_off_and_empty_answers_are_reported_by_row(
     [
         ("none.jsonl", None, "There is no data file"),
         ("empty.jsonl", b"", "has no rows"),
-        ("broken.jsonl", b'{"question": "a"\n', "line 1: not JSON"),
+        ("broken.jsonl", b'{"question": "a"\n', "line 1 cannot be read as JSON"),
         ("list.jsonl", b"[1]\n", "expected an object, found list"),
         ("latin.jsonl", b'{"question": "caf\xe9", "answer": "b"}\n', "not UTF-8"),
         ("bytes.parquet", b"no parquet", "not readable as Parquet"),

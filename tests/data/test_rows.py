@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -60,14 +62,26 @@ def test_rows_of_tables(
         ("a.tsv", 'question\tanswer\na\t"say ""b"""\n', "line 2: a cell looks quoted"),
         ("a.tsv", 'question\tanswer\na\t"b\nc"\n', "line 3: fewer fields"),
         ("a.tsv", 'question\tanswer\na\t"b\tc"\n', "line 2: more fields"),
-        ("a.jsonl", '{"question": "a", "answer": "b", "answer": "c"}', "has 'answer' twice"),
-        ("a.jsonl", '{"question": "a", "answer": "b", "n": NaN}', "line 1: NaN is not JSON"),
-        ("a.jsonl", '{"n": -Infinity}', "line 1: -Infinity is not JSON"),
-        ("a.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-        ("a.jsonl", '{"n": ' + "[" * 100_000, "nested too deeply"),
-        ("a.jsonl", '{"n": ' + "1" * 5_000 + "}", "line 1: Exceeds the limit"),
-        ("a.json", '[{"a": 1},\n{"a": 2,}]', "not JSON .*line 2, column"),
-        ("a.json", "[" * 100_000, "nested too deeply"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": "b", "answer": "c"}',
+            "line 1 .*'answer' occurs twice in an object",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": "b", "n": NaN}',
+            "line 1: nan stands where a number should",
+        ),
+        ("a.jsonl", '{"n": -Infinity}', "line 1: -inf stands where"),
+        (
+            "a.jsonl",
+            '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "line 1 cannot be read as JSON",
+        ),
+        ("a.jsonl", '{"n": ' + "[" * 99 + "]" * 99 + "}", "more than 64 lists and objects"),
+        ("a.jsonl", '{"n": ' + "1" * 5_000 + "}", "line 1 .* Exceeds the limit"),
+        ("a.json", '[{"a": 1},\n{"a": 2,}]', "cannot be read as JSON.* line 2 column"),
+        ("a.json", "[" * 100_000, "cannot be read as JSON"),
         ("a.json", '{"data": [{"a": 1}], "more": [{"a": 2}]}', "there are more under 'more'"),
     ],
 )
@@ -86,6 +100,30 @@ def test_rows_that_a_quote_may_have_swallowed_are_named(
     assert "in 1 rows a quoted cell has line breaks" in capsys.readouterr().err
     table(tmp_path, "a.csv", 'question,answer\na,"first line\nsecond line"\n')
     assert not capsys.readouterr().err
+
+
+class Frame:
+    """What of a pandas frame is looked at."""
+
+    iloc = None
+
+    def __init__(self, columns: list[str], *rows: dict[str, Any]) -> None:
+        self.columns, self.rows = columns, rows
+
+    def to_dict(self, _orient: str) -> list[dict[str, Any]]:
+        return list(self.rows)
+
+
+def test_rows_of_programs_are_plain_too() -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+    row = {"messages": numpy.array(turns, dtype=object), "score": float("nan")}
+    (example,) = load_examples(Frame(["messages", "score"], row)).examples  # type: ignore[arg-type]
+    assert (example.prompt, example.answer) == ("Who?", "Ann.")
+    assert example.fields == {"messages": turns, "score": None}
+    with pytest.raises(DataError, match="more than one column is named 'answer'"):
+        load_examples(Frame(["question", "answer", "answer"], row))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row 1: the column 0 is named by no text"):
+        load_examples([{0: "Who?", 1: "Ann."}])  # type: ignore[dict-item]
 
 
 def test_parquet_holds_what_it_names(tmp_path: Path) -> None:

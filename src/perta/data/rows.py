@@ -15,6 +15,7 @@ from typing import Any
 from perta.errors import DataError, first_line, nearest
 from perta.progress import warn
 from perta.store.atomic import write_text
+from perta.store.parse import parse_json
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SHOWN = 5
@@ -37,7 +38,7 @@ class Rows(str):
             name: what they are called.
         """
         made = cls(name)
-        made.numbered = tuple((number, dict(row)) for number, row in rows)
+        made.numbered = tuple((number, _plain(dict(row))) for number, row in rows)
         return made
 
 
@@ -58,6 +59,7 @@ def as_source(given: Any, name: str) -> str:
     if isinstance(given, (str, Path)):
         return given if isinstance(given, str) else str(given)
     if hasattr(given, "iloc"):
+        _refuse_twice([*given.columns], name)
         given = given.to_dict("records")
     if not isinstance(given, Iterable) or isinstance(given, Mapping):
         raise DataError(
@@ -70,6 +72,8 @@ def as_source(given: Any, name: str) -> str:
                 f"{name}, row {number}: expected column -> value, found {type(row).__name__}. Give "
                 "dictionaries, or one split of a `datasets` table."
             )
+        if odd := [column for column in row if not isinstance(column, str)]:
+            raise DataError(f"{name}, row {number}: the column {odd[0]!r} is named by no text.")
     return Rows.of(enumerate(rows, start=1), f"{name} (given as rows)")
 
 
@@ -167,31 +171,10 @@ def _holds_objects(value: Any) -> bool:
 
 
 def _parse(text: str, where: str, hint: str) -> Any:
-    """JSON, in which every name of an object occurs once and every number is one."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise DataError(
-            f"{where}: not JSON ({error.msg}, {place}column {error.colno}). {hint}"
-        ) from error
-    except RecursionError:
-        raise DataError(f"{where}: brackets are nested too deeply. {hint}") from None
-    except ValueError as error:
-        raise DataError(f"{where}: {first_line(error)}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has {twice!r} twice. Leave one out, or rename it.")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON. Write null where a value is missing.")
+        return parse_json(text, where, DataError, free=True)
+    except DataError as error:
+        raise DataError(f"{error} {hint}") from error
 
 
 def _object(value: Any, path: Path, where: str) -> dict[str, Any]:
@@ -293,8 +276,8 @@ def _named(
     return [{names[i]: cells[i] for i in used} for _, cells in rows]
 
 
-def _refuse_twice(names: Sequence[str], path: Path) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+def _refuse_twice(names: Sequence[Any], path: Path | str) -> None:
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
     if twice:
         raise DataError(
             f"{path}: more than one column is named {', '.join(map(repr, twice))}. Rename them."
@@ -308,7 +291,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
         _refuse_twice(table.column_names, path)
-        rows: list[dict[str, Any]] = [_finite(row) for row in table.to_pylist()]
+        rows: list[dict[str, Any]] = [_plain(row) for row in table.to_pylist()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a text in it is not UTF-8. Write it anew.") from error
     except (pyarrow.ArrowException, OSError) as error:
@@ -316,12 +299,14 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(value: Any) -> Any:
-    """The same without NaN, which tables write where a value is missing."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
+def _plain(value: Any) -> Any:
+    """The same as lists and dictionaries, without NaN, which tables write where a value lacks."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # arrays, as pandas has them in its cells
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -337,7 +322,7 @@ def _read_hub(source: str, split: str) -> list[dict[str, Any]]:
             f"{split!r}): {first_line(error)} Check the path; ids are written owner/name or "
             "owner/name:subset and need the hub."
         ) from error
-    return [_finite(dict(row)) for row in table]
+    return [_plain(dict(row)) for row in table]
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:

@@ -68,17 +68,17 @@ def parse_json(
         where: file and place for the message.
         error: class of what is raised.
         nan: whether NaN and infinity may stand in it.
-        free: whether numbers of any size and broken characters may, as in a user's rows.
+        free: whether large numbers and broken characters may, as in a user's rows.
 
     Raises:
         PertaError: of the class `error`; the text is damaged, too deep, or names a key twice.
     """
     try:
         plain = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(plain, object_pairs_hook=None if free else _no_duplicates)
+        value = json.loads(plain, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as reason:
         raise error(f"{where} cannot be read as JSON: {first_line(reason)}.") from reason
-    _refuse_odd(value, where, error, nan=nan or free, free=free)
+    _refuse_odd(value, where, error, nan=nan, free=free)
     return value
 
 
@@ -131,7 +131,9 @@ def fits(value: Any, form: Any) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1)
+        raise ValueError(f"{twice!r} occurs twice in an object")
     return result
 
 
