@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from perta.data._conversation import RowError
+from perta.data._conversation import RowError, require_whole
 from perta.data._renderer import unused
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def tokenise(
     Raises:
         RowError: a control token in the row's text cannot be told from text.
     """
+    require_whole(text)
     control = control_of(tokenizer)
     meant = _outside(text, own, control.names)
     around = tokenizer.num_special_tokens_to_add() if special else 0

@@ -39,6 +39,16 @@ class RowError(Exception):
     """What is wrong with a row."""
 
 
+def require_whole(text: str) -> None:
+    """Refuse text that was cut inside a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"half a character ({text[error.start]!a}), as in text that was cut inside an emoji"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""

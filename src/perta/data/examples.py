@@ -21,6 +21,7 @@ from perta.data._conversation import (
     RowError,
     chat_column,
     conversation,
+    require_whole,
 )
 from perta.data._conversation import Message as Message
 from perta.data.rows import as_source, numbered_rows
@@ -113,7 +114,7 @@ def load_examples(
     examples, bad = [], []
     for number, row in numbered:
         try:
-            _check_text(row)
+            require_whole(json.dumps(row, ensure_ascii=False, default=str))
             examples.append(Example(number, *conversation(row, kind, config), row))
         except RowError as error:
             bad.append(f"row {number}: {error}")
@@ -184,17 +185,6 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def _check_text(value: Any) -> None:
-    """Refuse text that was cut inside a character."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"half a character ({error.object[error.start]!a}), as in text that was cut inside an "
-            "emoji"
-        ) from error
 
 
 def _fingerprint(rows: Sequence[Mapping[str, Any]], source: str) -> str:
