@@ -195,6 +195,46 @@ def test_a_whole_run_as_json(perta: Run, world: World, tmp_path: Path) -> None:
     assert "step 1 of " in ran.err
 
 
+def test_every_command_that_prints_results_takes_json(
+    perta: Run, world: World, tmp_path: Path
+) -> None:
+    made = perta(
+        "people", "--output", tmp_path / "p", "--people", 4, "--forget-people", 1, "--json"
+    )
+    assert all(Path(file).is_file() for file in json.loads(made.out)["files"])
+    tuned = perta(
+        "finetune", "--base", world.base, "--data", world.forget, "--output", tmp_path / "f",
+        "--epochs", 1, "--json",
+    )  # fmt: skip
+    assert json.loads(tuned.out) == {"output": str(tmp_path / "f")}
+    edited = perta(
+        "edit", "--full", world.full, "--base", world.base, "--forget-checkpoint", tmp_path / "f",
+        "--method", "tv", "--output", tmp_path / "e", "--json",
+    )  # fmt: skip
+    assert json.loads(edited.out) == {"output": str(tmp_path / "e"), "direction": None}
+    for command in ("importance", "moments", "merge-moments", "train", "demo", "bench compare"):
+        assert "--json" in perta(*command.split(), "--help").out, command
+
+
+def test_the_shell_completes_commands_and_options(
+    perta: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.delenv("BASH_COMPLETION_USER_DIR", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert perta("--install-completion").status == 0
+    (script,) = [p for p in tmp_path.rglob("*perta*") if p.is_file()]
+    asked = f"""
+        source {script}
+        COMP_WORDS=(perta unlearn --forget-w); COMP_CWORD=2
+        $(complete -p perta | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+    assert "--forget-where" in done.stdout
+
+
 def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -278,6 +318,8 @@ def test_people_are_written_and_repeatable(perta: Run, tmp_path: Path) -> None:
 def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
     shown = perta("demo", "--tiny", "--output", tmp_path / "demo")
     assert shown.status == 0, shown.err
+    again = json.loads(perta("demo", "--tiny", "--output", tmp_path / "demo", "--json").out)
+    assert again["evaluation"]["full"]["forget_probability"]["agg_value"] > 0.8
     for name in ("base", "full", "retrained", "tv", "perta-grad", "perta-fisher"):
         assert name in shown.out
     assert "share of retraining" in shown.out

@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Unknow
 
 from perta.errors import ConfigError, PertaError, shortage
 from perta.evidence.settings import BENCHMARKS, Offer
-from perta.options import Repeated
+from perta.options import MAIN, Repeated
 from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import DemoConfig, UnlearnConfig
@@ -46,11 +46,13 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.meta.suppress_keyboard_interrupt = False
+app.register_install_completion_command()
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
-_SWITCH = Parameter(negative="")
+_SWITCH = Parameter(negative="", group=MAIN)
 AsJson = Annotated[
-    bool, Parameter(negative="", help="Print results as one JSON object in place of tables.")
+    bool,
+    Parameter(negative="", group=MAIN, help="Print results as one JSON object in place of tables."),
 ]
 
 
@@ -116,61 +118,70 @@ def unlearn(
 
 
 @app.command
-def finetune(config: FinetuneConfig) -> None:
+def finetune(config: FinetuneConfig, *, json: AsJson = False) -> None:
     """Tune a checkpoint on a data set; the loss is on answer tokens only."""
     from perta.stages.finetune import finetune_checkpoint
 
-    _note(f"Tuned checkpoint: {finetune_checkpoint(config)}")
+    output = finetune_checkpoint(config)
+    _tell(json, f"Tuned checkpoint: {output}", output=output)
 
 
 @app.command
-def importance(config: ImportanceConfig) -> None:
+def importance(config: ImportanceConfig, *, json: AsJson = False) -> None:
     """Measure the importance of every weight for a data set."""
     from perta.stages.importance import compute_importance
 
-    _note(f"Importance: {compute_importance(config)}")
+    output = compute_importance(config)
+    _tell(json, f"Importance: {output}", output=output)
 
 
 @app.command
-def moments(config: MomentsConfig) -> None:
+def moments(config: MomentsConfig, *, json: AsJson = False) -> None:
     """Measure second moments of every linear layer's inputs, for the structured methods."""
     from perta.stages.moments import compute_moments
 
-    _note(f"Moments: {compute_moments(config)}")
+    output = compute_moments(config)
+    _tell(json, f"Moments: {output}", output=output)
 
 
 @app.command(name="merge-moments")
-def merge_moments(*folders: Path, output: Path, overwrite: bool = False) -> None:
+def merge_moments(
+    *folders: Path, output: Path, overwrite: bool = False, json: AsJson = False
+) -> None:
     """Add moments of several sets, such as saved ones of a retain set that has grown.
 
     Args:
         folders: outputs of `perta moments` for sets that have no row in common.
         output: folder for the moments of all sets together.
         overwrite: replace an output that is there already.
+        json: print where it is as a JSON object.
     """
     from perta.stages.moments import merge_moments
 
     config = MergeMomentsConfig(folders=folders, output=output, overwrite=overwrite)
-    _note(f"Moments: {merge_moments(config)}")
+    made = merge_moments(config)
+    _tell(json, f"Moments: {made}", output=made)
 
 
 @app.command
-def edit(config: EditConfig) -> None:
+def edit(config: EditConfig, *, json: AsJson = False) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
     from perta.stages.edit import direction_folder, edit_checkpoint
 
-    _note(f"Unlearned checkpoint: {edit_checkpoint(config)}")
-    direction = direction_folder(config)
+    output, direction = edit_checkpoint(config), direction_folder(config)
+    message = f"Unlearned checkpoint: {output}"
     if direction is not None:
-        _note(f"Direction: {direction} (holds what was removed; delete it when you are done)")
+        message += f"\nDirection: {direction} (holds what was removed; delete it when you are done)"
+    _tell(json, message, output=output, direction=direction)
 
 
 @app.command
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, *, json: AsJson = False) -> None:
     """Train the full model until it has forgotten: gradient ascent, NPO, RMU and others."""
     from perta.stages.train import train_checkpoint
 
-    _note(f"Unlearned checkpoint: {train_checkpoint(config)}")
+    output = train_checkpoint(config)
+    _tell(json, f"Unlearned checkpoint: {output}", output=output)
 
 
 @app.command
@@ -239,15 +250,16 @@ def _add_own_benchmark(tokens: Sequence[str]) -> None:
 
 
 @bench.command
-def compare(config: CompareConfig) -> None:
+def compare(config: CompareConfig, *, json: AsJson = False) -> None:
     """Methods side by side: tune, edit and evaluate over seeds, at equal forgetting too.
 
     Finished runs are reused, so a comparison can be stopped, continued and extended.
     """
     from perta.recipes.compare.study import bench_compare
 
-    bench_compare(config)
-    _note(f"Tables, results and report.html: {config.output}")
+    records = bench_compare(config, shows=not json)
+    message = f"Tables, results and report.html: {config.output}"
+    _tell(json, message, output=config.output, runs=records)
 
 
 @app.command
@@ -327,20 +339,25 @@ def methods(name: str | None = None, *, json: AsJson = False) -> None:
 
 
 @app.command
-def people(config: PeopleConfig) -> None:
+def people(config: PeopleConfig, *, json: AsJson = False) -> None:
     """Write question/answer pairs about fictitious people: forget, retain and all of them."""
     from perta.stages.people import write_people
 
-    for file in write_people(config):
-        _note(str(file))
+    files = write_people(config)
+    _tell(json, "\n".join(map(str, files)), files=list(files))
 
 
 @app.command
-def demo(config: DemoConfig | None = None) -> None:
+def demo(config: DemoConfig | None = None, *, json: AsJson = False) -> None:
     """Show the whole method on a real 135M-parameter model, from nothing, in minutes."""
     from perta.recipes.demo import run_demo
+    from perta.terminal import print_json, without_rows
 
-    run_demo(config or DemoConfig())
+    config = config or DemoConfig()
+    results = run_demo(config, shows=not json)
+    if json:
+        models = {name: without_rows(found) for name, found in results.items()}
+        print_json({"output": config.output, "evaluation": models})
 
 
 @app.meta.default
@@ -455,6 +472,15 @@ def _fail(message: str, status: int, tokens: list[str]) -> None:
         message = format_exc()
     PlainConsole(stderr=True).print(f"error: {message}", markup=False, style="red", soft_wrap=True)
     sys.exit(status)
+
+
+def _tell(json: bool, message: str, **found: Any) -> None:
+    from perta.terminal import print_json
+
+    if json:
+        print_json(found)
+    else:
+        _note(message)
 
 
 def _note(message: str) -> None:

@@ -110,6 +110,26 @@ def test_what_would_be_reused_is_what_is(
     assert told == ["forget_checkpoint", "retain_moments", "direction"]
 
 
+@pytest.mark.parametrize("work", ["elsewhere/first", None])
+def test_what_an_earlier_run_made_is_found_wherever_it_lies(
+    world: World, tmp_path: Path, work: str | None
+) -> None:
+    place = tmp_path / work if work else None
+    first = config(
+        world, tmp_path / "one", "tv", work_dir=place, weighting={"scaling_coef": 1.0},
+        evaluate=False,
+    )  # fmt: skip
+    unlearn(first)
+    other = replace(first, weighting=WeightingConfig(method="tv", scaling_coef=2.0))
+    for output, theirs in (
+        (tmp_path / "two", None),
+        (tmp_path / "two", tmp_path / "another" / "work"),
+        (tmp_path / "far" / "two", place or tmp_path / "one.work"),
+    ):
+        plan = plan_unlearn(replace(other, output=output, work_dir=theirs))
+        assert [step.name for step in plan.steps if step.reused] == ["finetune"]
+
+
 def test_operations_are_those_of_the_passes(world: World, tmp_path: Path) -> None:
     """A forward pass over a token is two operations a parameter, a backward pass four."""
     settings = config(world, tmp_path / "out", "perta-fisher", evaluate=False)

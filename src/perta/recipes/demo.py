@@ -68,11 +68,12 @@ TINY = Scale(
 
 
 @telling_once()
-def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
+def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, Any]]:
     """Run the demo and print its table.
 
     Args:
         config: output folder, model, seed.
+        shows: print tables.
 
     Returns:
         Model name -> results of its evaluation.
@@ -100,13 +101,6 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
     for method, strength in scale.strengths.items():
         models[method] = _edited(config, work, models["full"], method, strength)
     results = {name: _evaluated(config, work, name, place) for name, place in models.items()}
-    print_comparison(results)
-    print_costs(*costs(collect([str(config.output)])))
-    share = scale.forget_people / scale.people
-    console().print(
-        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
-    )
-    print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
     report = write_report(
         ReportConfig(
             results=(str(config.output),),
@@ -114,12 +108,26 @@ def run_demo(config: DemoConfig) -> dict[str, dict[str, Any]]:
             title="Demo of unlearning",
         )
     )
-    console().print(f"Report: {report}", markup=False)
-    minutes = (time.perf_counter() - started) / 60
-    console().print(
-        f"Everything is in {config.output}; this run took {minutes:.1f} minutes.", markup=False
-    )
+    if shows:
+        _show(config, scale, results)
+        minutes = (time.perf_counter() - started) / 60
+        console().print(
+            f"Report: {report}\nEverything is in {config.output}; this run took {minutes:.1f} "
+            "minutes.",
+            markup=False,
+        )
     return results
+
+
+def _show(config: DemoConfig, scale: Scale, results: Mapping[str, dict[str, Any]]) -> None:
+    """Print what came of it."""
+    print_comparison(results)
+    print_costs(*costs(collect([str(config.output)])))
+    share = scale.forget_people / scale.people
+    console().print(
+        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
+    )
+    print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
 
 
 def _workspace(config: DemoConfig, base: Path, tune: TuneConfig, data: Path) -> Workspace:

@@ -16,7 +16,14 @@ from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
 from perta.store.fingerprint import fingerprint, is_as_written
-from perta.store.record import make_manifest, read_manifest, settings_of, stage_key, write_manifest
+from perta.store.record import (
+    MANIFEST,
+    make_manifest,
+    read_manifest,
+    settings_of,
+    stage_key,
+    write_manifest,
+)
 
 WORK = ".work"
 STRENGTH = "strength.json"
@@ -139,10 +146,18 @@ def work_folder(config: UnlearnConfig) -> Path:
 
 
 def other_work_folders(config: UnlearnConfig) -> list[Path]:
-    """Those of other outputs beside this one, whose results may serve; none with `--work-dir`."""
-    if config.work_dir is not None:
-        return []
-    return sorted(p for p in config.output.parent.glob(f"*{WORK}") if p != work_folder(config))
+    """Those of other runs, whose results may serve.
+
+    They are the work folders beside the output and beside this run's own, and those that records
+    of outputs beside this one name, wherever they lie.
+    """
+    own = work_folder(config)
+    found = {p for place in (config.output, own) for p in place.parent.glob(f"*{WORK}")}
+    for record in config.output.parent.glob(f"*/{MANIFEST}"):
+        run = (read_manifest(record.parent) or {}).get("unlearn", {})
+        found.add(Path(run.get("settings", {}).get("work_dir", own)))
+    places = {folder.resolve(): folder for folder in found if folder.is_dir()}
+    return sorted(folder for place, folder in places.items() if place != own.resolve())
 
 
 def _resolved(config: UnlearnConfig) -> dict[str, Any]:

@@ -65,9 +65,9 @@ class UnlearnConfig(Paths):
     """Examples the model has never seen, for the evaluation and for `--scaling-coef auto`, which
     takes the strength at which every row's fact looks as unseen as theirs."""
     work_dir: Annotated[Path | None, More] = None
-    """Folder for intermediate results, reused by later runs [default: OUTPUT.work, which takes over
-    what fits from the other .work folders beside it]. It holds a model tuned on the forget set:
-    delete it when you are done."""
+    """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. What fits is
+    taken over from the .work folders beside it, and from those of outputs beside this one. It holds
+    a model tuned on the forget set: delete it when you are done."""
     forget_seeds: Annotated[int | None, More] = None
     """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
     needs at least: 2 for `negmerge`, otherwise 1]."""

@@ -161,8 +161,8 @@ def summary_files() -> list[str]:
     return ["summary.md", *(f"{v}{part}" for v in VIEWS for part in (".csv", "_seeds.csv", ".tex"))]
 
 
-def write_summary(records: Sequence[Record], folder: Path) -> None:
-    """Print the tables, and write them.
+def write_summary(records: Sequence[Record], folder: Path, *, shows: bool = True) -> None:
+    """Write the tables, and print them where `shows`.
 
     For each view VIEW.csv (mean, `_sd` and `_n` of every column), VIEW_seeds.csv (every seed) and
     VIEW.tex (booktabs); summary.md has all views.
@@ -175,7 +175,8 @@ def write_summary(records: Sequence[Record], folder: Path) -> None:
         columns = [name for name in _columns(rows) if any(name in row for row in rows)]
         names = ["method", "seeds", *columns]
         printed = ["method", "seeds", *(n for n in columns if n in PRINTED)]
-        _print(title, rows, printed)
+        if shows:
+            _print(title, rows, printed)
         parts = [f"{name}{part}" for name in columns for part in ("", "_sd", "_n")]
         numbers = _csv(_numbers(records, view), ["method", "reached", "seeds", *parts])
         write_text(folder / f"{view}.csv", numbers)

@@ -71,11 +71,12 @@ _Contender = WeightEdit | TrainingPath
 
 
 @telling_once()
-def bench_compare(config: CompareConfig) -> list[Record]:
+def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
     """Compare methods at fixed settings, at equal forgetting and at equal resistance.
 
     Args:
         config: data, methods, seeds, tries and output.
+        shows: print tables.
 
     Returns:
         One record per reference or method and seed, as written to `OUTPUT/runs`.
@@ -105,7 +106,7 @@ def bench_compare(config: CompareConfig) -> list[Record]:
     records: list[Record] = []
     for seed in config.seeds:
         records += _Seed(config, base, seed).run(specs)
-        write_summary(records, config.output)
+        write_summary(records, config.output, shows=shows)
     # These runs alone: the folder may hold others that were not asked for this time.
     files = [
         config.output / "results" / f"{name}_seed-{seed}.json"
