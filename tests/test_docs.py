@@ -25,8 +25,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # In this order each goes on where the one before ended.
 TUTORIALS = ("first-request", "strength", "second-request", "own-method", "comparing")
 COMMANDS = (
-    "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train", "evaluate",
-    "bench tofu", "bench muse", "bench people", "bench ability", "bench compare",
+    "", "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train",
+    "evaluate", "bench tofu", "bench muse", "bench people", "bench ability", "bench compare",
     "people", "demo", "methods", "report", "clean",
 )  # fmt: skip
 # The model before it saw the data is tiny and random here, so it learns at another rate.
