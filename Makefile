@@ -1,4 +1,4 @@
-.PHONY: check test slow format docs
+.PHONY: check test slow faults format docs
 check:
 	ruff format --check .
 	ruff check .
@@ -8,6 +8,8 @@ test:
 	pytest
 slow:
 	pytest -m slow
+faults:
+	PERTA_FUZZ=20000 pytest -o faulthandler_timeout=120 tests/faults
 format:
 	ruff format .
 	ruff check --fix .

@@ -558,3 +558,18 @@ def test_copy_companions_takes_what_a_model_needs_and_no_more(tmp_path: Path) ->
     copied = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     assert copied == set(needed)
     assert (target / "config.json").read_text() == "config.json"
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "a\0b.safetensors", "../a"])
+def test_names_of_shards_that_are_none_are_refused(sharded: Path, name: str) -> None:
+    edit_index(sharded, {"a": name})
+    with pytest.raises(CorruptCheckpointError, match="outside its folder"):
+        open_index(sharded)
+
+
+@pytest.mark.parametrize("text", ["[]", "0", '""', "false", '{"a": 1}'])
+def test_free_text_of_a_header_is_an_object_of_texts(tmp_path: Path, text: str) -> None:
+    header = f'{{"__metadata__": {text}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CorruptCheckpointError, match="__metadata__"):
+        open_index(tmp_path)

@@ -32,7 +32,7 @@ from perta.errors import (
     ConfigError,
     CorruptCheckpointError,
 )
-from perta.store.parse import parse_json, read_json
+from perta.store.parse import fits, parse_json, read_json
 
 _SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -222,9 +222,9 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
         CheckpointError: tensors of a type that cannot be read.
     """
     header, data_start = _read_raw_header(file)
-    raw_metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(raw_metadata, dict):
-        raise CorruptCheckpointError(f"{file}: __metadata__ in the header is no JSON object.")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not fits(metadata, {str: str}):
+        raise CorruptCheckpointError(f"{file}: __metadata__ in the header is no object of texts.")
     entries = [_entry(file, name, info, data_start) for name, info in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = data_start
@@ -241,7 +241,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
         raise CorruptCheckpointError(
             f"{file} is {state}: {size} bytes instead of {end}. Copy or download it again."
         )
-    return entries, {str(key): str(value) for key, value in raw_metadata.items()}
+    return entries, metadata or {}
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -341,8 +341,8 @@ def _read_weight_map(file: Path) -> dict[str, str]:
         )
     for shard in set(pairs.values()):
         # A shard is a file beside the index; anything else could point outside the folder.
-        if Path(shard).name != shard:
-            raise CorruptCheckpointError(f"{file} names a shard outside its folder: {shard}.")
+        if Path(shard).name != shard or "\0" in shard or len(os.fsencode(shard)) > 255:
+            raise CorruptCheckpointError(f"{file} names a shard outside its folder: {shard[:300]}.")
     return pairs
 
 
