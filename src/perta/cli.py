@@ -325,11 +325,11 @@ def methods(name: str | None = None, *, json: AsJson = False) -> None:
         json: print everything as one JSON object.
     """
     from perta.methods.method import Method
-    from perta.methods.registry import find
+    from perta.methods.registry import find, split
     from perta.terminal import method_cards, print_json, print_method, print_methods
 
     cards = method_cards()
-    card = None if name is None else cards[find(name, Method).name]
+    card = None if name is None else cards[find(split(name)[0], Method).name]
     if json:
         print_json(cards if card is None else card)
     elif card is None:
@@ -384,12 +384,12 @@ def launch(
 
         set_quiet(True)
     _quiet_libraries()
-    if method_file:
+    source, files = (None, []) if config is None else _yaml(config)
+    for file in method_file or files:
         from perta.methods.registry import load_methods
 
-        for file in method_file:
-            load_methods(file)
-    app.config = () if config is None else (_yaml(config),)
+        load_methods(file)
+    app.config = (source,) if source else ()
     app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
 
 
@@ -410,8 +410,11 @@ def main() -> None:
         _fail(_unforeseen(error), 1, tokens)
 
 
-def _yaml(file: Path) -> Any:
-    """A source of options from a YAML file, checked first so that its errors are plain."""
+def _yaml(file: Path) -> tuple[Any, list[Path]]:
+    """A source of options from a YAML file, checked first so that its errors are plain.
+
+    The method files that it names come beside it, for they are read before the subcommand is.
+    """
     from cyclopts.config import Yaml
 
     if not file.exists():
@@ -419,7 +422,9 @@ def _yaml(file: Path) -> Any:
     content = parse_yaml(read_bytes(file, ConfigError), f"--config {file}", ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file}: expected `option: value` lines.")
-    return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
+    named = content.get("method-file", content.get("method_file", []))
+    files = [Path(str(name)) for name in (named if isinstance(named, list) else [named])]
+    return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True), files
 
 
 _NOW_SETTINGS = (

@@ -459,7 +459,7 @@ class TrainSettings(TrainingRun):
     """Forget examples per forward pass; as many retain examples go with them."""
     accumulation: int = 4
     """Batches per optimizer step; 8 x 4 examples are the published 32."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Hidden] = 0.01
     """AdamW weight decay."""
     lora_targets: Annotated[tuple[str, ...], Hidden] = ()
     """Module names that get LoRA [default: all linear layers]."""

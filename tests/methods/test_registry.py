@@ -157,6 +157,17 @@ def test_a_method_of_a_file_is_listed_and_shown(
     assert json.loads(capsys.readouterr().out)["part"]["settings"][0]["help"] == "the part"
 
 
+def test_a_yaml_file_names_a_method_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    mine, run = written(tmp_path, PART), tmp_path / "run.yaml"
+    for named in (str(mine), [str(mine)]):
+        KNOWN.pop("part", None)
+        run.write_text(json.dumps({"method-file": named}), "utf-8")
+        perta(monkeypatch, "methods", "part:part=0.1", "--config", run)
+        assert "one part of the task vector" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
