@@ -28,6 +28,8 @@ COMMANDS = (
     "", "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train",
     "evaluate", "bench tofu", "bench muse", "bench people", "bench ability", "bench compare",
     "people", "demo", "methods", "report", "clean",
+    "requests init", "requests add", "requests apply", "requests status", "requests recheck",
+    "requests verify", "requests clean",
 )  # fmt: skip
 # The model before it saw the data is tiny and random here, so it learns at another rate.
 TINY = ("--learning-rate", "5e-3", "--epochs", "30", "--batch-size", "2")

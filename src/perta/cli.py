@@ -23,7 +23,15 @@ from perta.evidence.settings import BENCHMARKS, Offer
 from perta.options import MAIN, Repeated
 from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.settings import DemoConfig, UnlearnConfig
+from perta.recipes.settings import (
+    DemoConfig,
+    LedgerConfig,
+    RequestsAddConfig,
+    RequestsApplyConfig,
+    RequestsInitConfig,
+    RequestsRecheckConfig,
+    UnlearnConfig,
+)
 from perta.report.settings import ReportConfig
 from perta.stages.settings import (
     EditConfig,
@@ -336,6 +344,104 @@ def methods(name: str | None = None, *, json: AsJson = False) -> None:
         print_methods()
     else:
         print_method(card)
+
+
+_requests = App(name="requests", help="Many erasure requests over time, in a ledger that tells.")
+app.command(_requests)
+
+
+@_requests.command(name="init")
+def _init(config: RequestsInitConfig) -> None:
+    """Begin a ledger for a model and its data."""
+    from perta.recipes.requests import start_ledger
+
+    _note(f"Ledger: {config.folder}; head {start_ledger(config).hash}")
+
+
+@_requests.command(name="add")
+def _add(config: RequestsAddConfig) -> None:
+    """Take a request down: rows that have to go."""
+    from perta.recipes.requests import add_request
+
+    entry = add_request(config)
+    _note(f"{config.name}: {entry.facts['rows']} rows; head {entry.hash}")
+
+
+@_requests.command(name="apply")
+def _apply(config: RequestsApplyConfig) -> None:
+    """Forget all that waits, in one edit of the newest checkpoint."""
+    from perta.recipes.requests import apply_requests
+
+    entry = apply_requests(config)
+    facts = entry.facts
+    _note(
+        f"Applied: {', '.join(facts['names'])}\nVerdict: {facts['verdict']}\n"
+        f"Checkpoint: {config.folder / facts['checkpoint']}\nHead: {entry.hash}"
+    )
+
+
+@_requests.command(name="status")
+def _status(folder: Path, *, json: AsJson = False) -> None:
+    """List the requests and where each stands.
+
+    Args:
+        folder: of the ledger.
+        json: print them as one JSON object.
+    """
+    from perta.recipes.requests import read_state
+    from perta.terminal import print_json, print_requests
+
+    state = read_state(folder)
+    requests = [asdict(request) for request in state.requests]
+    if json:
+        print_json({"requests": requests})
+    else:
+        print_requests(requests)
+        _note(f"Newest checkpoint: {state.current[0]}")
+
+
+@_requests.command(name="recheck")
+def _recheck(config: RequestsRecheckConfig) -> None:
+    """Look for the facts of all earlier requests in the newest checkpoint."""
+    from perta.recipes.requests import recheck_requests
+
+    entry = recheck_requests(config)
+    for name, rows in entry.facts["still_there"].items():
+        numbers = f": rows {', '.join(map(str, rows))}" if rows else ""
+        _note(f"{name}: {len(rows)} facts stand out{numbers}")
+
+
+@_requests.command(name="verify")
+def _verify(folder: Path, *, head: str | None = None) -> None:
+    """Check the ledger, its signatures and every checkpoint it names.
+
+    Args:
+        folder: of the ledger.
+        head: hash of an entry, noted elsewhere, that the ledger must hold.
+    """
+    from perta.recipes.requests import verify_requests
+    from perta.store.ledger import public_keys
+
+    state = verify_requests(folder, head=head)
+    signed = sum(entry.signature is not None for entry in state.entries)
+    _note(
+        f"{len(state.entries)} entries fit, {signed} of them signed; head {state.entries[-1].hash}"
+    )
+    for key in public_keys(state.entries):
+        _note(f"Signed with {key}")
+
+
+@_requests.command(name="clean")
+def _clean(config: LedgerConfig) -> None:
+    """Delete rows, work folders and older checkpoints of requests that were applied."""
+    from perta.recipes.requests import clean_requests
+
+    _, gone = clean_requests(config)
+    for place in gone:
+        _note(f"Deleted: {place}")
+    _note(
+        "Base and full model, the data sets, copies and backups are not this command's to delete."
+    )
 
 
 @app.command

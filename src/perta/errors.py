@@ -11,6 +11,7 @@
       OutputExistsError        the output is there already and was made by something else
       DivergenceError          training or a solve left the finite numbers
       VerdictError             the result is not what --fail-unless asks for
+      LedgerError              a ledger of requests that was changed, or is in use
       EngineMismatchError      the fast importance engine disagrees with the example loop
 
 Messages say what is wrong, where, and how to fix it. The command line prints the message
@@ -66,6 +67,10 @@ class DivergenceError(PertaError):
 
 class VerdictError(PertaError):
     """The output is there, and the verdict on it is worse than was asked for."""
+
+
+class LedgerError(PertaError):
+    """A ledger of requests is not whole, or is in use."""
 
 
 class EngineMismatchError(PertaError):

@@ -197,6 +197,19 @@ def print_method(card: Mapping[str, Any]) -> None:
     console().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
+def print_requests(requests: Iterable[Mapping[str, Any]]) -> None:
+    """One line per request of a ledger, given as plain values."""
+    table = Table()
+    for column in ("request", "received", "rows", "where it stands", "facts that stand out"):
+        table.add_column(column, overflow="fold")
+    for request in requests:
+        waits, left = request["applied"] is None, request["still_there"]
+        stands = "waits" if waits else request["verdict"] or "applied"
+        row = (request["name"], request["received"] or "", str(request["rows"]), stands)
+        table.add_row(*map(escape, row), "" if left is None else str(left))
+    console().print(table)
+
+
 def _print_methods(title: str, formula: str, rows: Iterable[tuple[str, ...]]) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("method", formula, "what it does", "source"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -157,4 +158,74 @@ class DemoConfig(Paths):
     """Seed of people and training."""
     overwrite: bool = False
     """Replace what an earlier run with other settings left in the folder."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class LedgerConfig:
+    """What every step of `perta requests` that writes to the ledger has."""
+
+    folder: Path
+    """Folder of the ledger."""
+    operator: str | None = None
+    """Who does it, for the ledger."""
+    key: Path | None = None
+    """File with an Ed25519 private key (PEM) to sign the entry with."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class RequestsInitConfig(LedgerConfig):
+    """`perta requests init`."""
+
+    base: str
+    """Model before it saw the data: folder, GGUF file, LoRA adapter folder or hub id."""
+    full: str
+    """Checkpoint that requests are applied to: the base model tuned on all of the data."""
+    retain: str
+    """All of the data, or what is to be kept of it: rows of requests are taken out."""
+    holdout: str | None = None
+    """Examples the model has never seen."""
+    data_config: DataConfig = field(default_factory=DataConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class RequestsAddConfig(LedgerConfig):
+    """`perta requests add`."""
+
+    forget: str
+    """Rows of the request."""
+    name: str
+    """Name of the request, such as a ticket number."""
+    received: str | None = None
+    """Day it came in, as in 2026-11-27."""
+    data_config: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if self.received is not None:
+            try:
+                date.fromisoformat(self.received)
+            except ValueError:
+                require(False, "received", self.received, "a day such as 2026-11-27")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class RequestsApplyConfig(LedgerConfig):
+    """`perta requests apply`."""
+
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class RequestsRecheckConfig(LedgerConfig):
+    """`perta requests recheck`."""
+
+    data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

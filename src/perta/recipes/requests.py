@@ -1,0 +1,418 @@
+"""A life with many erasure requests: `perta requests`.
+
+    FOLDER/ledger.jsonl, head.json   what happened, chained and signed (`store.ledger`)
+    FOLDER/rows/NAME.jsonl             the rows of a request, until `clean`
+    FOLDER/key                       of the fingerprints of these rows; without it they say nothing
+    FOLDER/checkpoints/N             the checkpoint after entry N, with its `perta unlearn` record
+    FOLDER/work/N                    what that run made on the way
+
+A request is applied to the current checkpoint, several at once in one edit. Rows of all requests so
+far are taken out of the retain set first, so nothing protects what is to go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perta.data.examples import ExampleSet, load_examples
+from perta.data.rows import read_rows, write_jsonl
+from perta.errors import ConfigError, LedgerError
+from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.resolve import resolve_checkpoint
+from perta.options import DataConfig
+from perta.progress import say
+from perta.recipes._held_back import write_rows
+from perta.recipes._strength import calibrate, surprises_of
+from perta.recipes.settings import (
+    LedgerConfig,
+    RequestsAddConfig,
+    RequestsApplyConfig,
+    RequestsInitConfig,
+    RequestsRecheckConfig,
+    UnlearnConfig,
+)
+from perta.recipes.unlearn import unlearn
+from perta.store.atomic import atomic_folder
+from perta.store.fingerprint import fingerprint
+from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where one request stands.
+
+    Attributes:
+        name: as it was added.
+        received: day it came in, as the user gave it.
+        rows: how many rows are to be forgotten.
+        applied: entry that applied it; None while it waits.
+        verdict: what came of that, in one line.
+        still_there: rows whose facts the last `recheck` found to stand out; None before one.
+        cleaned: whether its rows are gone.
+    """
+
+    name: str
+    received: str | None
+    rows: int
+    applied: int | None = None
+    verdict: str | None = None
+    still_there: int | None = None
+    cleaned: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a ledger says.
+
+    Attributes:
+        folder: of the ledger.
+        start: facts of the `init` entry.
+        requests: in order.
+        current: the newest checkpoint, and its fingerprint as the ledger has it.
+        entries: all of them.
+    """
+
+    folder: Path
+    start: Mapping[str, Any] = field(repr=False)
+    requests: tuple[Request, ...]
+    current: tuple[Path, str]
+    entries: tuple[Entry, ...] = field(repr=False)
+
+
+def start_ledger(config: RequestsInitConfig) -> Entry:
+    """Begin a ledger (`perta requests init`).
+
+    Args:
+        config: models, data to keep, and the folder.
+
+    Returns:
+        The first entry.
+
+    Raises:
+        PertaError: input that cannot be used, or a folder with anything in it.
+    """
+    folder = config.folder.expanduser().absolute()
+    base = resolve_checkpoint(config.base)
+    models = {"base": base, "full": resolve_checkpoint(config.full, base=config.base)}
+    facts: dict[str, Any] = {"operator": config.operator}
+    for name, place in models.items():
+        facts[name] = {"path": str(place.absolute()), "blake3": fingerprint(place)}
+    for name in ("retain", "holdout"):
+        if (source := getattr(config, name)) is not None:
+            found, file = load_examples(source, config.data_config), Path(source).expanduser()
+            where = str(file.absolute()) if file.exists() else source
+            facts[name] = {"path": where, "blake3": found.fingerprint}
+    with atomic_folder(folder) as made:
+        made.chmod(0o700)
+        (made / "key").touch(mode=0o600)
+        (made / "key").write_text(secrets.token_hex(32), "ascii")
+        return append(made, "init", facts, key=config.key)
+
+
+def add_request(config: RequestsAddConfig) -> Entry:
+    """Take a request down (`perta requests add`).
+
+    The rows are copied to the ledger's folder; the ledger itself holds their number and keyed
+    fingerprints, HMAC-SHA256 under a key that never leaves the folder.
+
+    Args:
+        config: rows, name and dates.
+
+    Returns:
+        The entry.
+
+    Raises:
+        PertaError: rows that cannot be read, or a name that is taken.
+    """
+    if not _ID.fullmatch(config.name):
+        raise ConfigError(
+            f"--name {config.name!r}: use up to 64 letters, digits, dots, dashes and underscores."
+        )
+    with locked(_folder(config.folder)):
+        state = read_state(config.folder)
+        if any(request.name == config.name for request in state.requests):
+            raise ConfigError(f"There is a request {config.name} already. Choose another --name.")
+        examples = load_examples(config.forget, config.data_config)
+        prints = _fingerprints(state.folder, examples)
+        before = {p for entry in _of(state, "add") for p in entry.facts["rows_hmac_sha256"]}
+        pairs = zip(examples.examples, prints, strict=True)
+        if twice := [example.row for example, mark in pairs if mark in before]:
+            more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
+            raise ConfigError(
+                f"{config.forget}: row {twice[0]}{more} is part of an earlier request already. "
+                "Leave it out."
+            )
+        write_rows(_rows_file(state.folder, config.name), examples)
+        facts = {
+            "name": config.name,
+            "received": config.received,
+            "operator": config.operator,
+            "rows": len(examples),
+            "rows_hmac_sha256": prints,
+        }
+        return append(state.folder, "add", facts, key=config.key)
+
+
+def apply_requests(config: RequestsApplyConfig) -> Entry:
+    """Forget what waits, in one edit of the current checkpoint (`perta requests apply`).
+
+    Args:
+        config: folder, and settings as `perta unlearn` has them.
+
+    Returns:
+        The entry, with the verdict.
+
+    Raises:
+        PertaError: nothing waits, the checkpoint is not the ledger's, or the run fails; nothing
+            is written to the ledger then, and the same command goes on.
+    """
+    with locked(_folder(config.folder)):
+        state = read_state(config.folder)
+        waiting = [request for request in state.requests if request.applied is None]
+        if not waiting:
+            raise ConfigError(f"No request waits in {state.folder}. Add one first.")
+        current = _checked_checkpoint(state)
+        number = len(state.entries) + 1
+        work = state.folder / "work" / str(number)
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = [str(_rows_file(state.folder, request.name)) for request in waiting]
+        rows = (row for file in files for row in read_rows(file, ""))
+        forget = write_jsonl(rows, work / "forget.jsonl")
+        settings = UnlearnConfig(
+            base=state.start["base"]["path"],
+            full=str(current),
+            forget=str(forget),
+            retain=str(_retained(state, work, config.data_config)),
+            holdout=state.start.get("holdout", {}).get("path"),
+            output=state.folder / "checkpoints" / str(number),
+            work_dir=work / "run",
+            weighting=config.weighting,
+            tune=config.tune,
+            data_config=config.data_config,
+            compute=config.compute,
+        )
+        made = unlearn(settings)
+        asked = made.manifest["settings"]
+        strength = made.manifest.get("strength") or {}
+        facts = {
+            "names": [request.name for request in waiting],
+            "operator": config.operator,
+            "method": asked.get("method"),
+            "scaling_coef": strength.get("scaling_coef", asked.get("scaling_coef")),
+            "before": state.current[1],
+            "after": fingerprint(made.folder),
+            "checkpoint": str(made.folder.relative_to(state.folder)),
+            "verdict": made.verdict.line if made.verdict else None,
+        }
+        return append(state.folder, "apply", facts, key=config.key)
+
+
+def recheck_requests(config: RequestsRecheckConfig) -> Entry:
+    """Look for the facts of every request in the newest checkpoint (`perta requests recheck`).
+
+    A row stands out by the rule of `recipes._strength`, with the base model as yardstick, or the
+    held-out set where the ledger has one.
+
+    Args:
+        config: folder and compute settings.
+
+    Returns:
+        The entry: of each request that was applied and not cleaned, the rows that stand out.
+
+    Raises:
+        PertaError: there is no such request, or the checkpoint is not the ledger's.
+    """
+    with locked(_folder(config.folder)):
+        state = read_state(config.folder)
+        current, start = _checked_checkpoint(state), state.start
+        chosen = [r for r in state.requests if r.applied is not None and not r.cleaned]
+        if not chosen:
+            raise ConfigError(f"{state.folder} has no request that was applied and has its rows.")
+        base, full = (Path(start[name]["path"]) for name in ("base", "full"))
+        sets = {"holdout": start["holdout"]["path"]} if "holdout" in start else {}
+        pad = pad_id(load_tokenizer(current))
+        found: dict[str, list[int]] = {}
+        for request in chosen:
+            sources = {"forget": _rows_file(state.folder, request.name), **sets}
+            loaded = {n: load_examples(s, config.data_config) for n, s in sources.items()}
+            unseen = calibrate(full, base, loaded, config.data_config, config.compute)
+            model = load_model(current, config.compute, dtype=torch.float32)
+            now = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
+            found[request.name] = [unseen.facts[place].row for place in unseen.standing_out(now)]
+            say(f"{request.name}: {len(found[request.name])} of {request.rows} rows stand out")
+        facts = {"checkpoint": state.current[1], "still_there": found, "operator": config.operator}
+        return append(state.folder, "recheck", facts, key=config.key)
+
+
+def verify_requests(folder: Path, *, head: str | None = None) -> State:
+    """Check ledger, signatures and checkpoints (`perta requests verify`).
+
+    Args:
+        folder: of the ledger.
+        head: hash of an entry that was noted elsewhere; the ledger must hold it.
+
+    Returns:
+        What the ledger says.
+
+    Raises:
+        LedgerError: anything that does not fit; the message says what.
+    """
+    state = read_state(folder)
+    if head is not None and head not in {entry.hash for entry in state.entries}:
+        raise LedgerError(
+            f"{state.folder / LEDGER} has no entry with the hash {head}: its end was cut off, or "
+            "it is another ledger."
+        )
+    for name in ("base", "full"):
+        _check_fingerprint(Path(state.start[name]["path"]), state.start[name]["blake3"])
+    for entry in _of(state, "apply"):
+        place = state.folder / entry.facts["checkpoint"]
+        # Earlier checkpoints may be deleted; what is there must be what was written.
+        if place.exists() or place == state.current[0]:
+            _check_fingerprint(place, entry.facts["after"])
+    return state
+
+
+def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
+    """Delete what holds forgotten data (`perta requests clean`).
+
+    Rows and work folders of applied requests go, and every cleaned checkpoint but the newest: an
+    older one still knows what later requests removed. Base, full model and the data sets are the
+    user's and stay.
+
+    Args:
+        config: folder.
+
+    Returns:
+        The entry, and what was deleted.
+
+    Raises:
+        LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
+    """
+    with locked(_folder(config.folder)):
+        state = read_state(config.folder)
+        newest = _checked_checkpoint(state)
+        applied = [request for request in state.requests if request.applied is not None]
+        gone = [f for r in applied if (f := _rows_file(state.folder, r.name)).exists()]
+        done = {str(request.applied) for request in applied}
+        gone += [place for place in sorted((state.folder / "work").glob("*")) if place.name in done]
+        gone += [
+            place
+            for place in sorted((state.folder / "checkpoints").glob("*"))
+            if place.name.partition(".")[0] != newest.name
+        ]
+        for place in gone:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        facts = {
+            "names": [request.name for request in applied],
+            "deleted": [str(place.relative_to(state.folder)) for place in gone],
+            "operator": config.operator,
+        }
+        return append(state.folder, "clean", facts, key=config.key), gone
+
+
+def read_state(folder: Path) -> State:
+    """What a ledger says, once its chain is checked.
+
+    Args:
+        folder: of the ledger.
+
+    Returns:
+        Requests and the newest checkpoint.
+
+    Raises:
+        LedgerError: there is none, or it is not whole.
+    """
+    folder = _folder(folder)
+    entries = read_ledger(folder)
+    start = entries[0].facts
+    requests: dict[str, Request] = {}
+    current = (Path(start["full"]["path"]), start["full"]["blake3"])
+    for entry in entries:
+        facts = entry.facts
+        if entry.kind == "add":
+            requests[facts["name"]] = Request(facts["name"], facts["received"], facts["rows"])
+        elif entry.kind == "apply":
+            current = (folder / facts["checkpoint"], facts["after"])
+            change = {"applied": entry.number, "verdict": facts["verdict"]}
+            _change(requests, dict.fromkeys(facts["names"], change))
+        elif entry.kind == "recheck":
+            _change(requests, {i: {"still_there": len(r)} for i, r in facts["still_there"].items()})
+        elif entry.kind == "clean":
+            _change(requests, {name: {"cleaned": True} for name in facts["names"]})
+    return State(folder, start, tuple(requests.values()), current, tuple(entries))
+
+
+def _change(requests: dict[str, Request], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, change in changes.items():
+        requests[name] = replace(requests[name], **change)
+
+
+def _of(state: State, kind: str) -> list[Entry]:
+    return [entry for entry in state.entries if entry.kind == kind]
+
+
+def _folder(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    if not (folder / LEDGER).is_file():
+        raise LedgerError(f"{folder} holds no ledger. `perta requests init` makes one.")
+    return folder
+
+
+def _rows_file(folder: Path, name: str) -> Path:
+    return folder / "rows" / f"{name}.jsonl"
+
+
+def _checked_checkpoint(state: State) -> Path:
+    """The newest checkpoint, once it is found to be what the ledger says."""
+    _check_fingerprint(*state.current)
+    return state.current[0]
+
+
+def _check_fingerprint(place: Path, wanted: str) -> None:
+    if not place.exists():
+        raise LedgerError(f"{place} is gone, and the ledger says it should be there.")
+    if fingerprint(place) != wanted:
+        raise LedgerError(f"{place} is not what the ledger says: it was changed.")
+
+
+def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
+    """The retain set without the rows of any request so far."""
+    retain = load_examples(state.start["retain"]["path"], data_config)
+    if retain.fingerprint != state.start["retain"]["blake3"]:
+        raise LedgerError(
+            f"{retain.source} is not the retain set that the ledger names: it was changed. Put it "
+            "back, or begin a new ledger from the newest checkpoint."
+        )
+    gone = {mark for entry in _of(state, "add") for mark in entry.facts["rows_hmac_sha256"]}
+    marks = _fingerprints(state.folder, retain)
+    kept = [e for e, mark in zip(retain.examples, marks, strict=True) if mark not in gone]
+    if not kept:
+        raise ConfigError(f"{retain.source}: every row is part of a request; none is to be kept.")
+    write_rows(work / "retain.jsonl", replace(retain, examples=tuple(kept)))
+    return work / "retain.jsonl"
+
+
+def _fingerprints(folder: Path, examples: ExampleSet) -> list[str]:
+    """HMAC-SHA256 of each example's messages under the folder's key, in hexadecimal."""
+    try:
+        key = bytes.fromhex((folder / "key").read_text("ascii"))
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"{folder / 'key'} is missing or damaged, so rows cannot be recognised: put it back."
+        ) from error
+    texts = (json.dumps([[m.role, m.content] for m in e.messages]) for e in examples.examples)
+    return [hmac.new(key, text.encode(), hashlib.sha256).hexdigest() for text in texts]

@@ -1,0 +1,246 @@
+"""An append-only ledger of erasure requests: JSON lines, chained by hashes, signed where wanted.
+
+Each line is one entry. Its `hash` is the SHA-256 of the entry without `hash` and `signature`, as
+JSON with sorted keys, no spaces and ASCII alone, in which form the line stands as well; `previous`
+is the hash of the entry before, so that no entry can be changed, moved or taken out without the
+next one telling. `signature` is Ed25519 over the hash's 32 bytes (RFC 8032), in hexadecimal.
+
+A chain says nothing of entries cut off at its end. So `head.json` beside it holds the number of
+entries and the last hash, and whoever keeps that hash elsewhere can check it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perta.errors import ConfigError, LedgerError
+from perta.store.atomic import write_text
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+LEDGER = "ledger.jsonl"
+HEAD = "head.json"
+VERSION = 1
+"""Of the entries' form."""
+
+_START = "0" * 64
+"""What the first entry has for `previous`."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line.
+
+    Attributes:
+        number: from 1.
+        kind: what happened: `init`, `add`, `apply`, `recheck` or `clean`.
+        time: of writing, UTC.
+        facts: what is to be remembered of it.
+        hash: of all that; SHA-256 in hexadecimal.
+        signature: over it, hexadecimal, and the public key it is checked with; None where unsigned.
+    """
+
+    number: int
+    kind: str
+    time: str
+    facts: Mapping[str, Any] = field(repr=False)
+    hash: str
+    signature: Mapping[str, str] | None = None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a ledger.
+
+    Raises:
+        LedgerError: another process does.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LedgerError(f"{folder / LEDGER} is in use by another run. Wait for it.") from None
+        yield
+
+
+def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | None = None) -> Entry:
+    """Write one more entry. Call it within `locked`.
+
+    Args:
+        folder: of the ledger.
+        kind: what happened.
+        facts: plain values.
+        key: file with an Ed25519 private key, PEM without a password; None to leave it unsigned.
+
+    Returns:
+        The entry.
+
+    Raises:
+        LedgerError: the ledger that is there is not whole.
+        ConfigError: the key cannot be used.
+    """
+    entries = read_ledger(folder) if (folder / LEDGER).exists() else []
+    signer = None if key is None else _private_key(key)
+    body: dict[str, Any] = {
+        "version": VERSION,
+        "number": len(entries) + 1,
+        "kind": kind,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "facts": dict(facts),
+        "previous": entries[-1].hash if entries else _START,
+    }
+    line = {**body, "hash": _hash(body)}
+    if signer is not None:
+        line["signature"] = {
+            "ed25519": signer.sign(bytes.fromhex(line["hash"])).hex(),
+            "public_key": signer.public_key().public_bytes_raw().hex(),
+        }
+    old = (folder / LEDGER).read_text("utf-8") if entries else ""
+    # Both whole or as they were; where a crash comes between, the head is one behind.
+    write_text(folder / LEDGER, old + _canonical(line) + "\n")
+    write_text(folder / HEAD, _head(line))
+    return _entry(line)
+
+
+def read_ledger(folder: Path) -> list[Entry]:
+    """Read a ledger and check its chain, its signatures and its head.
+
+    Args:
+        folder: of the ledger.
+
+    Returns:
+        Every entry, in order.
+
+    Raises:
+        LedgerError: a line was changed, moved, taken out or added by other hands, or the end is
+            missing; the message says which.
+    """
+    file = folder / LEDGER
+    try:
+        text = file.read_text("utf-8")
+    except OSError as error:
+        raise LedgerError(
+            f"{file} cannot be read ({error.strerror}). `perta requests init` makes a ledger."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{file} is not UTF-8 (byte {error.start}): it was changed.") from error
+    lines, previous = list[dict[str, Any]](), _START
+    *whole, rest = text.split("\n")
+    if rest or not whole:
+        raise LedgerError(f"{file} ends within a line: the end was cut off.")
+    for number, text_line in enumerate(whole, start=1):
+        lines.append(_checked(text_line, number, previous, file))
+        previous = lines[-1]["hash"]
+    _check_head(folder, lines)
+    return [_entry(line) for line in lines]
+
+
+def public_keys(entries: Sequence[Entry]) -> list[str]:
+    """The keys that entries are signed with, in order of first use."""
+    found = (entry.signature["public_key"] for entry in entries if entry.signature)
+    return list(dict.fromkeys(found))
+
+
+def _checked(text: str, number: int, previous: str, file: Path) -> dict[str, Any]:
+    where = f"{file}, line {number}"
+    try:
+        line = json.loads(text)
+        body = {k: v for k, v in line.items() if k not in ("hash", "signature")}
+        facts = (line["version"], line["number"], line["previous"], line["hash"])
+        kind, when, what = line["kind"], line["time"], line["facts"]
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        raise LedgerError(f"{where} is no entry: it was changed.") from None
+    if facts[0] != VERSION:
+        raise LedgerError(f"{where} is in form {facts[0]}; this version reads form {VERSION}.")
+    if facts[1:] != (number, previous, _hash(body)) or text != _canonical(line):
+        raise LedgerError(f"{where} does not fit its hash or the line before: it was changed.")
+    if not (isinstance(kind, str) and isinstance(when, str) and isinstance(what, dict)):
+        raise LedgerError(f"{where} is no entry: it was changed.")
+    if "signature" in line:
+        _check_signature(line, where)
+    return dict(line)
+
+
+def _check_head(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    file = folder / HEAD
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"{file} cannot be read, so nobody can tell whether the ledger's end is there."
+        ) from error
+    # A crash between the two leaves the head one behind.
+    if text not in [_head(line) for line in lines[-2:]]:
+        raise LedgerError(
+            f"{folder / LEDGER} has {len(lines)} entries and its last is not the one that "
+            f"{file.name} names: its end was cut off or added to, or it is another ledger."
+        )
+
+
+def _head(line: Mapping[str, Any]) -> str:
+    return _canonical({"entries": line["number"], "hash": line["hash"]}) + "\n"
+
+
+def _entry(line: Mapping[str, Any]) -> Entry:
+    return Entry(
+        line["number"],
+        line["kind"],
+        line["time"],
+        line["facts"],
+        line["hash"],
+        line.get("signature"),
+    )
+
+
+def _hash(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(body).encode("ascii")).hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _private_key(file: Path) -> Ed25519PrivateKey:
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    except ImportError:
+        raise ConfigError(
+            "Signing needs the package `cryptography`: pip install 'perta[sign]'."
+        ) from None
+    try:
+        key = load_pem_private_key(file.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--key {file} is no private key that can be read ({error}). Make one with `openssl "
+            "genpkey -algorithm ed25519 -out key.pem`."
+        ) from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"--key {file} is not an Ed25519 key.")
+    return key
+
+
+def _check_signature(line: Mapping[str, Any], where: str) -> None:
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError:
+        raise LedgerError(
+            f"{where} is signed, and checking that needs the package `cryptography`: pip install "
+            "'perta[sign]'."
+        ) from None
+    try:
+        signature = line["signature"]
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature["public_key"]))
+        public.verify(bytes.fromhex(signature["ed25519"]), bytes.fromhex(line["hash"]))
+    except (InvalidSignature, ValueError, KeyError, TypeError):
+        raise LedgerError(f"{where}: its signature does not fit it.") from None

@@ -1,0 +1,152 @@
+"""Requests over time: added, applied, looked at again, verified and cleaned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import TUNE, World
+from perta.data.examples import load_examples
+from perta.data.rows import read_rows, write_jsonl
+from perta.errors import ConfigError, LedgerError, PertaError
+from perta.options import WeightingConfig
+from perta.recipes.requests import (
+    add_request,
+    apply_requests,
+    clean_requests,
+    read_state,
+    recheck_requests,
+    start_ledger,
+    verify_requests,
+)
+from perta.recipes.settings import (
+    LedgerConfig,
+    RequestsAddConfig,
+    RequestsApplyConfig,
+    RequestsInitConfig,
+    RequestsRecheckConfig,
+)
+from perta.store.fingerprint import fingerprint
+from perta.store.ledger import LEDGER
+from perta.store.record import read_manifest
+
+METHOD = WeightingConfig(method="interpolate", scaling_coef=1.0)
+"""Back to the base model, which is the yardstick: nothing stands out after it."""
+WEAK = WeightingConfig(method="interpolate", scaling_coef=0.01)
+
+
+@pytest.fixture
+def ledger(world: World, tmp_path: Path) -> Path:
+    everything = [*read_rows(str(world.forget), ""), *read_rows(str(world.retain), "")]
+    data = write_jsonl(everything, tmp_path / "all.jsonl")
+    folder = tmp_path / "ledger"
+    start_ledger(
+        RequestsInitConfig(
+            folder=folder, base=str(world.base), full=str(world.full), retain=str(data)
+        )
+    )
+    return folder
+
+
+def _add(folder: Path, rows: Path, name: str) -> None:
+    add_request(
+        RequestsAddConfig(folder=folder, forget=str(rows), name=name, received="2026-11-27")
+    )
+
+
+def test_a_request_from_its_day_to_its_end(world: World, ledger: Path) -> None:
+    _add(ledger, world.forget, "r1")
+    texts = (ledger / LEDGER).read_text()
+    for example in load_examples(world.forget).examples:
+        assert example.answer not in texts
+    entry = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
+    checkpoint = ledger / entry.facts["checkpoint"]
+    assert (entry.facts["before"], entry.facts["after"]) == (
+        fingerprint(world.full),
+        fingerprint(checkpoint),
+    )
+    # What was to be forgotten is not among what was kept.
+    record = read_manifest(checkpoint)
+    assert record is not None
+    kept = load_examples(next((ledger / "work").glob("*/retain.jsonl")))
+    assert {e.messages for e in kept.examples}.isdisjoint(
+        {e.messages for e in load_examples(world.forget).examples}
+    )
+    assert len(kept) == len(load_examples(world.retain))
+    assert recheck_requests(RequestsRecheckConfig(folder=ledger)).facts["still_there"] == {"r1": []}
+    (request,) = verify_requests(ledger).requests
+    assert (request.name, request.rows, request.still_there) == ("r1", 2, 0)
+    _, gone = clean_requests(LedgerConfig(folder=ledger))
+    assert gone
+    assert not list((ledger / "rows").iterdir())
+    assert not list((ledger / "work").iterdir())
+    assert verify_requests(ledger).requests[0].cleaned
+    assert fingerprint(checkpoint) == entry.facts["after"]
+
+
+def test_a_second_request_starts_where_the_first_ended(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    first, second = load_examples(world.forget).examples, load_examples(world.retain).examples[:2]
+    _add(ledger, world.forget, "r1")
+    one = apply_requests(RequestsApplyConfig(folder=ledger, weighting=WEAK, tune=TUNE))
+    left = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts["still_there"]
+    assert left == {"r1": [1, 2]}
+    clean_requests(LedgerConfig(folder=ledger))
+    _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")
+    two = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
+    assert two.facts["before"] == one.facts["after"]
+    assert two.facts["names"] == ["r2"]
+    # The rows of both are out of what is kept, though those of the first are gone by now.
+    kept = load_examples(ledger / "work" / str(two.number) / "retain.jsonl")
+    removed = {e.messages for e in (*first, *second)}
+    assert removed.isdisjoint({e.messages for e in kept.examples})
+    assert len(kept) == len(load_examples(world.retain)) - 2
+
+
+def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path) -> None:
+    apply = RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE)
+    with pytest.raises(ConfigError, match="No request waits"):
+        apply_requests(apply)
+    _add(ledger, world.forget, "r1")
+    before = (ledger / LEDGER).read_bytes()
+    for rows, name, message in (
+        (world.forget, "r1", "choose|Choose"),
+        (world.forget, "r2", "row 1, and 1 more is part of an earlier request"),
+        (world.retain, "../r", "--name"),
+        (tmp_path / "none.jsonl", "r3", "none.jsonl"),
+    ):
+        with pytest.raises(PertaError, match=message):
+            _add(ledger, rows, name)
+    with pytest.raises(PertaError, match="received"):
+        RequestsAddConfig(folder=ledger, forget="f", name="r", received="yesterday")
+    with pytest.raises(LedgerError, match="no ledger"):
+        read_state(tmp_path)
+    with pytest.raises(LedgerError, match="hash"):
+        verify_requests(ledger, head="0" * 64)
+    data = tmp_path / "all.jsonl"
+    whole = data.read_text()
+    data.write_text(whole + json.dumps({"question": "Q?", "answer": "A."}) + "\n")
+    with pytest.raises(LedgerError, match="retain set"):
+        apply_requests(apply)
+    data.write_text(whole)
+    assert (ledger / LEDGER).read_bytes() == before
+
+
+def test_a_changed_checkpoint_is_found(world: World, ledger: Path) -> None:
+    _add(ledger, world.forget, "r1")
+    entry = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
+    file = ledger / entry.facts["checkpoint"] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for step in (
+        lambda: verify_requests(ledger),
+        lambda: recheck_requests(RequestsRecheckConfig(folder=ledger)),
+        lambda: clean_requests(LedgerConfig(folder=ledger)),
+    ):
+        with pytest.raises(PertaError, match="is not what"):
+            step()
+    assert list((ledger / "rows").iterdir())
