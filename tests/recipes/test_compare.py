@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,13 @@ from conftest import TUNE, World
 from helpers import tiny_llama
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
-from perta.errors import ConfigError, DataError, OutputExistsError, PertaError
+from perta.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    DataError,
+    OutputExistsError,
+    PertaError,
+)
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import AbilityConfig
 from perta.methods.method import KNOWN
@@ -652,3 +660,51 @@ def test_forgetting_is_equal_by_facts_or_by_answers(
     strength = by_name["tv"]["equal"]["strength"]
     (known,) = (t["known"] for t in by_name["tv"]["tries"] if t["strength"] == strength)
     assert known == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_models_of_other_code_stand_beside_the_methods(
+    compared: tuple[CompareConfig, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, records = compared
+    by_name = {record["method"]: record for record in records}
+    draw = config.output / "seed-0"
+    for name in ("retrained", "full"):
+        shutil.copytree(draw / name, tmp_path / f"{name}_0")
+    given = (f"theirs={tmp_path}/retrained_{{seed}}", f"nothing done={tmp_path}/full_0")
+    more = replace(config, checkpoint=given)
+    again = {record["method"]: record for record in bench_compare(more)}
+    for name, like, reached in (("theirs", "retrained", True), ("nothing done", "full", False)):
+        assert again[name]["reached"] is reached
+        for column, value in by_name[like]["equal"].items():
+            assert again[name]["equal"][column] == pytest.approx(value, abs=1e-6), column
+        assert again[name]["suite"]["model_utility"] == by_name[like]["suite"]["model_utility"]
+    table = (config.output / "equal.csv").read_text("utf-8")
+    assert "\ntheirs,1,1," in table
+    assert "\nnothing done,0,1," in table
+    assert "theirs" in (config.output / "report.html").read_text("utf-8")
+    monkeypatch.setattr("perta.recipes.compare.study.Bench", None)
+    assert [r["key"] for r in bench_compare(more)] == [r["key"] for r in again.values()]
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds", "message"),
+    [
+        ("theirs", (0,), "NAME=PATH"),
+        ("=somewhere", (0,), "NAME=PATH"),
+        ("theirs=", (0,), "NAME=PATH"),
+        ("theirs=m", (0, 1), "{seed}"),
+        ("full=m", (0,), "one like a reference model"),
+        ("tv=m", (0,), "names tv twice"),
+    ],
+)
+def test_a_wrong_checkpoint_of_other_code_is_refused_at_once(
+    world: World, tmp_path: Path, given: str, seeds: tuple[int, ...], message: str
+) -> None:
+    config = CompareConfig(
+        base=str(world.base), output=tmp_path / "out", checkpoint=(given,), seeds=seeds
+    )
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        bench_compare(config)
+    with pytest.raises(CheckpointNotFoundError):
+        bench_compare(replace(config, checkpoint=("theirs=./none",), seeds=(0,)))
+    assert list(tmp_path.iterdir()) == []

@@ -86,6 +86,42 @@ class TrainingSpec(Spec):
     training: TrainSettings
 
 
+@dataclass(frozen=True)
+class GivenSpec(Spec):
+    """A model that other code made.
+
+    Attributes:
+        place: its checkpoint; `{seed}` stands for the seed.
+    """
+
+    place: str
+
+    def at(self, seed: int) -> str:
+        """The checkpoint of a seed."""
+        return self.place.replace("{seed}", str(seed))
+
+
+def parse_checkpoint(text: str, seeds: int) -> GivenSpec:
+    """Read NAME=PATH from the command line.
+
+    Args:
+        text: what was given.
+        seeds: how many there are, each of which has models of its own.
+
+    Raises:
+        ConfigError: it has no name or no path, or one path for several seeds.
+    """
+    name, _, place = (part.strip() for part in text.partition("="))
+    if not GivenSpec(name, place).slug or not place:
+        raise ConfigError(f"--checkpoint {text} is not of the form NAME=PATH.")
+    if seeds > 1 and "{seed}" not in place:
+        raise ConfigError(
+            f"--checkpoint {text} is one model, but each of the {seeds} seeds has models of its "
+            "own. Put {seed} into the path, or give one --seeds."
+        )
+    return GivenSpec(name, place)
+
+
 def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
     """Read a contender from the command line.
 

@@ -61,6 +61,9 @@ class CompareConfig(Paths):
     those of the weighting, `tokens`, `at` (base or full), `share` (of the retain rows; 0, with
     `general=true`, for none), `general` (true or false: see `--general`) and `forget_seeds`; for
     training methods those of training, as in `npo:beta=0.05`."""
+    checkpoint: Annotated[tuple[str, ...], Repeated] = ()
+    """Model that other code made of a seed's full model, as NAME=PATH, measured as it is beside the
+    methods. Where there are several seeds, `{seed}` in the path stands for each."""
     seeds: Annotated[tuple[int, ...], Repeated] = (0, 1, 2)
     """Seeds of rows and training; every seed has rows and models of its own."""
     forget: str | None = None

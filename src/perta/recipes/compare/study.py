@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from perta.data.examples import load_examples
-from perta.errors import ConfigError, DataError
+from perta.errors import CheckpointMismatchError, ConfigError, DataError
 from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.facts import SAMPLES
@@ -31,7 +31,13 @@ from perta.recipes.compare._knowledge import Knowledge
 from perta.recipes.compare._model import Bench, means
 from perta.recipes.compare._paths import TrainingPath, prepare_path
 from perta.recipes.compare._search import nearest
-from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
+from perta.recipes.compare._spec import (
+    EditSpec,
+    GivenSpec,
+    TrainingSpec,
+    parse_checkpoint,
+    parse_spec,
+)
 from perta.recipes.compare._summary import summary_files, write_summary
 from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
@@ -66,7 +72,7 @@ _EQUAL_BY = {"facts": f"hit_{SAMPLES}", "answers": "probability"}
 """Column of what `--equal-by` names."""
 
 Record = Mapping[str, Any]
-_AnySpec = EditSpec | TrainingSpec
+_AnySpec = EditSpec | TrainingSpec | GivenSpec
 _Contender = WeightEdit | TrainingPath
 
 
@@ -84,11 +90,15 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
     Raises:
         PertaError: input that cannot be used; finished runs stay.
     """
-    specs = [parse_spec(text, config.tune.batch_size) for text in config.methods]
+    specs: list[_AnySpec] = [parse_spec(text, config.tune.batch_size) for text in config.methods]
+    given = [parse_checkpoint(text, len(config.seeds)) for text in config.checkpoint]
+    specs += given
     slugs = [spec.slug for spec in specs]
     for slug in slugs:
         if slugs.count(slug) > 1 or slug in _REFERENCES:
-            raise ConfigError(f"--methods names {slug} twice, or calls a method like a model.")
+            raise ConfigError(
+                f"--methods or --checkpoint names {slug} twice, or one like a reference model."
+            )
     users = [spec.name for spec in specs if _uses_general(spec)]
     if users and config.general is None:
         raise ConfigError(f"`{users[0]}` needs a file of general text: give --general.")
@@ -99,7 +109,8 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
         load_examples(config.general, rows_config(config, config.general))
     base = resolve_checkpoint(config.base)
     sets = (config.forget, config.retain, config.general, config.tofu, config.ability_path)
-    reads = [base, config.base, *(given for given in sets if given)]
+    theirs = [resolve_checkpoint(one.at(seed)) for one in given for seed in config.seeds]
+    reads = [base, config.base, *theirs, *(file for file in sets if file)]
     for seed in config.seeds:
         check_separate(config.output / f"seed-{seed}", reads)
     check_output(config.output, overwrite=True, ours=_is_comparison)
@@ -153,7 +164,11 @@ class _Seed:
             references[name] = self._extended(name, references[name])
         records = [references[name] for name in _REFERENCES]
         for spec in specs:
-            record = self._finished(spec.slug, spec) or self._contender(spec)
+            made = self._finished(spec.slug, spec)
+            if isinstance(spec, GivenSpec):
+                record = made or self._given(spec)
+            else:
+                record = made or self._contender(spec)
             records.append(self._extended(spec, record))
         return records
 
@@ -181,7 +196,32 @@ class _Seed:
         rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
         return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
 
-    def _contender(self, spec: _AnySpec) -> Record:
+    def _given(self, spec: GivenSpec) -> Record:
+        """A model as it is, which is at equal forgetting or not."""
+        say(f"── {spec.name}, seed {self._draw.seed}")
+        bench = self._open()
+        bench.load(self._given_weights(spec))
+        distance = abs(bench.known() - self._known()[1])
+        results = bench.measure()
+        self._write_results(spec.slug, results, role="edited", method=spec.name)
+        measured = {**self._measures(results), **bench.elsewhere()}
+        at = dict(measured)
+        if self._config.relearn_steps:
+            at |= self._after(bench.relearned())
+        reached = distance <= self._config.equal_tolerance
+        return self._save(spec.slug, spec, {"equal": at, "fixed": measured, "reached": reached})
+
+    def _given_weights(self, spec: GivenSpec) -> list[Tensor]:
+        folder = resolve_checkpoint(spec.at(self._draw.seed))
+        weights = self._open().weights(folder)
+        if [tensor.shape for tensor in weights] != [tensor.shape for tensor in self._full]:
+            raise CheckpointMismatchError(
+                f"--checkpoint {folder} has other tensors or shapes than {self._draw.full}, of "
+                "which it must be made."
+            )
+        return weights
+
+    def _contender(self, spec: EditSpec | TrainingSpec) -> Record:
         say(f"── {spec.name}, seed {self._draw.seed}")
         bench, config = self._open(), self._config
         start, target = self._known()
@@ -281,7 +321,9 @@ class _Seed:
         if not wants_suite and not wants_ability:
             return record
         bench, spec = self._open(), None if isinstance(of, str) else of
-        if spec:
+        if isinstance(spec, GivenSpec):
+            bench.load(self._given_weights(spec))
+        elif spec:
             bench.load(self._prepare(spec).at(self._full, record["equal"]["strength"]))
         else:
             bench.load(bench.weights(self._folder(str(of))))
@@ -305,7 +347,7 @@ class _Seed:
         file = self._results_file("suite", "retrained")
         return None if of == "retrained" or not file.is_file() else fingerprint(file)
 
-    def _prepare(self, spec: _AnySpec) -> _Contender:
+    def _prepare(self, spec: EditSpec | TrainingSpec) -> _Contender:
         """What a method needs to be at any strength; kept until another method's turn."""
         if self._prepared is None or self._prepared[0] != spec.name:
             self._prepared = None  # frees the one before
@@ -352,7 +394,9 @@ class _Seed:
         config, draw = self._config, self._draw
         settings = {name: getattr(config, name) for name in _IN_KEY}
         settings |= settings_of(config.data_config)
-        settings |= {"contender": spec.name, **spec.method.code} if spec else {"contender": None}
+        settings |= {"contender": spec.name if spec else None}
+        if isinstance(spec, EditSpec | TrainingSpec):
+            settings |= spec.method.code
         if isinstance(spec, EditSpec):
             settings |= {"loss_on": forget_loss(config, draw, spec)}
         if isinstance(spec, TrainingSpec):
@@ -360,6 +404,8 @@ class _Seed:
         inputs = {name: fingerprint(file) for name, file in draw.files.items()}
         models = (*_REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
+        if isinstance(spec, GivenSpec):
+            inputs["checkpoint"] = fingerprint(resolve_checkpoint(spec.at(draw.seed)))
         if _uses_general(spec):
             general = cast(str, config.general)
             inputs["general"] = load_examples(general, rows_config(config, general)).fingerprint
