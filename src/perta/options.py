@@ -31,6 +31,7 @@ MOST_ORDER = 32
 """Largest order p of the importance: beyond it powers of gradients leave the range of float64."""
 
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
+OutputFormat = Literal["checkpoint", "adapter"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
 LossOn = Literal["answer", "facts"]
@@ -65,6 +66,14 @@ def panel(title: str, place: int) -> Parameter:
 MAIN = Group("Main options", sort_key=0)
 Flat = Parameter(name="*", group=MAIN)
 More = Parameter(group=Group("Further inputs and settings of the run", sort_key=1))
+
+
+def require_adapter(output: OutputFormat, rank: int | None, save_dtype: SaveType) -> None:
+    """Check the options of an edit that is written as an adapter, or is not."""
+    fits = rank is None or (rank >= 1 and output == "adapter")
+    require(fits, "adapter-rank", rank, "at least 1, with --output-format adapter")
+    fits = save_dtype == "full" or output != "adapter"
+    require(fits, "save-dtype", save_dtype, "left out with --output-format adapter: it is float32")
 
 
 _NO_IA3 = "0 with --ia3: one adapter is tuned"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,17 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(
     with pytest.raises(CheckpointMismatchError, match="asks for"):
         train_checkpoint(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_on_one_use_of_a_tied_weight_is_refused(world: World, tmp_path: Path) -> None:
+    model: Any = load_model(world.base, ComputeConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+        model.save_pretrained(tmp_path / "head")
+    config = TrainConfig(
+        method="influence", full=str(tmp_path / "head"), base=str(world.base),
+        forget=str(world.forget), retain=str(world.retain), output=tmp_path / "out",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="one weight for both"):
+        train_checkpoint(config)

@@ -119,6 +119,40 @@ def test_the_edit_is_the_formula(run: tuple[UnlearnConfig, Unlearned], world: Wo
         torch.testing.assert_close(t["out"], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_an_adapter_is_evaluated_as_the_model_it_makes(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    tune = replace(TUNE, lora_rank=4, learning_rate=2e-2)
+    settings = config(
+        world, tmp_path / "out", tune=tune, output_format="adapter",
+        weighting=WeightingConfig(method="tv", scaling_coef=1.0, layers="all"),
+    )  # fmt: skip
+    result = unlearn(settings)
+    assert not (result.folder / "config.json").exists()
+    held = result.manifest["adapter"]
+    assert max(held["ranks"].values()) == 4
+    assert result.before is not None
+    assert result.after is not None
+    before, after = aggregates(result.before), aggregates(result.after)
+    assert after["forget_probability"] < 0.5 * before["forget_probability"]
+    (edited,) = collect([str(result.folder)]).by_role("edited")
+    assert edited.measures
+    assert result.verdict is not None
+    capsys.readouterr()
+    unlearn(settings)
+    assert "is up to date, reused" in capsys.readouterr().err
+
+
+def test_training_writes_no_adapter(world: World, tmp_path: Path) -> None:
+    settings = config(world, tmp_path / "out", weighting=WeightingConfig(method="npo"))
+    with pytest.raises(ConfigError, match="training writes a checkpoint"):
+        unlearn(replace(settings, output_format="adapter"))
+
+
 def test_a_second_run_computes_nothing(
     run: tuple[UnlearnConfig, Unlearned], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -422,7 +422,8 @@ def put_on(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
     """
     from peft import PeftConfig, PeftModel
 
-    with plain_errors(adapter, "adapter"):
+    with plain_errors(adapter, "adapter"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(str(adapter))
         config.inference_mode = False
         without_patterns(config, model, adapter)

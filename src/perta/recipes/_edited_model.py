@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from perta.engine.edit.write import write_edit
 from perta.methods.registry import at_strength, with_defaults
 from perta.models.load import load_model, save_type, stored_dtype
-from perta.options import ComputeConfig
+from perta.options import ComputeConfig, SaveType
 from perta.stages.edit import as_inputs, find_inputs, with_direction
 from perta.stages.settings import EditConfig
 from perta.store.arithmetic import Place, round_as_stored, round_by, thresholds
@@ -113,7 +113,8 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
     zeros = _write_like(index, folder / "zeros", lambda entry: torch.zeros(()).expand(entry.shape))
     write_edit(delta, inputs, at_strength(weighting, -1.0), onto=zeros)
     model = load_model(delta, compute, dtype=torch.float32)
-    kept = _Kept(index, stored_dtype(index.folder), save_type(edit.save_dtype, index.folder))
+    wanted: SaveType = "float32" if edit.output_format == "adapter" else edit.save_dtype
+    kept = _Kept(index, stored_dtype(index.folder), save_type(wanted, index.folder))
     rounded = _roundings(model, kept, weighting.weighting_seed, folder / "thresholds", compute)
     steps = [parameter.detach() for parameter in model.parameters()]
     return [Change(step, *how) for step, how in zip(steps, rounded, strict=True)]

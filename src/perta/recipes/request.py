@@ -122,6 +122,7 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
             bool(needs.importance or needs.moments),
             "it is for methods with importance or moments",
         ),
+        ("output_format", isinstance(method, Edit), "training writes a checkpoint"),
         ("forget_seeds", needs.tuned > 0, "it is for methods that subtract task vectors"),
     )
     usual_of = {item.name: item.default for item in fields(config)}

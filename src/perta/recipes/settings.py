@@ -20,6 +20,7 @@ from perta.options import (
     Hidden,
     MomentOptions,
     More,
+    OutputFormat,
     Paths,
     SaveType,
     ScoringConfig,
@@ -28,6 +29,7 @@ from perta.options import (
     WeightingConfig,
     places_of,
     require,
+    require_adapter,
     sample_count,
 )
 from perta.report.settings import Wanted
@@ -104,6 +106,12 @@ class UnlearnConfig(Paths):
     """With `--scaling-coef auto`: seed of the sample of the retain set."""
     save_dtype: Annotated[SaveType, More] = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    output_format: Annotated[OutputFormat, More] = "checkpoint"
+    """`adapter` writes a LoRA adapter in place of a checkpoint: on FULL, or where FULL is itself an
+    adapter, on its base."""
+    adapter_rank: Annotated[int | None, More] = None
+    """Highest rank of the step in such an adapter, beside that of an adapter that FULL is; what a
+    layer needs beyond is cut off [default: 64]."""
     evaluate: Annotated[bool, More] = True
     """Evaluate before and after the edit, and the base model as a yardstick."""
     fail_unless: Annotated[Wanted | None, More] = None
@@ -137,6 +145,7 @@ class UnlearnConfig(Paths):
         budget = self.retain_budget
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         sample_count(self.retain_samples, "retain-samples", 1)
+        require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
         if self.held_back is not None and self.held_back.strip() != "0":
             sample_count(self.held_back, "held-back", 1)
         if self.fail_unless and not self.evaluate:

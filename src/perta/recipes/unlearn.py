@@ -357,12 +357,15 @@ class _Run:
     def _edit_config(self) -> EditConfig:
         """The edit, with what it reads made or reused."""
         config, method = self.config, get_method(self.config.weighting.method)
+        # A difference from θ_full is of the adapter itself, not of what its base's type left.
+        is_exact = method.direction == "full - base" or config.output_format == "adapter"
         return self.work.edit_config(
-            # A difference from θ_full is of the adapter itself, not of what its base's type left.
-            full=config.full if method.direction == "full - base" else str(self.full),
+            full=config.full if is_exact else str(self.full),
             output=config.output,
             direction=self.work.place("direction"),
             save_dtype=config.save_dtype,
+            output_format=config.output_format,
+            adapter_rank=config.adapter_rank,
             overwrite=config.overwrite,
             weighting=config.weighting,
             **self._needed(),

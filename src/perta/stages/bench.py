@@ -29,7 +29,7 @@ from perta.evidence.tofu import People, Tofu
 from perta.models.load import load_model, load_tokenizer, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
-from perta.stages.stage import run_file_stage
+from perta.stages.stage import evaluated, run_file_stage
 from perta.store.fingerprint import fingerprint
 from perta.store.outputs import check_output
 from perta.store.provenance import check_reference
@@ -70,7 +70,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
     reference = read_results(config.reference) if config.reference else None
 
     def look() -> dict[str, str]:
-        found = {"checkpoint": fingerprint(checkpoint), "data": _data_fingerprint(data)}
+        found = {**evaluated(config.checkpoint, checkpoint), "data": _data_fingerprint(data)}
         found |= benchmark.inputs(config)
         if source := benchmark.source():
             found["benchmark"] = source
@@ -165,7 +165,7 @@ def bench_ability(config: AbilityConfig) -> Results:
         return _aggregates(found["results"])
 
     def look() -> dict[str, str]:
-        found = {"checkpoint": fingerprint(checkpoint)}
+        found = evaluated(config.checkpoint, checkpoint)
         path = config.include_path
         return {**found, "include_path": _folder_hash(path)} if path else found
 

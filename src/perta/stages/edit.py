@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from perta.engine.edit.adapter import LowRank, write_adapter
 from perta.engine.edit.direction import DirectionInputs, Solver, open_inputs
 from perta.engine.edit.plan import (
     EditInputs,
@@ -20,17 +22,19 @@ from perta.engine.edit.plan import (
 )
 from perta.engine.edit.records import check_records
 from perta.engine.edit.stream import Stored
-from perta.engine.edit.write import CURE, write_edit
-from perta.errors import ConfigError
+from perta.engine.edit.write import CURE, EditSummary, write_edit
+from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
+from perta.models.adapters import adapter_settings
 from perta.models.load import pick_device
-from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, WeightingConfig
+from perta.models.resolve import base_of_adapter, resolve_checkpoint
+from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
 from perta.stages.stage import as_part, refuse_other, run_stage
-from perta.store.checkpoint import open_index
+from perta.store.atomic import scratch_folder
+from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import open_moments, write_shards
 from perta.store.outputs import check_separate
@@ -91,6 +95,9 @@ def checkpoint_name(place: int) -> str:
 
 _WELL_STORED = 0.9
 """Share of the wanted step below which an edit warns."""
+_LEAST_HELD = 0.1
+"""Share of the wanted step below which an adapter is not written."""
+_ADAPTER_RANK = 64
 
 
 def edit_checkpoint(
@@ -127,21 +134,58 @@ def edit_checkpoint(
     if "direction" in given:
         inputs["direction"] = fingerprint(given["direction"])
 
-    def make(folder: Path) -> Mapping[str, Any]:
-        summary = write_edit(
+    def edit(folder: Path, save_dtype: SaveType) -> EditSummary:
+        return write_edit(
             folder,
             as_inputs(given),
             config.weighting,
-            save_dtype=config.save_dtype,
+            save_dtype=save_dtype,
             threads=config.edit_threads,
             fingerprints=inputs,
         )
-        _report_stored(summary.stored)
-        said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
-        return {"edit": asdict(summary), **said}
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        made: dict[str, Any] = {"done": method.done, "equation": method.equation}
+        made |= as_part(part_of)
+        if config.output_format == "checkpoint":
+            summary = edit(folder, config.save_dtype)
+            _report_stored(summary.stored)
+            return {"edit": asdict(summary), **made}
+        with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
+            summary = edit(whole, "float32")
+            adapter = _write_adapter(config, folder, whole, given["full"])
+        return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
 
     run_stage("edit", config.output, settings, inputs, make, look=look, overwrite=config.overwrite)
     return config.output
+
+
+def _write_adapter(config: EditConfig, folder: Path, edited: Path, full: Path) -> LowRank:
+    """Write the edit as an adapter of θ_full, or of what θ_full adapts; tells what it holds."""
+    own, reference, named = Path(config.full).expanduser(), full, config.full
+    rank = config.adapter_rank or _ADAPTER_RANK
+    if (own / ADAPTER_CONFIG).exists():
+        settings = adapter_settings(own)
+        reference, named = base_of_adapter(own, config.base), config.base
+        rank += max((settings.get("r") or 0, *(settings.get("rank_pattern") or {}).values()))
+        # Its tokenizer or chat template, where it has its own.
+        copy_companions(own, folder)
+        (folder / "config.json").unlink(missing_ok=True)
+    if (place := Path(named).expanduser()).exists():
+        named = str(place.resolve())
+    adapter = write_adapter(folder, edited, full, reference, named=named, rank=rank)
+    shutil.copyfile(edited / "README.md", folder / "README.md")
+    share, cut = adapter.stored.stored_share or 0.0, len(adapter.truncated)
+    what = f"{len(adapter.ranks)} layers, rank {max(adapter.ranks.values())} at most"
+    say(f"edit: the adapter ({what}) holds {share:.1%} of the step; {cut} layers are cut off")
+    if share < _WELL_STORED:
+        cure = "Raise --adapter-rank, tune the forget checkpoint with LoRA, or write a checkpoint."
+        if share < _LEAST_HELD:
+            raise CheckpointError(
+                f"At this rank the adapter would hold {share:.1%} of the step. {cure}"
+            )
+        warn(f"The adapter lacks {1 - share:.0%} of the step. {cure}")
+    return adapter
 
 
 def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
@@ -176,7 +220,9 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
     }
     tuned["retain_checkpoint"] = config.retain_checkpoint
     folders = {
-        "full": resolve_checkpoint(config.full, base=config.base),
+        "full": resolve_checkpoint(
+            config.full, base=config.base, exact=config.output_format == "adapter"
+        ),
         "base": resolve_checkpoint(config.base),
         **{
             name: resolve_checkpoint(checkpoint, base=config.base, exact=True)

@@ -17,7 +17,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import track
 from perta.stages.settings import EvaluateConfig
-from perta.stages.stage import run_file_stage
+from perta.stages.stage import evaluated, run_file_stage
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
 
@@ -45,7 +45,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
     base = resolve_checkpoint(config.base) if config.base else None
 
     def look() -> dict[str, str]:
-        found = {"checkpoint": fingerprint(folder)}
+        found = evaluated(config.checkpoint, folder)
         found |= {name: examples.fingerprint for name, examples in sets.items()}
         return {**found, "base": fingerprint(base)} if base else found
 

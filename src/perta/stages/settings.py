@@ -22,6 +22,7 @@ from perta.options import (  # noqa: F401
     LossOn,
     MethodText,
     MomentOptions,
+    OutputFormat,
     Paths,
     Repeated,
     SaveType,
@@ -31,6 +32,7 @@ from perta.options import (  # noqa: F401
     TunedType,
     WeightingConfig,
     require,
+    require_adapter,
 )
 
 
@@ -192,11 +194,20 @@ class EditConfig(Paths):
     """Device on which a structured method's direction is solved for."""
     save_dtype: SaveType = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    output_format: OutputFormat = "checkpoint"
+    """`adapter` writes a LoRA adapter in place of a checkpoint: on FULL, or where FULL is itself an
+    adapter, on its base."""
+    adapter_rank: int | None = None
+    """Highest rank of the step in such an adapter, beside that of an adapter that FULL is; what a
+    layer needs beyond is cut off [default: 64]."""
     overwrite: bool = False
     """Replace an output that is there already."""
     edit_threads: int | None = None
     """Threads that read, compute and write [default: all cores, at most 8]."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+
+    def __post_init__(self) -> None:
+        require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
 
     @property
     def forget_checkpoints(self) -> tuple[str, ...]:

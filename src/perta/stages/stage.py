@@ -32,7 +32,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import reused, say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
-from perta.store.checkpoint import matches
+from perta.store.checkpoint import ADAPTER_CONFIG, matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
 from perta.store.outputs import check_output, check_separate
 from perta.store.record import (
@@ -173,6 +173,23 @@ def run_stage(
         )
         write_manifest(partial, manifest)
     return manifest
+
+
+def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
+    """What a model is known by among the inputs of its evaluation.
+
+    Args:
+        reference: what the user named.
+        folder: what `resolve_checkpoint` made of it.
+
+    Returns:
+        `checkpoint` -> fingerprint; for an adapter that this package wrote, that of its record,
+        and `merged` -> that of the model, which depends on the adapter's base as well.
+    """
+    merged, own = fingerprint(folder), Path(reference).expanduser()
+    if (own / ADAPTER_CONFIG).exists() and is_as_written(own):
+        return {"checkpoint": content_of(own), "merged": merged}
+    return {"checkpoint": merged}
 
 
 def run_file_stage(
