@@ -616,3 +616,28 @@ def test_means_start_at_zero_in_the_order_and_precision_of_the_parameters() -> N
     for name, dtype in (("a", torch.float32), ("b", torch.float64), ("c", torch.float32)):
         assert torch.equal(zeros[name], torch.zeros(parameters[name].shape, dtype=dtype))
         assert zeros[name].dtype == dtype
+
+
+def test_rows_of_an_embedding_are_added_in_one_order_whatever_the_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20_000, 64, generator=generator)
+    ids, example = (torch.randint(0, 3, (20_000,), generator=generator) for _ in range(2))
+    rows = powers.Rows(ids, values, example)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = set()
+        for _ in range(20):
+            means = powers.Means({1.0: torch.zeros(3, 64)}, 1.0)
+            powers.add_pieces(means, [rows])
+            seen.add(means.any.numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+    expected = torch.zeros(3 * 3, 64, dtype=torch.float64)
+    for key, value in zip((example * 3 + ids).tolist(), values.double(), strict=True):
+        expected[key] += value
+    found = torch.frombuffer(bytearray(seen.pop()), dtype=torch.float32).view(3, 64)
+    torch.testing.assert_close(
+        found.double(), expected.view(3, 3, 64).abs().sum(0), rtol=1e-4, atol=1e-3
+    )

@@ -154,7 +154,7 @@ def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -
     keys, place = (example * height + ids).unique(return_inverse=True)
     gradients = torch.zeros(len(keys), width, dtype=dtype, device=ids.device)
     values = torch.cat([piece.values for piece in rows]).to(dtype)
-    gradients.index_put_((place,), values, accumulate=True)
+    _add_at(gradients, place, values)
     touched = keys % height
     for product in products:
         bounds = torch.arange(len(product.segments) + 1, device=keys.device) * height
@@ -168,8 +168,18 @@ def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -
             left.index_fill_(1, columns, 0)
     for order, mean in means.by_order.items():
         powers = power(gradients, order).mul_(means.weight).to(mean.device)
-        # Unlike index_add_, this is deterministic on every device.
-        mean.index_put_((touched.to(mean.device),), powers, accumulate=True)
+        _add_at(mean, touched.to(mean.device), powers)
+
+
+def _add_at(target: Tensor, place: Tensor, values: Tensor) -> None:
+    """Add rows to those of the target that `place` names, always in the same order.
+
+    On CPUs `index_put_` adds in the order in which threads arrive, on GPUs `index_add_` does.
+    """
+    if target.is_cuda:
+        target.index_put_((place,), values, accumulate=True)
+    else:
+        target.index_add_(0, place, values)
 
 
 def _add_products(means: Means, products: Sequence[Product]) -> None:
