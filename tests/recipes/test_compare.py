@@ -423,7 +423,7 @@ def test_a_path_that_passes_the_target_is_better_than_one_that_comes_nearer(
     tmp_path: Path,
 ) -> None:
     near, passing = (
-        TrainingPath(1e-5, probabilities, tmp_path / name, torch.float32, [])
+        TrainingPath(1e-5, probabilities, tmp_path / name, lambda: None, torch.float32, [])
         for name, probabilities in (("near", [0.9, 0.11]), ("passing", [0.9, 0.2, 0.02]))
     )
     assert passing.rank(0.1) < near.rank(0.1)
@@ -623,7 +623,7 @@ def test_a_method_named_twice_is_refused(tmp_path: Path) -> None:
 def test_a_training_path_has_the_values_that_would_be_stored(tmp_path: Path) -> None:
     """Between two epochs weights are interpolated, and rounded as `perta train` rounds them."""
     place = Place(3, "some.weight")
-    path = TrainingPath(1e-5, [1.0, 0.5], tmp_path / "path", torch.bfloat16, [place])
+    path = TrainingPath(1e-5, [1.0, 0.5], tmp_path / "path", lambda: None, torch.bfloat16, [place])
     path.folder.mkdir()
     full, tuned = torch.linspace(1, 2, 64), torch.linspace(3, 4, 64)
     path.keep(1, [tuned])

@@ -6,10 +6,8 @@ The weights are those that `perta edit` would store, in the type of θ_full.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from perta.recipes.compare._search import Try, search_equal
 from perta.recipes.compare._spec import EditSpec
 from perta.recipes.compare.settings import CompareConfig
 from perta.stages.finetune import learned_by_forgetting
+from perta.store.atomic import scratch_folder
 from perta.store.costs import BACKWARD, FORWARD, training_passes
 from perta.store.record import read_manifest
 
@@ -97,15 +96,15 @@ def prepare_edit(
         samples=str(draw.files["forget"].read_text("utf-8").count("\n")),
         protected=parts if spec.general else ("retain",),
     )
-    with tempfile.TemporaryDirectory(dir=draw.folder) as scratch:
+    with scratch_folder(draw.folder / "changes") as scratch:
         edit = work.edit_config(
             full=str(draw.full),
-            output=Path(scratch) / "unused",
-            direction=Path(scratch) / "direction",
+            output=scratch / "unused",
+            direction=scratch / "direction",
             weighting=spec.weighting,
             **given,
         )
-        changes = work.timed("direction", lambda: load_changes(Path(scratch), edit, config.compute))
+        changes = work.timed("direction", lambda: load_changes(scratch, edit, config.compute))
     first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
     return WeightEdit(default, changes, work.seconds, _passes(work, count_tokens))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pydoc_data.topics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from perta.recipes.compare._knowledge import Knowledge
 from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.stages.bench import bench_ability
 from perta.stages.evaluate import find_in_sets
+from perta.store.atomic import scratch_folder
 
 SETS = ("forget", "retain", "protected")
 MEASURES = ("probability", "extraction_strength")
@@ -173,14 +173,14 @@ class Bench:
             `TASK/METRIC` -> score.
         """
         config = self._config
-        with tempfile.TemporaryDirectory(dir=self._draw.folder) as scratch:
-            folder = Path(scratch) / "model"
+        with scratch_folder(self._draw.folder / "ability") as scratch:
+            folder = scratch / "model"
             folder.mkdir()
             save_model(self.model, self._tokenizer, folder, self._draw.full)
             results = bench_ability(
                 AbilityConfig(
                     checkpoint=str(folder),
-                    output=Path(scratch) / "ability.json",
+                    output=scratch / "ability.json",
                     tasks=tuple(tasks),
                     include_path=config.ability_path,
                     limit=config.ability_limit,

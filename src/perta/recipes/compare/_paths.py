@@ -10,11 +10,10 @@ The strength is a number of epochs; between two epochs weights are interpolated.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,9 +32,8 @@ from perta.recipes.compare._search import Try, search_between
 from perta.recipes.compare._spec import TrainingSpec
 from perta.recipes.compare.settings import CompareConfig
 from perta.store.arithmetic import Place, round_as_stored
+from perta.store.atomic import scratch_folder
 from perta.store.costs import BACKWARD, FORWARD
-
-_PREFIX = "training-path-"
 
 RATE_FACTOR = 3.0
 """Factor between the learning rates that are tried."""
@@ -53,6 +51,7 @@ class TrainingPath:
         learning_rate: of this training.
         known: what is known of the forget set after each epoch, the start's first.
         folder: where the weights after each epoch are kept while the path is of use.
+        close: removes it.
         dtype: type that `perta train` stores the result in.
         places: where each parameter lies, for the rounding to that type.
         trained: what the training did.
@@ -64,6 +63,7 @@ class TrainingPath:
     learning_rate: float
     known: list[float]
     folder: Path
+    close: Callable[[], None]
     dtype: torch.dtype
     places: Sequence[Place]
     trained: Trained | None = None
@@ -73,7 +73,7 @@ class TrainingPath:
 
     def __post_init__(self) -> None:
         # The weights are large and serve nobody once the path is gone.
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, self.close)
 
     @property
     def default(self) -> float:
@@ -169,16 +169,15 @@ def prepare_path(
     """
     settings = with_method_defaults(spec.method, spec.training)
     rate = settings.learning_rate or spec.method.learning_rate
-    for abandoned in draw.folder.glob(f"{_PREFIX}*"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # of a run that was killed
     dtype = stored_dtype(draw.full)
     places = [Place(draw.seed, name) for name, _ in bench.model.named_parameters()]
     best: TrainingPath | None = None
     fixed: dict[str, float] = {}
     for attempt in range(1, config.rate_tries + 1):
         bench.load(full)
-        folder = tempfile.mkdtemp(prefix=_PREFIX, dir=draw.folder)
-        path = TrainingPath(rate, [start], Path(folder), dtype, places)
+        stack = ExitStack()
+        folder = stack.enter_context(scratch_folder(draw.folder / "path"))
+        path = TrainingPath(rate, [start], folder, stack.close, dtype, places)
         # The first path runs to its end, which is what the method does by default.
         stop_at = target if attempt > 1 else 0.0
         is_too_fast = not _train(path, draw, replace_rate(spec, rate), bench, stop_at)
