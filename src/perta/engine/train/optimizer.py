@@ -19,7 +19,7 @@ from perta.errors import ConfigError, DivergenceError
 from perta.models.adapters import refuse_tied
 from perta.options import TrainingRun
 from perta.progress import say, warn
-from perta.store.atomic import atomic_file
+from perta.store.atomic import atomic_file, recover
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -252,6 +252,7 @@ class Resume:
 
     def discard(self) -> None:
         """Remove the state; the folder goes with it unless somebody else put files there."""
+        recover(self.file)
         self.file.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
