@@ -678,6 +678,10 @@ def test_models_of_other_code_stand_beside_the_methods(
         for column, value in by_name[like]["equal"].items():
             assert again[name]["equal"][column] == pytest.approx(value, abs=1e-6), column
         assert again[name]["suite"]["model_utility"] == by_name[like]["suite"]["model_utility"]
+    assert len(repr(bench_compare(config, shows=False))) < 200
+    rows = {row["method"]: row for row in bench_compare(more, shows=False).rows("fixed")}
+    assert rows["tv"]["forget_probability"] == by_name["tv"]["fixed"]["forget_probability"]
+    bench_compare(more)
     table = (config.output / "equal.csv").read_text("utf-8")
     assert "\ntheirs,1,1," in table
     assert "\nnothing done,0,1," in table

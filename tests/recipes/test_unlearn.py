@@ -456,6 +456,11 @@ def test_a_program_gives_rows_and_keywords(
     assert fingerprint(made.folder) == fingerprint(run[1].folder)
     record, same = made.manifest["unlearn"], run[1].manifest["unlearn"]
     assert record["inputs"] == same["inputs"]
+    assert len(repr(made)) < 300
+    table = {(row["model"], row["metric"]): row["value"] for row in made.rows}
+    for model, stage in (("full", "before"), ("unlearned", "after")):
+        means = record["evaluation"][stage]
+        assert {metric: value for (name, metric), value in table.items() if name == model} == means
     texts = [row["answer"] for row in rows_of(world.forget, world.retain)]
     assert not any(text in json.dumps(made.manifest) for text in texts)
 

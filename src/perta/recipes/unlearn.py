@@ -96,6 +96,16 @@ class Unlearned:
     report: Path | None = None
     verdict: Verdict | None = None
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every mean as a row of a table: `pandas.DataFrame(result.rows)`."""
+        models = {"full": self.before, "unlearned": self.after}
+        return [
+            {"model": model, "metric": metric, "value": value}
+            for model, found in models.items()
+            for metric, value in aggregates(found or {}).items()
+        ]
+
 
 @telling_once()
 def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:

@@ -62,6 +62,15 @@ class _FileResults(dict[str, Any]):
         }
         return f"{type(self).__name__}({means})"
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every metric as a row of a table: `pandas.DataFrame(results.rows)`."""
+        return [
+            {"metric": name, "value": value["agg_value"]}
+            for name, value in self.items()
+            if isinstance(value, Mapping) and "agg_value" in value
+        ]
+
 
 _PRIVATE = {"direction"}
 """Stages whose output holds what is removed, and nothing else; it is for its owner alone."""

@@ -38,7 +38,7 @@ from perta.recipes.compare._spec import (
     parse_checkpoint,
     parse_spec,
 )
-from perta.recipes.compare._summary import summary_files, write_summary
+from perta.recipes.compare._summary import seed_rows, summary_files, write_summary
 from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
@@ -76,8 +76,25 @@ _AnySpec = EditSpec | TrainingSpec | GivenSpec
 _Contender = WeightEdit | TrainingPath
 
 
+class Compared(list[Record]):
+    """One record per reference or method and seed."""
+
+    def __repr__(self) -> str:
+        """Who was compared; the records are pages."""
+        names = dict.fromkeys(str(record["method"]) for record in self)
+        return f"{type(self).__name__}({', '.join(names)}: {len(self)} runs)"
+
+    def rows(self, view: str = "equal") -> list[dict[str, Any]]:
+        """The numbers as rows of a table: `pandas.DataFrame(compared.rows("fixed"))`.
+
+        Args:
+            view: `equal` forgetting, `fixed` strength, or `resistant` to relearning.
+        """
+        return seed_rows(self, view)
+
+
 @telling_once()
-def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
+def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     """Compare methods at fixed settings, at equal forgetting and at equal resistance.
 
     Args:
@@ -85,7 +102,7 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
         shows: print tables.
 
     Returns:
-        One record per reference or method and seed, as written to `OUTPUT/runs`.
+        Records as written to `OUTPUT/runs`, and their `rows`.
 
     Raises:
         PertaError: input that cannot be used; finished runs stay.
@@ -114,7 +131,7 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> list[Record]:
     for seed in config.seeds:
         check_separate(config.output / f"seed-{seed}", reads)
     check_output(config.output, overwrite=True, ours=_is_comparison)
-    records: list[Record] = []
+    records = Compared()
     for seed in config.seeds:
         records += _Seed(config, base, seed).run(specs)
         write_summary(records, config.output, shows=shows)

@@ -79,7 +79,7 @@ class Statement:
         return next((check for check in core if check.status == self.status), self.lead)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """The verdict on one edited model.
 
@@ -111,6 +111,10 @@ class Verdict:
     def status(self) -> Status:
         """The worse of forgetting and retention; what cannot be told is the worst."""
         return max(self.forgetting.status, self.retention.status, key=lambda s: RANK[s])
+
+    def __repr__(self) -> str:
+        """The headline alone; the rest is pages."""
+        return f"{type(self).__name__}({self.headline!r})"
 
     @property
     def line(self) -> str:
