@@ -192,7 +192,8 @@ def test_every_answer_is_labelled_or_the_row_is_refused(
         assert label in (IGNORE, i)
         runs[-1].append(i) if label == i else runs.append([])
     labelled = "\n".join(str(tokenizer.decode(run)) for run in runs)
-    place, skipped = 0, 1  # nothing predicts the first token
+    first = tokenizer.decode(list(encoded.input_ids[:1]))
+    place, skipped = 0, len(first)  # nothing predicts the first token
     for turn in turns:
         if turn.role == "assistant":
             core = turn.content.strip()[skipped:]
