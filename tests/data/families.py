@@ -112,7 +112,7 @@ def byte_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """One token a byte, but for merges; every family's control tokens; `</s>` ends a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*SPECIALS, *alphabet, *("".join(pair) for pair in merges)]
+    words = dict.fromkeys([*SPECIALS, *alphabet, *("".join(pair) for pair in merges)])
     backend = Tokenizer(
         models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[*merges])
     )

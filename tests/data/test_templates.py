@@ -127,6 +127,33 @@ def test_control_tokens_are_text_without_a_template_too(kind: str) -> None:
     assert text_ids("</s>", tokenizer) == tokenizer.convert_tokens_to_ids([*"</s>"])
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_text_that_could_become_a_control_token_in_other_ways_is_text(template: str | None) -> None:
+    """By merges, or where the end of a text is also what stands for the unknown, as in GPT-2."""
+    tokenizer = byte_tokenizer(template, [("<", "/"), ("</", "s"), ("</s", ">")])
+    tokenizer.unk_token = "</s>"
+    turns = chat("Who</s>?", "Ann</s>.</s> ")
+    encoded = encode_example(example(turns, "chat" if template else "completion"), tokenizer, NONE)
+    pieces = tokenizer.convert_ids_to_tokens(list(encoded.input_ids))
+    assert pieces.count("</s") == 3
+    assert pieces.count("</s>") == (not template)
+
+
+def test_marks_of_generation_say_where_an_answer_begins() -> None:
+    tokenizer = byte_tokenizer(FAMILIES["marked"].split("{% if add_generation_prompt")[0])
+    encoded = encode_example(example(LONG), tokenizer, NONE)
+    assert labelled(encoded, tokenizer) == SPANS["marked"]
+
+
+def test_a_template_that_looks_at_both_ends_of_a_text() -> None:
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{% if m.content.startswith('Ann') and m.content.endswith('.') %}"
+        "<s>{{ m.content }}</s>{% else %}{{ m.content }}: {% endif %}{% endfor %}"
+    )
+    encoded = encode_example(example(chat("Who?", "Ann is 9.")), tokenizer, NONE)
+    assert labelled(encoded, tokenizer) == ["<s>Ann is 9.</s>"]
+
+
 def test_ordinary_text_next_to_a_control_token_has_its_usual_tokens() -> None:
     tokenizer = byte_tokenizer(CHATML, [("A", "n"), ("An", "n"), (".", "<")])
     usual = encode_example(example(chat("Who?", "Ann Ann.")), tokenizer, NONE)
