@@ -154,6 +154,14 @@ def test_a_template_that_looks_at_both_ends_of_a_text() -> None:
     assert labelled(encoded, tokenizer) == ["<s>Ann is 9.</s>"]
 
 
+def test_rows_that_name_control_tokens_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    rows = (example(chat("Who?", "Ann.")), replace(example(chat("Who</s>?", "Ann.")), row=2))
+    encode_examples(ExampleSet("named.jsonl", rows, (), ""), tokenizer, NONE)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "named.jsonl: 1 rows name control tokens such as </s> (rows 2)" in said
+
+
 def test_ordinary_text_next_to_a_control_token_has_its_usual_tokens() -> None:
     tokenizer = byte_tokenizer(CHATML, [("A", "n"), ("An", "n"), (".", "<")])
     usual = encode_example(example(chat("Who?", "Ann Ann.")), tokenizer, NONE)

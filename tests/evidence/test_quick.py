@@ -20,6 +20,7 @@ from perta.evidence import metrics
 from perta.evidence.people import generate_people
 from perta.evidence.quick import generate_answers, quick_evaluation, score_examples
 from perta.evidence.results import missing, read_results, require_finite, results_json, table
+from perta.evidence.scoring.items import ScoringOptions
 from perta.models.facts import find_facts, score_facts
 from perta.models.loss import example_losses
 from perta.options import DataConfig, ScoringConfig, TuneConfig
@@ -248,3 +249,21 @@ def test_results_files(tmp_path: Path) -> None:
         read_results(path)
     with pytest.raises(DataError, match="cannot be read"):
         read_results(tmp_path / "none.json")
+
+
+def test_answers_end_where_the_template_ends_them(
+    examples: ExampleSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_end|>", "<|endoftext|>")
+    ends: list[frozenset[int]] = []
+
+    def run_nothing(
+        _model: object, _items: object, options: ScoringOptions, _done: object
+    ) -> list[object]:
+        ends.append(options.end_ids)
+        return []
+
+    monkeypatch.setattr("perta.evidence.quick.run_items", run_nothing)
+    generate_answers(tiny_llama(), tokenizer, examples)
+    assert ends == [frozenset({0, 2})]  # the template's and the tokenizer's

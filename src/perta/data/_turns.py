@@ -105,6 +105,9 @@ def lay_out(
     raise missing
 
 
+_SHARES = (1.0, 0.0, 0.5)
+"""Where a mark is tried: some templates look at the beginning of a text, others at its end."""
+
 _Form = Callable[[str, str], dict[str, Any]]
 _Ask = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
@@ -133,13 +136,14 @@ class _Search:
     def layout(self) -> Layout:
         """The conversation as the template writes it."""
         everything = len(self.messages)
-        requests = [(everything, False), *((turn, True) for turn in self.turns)]
-        whole, *rest = self._render(requests, None)
+        before = [(turn, True, None) for turn in self.turns]
+        parts = [(everything, False, None), (everything, False, _SHARES[0]), *before]
+        whole, marked, *rest = self._render(parts)
         if "text" not in whole:
             raise RowError(f"the chat template refuses it ({whole['error']})")
         text = whole["text"]
         prompts = [rendered.get("text") for rendered in rest]
-        places = self._places(text, everything, generate=False)
+        places = self._places(text, everything, False, marked)
         for turn, prompt in zip(self.turns, prompts, strict=True):
             nothing = not self.cores[turn] and not places[turn]
             if nothing and prompt is not None and text.startswith(prompt):
@@ -152,11 +156,11 @@ class _Search:
         own = sorted(span for found in places for span in found)
         # A template need not render the nothing that stands before a chat the assistant opens.
         last = text[: turns[-1][0]] if prompts[-1] is None else prompts[-1]
-        before = [span for span in own if span[1] <= len(last)]
+        prompt_own = [span for span in own if span[1] <= len(last)]
         if not text.startswith(last):
-            parts = self._places(last, self.turns[-1], generate=True)
-            before = sorted(span for found in parts for span in found)
-        return Layout(text, tuple(own), tuple(turns), last, tuple(before))
+            found_there = self._places(last, self.turns[-1], True)
+            prompt_own = sorted(span for found in found_there for span in found)
+        return Layout(text, tuple(own), tuple(turns), last, tuple(prompt_own))
 
     def _require(self, places: Sequence[Sequence[Span]]) -> None:
         """Stop at a message that is not there, or at an answer that is not there once."""
@@ -170,15 +174,19 @@ class _Search:
                     f"{message.role}'s; use --no-chat-template, or another template"
                 )
 
-    def _places(self, text: str, stop: int, *, generate: bool) -> list[list[Span]]:
+    def _places(
+        self, text: str, stop: int, generate: bool, marked: dict[str, Any] | None = None
+    ) -> list[list[Span]]:
         """Where each of the first messages stands in their rendering."""
         best: list[list[Span]] = [[] for _ in range(stop)]
-        for share in (1.0, 0.0, 0.5):
-            (marked,) = self._render([(stop, generate)], share)
+        for share in _SHARES:
+            if marked is None:
+                (marked,) = self._render([(stop, generate, share)])
             found = self._marks(marked.get("text", ""), text, share)
             best = [new or old for new, old in zip(found, best, strict=False)] or best
             if all(best):
                 break
+            marked = None
         return best
 
     def _marks(self, marked: str, text: str, share: float) -> list[list[Span]]:
@@ -197,10 +205,8 @@ class _Search:
                     found[int(number)].append((start, start + len(core)))
         return found
 
-    def _render(
-        self, parts: Sequence[tuple[int, bool]], share: float | None
-    ) -> list[dict[str, Any]]:
-        """The first messages, with a mark at a share of each one's text."""
+    def _render(self, parts: Sequence[tuple[int, bool, float | None]]) -> list[dict[str, Any]]:
+        """Some first messages each, with a mark at a share of each message's text."""
         chats = [
             {
                 "messages": [
@@ -209,7 +215,7 @@ class _Search:
                 ],
                 "add_generation_prompt": generate,
             }
-            for stop, generate in parts
+            for stop, generate, share in parts
         ]
         return self.ask(chats)
 

@@ -19,9 +19,13 @@ from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, report_bad_rows
 from perta.errors import DataError
 from perta.options import DataConfig
+from perta.progress import warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,26 @@ def encode_examples(
             bad.append(f"row {example.row}: no answer tokens")
         else:
             encoded.append(whole)
+    _name_control_tokens(examples, tokenizer)
     cure = " Raise --max-length if the model takes more." if bad else ""
     report_bad_rows(examples.source, bad, config.skip_bad_rows, left=len(encoded), cure=cure)
     return EncodedSet(tuple(encoded), examples.skipped + tuple(bad))
+
+
+def _name_control_tokens(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say which rows name control tokens: whoever meant them to steer the model should know."""
+    names = control_of(tokenizer).names
+    found = [
+        (example.row, match[0])
+        for example in examples.examples
+        if (match := names.search("\n".join(m.content for m in example.messages)))
+    ]
+    if found:
+        rows = ", ".join(str(row) for row, _ in found[:_SHOWN]) + (" …" * (len(found) > _SHOWN))
+        warn(
+            f"{examples.source}: {len(found)} rows name control tokens such as {found[0][1]} (rows "
+            f"{rows}). They are read as text; only the chat template steers the model."
+        )
 
 
 def encode_example(

@@ -76,7 +76,7 @@ def quick_evaluation(
         items[name] = _with_facts(made, facts[name])
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
     everything = [item for group in items.values() for item in group]
-    options = _options(model, tokenizer, batch_size, scoring.max_new_tokens)
+    options = _options(model, tokenizer, everything, batch_size, scoring.max_new_tokens)
     outcomes = iter(run_items(model, everything, options, _each(progress)))
     results: Results = {}
     for name, group in items.items():
@@ -118,7 +118,7 @@ def score_examples(
         replace(item, moments=vocabulary_moments)
         for item in make_items(model, tokenizer, examples, config, generate=False)
     ]
-    options = _options(model, tokenizer, batch_size, 1)
+    options = _options(model, tokenizer, items, batch_size, 1)
     outcomes = run_items(model, items, options, _each(progress))
     return [outcome.scores[0] for outcome in outcomes]
 
@@ -149,7 +149,7 @@ def generate_answers(
     """
     config = data_config or DataConfig()
     items = make_items(model, tokenizer, examples, config)
-    options = _options(model, tokenizer, batch_size, max_new_tokens)
+    options = _options(model, tokenizer, items, batch_size, max_new_tokens)
     outcomes = run_items(model, items, options, _each(progress))
     return [decode(tokenizer, outcome.generated or ()) for outcome in outcomes]
 
@@ -262,12 +262,15 @@ def _answer_tokens(item: Item) -> tuple[int, ...]:
 def _options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    items: Iterable[Item],
     batch_size: int,
     max_new_tokens: int,
 ) -> ScoringOptions:
+    # A chat template may end answers with another token than the tokenizer ends texts.
+    ends = {item.answers[0].input_ids[-1] for item in items if item.prompt is not None}
     return ScoringOptions(
         Masking(pad_id(tokenizer)),
-        end_tokens(model, tokenizer),
+        end_tokens(model, tokenizer) | ends,
         batch_size,
         max_new_tokens,
         longest_input(model),
