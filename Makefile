@@ -9,7 +9,7 @@ test:
 slow:
 	pytest -m slow
 faults:
-	PERTA_FUZZ=20000 PERTA_KILLS=1100 pytest -o faulthandler_timeout=120 tests/faults
+	PERTA_FUZZ_CASES=20000 PERTA_KILLS=1100 pytest -s tests/faults
 format:
 	ruff format .
 	ruff check --fix .

@@ -1,7 +1,7 @@
 """Damaged and hostile files: what is read is used rightly, or is one error of this package.
 
 Each target takes a sound file or folder apart, changes it, and reads it as a user would. A short
-run is part of the tests; `make faults` runs many thousands, `PERTA_FUZZ` says how many.
+run is part of the tests; `make faults` runs many thousands, `PERTA_FUZZ_CASES` says how many.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("models", "re
 from report_cases import write_demo  # noqa: E402
 from test_gguf import write_gguf  # noqa: E402
 
-CASES = int(os.environ.get("PERTA_FUZZ", "25"))
-IS_SHORT = "PERTA_FUZZ" not in os.environ
+CASES = int(os.environ.get("PERTA_FUZZ_CASES", "25"))
+IS_SHORT = "PERTA_FUZZ_CASES" not in os.environ
 OUTCOMES: Counter[tuple[str, str]] = Counter()
 
 # --- changes --------------------------------------------------------------------------------------
