@@ -6,6 +6,7 @@ run is part of the tests; `make faults` runs many thousands, `PERTA_FUZZ_CASES` 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -50,6 +51,8 @@ from test_gguf import write_gguf  # noqa: E402
 
 CASES = int(os.environ.get("PERTA_FUZZ_CASES", "25"))
 IS_SHORT = "PERTA_FUZZ_CASES" not in os.environ
+_LONGEST = 300
+"""Seconds for one case of a long run."""
 OUTCOMES: Counter[tuple[str, str]] = Counter()
 
 # --- changes --------------------------------------------------------------------------------------
@@ -303,11 +306,16 @@ def test_what_is_damaged_is_used_rightly_or_refused(
             monkeypatch.setenv("PERTA_CACHE", str(Path(place) / "cache"))
             folder = Path(place) / "case"
             folder.mkdir()
+            if not IS_SHORT:
+                # A case without end ends the run, and shows where it was.
+                faulthandler.dump_traceback_later(_LONGEST, exit=True)
             try:
                 target(data, sound, folder)
                 outcome = "used"
             except PertaError:
                 outcome = "refused"
+            finally:
+                faulthandler.cancel_dump_traceback_later()
             OUTCOMES[target.__name__, outcome] += 1
         assert "Traceback" not in capsys.readouterr().err
 
