@@ -308,7 +308,7 @@ def test_what_is_damaged_is_used_rightly_or_refused(
             folder.mkdir()
             if not IS_SHORT:
                 # A case without end ends the run, and shows where it was.
-                faulthandler.dump_traceback_later(_LONGEST, exit=True)
+                faulthandler.dump_traceback_later(_LONGEST, exit=True, file=2)
             try:
                 target(data, sound, folder)
                 outcome = "used"
