@@ -234,6 +234,22 @@ def test_a_vocabulary_that_does_not_fit_is_named(tmp_path: Path) -> None:
         resolve_checkpoint(adapter)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_larger_embedding_without_its_head_is_refused(tied: bool, tmp_path: Path) -> None:
+    grown = lambda model: model.resize_token_embeddings(390, mean_resizing=False)  # noqa: E731
+    settings: dict[str, Any] = {"target_modules": LAYERS, "modules_to_save": ["embed_tokens"]}
+    adapter = make(tmp_path, "Lora", tiny_llama(tied=tied), grown, **settings)
+    with pytest.raises(CheckpointError, match=r"vocabulary of 390 .* has 384.*lm_head"):
+        resolve_checkpoint(adapter)
+
+
+def test_a_tied_head_keeps_its_values_without_them_in_the_file(tmp_path: Path) -> None:
+    adapter = make(tmp_path, "Lora", tiny_llama(tied=True), r=4, target_modules=["embed_tokens"])
+    tensors = load_file(adapter / FILE)
+    save_file({n: t for n, t in tensors.items() if "lora" in n}, adapter / FILE)
+    check(adapter)
+
+
 def lora(tmp_path: Path, **settings: Any) -> Path:
     return make(tmp_path, "Lora", tiny_llama(), r=4, target_modules=LAYERS, **settings)
 

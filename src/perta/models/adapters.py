@@ -202,6 +202,7 @@ class _Merge:
             model: Any = _placeholders(adapter, index.folder)
             merge = _load(adapter, config, index, model, streams=True)
             if merge.plan() is None:
+                merge.refuse_half_resized(adapter)
                 return merge
         say(f"{adapter.name} needs all weights of its base at once, in float32")
         config = PeftConfig.from_pretrained(str(adapter))
@@ -236,6 +237,21 @@ class _Merge:
                     return name
                 self.changes[stored] = _Change(maker, tuple(tensor.shape), like)
         return None
+
+    def refuse_half_resized(self, adapter: Path) -> None:
+        """Stop where the adapter brings the embedding of another vocabulary, but not the head."""
+        for use in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            weight: Any = getattr(use, "weight", None)
+            for name in self.names.get(weight, ()):
+                (stored,) = self._saved({name: weight}, meta=True)
+                entry = self._entry(weight)
+                if stored not in self.changes and entry and entry.shape != weight.shape:
+                    raise CheckpointMismatchError(
+                        f"{adapter} was tuned on a vocabulary of {len(weight)} tokens, its base "
+                        f"{self.index.folder} has {entry.shape[0]}, and the rows of {name} for the "
+                        "further ones are not in the adapter. Resize the base as it was for "
+                        "tuning, save it, and give that as the base."
+                    )
 
     def _waiting(self, part: Any) -> list[nn.Parameter]:
         """Placeholders that need their values before a part can be merged."""
@@ -294,12 +310,15 @@ class _Merge:
         entry = self._entry(parameter)
         if entry is None or not self.changes.keys() & set(uses):
             return []
-        values = {use: self._value(use if use in self.changes else entry.name) for use in uses}
+        values = {
+            use: self._value(use) if use in self.changes else read_tensor(entry) for use in uses
+        }
         further = [use for use in uses if use not in self.index.tensors]
         first, *others = (value.float() for value in values.values())
         if all(torch.equal(first, other) for other in others):
             for use in further:
-                del values[use], self.changes[use]
+                del values[use]
+                self.changes.pop(use, None)
             further = []
         else:
             self.is_untied = True
