@@ -25,7 +25,9 @@ from perta.stages import finetune as finetune_stage
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
-from perta.stages.settings import EvaluateConfig, FinetuneConfig, ImportanceConfig
+from perta.stages.people import write_people
+from perta.stages.settings import EvaluateConfig, FinetuneConfig, ImportanceConfig, PeopleConfig
+from perta.store import atomic
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
 
@@ -246,3 +248,30 @@ def test_every_flipped_bit_of_a_saved_state_is_seen(
         for name, value in load_file(whole / "model.safetensors").items():
             assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], value)
         shutil.rmtree(tmp_path / "out")
+
+
+def test_what_a_killed_run_left_is_cleared_away_where_nothing_is_to_be_made(
+    world: World, tmp_path: Path
+) -> None:
+    config = UnlearnConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget=str(world.forget),
+        output=tmp_path / "out",
+        weighting=WeightingConfig(method="tv", scaling_coef=1.0),
+        evaluate=False,
+    )
+    unlearn(config)
+    people = PeopleConfig(output=tmp_path / "people", people=3, questions=2)
+    write_people(people)
+    token = f"{atomic._host()}-{atomic._boot()}-000000"
+    left = [
+        tmp_path / f".out.partial-{token}",
+        tmp_path / "out" / f".perta.json.partial-{token}",
+        tmp_path / f".people.partial-{token}",
+    ]
+    for folder in left:
+        folder.mkdir()
+    unlearn(config)
+    write_people(people)
+    assert not any(folder.exists() for folder in left)

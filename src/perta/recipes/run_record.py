@@ -15,8 +15,9 @@ from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
+from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
-from perta.store.record import (
+from perta.store.record import MANIFEST, (
     MANIFEST,
     make_manifest,
     read_manifest,
@@ -76,6 +77,8 @@ class RunRecord:
 
     def is_finished(self) -> bool:
         """Whether the output is there, as this run would make it."""
+        for place in (self.config.output, self.config.output / MANIFEST):
+            recover(place)
         manifest = read_manifest(self.config.output) or {}
         is_mine = manifest.get("unlearn", {}).get("key") == self.key
         return is_mine and is_as_written(self.config.output)

@@ -8,7 +8,7 @@ from typing import Any
 from perta.data.rows import jsonl, write_jsonl
 from perta.evidence.people import generate_people, split_people
 from perta.stages.settings import PeopleConfig
-from perta.store.atomic import atomic_folder
+from perta.store.atomic import atomic_folder, recover
 from perta.store.outputs import check_output
 from perta.store.record import make_manifest, settings_of, write_manifest
 
@@ -49,6 +49,7 @@ def write_people(config: PeopleConfig) -> list[Path]:
     parts = {"forget": forget, "retain": retain, "full": rows, "holdout": holdout}
     files = [config.output / f"{name}.jsonl" for name in parts]
     texts = dict(zip(files, map(jsonl, parts.values()), strict=True))
+    recover(config.output)
     if all(file.exists() and file.read_text("utf-8") == texts[file] for file in files):
         return files
     check_output(config.output, overwrite=config.overwrite)
