@@ -17,7 +17,7 @@ from perta.recipes.settings import UnlearnConfig
 from perta.stages.stage import changes, exists_error
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
-from perta.store.record import MANIFEST, (
+from perta.store.record import (
     MANIFEST,
     make_manifest,
     read_manifest,
