@@ -66,7 +66,7 @@ from perta.stages.edit import edit_checkpoint, find_inputs, with_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import taking_over
-from perta.stages.train import train_checkpoint
+from perta.stages.train import needed_sets, train_checkpoint
 from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.costs import Plan, size
@@ -170,6 +170,7 @@ def _request(config: UnlearnConfig) -> _Run:
 def _for_training(config: UnlearnConfig, method: Training) -> UnlearnConfig:
     """The settings of a method that trains, with its own where the user gave none."""
     refuse_moments(config)
+    needed_sets(method, {"forget": config.forget, "retain": config.retain})
     return replace(config, training=with_method_defaults(method, config.training, config.tune.seed))
 
 

@@ -129,18 +129,30 @@ def _start(config: TrainConfig, method: Training) -> Path:
     return resolve_checkpoint(given, base=config.base)
 
 
-def _load_sets(config: TrainConfig, method: Training) -> dict[str, ExampleSet]:
-    needed = {
-        "forget": (config.forget, method.sees_forget_set),
-        "retain": (config.retain, method.retain is not None),
-    }
-    sets = {}
-    for name, (source, wanted) in needed.items():
-        if wanted and source is None:
+def needed_sets(method: Training, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sets that a method trains on.
+
+    Args:
+        method: the method.
+        given: `forget` and `retain`; None where the user gave none.
+
+    Returns:
+        Those of `given` that the method looks at.
+
+    Raises:
+        ConfigError: one of these was not given.
+    """
+    wanted = {"forget": method.sees_forget_set, "retain": method.retain is not None}
+    names = [name for name, is_wanted in wanted.items() if is_wanted]
+    for name in names:
+        if given[name] is None:
             raise ConfigError(f"`{method.name}` needs the {name} set. Give it with --{name}.")
-        if wanted and source is not None:
-            sets[name] = load_examples(source, config.data_config)
-    return sets
+    return {name: given[name] for name in names}
+
+
+def _load_sets(config: TrainConfig, method: Training) -> dict[str, ExampleSet]:
+    sources = needed_sets(method, {"forget": config.forget, "retain": config.retain})
+    return {name: load_examples(place, config.data_config) for name, place in sources.items()}
 
 
 def _encode(
