@@ -189,6 +189,14 @@ def test_roles_come_from_records(tmp_path: Path) -> None:
     assert edited[0].edit["tensors"]
 
 
+@pytest.mark.parametrize("record", [None, [], {"settings": None}, {"inputs": {"base": []}}])
+def test_results_with_a_record_of_another_form_have_none(tmp_path: Path, record: object) -> None:
+    content = {**results("x", 0.1, 0.9), "perta": record}
+    [run] = collect([str(write(tmp_path / "x.json", content))]).runs
+    assert run.label == "x"
+    assert not run.record
+
+
 def test_names_of_files_give_no_role(tmp_path: Path) -> None:
     names = ("llama_full_forget01", "npo-retain", "retain99", "reference", "base")
     for name in names:

@@ -28,7 +28,7 @@ from perta.store.provenance import (
     requests_of,
     role_of,
 )
-from perta.store.record import MANIFEST, read_manifest, refuse_changed
+from perta.store.record import MANIFEST, is_record, read_manifest, refuse_changed
 
 _REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
 
@@ -368,6 +368,9 @@ def _load(path: Path) -> Record | None:
         content = read_json(path, DataError, nan=True)
     except DataError:
         return None
+    if not is_record(content.get("perta", {})):
+        # A record of another form than this package writes says nothing.
+        return {**content, "perta": {}}
     refuse_changed(content, path)
     return content
 
