@@ -21,7 +21,7 @@ from perta.models.trust import LOCAL, NO_CODE, read_config
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is_float, open_index
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LAYERS = re.compile(r"^(num|n|encoder|decoder)_([a-z]+_)*(layers?|blocks?)$|^(depth|block_count)$")
 """Settings that say how many layers there are, each of which holds a tensor."""
@@ -91,18 +91,27 @@ def described_model(folder: Path) -> PreTrainedModel | None:
         The model on the device `meta`; None where there is no config.json, or transformers knows
         no causal language model of that kind.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if read_config(folder).get("model_type") not in CONFIG_MAPPING:
         return None
     config = AutoConfig.from_pretrained(folder, **LOCAL)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    loader = loader_of(config)
+    if type(config) not in loader._model_mapping:
         return None
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **NO_CODE)
+        model: PreTrainedModel = loader.from_config(config, **NO_CODE)
     return model
+
+
+def loader_of(config: PreTrainedConfig) -> Any:
+    """The class that loads all of a model: with what reads images, where it does."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    # Some kinds have a class for the language part alone too, which would lose the rest.
+    reads_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None:

@@ -24,7 +24,7 @@ from perta.errors import (
     first_line,
     shortage,
 )
-from perta.models.complete import check_checkpoint, check_loaded, described_model
+from perta.models.complete import check_checkpoint, check_loaded, described_model, loader_of
 from perta.models.trust import LOCAL, read_config
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
@@ -51,15 +51,17 @@ def load_model(
         CheckpointError: the folder holds no model transformers can load.
         CorruptCheckpointError: a file is damaged, or a weight is NaN or Inf.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     index = open_index(folder)
     _require_config(folder)
     device = pick_device(compute)
     with plain_errors(folder):
         check_checkpoint(folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        loaded: Any = loader_of(config).from_pretrained(
             folder,
+            config=config,
             dtype=dtype or _pick_dtype(compute),
             use_safetensors=True,
             ignore_mismatched_sizes=True,
