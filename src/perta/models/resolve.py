@@ -2,6 +2,7 @@
 
 folder with safetensors ── as it is
 adapter folder ─────────── merged into its base, kept in the cache
+FP8 or MXFP4 folder ────── dequantised, kept in the cache
 GGUF file ──────────────── dequantised to float32, kept in the cache
 hub id ─────────────────── downloaded by huggingface_hub, into its own cache
 """
@@ -21,6 +22,7 @@ from perta.models.adapters import adapter_settings, merge_adapter
 from perta.models.complete import check_checkpoint
 from perta.models.gguf import read_gguf
 from perta.models.load import plain_errors, save_model
+from perta.models.quantised import can_dequantise, dequantise
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
 from perta.store.checkpoint import ADAPTER_CONFIG
@@ -90,7 +92,11 @@ def _resolve(
 
 
 def _whole(folder: Path) -> Path:
-    """The folder, compared with its configuration."""
+    """The folder, or what is made of it where it is quantised, compared with its configuration."""
+    if can_dequantise(folder):
+        made_by = f"{fingerprint(folder)} {__version__}"
+        target = cache_folder() / "plain" / blake3(made_by.encode()).hexdigest()[:24]
+        folder = _cached(target, f"Dequantising {folder.name}", partial(dequantise, folder))
     with plain_errors(folder):
         check_checkpoint(folder)
     return folder
