@@ -87,7 +87,13 @@ def test_one_option_of_a_comparison_leaves_the_others_alone(
     perta: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given: list[CompareConfig] = []
-    monkeypatch.setattr("perta.recipes.compare.study.bench_compare", given.append)
+
+    def compare(config: CompareConfig, *, shows: bool) -> list[Any]:
+        assert shows
+        given.append(config)
+        return []
+
+    monkeypatch.setattr("perta.recipes.compare.study.bench_compare", compare)
     arguments = ("bench", "compare", "--base", "b", "--output", tmp_path)
     assert perta(*arguments).status == 0
     assert perta(*arguments, "--learning-rate", "3e-4").status == 0

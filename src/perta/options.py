@@ -277,7 +277,7 @@ class TrainingRun:
     """Examples per forward pass."""
     accumulation: int = 1
     """Batches per optimizer step."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Hidden] = 0.0
     """AdamW weight decay."""
     warmup_ratio: Annotated[float, Hidden] = 0.1
     """Share of the steps over which the learning rate rises."""
@@ -335,7 +335,7 @@ class TuneConfig(TrainingRun):
     """Most passes over the data."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Hidden] = 0.0
     """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
     the task vector would hold that movement."""
     ia3: bool = False
@@ -466,7 +466,7 @@ class TrainSettings(TrainingRun):
     """Peak learning rate of AdamW [default: the method's own]."""
     batch_size: int = 8
     """Forget examples per forward pass; as many retain examples go with them."""
-    accumulation: int = 4
+    accumulation: Annotated[int, Hidden] = 4
     """Batches per optimizer step; 8 x 4 examples are the published 32."""
     weight_decay: Annotated[float, Hidden] = 0.01
     """AdamW weight decay."""

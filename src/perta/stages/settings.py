@@ -207,6 +207,7 @@ class EditConfig(Paths):
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
 
     @property

@@ -125,9 +125,16 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return record if is_record(record) else None
 
 
+_TENSOR = {
+    **{"name": str, "elements": NUMBERS, "delta_norm": NUMBERS},
+    **dict.fromkeys(("mean_weighting?", "task_vector_norm?"), (type(None), *NUMBERS)),
+}
 _FORM = {
     **dict.fromkeys(("stage?", "key?", "content?"), str),
-    **{key: {str: object} for key in ("settings?", "evaluation?", "edit?")},
+    **{key: {str: object} for key in ("settings?", "evaluation?")},
+    "edit?": {"tensors?": [_TENSOR]},
+    "examples?": (type(None), *NUMBERS),
+    "versions?": {str: object},
     "inputs?": {str: str},
     "seconds?": {str: NUMBERS},
     "passes?": (dict, *NUMBERS),
