@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from perta.data.examples import load_examples
+from perta.data.tokens import encode_examples
+from perta.engine.train.unlearn import unlearn_by_training
+from perta.models.load import load_model, load_tokenizer
 from perta.models.tiny import write_tiny_checkpoint
-from perta.options import DataConfig, TuneConfig
+from perta.options import ComputeConfig, DataConfig, TrainSettings, TuneConfig
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.people import write_people
 from perta.stages.settings import FinetuneConfig, PeopleConfig
@@ -49,3 +54,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
     )
     return World(base, full, root / "data" / "forget.jsonl", root / "data" / "retain.jsonl")
+
+
+@pytest.fixture(scope="session")
+def adapter(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny base, tuned on all people."""
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = load_tokenizer(world.base)
+    rows = [
+        e
+        for source in (world.forget, world.retain)
+        for e in encode_examples(load_examples(source), tokenizer, DataConfig()).encoded
+    ]
+    torch.manual_seed(0)
+    model: Any = get_peft_model(
+        load_model(world.base, ComputeConfig()),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    settings = TrainSettings(epochs=10, learning_rate=2e-2, accumulation=1)
+    unlearn_by_training(model, (), rows, settings, method="retain-finetune", pad=0)
+    # Training frees all weights at its end; only the adapter is saved.
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    model.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(world.base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

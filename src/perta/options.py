@@ -410,8 +410,14 @@ class MomentOptions:
     """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
     moment_memory: float = 8.0
     """Memory for the sums in GiB; a model that needs more is measured in several passes."""
+    moment_samples: str | None = None
+    """Rows of what is to be kept that are measured, drawn by a fixed seed: `all`, a share such as
+    0.2, a count such as 500, or `enough`, as many as give every input of the widest layer 4 tokens
+    [default: enough in `perta unlearn` for the retain set alone, otherwise all]."""
 
     def __post_init__(self) -> None:
+        if self.moment_samples not in ("all", "enough"):
+            sample_count(self.moment_samples, "moment-samples", 1)
         require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
 
 

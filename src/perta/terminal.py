@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from perta.progress import PlainConsole, visible
-from perta.store.costs import Plan, details, duration, operations, size
+from perta.store.costs import Plan, details, duration, operations, percent, size
 
 if TYPE_CHECKING:
     from perta.report.tables import Cost
@@ -85,17 +85,22 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         retraining: seconds.
     """
     table = Table(title="cost", title_justify="left")
-    for column in ("way", "took", "share of retraining"):
+    for column in ("way", "took", "share of retraining", "of its operations"):
         right = column != "way"
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     table.add_column("of which", overflow="fold")
     if retraining is not None:
-        table.add_row("retrained", duration(retraining), "100%", "tuning without the forget set")
+        table.add_row(
+            "retrained", duration(retraining), "100%", "100%", "tuning without the forget set"
+        )
     for cost in found:
         share = "–" if cost.share is None else f"{cost.share:.0%}"
         stages = details({segment.name: segment.seconds for segment in cost.segments})
         apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
-        table.add_row(escape(cost.label), duration(cost.total), share, escape(stages + apart))
+        operations = "–" if cost.operations is None else percent(cost.operations)
+        table.add_row(
+            escape(cost.label), duration(cost.total), share, operations, escape(stages + apart)
+        )
     console().print(table)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +18,6 @@ from helpers import tiny_llama
 from perta.data.batch import IGNORE, Encoded, bucketed
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
-from perta.engine.train.unlearn import unlearn_by_training
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.influence import (
     conjugate_gradients,
@@ -31,7 +29,7 @@ from perta.methods.influence import (
 from perta.methods.objectives import Influence
 from perta.models.load import load_model, load_tokenizer
 from perta.models.loss import losses_of
-from perta.options import ComputeConfig, DataConfig, TrainSettings
+from perta.options import ComputeConfig, DataConfig
 from perta.stages.settings import TrainConfig
 from perta.stages.train import train_checkpoint
 from perta.store.record import read_manifest
@@ -200,31 +198,6 @@ def test_negative_curvature_and_empty_sets_are_refused(hessian: Tensor) -> None:
 
 
 # --- the stage -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def adapter(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of the tiny base, tuned on all people."""
-    tokenizer = load_tokenizer(world.base)
-    rows = [
-        e
-        for source in (world.forget, world.retain)
-        for e in encode_examples(load_examples(source), tokenizer, DataConfig()).encoded
-    ]
-    torch.manual_seed(0)
-    model: Any = get_peft_model(
-        load_model(world.base, ComputeConfig()),
-        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
-    settings = TrainSettings(epochs=10, learning_rate=2e-2, accumulation=1)
-    unlearn_by_training(model, (), rows, settings, method="retain-finetune", pad=0)
-    # Training frees all weights at its end; only the adapter is saved.
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    model.save_pretrained(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(world.base)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def test_the_stage_edits_the_adapters_layers_only(

@@ -40,6 +40,7 @@ from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare._summary import summarise, write_summary
 from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.recipes.compare.study import bench_compare
+from perta.report.write import companion_folder
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
@@ -119,15 +120,17 @@ def test_a_search_stops_after_its_tries_and_at_the_largest_strength() -> None:
 
 
 def _record(method: str, seed: int, **more: Any) -> dict[str, Any]:
-    return {"method": method, "seed": seed, "seconds": {}, "passes": {"tuning": 100.0}, **more}
+    return {"method": method, "seed": seed, "seconds": {}, "passes": {"finetune": 100.0}, **more}
 
 
 def test_the_summary_gives_mean_spread_and_share_of_retraining() -> None:
     records = [
         _record("retrained", 0, reached=True, equal={"forget_probability": 0.2}),
         _record("retrained", 1, reached=True, equal={"forget_probability": 0.4}),
-        _record("tv", 0, reached=True, equal={"retain_probability": 0.8}) | {"passes": {"a": 10}},
-        _record("tv", 1, reached=False, equal={"retain_probability": 0.6}) | {"passes": {"a": 30}},
+        _record("tv", 0, reached=True, equal={"retain_probability": 0.8})
+        | {"passes": {"edit": 10}},
+        _record("tv", 1, reached=False, equal={"retain_probability": 0.6})
+        | {"passes": {"edit": 30}},
     ]
     records[2]["seconds"] = {"finetune": 3.0, "edit": 1.0, "search": 9.0}
     retrained, tv = summarise(records, "equal")
@@ -467,6 +470,22 @@ def test_a_comparison_ends_with_tables_and_a_report(
     assert table[0].startswith("method,reached,seeds,strength,strength_sd,strength_n,forget_prob")
     assert len(table) >= 1 + 3 + len(config.methods)
     assert "At equal forgetting" in (config.output / "summary.md").read_text("utf-8")
+    # What each method took is the same in both.
+    with (companion_folder(config.output / "report.html") / "costs.csv").open() as file:
+        costs = {row["model"]: row for row in csv.DictReader(file)}
+    with (config.output / "equal_seeds.csv").open() as file:
+        seeds = {row["method"]: row for row in csv.DictReader(file)}
+    assert "retrained" in costs
+    pairs = [
+        ("seconds", "total seconds"),
+        ("passes", "forward passes over a token"),
+        ("share", "share of its operations"),
+    ]
+    for name in costs.keys() - {"retrained"}:
+        for one, other in pairs:
+            expected = float(seeds[name][one] or 0)
+            assert float(costs[name][other] or 0) == pytest.approx(expected, abs=1e-3)
+            assert expected > 0 or name == "interpolate"
 
 
 def test_general_ability_is_added_to_finished_runs(

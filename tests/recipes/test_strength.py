@@ -120,7 +120,7 @@ def test_few_rows_reject_a_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     made, fake = trials(monkeypatch, [0.5] * 39 + [2.9], harm=0.01)
     made.search()
     failing = [(rows, kind) for strength, rows, kind in fake.asked if 0.5 < strength < 2.9]
-    assert {rows for rows, kind in failing if kind == "forget"} == {16}
+    assert {rows for rows, kind in failing if kind == "forget"} == {4}
     # Retained rows: at 0, once on the way, at the strength found.
     assert sum(kind == "retain" for _, _, kind in fake.asked) == 3
 

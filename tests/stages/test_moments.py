@@ -16,7 +16,13 @@ from conftest import World
 from perta.data.batch import Encoded, bucketed, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
-from perta.engine.moments import _groups, count_tokens, plan_moments, sum_moments
+from perta.engine.moments import (
+    _groups,
+    count_tokens,
+    plan_moments,
+    sample_for_moments,
+    sum_moments,
+)
 from perta.errors import (
     CheckpointError,
     CheckpointMismatchError,
@@ -506,3 +512,59 @@ def test_shards_are_cut_where_the_limit_says(
     for name, value in mean_moments(whole).items():
         torch.testing.assert_close(mean_moments(parts)[name], value)
     assert replace(parts, folder=whole.folder).facts["inputs"] == whole.facts["inputs"]
+
+
+def test_enough_rows_give_every_input_of_the_widest_layer_its_tokens() -> None:
+    model = build(llama)
+    few, more = examples(), [e for _ in range(40) for e in examples()]
+    wanted = MomentOptions(moment_samples="enough")
+    plan = plan_moments(model, few, gradients=False, pad=PAD)
+    assert count_tokens(few, "all") < 4 * 48  # of a small set all are
+    assert list(sample_for_moments(plan, few, wanted)) == few
+    taken = sample_for_moments(plan, more, wanted)
+    longest = max(len(e.input_ids) for e in few)
+    assert 4 * 48 <= count_tokens(taken, "all") < 4 * 48 + longest
+    assert list(sample_for_moments(plan, more, wanted)) == list(taken)
+    for asked, count in (("all", len(more)), (None, len(more)), ("7", 7), ("0.5", len(more) // 2)):
+        sample = sample_for_moments(plan, more, MomentOptions(moment_samples=asked))
+        assert len(sample) == count
+    # With tokens of answers alone, and with four experts that share the tokens among them.
+    answers = MomentOptions(moment_samples="enough", tokens="answer")
+    counted = count_tokens(sample_for_moments(plan, more, answers), "answer")
+    assert 4 * 48 <= counted < 4 * 48 + longest
+    experts = plan_moments(build(mixtral), few, gradients=False, pad=PAD)
+    counted = count_tokens(sample_for_moments(experts, more, wanted), "all")
+    assert 4 * 4 * 48 <= counted < 4 * 4 * 48 + longest
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "1.5", "some", "nan"])
+def test_a_sample_of_moments_is_a_share_or_a_count(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="moment-samples"):
+        MomentOptions(moment_samples=wrong)
+
+
+def test_the_record_says_how_many_rows_were_measured(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(name: str, samples: str | None) -> MomentFolder:
+        return open_moments(
+            compute_moments(
+                MomentsConfig(
+                    checkpoint=str(world.base),
+                    data=str(world.retain),
+                    output=tmp_path / name,
+                    options=MomentOptions(moment_samples=samples),
+                )
+            )
+        )
+
+    part, whole = measure("part", "4"), measure("whole", None)
+    assert "measured on 4 of 6 rows" in capsys.readouterr().err
+    assert (part.facts["examples"], part.facts["examples_available"]) == (4, 6)
+    assert (whole.facts["examples"], whole.facts["examples_available"]) == (6, 6)
+    tokenizer = load_tokenizer(world.base)
+    rows = encode_examples(load_examples(world.retain), tokenizer).encoded
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))[:4].tolist()
+    assert part.facts["tokens"] == sum(len(rows[i].input_ids) for i in order)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(part.input_moment(name), whole.input_moment(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from rich.console import Console
 import perta.terminal
 from conftest import TUNE, World
 from helpers import weighting as chosen
+from perta.data.examples import load_examples
+from perta.data.tokens import encode_examples
 from perta.methods.method import Edit, Method
 from perta.methods.objectives import Training
 from perta.methods.registry import known, parse
-from perta.options import ScoringConfig, TrainSettings
+from perta.models.load import load_tokenizer
+from perta.options import ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.report.collect import collect
@@ -27,23 +31,38 @@ from perta.store.record import read_manifest
 from perta.terminal import print_costs
 
 EDITS = list(known(Edit))
-TRAINED = [name for name in known(Training) if name != "influence"]  # it wants an adapter
+TRAINED = list(known(Training))
+_BY_EPOCHS = [name for name in TRAINED if name != "influence"]
 
 
 @pytest.fixture(scope="module")
-def outputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def outputs(
+    world: World, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Path]]:
     """One output of every method; the work folder is shared, so stages are reused."""
     folder = tmp_path_factory.mktemp("every")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERTA_CACHE", str(folder / "cache"))
+        yield _outputs(world, adapter, folder)
+
+
+def _outputs(world: World, adapter: Path, folder: Path) -> dict[str, Path]:
     found = {}
     for name in (*EDITS, *TRAINED, "auto"):
         method = "perta-project" if name == "auto" else name
         alpha: Any = "auto" if name == "auto" else 1.0 if name in EDITS else None
         # Another order than that of `perta-grad`, which would give the same weights.
-        more: dict[str, Any] = {"ssd": {"selection": 1.2}, "perta": {"order": 1.5}}.get(name, {})
+        theirs: dict[str, Any] = {
+            "ssd": {"selection": 1.2},
+            "perta": {"order": 1.5},
+        }
+        weighting = chosen(method=method, scaling_coef=alpha, **theirs.get(name, {}))
+        if name == "influence":
+            weighting = WeightingConfig(method="influence:damping=1.0,tolerance=0.01")
         found[name] = unlearn(
             UnlearnConfig(
                 base=str(world.base),
-                full=str(world.full),
+                full=str(adapter if name == "influence" else world.full),
                 forget=str(world.forget),
                 retain=str(world.retain),
                 output=folder / name,
@@ -51,8 +70,8 @@ def outputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
                 evaluate=name in ("tv", "retrain"),
                 scoring=ScoringConfig(max_new_tokens=4),
                 tune=TUNE,
-                training=TrainSettings(epochs=1 if name in TRAINED else None),
-                weighting=chosen(method=method, scaling_coef=alpha, **more),
+                training=TrainSettings(epochs=1 if name in _BY_EPOCHS else None),
+                weighting=weighting,
             )
         ).folder
     contents = [(read_manifest(folder) or {})["content"] for folder in found.values()]
@@ -116,7 +135,7 @@ def test_every_stage_that_a_method_needs_is_counted(outputs: dict[str, Path]) ->
     assert stages("msa") == {*tuned, "retain_finetune"}
     assert stages("ssd") == {"edit", *both}
     assert stages("interpolate") == {"edit"}
-    assert stages("npo") == {"train"}
+    assert stages("npo") == stages("influence") == {"train"}
 
 
 def test_a_reused_stage_costs_what_it_took_when_it_was_made(outputs: dict[str, Path]) -> None:
@@ -140,9 +159,39 @@ def test_what_was_done_is_said_of_every_method(outputs: dict[str, Path]) -> None
         said[method] = record["done"]
         assert row.done in (output / "README.md").read_text("utf-8") or name in TRAINED
     assert len(set(said.values())) == len(said)
-    for name in TRAINED:
+    for name in _BY_EPOCHS:
         assert "trained" in said[name]
         assert "moved back" not in said[name]
     for name in ("ssd", "interpolate"):
         assert "learning the removed examples" not in said[name]
     assert "examples to keep" in said["msa"]
+
+
+def test_operations_are_the_tokens_that_pass(outputs: dict[str, Path], world: World) -> None:
+    """Counted by hand: one forward pass over a token is 1, there and back 3."""
+    tokenizer = load_tokenizer(world.base)
+    sets = {"forget": world.forget, "retain": world.retain}
+    tokens = {
+        name: sum(len(e.input_ids) for e in encode_examples(load_examples(file), tokenizer).encoded)
+        for name, file in sets.items()
+    }
+
+    def passes(name: str) -> dict[str, float]:
+        record = read_manifest(outputs[name])
+        assert record is not None
+        found = costs_of(record, {})
+        assert found.operations == sum(found.passes.values())
+        return {stage: found.passes[t] for stage, t in STAGES.items() if t in found.passes}
+
+    tuned = read_manifest(outputs["tv"].parent / "work" / "forget_checkpoint")
+    assert tuned is not None
+    epochs = len(tuned["epoch_losses"])
+    assert passes("tv") == {"finetune": 3 * epochs * tokens["forget"]}
+    fisher = passes("perta-fisher")
+    assert fisher["forget_importance"] == 3 * tokens["forget"]
+    assert fisher["retain_importance"] == 3 * tokens["retain"]
+    kron = passes("perta-kron")
+    assert kron["forget_moments"] == 3 * tokens["forget"]
+    assert passes("perta-project")["retain_moments"] == tokens["retain"]
+    assert passes("retrain") == {"train": 3 * tokens["retain"]}
+    assert passes("auto").keys() >= {"finetune", "retain_moments", "calibrate", "strength"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor, nn
 
-from perta.data.batch import IGNORE, Batch, Encoded, bucketed, collate
+from perta.data.batch import IGNORE, Batch, Encoded, bucketed, collate, seeded_sample
 from perta.errors import CheckpointError, DivergenceError
 from perta.models.layers import (
     Slot,
@@ -25,13 +27,19 @@ from perta.models.layers import (
     widths,
 )
 from perta.models.loss import weighted_losses
-from perta.options import MomentOptions, Tokens
+from perta.options import MomentOptions, Tokens, sample_count
 from perta.progress import track
 from perta.store.moments import INPUT, OUTPUT
 from perta.store.second_moment import factor, few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ENOUGH = 4
+"""Tokens for each input of the widest layer from which more change little."""
+
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,36 @@ def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
     if tokens == "all":
         return sum(len(example.input_ids) for example in examples)
     return sum(label != IGNORE for example in examples for label in example.labels[1:])
+
+
+def sample_for_moments(
+    plan: _Plan, examples: Sequence[Encoded], options: MomentOptions
+) -> Sequence[Encoded]:
+    """The rows of a set that are measured.
+
+    `enough` are as few as have ENOUGH tokens that count for every input of the widest layer, and
+    of one of several experts for each of them.
+
+    Args:
+        plan: from `plan_moments`.
+        examples: the set.
+        options: how many are wanted, and which tokens count.
+
+    Returns:
+        A seeded sample in the order of the set, or all of it.
+    """
+    wanted, rows = options.moment_samples, len(examples)
+    if wanted != "enough":
+        count = sample_count(None if wanted == "all" else wanted, "moment-samples", rows)
+        return seeded_sample(examples, count, _SEED)
+    experts = Counter((unit.kind, unit.slots[0][0]) for unit in plan.units)
+    least = ENOUGH * max(u.width * experts[u.kind, u.slots[0][0]] for u in plan.units)
+
+    def counted(count: int) -> int:
+        return count_tokens(seeded_sample(examples, count, _SEED), options.tokens)
+
+    count = bisect_left(range(rows), least, key=counted)
+    return seeded_sample(examples, count, _SEED)
 
 
 def plan_moments(

@@ -34,8 +34,8 @@ from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_i
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
 from perta.recipes._edited_model import load_changes
-from perta.recipes._search import search_strength
-from perta.recipes._strength import Unseen, surprises_of
+from perta.recipes._search import search_coarsely
+from perta.recipes._strength import HELD_OUT, Unseen, surprises_of
 from perta.stages.settings import EditConfig
 from perta.stages.stage import run_stage
 from perta.store.atomic import scratch_folder
@@ -179,21 +179,37 @@ class _Run:
             )
             changes = load_changes(scratch, edit, self._compute)
         steps = [change.delta for change in changes]
-        now = 0.0
+        now, unseen = 0.0, self._unseen
 
-        def left(scaling_coef: float) -> list[int]:
+        def surprises(scaling_coef: float, places: Sequence[int]) -> list[float]:
             nonlocal now
             for parameter, step in zip(self.model.parameters(), steps, strict=True):
                 parameter.sub_(step, alpha=scaling_coef - now)
             now = scaling_coef
-            kind, facts = self._unseen.calibrated_on, self._unseen.facts
-            found = surprises_of(self.model, facts, kind, self._pad)
-            return self._unseen.standing_out(found)
+            facts = [unseen.facts[place] for place in places]
+            return surprises_of(self.model, facts, unseen.calibrated_on, self._pad)
+
+        def left(scaling_coef: float) -> list[int]:
+            return unseen.standing_out(surprises(scaling_coef, range(len(unseen.facts))))
+
+        # Of all rows some may look unseen from the start, and count for nothing.
+        margins = dict.fromkeys(rows if len(rows) < len(unseen.facts) else left(0.0), 0.0)
 
         def forgets(scaling_coef: float) -> bool:
-            return 2 * len(set(rows).intersection(left(scaling_coef))) <= len(rows)
+            if unseen.calibrated_on == HELD_OUT:  # where all rows together can stand out
+                return 2 * len(margins.keys() & left(scaling_coef)) <= len(margins)
+            # One row more than half decides, if all of those stand out.
+            order, half = sorted(margins, key=margins.__getitem__), len(margins) // 2
+            standing = 0
+            for places in filter(None, (order[: half + 1], order[half + 1 :])):
+                for place, value in zip(places, surprises(scaling_coef, places), strict=True):
+                    margins[place] = value - unseen.least[place]
+                    standing += unseen.stands_out(place, value)
+                if standing > half:
+                    return False
+            return True
 
-        chosen = search_strength(forgets, lambda _: True).scaling_coef
+        chosen = search_coarsely(forgets)
         return chosen, left(chosen or 0.0)
 
     @torch.no_grad()

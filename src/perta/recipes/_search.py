@@ -27,6 +27,8 @@ GRID: Final = tuple(FIRST * RATIO**step for step in range(16))
 TOLERANCE: Final = 0.04
 """Relative width of the interval of strengths at which refining stops."""
 
+_COARSE = 0.1
+
 _FINEST = 0.01
 """Width at which refining stops next to 0."""
 
@@ -96,9 +98,26 @@ def search_strength(forgets: Question, fits: Question) -> Found:
     return Found(None, tuple(sorted(strength for strength, fit in known.items() if fit)))
 
 
-def _smallest(holds: Question, low: float, high: float) -> float:
+def search_coarsely(forgets: Question) -> float | None:
+    """Look for a strength that forgets, octave by octave and to a tenth: others follow it.
+
+    Args:
+        forgets: strength -> whether enough looks unseen; not at 0.
+
+    Returns:
+        The strength, None where no octave has one.
+    """
+    low = 0.0
+    for high in GRID[::_OCTAVE]:
+        if forgets(high):
+            return _smallest(forgets, low, high, _COARSE)
+        low = high
+    return None
+
+
+def _smallest(holds: Question, low: float, high: float, tolerance: float = TOLERANCE) -> float:
     """Halve the interval until it is narrow: `holds` is false at `low` and true at `high`."""
-    while high - low > max(TOLERANCE * high, _FINEST):
+    while high - low > max(tolerance * high, _FINEST):
         middle = (low + high) / 2
         if holds(middle):
             high = middle

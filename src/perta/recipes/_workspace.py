@@ -42,7 +42,7 @@ from perta.stages.settings import (
     MomentsConfig,
 )
 from perta.stages.stage import NotMadeError, only_asking
-from perta.store.costs import seconds_of, title_of
+from perta.store.costs import passes_of, seconds_of, title_of
 from perta.store.outputs import check_separate
 from perta.store.record import read_manifest
 
@@ -101,6 +101,7 @@ class Workspace:
         names: what is made -> name of its folder, where it has another.
         reads: what the run reads, wherever it lies; nothing is made in its place.
         seconds: stage -> duration.
+        passes: stage -> operations, see `store.costs`, where its output's record tells.
         made: stage -> output, as far as this run has asked for it.
         asked: where nothing is to be made: stage -> whether it is there already.
         looks: whether that is looked for.
@@ -120,6 +121,7 @@ class Workspace:
     names: Mapping[str, str] = field(default_factory=dict)
     reads: Sequence[str | Path] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    passes: dict[str, float] = field(default_factory=dict)
     made: dict[str, Path] = field(default_factory=dict)
     asked: dict[str, bool] | None = None
     looks: bool = True
@@ -207,7 +209,10 @@ class Workspace:
             checkpoint=str(self.measured),
             data=data,
             gradients=gradients,
-            options=self.moments,
+            # What is to go is measured whole.
+            options=replace(self.moments, moment_samples=None)
+            if part == "forget"
+            else self.moments,
             **common,
         )
         return self._once(f"{part}_moments", output, lambda: compute_moments(config))
@@ -263,6 +268,8 @@ class Workspace:
         if isinstance(result, dict):
             made = result.get("perta")
         self.seconds[stage] = seconds_of(made) if made else time.perf_counter() - started
+        if made and (passes := passes_of(made)):
+            self.passes[stage] = passes
         return result
 
     def place(self, name: str) -> Path:

@@ -129,6 +129,9 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     for option, is_used, why in single:
         if not is_used and getattr(config, option) != usual_of[option]:
             raise _unused(option, method.name, why)
+    sampled = config.moments.moment_samples is not None
+    if sampled and config.retain_moments is not None and config.general is None:
+        raise _unused("moment_samples", method.name, "those of --retain-moments are measured")
 
 
 def _groups(config: UnlearnConfig, trains: bool, needs: Needs) -> list[tuple[object, bool, str]]:

@@ -183,12 +183,17 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
         weighting = replace(weighting, scaling_coef="auto")
     seeds = config.forget_seeds or max(1, method.needs.tuned)
     is_even = method.needs.moments and weighting.scaling_coef == "auto" and seeds == 1
+    moments = config.moments
+    if method.needs.moments and config.general is None and config.retain_moments is None:
+        # Beside others, samples would not keep the proportion of the sets.
+        moments = replace(moments, moment_samples=moments.moment_samples or "enough")
     return replace(
         config,
         weighting=with_defaults(weighting),
         importance_at=config.importance_at or method.needs.at,
         forget_seeds=seeds,
         rounds=config.rounds or (_ROUNDS if is_even else 1),
+        moments=moments,
         estimator=replace(estimator, reduction=method.needs.reduction or estimator.reduction),
     )
 
@@ -270,6 +275,7 @@ class _Run:
             compute=config.compute,
             reads=reads,
             seconds=record.seconds,
+            passes=record.passes,
         )
         return cls(config, training, targets, full, sets, split, judged, work, record)
 
@@ -421,7 +427,6 @@ class _Run:
             ),
         )
         self.work.made["rounds"] = made
-        self.record.passes["rounds"] = (read_manifest(made) or {})["passes"]
         return replace(edit, forget_checkpoint=str(made))
 
     def _calibrated(self) -> Unseen:

@@ -72,6 +72,12 @@ class Run:
         found: Record = self.record.get("edit") or {}
         return found
 
+    @property
+    def spent(self) -> Record:
+        """The record of what it took: the checkpoint's, or of a comparison its results' own."""
+        own: Record = self.results.get("perta", {})
+        return own if own.get("stage") == _COMPARISON else self.record
+
     def fits(self, reference: Run) -> bool:
         """Whether a reference can be this model's, as far as the records of both tell."""
         inputs = {

@@ -14,7 +14,7 @@ from typing import Any
 from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
 from perta.report._svg import Style
 from perta.report.collect import Collection, Run
-from perta.store.costs import STAGES, costs_of, seconds_of
+from perta.store.costs import STAGES, Costs, costs_of, passes_of, seconds_of
 
 _GROUPS: Mapping[str, tuple[str, str]] = {
     "forget": ("On the removed examples", "What the model still knows of what was to go."),
@@ -99,7 +99,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one way to forget took; `share` is that of retraining, where it is known."""
+    """What one way to forget took.
+
+    Attributes:
+        run: the model.
+        label: its name.
+        segments: its stages.
+        total: seconds.
+        share: of the seconds that retraining took, where it is known.
+        evaluation: seconds apart from these.
+        passes: operations, as forward passes over one token.
+        operations: their share of those of retraining, where both are known.
+    """
 
     run: Run
     label: str
@@ -107,6 +118,8 @@ class Cost:
     total: float
     share: float | None
     evaluation: float
+    passes: float
+    operations: float | None
 
 
 def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
@@ -256,34 +269,39 @@ def costs(collection: Collection) -> tuple[list[Cost], float | None]:
     Returns:
         One cost per edited model whose stages are recorded, and the time of retraining.
     """
-    retrained = [run for run in collection.by_role("retrained") if seconds_of(run.record)]
-    found = [
-        (run, costs_of(run.record, collection.records, run.results.get("perta")))
-        for run in collection.by_role("edited")
-    ]
-    found = [(run, cost) for run, cost in found if cost.stages]
-    times = [seconds_of(run.record) for run in retrained]
+    retrained = [run for run in collection.by_role("retrained") if seconds_of(run.spent)]
+    found = []
+    for run in collection.by_role("edited"):
+        own = run.results.get("perta")
+        apart = own if own is not run.spent else None
+        cost = costs_of(run.spent, collection.records, apart)
+        if cost.stages:
+            found.append((run, cost))
+    times = [seconds_of(run.spent) for run in retrained]
     longest = max([cost.total for _, cost in found] + times) if found or times else 1.0
-    return [
-        Cost(
-            run,
-            run.label,
-            tuple(
-                Segment(name, s, 100 * s / (longest or 1.0), 1 + place % 4)
-                for place, (name, s) in enumerate(cost.stages.items())
-            ),
-            cost.total,
-            cost.share(_retraining(run, retrained)),
-            cost.evaluation,
-        )
-        for run, cost in found
-    ], times[0] if times else None
+    return [_cost(run, cost, longest or 1.0, retrained) for run, cost in found], (
+        times[0] if times else None
+    )
 
 
-def _retraining(run: Run, retrained: Sequence[Run]) -> float | None:
-    """Seconds of the retrained model that belongs to an edited one, of its seed if there is one."""
+def _cost(run: Run, cost: Costs, longest: float, retrained: Sequence[Run]) -> Cost:
+    """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
     fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
-    return seconds_of(fitting[0].record) if fitting else None
+    whole = fitting[0].spent if fitting else {}
+    passes = passes_of(whole)
+    return Cost(
+        run,
+        run.label,
+        tuple(
+            Segment(name, s, 100 * s / longest, 1 + place % 4)
+            for place, (name, s) in enumerate(cost.stages.items())
+        ),
+        cost.total,
+        cost.share(seconds_of(whole)),
+        cost.evaluation,
+        cost.operations,
+        cost.operations / passes if passes and cost.operations else None,
+    )
 
 
 def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:
@@ -291,14 +309,15 @@ def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:
     names = [n for n in STAGES.values() if any(n == s.name for c in found for s in c.segments)]
     columns = [Column("model", "", numeric=False), *(Column(name) for name in names)]
     columns += [Column("total seconds"), Column("share of retraining"), Column("evaluation")]
+    columns += [Column("forward passes over a token"), Column("share of its operations")]
     rows = []
     for cost in found:
         seconds = {segment.name: segment.seconds for segment in cost.segments}
         values = [cost.label, *(seconds.get(name) for name in names), cost.total, cost.share]
-        values.append(cost.evaluation)
+        values += [cost.evaluation, cost.passes or None, cost.operations]
         rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
     if retraining is not None:
-        values = ["retrained", *(None for _ in names), retraining, 1.0, None]
+        values = ["retrained", *(None for _ in names), retraining, 1.0, *[None] * 3]
         rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
     return Table("costs", "Cost", "", tuple(columns), tuple(rows))
 

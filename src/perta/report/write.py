@@ -23,7 +23,7 @@ from perta.report.tables import write_csv
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.sentences import number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
-from perta.store.costs import duration
+from perta.store.costs import duration, percent
 from perta.store.outputs import check_output, check_separate
 from perta.version import __version__
 
@@ -89,6 +89,7 @@ def _render(page: Page) -> str:
         companions=companion_folder(page.config.output).name,
         number=number,
         duration=duration,
+        percent=percent,
         share_text=share_text,
     )
     return f"{text}\n"

@@ -29,6 +29,7 @@ from perta.progress import say, track
 from perta.stages.settings import ImportanceConfig
 from perta.stages.stage import Subject, run_measurement
 from perta.store.checkpoint import IMPORTANCE_SIDECAR, open_index, write_tensors
+from perta.store.costs import BACKWARD, FORWARD
 from perta.store.importance import order_name
 from perta.store.record import versions
 
@@ -69,6 +70,7 @@ def compute_importance(config: ImportanceConfig) -> Path:
         return {
             "examples": moments.examples,
             "labelled_tokens": moments.tokens,
+            "passes": (FORWARD + BACKWARD) * sum(len(example.input_ids) for example in chosen),
             "slow_parameters": list(moments.fallback),
         }
 

@@ -32,10 +32,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from perta.engine.moments import Seen, count_tokens, plan_moments, sum_moments
+from perta.engine.moments import (
+    Seen,
+    count_tokens,
+    plan_moments,
+    sample_for_moments,
+    sum_moments,
+)
 from perta.errors import CheckpointMismatchError, ConfigError
+from perta.progress import say
 from perta.stages.settings import MergeMomentsConfig, MomentsConfig
 from perta.stages.stage import Subject, run_measurement, run_stage
+from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import MomentFolder, open_moments, write_shards, write_sidecar
 from perta.store.record import versions
@@ -43,6 +51,8 @@ from perta.store.second_moment import added
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_ROWS = ("examples", "examples_available")
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of moments is written and the next one begun."""
@@ -62,8 +72,9 @@ def compute_moments(config: MomentsConfig) -> Path:
     """
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
-        encoded, pad = subject.encoded.encoded, subject.pad
-        plan = plan_moments(model, encoded, gradients=config.gradients, pad=pad)
+        given, pad = subject.encoded.encoded, subject.pad
+        plan = plan_moments(model, given, gradients=config.gradients, pad=pad)
+        encoded = sample_for_moments(plan, given, config.options)
         seen: dict[str, Seen] = {}
         size = config.compute.batch(8)
         sums = sum_moments(
@@ -71,9 +82,15 @@ def compute_moments(config: MomentsConfig) -> Path:
         )
         write_shards(folder, sums, SHARD_BYTES)
         tokens = count_tokens(encoded, config.options.tokens)
+        if len(encoded) < len(given):
+            say(
+                f"moments: measured on {len(encoded)} of {len(given)} rows, {tokens} tokens; "
+                "--moment-samples all takes every row"
+            )
         facts = {
             "tokens": tokens,
             "examples": len(encoded),
+            "examples_available": len(given),
             "token_choice": config.options.tokens,
             "loss": "mean negative log-likelihood of the answer tokens, nats per token",
             "inputs": plan.inputs,
@@ -86,7 +103,12 @@ def compute_moments(config: MomentsConfig) -> Path:
             "versions": versions(),
         }
         write_sidecar(folder, facts)
-        return {"examples": len(encoded), "tokens_counted": tokens}
+        return {
+            "examples": len(encoded),
+            "examples_available": len(given),
+            "tokens_counted": tokens,
+            "passes": (FORWARD + BACKWARD * config.gradients) * count_tokens(encoded, "all"),
+        }
 
     return run_measurement("moments", config, measure)
 
@@ -117,7 +139,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
             **folders[0].facts,
             "seen": _seen(folders),
             "tokens": sum(f.facts["tokens"] for f in folders),
-            "examples": sum(f.facts["examples"] for f in folders),
+            **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},
             "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
             "versions": versions(),
         }

@@ -39,6 +39,7 @@ from perta.models.resolve import base_of_adapter, resolve_checkpoint
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import as_part, run_stage
+from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of, stage_key
 
@@ -203,7 +204,8 @@ def _train(
         refusals=material.refusals,
         resume=resume,
     )
-    return model, {**asdict(trained), "final_loss": trained.final_loss}
+    passes = (FORWARD + BACKWARD) * (trained.forget_tokens + trained.retain_tokens)
+    return model, {**asdict(trained), "final_loss": trained.final_loss, "passes": passes}
 
 
 def _solve(

@@ -1,4 +1,4 @@
-"""What an unlearned model took, in seconds: every stage, from the records.
+"""What an unlearned model took, in seconds and operations: every stage, from the records.
 
 One function for the terminal, the page and its tables. A stage's own record tells what it took
 when it was made, so a run that reuses stages costs no less than the one that made them.
@@ -6,7 +6,7 @@ when it was made, so a run that reuses stages costs no less than the one that ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,15 +47,23 @@ class Costs:
     Attributes:
         stages: what each stage is -> seconds, in order.
         evaluation: seconds of evaluating it and what it is compared with; in no sum.
+        passes: what each stage is -> operations in forward passes over one token, each of them two
+            a parameter. What no token goes through, such as the solve and the edit, has none.
     """
 
     stages: Mapping[str, float]
     evaluation: float
+    passes: Mapping[str, float]
 
     @property
     def total(self) -> float:
         """Seconds of all stages together, evaluation left out."""
         return sum(self.stages.values())
+
+    @property
+    def operations(self) -> float:
+        """Forward passes over one token of all stages together."""
+        return sum(self.passes.values())
 
     def share(self, retraining: float | None) -> float | None:
         """The total as a share of the seconds that retraining takes."""
@@ -118,15 +126,12 @@ def costs_of(record: Record, records: Records, evaluation: Record | None = None)
         Its costs, those of models and moments included that were there before.
     """
     noted: Mapping[str, float] = record.get("unlearn", {}).get("seconds", {})
-    # What a run noted of a stage comes first: in a shared work folder it may have been made again.
-    found = {**dict(_recorded(record, records)), **noted}
-    stages = {
-        title: sum(taken)
-        for stage, title in STAGES.items()
-        if (taken := [s for name, s in found.items() if _stage(name) == stage])
-    }
     apart = [s for name, s in noted.items() if name.startswith(_EVALUATION)]
-    return Costs(stages, sum(apart) or seconds_of(evaluation or {}))
+    return Costs(
+        _by_title("seconds", seconds_of, record, records),
+        sum(apart) or seconds_of(evaluation or {}),
+        _by_title("passes", passes_of, record, records),
+    )
 
 
 def title_of(name: str) -> str:
@@ -141,9 +146,28 @@ def seconds_of(record: Record) -> float:
     return float(sum(record.get("seconds", {}).values()))
 
 
-def training_passes(record: Record) -> float:
-    """Operations of a finished training, in forward passes over one token."""
-    return (FORWARD + BACKWARD) * float(record.get("tokens", 0))
+def passes_of(record: Record) -> float:
+    """Operations of a finished stage, or of several, in forward passes over one token."""
+    noted = record.get("passes")
+    if isinstance(noted, Mapping):
+        return float(sum(noted.values()))
+    return float(noted or (FORWARD + BACKWARD) * record.get("tokens", 0))
+
+
+def _by_title(
+    what: str, of: Callable[[Record], float], record: Record, records: Records
+) -> dict[str, float]:
+    """Title of each stage -> its sum; of `seconds` or `passes`, and one record's by `of`."""
+    # What a run noted of a stage comes first: in a shared work folder it may have been made again.
+    found = {
+        **dict(_recorded(what, of, record, records)),
+        **record.get("unlearn", {}).get(what, {}),
+    }
+    return {
+        title: sum(taken)
+        for stage, title in STAGES.items()
+        if (taken := [s for name, s in found.items() if _stage(name) == stage])
+    }
 
 
 def duration(seconds: float) -> str:
@@ -173,22 +197,30 @@ def operations(count: float) -> str:
     return f"{count / 1e6:.1f} MFLOP"
 
 
+def percent(share: float) -> str:
+    """A share of which the small ones tell."""
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+
+
 def details(stages: Mapping[str, float]) -> str:
     """All stages in one line."""
     return ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
 
 
-def _recorded(record: Record, records: Records) -> Iterator[tuple[str, float]]:
-    """Stage and seconds, by the records of an output and of its inputs."""
-    for stage, seconds in record.get("seconds", {}).items():
-        yield stage, float(seconds)
+def _recorded(
+    what: str, of: Callable[[Record], float], record: Record, records: Records
+) -> Iterator[tuple[str, float]]:
+    """Stage and what it took, by the records of an output and of its inputs."""
+    own = record.get(what, {})
+    for stage, taken in own.items() if isinstance(own, Mapping) else ():
+        yield stage, float(taken)
     general = record.get("unlearn", {}).get("inputs", {}).get("general")
     for name, fingerprint in record.get("inputs", {}).items():
         made = records.get(str(fingerprint), {})
         if name.endswith("_moments"):
-            yield from _of_moments(name, made, records, general)
+            yield from _of_moments(of, name, made, records, general)
         elif made and name not in ("full", "base"):
-            yield _noted_as(name), seconds_of(made)
+            yield _noted_as(name), of(made)
 
 
 def _noted_as(name: str) -> str:
@@ -200,20 +232,20 @@ def _noted_as(name: str) -> str:
 
 
 def _of_moments(
-    name: str, made: Record, records: Records, general: str | None
+    of: Callable[[Record], float], name: str, made: Record, records: Records, general: str | None
 ) -> Iterator[tuple[str, float]]:
     """Moments of one set; merged ones were made of others."""
     parts = [fp for part, fp in made.get("inputs", {}).items() if part.startswith("moments_")]
     if not parts:
         is_general = general is not None and made.get("inputs", {}).get("data") == general
         if made:
-            yield "general_moments" if is_general else name, seconds_of(made)
+            yield "general_moments" if is_general else name, of(made)
         return
-    yield "merge_moments", seconds_of(made)
+    yield "merge_moments", of(made)
     sums: dict[str, float] = {}
     for fingerprint in parts:
         for stage, seconds in _of_moments(
-            name, records.get(str(fingerprint), {}), records, general
+            of, name, records.get(str(fingerprint), {}), records, general
         ):
             sums[stage] = sums.get(stage, 0.0) + seconds
     yield from sums.items()

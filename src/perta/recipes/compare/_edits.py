@@ -21,8 +21,6 @@ from perta.recipes.compare._spec import EditSpec
 from perta.recipes.compare.settings import CompareConfig
 from perta.stages.finetune import learned_by_forgetting
 from perta.store.atomic import scratch_folder
-from perta.store.costs import BACKWARD, FORWARD, training_passes
-from perta.store.record import read_manifest
 
 
 @dataclass
@@ -67,16 +65,13 @@ class WeightEdit:
         return {}
 
 
-def prepare_edit(
-    config: CompareConfig, draw: Draw, spec: EditSpec, count_tokens: Callable[[str], int]
-) -> WeightEdit:
+def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdit:
     """Run the stages that a weight-space method stands on, and read its direction.
 
     Args:
         config: settings of the comparison.
         draw: sets and models.
         spec: method and settings.
-        count_tokens: tokens of a set, for the cost.
 
     Returns:
         The edit, ready for any strength.
@@ -107,26 +102,13 @@ def prepare_edit(
         changes = work.timed("direction", lambda: load_changes(scratch, edit, config.compute))
     first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
-    return WeightEdit(default, changes, work.seconds, _passes(work, count_tokens))
+    return WeightEdit(default, changes, work.seconds, work.passes)
 
 
 def _wanted(spec: EditSpec) -> Needs:
     wanted = needs(spec.method)
     # One pass serves both named methods.
     return replace(wanted, orders=(1.0, 2.0)) if wanted.orders[0] in (1.0, 2.0) else wanted
-
-
-def _passes(work: Workspace, count_tokens: Callable[[str], int]) -> dict[str, float]:
-    """Operations of each stage, in forward passes over one token."""
-    found: dict[str, float] = {}
-    for stage, folder in work.made.items():
-        record, data = read_manifest(folder) or {}, work.sets.get(stage.partition("_")[0])
-        if record.get("stage") == "finetune":
-            found[stage] = training_passes(record)
-        elif data is not None:
-            backward = record.get("stage") == "importance" or record["settings"]["gradients"]
-            found[stage] = (FORWARD + BACKWARD * bool(backward)) * count_tokens(data)
-    return found
 
 
 def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:

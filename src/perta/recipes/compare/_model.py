@@ -26,7 +26,7 @@ from perta.models.facts import SAMPLES, hit_probability, score_facts
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of
 from perta.options import DataConfig, ScoringConfig, TuneConfig
-from perta.recipes.compare._draw import Draw, rows_config
+from perta.recipes.compare._draw import Draw
 from perta.recipes.compare._knowledge import Knowledge
 from perta.recipes.compare.settings import CompareConfig, CompareTune
 from perta.stages.bench import bench_ability
@@ -188,11 +188,6 @@ class Bench:
                 )
             )
         return {k: v["agg_value"] for k, v in results.items() if "agg_value" in v}
-
-    def count_tokens(self, file: str) -> int:
-        """Tokens of a set, prompts included."""
-        rows = rows_config(self._config, file)
-        return sum(len(e.input_ids) for e in self.encode(load_examples(file, rows), rows))
 
     @property
     def _batch(self) -> int:

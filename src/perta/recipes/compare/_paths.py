@@ -111,7 +111,7 @@ class TrainingPath:
         """Operations of training up to a strength; those of a frozen reference are not counted."""
         tokens = self.trained.forget_tokens + self.trained.retain_tokens if self.trained else 0
         share = strength / self.default if self.default else 0.0
-        return {"unlearning": share * (FORWARD + BACKWARD) * tokens}
+        return {"train": share * (FORWARD + BACKWARD) * tokens}
 
     def facts(self) -> dict[str, float]:
         """What was chosen besides the strength."""
@@ -226,7 +226,7 @@ def _train(
         warn(str(error))
         return False
     finally:
-        path.seconds["unlearning"] = time.perf_counter() - started
+        path.seconds["train"] = time.perf_counter() - started
     return True
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from perta.report.tables import csv_text
 from perta.store.atomic import write_text
+from perta.store.costs import costs_of
 from perta.terminal import console
 
 Record = Mapping[str, Any]
@@ -95,7 +96,7 @@ def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
 def seed_rows(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
     """One row per method and seed that the view has, with the numbers of its columns."""
     retraining = {
-        record["seed"]: sum(record["passes"].values())
+        record["seed"]: costs_of(record, {}).operations
         for record in records
         if record["method"] == "retrained"
     }
@@ -191,15 +192,15 @@ def _values(
     record: Record, view: str, retraining: Mapping[int, float]
 ) -> Mapping[str, float | None]:
     whole = retraining.get(record["seed"])
-    passes = sum(record.get("passes", {}).values())
-    stages = record.get("seconds", {})
+    cost = costs_of(record, {})
+    passes = cost.operations
     suite = record.get("suite", {}) if view == "equal" else {}
     ability = record.get("ability", {}) if view == "equal" else {}
     return {
         **record[view],
         **{f"suite_{name}": value for name, value in suite.items()},
         **{f"{ABILITY}{name}": value for name, value in ability.items()},
-        "seconds": sum(stages[name] for name in stages if name != "search") if stages else None,
+        "seconds": cost.total or None,
         "passes": passes or None,
         "share": passes / whole if whole and passes else None,
         "tries": len(record["tries"]) if "tries" in record else None,

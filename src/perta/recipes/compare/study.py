@@ -43,7 +43,7 @@ from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import write_text
-from perta.store.costs import seconds_of, training_passes
+from perta.store.costs import passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.outputs import check_output, check_separate
 from perta.store.parse import read_json
@@ -198,18 +198,18 @@ class _Seed:
     def _reference(self, name: str) -> Record:
         bench, folder = self._open(), self._folder(name)
         bench.load(bench.weights(folder))
+        made = read_manifest(folder) if name != "base" else None
+        cost = {
+            "seconds": {"finetune": seconds_of(made)} if made else {},
+            "passes": {"finetune": passes_of(made)} if made else {},
+        }
         results = bench.measure()
-        self._write_results(name, results, role=name)
+        self._write_results(name, results, cost, role=name)
         at = {**self._measures(results), **bench.elsewhere()}
         relearned = None
         if self._config.relearn_steps:
             relearned = bench.relearned()
             at |= self._after(relearned)
-        made = read_manifest(folder) if name != "base" else None
-        cost = {
-            "seconds": {"finetune": seconds_of(made)} if made else {},
-            "passes": {"finetune": training_passes(made)} if made else {},
-        }
         rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
         return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
 
@@ -257,9 +257,9 @@ class _Seed:
         found = nearest(tries, target)
         move(found.strength)
         results = bench.measure()
-        self._write_results(
-            spec.slug, results, role="edited", method=spec.name, scaling_coef=found.strength
-        )
+        cost = {"seconds": contender.seconds, "passes": contender.cost(found.strength)}
+        facts = {"role": "edited", "method": spec.name, "scaling_coef": found.strength}
+        self._write_results(spec.slug, results, cost, **facts)
         equal = {"strength": found.strength, **self._measures(results), **bench.elsewhere()}
         record: dict[str, Any] = {
             "equal": equal,
@@ -274,7 +274,6 @@ class _Seed:
             record["fixed"] = {"strength": contender.default, **self._measures(bench.measure())}
         elif config.fixed:
             record["fixed"] = dict(contender.fixed)
-        cost = {"seconds": contender.seconds, "passes": contender.cost(found.strength)}
         return self._save(spec.slug, spec, {**record, **cost})
 
     def _resistant(
@@ -374,7 +373,7 @@ class _Seed:
                 ends = self._known()
                 made = prepare_path(self._config, self._draw, spec, bench, self._full, *ends)
             else:
-                made = prepare_edit(self._config, self._draw, spec, bench.count_tokens)
+                made = prepare_edit(self._config, self._draw, spec)
             self._prepared = (spec.name, made)
         return self._prepared[1]
 
@@ -388,8 +387,10 @@ class _Seed:
         draw = self._draw
         return {"base": draw.base, "full": draw.full, "retrained": draw.retrained}[name]
 
-    def _write_results(self, name: str, results: Results, **settings: Any) -> None:
-        """Results of one model for the report."""
+    def _write_results(
+        self, name: str, results: Results, cost: Mapping[str, Any], **settings: Any
+    ) -> None:
+        """Results of one model and what it took, for the report."""
         made = make_manifest(
             "bench compare",
             {"seed": self._draw.seed, **settings},
@@ -398,6 +399,7 @@ class _Seed:
                 "retain": fingerprint(self._draw.files["unseen"]),
             },
             content=content_of_results(results),
+            **cost,
         )
         write_text(self._results_file("results", name), results_json({**results, "perta": made}))
 
