@@ -1,195 +1,179 @@
-"""Cost of unlearning against retraining as the forget share shrinks, in operations and seconds.
+"""Cost of whole requests against retraining as the forget share shrinks, in operations and seconds.
 
     python benchmarks/cost.py [--size 8M] [--people 100] [--shares 0.1 0.05 0.01] [--threads 2]
 
-Retraining tunes the base on the retain set. Unlearning tunes it on the forget set for as many
-epochs, and then
+A base is tuned on other people, untimed, and the full model from it on `--people` of its own.
+Retraining tunes the base on the retain set as the full model was tuned. Every request is a whole
+`perta unlearn` without its evaluation:
 
-    perta-fisher        measures importance on the forget set and on a sample of the retain set as
-                        large as `--retain-sample` times the forget set, and edits;
-    perta-project       solves and edits; the moments of the retain set are there, measured once
-                        for all requests;
-    perta-project, auto does that with `--scaling-coef auto`: calibration and search besides;
-    ... from nothing    measures the moments of the retain set as well.
+    perta-fisher          alpha given; importance on the forget set and on a retain sample
+                          `--retain-sample` times as large;
+    perta-project         alpha given, moments of the retain set saved before;
+    default               method, strength, rounds and moments as by default, nothing given;
+    default, saved        the same, moments of the whole retain set saved before;
+    default, all rows     the same, moments of the whole retain set measured for this request.
 
-The model to clean is tuned once, untimed, for `--full-epochs`: the search needs facts to forget.
-Operations: 6 per parameter and token for tuning and importance (forward and backward), 2 for
-moments, calibration and search (forward alone, the tokens counted as they go through the model),
-2 d^2 a token for the moment of a layer d wide, d^3 / 3 for its factor, and 2 o d^2 to solve for its
-weight (o, d); bytes of the edit apart.
+Operations come from the records of the stages (`perta.store.costs`): 6 per parameter and token for
+tuning and importance (forward and backward), 2 for moments, calibration, rounds and search (forward
+alone, the tokens counted as they go through the model). Added here: 2 d^2 a token for the moment of
+a layer d wide, and d^3 / 3 + 2 o d^2 to solve for its weight (o, d), for every direction that is
+made; bytes of the edit apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models import SIZES, write_people_sets, write_random_model
-from perta.data.examples import load_examples
-from perta.data.tokens import encode_examples
-from perta.models.load import load_tokenizer
-from perta.options import ComputeConfig, DataConfig, EstimatorConfig, TuneConfig, WeightingConfig
+from perta.data.rows import write_jsonl
+from perta.evidence.people import generate_people
+from perta.options import ComputeConfig, EstimatorConfig, MomentOptions, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
-from perta.recipes._strength import Strength, StrengthSettings, calibrate, choose_strength
 from perta.recipes.settings import UnlearnConfig
-from perta.stages.edit import edit_checkpoint
+from perta.recipes.unlearn import unlearn
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.importance import compute_importance
 from perta.stages.moments import compute_moments
-from perta.stages.settings import EditConfig, FinetuneConfig, ImportanceConfig, MomentsConfig
+from perta.stages.settings import FinetuneConfig, MomentsConfig
 from perta.store.checkpoint import TensorEntry, open_index
+from perta.store.costs import BACKWARD, FORWARD, costs_of, seconds_of
+from perta.store.record import read_manifest
 from records import Record, add_option, save
 
-STEPS = {
-    "perta-fisher": ("tune", "importance", "edit"),
-    "perta-project": ("tune", "solve and edit"),
-    "perta-project, auto": ("tune", "calibrate", "search", "solve and edit"),
-    "perta-project, auto, from nothing": (
-        "tune",
-        "retain moments",
-        "calibrate",
-        "search",
-        "solve and edit",
-    ),
-}
-"""Method -> steps that a request takes."""
+QUESTIONS = 4
+OTHERS_SEED = 1
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+@dataclass(frozen=True)
+class Cost:
+    """Operations and seconds of a request, as shares of retraining's, and what was found."""
+
+    operations: float
+    seconds: float | None
+    parts: Mapping[str, float]
+    found: str
 
 
-def finetune(
-    base: Path, data: Path, output: Path, *, options: argparse.Namespace, epochs: int
-) -> None:
-    """Tune the base on a file."""
-    rate = options.learning_rate
-    finetune_checkpoint(
-        FinetuneConfig(
-            base=str(base),
-            data=str(data),
-            output=output,
-            tune=TuneConfig(epochs=epochs, batch_size=8, stop_loss=0, learning_rate=rate),
-            compute=ComputeConfig(device="cpu", threads=options.threads),
-        )
-    )
+class Bench:
+    """Models and sets of one forget share.
 
+    Attributes:
+        base: tuned on other people.
+        full: the base tuned on all people.
+        tune: how the full model was tuned, and is retrained.
+        saved: moments of the whole retain set.
+        seconds: of retraining; None where it was left out.
+    """
 
-def measure(
-    work: Path, base: Path, full: Path, options: argparse.Namespace, forget_people: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each step; and operations of each method as a share of retraining's."""
-    folder = work / f"forget{forget_people}"
-    write_people_sets(folder / "data", options.people, 4, forget_people)
-    data = {name: folder / "data" / f"{name}.jsonl" for name in ("forget", "retain")}
-    tokenizer = load_tokenizer(base)
-    tokens, rows = {}, {}
-    for name, file in data.items():
-        encoded = encode_examples(load_examples(file), tokenizer)
-        tokens[name] = sum(len(example.input_ids) for example in encoded.encoded)
-        rows[name] = len(encoded)
-    sample = min(rows["retain"], options.retain_sample * rows["forget"])
-    compute = ComputeConfig(device="cpu", threads=options.threads)
+    def __init__(
+        self, work: Path, base: Path, full: Path, tune: TuneConfig, options: argparse.Namespace
+    ) -> None:
+        self.base, self.full, self.tune, self._options, self._work = base, full, tune, options, work
+        self._compute = ComputeConfig(device="cpu", threads=options.threads)
+        self.parameters, self._solve, self._moment = sizes(open_index(base).tensors.values())
+        self.saved = self._measured()
+        tokens = (read_manifest(self.saved) or {})["tokens_counted"]
+        self._passes = (FORWARD + BACKWARD) * tune.epochs * tokens
+        self.seconds = None if options.no_retraining else seconds_of(self._retrained())
+        self.rows = {name: rows_of(self._file(name)) for name in ("forget", "retain")}
 
-    def importance(part: str, samples: str | None) -> None:
-        compute_importance(
-            ImportanceConfig(
-                checkpoint=str(base),
-                data=str(data[part]),
-                output=folder / f"{part}_importance",
-                orders=(2.0,),
-                estimator=EstimatorConfig(importance_samples=samples),
-                compute=compute,
-            )
-        )
+    def _file(self, name: str) -> Path:
+        return self._work / "data" / f"{name}.jsonl"
 
-    def moments() -> None:
-        compute_moments(
+    def _retrained(self) -> Mapping[str, Any]:
+        output = self._work / "retrained"
+        return tuned(self.base, self._file("retain"), output, self.tune, self._compute)
+
+    def _measured(self) -> Path:
+        return compute_moments(
             MomentsConfig(
-                checkpoint=str(base),
-                data=str(data["retain"]),
-                output=folder / "retain_moments",
-                compute=compute,
+                checkpoint=str(self.base),
+                data=str(self._file("retain")),
+                output=self._work / "saved",
+                compute=self._compute,
             )
         )
 
-    def edit_config(method: str, *names: str) -> EditConfig:
-        inputs: dict[str, Any] = {name: folder / name for name in names}
-        return EditConfig(
-            full=str(full),
-            base=str(base),
-            forget_checkpoint=str(folder / "forget"),
-            output=folder / method,
-            weighting=WeightingConfig(method=method),
-            edit_threads=options.threads,
-            **inputs,
+    def request(self, name: str, **more: Any) -> Cost:
+        """Cost of one request."""
+        # Up to the default number of epochs, at the rate that the model was tuned with.
+        forget = replace(self.tune, epochs=TuneConfig.epochs, stop_loss=None)
+        config = UnlearnConfig(
+            base=str(self.base),
+            full=str(self.full),
+            forget=str(self._file("forget")),
+            retain=str(self._file("retain")),
+            output=self._work / name,
+            tune=forget,
+            compute=self._compute,
+            evaluate=False,
+            **more,
         )
-
-    sets = {name: load_examples(file) for name, file in data.items()}
-    found: dict[str, Any] = {}
-
-    def look() -> None:
-        found["unseen"] = calibrate(full, base, sets, DataConfig(), compute)
-
-    def search() -> None:
-        project = edit_config("perta-project", "retain_moments")
-        settings = StrengthSettings(UnlearnConfig.retain_budget, 0, folder)
-        found["strength"] = choose_strength(
-            project, sets, found["unseen"], settings, DataConfig(), compute
-        )
-
-    tune = functools.partial(finetune, base, options=options, epochs=options.epochs)
-    seconds = {
-        "retrain": timed(lambda: tune(data["retain"], folder / "retain")),
-        "tune": timed(lambda: tune(data["forget"], folder / "forget")),
-        "importance": timed(lambda: importance("forget", None))
-        + timed(lambda: importance("retain", str(sample))),
-        "edit": timed(
-            lambda: edit_checkpoint(
-                edit_config("perta-fisher", "forget_importance", "retain_importance")
+        made = unlearn(config).manifest
+        costs = costs_of(made, {})
+        work = config.output.with_name(f"{name}.work")
+        own = read_manifest(work / "retain_moments") or {}
+        rounds = (read_manifest(work / "forget_rounds") or {}).get("rounds", [])
+        given = config.retain_moments is not None or own
+        solves = (len(rounds) + 1) * bool(given)
+        added = solves * self._solve + self._moment * own.get("tokens_counted", 0)
+        each = 2 * self.parameters
+        whole = each * self._passes
+        parts = {stage: each * passes / whole for stage, passes in costs.passes.items()}
+        parts["solves and sums"] = added / whole
+        operations = sum(parts.values())
+        found = f"moments of {own['examples']} rows, " if own else ""
+        if rounds:
+            found += f"rounds of {', '.join(str(r['rows']) for r in rounds)} rows, "
+        if strength := made["unlearn"].get("strength"):
+            found += (
+                f"alpha {strength['scaling_coef']:.3g}, {len(strength['standing_out'])} stand out"
             )
-        ),
-        "retain moments": timed(moments),
-        "solve and edit": timed(
-            lambda: edit_checkpoint(edit_config("perta-project", "retain_moments"))
-        ),
-        "calibrate": timed(look),
-        "search": timed(search),  # the direction is there
-    }
-    sampled = tokens["retain"] * sample / rows["retain"]
-    parameters, solve, moment = sizes(open_index(base).tensors.values())
-    looked = 2 * parameters * (found["unseen"].tokens + found["strength"].tokens)
-    measured = (2 * parameters + moment) * tokens["retain"]
-    operations = {
-        "perta-fisher": 6 * parameters * (tokens["forget"] + sampled),
-        "perta-project": solve,
-        "perta-project, auto": solve + looked,
-        "perta-project, auto, from nothing": solve + looked + measured,
-    }
-    print(f"{_outcome(found['strength'])}", flush=True)
-    tuning = 6 * parameters * options.epochs * tokens["forget"]
-    retraining = 6 * parameters * options.epochs * tokens["retain"]
-    return seconds, {name: (tuning + count) / retraining for name, count in operations.items()}
+        seconds = costs.total / self.seconds if self.seconds else None
+        return Cost(operations, seconds, parts, found.strip(", "))
 
 
-def _outcome(found: Strength) -> str:
-    last = "reached" if found.reached else f"{len(found.standing_out)} stand out"
-    looks = sum(point.retain_loss is not None for point in found.frontier)
-    return (
-        f"search: {len(found.frontier)} strengths, {looks} of them on {found.retain_rows} retained "
-        f"rows, {found.tokens} tokens; {last} at {found.scaling_coef:.3g}"
+def tuned(
+    base: Path, data: Path, output: Path, tune: TuneConfig, compute: ComputeConfig
+) -> Mapping[str, Any]:
+    """Tune a model on a file; the record of it."""
+    config = FinetuneConfig(
+        base=str(base), data=str(data), output=output, tune=tune, compute=compute
     )
+    return read_manifest(finetune_checkpoint(config)) or {}
+
+
+def rows_of(file: Path) -> int:
+    """Rows of a file."""
+    return len(file.read_text("utf-8").splitlines())
+
+
+def requests(bench: Bench, retain_sample: int) -> dict[str, Cost]:
+    """Every kind of request."""
+    sample = str(min(bench.rows["retain"], retain_sample * bench.rows["forget"]))
+    given = {"scaling_coef": 1.0}
+    return {
+        "perta-fisher": bench.request(
+            "fisher",
+            weighting=WeightingConfig(method="perta-fisher", **given),
+            estimator=EstimatorConfig(importance_samples=sample),
+        ),
+        "perta-project": bench.request(
+            "project", weighting=WeightingConfig(**given), retain_moments=bench.saved
+        ),
+        "default": bench.request("default"),
+        "default, saved": bench.request("saved-default", retain_moments=bench.saved),
+        "default, all rows": bench.request(
+            "all-default", moments=MomentOptions(moment_samples="all")
+        ),
+    }
 
 
 def sizes(tensors: Iterable[TensorEntry]) -> tuple[int, float, float]:
@@ -208,17 +192,21 @@ def sizes(tensors: Iterable[TensorEntry]) -> tuple[int, float, float]:
 
 
 def main() -> None:
-    """Print one line per forget share."""
+    """Print one line per request and forget share."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="8M")
     parser.add_argument("--people", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--full-epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--retain-sample", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.05, 0.01])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--no-retraining",
+        action="store_true",
+        help="do not run what requests are compared with: its operations are known, seconds not",
+    )
     add_option(parser)
     options = parser.parse_args()
     if min(options.shares) * options.people < 1:
@@ -226,33 +214,43 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     set_quiet(True)
+    compute = ComputeConfig(device="cpu", threads=options.threads)
+    tune = TuneConfig(
+        epochs=options.epochs, batch_size=8, stop_loss=0, learning_rate=options.learning_rate
+    )
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        base, full = work / "base", work / "full"
-        count = write_random_model(base, options.size)
-        write_people_sets(work / "data", options.people, 4, 1)
+        count = write_random_model(work / "random", options.size)
+        others = generate_people(options.people, QUESTIONS, seed=OTHERS_SEED)
+        write_jsonl(others, work / "others.jsonl")
+        write_people_sets(work / "data", options.people, QUESTIONS, 1)
+        tuned(work / "random", work / "others.jsonl", work / "base", tune, compute)
         everyone = work / "data" / "full.jsonl"
-        finetune(base, everyone, full, options=options, epochs=options.full_epochs)
+        tuned(work / "base", everyone, work / "full", tune, compute)
         conditions = (
             f"{count / 1e6:.0f}M parameters, {options.people} people, {options.epochs} epochs, "
             f"{torch.get_num_threads()} threads"
         )
-        print(f"{conditions}\nforget share | method: operations, seconds | each step (s)")
+        print(f"{conditions}\nforget share | request | operations, seconds | parts", flush=True)
         values: dict[str, list[float]] = {}
         for repeat, share in itertools.product(range(options.repeats), options.shares):
-            place = work / f"repeat{repeat}"
             people = round(share * options.people)
-            seconds, operations = measure(place, base, full, options, people)
-            print(f"{share:12.0%}", end="", flush=True)
-            for method, steps in STEPS.items():
-                ratio = sum(seconds[step] for step in steps) / seconds["retrain"]
-                print(f" | {method}: {operations[method]:.1%}, {ratio:.1%}", end="")
+            place = work / f"repeat{repeat}-{people}"
+            write_people_sets(place / "data", options.people, QUESTIONS, people)
+            bench = Bench(place, work / "base", work / "full", tune, options)
+            for method, cost in requests(bench, options.retain_sample).items():
+                parts = ", ".join(f"{stage} {part:.1%}" for stage, part in cost.parts.items())
+                seconds = "" if cost.seconds is None else f", {cost.seconds:.1%}"
+                print(
+                    f"{share:12.0%} | {method} | {cost.operations:.1%}{seconds} | {parts} | "
+                    f"{cost.found}",
+                    flush=True,
+                )
                 name = f"{method}, forget {share:.0%}"
-                values[f"{name}, operations"] = [100 * operations[method]]
-                values.setdefault(f"{name}, seconds", []).append(100 * ratio)
-            parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-            print(f" | {parts}", flush=True)
-    claim = "Unlearning against retraining as the forget share shrinks"
+                values[f"{name}, operations"] = [100 * cost.operations]
+                if cost.seconds is not None:
+                    values.setdefault(f"{name}, seconds", []).append(100 * cost.seconds)
+    claim = "Whole requests against retraining as the forget share shrinks"
     save(Record(claim, "% of retraining", conditions, values), options.json)
 
 

@@ -12,6 +12,7 @@ from perta.evidence.people import generate_people, split_people
 from perta.models.tiny import tiny_tokenizer
 
 SIZES = {
+    "3M": (128, 4),
     "8M": (256, 4),
     "34M": (512, 8),
     "68M": (640, 12),
