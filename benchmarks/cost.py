@@ -158,15 +158,14 @@ def rows_of(file: Path) -> int:
 def requests(bench: Bench, retain_sample: int) -> dict[str, Cost]:
     """Every kind of request."""
     sample = str(min(bench.rows["retain"], retain_sample * bench.rows["forget"]))
-    given = {"scaling_coef": 1.0}
     return {
         "perta-fisher": bench.request(
             "fisher",
-            weighting=WeightingConfig(method="perta-fisher", **given),
+            weighting=WeightingConfig(method="perta-fisher", scaling_coef=1.0),
             estimator=EstimatorConfig(importance_samples=sample),
         ),
         "perta-project": bench.request(
-            "project", weighting=WeightingConfig(**given), retain_moments=bench.saved
+            "project", weighting=WeightingConfig(scaling_coef=1.0), retain_moments=bench.saved
         ),
         "default": bench.request("default"),
         "default, saved": bench.request("saved-default", retain_moments=bench.saved),
