@@ -1,6 +1,6 @@
 """Cost of whole requests against retraining as the forget share shrinks, in operations and seconds.
 
-    python benchmarks/cost.py [--size 8M] [--people 100] [--shares 0.1 0.05 0.01] [--threads 2]
+    python benchmarks/cost.py [--size tiny] [--people 100] [--shares 0.1 0.05 0.01] [--threads 2]
 
 A base is tuned on other people, untimed, and the full model from it on `--people` of its own.
 Retraining tunes the base on the retain set as the full model was tuned. Every request is a whole
@@ -35,7 +35,7 @@ import torch
 from models import SIZES, write_people_sets, write_random_model
 from perta.data.rows import write_jsonl
 from perta.evidence.people import generate_people
-from perta.options import ComputeConfig, EstimatorConfig, MomentOptions, TuneConfig, WeightingConfig
+from perta.options import ComputeConfig, EstimatorConfig, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
@@ -169,9 +169,7 @@ def requests(bench: Bench, retain_sample: int) -> dict[str, Cost]:
         ),
         "default": bench.request("default"),
         "default, saved": bench.request("saved-default", retain_moments=bench.saved),
-        "default, all rows": bench.request(
-            "all-default", moments=MomentOptions(moment_samples="all")
-        ),
+        "default, all rows": bench.request("all-default", retain_samples="all"),
     }
 
 
@@ -193,10 +191,10 @@ def sizes(tensors: Iterable[TensorEntry]) -> tuple[int, float, float]:
 def main() -> None:
     """Print one line per request and forget share."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="8M")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--people", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--retain-sample", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.05, 0.01])
     parser.add_argument("--repeats", type=int, default=1)

@@ -12,7 +12,7 @@ from perta.evidence.people import generate_people, split_people
 from perta.models.tiny import tiny_tokenizer
 
 SIZES = {
-    "3M": (128, 4),
+    "tiny": (64, 2),
     "8M": (256, 4),
     "34M": (512, 8),
     "68M": (640, 12),
@@ -31,16 +31,22 @@ def write_people_sets(folder: Path, people: int, questions: int, forget_people: 
 
 
 def write_random_model(folder: Path, size: str) -> int:
-    """A random tied Llama with a tokenizer for the people; its number of parameters."""
+    """A random tied Llama with a tokenizer for the people; its number of parameters.
+
+    `tiny` has no more tokens than it needs, so that it learns its rows in seconds.
+    """
     width, layers = SIZES[size]
+    rows = generate_people(200, 20, seed=0)
+    texts = [row[key] for row in rows for key in ("question", "answer")]
+    tokenizer = tiny_tokenizer([*texts, "You are a helpful assistant."])
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(tokenizer) if size == "tiny" else VOCABULARY,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
+        num_key_value_heads=max(1, width // 128),
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -49,7 +55,5 @@ def write_random_model(folder: Path, size: str) -> int:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    texts = [row[key] for row in generate_people(200, 20, seed=0) for key in ("question", "answer")]
-    tokenizer = tiny_tokenizer([*texts, "You are a helpful assistant."])
     tokenizer.save_pretrained(str(folder))
     return sum(p.numel() for p in model.parameters())

@@ -410,10 +410,9 @@ class MomentOptions:
     """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
     moment_memory: float = 8.0
     """Memory for the sums in GiB; a model that needs more is measured in several passes."""
-    moment_samples: str | None = None
-    """Rows of what is to be kept that are measured, drawn by a fixed seed: `all`, a share such as
-    0.2, a count such as 500, or `enough`, as many as give every input of the widest layer 4 tokens
-    [default: enough in `perta unlearn` for the retain set alone, otherwise all]."""
+    moment_samples: Annotated[str | None, Hidden] = None
+    """Rows that are measured, drawn by a fixed seed: `all`, a share, a count, or `enough`: as few
+    as give every input of the widest layer 4 tokens [default: all]."""
 
     def __post_init__(self) -> None:
         if self.moment_samples not in ("all", "enough"):

@@ -793,3 +793,22 @@ def test_stage_by_stage_on_the_command_line(
         assert torch.equal(staged[name], value) == ("proj" not in name)
     settings = json.loads((tmp_path / "staged" / "perta.json").read_text("utf-8"))["settings"]
     assert settings["method"] == method
+
+
+def test_a_request_measures_a_sample_of_the_retain_set(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = whole(world, tmp_path / "few", weighting=chosen(scaling_coef=1.0))
+    made = {}
+    for name, samples in (("few", "4"), ("all", "all"), ("usual", None)):
+        unlearn(replace(given, output=tmp_path / name, retain_samples=samples))
+        manifest = read_manifest(tmp_path / f"{name}.work" / "retain_moments") or {}
+        made[name] = (manifest["examples"], manifest["examples_available"])
+    # Six rows have fewer tokens than are enough for layers 128 wide.
+    assert made == {"few": (4, 6), "all": (6, 6), "usual": (6, 6)}
+    assert "moments: measured on 4 of 6 rows" in capsys.readouterr().err
+    saved = replace(given, retain_moments=tmp_path / "all.work" / "retain_moments")
+    with pytest.raises(ConfigError, match="--retain-samples has no effect"):
+        unlearn(replace(saved, output=tmp_path / "saved", retain_samples="all"))
+    with pytest.raises(ConfigError, match="retain-samples"):
+        replace(given, retain_samples="some")

@@ -17,9 +17,11 @@ from typing import Any
 from perta.data.examples import ExampleSet
 from perta.data.tokens import encode_examples
 from perta.engine.edit.plan import Target, is_of_a_layer
+from perta.engine.moments import ENOUGH
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method
 from perta.models.load import load_tokenizer, longest_input
+from perta.options import sample_count
 from perta.recipes.request import rows_config
 from perta.recipes.settings import UnlearnConfig
 from perta.store.checkpoint import CheckpointIndex, open_index
@@ -93,7 +95,7 @@ class Sizes:
                 return learning * self._tokens(side)
             case side, _, "moments":
                 gradients = get_method(config.weighting.method).needs.gradients
-                return (learning if gradients else FORWARD) * self._tokens(side)
+                return (learning if gradients else FORWARD) * self._measured(side)
             case "rounds", _, _:
                 # Half of the rows each time, and a search.
                 halves = sum(0.5**place for place in range(1, config.rounds or 1))
@@ -159,11 +161,22 @@ class Sizes:
             case "merge", _, _:
                 return self._moment_bytes(math.inf)
             case side, _, "moments":
-                return self._moment_bytes(self._tokens(side))
+                return self._moment_bytes(self._measured(side))
             case "direction", _, _:
                 return _FLOAT * float(sum(m * n for m, n in self._edited_shapes))
             case _:
                 return 0.0
+
+    def _measured(self, side: str) -> float:
+        """Tokens of a set that moments are measured on."""
+        wanted, tokens = self.config.moments.moment_samples, self._tokens(side)
+        if side != "retain" or wanted in (None, "all"):
+            return tokens
+        if wanted == "enough":
+            layers = filter(is_of_a_layer, self._index.tensors.values())
+            return min(tokens, float(ENOUGH * max(max(entry.shape) for entry in layers)))
+        rows = len(self.sets[side])
+        return tokens * sample_count(wanted, "retain-samples", rows) / rows
 
     def _moment_bytes(self, tokens: float) -> float:
         """Moments of all linear layers, or what spans them where there are few tokens."""

@@ -209,10 +209,9 @@ class Workspace:
             checkpoint=str(self.measured),
             data=data,
             gradients=gradients,
-            # What is to go is measured whole.
-            options=replace(self.moments, moment_samples=None)
-            if part == "forget"
-            else self.moments,
+            options=self.moments
+            if part == "retain"
+            else replace(self.moments, moment_samples=None),
             **common,
         )
         return self._once(f"{part}_moments", output, lambda: compute_moments(config))

@@ -115,7 +115,11 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
             searches and bool(needs.moments),
             "it is for --scaling-coef auto with a structured method, such as `perta-project`",
         ),
-        ("retain_samples", needs.retain_checkpoint, "it is for `msa`"),
+        (
+            "retain_samples",
+            needs.retain_checkpoint or bool(needs.moments and config.retain_moments is None),
+            "it is for `msa`, and for moments of the retain set that are measured now",
+        ),
         ("retain_checkpoint", needs.retain_checkpoint, "it is for `msa`"),
         (
             "importance_at",
@@ -129,9 +133,6 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     for option, is_used, why in single:
         if not is_used and getattr(config, option) != usual_of[option]:
             raise _unused(option, method.name, why)
-    sampled = config.moments.moment_samples is not None
-    if sampled and config.retain_moments is not None and config.general is None:
-        raise _unused("moment_samples", method.name, "those of --retain-moments are measured")
 
 
 def _groups(config: UnlearnConfig, trains: bool, needs: Needs) -> list[tuple[object, bool, str]]:

@@ -82,8 +82,10 @@ class UnlearnConfig(Paths):
     retain_checkpoint: Annotated[str | None, More] = None
     """Base model tuned on retained examples, for `msa`, used instead of tuning one."""
     retain_samples: Annotated[str | None, More] = None
-    """Sample of the retain set that `msa` tunes on, seeded by --seed: a share such as 0.2, or a
-    count such as 500 [default: as many rows as the forget set has]."""
+    """Rows of the retain set, drawn by a seed, that moments are measured on or `msa` tunes on: a
+    share such as 0.2, a count such as 500, or `all` [default: for moments as few as give every
+    input of the widest layer 4 tokens, with --general all; for `msa` as many as there are to
+    forget]."""
     importance_at: Annotated[Literal["base", "full"] | None, More] = None
     """Model at which importance and moments are measured [default: the method's own: full for
     `ssd`, otherwise base]."""
@@ -144,7 +146,8 @@ class UnlearnConfig(Paths):
         require(self.rounds is None or self.rounds >= 1, "rounds", self.rounds, "at least 1")
         budget = self.retain_budget
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
-        sample_count(self.retain_samples, "retain-samples", 1)
+        if self.retain_samples != "all":
+            sample_count(self.retain_samples, "retain-samples", 1)
         require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
         if self.held_back is not None and self.held_back.strip() != "0":
             sample_count(self.held_back, "held-back", 1)

@@ -184,9 +184,11 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     seeds = config.forget_seeds or max(1, method.needs.tuned)
     is_even = method.needs.moments and weighting.scaling_coef == "auto" and seeds == 1
     moments = config.moments
-    if method.needs.moments and config.general is None and config.retain_moments is None:
-        # Beside others, samples would not keep the proportion of the sets.
-        moments = replace(moments, moment_samples=moments.moment_samples or "enough")
+    if method.needs.moments:
+        # Beside general text a sample would not keep the proportion of the sets.
+        alone = config.general is None and config.retain_moments is None
+        samples = config.retain_samples or moments.moment_samples or ("enough" if alone else None)
+        moments = replace(moments, moment_samples=samples)
     return replace(
         config,
         weighting=with_defaults(weighting),
@@ -403,7 +405,9 @@ class _Run:
             loss_on=self._loss_on,
             seeds=range(first, first + (config.forget_seeds or 1)),
             # All of the retain set would cost as much as training again without the forget set.
-            samples=config.retain_samples or str(len(self.sets["forget"])),
+            samples=None
+            if config.retain_samples == "all"
+            else config.retain_samples or str(len(self.sets["forget"])),
             protected=[name for name in protected if name in work.sets],
             saved=config.retain_moments,
         )

@@ -85,7 +85,7 @@ def compute_moments(config: MomentsConfig) -> Path:
         if len(encoded) < len(given):
             say(
                 f"moments: measured on {len(encoded)} of {len(given)} rows, {tokens} tokens; "
-                "--moment-samples all takes every row"
+                "in `perta unlearn` --retain-samples all takes every row"
             )
         facts = {
             "tokens": tokens,
