@@ -220,7 +220,7 @@ class _Seed:
         bench.load(self._given_weights(spec))
         distance = abs(bench.known() - self._known()[1])
         results = bench.measure()
-        self._write_results(spec.slug, results, role="edited", method=spec.name)
+        self._write_results(spec.slug, results, {}, role="edited", method=spec.name)
         measured = {**self._measures(results), **bench.elsewhere()}
         at = dict(measured)
         if self._config.relearn_steps:
