@@ -496,7 +496,10 @@ def launch(
 
         load_methods(file)
     app.config = (source,) if source else ()
-    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    finally:
+        app.config = ()  # the next call in this process would read the file as well
 
 
 def main() -> None:
