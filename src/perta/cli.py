@@ -434,11 +434,14 @@ def _verify(folder: Path, *, head: str | None = None) -> None:
 @_requests.command(name="clean")
 def _clean(config: LedgerConfig) -> None:
     """Delete rows, work folders and older checkpoints of requests that were applied."""
-    from perta.recipes.requests import clean_requests
+    from perta.recipes.requests import clean_requests, read_state
 
     _, gone = clean_requests(config)
     for place in gone:
         _note(f"Deleted: {place}")
+    for request in read_state(config.folder).requests:
+        if request.applied is not None and not request.cleaned:
+            _note(f"Kept: rows of {request.name}, which is not forgotten yet by the last look")
     _note(
         "Base and full model, the data sets, copies and backups are not this command's to delete."
     )

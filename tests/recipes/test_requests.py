@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conftest import TUNE, World
 from perta.data.examples import load_examples
 from perta.data.rows import read_rows, write_jsonl
-from perta.errors import ConfigError, LedgerError, PertaError
+from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
 from perta.options import WeightingConfig
 from perta.recipes.requests import (
     add_request,
@@ -68,8 +69,6 @@ def test_a_request_from_its_day_to_its_end(world: World, ledger: Path) -> None:
         fingerprint(checkpoint),
     )
     # What was to be forgotten is not among what was kept.
-    record = read_manifest(checkpoint)
-    assert record is not None
     kept = load_examples(next((ledger / "work").glob("*/retain.jsonl")))
     assert {e.messages for e in kept.examples}.isdisjoint(
         {e.messages for e in load_examples(world.forget).examples}
@@ -84,6 +83,12 @@ def test_a_request_from_its_day_to_its_end(world: World, ledger: Path) -> None:
     assert not list((ledger / "work").iterdir())
     assert verify_requests(ledger).requests[0].cleaned
     assert fingerprint(checkpoint) == entry.facts["after"]
+    # Its rows are known without being there: they stay out of what is kept.
+    (later,) = load_examples(world.retain).examples[:1]
+    _add(ledger, write_jsonl([later.fields], ledger.with_name("later.jsonl")), "r2")
+    next_entry = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
+    kept = load_examples(ledger / "work" / str(next_entry.number) / "retain.jsonl")
+    assert len(kept) == len(load_examples(world.retain)) - 1
 
 
 def test_a_second_request_starts_where_the_first_ended(
@@ -94,12 +99,14 @@ def test_a_second_request_starts_where_the_first_ended(
     one = apply_requests(RequestsApplyConfig(folder=ledger, weighting=WEAK, tune=TUNE))
     left = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts["still_there"]
     assert left == {"r1": [1, 2]}
-    clean_requests(LedgerConfig(folder=ledger))
     _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")
     two = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
     assert two.facts["before"] == one.facts["after"]
     assert two.facts["names"] == ["r2"]
-    # The rows of both are out of what is kept, though those of the first are gone by now.
+    record = read_manifest(ledger / two.facts["checkpoint"])
+    assert record is not None
+    assert record["inputs"]["full"] == one.facts["after"]
+    # The rows of both are out of what is kept.
     kept = load_examples(ledger / "work" / str(two.number) / "retain.jsonl")
     removed = {e.messages for e in (*first, *second)}
     assert removed.isdisjoint({e.messages for e in kept.examples})
@@ -114,7 +121,7 @@ def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path
     before = (ledger / LEDGER).read_bytes()
     for rows, name, message in (
         (world.forget, "r1", "choose|Choose"),
-        (world.forget, "r2", "row 1, and 1 more is part of an earlier request"),
+        (world.forget, "r2", "2 of the rows belong to an earlier request"),
         (world.retain, "../r", "--name"),
         (tmp_path / "none.jsonl", "r3", "none.jsonl"),
     ):
@@ -150,3 +157,41 @@ def test_a_changed_checkpoint_is_found(world: World, ledger: Path) -> None:
         with pytest.raises(PertaError, match="is not what"):
             step()
     assert list((ledger / "rows").iterdir())
+
+
+def test_what_is_not_forgotten_is_kept_and_forgotten_once_more(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    def apply(method: WeightingConfig, **more: Any) -> RequestsApplyConfig:
+        return RequestsApplyConfig(folder=ledger, weighting=method, tune=TUNE, **more)
+
+    _add(ledger, world.forget, "r1")
+    before = (ledger / LEDGER).read_bytes()
+    with pytest.raises(VerdictError, match="ledger"):
+        apply_requests(apply(WEAK, fail_unless="met"))
+    assert (ledger / LEDGER).read_bytes() == before
+    one = apply_requests(apply(WEAK))
+    clean_requests(LedgerConfig(folder=ledger))
+    assert [file.name for file in (ledger / "rows").iterdir()] == ["r1.jsonl"]
+    with pytest.raises(ConfigError, match="--again"):
+        apply_requests(apply(METHOD))
+    with pytest.raises(ConfigError, match=r"no such request.*Did you mean `r1`"):
+        apply_requests(apply(METHOD, again=("r11",)))
+    two = apply_requests(apply(METHOD, again=("r1",)))
+    assert (two.facts["before"], two.facts["names"]) == (one.facts["after"], ["r1"])
+    recheck_requests(RequestsRecheckConfig(folder=ledger))
+    clean_requests(LedgerConfig(folder=ledger))
+    assert not list((ledger / "rows").iterdir())
+    with pytest.raises(ConfigError, match="cleaned"):
+        apply_requests(apply(METHOD, again=("r1",)))
+    _add(ledger, world.forget, "r1-back")  # the data came back, and has to go again
+
+
+def test_rows_that_cannot_be_forgotten_together_are_refused_at_once(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    _add(ledger, world.forget, "r1")
+    other = write_jsonl([{"text": "A diary of a stay in Rome."}], tmp_path / "text.jsonl")
+    with pytest.raises(DataError):
+        _add(ledger, other, "r2")
+    assert [request.name for request in read_state(ledger).requests] == ["r1"]

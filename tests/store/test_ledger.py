@@ -57,6 +57,9 @@ def test_no_byte_can_be_changed(tmp_path: Path, key: Path) -> None:
                 (folder / name).write_bytes(whole[:place] + other + whole[place + 1 :])
                 with pytest.raises(LedgerError):
                     read_ledger(folder)
+            (folder / name).write_bytes(whole[:place] + b" " + whole[place:])
+            with pytest.raises(LedgerError):
+                read_ledger(folder)
         (folder / name).write_bytes(whole)
     assert len(read_ledger(folder)) == 2
 

@@ -18,7 +18,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import read_rows, write_jsonl
-from perta.errors import ConfigError, LedgerError
+from perta.errors import ConfigError, LedgerError, OutputExistsError, nearest
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig
@@ -43,6 +43,7 @@ from perta.recipes.settings import (
     UnlearnConfig,
 )
 from perta.recipes.unlearn import unlearn
+from perta.report.verdict.judge import require_verdict
 from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
@@ -58,9 +59,10 @@ class Request:
         name: as it was added.
         received: day it came in, as the user gave it.
         rows: how many rows are to be forgotten.
-        applied: entry that applied it; None while it waits.
+        applied: entry that applied it last; None while it waits.
         verdict: what came of that, in one line.
-        still_there: rows whose facts the last `recheck` found to stand out; None before one.
+        met: whether that found its rows forgotten.
+        still_there: rows whose facts a `recheck` since then found to stand out; None before one.
         cleaned: whether its rows are gone.
     """
 
@@ -69,8 +71,14 @@ class Request:
     rows: int
     applied: int | None = None
     verdict: str | None = None
+    met: bool = False
     still_there: int | None = None
     cleaned: bool = False
+
+    @property
+    def is_forgotten(self) -> bool:
+        """By the last look at it."""
+        return self.met if self.still_there is None else self.still_there == 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
         PertaError: input that cannot be used, or a folder with anything in it.
     """
     folder = config.folder.expanduser().absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputExistsError(f"{folder} is there already. Give a new folder.")
     base = resolve_checkpoint(config.base)
     models = {"base": base, "full": resolve_checkpoint(config.full, base=config.base)}
     facts: dict[str, Any] = {"operator": config.operator}
@@ -147,14 +157,23 @@ def add_request(config: RequestsAddConfig) -> Entry:
             raise ConfigError(f"There is a request {config.name} already. Choose another --name.")
         examples = load_examples(config.forget, config.data_config)
         prints = _fingerprints(state.folder, examples)
-        before = {p for entry in _of(state, "add") for p in entry.facts["rows_hmac_sha256"]}
+        open_requests = {request.name for request in state.requests if not request.cleaned}
+        before = {
+            mark
+            for entry in _of(state, "add")
+            if entry.facts["name"] in open_requests
+            for mark in entry.facts["rows_hmac_sha256"]
+        }
         pairs = zip(examples.examples, prints, strict=True)
         if twice := [example.row for example, mark in pairs if mark in before]:
-            more = f", and {len(twice) - 1} more" if len(twice) > 1 else ""
             raise ConfigError(
-                f"{config.forget}: row {twice[0]}{more} is part of an earlier request already. "
-                "Leave it out."
+                f"{config.forget}: {len(twice)} of the rows belong to an earlier request (row "
+                f"{twice[0]}{', …' if len(twice) > 1 else ''}). Leave them out, or forget that "
+                "request once more with `perta requests apply --again NAME`."
             )
+        waiting = [request for request in state.requests if request.applied is None]
+        together = [*_rows(state, waiting), *(example.fields for example in examples.examples)]
+        load_examples(together, config.data_config)  # raises now what would stop `apply`
         write_rows(_rows_file(state.folder, config.name), examples)
         facts = {
             "name": config.name,
@@ -167,7 +186,7 @@ def add_request(config: RequestsAddConfig) -> Entry:
 
 
 def apply_requests(config: RequestsApplyConfig) -> Entry:
-    """Forget what waits, in one edit of the current checkpoint (`perta requests apply`).
+    """Forget what waits, in one edit of the newest checkpoint (`perta requests apply`).
 
     Args:
         config: folder, and settings as `perta unlearn` has them.
@@ -176,21 +195,17 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
         The entry, with the verdict.
 
     Raises:
-        PertaError: nothing waits, the checkpoint is not the ledger's, or the run fails; nothing
-            is written to the ledger then, and the same command goes on.
+        PertaError: nothing waits, the checkpoint is not the ledger's, the run fails, or its verdict
+            is worse than was asked for; nothing is written to the ledger then.
     """
     with locked(_folder(config.folder)):
         state = read_state(config.folder)
-        waiting = [request for request in state.requests if request.applied is None]
-        if not waiting:
-            raise ConfigError(f"No request waits in {state.folder}. Add one first.")
+        chosen = _chosen(state, config.again)
         current = _checked_checkpoint(state)
         number = len(state.entries) + 1
         work = state.folder / "work" / str(number)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        files = [str(_rows_file(state.folder, request.name)) for request in waiting]
-        rows = (row for file in files for row in read_rows(file, ""))
-        forget = write_jsonl(rows, work / "forget.jsonl")
+        forget = write_jsonl(_rows(state, chosen), work / "forget.jsonl")
         settings = UnlearnConfig(
             base=state.start["base"]["path"],
             full=str(current),
@@ -199,23 +214,27 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             holdout=state.start.get("holdout", {}).get("path"),
             output=state.folder / "checkpoints" / str(number),
             work_dir=work / "run",
+            # Of a run that the ledger does not know of: it failed, or was not good enough.
+            overwrite=True,
+            retain_budget=config.retain_budget,
             weighting=config.weighting,
             tune=config.tune,
             data_config=config.data_config,
             compute=config.compute,
         )
         made = unlearn(settings)
-        asked = made.manifest["settings"]
-        strength = made.manifest.get("strength") or {}
+        require_verdict(config.fail_unless, made.verdict, f"The ledger in {state.folder}")
+        asked, verdict = made.manifest["settings"], made.verdict
         facts = {
-            "names": [request.name for request in waiting],
+            "names": [request.name for request in chosen],
             "operator": config.operator,
             "method": asked.get("method"),
-            "scaling_coef": strength.get("scaling_coef", asked.get("scaling_coef")),
+            "scaling_coef": asked.get("scaling_coef"),
             "before": state.current[1],
             "after": fingerprint(made.folder),
             "checkpoint": str(made.folder.relative_to(state.folder)),
-            "verdict": made.verdict.line if made.verdict else None,
+            "verdict": verdict.line if verdict else None,
+            "met": verdict is not None and verdict.forgetting.status == "met",
         }
         return append(state.folder, "apply", facts, key=config.key)
 
@@ -289,9 +308,10 @@ def verify_requests(folder: Path, *, head: str | None = None) -> State:
 def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     """Delete what holds forgotten data (`perta requests clean`).
 
-    Rows and work folders of applied requests go, and every cleaned checkpoint but the newest: an
-    older one still knows what later requests removed. Base, full model and the data sets are the
-    user's and stay.
+    Rows of requests that are forgotten go, and with them their work folders and every cleaned
+    checkpoint but the newest: an older one still knows what later requests removed. Rows that the
+    last look found to be still there stay, so that they can be forgotten again. Base, full model
+    and the data sets are the user's and stay.
 
     Args:
         config: folder.
@@ -306,8 +326,9 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
         state = read_state(config.folder)
         newest = _checked_checkpoint(state)
         applied = [request for request in state.requests if request.applied is not None]
-        gone = [f for r in applied if (f := _rows_file(state.folder, r.name)).exists()]
-        done = {str(request.applied) for request in applied}
+        forgotten = [request for request in applied if request.is_forgotten]
+        gone = [f for r in forgotten if (f := _rows_file(state.folder, r.name)).exists()]
+        done = {str(entry.number) for entry in _of(state, "apply")}
         gone += [place for place in sorted((state.folder / "work").glob("*")) if place.name in done]
         gone += [
             place
@@ -317,7 +338,7 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
         for place in gone:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         facts = {
-            "names": [request.name for request in applied],
+            "names": [request.name for request in forgotten],
             "deleted": [str(place.relative_to(state.folder)) for place in gone],
             "operator": config.operator,
         }
@@ -347,7 +368,8 @@ def read_state(folder: Path) -> State:
             requests[facts["name"]] = Request(facts["name"], facts["received"], facts["rows"])
         elif entry.kind == "apply":
             current = (folder / facts["checkpoint"], facts["after"])
-            change = {"applied": entry.number, "verdict": facts["verdict"]}
+            change = {"applied": entry.number, "verdict": facts["verdict"], "met": facts["met"]}
+            change["still_there"] = None
             _change(requests, dict.fromkeys(facts["names"], change))
         elif entry.kind == "recheck":
             _change(requests, {i: {"still_there": len(r)} for i, r in facts["still_there"].items()})
@@ -359,6 +381,28 @@ def read_state(folder: Path) -> State:
 def _change(requests: dict[str, Request], changes: Mapping[str, Mapping[str, Any]]) -> None:
     for name, change in changes.items():
         requests[name] = replace(requests[name], **change)
+
+
+def _chosen(state: State, again: Sequence[str]) -> list[Request]:
+    """What waits, and what is to be forgotten once more."""
+    known = {request.name: request for request in state.requests}
+    for name in again:
+        if name not in known:
+            raise ConfigError(f"--again {name}: there is no such request.{nearest(name, known)}")
+        if known[name].cleaned:
+            raise ConfigError(f"--again {name}: its rows were cleaned. Add them by another name.")
+    chosen = [r for r in state.requests if r.applied is None or r.name in again]
+    if not chosen:
+        raise ConfigError(
+            f"No request waits in {state.folder}. Add one, or name one that is to be forgotten "
+            "once more with --again."
+        )
+    return chosen
+
+
+def _rows(state: State, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    files = [str(_rows_file(state.folder, request.name)) for request in requests]
+    return [row for file in files for row in read_rows(file, "")]
 
 
 def _of(state: State, kind: str) -> list[Entry]:

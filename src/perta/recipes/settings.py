@@ -22,6 +22,7 @@ from perta.options import (
     More,
     OutputFormat,
     Paths,
+    Repeated,
     SaveType,
     ScoringConfig,
     TrainSettings,
@@ -228,6 +229,12 @@ class RequestsAddConfig(LedgerConfig):
 class RequestsApplyConfig(LedgerConfig):
     """`perta requests apply`."""
 
+    again: Annotated[tuple[str, ...], Repeated] = ()
+    """Forget this request once more, beside those that wait."""
+    retain_budget: float = 0.1
+    """Largest rise of the mean loss on a sample of the data to keep, in nats per token."""
+    fail_unless: Wanted | None = None
+    """Leave the ledger as it is unless forgetting and retention are met, or at least partly."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     data_config: DataConfig = field(default_factory=DataConfig)

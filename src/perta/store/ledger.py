@@ -239,8 +239,11 @@ def _check_signature(line: Mapping[str, Any], where: str) -> None:
             "'perta[sign]'."
         ) from None
     try:
-        signature = line["signature"]
-        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature["public_key"]))
-        public.verify(bytes.fromhex(signature["ed25519"]), bytes.fromhex(line["hash"]))
+        stored = line["signature"]
+        parts = {name: bytes.fromhex(stored[name]) for name in ("ed25519", "public_key")}
+        if stored != {name: part.hex() for name, part in parts.items()}:
+            raise ValueError("spaces, capitals, or more than there should be")
+        public = Ed25519PublicKey.from_public_bytes(parts["public_key"])
+        public.verify(parts["ed25519"], bytes.fromhex(line["hash"]))
     except (InvalidSignature, ValueError, KeyError, TypeError):
         raise LedgerError(f"{where}: its signature does not fit it.") from None
