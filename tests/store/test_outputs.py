@@ -241,3 +241,20 @@ def test_an_output_is_no_input_and_holds_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overlaps"):
         check_separate(folder / "rows.jsonl", [link / "rows.jsonl"], within=True)
     check_separate(folder / "results.json", [folder], within=True)
+
+
+def test_a_signal_while_an_output_is_begun_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = atomic._begin
+
+    def interrupted(output: Path) -> tuple[Path, int]:
+        begun = begin(output)
+        os.kill(os.getpid(), signal.SIGINT)  # nobody clears it away yet
+        return begun
+
+    monkeypatch.setattr(atomic, "_begin", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import stat
 from collections.abc import Iterator
@@ -232,8 +233,15 @@ def _hidden(output: Path) -> Iterator[Path]:
     """A hidden folder beside an output that is gone when the block ends."""
     output.parent.mkdir(parents=True, exist_ok=True)
     recover(output)
-    run, lock = _begin(output)
+    # A signal waits until there is somebody to clear away what was begun.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
+        run, lock = _begin(output)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield run
     finally:
         _clear(run)
