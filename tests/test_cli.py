@@ -20,7 +20,7 @@ import pytest
 from conftest import World
 from perta.cli import main
 from perta.evidence.settings import MuseConfig
-from perta.methods.method import Method
+from perta.methods.method import KNOWN, Method
 from perta.methods.registry import get_method, known
 from perta.progress import say, warn
 from perta.recipes.compare.settings import CompareConfig
@@ -505,3 +505,28 @@ def test_what_ran_out_is_named_whichever_library_says_so(
     ran = perta("methods", "tv")
     assert ran.status == 1
     assert message in " ".join(ran.err.split())
+
+
+def test_code_of_ones_own_that_fails_is_no_defect_of_ours(
+    perta: Run, world: World, tmp_path: Path
+) -> None:
+    file = tmp_path / "half.py"
+    file.write_text(
+        "from perta.methods.method import Block, Weighting\n"
+        "class Half(Weighting):\n"
+        "    name, summary, done = 'half-of-nothing', 'half', 'Half was taken off.'\n"
+        "    formula, source = 'W = 1 / 0', 'this file'\n"
+        "    def weigh(self, block: Block) -> float:\n"
+        "        return 1 / 0\n"
+    )
+    tuned = ("finetune", "--base", world.base, "--data", world.forget, "--output", tmp_path / "f")
+    assert perta(*tuned, "--epochs", "1").status == 0
+    ran = perta(
+        "edit", "--base", world.base, "--full", world.full, "--forget-checkpoint", tmp_path / "f",
+        "--output", tmp_path / "out", "--method", "half-of-nothing", "--method-file", file,
+    )  # fmt: skip
+    KNOWN.pop("half-of-nothing")
+    assert ran.status == 1
+    assert f"{file}, line 6: ZeroDivisionError: division by zero" in " ".join(ran.err.split())
+    assert "Traceback" not in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "half.py"]

@@ -11,14 +11,14 @@ from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from traceback import format_exc
+from traceback import format_exc, walk_tb
 from types import FrameType
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 
-from perta.errors import ConfigError, PertaError, shortage
+from perta.errors import ConfigError, PertaError, first_line, shortage
 from perta.evidence.settings import BENCHMARKS, Offer
 from perta.options import MAIN, Repeated
 from perta.progress import PlainConsole
@@ -576,10 +576,19 @@ def _usage(error: CycloptsError) -> str:
 
 
 def _unforeseen(error: Exception) -> str:
-    """What the computer ran out of or refused; of a defect in this package, where it is."""
+    """What the computer ran out of or refused; of a defect, whose code it is in."""
     short = shortage(error)
-    if short or not isinstance(error, OSError):
-        return short or f"This is a defect in perta.\n{format_exc()}"
+    if short:
+        return short
+    # `run_file` leaves its mark in what is global to the code that it runs.
+    steps = walk_tb(error.__traceback__)
+    own = [(frame, line) for frame, line in steps if "loaded_from" in frame.f_globals]
+    if own:
+        frame, line = own[-1]
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return f"{frame.f_code.co_filename}, line {line}: {what}. This is code of your own."
+    if not isinstance(error, OSError):
+        return f"This is a defect in perta.\n{format_exc()}"
     place = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{place}. Check the path, its permissions and disk space."
 

@@ -178,8 +178,8 @@ def test_a_yaml_file_names_a_method_file(
         ("x = 1", "defines no method"),
         (PART.replace('    name = "part"\n', ""), "defines no method"),
         (PART.replace('name = "part"', 'name = "tv"'), "There is a method `tv` already"),
-        (PART.replace("    done =", "    told ="), "The method `part` has no done"),
-        (PART.replace("def weigh(", "def wiegh("), "The method `part` has no weigh"),
+        (PART.replace("    done =", "    told ="), "The method `part` lacks done"),
+        (PART.replace("def weigh(", "def wiegh("), "The method `part` lacks weigh"),
         (
             PART.replace("    part: float = option", "    part: float = 0.5  # "),
             "says nothing of itself",

@@ -193,7 +193,9 @@ class Method:
             missing = [part for part in _SAID if not hasattr(cls, part)]
             missing += [part for part in dir(cls) if _is_left_out(getattr(cls, part, None))]
             if missing:
-                raise ConfigError(f"The method `{cls.name}` has no {', '.join(missing)}.")
+                raise ConfigError(
+                    f"The method `{cls.name}` lacks {', '.join(missing)}: write it into the class."
+                )
             if (taken := KNOWN.get(cls.name)) and is_ours(taken):
                 raise ConfigError(f"There is a method `{cls.name}` already; take another name.")
             KNOWN[cls.name] = cls

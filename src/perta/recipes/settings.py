@@ -71,7 +71,7 @@ class UnlearnConfig(Paths):
     work_dir: Annotated[Path | None, More] = None
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. What fits is
     taken over from the .work folders beside it, and from those of outputs beside this one. It holds
-    a model tuned on the forget set: delete it when you are done."""
+    a model tuned on the forget set: `perta clean OUTPUT` deletes it."""
     forget_seeds: Annotated[int | None, More] = None
     """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
     needs at least: 2 for `negmerge`, otherwise 1]."""
