@@ -21,7 +21,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import stat
 from collections.abc import Iterator
@@ -233,45 +232,46 @@ def _hidden(output: Path) -> Iterator[Path]:
     """A hidden folder beside an output that is gone when the block ends."""
     output.parent.mkdir(parents=True, exist_ok=True)
     recover(output)
-    # A signal waits until there is somebody to clear away what was begun.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    # Noted before they are made: an interrupt may come in between.
+    begun, locks = list[Path](), list[int]()
     try:
-        run, lock = _begin(output)
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        raise
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield run
+        yield _begin(output, begun, locks)
     finally:
-        _clear(run)
-        os.close(lock)
+        for run in begun:
+            _clear(run)
+        for lock in locks:
+            os.close(lock)
 
 
 _PARTIAL = re.compile(r"\.partial-([0-9a-f]{8})-([0-9a-f]{8})-[0-9a-f]{6}$")
 
 
-def _begin(output: Path) -> tuple[Path, int]:
-    """A new hidden folder, and the descriptor that shows that its run lives."""
+def _begin(output: Path, begun: list[Path], locks: list[int]) -> Path:
+    """A new hidden folder, and in `locks` the descriptor that shows that its run lives."""
     while True:
         token = f"{_host()}-{_boot()}-{secrets.token_hex(3)}"
         run = output.with_name(f".{output.name}.partial-{token}")
-        run.mkdir(mode=0o700)
+        begun.append(run)
         try:
-            lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            run.mkdir(mode=0o700)
+        except FileExistsError:
+            begun.pop()  # another run's
+            continue
+        try:
+            locks.append(os.open(run / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         except FileNotFoundError:
             continue  # cleared away as one without a lock
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (run / _LOCK).exists():
-                return run, lock
+                return run
         except BlockingIOError:
             pass  # taken for dead before it was locked
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                return run, lock
+                return run
             raise
-        os.close(lock)
+        os.close(locks.pop())
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
