@@ -540,6 +540,20 @@ def test_verify_accepts_the_engine(factory: Callable[[], nn.Module]) -> None:
     verify_engine(build(factory), bucketed(examples(), 2, PAD), (0.5, 1, 2), tolerance=1e-3)
 
 
+def test_verify_accepts_the_engine_on_a_model_in_bfloat16() -> None:
+    model = build(llama_untied).bfloat16()
+    verify_engine(model, bucketed(examples(), 2, PAD), (0.5, 1, 2))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_verify_finds_a_broken_engine_on_a_model_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(capture, "segment_sums", lambda rows, segments: rows[: len(segments)])
+    with pytest.raises(EngineMismatchError, match=r"q_proj\.bias"):
+        verify_engine(build(qwen2).bfloat16(), bucketed(examples(), 2, PAD), [2])
+
+
 def test_verify_names_the_tensors_of_a_broken_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def doubled(rows: Tensor, segments: powers.Segments) -> Tensor:
         return 2 * torch.stack([rows[a:b].sum(0) for a, b in segments])
@@ -556,6 +570,45 @@ def test_verify_treats_nan_as_a_difference(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(capture, "segment_sums", broken)
     with pytest.raises(EngineMismatchError):
         verify_engine(build(qwen2), bucketed(examples(), 2, PAD), [2], tolerance=1e-3)
+
+
+# --- gradients that nobody sees ------------------------------------------------------------------
+
+
+class _Elsewhere(nn.Linear):
+    """Reads a copy of its weight, whose gradient is put in place by hand, as FSDP2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy_ = self.weight.detach().requires_grad_()
+
+        def hand_over(gradient: Tensor) -> None:
+            self.weight.grad = gradient.clone()
+
+        copy_.register_hook(hand_over)
+        return x @ copy_.t()
+
+
+@pytest.mark.parametrize("route", [batched_moments, example_loop_moments, abs_of_mean])
+def test_a_gradient_that_nobody_sees_is_not_taken_for_zero(route: Callable[..., object]) -> None:
+    model: Any = build(llama_untied)
+    down = model.model.layers[1].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = _Elsewhere(down.in_features, down.out_features, False)
+    with pytest.raises(
+        EngineMismatchError, match=r"layers\.1\.mlp\.down_proj\.weight was recorded"
+    ):
+        route(model, bucketed(examples(), 2, PAD), [1])
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("route", [batched_moments, example_loop_moments, abs_of_mean])
+def test_what_the_model_does_not_use_has_no_importance(route: Callable[..., Moments]) -> None:
+    model: Any = build(llama_tied)
+    model.model.unused = nn.Linear(3, 3)
+    model.lm_head.weight.grad = before = torch.ones_like(model.lm_head.weight)
+    found = route(model, bucketed(examples(), 2, PAD), [1]).by_order[1]
+    assert not found["model.unused.weight"].any()
+    assert found["model.embed_tokens.weight"].any()
+    assert model.lm_head.weight.grad is before
 
 
 # --- the power of the mean -----------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Recorder:
         self.names = {parameter: name for name, parameter in parameters.items()}
         self.means = means
         self.counting = False
+        self._seen: set[nn.Parameter] = set()
         self._uses: Counter[nn.Parameter] = Counter()
         self._waiting: defaultdict[nn.Parameter, list[Piece]] = defaultdict(list)
         self.shape = (0, 0)
@@ -58,6 +59,11 @@ class Recorder:
                 self.drop(parameter)
         self._waiting.clear()
 
+    @property
+    def silent(self) -> set[str]:
+        """Names of the parameters that are recorded and of which no piece ever came."""
+        return {name for parameter, name in self.names.items() if parameter not in self._seen}
+
     def drop(self, parameter: nn.Parameter) -> None:
         """Leave a parameter to the fallback."""
         self.names.pop(parameter, None)
@@ -77,6 +83,7 @@ class Recorder:
         A parameter with one use is finished at once. The uses of a shared one wait for each
         other, because the power is taken of their sum.
         """
+        self._seen.add(parameter)
         if self._uses[parameter] == 1:
             add_pieces(self.means[self.names[parameter]], [piece])
         else:
@@ -84,6 +91,7 @@ class Recorder:
 
     def record_expert(self, parameter: nn.Parameter, expert: int, piece: Piece) -> None:
         """Take a piece of the gradient of one expert of a stacked parameter (E, …)."""
+        self._seen.add(parameter)
         if self._uses[parameter] != 1:
             # Pieces of different calls would have to meet before the power.
             self._waiting[parameter] = []

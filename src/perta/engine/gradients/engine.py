@@ -20,7 +20,8 @@ in small blocks, adds its powers to running means and forgets it.
 
 Nothing is taken on trust: autograd is asked for the gradients of all parameters all the same.
 A parameter that was read only by replaced operations has none left. Any other still has one,
-and is computed by the example loop instead, with a line in the log that says so.
+and is computed by the example loop instead, with a line in the log that says so. One that has
+neither is not used by the model, or its gradient goes another way: a plain backward pass tells.
 
     capture    the replaced operations and modules
     recorder   which rows belong to which example; what waits for what
@@ -33,7 +34,7 @@ import copy
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ from perta.data.batch import IGNORE, Batch
 from perta.engine.gradients._capture import Capture, checkpointed_layers, replaced_modules
 from perta.engine.gradients._recorder import Recorder
 from perta.engine.gradients.powers import Means, add_powers, power
-from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError
+from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError, some
 from perta.models.loss import weighted_losses
 
 _FLOAT32_ORDERS = 4.0
@@ -103,6 +104,7 @@ def example_loop_moments(
         ConfigError: an order is not a positive finite number.
         DataError: an example has no labelled token.
         EmptyDatasetError: no examples.
+        EngineMismatchError: the model has gradients that do not come by.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -139,22 +141,26 @@ def abs_of_mean(
         ConfigError: an order is not a positive finite number.
         DataError: an example has no labelled token.
         EmptyDatasetError: no examples.
+        EngineMismatchError: the model has gradients that do not come by.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
     parameters = _trained(model)
     total = _zeros_like(parameters, wide=_is_wide(orders))
+    silent = set(parameters)
     finished = 0
     with _inference_behaviour(model):
         for batch in listed:
             loss = weighted_losses(model, batch.to(_device(model))).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for accumulated, gradient in zip(total.values(), gradients, strict=True):
+            for (name, accumulated), gradient in zip(total.items(), gradients, strict=True):
                 if gradient is not None:
                     accumulated.add_(gradient)
+                    silent.discard(name)
             finished += len(batch)
             if progress is not None:
                 progress(finished)
+        _require_unused(model, listed, silent)
     by_order = {
         order: {name: _kept(power(value / finished, order), order) for name, value in total.items()}
         for order in orders
@@ -196,6 +202,7 @@ def batched_moments(
             that can be checkpointed.
         DataError: an example has no labelled token.
         EmptyDatasetError: no examples.
+        EngineMismatchError: the model has gradients that do not come by.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -212,6 +219,7 @@ def batched_moments(
             finished += len(batch)
             if progress is not None:
                 progress(finished)
+    _require_unused(model, listed, recorder.silent)
     fast = set(recorder.names.values())
     slow = tuple(name for name in parameters if name not in fast)
     _run_fallback(model, listed, means, slow)
@@ -228,7 +236,9 @@ def verify_engine(
 
     The error of a tensor is the largest difference of its elements over its largest element.
     For orders below 1 both sides are first raised to 1/p: near zero such a power magnifies
-    rounding (a gradient off by 1e-8 is off by 1e-4 in its square root).
+    rounding (a gradient off by 1e-8 is off by 1e-4 in its square root). A model in a type narrower
+    than float32 is compared in a float32 copy: a sum of products rounded to bfloat16 differs by
+    more than any tolerance from the same sum in another order.
 
     Args:
         model: causal language model.
@@ -240,6 +250,8 @@ def verify_engine(
         EngineMismatchError: some tensors differ by more; the message names them.
     """
     listed = list(examples_batches)
+    if any(p.dtype.itemsize < torch.float32.itemsize for p in model.parameters()):
+        model = _cast_copy(model, torch.float32)
     fast = batched_moments(model, listed, orders)
     slow = example_loop_moments(model, listed, orders)
     bad = [
@@ -299,18 +311,50 @@ def _add_example_loop(
     progress: Progress | None,
 ) -> None:
     """Add |gradient|^p of every example to the means of the named parameters."""
+    batches = list(batches)
     parameters = [p for name, p in model.named_parameters() if name in means]
+    silent = set(means)
     finished = 0
     for batch in batches:
         for example in _single_examples(batch.to(_device(model))):
             loss = weighted_losses(model, example).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for own, gradient in zip(means.values(), gradients, strict=True):
+            for (name, own), gradient in zip(means.items(), gradients, strict=True):
                 if gradient is not None:
                     add_powers(own, gradient.unsqueeze(0))
+                    silent.discard(name)
             finished += 1
         if progress is not None:
             progress(finished)
+    _require_unused(model, batches, silent)
+
+
+def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collection[str]) -> None:
+    """Stop where a parameter of which no gradient was seen has one: its mean would be zero.
+
+    A plain backward pass over one example tells a parameter that the model does not use, as the
+    eyes of a model that is given text, from one whose gradient goes another way.
+    """
+    if not silent:
+        return
+    parameters = dict(model.named_parameters())
+    before = {name: p.grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        example = next(_single_examples(batches[0].to(_device(model))))
+        with _inference_behaviour(model):
+            weighted_losses(model, example).sum().backward()
+        lost = [n for n, p in parameters.items() if n in silent and p.grad is not None]
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    if lost:
+        raise EngineMismatchError(
+            f"importance: no gradient of {some(lost)} was recorded, though the model has one. The "
+            "importance would be zero, as if nothing there were to be kept. Measure the model as "
+            "transformers loads it, not wrapped, replaced or divided by other code."
+        )
 
 
 def _single_examples(batch: Batch) -> Iterator[Batch]:
