@@ -94,13 +94,7 @@ class Paths:
 
 
 def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:
-    """Take places as text or as paths, whichever way they were given in a program.
-
-    Args:
-        config: a configuration that is being created.
-        paths: fields that hold paths.
-        texts: fields that hold text, such as an id as well as a place.
-    """
+    """Take places as text or as paths, whichever way they were given in a program."""
     for names, kind in ((paths, Path), (texts, str)):
         for name in names:
             value = getattr(config, name)
@@ -127,7 +121,6 @@ def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
 
     Args:
         config: what they are changed in, or the class of a new one.
-        given: its fields, and fields of its groups.
 
     Raises:
         ConfigError: there is no such option.
@@ -154,12 +147,6 @@ def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
     """Stop at a wrong value, naming its flag.
 
-    Args:
-        condition: whether the value fits.
-        flag: the option, without dashes before it.
-        value: what was given.
-        wanted: what would fit.
-
     Raises:
         ConfigError: it does not.
     """
@@ -169,14 +156,6 @@ def require(condition: bool, flag: str, value: object, wanted: str) -> None:
 
 def sample_count(text: str | None, flag: str, examples: int) -> int:
     """Size of a sample.
-
-    Args:
-        text: share or count; all examples without it.
-        flag: option it was given with.
-        examples: number of examples there are.
-
-    Returns:
-        Number of examples to use.
 
     Raises:
         ConfigError: neither a share nor a count.

@@ -40,7 +40,6 @@ def visible(text: str, *, escaped: bool = False) -> str:
     """A text that a terminal shows and does not obey: escape sequences have lost their start.
 
     Args:
-        text: any text.
         escaped: write such characters as JSON does, in place of taking them out.
     """
     table = {code: f"\\u{code:04x}" for code in _CONTROLS} if escaped else _CONTROLS
@@ -193,7 +192,6 @@ def step(name: str, title: str) -> Iterator[None]:
 
     Args:
         name: of the step; nothing is said of one that the run does not have.
-        title: what it is.
     """
     run = _run.get()
     if run is None or name not in run.work:
@@ -233,13 +231,7 @@ _bars: list[Progress] = []
 
 @dataclass
 class _Log:
-    """Progress as lines.
-
-    Attributes:
-        description: what is being done.
-        total: units of work.
-        started: when it began, as `time.perf_counter` tells.
-    """
+    """Progress as lines."""
 
     description: str
     total: int
@@ -280,10 +272,6 @@ class _Log:
 @contextmanager
 def track(description: str, total: int) -> Iterator[_Advance]:
     """Show the progress of one step.
-
-    Args:
-        description: what is being done.
-        total: units of work.
 
     Yields:
         A function that reports finished units.

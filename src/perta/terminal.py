@@ -31,12 +31,7 @@ _WIDE = 1000
 
 
 def print_comparison(models: Mapping[str, Results], title: str | None = None) -> None:
-    """One table per set: a row per model, a column per metric.
-
-    Args:
-        models: name -> results as `evaluate` wrote them.
-        title: heading of the tables.
-    """
+    """One table per set: a row per model, a column per metric."""
     for name in SETS:
         present = [
             metric
@@ -78,12 +73,7 @@ def print_samples(models: Mapping[str, Results], count: int) -> None:
 
 
 def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
-    """What each way to forget took, against retraining where that is known.
-
-    Args:
-        found: from `report.tables.costs`, as the page and its tables have them.
-        retraining: seconds.
-    """
+    """What each way to forget took, against retraining where that is known."""
     table = Table(title="cost", title_justify="left")
     for column in ("way", "took", "share of retraining", "of its operations"):
         right = column != "way"

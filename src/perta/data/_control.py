@@ -183,11 +183,7 @@ def _copy_of(tokenizer: Any, around: tuple[str, str], _size: int) -> Any:
 
 
 def _slow(
-    text: str,
-    around: Sequence[str],
-    tokenizer: Any,
-    control: Mapping[str, int],
-    special: bool,
+    text: str, around: Sequence[str], tokenizer: Any, control: Mapping[str, int], special: bool
 ) -> list[int]:
     """The same with a tokenizer in Python, which has its control tokens in a table and a trie."""
     from transformers import AddedToken

@@ -263,11 +263,7 @@ def _tokens(
 
 
 def _place(
-    span: Span,
-    whole: Tokens,
-    layout: Layout,
-    tokenizer: PreTrainedTokenizerBase,
-    special: bool,
+    span: Span, whole: Tokens, layout: Layout, tokenizer: PreTrainedTokenizerBase, special: bool
 ) -> Span:
     """The tokens that overlap a part of the text: one that spans prompt and answer is answer."""
     start, stop = span

@@ -76,11 +76,7 @@ class Benchmark(ABC, Generic[_Config]):
     config: type[_Config]
 
     def folder(self, config: _Config) -> Path:
-        """Folder (or file) with its data, fetched where it can be.
-
-        Raises:
-            DataError: it is not there.
-        """
+        """Folder (or file) with its data, fetched where it can be."""
         data = Path(getattr(config, "data", ""))
         if not data.exists():
             raise DataError(f"There is no {data}. Give the benchmark's data as --data.")
@@ -154,8 +150,6 @@ def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str,
     """A folder with a benchmark's files, each downloaded once.
 
     Args:
-        data: the folder, or the hub's id.
-        folder: name of the folder in the cache.
         parts: file -> (id, subset, split) on the hub.
 
     Raises:
@@ -254,7 +248,6 @@ def open_journal(
 
     Args:
         path: JSONL file; None keeps nothing, and then no model is hashed.
-        settings: what outcomes depend on beside the models.
         models: name -> model, or its fingerprint where that is known.
     """
     if path is None:
@@ -324,13 +317,8 @@ def reference_scores(
     """Scores of the retrained model on this run's rows.
 
     Args:
-        reference: the retrained model's results.
         key: metric with a score per row.
-        answers: this run's reference answers, to recognise a log of other data.
         cut: the run looks at the first rows only, so the log may have more.
-
-    Returns:
-        One score per row.
 
     Raises:
         DataError: the log lacks the metric, or is of other rows.

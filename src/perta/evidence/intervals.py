@@ -60,17 +60,11 @@ def share_interval(hits: int, n: int) -> Interval:
 
 
 def mean_interval(
-    values: Sequence[float],
-    lowest: float = 0.0,
-    highest: float = 1.0,
-    groups: Groups = None,
+    values: Sequence[float], lowest: float = 0.0, highest: float = 1.0, groups: Groups = None
 ) -> Interval:
     """Mean of bounded values with its interval.
 
     Args:
-        values: one number per example, at least one.
-        lowest: the smallest that a value can be.
-        highest: the largest that a value can be.
         groups: group of each value; None where they are independent.
     """
     found = _interval_of_draws(np.asarray(values, dtype=np.float64), lowest, highest)
@@ -102,10 +96,6 @@ def difference_interval(
 
 def student_interval(values: Sequence[float], groups: Groups = None) -> Interval | None:
     """Mean with Student's interval over groups (over single values without them).
-
-    Args:
-        values: one number per example; no bounds are needed.
-        groups: group of each value.
 
     Returns:
         None with fewer than two groups, which say nothing about a spread.
@@ -150,9 +140,6 @@ def bounded_means(
 
     Args:
         values: (n,) values.
-        lowest: the smallest that a value can be.
-        highest: the largest that a value can be.
-        seed: seed of the weights.
 
     Returns:
         Two arrays of shape (DRAWS,).

@@ -37,10 +37,6 @@ class Measure:
 
     Attributes:
         key: our name; several names in results files may lead to it.
-        label: column heading.
-        group: which table it belongs to.
-        better: which direction is wanted of an unlearned model.
-        meaning: one plain sentence.
         names: its names in results files.
         upper: largest possible value, for axes; None where there is none.
     """
@@ -279,9 +275,6 @@ _UTILITY_PARTS = (
 
 def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
     """Every measure in a results file, under our names; unknown ones keep their own.
-
-    Args:
-        results: as evaluations write them and published logs hold them.
 
     Returns:
         Measure key -> reading; measures without a value are left out.

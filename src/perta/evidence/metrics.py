@@ -50,12 +50,7 @@ def probability(loss: float) -> float:
 
 
 def normalised_probability(correct: float, wrong: Sequence[float]) -> float:
-    """Share of the right answer among the right and the wrong ones: p / (p + sum p_k + eps).
-
-    Args:
-        correct: probability of the right answer.
-        wrong: probabilities of the wrong answers.
-    """
+    """Share of the right answer among the right and the wrong ones: p / (p + sum p_k + eps)."""
     return correct / (correct + math.fsum(wrong) + _EPSILON)
 
 
@@ -64,12 +59,7 @@ def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) 
 
     Losses are averaged before the exponential, so this is a ratio of geometric means.
 
-    Args:
-        correct_losses: loss of each right answer (commonly one, the paraphrase).
-        wrong_losses: loss of each wrong answer.
-
-    Source:
-        TOFU, arXiv 2401.06121, section 2.2.2, with the losses per token.
+    Source: TOFU, arXiv 2401.06121, section 2.2.2, with the losses per token.
     """
     return math.exp(-mean(wrong_losses)) / (math.exp(-mean(correct_losses)) + _EPSILON)
 
@@ -98,8 +88,6 @@ def rouge(reference: str, generation: str, *, any_script: bool = False) -> _Roug
     """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter).
 
     Args:
-        reference: the right text.
-        generation: the text to judge.
         any_script: take words as `data.words.stems` does, by which English scores as published. The
             published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
     """
@@ -116,8 +104,7 @@ def exact_memorization(correct: Sequence[bool]) -> float | None:
     Returns:
         Matches / m; None where m = 0.
 
-    Source:
-        Tirumala et al., arXiv 2205.10770, definition 1.
+    Source: Tirumala et al., arXiv 2205.10770, definition 1.
     """
     return sum(correct) / len(correct) if len(correct) else None
 
@@ -128,14 +115,10 @@ def extraction_strength(correct: Sequence[bool]) -> float | None:
     k is the first index from which every remaining token is predicted; with none it is m - 1,
     so the smallest value is 1/m, not 0.
 
-    Args:
-        correct: m flags as for `exact_memorization`.
-
     Returns:
         The strength in [1/m, 1]; None where m = 0.
 
-    Source:
-        Carlini et al., arXiv 2012.07805, in the form of arXiv 2502.07322.
+    Source: Carlini et al., arXiv 2012.07805, in the form of arXiv 2502.07322.
     """
     m = len(correct)
     if m == 0:
@@ -150,13 +133,11 @@ def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
 
     Args:
         log_probs: (n,) log-probabilities of the tokens without the last.
-        share: share of tokens to average.
 
     Returns:
         The score, higher for text never seen; None where n = 0.
 
-    Source:
-        Shi et al., arXiv 2310.16789, equation 1.
+    Source: Shi et al., arXiv 2310.16789, equation 1.
     """
     n = log_probs.numel()
     if n == 0:
@@ -174,13 +155,11 @@ def min_k_plus_plus(
         log_probs: (n,) log-probabilities lp of the tokens without the last.
         means: (n,) mu = sum over the vocabulary of p lp.
         variances: (n,) sigma^2 = sum over the vocabulary of p lp^2, minus mu^2.
-        share: share of tokens to average.
 
     Returns:
         The score as for `min_k`.
 
-    Source:
-        Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
+    Source: Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
     """
     return min_k((log_probs - means) / variances.clamp_min(1e-6).sqrt(), share)
 
@@ -199,10 +178,6 @@ def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     """Probability that a held-out example scores above a forgotten one, ties counting half.
 
     1 means the forget set is strongly memorised, 0.5 that it looks like unseen data.
-
-    Args:
-        forget: scores of the examples to forget.
-        holdout: scores of examples never trained on.
     """
     from scipy.stats import rankdata
 
@@ -218,11 +193,9 @@ def privleak(auc: float, retain_auc: float | None = None) -> float:
     ((1 - AUC) - (1 - AUC_ret)) / ((1 - AUC_ret) + eps) * 100
 
     Args:
-        auc: Min-K AUC of this model.
         retain_auc: that of the retrained model; 0.5 where there is none.
 
-    Source:
-        MUSE, arXiv 2407.06460, equation 3, with the AUC's label turned round.
+    Source: MUSE, arXiv 2407.06460, equation 3, with the AUC's label turned round.
     """
     chance = 1 - (0.5 if retain_auc is None else retain_auc)
     return ((1 - auc) - chance) / (chance + _EPSILON) * 100
@@ -230,10 +203,6 @@ def privleak(auc: float, retain_auc: float | None = None) -> float:
 
 def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -> float:
     """p-value that this model's truth ratios come from the retrained model's distribution.
-
-    Args:
-        ratios: raw truth ratios of this model on the forget set.
-        reference_ratios: those of the retrained model on the same set.
 
     Returns:
         p-value of the two-sided two-sample Kolmogorov-Smirnov test; papers often give log10.

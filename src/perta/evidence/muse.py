@@ -74,9 +74,7 @@ class _Subset:
 
     Attributes:
         name: prefix of its rows in the journal.
-        items: tokenised rows.
         references: texts that generated answers are compared with.
-        reason: why the metric cannot be computed.
     """
 
     name: str
@@ -139,14 +137,8 @@ def run_muse(
     """Evaluate a model with the MUSE metrics its data files allow.
 
     Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
         data_folder: folder with the files named in the module.
         corpus: news or books, or the prefix of files in these formats.
-        reference: results of the retrained model, for privleak.
-        compat: reproduce published behaviour, see the module.
-        limit: look at the first rows of every file only.
-        batch_size: rows per forward pass; it does not change the result.
         journal: file that keeps outcomes as they come, so that a killed run resumes.
         fingerprint: identity of the model's weights for the journal [default: their hash].
 

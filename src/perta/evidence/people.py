@@ -53,9 +53,7 @@ def generate_people(people: int, questions: int, seed: int) -> list[dict[str, An
     only the fact separates them from it.
 
     Args:
-        people: number of people; names are unique whatever the number.
         questions: questions per person, 1 to 22 (the number of `TOPICS`).
-        seed: seed of names and facts.
 
     Returns:
         people x questions rows, person by person: person, question, answer,
@@ -82,11 +80,6 @@ def split_people(
     rows: Sequence[Mapping[str, Any]], *, forget_people: int, seed: int = 0
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Divide rows by person into a forget set and a retain set.
-
-    Args:
-        rows: rows of `generate_people`, or any with a `person` column.
-        forget_people: number of people to forget.
-        seed: seed of the choice.
 
     Returns:
         Forget rows and retain rows, both in their old order, neither empty.

@@ -41,14 +41,7 @@ def quick_evaluation(
     """Evaluate a model on named sets.
 
     Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
-        sets: name -> examples; the names commonly are forget, retain and holdout.
-        scoring: generation and its limit.
-        data_config: how rows become tokens.
-        progress: called once per finished example.
         facts: name -> facts of the set; without it what the rows tell.
-        batch_size: examples per forward pass; it does not change the result.
 
     Returns:
         For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
@@ -101,15 +94,6 @@ def score_examples(
 ) -> list[Score]:
     """Teacher-forced scores of every example (of every window, for plain text).
 
-    Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
-        examples: what to score.
-        data_config: how rows become tokens.
-        batch_size: examples per forward pass; it does not change the result.
-        vocabulary_moments: compute Min-K++ too.
-        progress: called once per finished example.
-
     Returns:
         One score per example, in order.
     """
@@ -134,15 +118,6 @@ def generate_answers(
     progress: Progress | None = None,
 ) -> list[str]:
     """Greedy answers to the examples' prompts, without special tokens.
-
-    Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
-        examples: prompts with reference answers; plain text has no prompt and gets no answer.
-        data_config: how rows become tokens.
-        batch_size: rows per forward pass; it does not change the result.
-        max_new_tokens: longest answer.
-        progress: called once per finished example.
 
     Returns:
         One text per example, in order.

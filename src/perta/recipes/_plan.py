@@ -42,10 +42,6 @@ class Sizes:
 
     Attributes:
         config: with the method's defaults filled in.
-        training: the method, if it trains.
-        full: folder of θ_full.
-        base: folder of θ₀.
-        targets: of the edit.
         sets: `forget` and others, as the run may use them; `judged` is what retention is judged on.
     """
 
@@ -61,7 +57,6 @@ class Sizes:
 
         Args:
             asked: step -> whether its result is there already.
-            work_folder: where intermediate results lie.
         """
         steps = tuple(
             Step(name, title_of(name), 0.0 if done else self.operations(name), done)

@@ -55,11 +55,9 @@ class Needs:
 
     Attributes:
         forget_checkpoints: least number of models tuned on the forget set.
-        retain_checkpoint: whether a model tuned on the retain set is read.
         importance: sets whose importance is read.
         orders: orders of the importance that are made in one pass.
         moments: sets whose moments are read.
-        gradients: whether these are of output gradients as well.
     """
 
     forget_checkpoints: int
@@ -88,14 +86,10 @@ class Workspace:
     """Makes or reuses what one run needs.
 
     Attributes:
-        folder: where everything lies.
         base: θ₀, from which models are tuned.
         measured: model at which importance and moments are measured.
         sets: `forget`, `retain` and so on -> their file or `datasets` id.
         tune: fine-tuning; `save_dtype` is the type of its results.
-        estimator: how importance is measured, and `moments` how moments are.
-        data_config: how rows become tokens.
-        compute: where to compute.
         overwrite: whether outputs of another origin are replaced; None for those alone that this
             package made.
         names: what is made -> name of its folder, where it has another.
@@ -139,8 +133,6 @@ class Workspace:
         """Everything that an edit reads.
 
         Args:
-            wanted: what the method needs.
-            loss_on: what forget checkpoints learn.
             seeds: of the forget checkpoints [default: as many as needed, from that of `tune` on].
             samples: sample of the retain set that a retain checkpoint is tuned on.
             protected: sets whose moments, added, stand for what is to be kept.

@@ -53,10 +53,6 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     Args:
         run: output of `perta unlearn`, `perta edit` or `perta train`; of a run that did not come
             to its end, where it would be.
-        dry_run: delete nothing, and say what would be.
-
-    Returns:
-        What was deleted and what was not.
 
     Raises:
         ConfigError: it is no run, or is being written.

@@ -71,13 +71,6 @@ TINY = Scale(
 def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, Any]]:
     """Run the demo and print its table.
 
-    Args:
-        config: output folder, model, seed.
-        shows: print tables.
-
-    Returns:
-        Model name -> results of its evaluation.
-
     Raises:
         PertaError: the model cannot be obtained, or the output folder holds something else.
     """

@@ -26,15 +26,7 @@ from perta.store.outputs import check_output, check_separate
 
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
-    """Stop now at what would stop the edit after the first long step.
-
-    Args:
-        config: the request, with the method's defaults filled in.
-        sets: from `load_sets`.
-
-    Raises:
-        ConfigError: options or sets that do not fit the method.
-    """
+    """Stop now at what would stop the edit after the first long step."""
     method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
     needs = method.needs
     if seeds < needs.tuned:
@@ -91,12 +83,6 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     """Stop at an option that this run would not look at.
 
     Settings of an edit that its method does not have are another matter: see `refuse_unused`.
-
-    Args:
-        config: a request, as it was given.
-
-    Raises:
-        ConfigError: one was given.
     """
     method = parse(config.weighting.method, Method)
     needs = method.needs if isinstance(method, Edit) else Needs(tuned=0)
@@ -166,14 +152,7 @@ def _unused(option: str, method: str, why: str) -> ConfigError:
 
 
 def refuse_moments(config: UnlearnConfig) -> None:
-    """Stop at options that are for methods with moments.
-
-    Args:
-        config: a request with a method that has none.
-
-    Raises:
-        ConfigError: one was given.
-    """
+    """Stop at options that are for methods with moments."""
     for option, value in (("general", config.general), ("retain-moments", config.retain_moments)):
         if value is not None:
             raise ConfigError(
@@ -190,18 +169,7 @@ def read_by(config: UnlearnConfig, *folders: Path) -> tuple[str | Path, ...]:
 
 
 def check_places(config: UnlearnConfig, reads: Iterable[str | Path], work: Path) -> None:
-    """Stop before an output that cannot or must not be written, or a work folder likewise.
-
-    Args:
-        config: the request.
-        reads: from `read_by`.
-        work: folder of the intermediate results.
-
-    Raises:
-        ConfigError: one overlaps what is read, or cannot be written, or the output holds the
-            intermediate results.
-        OutputExistsError: what lies at the output, or where the page goes, must stay.
-    """
+    """Stop before an output that cannot or must not be written, or a work folder likewise."""
     for place in (config.output, work):
         check_writable(place / "file" if place.exists() else place)
     if config.evaluate:
@@ -225,16 +193,7 @@ def page_of(output: Path) -> Path:
 def check_retain_moments(
     config: UnlearnConfig, model: Path, sets: Mapping[str, ExampleSet]
 ) -> None:
-    """Stop at saved moments that do not fit the model, or the moments that will join them.
-
-    Args:
-        config: the request, with the method's defaults filled in.
-        model: checkpoint at which moments are measured.
-        sets: from `load_sets`.
-
-    Raises:
-        PertaError: they do not.
-    """
+    """Stop at saved moments that do not fit the model, or the moments that will join them."""
     folder, method = config.retain_moments, get_method(config.weighting.method)
     if folder is None or not method.needs.moments:
         return
@@ -255,11 +214,7 @@ def check_retain_moments(
 
 
 def with_picked_rows(config: UnlearnConfig) -> UnlearnConfig:
-    """The request with both sets of `--forget-where` in the place of the file they come from.
-
-    Raises:
-        PertaError: the condition does not divide the file.
-    """
+    """The request with both sets of `--forget-where` in the place of the file they come from."""
     if config.forget_where is None:
         return config
     check_separate(config.output, [config.forget])
@@ -276,11 +231,7 @@ def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
 
 
 def _uses_retain(config: UnlearnConfig) -> bool:
-    """Whether anything that makes the result reads the rows to keep.
-
-    Args:
-        config: the request, with the method's defaults filled in.
-    """
+    """Whether anything that makes the result reads the rows to keep."""
     method = parse(config.weighting.method, Method)
     if isinstance(method, Training):
         return method.retain is not None
@@ -297,10 +248,6 @@ def split_retain(
     config: UnlearnConfig, sets: Mapping[str, ExampleSet]
 ) -> tuple[Split | None, dict[str, Any]]:
     """Keep rows out of what makes the result, to judge retention by, and say which.
-
-    Args:
-        config: the request, with the method's defaults filled in.
-        sets: from `load_sets`.
 
     Returns:
         The parts of the retain set, None without one, and what the run's record says of them.

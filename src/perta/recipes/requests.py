@@ -56,11 +56,8 @@ class Request:
     """Where one request stands.
 
     Attributes:
-        name: as it was added.
         received: day it came in, as the user gave it.
-        rows: how many rows are to be forgotten.
         applied: entry that applied it last; None while it waits.
-        verdict: what came of that, in one line.
         met: whether that found its rows forgotten.
         still_there: rows whose facts a `recheck` since then found to stand out; None before one.
         cleaned: whether its rows are gone.
@@ -86,11 +83,8 @@ class State:
     """What a ledger says.
 
     Attributes:
-        folder: of the ledger.
         start: facts of the `init` entry.
-        requests: in order.
         current: the newest checkpoint, and its fingerprint as the ledger has it.
-        entries: all of them.
     """
 
     folder: Path
@@ -102,12 +96,6 @@ class State:
 
 def start_ledger(config: RequestsInitConfig) -> Entry:
     """Begin a ledger (`perta requests init`).
-
-    Args:
-        config: models, data to keep, and the folder.
-
-    Returns:
-        The first entry.
 
     Raises:
         PertaError: input that cannot be used, or a folder with anything in it.
@@ -137,12 +125,6 @@ def add_request(config: RequestsAddConfig) -> Entry:
 
     The rows are copied to the ledger's folder; the ledger itself holds their number and keyed
     fingerprints, HMAC-SHA256 under a key that never leaves the folder.
-
-    Args:
-        config: rows, name and dates.
-
-    Returns:
-        The entry.
 
     Raises:
         PertaError: rows that cannot be read, or a name that is taken.
@@ -187,12 +169,6 @@ def add_request(config: RequestsAddConfig) -> Entry:
 
 def apply_requests(config: RequestsApplyConfig) -> Entry:
     """Forget what waits, in one edit of the newest checkpoint (`perta requests apply`).
-
-    Args:
-        config: folder, and settings as `perta unlearn` has them.
-
-    Returns:
-        The entry, with the verdict.
 
     Raises:
         PertaError: nothing waits, the checkpoint is not the ledger's, the run fails, or its verdict
@@ -245,9 +221,6 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     A row stands out by the rule of `recipes._strength`, with the base model as yardstick, or the
     held-out set where the ledger has one.
 
-    Args:
-        config: folder and compute settings.
-
     Returns:
         The entry: of each request that was applied and not cleaned, the rows that stand out.
 
@@ -280,14 +253,7 @@ def verify_requests(folder: Path, *, head: str | None = None) -> State:
     """Check ledger, signatures and checkpoints (`perta requests verify`).
 
     Args:
-        folder: of the ledger.
         head: hash of an entry that was noted elsewhere; the ledger must hold it.
-
-    Returns:
-        What the ledger says.
-
-    Raises:
-        LedgerError: anything that does not fit; the message says what.
     """
     state = read_state(folder)
     if head is not None and head not in {entry.hash for entry in state.entries}:
@@ -312,12 +278,6 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     checkpoint but the newest: an older one still knows what later requests removed. Rows that the
     last look found to be still there stay, so that they can be forgotten again. Base, full model
     and the data sets are the user's and stay.
-
-    Args:
-        config: folder.
-
-    Returns:
-        The entry, and what was deleted.
 
     Raises:
         LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
@@ -347,12 +307,6 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
 
 def read_state(folder: Path) -> State:
     """What a ledger says, once its chain is checked.
-
-    Args:
-        folder: of the ledger.
-
-    Returns:
-        Requests and the newest checkpoint.
 
     Raises:
         LedgerError: there is none, or it is not whole.

@@ -105,9 +105,6 @@ class RunRecord:
 
         Args:
             made: outputs of this run's stages.
-
-        Raises:
-            CheckpointError: the message says which.
         """
         protected = self.held_back.get("protected")
         known = {name: {value, protected} for name, value in self.inputs.items()}

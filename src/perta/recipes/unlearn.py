@@ -29,13 +29,7 @@ from perta.engine.edit.plan import BASE, FORGET, RETAIN, Target, check_linear, p
 from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.method import Method
 from perta.methods.objectives import Training
-from perta.methods.registry import (
-    at_strength,
-    get_method,
-    parse,
-    refuse_unused,
-    with_defaults,
-)
+from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
 from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn, with_options
 from perta.progress import running, say, telling_once
@@ -142,10 +136,6 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
 def plan_unlearn(config: UnlearnConfig | None = None, **options: Any) -> Plan:
     """What `unlearn` would do, after all of its checks; nothing is written but to the cache.
 
-    Args:
-        config: as for `unlearn`.
-        **options: likewise.
-
     Raises:
         PertaError: input that cannot be used.
     """
@@ -228,13 +218,8 @@ class _Run:
 
     Attributes:
         config: the request; its retain set is what the run may use.
-        training: the method, if it trains.
-        targets: of the edit, if there is one.
-        full: folder of θ_full.
         sets: as given.
         split: the retain set in two parts, the second of which is `judged` retention on.
-        work: what is made on the way.
-        record: of the run.
     """
 
     config: UnlearnConfig

@@ -21,13 +21,7 @@ _ZOOM = 2
 
 
 def write_figures(figures: Iterable[Figure], css: str, folder: Path) -> None:
-    """Write figures as SVG, and as PNG where that can be rendered.
-
-    Args:
-        figures: what to draw.
-        css: the page's style sheet.
-        folder: existing folder for the files.
-    """
+    """Write figures as SVG, and as PNG where that can be rendered."""
     style = inline_style(css)
     for figure in figures:
         text = document(figure, style)

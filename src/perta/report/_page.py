@@ -29,8 +29,6 @@ class Page:
     """One report; every section is made once, when it is first asked for.
 
     Attributes:
-        config: title and what to show.
-        collection: what it is made of.
         verdicts: that on the model which the page is about first.
     """
 

@@ -52,10 +52,8 @@ class EditMap:
     """Where one edit happened.
 
     Attributes:
-        label: the edited model.
         figures: maps of W, where it differs, and of the size of the change.
         outside: rows of (tensor, mean W, size of the change) for tensors of no layer.
-        sentences: the same in words.
     """
 
     label: str

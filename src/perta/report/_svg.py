@@ -29,7 +29,6 @@ class Style:
     """How a model looks in every figure.
 
     Attributes:
-        css: class that gives its colour.
         shape: form of its mark, so that colour is never the only difference.
         toggle: class by which the page shows and hides it; empty for references.
     """
@@ -97,12 +96,7 @@ class Scatter:
 
     Attributes:
         name: stem of its files.
-        label: short name among several.
         title: what it shows, for readers who cannot see it.
-        caption: how to read it.
-        points: what to draw.
-        x: horizontal axis.
-        y: vertical axis.
         cross: point to mark with lines across the plot, the retrained reference.
     """
 
@@ -121,11 +115,7 @@ class Ecdf:
     """Empirical distribution functions: share of examples at or below each value.
 
     Attributes:
-        name: stem of its files.
-        title: what it shows, for readers who cannot see it.
-        curves: what to draw.
         x: horizontal axis, in base-10 logarithms if `log`.
-        log: draw logarithms of the values.
     """
 
     name: str
@@ -140,14 +130,7 @@ class HeatMap:
     """A map of one hue: the stronger, the larger the value.
 
     Attributes:
-        name: stem of its files.
-        title: what it shows, for readers who cannot see it.
-        caption: how to read it.
         cells: what to draw; places without a cell stay empty.
-        rows: names of the rows, from the top.
-        columns: names of the columns.
-        css: class of the hue.
-        legend: what the colour stands for.
     """
 
     name: str

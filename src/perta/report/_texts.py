@@ -34,7 +34,6 @@ class Quote:
 
     Attributes:
         text: the text; None if it is withheld.
-        length: characters.
     """
 
     text: str | None = field(repr=False)
@@ -90,12 +89,6 @@ def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) 
     The first ones, so that nobody chose them; and of the forget set the one that the subject
     still answers with the highest probability, because the first ones may look better than
     the worst.
-
-    Args:
-        subject: the model that the report is about.
-        others: models to show beside it.
-        count: examples of each set.
-        show: print the texts.
 
     Returns:
         The sets with samples; those without answers are left out.

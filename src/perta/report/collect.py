@@ -41,13 +41,8 @@ class Run:
     """One model of the report.
 
     Attributes:
-        label: its name on the page.
-        role: what it is to the others.
         measures: measure key -> reading; empty if it was not evaluated.
-        results: the results file, if there is one.
         record: record of the checkpoint (`perta.json`), if it was found.
-        method: name of the edit's method.
-        alpha: its strength.
         seed: seed of the tuning behind it.
         fingerprint: content of the checkpoint.
         stated: whether the role is the user's word, which no record confirms.
@@ -125,7 +120,6 @@ class Collection:
     Attributes:
         runs: models in the order of the page: base, full, retrained, then edited ones.
         records: content fingerprint -> record of every output that was found.
-        notices: sentences on what was given and could not be used.
     """
 
     runs: tuple[Run, ...]
@@ -146,9 +140,6 @@ def collect(paths: Iterable[str]) -> Collection:
 
     Args:
         paths: results files and folders, each optionally as `label=path`.
-
-    Returns:
-        Runs with their roles.
 
     Raises:
         DataError: a path is missing, holds nothing to report, or no results were found at all.
@@ -227,11 +218,7 @@ class _Found:
                 self._look(self.records[content], self._places.get(content))
 
     def refuse_stale(self) -> None:
-        """Stop at results of a model that is no longer the one in the folder that was named.
-
-        Raises:
-            DataError: another model lies there now.
-        """
+        """Stop at results of a model that is no longer the one in the folder that was named."""
         folders = {self._places[content].resolve(): content for content in self.named}
         for item in self.items:
             made = item.results.get("perta", {})

@@ -72,10 +72,7 @@ class Table:
 
     Attributes:
         name: stem of its CSV file.
-        title: heading.
-        caption: what it shows and on how many examples.
         columns: from the left; the first holds names.
-        rows: from the top.
         minor: whether it is folded away on the page.
     """
 
@@ -102,10 +99,6 @@ class Cost:
     """What one way to forget took.
 
     Attributes:
-        run: the model.
-        label: its name.
-        segments: its stages.
-        total: seconds.
         share: of the seconds that retraining took, where it is known.
         evaluation: seconds apart from these.
         passes: operations, as forward passes over one token.
@@ -126,7 +119,6 @@ def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
     """One table per group of measures, a row per model, with 95% intervals.
 
     Args:
-        runs: models.
         fold: fold long tables away, because a shorter one stands before them.
     """
     evaluated = [run for run in runs if run.measures]

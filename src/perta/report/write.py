@@ -35,12 +35,6 @@ _VERDICT = "verdict.json"
 def write_report(config: ReportConfig) -> Path:
     """Write the report and the files beside it (`perta report`).
 
-    Args:
-        config: results, output and what to show.
-
-    Returns:
-        The page.
-
     Raises:
         PertaError: there is nothing to report, or the output is something else.
     """
@@ -58,21 +52,12 @@ def write_report(config: ReportConfig) -> Path:
 
 
 def judged(config: ReportConfig) -> list[Verdict]:
-    """The verdicts of a report, that on the model it is about first.
-
-    Args:
-        config: results and subject.
-    """
+    """The verdicts of a report, that on the model it is about first."""
     return _ordered(judge(collect(config.results)), config.subject)
 
 
 def build_report(config: ReportConfig, collection: Collection) -> str:
-    """The page as text: HTML with everything in it.
-
-    Args:
-        config: title and what to show.
-        collection: what it is made of.
-    """
+    """The page as text: HTML with everything in it."""
     return _render(Page(config, collection, _ordered(judge(collection), config.subject)))
 
 
@@ -129,11 +114,7 @@ def _write_companions(folder: Path, page: Page) -> None:
 
 
 def refuse_foreign_page(config: ReportConfig) -> None:
-    """Stop at an output that must not be written, or is no report and must not be replaced.
-
-    Raises:
-        PertaError: it is there.
-    """
+    """Stop at an output that must not be written, or is no report and must not be replaced."""
     output, folder = config.output, companion_folder(config.output)
     for place in (output, folder):
         recover(place)

@@ -54,10 +54,6 @@ def bench_muse(config: MuseConfig) -> Results:
 def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results:
     """Evaluate a checkpoint with a benchmark and write the results.
 
-    Args:
-        benchmark: what to run.
-        config: its options.
-
     Returns:
         What the results file holds.
 
@@ -113,9 +109,6 @@ def _data_fingerprint(data: Path) -> str:
 
 def bench_ability(config: AbilityConfig) -> Results:
     """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
-
-    Args:
-        config: checkpoint, tasks and output.
 
     Returns:
         `TASK/METRIC` -> {"agg_value", "standard_error"}, and what made it under `perta`.

@@ -45,18 +45,12 @@ SHARD_BYTES = 2 << 30
 
 
 def _write_direction(
-    output: Path,
-    inputs: DirectionInputs,
-    method: Directions,
-    device: torch.device,
+    output: Path, inputs: DirectionInputs, method: Directions, device: torch.device
 ) -> Path:
     """Compute a weighted direction and write it, or reuse the one that is there.
 
     Args:
         output: folder of the direction; an outdated one that perta made is replaced.
-        inputs: from `open_inputs`.
-        method: what solves for it.
-        device: where to solve, in float64.
 
     Returns:
         The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
@@ -106,7 +100,6 @@ def edit_checkpoint(
     """Edit a checkpoint and write the result (`perta edit`).
 
     Args:
-        config: inputs, output and settings.
         forget_rows: fingerprint of the forget set, where the caller knows it.
         part_of: key of the run that this is the last step of; recorded.
 
@@ -205,14 +198,8 @@ def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
 def find_inputs(config: EditConfig) -> dict[str, Path]:
     """Find everything that an edit reads but a structured method's direction.
 
-    Args:
-        config: inputs and settings, with the method's defaults filled in.
-
     Returns:
         Name -> local folder; further forget checkpoints are `forget_checkpoint_2` and so on.
-
-    Raises:
-        PertaError: something is not there, or overlaps the output.
     """
     tuned: dict[str, str | None] = {
         checkpoint_name(place): checkpoint
@@ -243,18 +230,7 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
 
 
 def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, Path]:
-    """The inputs of an edit with a structured method's direction, which is made or reused now.
-
-    Args:
-        config: inputs and settings, with the method's defaults filled in.
-        given: from `find_inputs`.
-
-    Returns:
-        Name -> local folder.
-
-    Raises:
-        PertaError: see `_make_direction`.
-    """
+    """The inputs of an edit with a structured method's direction, which is made or reused now."""
     if not get_method(config.weighting.method).needs.moments:
         return dict(given)
     return {**given, "direction": _make_direction(config, given)}
@@ -289,11 +265,7 @@ def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """Compute a structured method's direction, or reuse it.
 
     Args:
-        config: settings, with the method's defaults filled in.
         folders: `full`, `base`, forget checkpoints, and the moment folders of the method's sides.
-
-    Returns:
-        The folder of the direction.
 
     Raises:
         ConfigError: a forget checkpoint or moment folder was not given.

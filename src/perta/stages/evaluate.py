@@ -25,9 +25,6 @@ from perta.store.record import settings_of
 def evaluate_checkpoint(config: EvaluateConfig) -> Results:
     """Evaluate a checkpoint and write the results (`perta evaluate`).
 
-    Args:
-        config: inputs, output and settings.
-
     Returns:
         What the results file holds; see `quick_evaluation`, and `perta` for what made it.
 
@@ -85,15 +82,7 @@ def find_in_sets(
     """Facts of named sets; the base model is loaded where rows do not tell theirs.
 
     Args:
-        sets: name -> examples.
-        tokenizer: the model's tokenizer.
-        data_config: how rows become tokens.
-        compute: device and type of the base model.
         base: folder of a model that has seen none of the rows; without it none is asked.
-        longest: most tokens that the model takes.
-
-    Returns:
-        Name -> facts, see `find_facts`.
     """
     asked = base and not all(is_told(examples, data_config) for examples in sets.values())
     model = load_model(base, compute) if base and asked else None

@@ -43,9 +43,6 @@ from perta.store.record import settings_of, stage_key
 def finetune_checkpoint(config: FinetuneConfig) -> Path:
     """Tune a checkpoint on a data set and write the result (`perta finetune`).
 
-    Args:
-        config: inputs, output and settings.
-
     Returns:
         The output folder: a complete checkpoint, with losses in its `perta.json`.
 
@@ -113,11 +110,6 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
 
 def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:
     """What a forget checkpoint learns.
-
-    Args:
-        asked: what the user wants.
-        forget: the forget set.
-        structured: whether a structured method will use the checkpoint.
 
     Returns:
         What was asked for; else facts for structured methods, and answers for the others and for

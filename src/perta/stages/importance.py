@@ -42,9 +42,6 @@ _VERIFIED_EXAMPLES = 4
 def compute_importance(config: ImportanceConfig) -> Path:
     """Measure importance on a data set and write it (`perta importance`).
 
-    Args:
-        config: inputs, output and settings.
-
     Returns:
         The output folder.
 
@@ -94,12 +91,7 @@ def estimate(
     """Importance in memory.
 
     Args:
-        model: causal language model on its device.
-        examples: N examples.
         orders: every order wanted; one pass serves all.
-        config: reduction, verification.
-        pad: padding token; it does not change the result.
-        batch_size: examples per pass; nor does it.
 
     Returns:
         Order -> parameter name -> float32 tensor of the parameter's shape.

@@ -32,13 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from perta.engine.moments import (
-    Seen,
-    count_tokens,
-    plan_moments,
-    sample_for_moments,
-    sum_moments,
-)
+from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.progress import say
 from perta.stages.settings import MergeMomentsConfig, MomentsConfig
@@ -60,9 +54,6 @@ SHARD_BYTES = 2 << 30
 
 def compute_moments(config: MomentsConfig) -> Path:
     """Measure moments on a data set and write them (`perta moments`).
-
-    Args:
-        config: inputs, output and settings.
 
     Returns:
         The output folder; see `store.moments`.
@@ -115,9 +106,6 @@ def compute_moments(config: MomentsConfig) -> Path:
 
 def merge_moments(config: MergeMomentsConfig) -> Path:
     """Add moment folders: the moments of the union of their sets (`perta merge-moments`).
-
-    Args:
-        config: folders and output.
 
     Returns:
         The output folder.

@@ -18,9 +18,6 @@ def divide_people(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of a benchmark.
 
-    Args:
-        config: sizes and seed.
-
     Returns:
         Forget rows, retain rows, rows of others whom no model is tuned on (as many people as are
         to be forgotten), and forget and retain rows together in their own order.
@@ -34,9 +31,6 @@ def divide_people(
 
 def write_people(config: PeopleConfig) -> list[Path]:
     """Write a benchmark of fictitious people (`perta people`).
-
-    Args:
-        config: sizes, seed and the output folder.
 
     Returns:
         The files `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many

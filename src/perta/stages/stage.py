@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING, Any
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
 from perta.errors import CheckpointError, OutputExistsError
-from perta.models.load import (
-    load_model,
-    load_tokenizer,
-    longest_input,
-    pad_id,
-    picked,
-)
+from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import reused, say
 from perta.stages.settings import ImportanceConfig, MomentsConfig
@@ -109,9 +103,6 @@ def taking_over(folders: Iterable[Path]) -> Iterator[None]:
     """Let stages take over what lies in other folders and is what they would make.
 
     It is linked where the file system can, otherwise copied, so that every folder is complete.
-
-    Args:
-        folders: where to look, one level deep.
     """
     before = _beside.set(tuple(folders))
     try:
@@ -134,14 +125,8 @@ def run_stage(
     """Produce a stage's output folder, or reuse it.
 
     Args:
-        stage: name of the stage.
-        output: final folder; it appears complete or not at all.
-        settings: resolved settings.
-        inputs: name -> fingerprint of every input.
         make: writes the output into the folder it is given; returns results worth recording.
         look: finds `inputs` again, for they must be the same when the output is made.
-        reads: folders and files that the stage reads.
-        overwrite: replace an output that does not match.
 
     Returns:
         The manifest of the output.
@@ -187,10 +172,6 @@ def run_stage(
 def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
     """What a model is known by among the inputs of its evaluation.
 
-    Args:
-        reference: what the user named.
-        folder: what `resolve_checkpoint` made of it.
-
     Returns:
         `checkpoint` -> fingerprint; for an adapter that this package wrote, that of its record,
         and `merged` -> that of the model, which depends on the adapter's base as well.
@@ -213,16 +194,6 @@ def run_file_stage(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """The same for a stage whose output is one JSON file with its manifest under `perta`.
-
-    Args:
-        stage: name of the stage.
-        output: final file.
-        settings: resolved settings.
-        inputs: name -> fingerprint of every input.
-        make: computes the results.
-        look: finds `inputs` again, for they must be the same when the results are there.
-        reads: folders and files that the stage reads.
-        overwrite: replace an output that does not match.
 
     Returns:
         What the file holds.
@@ -268,11 +239,7 @@ def run_file_stage(
 def _check_unchanged(
     inputs: Mapping[str, str], look: Callable[[], Mapping[str, str]] | None
 ) -> None:
-    """Stop where inputs are not those that the record would name.
-
-    Raises:
-        CheckpointError: the message says which.
-    """
+    """Stop where inputs are not those that the record would name."""
     now = look() if look else inputs
     changed = [name for name, value in inputs.items() if now.get(name) != value]
     if changed:
@@ -364,11 +331,7 @@ def refuse_foreign(
     *,
     overwrite: bool,
 ) -> None:
-    """Stop before any work when the output is there and is not what would be made.
-
-    Raises:
-        OutputExistsError: it is; the message says what differs.
-    """
+    """Stop before any work when the output is there and is not what would be made."""
     refuse_other(stage, output, settings, inputs, overwrite=overwrite)
     if output.exists() and not overwrite:
         raise exists_error(output, "was changed since")
@@ -382,18 +345,7 @@ def refuse_other(
     *,
     overwrite: bool,
 ) -> None:
-    """Stop when the output is there and was made by something else, or otherwise.
-
-    Args:
-        stage: name of the stage.
-        output: final folder.
-        settings: resolved settings.
-        inputs: name -> fingerprint of the inputs that are known by now.
-        overwrite: whether it may be replaced.
-
-    Raises:
-        OutputExistsError: the message says what differs.
-    """
+    """Stop when the output is there and was made by something else, or otherwise."""
     if overwrite or not output.exists():
         return
     manifest = read_manifest(output)
@@ -440,9 +392,6 @@ class Subject:
     """What is measured on what.
 
     Attributes:
-        checkpoint: folder of the model.
-        encoded: token sequences of the set.
-        pad: padding token.
         settings: resolved settings of the stage, with the device and type that were picked.
         inputs: fingerprints of `checkpoint` and `data`.
     """
@@ -462,16 +411,11 @@ def run_measurement(
     """Check all input, then measure into a new folder or reuse the finished one.
 
     Args:
-        stage: name of the stage.
-        config: its inputs, output and settings.
         measure: writes what it measures into the folder it is given; returns results worth
             recording. The model is loaded for it alone: a reused output costs no model.
 
     Returns:
         The output folder.
-
-    Raises:
-        PertaError: input that cannot be used.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     examples = load_examples(config.data, config.data_config)

@@ -51,7 +51,6 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     """Unlearn by training and write the result (`perta train`).
 
     Args:
-        config: inputs, output, method and settings.
         part_of: key of the run that this is the last step of; recorded.
 
     Returns:
@@ -134,7 +133,6 @@ def needed_sets(method: Training, given: Mapping[str, Any]) -> dict[str, Any]:
     """The sets that a method trains on.
 
     Args:
-        method: the method.
         given: `forget` and `retain`; None where the user gave none.
 
     Returns:

@@ -16,12 +16,7 @@ from types import ModuleType
 
 from blake3 import blake3
 
-from perta.errors import (
-    CheckpointNotFoundError,
-    ConfigError,
-    CorruptCheckpointError,
-    first_line,
-)
+from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, first_line
 from perta.store.checkpoint import (
     ADAPTER_CONFIG,
     COMPANIONS,

@@ -18,14 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perta.engine.edit.plan import (
-    BASE,
-    DIRECTION,
-    FULL,
-    IMPORTANCE_ROLES,
-    Target,
-    forget_role,
-)
+from perta.engine.edit.plan import BASE, DIRECTION, FULL, IMPORTANCE_ROLES, Target, forget_role
 from perta.errors import CorruptCheckpointError
 from perta.methods.method import Block, Edit, Side
 from perta.options import WeightingConfig
@@ -263,12 +256,7 @@ class Blocks:
         return vectors
 
     def block(
-        self,
-        target: Target,
-        readers: Readers,
-        begin: int,
-        count: int,
-        cuts: tuple[float, ...] = (),
+        self, target: Target, readers: Readers, begin: int, count: int, cuts: tuple[float, ...] = ()
     ) -> Block:
         """Importance and settings of a chunk."""
         settings, name = self.weighting, target.alias_of or target.full.name

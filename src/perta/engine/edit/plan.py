@@ -14,12 +14,7 @@ from pathlib import Path
 
 import torch
 
-from perta.errors import (
-    CheckpointMismatchError,
-    ConfigError,
-    CorruptCheckpointError,
-    some,
-)
+from perta.errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, some
 from perta.methods.method import Edit, Side
 from perta.models.complete import refuse_quantised
 from perta.models.layers import mlp_names

@@ -21,13 +21,7 @@ from pathlib import Path
 from perta.engine.edit._chunks import CHUNK, Blocks
 from perta.engine.edit._output import create_files, write_config
 from perta.engine.edit._passes import average_importance, find_cuts, find_unused
-from perta.engine.edit.plan import (
-    EditInputs,
-    Target,
-    open_sources,
-    plan_edit,
-    share_of_examples,
-)
+from perta.engine.edit.plan import EditInputs, Target, open_sources, plan_edit, share_of_examples
 from perta.engine.edit.stream import Editor, Stored, TensorSummary, edit_all, stored_of
 from perta.errors import CheckpointError, some
 from perta.methods.card import model_card

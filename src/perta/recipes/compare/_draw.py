@@ -58,13 +58,8 @@ class Draw:
     """Everything of one seed that all methods share.
 
     Attributes:
-        seed: of the draw of rows and of all training.
-        folder: where it lies.
         files: `forget`, `retain`, `full`, `protected`, `unseen`, and `facts` for TOFU.
         suite: folder with the files of the TOFU evaluation, cut to this draw.
-        split: what that evaluation calls them.
-        base: θ₀.
-        full: θ_full.
         retrained: θ₀ tuned on the retain set.
         forget_checkpoint: θ_f.
     """
@@ -90,14 +85,6 @@ class Draw:
 
 def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
     """Write the sets of a seed and tune the models on them; what is there is reused.
-
-    Args:
-        config: data and training settings.
-        base: θ₀.
-        seed: of the draw.
-
-    Returns:
-        The draw.
 
     Raises:
         ConfigError: too few rows to compare anything.
@@ -150,10 +137,6 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
 def draw_sets(config: CompareConfig, seed: int) -> Sets:
     """The rows of a seed.
 
-    Args:
-        config: which benchmark, and how many of its rows.
-        seed: of the draw.
-
     Returns:
         The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it
         is, likewise; or slices of TOFU that no two seeds share; or fictitious people.
@@ -172,15 +155,7 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
 
 
 def rows_config(config: CompareConfig, file: str) -> DataConfig:
-    """How the rows of a file are read; general text may have columns of its own.
-
-    Args:
-        config: settings of the comparison.
-        file: the file.
-
-    Returns:
-        The configuration to load and encode it with.
-    """
+    """How the rows of a file are read; general text may have columns of its own."""
     return (
         general_config(file, config.data_config) if file == config.general else config.data_config
     )
@@ -207,11 +182,7 @@ def _people(config: CompareConfig, seed: int) -> Sets:
         people_seed=seed,
     )
     forget, retain, holdout, _ = divide_people(made)
-    suite = {
-        "forget.jsonl": forget,
-        "retain.jsonl": _unseen(retain),
-        "holdout.jsonl": holdout,
-    }
+    suite = {"forget.jsonl": forget, "retain.jsonl": _unseen(retain), "holdout.jsonl": holdout}
     return Sets(forget, retain, suite, PEOPLE)
 
 

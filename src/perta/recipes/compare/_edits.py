@@ -30,7 +30,6 @@ class WeightEdit:
     Attributes:
         default: the method's default strength, tried first.
         changes: Δ and its rounding, in the order of the model's parameters.
-        seconds: stage -> duration.
         passes: stage -> operations in forward passes over one token.
         fixed: measures at the default strength; empty, since any strength is a step away.
     """
@@ -66,19 +65,7 @@ class WeightEdit:
 
 
 def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdit:
-    """Run the stages that a weight-space method stands on, and read its direction.
-
-    Args:
-        config: settings of the comparison.
-        draw: sets and models.
-        spec: method and settings.
-
-    Returns:
-        The edit, ready for any strength.
-
-    Raises:
-        PertaError: a stage fails.
-    """
+    """Run the stages that a weight-space method stands on, and read its direction."""
     work = _workspace(config, draw, spec)
     wanted = _wanted(spec)
     count = spec.forget_seeds or wanted.forget_checkpoints

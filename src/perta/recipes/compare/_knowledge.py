@@ -63,7 +63,6 @@ class Knowledge:
         """Columns of the tables.
 
         Args:
-            name: what they begin with.
             yardstick: probabilities of facts that look unseen, for the share of rows beyond their
                 95th percentile.
             kept: the rows are to be kept: the worst is the least probable one.

@@ -49,7 +49,6 @@ class Bench:
     Attributes:
         model: the model; `load` moves it.
         sets: `forget`, `protected`, `retain` (which no method sees), and `facts` for TOFU.
-        pad: padding token.
     """
 
     def __init__(self, config: CompareConfig, draw: Draw) -> None:
@@ -199,16 +198,7 @@ class Bench:
 
 
 def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:
-    """How a model is shown some forget rows again: all parameters, all rows in every step.
-
-    Args:
-        config: steps and learning rate.
-        rows: how many there are.
-        seed: of the draw.
-
-    Returns:
-        Settings of the fine-tuning.
-    """
+    """How a model is shown some forget rows again: all parameters, all rows in every step."""
     rate = config.relearn_learning_rate
     if rate is None:
         tune = config.tune

@@ -48,14 +48,10 @@ class TrainingPath:
     """The model after each epoch of one training.
 
     Attributes:
-        learning_rate: of this training.
         known: what is known of the forget set after each epoch, the start's first.
         folder: where the weights after each epoch are kept while the path is of use.
-        close: removes it.
         dtype: type that `perta train` stores the result in.
         places: where each parameter lies, for the rounding to that type.
-        trained: what the training did.
-        seconds: stage -> duration, measurements included.
         attempts: learning rates tried.
         fixed: measures at the end of the first of them, the method's own.
     """
@@ -153,11 +149,6 @@ def prepare_path(
     The first rate is the method's own, and that path is also what the method does by default.
 
     Args:
-        config: settings of the comparison.
-        draw: sets and models.
-        spec: method and settings.
-        bench: the model to train.
-        full: weights to start from.
         start: what is known there.
         target: what the retrained model knows.
 

@@ -35,10 +35,6 @@ def search_equal(
     Args:
         measure: strength -> what is known of the forget set.
         start: that at strength 0.
-        first: strength to try first.
-        target: what is wanted.
-        tolerance: distance from it that is near enough.
-        tries: most calls of `measure`.
 
     Returns:
         Every try, in order. `nearest` picks the one to report.
@@ -68,15 +64,8 @@ def search_between(
     """`search_equal` between two strengths.
 
     Args:
-        measure: strength -> what is known of the forget set.
         below: where that is above the target.
         above: where it is below.
-        target: what is wanted.
-        tolerance: distance from it that is near enough.
-        tries: most calls of `measure`.
-
-    Returns:
-        Every try, in order.
     """
     made: list[Try] = []
     while len(made) < tries:

@@ -27,17 +27,13 @@ _EDIT = ("granularity", "weighting_seed", "layers", "include", "exclude")
 _MEASURING = ("tokens", "at", "share", "general", "forget_seeds")
 _TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
     # The model in memory stays the one it is.
-    *("lora_rank", "lora_alpha", "lora_targets", "seed"),
+    *("lora_rank", "lora_alpha", "lora_targets", "seed")
 }
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One contender.
-
-    Attributes:
-        name: as the user wrote it; names its row.
-    """
+    """One contender."""
 
     name: str
 
@@ -78,7 +74,6 @@ class TrainingSpec(Spec):
     """A training method.
 
     Attributes:
-        method: the method with its settings.
         training: settings of the loop; the harness chooses learning rate and number of epochs.
     """
 
@@ -104,10 +99,6 @@ class GivenSpec(Spec):
 def parse_checkpoint(text: str, seeds: int) -> GivenSpec:
     """Read NAME=PATH from the command line.
 
-    Args:
-        text: what was given.
-        seeds: how many there are, each of which has models of its own.
-
     Raises:
         ConfigError: it has no name or no path, or one path for several seeds.
     """
@@ -131,9 +122,6 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
             those of training.
         batch_size: forget examples per step of training methods, unless `text` says otherwise.
             The published 32 are more than a small forget set holds.
-
-    Returns:
-        The contender.
 
     Raises:
         ConfigError: an unknown method or setting, or a value that does not fit.

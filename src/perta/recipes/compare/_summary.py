@@ -77,10 +77,6 @@ PRINTED = (
 def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
     """One row per method: the mean of every column, with its spread.
 
-    Args:
-        records: of all seeds.
-        view: `equal`, `fixed` or `resistant`.
-
     Returns:
         Rows with `method`, `seeds` and the columns that have values: the mean over seeds, and
         after ± the standard deviation over them where there are two or more. `seeds` is how many

@@ -97,10 +97,6 @@ class Compared(list[Record]):
 def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     """Compare methods at fixed settings, at equal forgetting and at equal resistance.
 
-    Args:
-        config: data, methods, seeds, tries and output.
-        shows: print tables.
-
     Returns:
         Records as written to `OUTPUT/runs`, and their `rows`.
 
@@ -143,9 +139,7 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     ]
     write_report(
         ReportConfig(
-            results=tuple(map(str, files)),
-            output=config.output / "report.html",
-            title=config.title,
+            results=tuple(map(str, files)), output=config.output / "report.html", title=config.title
         )
     )
     return records
@@ -277,19 +271,13 @@ class _Seed:
         return self._save(spec.slug, spec, {**record, **cost})
 
     def _resistant(
-        self,
-        move: Callable[[float], object],
-        bench: Bench,
-        equal: dict[str, float],
-        largest: float,
+        self, move: Callable[[float], object], bench: Bench, equal: dict[str, float], largest: float
     ) -> dict[str, Any]:
         """Raise the strength until relearning brings back no more than in the retrained model.
 
         Args:
             move: gives the model the weights of a strength; they are those of `equal` now.
-            bench: the model.
             equal: measures at equal forgetting; `relearned` is added.
-            largest: strength beyond which there is nothing.
 
         Returns:
             Every strength tried, and the measures at the first that resists, if one does.

@@ -88,8 +88,6 @@ class Check:
     """One measure of the verdict.
 
     Attributes:
-        key: the measure.
-        label: its name.
         before: value of the full model.
         after: value of the edited model.
         reference: what it is judged against; None where there is nothing.
@@ -97,10 +95,8 @@ class Check:
         share_low: lower end of its interval.
         share_high: upper end of its interval.
         n: examples behind it; 0 where only a mean is known.
-        status: the outcome.
         core: whether it counts for the verdict.
         rows: numbers in the file of rows that are still there (forgetting) or conspicuous.
-        subjects: subjects of which that holds.
     """
 
     key: str
@@ -131,7 +127,6 @@ class Yardstick:
         calibration: where that is known from.
         measures: readings under the keys of the forget set.
         losses: mean loss of each row's fact (else of its answer), nats per token.
-        subjects: subject of each row, where they are known.
     """
 
     calibration: Calibration

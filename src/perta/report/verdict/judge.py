@@ -84,7 +84,6 @@ class Verdict:
     """The verdict on one edited model.
 
     Attributes:
-        run: the model.
         headline: all outcomes in one short sentence.
         forgetting: on the removed examples.
         retention: on everything else.
@@ -172,16 +171,7 @@ def _judge_run(run: Run, collection: Collection) -> Verdict:
 
 
 def require_verdict(wanted: Wanted | None, verdict: Verdict | None, output: object) -> None:
-    """Stop a script whose result is worse than it asked for; the output stays.
-
-    Args:
-        wanted: the least that the verdict has to be; None for anything.
-        verdict: the verdict, if there is one.
-        output: what stays.
-
-    Raises:
-        VerdictError: it is worse.
-    """
+    """Stop a script whose result is worse than it asked for; the output stays."""
     if wanted is None or (verdict is not None and verdict.fulfils(wanted)):
         return
     what = verdict.headline if verdict else "There is no verdict."
@@ -291,10 +281,6 @@ def _retention(
 def _retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
     """Whether the evaluated retain rows took part in the edit, and a sentence on them.
 
-    Args:
-        run: the edited model.
-        collection: records of what took part.
-
     Returns:
         False and nothing where no record tells.
     """
@@ -337,13 +323,7 @@ def _protected(record: Record, collection: Collection) -> set[str]:
 
 
 def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
-    """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first.
-
-    Args:
-        run: the edited model.
-        collection: records of what took part.
-        forgetting: outcome on the removed examples.
-    """
+    """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first."""
     if forgetting not in ("partly", "not"):
         return []
     record = run.record

@@ -32,7 +32,6 @@ def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> s
     Args:
         lead: the first decisive measure.
         worst: the one that decides.
-        calibration: what they are judged against.
     """
     subject = "The answers about the removed examples"
     if calibration is None:
@@ -223,7 +222,6 @@ def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
     """How the facts were found that forgetting is judged by.
 
     Args:
-        sources: how they were found -> rows.
         decisive: whether the yardstick has them too.
     """
     if not sources or not decisive:
@@ -246,10 +244,9 @@ def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
 
 def quality_text(p: float, status: Status) -> str:
     """What a test of the truth ratios says, or that it cannot say anything."""
-    outcome = {
-        "met": "cannot be told apart",
-        "not": "can be told apart",
-    }.get(status, "are too few to be told apart by any but the coarsest difference")
+    outcome = {"met": "cannot be told apart", "not": "can be told apart"}.get(
+        status, "are too few to be told apart by any but the coarsest difference"
+    )
     whose = "edited and retrained model" if status in ("met", "not") else "the rows"
     return f"By their truth ratios, {whose} {outcome} (forget quality: p = {number(p, 3)})."
 
