@@ -48,6 +48,7 @@ from perta.evidence.metrics import ks_test
 from perta.evidence.scoring.items import Item
 from perta.recipes.unlearn import Unlearned
 from perta.report._figures import document, inline_style, write_figures
+from perta.report._page import Page
 from perta.report._plots import edit_map, split_layers, truth_ratio_curves
 from perta.report._sections import scale
 from perta.report._svg import Axis, Curve, Ecdf, Point, Scatter, Style
@@ -57,7 +58,7 @@ from perta.report.settings import ReportConfig
 from perta.report.tables import costs, csv_text, metric_tables, seed_table, styles, to_csv
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
-from perta.report.write import build_report, companion_folder, write_report
+from perta.report.write import companion_folder, page_for, render, write_report
 from perta.stages.stage import run_file_stage
 
 LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_reference_logs"
@@ -66,7 +67,7 @@ LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_reference_logs"
 def page_of(*paths: Path | str, **options: object) -> str:
     """The page of some results."""
     config = ReportConfig(results=tuple(str(p) for p in paths))
-    return build_report(replace(config, **options), collect(config.results))  # type: ignore[arg-type]
+    return render(page_for(replace(config, **options)))  # type: ignore[arg-type]
 
 
 def verdict_of(folder: Path, **models: tuple[float, float]) -> Verdict:
@@ -952,13 +953,13 @@ def test_marks_differ_in_shape_and_not_only_in_colour() -> None:
 
 
 def test_a_collection_without_anything_still_makes_a_page() -> None:
-    page = build_report(ReportConfig(results=("none",)), Collection((), {}))
+    page = render(Page(ReportConfig(results=("none",)), Collection((), {}), []))
     assert "No results of an evaluation were given." in page
 
 
 @pytest.mark.parametrize(("before", "reference"), [(0.98, 0.45), (0.96, 0.99), (0.1, 0.9)])
 def test_labels_of_the_verdicts_scale_do_not_touch(before: float, reference: float) -> None:
-    check = Check("k", "l", before, 0.5, reference, None, None, None, 8, "met", True)
+    check = Check("k", "l", before, 0.5, reference, 8, True, "met")
     pins = scale(Statement("met", "", "", (check,)), "retrained")[1:]
     width = 40  # percent of the line that a label takes on a phone
     start = {"left": 0.0, "middle": width / 2, "right": float(width)}

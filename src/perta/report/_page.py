@@ -41,27 +41,22 @@ class Page:
 
     @property
     def runs(self) -> list[Run]:
-        """All models."""
         return list(self.collection.runs)
 
     @cached_property
     def looks(self) -> dict[str, Style]:
-        """Label -> look of each model."""
         return tabular.styles(self.runs)
 
     @cached_property
     def swatches(self) -> dict[str, Markup]:
-        """Label -> a model's mark."""
         return {name: Markup(swatch(look)) for name, look in self.looks.items()}
 
     @cached_property
     def css(self) -> str:
-        """The style sheet."""
         return Markup(asset("report.css"))
 
     @cached_property
     def script(self) -> str:
-        """The script."""
         return Markup(asset("report.js"))
 
     @property
@@ -73,7 +68,6 @@ class Page:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The verdict on the model that the page is about."""
         return self.verdicts[0] if self.verdicts else None
 
     @property
@@ -122,17 +116,14 @@ class Page:
 
     @property
     def newest(self) -> str | None:
-        """When the newest result was made."""
         return sections.newest(self.runs)
 
     @property
     def asked(self) -> list[sections.Identity]:
-        """What was to be removed and kept."""
         return sections.asked(self.subject, self.collection) if self.subject else []
 
     @cached_property
     def done(self) -> tuple[str, str, list[tuple[str, str]], list[sections.Identity], str]:
-        """How it was done."""
         return sections.done(self.subject) if self.subject else ("", "", [], [], "")
 
     # --- figures --------------------------------------------------------------------------------
@@ -170,7 +161,6 @@ class Page:
 
     @property
     def figures(self) -> list[Figure]:
-        """Every figure of the page."""
         curves = (self._probability, self._truth[0] if self._truth else None)
         maps: list[HeatMap] = [figure for edit in self._maps[0] for figure in edit.figures]
         return [*self._scatters, *(c for c in curves if c is not None), *maps]
@@ -188,7 +178,6 @@ class Page:
 
     @property
     def probability(self) -> Markup | None:
-        """Answer probability of every removed example."""
         return Markup(ecdf(self._probability)) if self._probability else None
 
     @property
@@ -198,7 +187,6 @@ class Page:
 
     @property
     def maps(self) -> list[tuple[plots.EditMap, list[tuple[Markup, str]]]]:
-        """Where each edit happened."""
         return [
             (edit, [(Markup(heat_map(figure)), figure.caption) for figure in edit.figures])
             for edit in self._maps[0]
@@ -206,14 +194,12 @@ class Page:
 
     @property
     def more_maps(self) -> int:
-        """Edits without a map."""
         return self._maps[1]
 
     # --- tables, answers, cost, record ----------------------------------------------------------
 
     @cached_property
     def tables(self) -> list[tabular.Table]:
-        """All measures."""
         seeds = tabular.seed_table(self.runs)
         measured = tabular.metric_tables(self.runs, fold=seeds is not None)
         return [*([seeds] if seeds else []), *measured]
@@ -225,7 +211,6 @@ class Page:
 
     @cached_property
     def samples(self) -> list[SampleSet]:
-        """Answers before and after."""
         subject, config = self.subject, self.config
         if subject is None:
             return []
@@ -242,12 +227,10 @@ class Page:
 
     @property
     def costs(self) -> list[tabular.Cost]:
-        """What every edited model took."""
         return self._costs[0]
 
     @property
     def retraining(self) -> float | None:
-        """Seconds that retraining took."""
         return self._costs[1]
 
     @property
@@ -257,12 +240,10 @@ class Page:
 
     @property
     def limits(self) -> list[str]:
-        """What the report does not show."""
         return sections.limits(self.verdicts, self.collection)
 
     @cached_property
     def provenance(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """Everything recorded about every model."""
         return sections.provenance(self.runs)
 
     @property

@@ -1,7 +1,4 @@
-"""What the figures show: runs in, marks and axes out.
-
-The same data are drawn as SVG in the page (`svg`) and as files (`figures`).
-"""
+"""What the figures show: runs in, marks and axes out."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from perta.evidence.measures import PAIRS, Reading, measure_of, truth_ratios
 from perta.report._svg import (
@@ -34,17 +32,18 @@ from perta.store.provenance import Record
 MOST_CURVES = 9
 MOST_MAPS = 8
 
-_SHORT_NAMES: Mapping[str, str] = {
+_SHORT_NAMES = {
     "input_layernorm": "norm 1",
-    "post_attention_layernorm": "norm 2",
     "self_attn.q_proj": "q",
     "self_attn.k_proj": "k",
     "self_attn.v_proj": "v",
     "self_attn.o_proj": "o",
+    "post_attention_layernorm": "norm 2",
     "mlp.gate_proj": "gate",
     "mlp.up_proj": "up",
     "mlp.down_proj": "down",
 }
+"""Modules in the order of a layer, and what stands over their columns."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def probability_curves(
     for run in curve_runs(usable, ranked):
         values = tuple(run.measures["forget_probability"].examples.values())
         tip = (
-            f"{_full_name(run)}\nn = {len(values)}, median {number(_median(values))}, "
+            f"{_full_name(run)}\nn = {len(values)}, median {number(median(values))}, "
             f"highest {number(max(values))}"
         )
         curves.append(Curve(values, run.label, tip, looks[run.label]))
@@ -227,7 +226,7 @@ def truth_ratio_curves(
         test = reference_quality(run, collection)
         distance = "–" if test is None else number(test[0], 3)
         p = "–" if test is None else number(test[1], 3)
-        tip = f"{_full_name(run)}\nn = {len(values)}, median {number(_median(values))}"
+        tip = f"{_full_name(run)}\nn = {len(values)}, median {number(median(values))}"
         if test is not None:
             tip += f"\nKS distance {distance}, p = {p}"
         curves.append(Curve(values, run.label, tip, looks[run.label]))
@@ -236,12 +235,6 @@ def truth_ratio_curves(
     axis = log_axis("truth ratio (wrong answers against the right one)", logs)
     title = "Distribution of truth ratios on the removed examples"
     return Ecdf("truth_ratio", title, tuple(curves), axis, log=True), rows
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    n = len(ordered)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 # --- where the edit happened -----------------------------------------------------------------
@@ -254,7 +247,6 @@ class _Place:
     elements: int
     weighting: float | None
     change: float
-    task_vector: float
     norm: float | None
 
 
@@ -275,7 +267,7 @@ def edit_map(run: Run) -> EditMap:
     rows = sorted({layer for layer, _ in layers})
     columns = _module_order({module for _, module in layers})
     relative = all(place.norm for place in layers.values()) and bool(layers)
-    total = math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)) or 1.0
+    total = _norm(tensors) or 1.0
     figures: list[HeatMap] = []
     for what in ("weighting", "change") if layers else ():
         known = [place.weighting for place in layers.values()]
@@ -350,24 +342,23 @@ def split_layers(
             layers.setdefault((int(match[1]), module), []).append(tensor)
         else:
             outside.setdefault(name, []).append(tensor)
-    return (
-        {key: _merge(group) for key, group in layers.items()},
-        {key: _merge(group) for key, group in outside.items()},
-    )
+    merged = {key: _merge(group) for key, group in layers.items()}
+    return merged, {key: _merge(group) for key, group in outside.items()}
 
 
 def _merge(tensors: Sequence[Record]) -> _Place:
-    elements = sum(int(t["elements"]) for t in tensors)
-    weighting = _mean_weighting(tensors)
-    norms = [t.get("full_norm") for t in tensors]
-    known = [float(norm) for norm in norms if norm]
+    known = [float(norm) for t in tensors if (norm := t.get("full_norm"))]
     return _Place(
-        elements,
-        weighting,
-        math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors)),
-        math.sqrt(math.fsum(float(t["task_vector_norm"]) ** 2 for t in tensors)),
-        math.sqrt(math.fsum(n * n for n in known)) if len(known) == len(norms) else None,
+        sum(int(t["elements"]) for t in tensors),
+        _mean_weighting(tensors),
+        _norm(tensors),
+        math.sqrt(math.fsum(n * n for n in known)) if len(known) == len(tensors) else None,
     )
+
+
+def _norm(tensors: Sequence[Record]) -> float:
+    """Norm of the whole change of some tensors."""
+    return math.sqrt(math.fsum(float(t["delta_norm"]) ** 2 for t in tensors))
 
 
 def _mean_weighting(tensors: Sequence[Record]) -> float | None:
@@ -399,18 +390,7 @@ def _cell_tip(layer: int, module: str, place: _Place, total: float, relative: bo
 
 
 def _module_order(modules: set[str]) -> list[str]:
-    wanted = [
-        "input_layernorm",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "post_attention_layernorm",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ]
-    return [m for m in wanted if m in modules] + sorted(modules - set(wanted))
+    return [m for m in _SHORT_NAMES if m in modules] + sorted(modules - _SHORT_NAMES.keys())
 
 
 def _shorten(module: str) -> str:

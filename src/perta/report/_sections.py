@@ -7,7 +7,7 @@ sentence says so; nothing is filled in.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +76,25 @@ def scale(statement: Statement, reference: str) -> tuple[Pin, ...]:
     if check is None or not 0 <= check.after <= 1:
         return ()
     values = [("before", "before", check.before), ("reference", reference, check.reference)]
-    pins = [_pin("after", "after", check.after, 0)]
+    pins = [_pin("after", "after", check.after)]
     taken: list[tuple[float, float]] = []
     for role, name, value in values:
         if value is None:
             continue
-        pin = _pin(role, name, value, 0)
-        start, stop = _label_room(pin)
+        pin = _pin(role, name, value)
+        # On a phone a label takes about two fifths of the line.
+        start = pin.percent - {"left": 0, "middle": 20, "right": 40}[pin.side]
+        stop = start + 40
         level = int(any(start < end and begin < stop for begin, end in taken))
-        pins.append(Pin(role, pin.text, pin.percent, level, pin.side))
+        pins.append(replace(pin, level=level))
         taken.append((start, stop))
     return tuple(pins)
 
 
-def _label_room(pin: Pin) -> tuple[float, float]:
-    """Where a label lies, in percent of the line; on a phone it takes about two fifths."""
-    before = {"left": 0, "middle": 20, "right": 40}[pin.side]
-    return pin.percent - before, pin.percent - before + 40
-
-
-def _pin(role: str, name: str, value: float, level: int) -> Pin:
+def _pin(role: str, name: str, value: float) -> Pin:
     percent = 100 * min(1.0, max(0.0, value))
     side = "left" if percent < 18 else "right" if percent > 82 else "middle"
-    return Pin(role, f"{name} {number(value)}", percent, level, side)
+    return Pin(role, f"{name} {number(value)}", percent, 0, side)
 
 
 def _percent(share: float) -> str:
@@ -118,7 +114,9 @@ def share_text(check: Check, *, kept: bool) -> str:
 def asked(subject: Run, collection: Collection) -> list[Identity]:
     """What was to be removed, what kept, and from which model."""
     items = []
-    evaluated, names = _evaluated_on(subject), _settings(subject)
+    made = subject.results.get("perta", {})
+    evaluated = made.get("inputs", {})
+    names = {k: v for k, v in made.get("settings", {}).items() if isinstance(v, str)}
     whole = subject.record.get("unlearn", {})
     wanted, sources = whole.get("inputs", {}), whole.get("sources", {})
     benchmark = names.get("forget_split") or names.get("corpus")
@@ -262,16 +260,6 @@ def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
     if len({run.seed for run in edited if run.seed is not None}) <= 1:
         sentences.append("All models come from one seed of tuning, so chance in it is not shown.")
     return sentences
-
-
-def _evaluated_on(run: Run) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = run.results.get("perta", {}).get("inputs", {})
-    return found
-
-
-def _settings(run: Run) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = run.results.get("perta", {}).get("settings", {})
-    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _file(path: Any) -> str:

@@ -148,39 +148,18 @@ Figure = Scatter | Ecdf | HeatMap
 
 @dataclass(frozen=True)
 class Frame:
-    """Size of a figure and the room around its plot."""
+    """Size of a figure, and the corners of its plot."""
 
-    width: float
-    height: float
-    left: float = 58
-    right: float = 16
-    top: float = 14
-    bottom: float = 50
-
-    @property
-    def x0(self) -> float:
-        """Left end of the plot."""
-        return self.left
-
-    @property
-    def x1(self) -> float:
-        """Right end of the plot."""
-        return self.width - self.right
-
-    @property
-    def y0(self) -> float:
-        """Upper end of the plot."""
-        return self.top
-
-    @property
-    def y1(self) -> float:
-        """Lower end of the plot."""
-        return self.height - self.bottom
+    width: int
+    height: int
+    x0: int
+    x1: int
+    y0: int
+    y1: int
 
 
-WIDE = Frame(800, 450, top=30)
-NARROW = Frame(360, 370, left=48, right=10, top=30)
-_ECDF_WIDE, _ECDF_NARROW = (replace(f, top=14, height=f.height - 40) for f in (WIDE, NARROW))
+WIDE, NARROW = Frame(800, 450, 58, 784, 30, 400), Frame(360, 370, 48, 350, 30, 320)
+_ECDF_WIDE, _ECDF_NARROW = Frame(800, 410, 58, 784, 14, 360), Frame(360, 330, 48, 350, 14, 280)
 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
@@ -225,18 +204,16 @@ def log_axis(label: str, values: Sequence[float]) -> Axis:
 
 def scatter(data: Scatter) -> str:
     """A scatter plot as SVG, in two sizes."""
-    return "".join(
-        f'<div class="{css}">{_scatter(data, frame)}</div>'
-        for css, frame in (("wide", WIDE), ("narrow", NARROW))
-    )
+    return _in_two_sizes(_scatter(data, WIDE), _scatter(data, NARROW))
 
 
 def ecdf(data: Ecdf) -> str:
     """Distribution functions as SVG, in two sizes."""
-    return "".join(
-        f'<div class="{css}">{_ecdf(data, frame)}</div>'
-        for css, frame in (("wide", _ECDF_WIDE), ("narrow", _ECDF_NARROW))
-    )
+    return _in_two_sizes(_ecdf(data, _ECDF_WIDE), _ecdf(data, _ECDF_NARROW))
+
+
+def _in_two_sizes(wide: str, narrow: str) -> str:
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def drawing(figure: Figure) -> str:
@@ -287,12 +264,11 @@ def opacity(share: float) -> float:
     return 0.07 + 0.93 * share
 
 
-def swatch(style: Style, size: int = 16) -> str:
+def swatch(style: Style) -> str:
     """A model's mark on its own, for legends and tables."""
-    middle = size / 2
     return (
-        f'<svg class="swatch" width="{size}" height="{size}" viewBox="0 0 {size} {size}" '
-        f'aria-hidden="true">{_mark(middle, middle, style, 5)}</svg>'
+        '<svg class="swatch" width="16" height="16" viewBox="0 0 16 16" '
+        f'aria-hidden="true">{_mark(8, 8, style, 5)}</svg>'
     )
 
 
@@ -566,6 +542,5 @@ def _classes(style: Style) -> str:
     return f"{style.css} {style.toggle}".strip()
 
 
-def _short(value: float, digits: int = 2) -> str:
-    text = f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e+")
+def _short(value: float) -> str:
+    return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e+")

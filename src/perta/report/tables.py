@@ -246,12 +246,9 @@ def edit_tables(runs: Sequence[Run]) -> list[Table]:
             continue
         fields = [name for name in tensors[0] if name != "name"]
         columns = [Column("tensor", "", numeric=False), *(Column(name) for name in fields)]
-        rows = [
-            Row(tuple(Entry(str(t.get(f)), "", "", t.get(f)) for f in ("name", *fields)))
-            for t in tensors
-        ]
+        rows = tuple(_raw_row(t.get(f) for f in ("name", *fields)) for t in tensors)
         name = f"edit_{file_name(run.label)}"
-        tables.append(Table(name, run.label, "", tuple(columns), tuple(rows)))
+        tables.append(Table(name, run.label, "", tuple(columns), rows))
     return tables
 
 
@@ -302,16 +299,18 @@ def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:
     columns = [Column("model", "", numeric=False), *(Column(name) for name in names)]
     columns += [Column("total seconds"), Column("share of retraining"), Column("evaluation")]
     columns += [Column("forward passes over a token"), Column("share of its operations")]
-    rows = []
+    lines = []
     for cost in found:
         seconds = {segment.name: segment.seconds for segment in cost.segments}
         values = [cost.label, *(seconds.get(name) for name in names), cost.total, cost.share]
-        values += [cost.evaluation, cost.passes or None, cost.operations]
-        rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
+        lines.append([*values, cost.evaluation, cost.passes or None, cost.operations])
     if retraining is not None:
-        values = ["retrained", *(None for _ in names), retraining, 1.0, *[None] * 3]
-        rows.append(Row(tuple(Entry(str(value), "", "", value) for value in values)))
-    return Table("costs", "Cost", "", tuple(columns), tuple(rows))
+        lines.append(["retrained", *(None for _ in names), retraining, 1.0, *[None] * 3])
+    return Table("costs", "Cost", "", tuple(columns), tuple(map(_raw_row, lines)))
+
+
+def _raw_row(values: Iterable[Any]) -> Row:
+    return Row(tuple(Entry(str(value), raw=value) for value in values))
 
 
 def to_csv(table: Table) -> str:

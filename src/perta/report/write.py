@@ -17,7 +17,7 @@ from perta.errors import ConfigError, OutputExistsError
 from perta.report._figures import write_figures
 from perta.report._page import Page, asset
 from perta.report._sections import share_text
-from perta.report.collect import Collection, collect
+from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import write_csv
 from perta.report.verdict.judge import Verdict, as_record, judge
@@ -41,9 +41,8 @@ def write_report(config: ReportConfig) -> Path:
     if not config.results:
         raise ConfigError("Nothing to report on: name at least one results file or folder.")
     refuse_foreign_page(config)
-    collection = collect(config.results)
-    page = Page(config, collection, _ordered(judge(collection), config.subject))
-    text = _render(page)
+    page = page_for(config)
+    text = render(page)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     _write_companions(companion_folder(config.output), page)
     with atomic_file(config.output, overwrite=True) as partial:
@@ -53,15 +52,17 @@ def write_report(config: ReportConfig) -> Path:
 
 def judged(config: ReportConfig) -> list[Verdict]:
     """The verdicts of a report, that on the model it is about first."""
-    return _ordered(judge(collect(config.results)), config.subject)
+    return page_for(config).verdicts
 
 
-def build_report(config: ReportConfig, collection: Collection) -> str:
+def page_for(config: ReportConfig) -> Page:
+    """The page before it is text, of everything that the results tell."""
+    collection = collect(config.results)
+    return Page(config, collection, _ordered(judge(collection), config.subject))
+
+
+def render(page: Page) -> str:
     """The page as text: HTML with everything in it."""
-    return _render(Page(config, collection, _ordered(judge(collection), config.subject)))
-
-
-def _render(page: Page) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(

@@ -104,12 +104,12 @@ class Check:
     before: float | None
     after: float
     reference: float | None
-    share: float | None
-    share_low: float | None
-    share_high: float | None
     n: int
-    status: Status
     core: bool
+    status: Status = "unknown"
+    share: float | None = None
+    share_low: float | None = None
+    share_high: float | None = None
     rows: tuple[str, ...] = ()
     subjects: tuple[int, ...] = ()
 
@@ -230,11 +230,7 @@ def _forget_check(
         before.value if before else None,
         after.value,
         reference.value if reference else None,
-        None,
-        None,
-        None,
         len(after.examples),
-        "unknown",
         core,
     )
     if reference is None or yardstick is None:
@@ -384,7 +380,8 @@ def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> C
     before = full.measures.get("forget_quality") if full else None
     n = len(truth_ratios(run.results))
     status: Status = "not" if reading.value < _SIGNIFICANCE else "unclear"
-    if status == "unclear" and n and _smallest_distance(n) <= _KS_DISTANCE:
+    # Asymptotic distance of two samples of n that is just significant.
+    if status == "unclear" and n and math.sqrt(-math.log(_SIGNIFICANCE / 2) / n) <= _KS_DISTANCE:
         status = "met"
     return Check(
         "forget_quality",
@@ -392,18 +389,10 @@ def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> C
         before.value if before else None,
         reading.value,
         1.0,
-        None,
-        None,
-        None,
         n,
-        status,
         core=False,
+        status=status,
     )
-
-
-def _smallest_distance(n: int) -> float:
-    """Kolmogorov–Smirnov distance of two samples of n that is just significant (asymptotic)."""
-    return math.sqrt(-math.log(_SIGNIFICANCE / 2) / n)
 
 
 def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
@@ -425,12 +414,12 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
         None,
         fmean(mine.values()),
         fmean(yardstick.losses.values()),
-        found.value,
-        found.low,
-        found.high,
         found.n,
-        status,
         core=True,
+        status=status,
+        share=found.value,
+        share_low=found.low,
+        share_high=found.high,
         rows=_numbered(rows, run),
     )
 
@@ -454,11 +443,7 @@ def _retain_check(
         before.value if before else None,
         after.value,
         reference,
-        None,
-        None,
-        None,
         len(after.examples),
-        "unknown",
         key in RETAIN_CORE,
     )
     if before is None or before.value <= _SMALLEST_GAP:
