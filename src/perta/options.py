@@ -117,13 +117,9 @@ _ALIASES = {"alpha": "scaling_coef"}
 
 
 def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
-    """A configuration with options as the command line names them, with `_` for `-`.
+    """A configuration (or a new one of a class) with options as the command line names them.
 
-    Args:
-        config: what they are changed in, or the class of a new one.
-
-    Raises:
-        ConfigError: there is no such option.
+    They have `_` for `-`. ConfigError where there is no such option.
     """
     own = {item.name for item in fields(config)}
     mine = {name: value for name, value in given.items() if name in own}
@@ -145,11 +141,7 @@ def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:
-    """Stop at a wrong value, naming its flag.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Stop at a wrong value with a `ConfigError` that names its flag and what would fit."""
     if not condition:
         raise ConfigError(f"--{flag} is {value}; it must be {wanted}.")
 

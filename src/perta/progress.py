@@ -37,11 +37,7 @@ _CONTROLS = {
 
 
 def visible(text: str, *, escaped: bool = False) -> str:
-    """A text that a terminal shows and does not obey: escape sequences have lost their start.
-
-    Args:
-        escaped: write such characters as JSON does, in place of taking them out.
-    """
+    """A text that a terminal shows and does not obey; `escaped` writes controls as JSON does."""
     table = {code: f"\\u{code:04x}" for code in _CONTROLS} if escaped else _CONTROLS
     return text.translate(table)
 
@@ -117,13 +113,7 @@ def span(seconds: float) -> str:
 
 @dataclass
 class _Run:
-    """How far a run of several steps is.
-
-    Attributes:
-        work: step -> about how much there is to do, in any unit, in order.
-        done: work of the steps that are finished, what was reused left out.
-        seconds: what that took.
-    """
+    """How far a run of several steps is; what was reused does not count as done."""
 
     work: Mapping[str, float]
     done: float = 0.0
@@ -174,11 +164,7 @@ _run: ContextVar[_Run | None] = ContextVar("run", default=None)
 
 @contextmanager
 def running(work: Mapping[str, float]) -> Iterator[None]:
-    """Number the steps of a run.
-
-    Args:
-        work: step -> about how much there is to do, in any unit, in order.
-    """
+    """Number the steps of a run: step -> about how much there is to do, in any unit, in order."""
     before = _run.set(_Run(work))
     try:
         yield
@@ -190,8 +176,7 @@ def running(work: Mapping[str, float]) -> Iterator[None]:
 def step(name: str, title: str) -> Iterator[None]:
     """One step of a run: a line when it begins, and one every half minute whatever it does.
 
-    Args:
-        name: of the step; nothing is said of one that the run does not have.
+    Nothing is said of a step that the run does not have.
     """
     run = _run.get()
     if run is None or name not in run.work:
@@ -271,11 +256,7 @@ class _Log:
 
 @contextmanager
 def track(description: str, total: int) -> Iterator[_Advance]:
-    """Show the progress of one step.
-
-    Yields:
-        A function that reports finished units.
-    """
+    """Show the progress of one step; yields a function that reports finished units."""
     started, run = time.perf_counter(), _run.get()
     if run:
         run.track()

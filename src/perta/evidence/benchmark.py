@@ -101,11 +101,7 @@ class Benchmark(ABC, Generic[_Config]):
         """Results in the form of published logs, see `results`."""
 
     def source(self) -> str | None:
-        """Hash of the file that defines it, for one from outside the package.
-
-        Raises:
-            ConfigError: it is defined in no file.
-        """
+        """Hash of the file that defines it, for one from outside the package."""
         if type(self).__module__.startswith("perta."):
             return None  # the package's version is recorded
         try:
@@ -147,10 +143,7 @@ def load_benchmark(path: Path) -> Benchmark[Any]:
 
 
 def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str, str]]) -> Path:
-    """A folder with a benchmark's files, each downloaded once.
-
-    Args:
-        parts: file -> (id, subset, split) on the hub.
+    """A folder with a benchmark's files, each downloaded once: file -> (id, subset, split).
 
     Raises:
         DataError: there is no such folder, or the hub cannot be reached.
@@ -277,11 +270,7 @@ def run_with_journal(
     journal: Journal,
     advance: Callable[..., None],
 ) -> dict[str, Outcome]:
-    """`run_in_modes` over named items, skipping those the journal holds.
-
-    Raises:
-        DivergenceError: the model's loss on an item is not finite.
-    """
+    """`run_in_modes` over named items, but those the journal holds; each loss has to be finite."""
     names = [name for name in items if name not in journal.entries]
     advance(len(items) - len(names))
 
@@ -316,12 +305,10 @@ def reference_scores(
 ) -> list[float]:
     """Scores of the retrained model on this run's rows.
 
-    Args:
-        key: metric with a score per row.
-        cut: the run looks at the first rows only, so the log may have more.
+    With `cut` the run looks at the first rows only, so the log may have more.
 
     Raises:
-        DataError: the log lacks the metric, or is of other rows.
+        DataError: the log lacks the metric `key`, or is of other rows.
     """
     values = (reference.get(key) or {}).get("value_by_index")
     if not values:

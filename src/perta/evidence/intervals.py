@@ -62,11 +62,7 @@ def share_interval(hits: int, n: int) -> Interval:
 def mean_interval(
     values: Sequence[float], lowest: float = 0.0, highest: float = 1.0, groups: Groups = None
 ) -> Interval:
-    """Mean of bounded values with its interval.
-
-    Args:
-        groups: group of each value; None where they are independent.
-    """
+    """Mean of bounded values with its interval; without groups they are independent."""
     found = _interval_of_draws(np.asarray(values, dtype=np.float64), lowest, highest)
     return _widened(found, student_interval(values, groups) if groups is not None else None)
 
@@ -95,11 +91,7 @@ def difference_interval(
 
 
 def student_interval(values: Sequence[float], groups: Groups = None) -> Interval | None:
-    """Mean with Student's interval over groups (over single values without them).
-
-    Returns:
-        None with fewer than two groups, which say nothing about a spread.
-    """
+    """Mean with Student's interval over groups, or single values; None with fewer than two."""
     from scipy.stats import t
 
     array = np.asarray(values, dtype=np.float64)
@@ -136,14 +128,7 @@ def quantile_interval(value: float, low: Array, high: Array, n: int) -> Interval
 def bounded_means(
     values: Array, lowest: float, highest: float, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Means under random weights, with one more value at the lower and at the upper bound.
-
-    Args:
-        values: (n,) values.
-
-    Returns:
-        Two arrays of shape (DRAWS,).
-    """
+    """Means of (n,) values under random weights, with one more at either bound: two (DRAWS,)."""
     n = len(values)
     if _DRAWS * (n + 1) <= _CACHED:
         weights = random_weights(n, seed)

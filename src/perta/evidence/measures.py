@@ -274,11 +274,7 @@ _UTILITY_PARTS = (
 
 
 def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
-    """Every measure in a results file, under our names; unknown ones keep their own.
-
-    Returns:
-        Measure key -> reading; measures without a value are left out.
-    """
+    """Readings of every measure that has a value, under our names; unknown ones keep their own."""
     readings: dict[str, Reading] = {}
     for name, entry in results.items():
         if name == "perta" or not isinstance(entry, Mapping) or name.endswith("_subject"):

@@ -41,11 +41,7 @@ class _Rouge:
 
 
 def probability(loss: float) -> float:
-    """Answer probability, the geometric mean over its tokens: exp(-loss).
-
-    Args:
-        loss: mean cross-entropy of the labelled tokens, in nats.
-    """
+    """Answer probability, the geometric mean over its tokens; loss in nats: exp(-loss)."""
     return math.exp(-loss)
 
 
@@ -202,13 +198,10 @@ def privleak(auc: float, retain_auc: float | None = None) -> float:
 
 
 def forget_quality(ratios: Sequence[float], reference_ratios: Sequence[float]) -> float:
-    """p-value that this model's truth ratios come from the retrained model's distribution.
+    """p-value that both samples of raw truth ratios on the forget set are of one distribution.
 
-    Returns:
-        p-value of the two-sided two-sample Kolmogorov-Smirnov test; papers often give log10.
-
-    Raises:
-        DataError: a side has no values.
+    That of the two-sided two-sample Kolmogorov-Smirnov test; papers often give log10. DataError
+    where a sample is empty.
     """
     if not ratios or not reference_ratios:
         raise DataError("Forget quality compares two samples of truth ratios, and one is empty.")
@@ -239,11 +232,7 @@ def model_utility(values: Sequence[float]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean.
-
-    Raises:
-        DataError: there are no values.
-    """
+    """Arithmetic mean of at least one value; DataError without any."""
     if not len(values):
         raise DataError("There is no value to average.")
     array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)

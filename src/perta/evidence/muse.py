@@ -70,12 +70,7 @@ _TEXT = DataConfig(format="text", text_column="text")
 
 @dataclass(frozen=True)
 class _Subset:
-    """One metric's items, or why there are none.
-
-    Attributes:
-        name: prefix of its rows in the journal.
-        references: texts that generated answers are compared with.
-    """
+    """One metric's items, or why there are none; `name` begins its rows in the journal."""
 
     name: str
     items: tuple[Item, ...] = ()

@@ -79,14 +79,7 @@ def generate_people(people: int, questions: int, seed: int) -> list[dict[str, An
 def split_people(
     rows: Sequence[Mapping[str, Any]], *, forget_people: int, seed: int = 0
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Divide rows by person into a forget set and a retain set.
-
-    Returns:
-        Forget rows and retain rows, both in their old order, neither empty.
-
-    Raises:
-        ConfigError: a side would be empty.
-    """
+    """Divide rows by person into forget and retain rows in their old order; neither is empty."""
     names = list(dict.fromkeys(str(row["person"]) for row in rows))
     if not 0 < forget_people < len(names):
         raise ConfigError(

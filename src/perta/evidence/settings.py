@@ -103,13 +103,7 @@ class AbilityConfig(Paths):
 
 @dataclass(frozen=True)
 class Offer:
-    """A benchmark that comes with the package.
-
-    Attributes:
-        config: class of its options.
-        summary: one sentence of help.
-        place: `module:function` that takes the options, writes the results and returns them.
-    """
+    """A benchmark that comes with the package: `place` is the `module:function` that runs it."""
 
     config: type[Any]
     summary: str

@@ -94,12 +94,11 @@ _DATA = DataConfig(format="qa", prompt_column="question", answer_column="answer"
 
 @dataclass(frozen=True)
 class Part:
-    """One data file of the benchmark.
+    """One data file of the benchmark; `cut` says that only its first rows are looked at.
 
     Attributes:
         paraphrased: its right answer for the truth ratio is the paraphrase.
         examples: its rows; None where the file is missing.
-        cut: only its first rows are looked at.
     """
 
     name: str
@@ -286,12 +285,7 @@ def run_tofu(
 
 
 def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> list[Part]:
-    """The benchmark's files.
-
-    Raises:
-        ConfigError: the split's name is none of TOFU's.
-        DataError: none of the files is there.
-    """
+    """The benchmark's files; an error where none is there, or the split is none of TOFU's."""
     plan = _PEOPLE if forget_split == PEOPLE else _tofu_files(folder, forget_split)
     parts = [
         Part(
@@ -447,11 +441,7 @@ def _with_reference_losses(
 def make_item(
     example: Example, part: Part, tokenizer: PreTrainedTokenizerBase, compat: bool
 ) -> Item:
-    """Tokenise a row: the right answer first, then its paraphrase, then the wrong ones.
-
-    Raises:
-        DataError: a column is missing or empty, or an answer has no token.
-    """
+    """Tokenise a row: the right answer first, then its paraphrase, then the wrong ones."""
     texts = [example.answer]
     if part.paraphrased:
         texts += _texts(example, "paraphrased_answer", part)

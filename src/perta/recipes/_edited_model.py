@@ -50,25 +50,14 @@ class Change:
 
     @torch.no_grad()
     def applied(self, full: Tensor, scaling_coef: float) -> Tensor:
-        """The parameter at a strength.
-
-        Args:
-            full: θ_full; it is cast to the stored type, to the nearest, before.
-
-        Returns:
-            float32, with values of the stored type.
-        """
+        """The parameter at a strength: float32, with values of the stored type."""
         # In two steps, as the edit does it: a fused one differs in the last bit.
         values = full.to(self.dtype).to(torch.float32) - self.delta * scaling_coef
         return self.rounded(values).to(torch.float32)
 
 
 class EditedModel:
-    """A loaded model at θ_full − α Δ.
-
-    Attributes:
-        model: the model; `move` changes its weights in place.
-    """
+    """A loaded model at θ_full − α Δ; `move` changes its weights in place."""
 
     def __init__(self, model: PreTrainedModel, changes: Sequence[Change]) -> None:
         self.model = model

@@ -35,12 +35,7 @@ PROTECTED, HELD_BACK = "retain_protected.jsonl", "retain_held_back.jsonl"
 
 @dataclass(frozen=True)
 class Split:
-    """A retain set in two parts.
-
-    Attributes:
-        held_back: rows that it does not; None where all are used.
-        by: what was kept together.
-    """
+    """A retain set in two parts; `held_back` is None where all rows are used."""
 
     protected: ExampleSet
     held_back: ExampleSet | None = None
@@ -69,13 +64,7 @@ class Split:
 
 
 def hold_back(examples: ExampleSet, wanted: str | None, subject_column: str | None) -> Split:
-    """Keep a part of a retain set out of a run.
-
-    Args:
-        wanted: how much, a share or a count, 0 for nothing; by default as said above.
-
-    Returns:
-        The parts, each in the order of the file.
+    """Keep a part of a retain set out of a run: a share or a count, or by default as said above.
 
     Raises:
         ConfigError: neither a share nor a count, or one that leaves nothing to protect.

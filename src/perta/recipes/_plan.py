@@ -38,12 +38,7 @@ _TUNED = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a request.
-
-    Attributes:
-        config: with the method's defaults filled in.
-        sets: `forget` and others, as the run may use them; `judged` is what retention is judged on.
-    """
+    """Sizes of a request with the method's defaults; retention is judged on the set `judged`."""
 
     config: UnlearnConfig
     training: Training | None
@@ -53,11 +48,7 @@ class Sizes:
     sets: Mapping[str, ExampleSet]
 
     def plan(self, asked: Mapping[str, bool], work_folder: Path) -> Plan:
-        """The plan of a run.
-
-        Args:
-            asked: step -> whether its result is there already.
-        """
+        """The plan of a run: step -> whether its result is there already."""
         steps = tuple(
             Step(name, title_of(name), 0.0 if done else self.operations(name), done)
             for name, done in asked.items()

@@ -43,12 +43,7 @@ Question = Callable[[float], bool]
 
 @dataclass(frozen=True)
 class Found:
-    """Outcome of a search.
-
-    Attributes:
-        scaling_coef: the smallest strength found that passes; None where there is none.
-        within: where there is none, the strengths known to be within the budget, ascending.
-    """
+    """The smallest strength that passes; without one, those within the budget, ascending."""
 
     scaling_coef: float | None
     within: tuple[float, ...] = ()
@@ -99,14 +94,7 @@ def search_strength(forgets: Question, fits: Question) -> Found:
 
 
 def search_coarsely(forgets: Question) -> float | None:
-    """Look for a strength that forgets, octave by octave and to a tenth: others follow it.
-
-    Args:
-        forgets: strength -> whether enough looks unseen; not at 0.
-
-    Returns:
-        The strength, None where no octave has one.
-    """
+    """Look for a strength that forgets, octave by octave and to a tenth: others follow it."""
     low = 0.0
     for high in GRID[::_OCTAVE]:
         if forgets(high):
@@ -137,13 +125,7 @@ def _find_limit(is_within: Question, known: dict[float, bool]) -> None:
 def is_monotone(answers: Sequence[tuple[float, bool | None, bool | None]]) -> bool:
     """Whether, as far as was looked, a larger strength forgets more and costs more.
 
-    Args:
-        answers: of each strength tried, whether it forgets and whether it fits; None where
-            nobody looked.
-
-    Returns:
-        Whether no strength falls short that is larger than one that forgets, and none fits that
-        is larger than one that does not.
+    Of each strength tried: whether it forgets and whether it fits; None where nobody looked.
     """
     tried = sorted(answers)
     forgot = [a for _, a, _ in tried if a is not None]

@@ -130,16 +130,12 @@ class Workspace:
         protected: Sequence[str] = ("retain",),
         saved: Path | None = None,
     ) -> dict[str, Any]:
-        """Everything that an edit reads.
+        """Everything that an edit reads, as fields of `EditConfig`.
 
         Args:
-            seeds: of the forget checkpoints [default: as many as needed, from that of `tune` on].
             samples: sample of the retain set that a retain checkpoint is tuned on.
             protected: sets whose moments, added, stand for what is to be kept.
             saved: moments that are added to these.
-
-        Returns:
-            Fields of `EditConfig`.
         """
         given: dict[str, Any] = {}
         if wanted.forget_checkpoints:

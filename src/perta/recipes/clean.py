@@ -50,9 +50,7 @@ class Cleaned:
 def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     """Delete what a run left that knows the forget set (`perta clean`).
 
-    Args:
-        run: output of `perta unlearn`, `perta edit` or `perta train`; of a run that did not come
-            to its end, where it would be.
+    Of a run that did not come to its end, `run` is where its output would be.
 
     Raises:
         ConfigError: it is no run, or is being written.

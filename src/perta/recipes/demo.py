@@ -69,11 +69,7 @@ TINY = Scale(
 
 @telling_once()
 def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, Any]]:
-    """Run the demo and print its table.
-
-    Raises:
-        PertaError: the model cannot be obtained, or the output folder holds something else.
-    """
+    """Run the demo and print its table: model name -> results of its evaluation."""
     started = time.perf_counter()
     scale = TINY if config.tiny else _REAL
     if config.tiny and config.compute.threads is None:

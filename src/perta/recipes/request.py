@@ -251,9 +251,6 @@ def split_retain(
 
     Returns:
         The parts of the retain set, None without one, and what the run's record says of them.
-
-    Raises:
-        ConfigError: `--held-back` does not fit.
     """
     if "retain" not in sets:
         return None, {}
@@ -282,15 +279,7 @@ def split_retain(
 
 
 def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
-    """Read the sets that were given.
-
-    Returns:
-        `forget`, and `retain`, `holdout` and `general` where there are such.
-
-    Raises:
-        DataError: a file cannot be used.
-        ConfigError: two sets are the same rows.
-    """
+    """Read the sets that were given; no two may be the same rows."""
     sets = {
         name: load_examples(source, rows_config(config, name))
         for name in SETS

@@ -80,12 +80,7 @@ class Request:
 
 @dataclass(frozen=True)
 class State:
-    """What a ledger says.
-
-    Attributes:
-        start: facts of the `init` entry.
-        current: the newest checkpoint, and its fingerprint as the ledger has it.
-    """
+    """What a ledger says: `current` is the newest checkpoint, and its fingerprint there."""
 
     folder: Path
     start: Mapping[str, Any] = field(repr=False)
@@ -95,11 +90,7 @@ class State:
 
 
 def start_ledger(config: RequestsInitConfig) -> Entry:
-    """Begin a ledger (`perta requests init`).
-
-    Raises:
-        PertaError: input that cannot be used, or a folder with anything in it.
-    """
+    """Begin a ledger in a new folder (`perta requests init`)."""
     folder = config.folder.expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there already. Give a new folder.")
@@ -252,8 +243,7 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
 def verify_requests(folder: Path, *, head: str | None = None) -> State:
     """Check ledger, signatures and checkpoints (`perta requests verify`).
 
-    Args:
-        head: hash of an entry that was noted elsewhere; the ledger must hold it.
+    The ledger must hold the hash `head`, which was noted elsewhere.
     """
     state = read_state(folder)
     if head is not None and head not in {entry.hash for entry in state.entries}:
@@ -306,11 +296,7 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
 
 
 def read_state(folder: Path) -> State:
-    """What a ledger says, once its chain is checked.
-
-    Raises:
-        LedgerError: there is none, or it is not whole.
-    """
+    """What a ledger says, once its chain is checked."""
     folder = _folder(folder)
     entries = read_ledger(folder)
     start = entries[0].facts

@@ -101,11 +101,7 @@ class RunRecord:
         raise exists_error(output, why)
 
     def check(self, made: Iterable[Path]) -> None:
-        """Stop where an input is not what this run began with, or a stage read something else.
-
-        Args:
-            made: outputs of this run's stages.
-        """
+        """Stop where an input is not what this run began with, or a stage read something else."""
         protected = self.held_back.get("protected")
         known = {name: {value, protected} for name, value in self.inputs.items()}
         rows = {self.inputs.get(name) for name in ("forget", "retain", "general")} | {protected}

@@ -214,13 +214,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
 
 @dataclass(frozen=True)
 class _Run:
-    """One run with its inputs.
-
-    Attributes:
-        config: the request; its retain set is what the run may use.
-        sets: as given.
-        split: the retain set in two parts, the second of which is `judged` retention on.
-    """
+    """One run with its inputs; retention is `judged` on the second part of `split`."""
 
     config: UnlearnConfig
     training: Training | None
@@ -272,11 +266,7 @@ class _Run:
         return {**self.sets, "retain": self.split.protected} if self.split else self.sets
 
     def plan(self, *, looks: bool) -> Plan:
-        """What the run would do.
-
-        Args:
-            looks: whether to look for what is there already; else all would be made.
-        """
+        """What the run would do; `looks` says whether to look for what is there already."""
         sets, split = dict(self.used), self.split
         if "retain" in sets:
             held = split.held_back if split else None

@@ -26,11 +26,7 @@ _REFERENCE_NAMES = {"retrained": "retrained", "holdout": "unseen", "base": "base
 
 @dataclass(frozen=True)
 class Page:
-    """One report; every section is made once, when it is first asked for.
-
-    Attributes:
-        verdicts: that on the model which the page is about first.
-    """
+    """One report; every section is made once, when it is first asked for."""
 
     config: ReportConfig
     collection: Collection

@@ -48,12 +48,7 @@ _SHORT_NAMES = {
 
 @dataclass(frozen=True)
 class EditMap:
-    """Where one edit happened.
-
-    Attributes:
-        figures: maps of W, where it differs, and of the size of the change.
-        outside: rows of (tensor, mean W, size of the change) for tensors of no layer.
-    """
+    """Where one edit happened; `outside` has (tensor, mean W, size of the change)."""
 
     label: str
     figures: tuple[HeatMap, ...]
@@ -207,11 +202,7 @@ def probability_curves(
 def truth_ratio_curves(
     collection: Collection, ranked: Sequence[Run], looks: Mapping[str, Style]
 ) -> tuple[Ecdf, list[tuple[str, int, str, str]]] | None:
-    """Truth ratios behind forget quality, and each model's distance from the retrained one.
-
-    Returns:
-        The figure and rows of (model, n, KS distance, p-value); None without truth ratios.
-    """
+    """Truth ratios behind forget quality, and rows of (model, n, KS distance, p-value)."""
     usable = [
         run
         for run in collection.runs

@@ -26,12 +26,7 @@ _LINE_LENGTH = 110
 
 @dataclass(frozen=True)
 class Style:
-    """How a model looks in every figure.
-
-    Attributes:
-        shape: form of its mark, so that colour is never the only difference.
-        toggle: class by which the page shows and hides it; empty for references.
-    """
+    """How a model looks: colour, form of its mark, and the class that shows and hides it."""
 
     css: str
     shape: str
@@ -112,11 +107,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Ecdf:
-    """Empirical distribution functions: share of examples at or below each value.
-
-    Attributes:
-        x: horizontal axis, in base-10 logarithms if `log`.
-    """
+    """Empirical distribution functions: share of examples at or below each value, or its log10."""
 
     name: str
     title: str
@@ -127,11 +118,7 @@ class Ecdf:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A map of one hue: the stronger, the larger the value.
-
-    Attributes:
-        cells: what to draw; places without a cell stay empty.
-    """
+    """A map of one hue: the stronger, the larger the value; places without a cell stay empty."""
 
     name: str
     title: str

@@ -30,11 +30,7 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Quote:
-    """A text as the page shows it.
-
-    Attributes:
-        text: the text; None if it is withheld.
-    """
+    """A text as the page shows it; None if it is withheld."""
 
     text: str | None = field(repr=False)
     length: int
@@ -84,14 +80,11 @@ def quote(text: str, *, show: bool) -> Quote:
 
 
 def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) -> list[SampleSet]:
-    """Answers of several models to the first examples of each set.
+    """Answers of several models to the first examples of each set that has any.
 
     The first ones, so that nobody chose them; and of the forget set the one that the subject
     still answers with the highest probability, because the first ones may look better than
     the worst.
-
-    Returns:
-        The sets with samples; those without answers are left out.
     """
     sets = []
     for name in TEXT_KEYS:

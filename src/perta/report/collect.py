@@ -136,10 +136,7 @@ class Collection:
 
 
 def collect(paths: Iterable[str]) -> Collection:
-    """Read everything that is given and join it.
-
-    Args:
-        paths: results files and folders, each optionally as `label=path`.
+    """Read results files and folders, each optionally as `label=path`, and join them.
 
     Raises:
         DataError: a path is missing, holds nothing to report, or no results were found at all.

@@ -68,13 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One table.
-
-    Attributes:
-        name: stem of its CSV file.
-        columns: from the left; the first holds names.
-        minor: whether it is folded away on the page.
-    """
+    """One table, the first column of which holds names; the page folds a minor one away."""
 
     name: str
     title: str
@@ -116,11 +110,7 @@ class Cost:
 
 
 def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
-    """One table per group of measures, a row per model, with 95% intervals.
-
-    Args:
-        fold: fold long tables away, because a shorter one stands before them.
-    """
+    """One table per group of measures, a row per model; `fold` folds long ones away."""
     evaluated = [run for run in runs if run.measures]
     keys = dict.fromkeys(key for run in evaluated for key in run.measures)
     known = [measure for measure in MEASURES if measure.key in keys]
@@ -253,11 +243,7 @@ def edit_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def costs(collection: Collection) -> tuple[list[Cost], float | None]:
-    """What every edited model took and what retraining took, in seconds.
-
-    Returns:
-        One cost per edited model whose stages are recorded, and the time of retraining.
-    """
+    """What every edited model took whose stages are recorded, and retraining, in seconds."""
     retrained = [run for run in collection.by_role("retrained") if seconds_of(run.spent)]
     found = []
     for run in collection.by_role("edited"):

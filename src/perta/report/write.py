@@ -33,7 +33,7 @@ _VERDICT = "verdict.json"
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Write the report and the files beside it (`perta report`).
+    """Write the report and the files beside it (`perta report`); returns the page.
 
     Raises:
         PertaError: there is nothing to report, or the output is something else.

@@ -52,14 +52,7 @@ def bench_muse(config: MuseConfig) -> Results:
 
 
 def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results:
-    """Evaluate a checkpoint with a benchmark and write the results.
-
-    Returns:
-        What the results file holds.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
+    """Evaluate a checkpoint with a benchmark and write the results."""
     data = benchmark.folder(config)
     checkpoint = resolve_checkpoint(config.checkpoint)
     settings = {**settings_of(config), **picked(config.compute)}

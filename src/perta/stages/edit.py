@@ -49,15 +49,9 @@ def _write_direction(
 ) -> Path:
     """Compute a weighted direction and write it, or reuse the one that is there.
 
-    Args:
-        output: folder of the direction; an outdated one that perta made is replaced.
-
     Returns:
         The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
         and condition of every layer in its `perta.json`.
-
-    Raises:
-        PertaError: inputs that do not fit each other, or a solve that fails.
     """
     folders = {
         "base": inputs.base.folder,
@@ -196,11 +190,7 @@ def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
 
 
 def find_inputs(config: EditConfig) -> dict[str, Path]:
-    """Find everything that an edit reads but a structured method's direction.
-
-    Returns:
-        Name -> local folder; further forget checkpoints are `forget_checkpoint_2` and so on.
-    """
+    """Name -> local folder of everything that an edit reads but a structured method's direction."""
     tuned: dict[str, str | None] = {
         checkpoint_name(place): checkpoint
         for place, checkpoint in enumerate(config.forget_checkpoints)
@@ -262,15 +252,7 @@ def direction_folder(config: EditConfig) -> Path | None:
 
 
 def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
-    """Compute a structured method's direction, or reuse it.
-
-    Args:
-        folders: `full`, `base`, forget checkpoints, and the moment folders of the method's sides.
-
-    Raises:
-        ConfigError: a forget checkpoint or moment folder was not given.
-        PertaError: the inputs do not belong together.
-    """
+    """Compute a structured method's direction from the edit's inputs, or reuse it."""
     method, weighting = get_method(config.weighting.method), config.weighting
     needs, tuned = method.needs, _forget_checkpoints(folders)
     check_count(method, folders["base"], len(tuned))

@@ -79,11 +79,7 @@ def find_in_sets(
     base: Path | None,
     longest: int | None,
 ) -> dict[str, tuple[Fact, ...]]:
-    """Facts of named sets; the base model is loaded where rows do not tell theirs.
-
-    Args:
-        base: folder of a model that has seen none of the rows; without it none is asked.
-    """
+    """Name -> facts; the base model is loaded where there is one and rows do not tell theirs."""
     asked = base and not all(is_told(examples, data_config) for examples in sets.values())
     model = load_model(base, compute) if base and asked else None
     return {

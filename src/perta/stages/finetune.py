@@ -111,9 +111,8 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
 def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:
     """What a forget checkpoint learns.
 
-    Returns:
-        What was asked for; else facts for structured methods, and answers for the others and for
-        plain text, which has no template around its facts.
+    What was asked for; else facts for structured methods, and answers for the others and for plain
+    text, which has no template around its facts.
     """
     if asked:
         return asked

@@ -88,13 +88,7 @@ def estimate(
     pad: int,
     batch_size: int = 8,
 ) -> Moments:
-    """Importance in memory.
-
-    Args:
-        orders: every order wanted; one pass serves all.
-
-    Returns:
-        Order -> parameter name -> float32 tensor of the parameter's shape.
+    """Importance in memory: order -> parameter name -> float32 of the parameter's shape.
 
     Raises:
         EngineMismatchError: `verify` found the batched engine and the loop to disagree.

@@ -16,11 +16,9 @@ from perta.store.record import make_manifest, settings_of, write_manifest
 def divide_people(
     config: PeopleConfig,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of a benchmark.
+    """Forget rows, retain rows, rows of others whom no model is tuned on, and the first two.
 
-    Returns:
-        Forget rows, retain rows, rows of others whom no model is tuned on (as many people as are
-        to be forgotten), and forget and retain rows together in their own order.
+    There are as many others as are to be forgotten; the last have their own order.
     """
     everybody = config.people + config.forget_people
     everything = generate_people(everybody, config.questions, config.people_seed)

@@ -85,10 +85,9 @@ class NotMadeError(Exception):
 
 @contextmanager
 def only_asking() -> Iterator[Mapping[Path, Path]]:
-    """Let stages write nothing: one whose output is not there raises `NotMadeError`.
+    """Let stages write nothing; output -> where it lies, of those that lie elsewhere.
 
-    Yields:
-        Output -> where it lies, of those that lie elsewhere.
+    One whose output is not there raises `NotMadeError`.
     """
     found: dict[Path, Path] = {}
     before = _asking.set(found)
@@ -122,17 +121,13 @@ def run_stage(
     reads: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Produce a stage's output folder, or reuse it.
+    """Produce a stage's output folder, or reuse it; returns its manifest.
 
     Args:
         make: writes the output into the folder it is given; returns results worth recording.
         look: finds `inputs` again, for they must be the same when the output is made.
 
-    Returns:
-        The manifest of the output.
-
     Raises:
-        CheckpointError: an input was changed meanwhile.
         CheckpointError: an input was changed meanwhile.
         ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
@@ -193,15 +188,7 @@ def run_file_stage(
     reads: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """The same for a stage whose output is one JSON file with its manifest under `perta`.
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        ConfigError: the output overlaps what the stage reads.
-        OutputExistsError: the output is there, does not match, and must not be replaced.
-    """
+    """The same for a stage whose output is one JSON file with its manifest under `perta`."""
     reads = [*reads, *_named(settings, inputs)]
     # A new file beside the weights is welcome, unless it would be read as a part of them.
     check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
@@ -389,12 +376,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured on what.
-
-    Attributes:
-        settings: resolved settings of the stage, with the device and type that were picked.
-        inputs: fingerprints of `checkpoint` and `data`.
-    """
+    """What is measured on what; `settings` has the device and type that were picked."""
 
     checkpoint: Path
     encoded: EncodedSet
@@ -410,12 +392,7 @@ def run_measurement(
 ) -> Path:
     """Check all input, then measure into a new folder or reuse the finished one.
 
-    Args:
-        measure: writes what it measures into the folder it is given; returns results worth
-            recording. The model is loaded for it alone: a reused output costs no model.
-
-    Returns:
-        The output folder.
+    The model is loaded for `measure` alone: a reused output costs no model.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     examples = load_examples(config.data, config.data_config)

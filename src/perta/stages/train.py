@@ -130,17 +130,7 @@ def _start(config: TrainConfig, method: Training) -> Path:
 
 
 def needed_sets(method: Training, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The sets that a method trains on.
-
-    Args:
-        given: `forget` and `retain`; None where the user gave none.
-
-    Returns:
-        Those of `given` that the method looks at.
-
-    Raises:
-        ConfigError: one of these was not given.
-    """
+    """Those of the sets given that a method trains on; ConfigError where one is missing."""
     wanted = {"forget": method.sees_forget_set, "retain": method.retain is not None}
     names = [name for name, is_wanted in wanted.items() if is_wanted]
     for name in names:

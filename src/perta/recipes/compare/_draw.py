@@ -40,8 +40,6 @@ class Sets:
     """Rows of one seed.
 
     Attributes:
-        forget: rows to forget, with wrong answers where there are any.
-        retain: rows to keep.
         suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones. Empty
             for rows of the user's own.
         split: what that evaluation calls them.
@@ -84,13 +82,7 @@ class Draw:
 
 
 def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
-    """Write the sets of a seed and tune the models on them; what is there is reused.
-
-    Raises:
-        ConfigError: too few rows to compare anything.
-        OutputExistsError: the folder holds rows or models made with other settings.
-        PertaError: data that cannot be used, or training that diverges.
-    """
+    """Write the sets of a seed and tune the models on them; what is there is reused."""
     folder = config.output / f"seed-{seed}"
     sets = draw_sets(config, seed)
     if min(len(sets.forget), len(sets.retain)) < 2:
@@ -137,12 +129,8 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
 def draw_sets(config: CompareConfig, seed: int) -> Sets:
     """The rows of a seed.
 
-    Returns:
-        The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it
-        is, likewise; or slices of TOFU that no two seeds share; or fictitious people.
-
-    Raises:
-        DataError: a file is missing or cannot be used, or one of TOFU is too short for the seed.
+    The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it is,
+    likewise; or slices of TOFU that no two seeds share; or fictitious people.
     """
     if config.forget is not None and config.retain is not None:
         return _own(config.forget, config.retain, config.data_config)

@@ -25,14 +25,7 @@ from perta.store.atomic import scratch_folder
 
 @dataclass
 class WeightEdit:
-    """θ_full − α Δ for any α.
-
-    Attributes:
-        default: the method's default strength, tried first.
-        changes: Δ and its rounding, in the order of the model's parameters.
-        passes: stage -> operations in forward passes over one token.
-        fixed: measures at the default strength; empty, since any strength is a step away.
-    """
+    """θ_full − α Δ for any α; `fixed` is empty, since any strength is a step away."""
 
     default: float
     changes: Sequence[Change]

@@ -60,15 +60,11 @@ class Knowledge:
     def columns(
         self, name: str, yardstick: Sequence[float] | None = None, *, kept: bool = False
     ) -> dict[str, float]:
-        """Columns of the tables.
+        """Columns of the tables that have a value.
 
         Args:
-            yardstick: probabilities of facts that look unseen, for the share of rows beyond their
-                95th percentile.
+            yardstick: probabilities of facts that look unseen; above their 95th percentile counts.
             kept: the rows are to be kept: the worst is the least probable one.
-
-        Returns:
-            Column -> value, without columns that have none.
         """
         worst = min if kept else max
         found = {

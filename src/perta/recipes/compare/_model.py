@@ -44,12 +44,7 @@ _FACTS = 40
 
 
 class Bench:
-    """A float32 model of one draw.
-
-    Attributes:
-        model: the model; `load` moves it.
-        sets: `forget`, `protected`, `retain` (which no method sees), and `facts` for TOFU.
-    """
+    """A float32 model of one draw; no method sees its `retain` set."""
 
     def __init__(self, config: CompareConfig, draw: Draw) -> None:
         self._config, self._draw = config, draw
@@ -109,11 +104,7 @@ class Bench:
         return mean(found) if all(map(math.isfinite, found)) else 0.0
 
     def measure(self, sets: Sequence[str] = SETS) -> Results:
-        """Quick evaluation without generation on some of the sets.
-
-        Returns:
-            Results as `perta evaluate` writes them; `retain` is the half that no method saw.
-        """
+        """Quick evaluation without generation on some of the sets."""
         wanted = {name: self.sets[name] for name in sets}
         return quick_evaluation(
             self.model,
@@ -139,9 +130,6 @@ class Bench:
         """What is known of forget rows after others were shown again for a few steps.
 
         The model is left at the relearned weights.
-
-        Returns:
-            Answers and facts of the forget rows that were not shown.
         """
         shown = self._forget[::RELEARNED_SHARE]
         hidden = [i for i in range(len(self._forget)) if i % RELEARNED_SHARE]
@@ -166,11 +154,7 @@ class Bench:
         )
 
     def ability(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Scores of tasks of lm-evaluation-harness, which wants a checkpoint, so one is written.
-
-        Returns:
-            `TASK/METRIC` -> score.
-        """
+        """`TASK/METRIC` -> score of lm-evaluation-harness, which wants a checkpoint."""
         config = self._config
         with scratch_folder(self._draw.folder / "ability") as scratch:
             folder = scratch / "model"

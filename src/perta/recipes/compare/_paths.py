@@ -147,16 +147,7 @@ def prepare_path(
     """Train with one learning rate after the other until the path passes equal forgetting.
 
     The first rate is the method's own, and that path is also what the method does by default.
-
-    Args:
-        start: what is known there.
-        target: what the retrained model knows.
-
-    Returns:
-        The last path: the one that passes, or the nearest to it within the attempts.
-
-    Raises:
-        DivergenceError: every attempt diverged.
+    The last one passes, or is the nearest to it (`target`, from `start`) within the attempts.
     """
     settings = with_method_defaults(spec.method, spec.training)
     rate = settings.learning_rate or spec.method.learning_rate

@@ -30,14 +30,7 @@ def search_equal(
 
     Between two strengths the logarithm of what is known is taken to be linear; outside, the
     strength grows by half. Every bracket holds a strength of equal forgetting, the smallest one
-    where forgetting grows with the strength.
-
-    Args:
-        measure: strength -> what is known of the forget set.
-        start: that at strength 0.
-
-    Returns:
-        Every try, in order. `nearest` picks the one to report.
+    where forgetting grows with the strength. `nearest` picks one of the tries.
     """
     below, made = Try(0.0, start), list[Try]()
     strength = first
@@ -61,12 +54,7 @@ def search_between(
     tolerance: float,
     tries: int,
 ) -> list[Try]:
-    """`search_equal` between two strengths.
-
-    Args:
-        below: where that is above the target.
-        above: where it is below.
-    """
+    """`search_equal` between two strengths, where the measure is above and below the target."""
     made: list[Try] = []
     while len(made) < tries:
         strength = _between(below, above, target)

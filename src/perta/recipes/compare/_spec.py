@@ -71,11 +71,7 @@ class EditSpec(Spec):
 
 @dataclass(frozen=True)
 class TrainingSpec(Spec):
-    """A training method.
-
-    Attributes:
-        training: settings of the loop; the harness chooses learning rate and number of epochs.
-    """
+    """A training method; the harness chooses learning rate and number of epochs."""
 
     method: Training
     training: TrainSettings
@@ -83,11 +79,7 @@ class TrainingSpec(Spec):
 
 @dataclass(frozen=True)
 class GivenSpec(Spec):
-    """A model that other code made.
-
-    Attributes:
-        place: its checkpoint; `{seed}` stands for the seed.
-    """
+    """A model that other code made; `{seed}` in its place stands for the seed."""
 
     place: str
 
@@ -97,11 +89,7 @@ class GivenSpec(Spec):
 
 
 def parse_checkpoint(text: str, seeds: int) -> GivenSpec:
-    """Read NAME=PATH from the command line.
-
-    Raises:
-        ConfigError: it has no name or no path, or one path for several seeds.
-    """
+    """Read NAME=PATH from the command line; with several seeds each needs a path of its own."""
     name, _, place = (part.strip() for part in text.partition("="))
     if not GivenSpec(name, place).slug or not place:
         raise ConfigError(f"--checkpoint {text} is not of the form NAME=PATH.")
@@ -114,14 +102,11 @@ def parse_checkpoint(text: str, seeds: int) -> GivenSpec:
 
 
 def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
-    """Read a contender from the command line.
+    """Read a contender from the command line: `NAME`, or `NAME:key=value,key=value`.
 
-    Args:
-        text: a method's name, then, after a colon, settings as `key=value` with commas between:
-            those of the weighting and `tokens`, `at`, `share`, `general` and `forget_seeds`, or
-            those of training.
-        batch_size: forget examples per step of training methods, unless `text` says otherwise.
-            The published 32 are more than a small forget set holds.
+    Settings are those of the weighting and `tokens`, `at`, `share`, `general` and `forget_seeds`,
+    or those of training, where `batch_size` stands for the published 32, which are more than a
+    small forget set holds.
 
     Raises:
         ConfigError: an unknown method or setting, or a value that does not fit.

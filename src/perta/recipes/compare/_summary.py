@@ -75,12 +75,9 @@ PRINTED = (
 
 
 def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
-    """One row per method: the mean of every column, with its spread.
+    """One row per method: the mean of every column, and ± its standard deviation over seeds.
 
-    Returns:
-        Rows with `method`, `seeds` and the columns that have values: the mean over seeds, and
-        after ± the standard deviation over them where there are two or more. `seeds` is how many
-        reached the view's condition, out of how many.
+    `seeds` is how many reached the view's condition, out of how many.
     """
     rows = []
     for method, found in _by_method(seed_rows(records, view)).items():

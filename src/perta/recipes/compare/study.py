@@ -85,11 +85,7 @@ class Compared(list[Record]):
         return f"{type(self).__name__}({', '.join(names)}: {len(self)} runs)"
 
     def rows(self, view: str = "equal") -> list[dict[str, Any]]:
-        """The numbers as rows of a table: `pandas.DataFrame(compared.rows("fixed"))`.
-
-        Args:
-            view: `equal` forgetting, `fixed` strength, or `resistant` to relearning.
-        """
+        """`equal`, `fixed` or `resistant`: `pandas.DataFrame(compared.rows("fixed"))`."""
         return seed_rows(self, view)
 
 
@@ -275,12 +271,8 @@ class _Seed:
     ) -> dict[str, Any]:
         """Raise the strength until relearning brings back no more than in the retrained model.
 
-        Args:
-            move: gives the model the weights of a strength; they are those of `equal` now.
-            equal: measures at equal forgetting; `relearned` is added.
-
-        Returns:
-            Every strength tried, and the measures at the first that resists, if one does.
+        The weights are those of `equal` now, to which `relearned` is added. Returns every strength
+        tried, and the measures at the first that resists, if one does.
         """
         limit = self._references["retrained"]["equal"]["relearned"] + self._config.relearn_margin
         strength = equal["strength"]

@@ -279,11 +279,7 @@ def _retention(
 
 
 def _retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
-    """Whether the evaluated retain rows took part in the edit, and a sentence on them.
-
-    Returns:
-        False and nothing where no record tells.
-    """
+    """Whether the evaluated retain rows took part in the edit, and a sentence on them."""
     made: Record = run.record.get("unlearn", {})
     held: Mapping[str, Any] = made.get("held_back", {})
     evaluated = run.set_fingerprint("retain")

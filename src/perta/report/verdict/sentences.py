@@ -27,12 +27,7 @@ _NEVER_SAW: Mapping[Calibration, str] = {
 
 
 def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:
-    """What became of the removed answers.
-
-    Args:
-        lead: the first decisive measure.
-        worst: the one that decides.
-    """
+    """What became of the removed answers, by the first decisive measure and the deciding one."""
     subject = "The answers about the removed examples"
     if calibration is None:
         if lead.before is not None and lead.after < lead.before:
@@ -219,11 +214,7 @@ def calibrated_on(calibration: Calibration | None) -> str:
 
 
 def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
-    """How the facts were found that forgetting is judged by.
-
-    Args:
-        decisive: whether the yardstick has them too.
-    """
+    """How facts were found, and whether the yardstick has them too, so that they decide."""
     if not sources or not decisive:
         return (
             "The results hold no facts of the removed answers, so whole answers are judged. Most "
