@@ -63,22 +63,48 @@ def quick_evaluation(
         name: find_facts(examples, tokenizer, data_config, longest=longest)
         for name, examples in sets.items()
     }
-    items = {}
-    for name, examples in sets.items():
-        made = make_items(model, tokenizer, examples, data_config, generate=scoring.generate)
-        items[name] = _with_facts(made, facts[name])
+    items = fact_items(model, tokenizer, sets, facts, data_config, generate=scoring.generate)
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
     everything = [item for group in items.values() for item in group]
-    options = _options(model, tokenizer, everything, batch_size, scoring.max_new_tokens)
+    options = scoring_options(model, tokenizer, everything, batch_size, scoring.max_new_tokens)
     outcomes = iter(run_items(model, everything, options, _each(progress)))
+    found = {name: [next(outcomes) for _ in group] for name, group in items.items()}
+    return summarise(sets, items, found, facts, tokenizer, data_config.subject_column)
+
+
+def fact_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, ExampleSet],
+    facts: Mapping[str, Sequence[Fact]],
+    data_config: DataConfig,
+    *,
+    generate: bool,
+) -> dict[str, list[Item]]:
+    """What `quick_evaluation` asks: of every row the answer, and the sequences of its fact."""
+    items = {}
+    for name, examples in sets.items():
+        made = make_items(model, tokenizer, examples, data_config, generate=generate)
+        items[name] = _with_facts(made, facts[name])
+    return items
+
+
+def summarise(
+    sets: Mapping[str, ExampleSet],
+    items: Mapping[str, Sequence[Item]],
+    outcomes: Mapping[str, Sequence[Outcome]],
+    facts: Mapping[str, Sequence[Fact]],
+    tokenizer: PreTrainedTokenizerBase,
+    subject_column: str | None,
+) -> Results:
+    """Results of `quick_evaluation` from the outcomes of `fact_items`, all by name of the set."""
     results: Results = {}
-    for name, group in items.items():
-        mine = [next(outcomes) for _ in group]
+    for name, mine in outcomes.items():
         require_finite([outcome.scores[0] for outcome in mine], name)
-        results |= _summary(name, group, mine, tokenizer)
+        results |= _summary(name, items[name], mine, tokenizer)
         results |= _fact_summary(name, facts[name], mine)
         results |= _row_summary(name, facts[name])
-        results |= _subject_summary(name, sets[name], facts[name], data_config.subject_column)
+        results |= _subject_summary(name, sets[name], facts[name], subject_column)
     return results
 
 
@@ -102,7 +128,7 @@ def score_examples(
         replace(item, moments=vocabulary_moments)
         for item in make_items(model, tokenizer, examples, config, generate=False)
     ]
-    options = _options(model, tokenizer, items, batch_size, 1)
+    options = scoring_options(model, tokenizer, items, batch_size, 1)
     outcomes = run_items(model, items, options, _each(progress))
     return [outcome.scores[0] for outcome in outcomes]
 
@@ -124,7 +150,7 @@ def generate_answers(
     """
     config = data_config or DataConfig()
     items = make_items(model, tokenizer, examples, config)
-    options = _options(model, tokenizer, items, batch_size, max_new_tokens)
+    options = scoring_options(model, tokenizer, items, batch_size, max_new_tokens)
     outcomes = run_items(model, items, options, _each(progress))
     return [decode(tokenizer, outcome.generated or ()) for outcome in outcomes]
 
@@ -234,13 +260,14 @@ def _answer_tokens(item: Item) -> tuple[int, ...]:
     return item.answers[0].input_ids[len(item.prompt or ()) :]
 
 
-def _options(
+def scoring_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Iterable[Item],
     batch_size: int,
     max_new_tokens: int,
 ) -> ScoringOptions:
+    """Options of a run over these items; answers end as the items' own do."""
     # A chat template may end answers with another token than the tokenizer ends texts.
     ends = {item.answers[0].input_ids[-1] for item in items if item.prompt is not None}
     return ScoringOptions(

@@ -25,7 +25,6 @@ from typing import Literal
 
 from perta.evidence.intervals import (
     Interval,
-    difference_interval,
     mean_interval,
     share_interval,
     upper_end,
@@ -43,31 +42,31 @@ from perta.evidence.measures import (
     row_number,
     truth_ratios,
 )
+from perta.evidence.remains import (
+    BY_CHANCE,
+    REMAINDER,
+    REMAINDER_PARTLY,
+    REMAINDER_SURE,
+    SMALLEST_GAP,
+    Values,
+    excess,
+    left_of_rows,
+    rows_still_there,
+    subject_means,
+    subjects_still_there,
+)
 from perta.report.collect import Run
 
 Status = Literal["met", "unclear", "partly", "not", "unknown"]
 Calibration = Literal["retrained", "holdout", "base"]
-Values = Mapping[str, float]
 
 _WHOLE = 0.5
 """Mean probability of whole facts from which those are judged, not their tokens."""
 
-REMAINDER = 0.10
-"""Largest share of what the full model knew beyond the reference that counts as gone."""
-REMAINDER_SURE = 0.25
-"""Largest upper end of that share's interval, and of the share of rows that may still be there,
-that counts as sure; above it, a row stands out."""
-REMAINDER_PARTLY = 0.50
-_INTACT = 0.90
-"""Share of a row left at which it is still there whatever the yardstick's other rows are."""
 KEPT = 0.95
 """Smallest share of the value before the edit that counts as kept."""
 KEPT_PARTLY = 0.80
-_SMALLEST_GAP = 0.05
-"""Where full model and reference are closer than this, a measure cannot tell them apart."""
 _SIGNIFICANCE = 0.05
-_BY_CHANCE = 0.95
-"""Share of unseen rows that lie within their own spread."""
 _KS_DISTANCE = 1 / 3
 """Distance of truth ratios that a test has to be able to find before its silence means anything."""
 _TRACE = math.log(2)
@@ -237,23 +236,25 @@ def _forget_check(
         return check
     # Without the full model a gap of one is assumed: the measure's whole range.
     gap = 1.0 if before is None else before.value - reference.value
-    if gap <= _SMALLEST_GAP:
+    if gap <= SMALLEST_GAP:
         return check
     known = before.examples if before else {}
-    difference = _excess(after, reference, known, subjects, yardstick)
+    people = (subjects, yardstick.subjects)
+    sides, paired = (after.examples, reference.examples), yardstick.paired
+    difference = excess(*sides, known, people, paired=paired)
     share = (after.value - reference.value) / gap
     high = None if difference is None else difference.high / gap
     statuses = [_forget_status(share, high)]
     rows: tuple[str, ...] = ()
-    people: tuple[int, ...] = ()
+    still: tuple[int, ...] = ()
     if key in BY_ROW and after.examples:
-        left = _row_shares(after.examples, known, reference.examples, yardstick.paired)
-        rows, standing = _rows_still_there(left, after.examples, reference.examples)
-        people = _subjects_still_there(
-            after.examples, known, reference.examples, subjects, yardstick
+        left = left_of_rows(after.examples, known, reference.examples, paired=paired)
+        rows, standing = rows_still_there(left, *sides)
+        still = subjects_still_there(
+            after.examples, known, reference.examples, people, paired=paired
         )
         statuses += [_rows_status(len(rows), standing, len(after.examples))]
-        statuses += ["partly"] if people else []
+        statuses += ["partly"] if still else []
     return replace(
         check,
         share=share,
@@ -261,38 +262,8 @@ def _forget_check(
         share_high=high,
         status=worst(statuses),
         rows=rows,
-        subjects=people,
+        subjects=still,
     )
-
-
-def _excess(
-    after: Reading,
-    reference: Reading,
-    known: Values,
-    subjects: Mapping[str, int],
-    yardstick: Yardstick,
-) -> Interval | None:
-    """Difference from the yardstick; no row can hold more than the best known one did."""
-    highest = max(known.values(), default=1.0)
-    if not yardstick.paired:
-        if not after.examples or not reference.examples:
-            return None
-        sides = (after.examples, reference.examples)
-        groups = (
-            groups_of(after.examples, subjects),
-            groups_of(reference.examples, yardstick.subjects),
-        )
-        highest = max(highest, *(max(side.values()) for side in sides))
-        return difference_interval(
-            list(sides[0].values()), list(sides[1].values()), 0.0, highest, groups
-        )
-    shared = [i for i in after.examples if i in reference.examples]
-    if not shared:
-        return None
-    differences = [after.examples[i] - reference.examples[i] for i in shared]
-    most = max([known.get(i, highest) - reference.examples[i] for i in shared] + differences)
-    least = min([-reference.examples[i] for i in shared] + differences)
-    return mean_interval(differences, least, most, groups_of(shared, subjects))
 
 
 def _forget_status(share: float, high: float | None) -> Status:
@@ -301,71 +272,14 @@ def _forget_status(share: float, high: float | None) -> Status:
     return "partly" if share <= REMAINDER_PARTLY else "not"
 
 
-def _row_shares(after: Values, before: Values, reference: Values, paired: bool) -> Values:
-    """Share left of each row; rows that the full model hardly knew better are left out."""
-    usual = fmean(reference.values()) if reference else 0.0
-    shares = {}
-    for i, value in after.items():
-        low = reference.get(i, usual) if paired else usual
-        gap = before.get(i, 1.0) - low
-        if gap > _SMALLEST_GAP:
-            shares[i] = (value - low) / gap
-    return shares
-
-
-def _rows_still_there(
-    left: Values, after: Values, reference: Values
-) -> tuple[tuple[str, ...], int]:
-    """Rows that are still there, the most exposed first, and how many rows stand out."""
-    spread = upper_end(list(reference.values())) if reference else 0.0
-    exposed = {i: share for i, share in left.items() if after[i] > spread or share > _INTACT}
-    rows = [i for i, share in exposed.items() if share > REMAINDER_PARTLY]
-    standing = sum(share > REMAINDER_SURE for share in exposed.values())
-    return tuple(sorted(rows, key=lambda i: -after[i])), standing
-
-
 def _rows_status(there: int, standing: int, n: int) -> Status:
     """What the count of rows says; one that is still there is enough to say no."""
     if there > REMAINDER_PARTLY * n:
         return "not"
     # Of unseen rows one in twenty lies beyond their own spread.
-    if there or share_interval(standing, n).low > 1 - _BY_CHANCE:
+    if there or share_interval(standing, n).low > BY_CHANCE:
         return "partly"
     return "met" if share_interval(0, n).high <= REMAINDER_SURE else "unclear"
-
-
-def _subjects_still_there(
-    after: Values,
-    before: Values,
-    reference: Values,
-    subjects: Mapping[str, int],
-    yardstick: Yardstick,
-) -> tuple[int, ...]:
-    """Subjects of several rows of which much is left over all their rows."""
-    own = _subject_means(after, subjects)
-    usual = _subject_means(reference, yardstick.subjects)
-    mine = {s: v for s, v in own.items() if sum(subjects.get(i) == s for i in after) > 1}
-    left = _row_shares(
-        {str(s): v for s, v in mine.items()},
-        {str(s): v for s, v in _subject_means(before, subjects).items()},
-        {str(s): v for s, v in usual.items()} or {"": fmean(reference.values())},
-        yardstick.paired,
-    )
-    spread = upper_end(list(usual.values())) if usual else 0.0
-    return tuple(
-        s
-        for s, value in mine.items()
-        if (share := left.get(str(s), 0.0)) > REMAINDER_SURE and (value > spread or share > _INTACT)
-    )
-
-
-def _subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, float]:
-    """Mean over the rows of every subject."""
-    groups: dict[int, list[float]] = {}
-    for i, value in values.items():
-        if i in subjects:
-            groups.setdefault(subjects[i], []).append(value)
-    return {subject: fmean(group) for subject, group in groups.items()}
 
 
 def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Check | None:
@@ -404,7 +318,7 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
     rows = tuple(i for i, loss in mine.items() if loss > spread + _TRACE)
     found = share_interval(len(rows), len(mine))
     status: Status = "unclear"
-    if found.low > 1 - _BY_CHANCE:
+    if found.low > BY_CHANCE:
         status = "not"
     elif not rows and found.high <= REMAINDER_SURE:
         status = "met"
@@ -446,7 +360,7 @@ def _retain_check(
         len(after.examples),
         key in RETAIN_CORE,
     )
-    if before is None or before.value <= _SMALLEST_GAP:
+    if before is None or before.value <= SMALLEST_GAP:
         return check
     share = after.value / before.value
     kept = _kept(after, before, subjects)
@@ -484,7 +398,7 @@ def _kept(after: Reading, before: Reading, subjects: Mapping[str, int]) -> Inter
 
 def _lost_subjects(after: Values, before: Values, subjects: Mapping[str, int]) -> tuple[int, ...]:
     """Subjects of several rows that keep less than half of what they had."""
-    had, has = _subject_means(before, subjects), _subject_means(after, subjects)
+    had, has = subject_means(before, subjects), subject_means(after, subjects)
     return tuple(
         s
         for s, value in has.items()

@@ -1,0 +1,225 @@
+"""What a probe of the audit is, what it is given, and what comes of it.
+
+    for every model: View ─ Probe.run(view, set) ─> Rows      one score a row, 1 all is known
+    all models:      Found ─ Probe.judge(found)  ─> Judgement passed, leaks or not sure
+
+A probe is one subclass of `Probe`. `perta audit --probe FILE.py` runs one of a user's own:
+
+    class Short(Probe):
+        name, group, title = "short", "own", "The first token of the answer"
+        question = "Does the model begin the answer?"
+        source, unit, level = "own", "share", "quick"
+
+        def run(self, view, name):
+            return Rows([outcome.scores[0].exact_memorization for outcome in view.asked[name]])
+
+Probes that read what `View.asked` has share its one pass: teacher-forced scores of the answer
+and of its fact's sequences, and the greedy answer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perta.data.batch import Encoded
+from perta.data.examples import Example, ExampleSet
+from perta.evidence.audit.judge import Found, Judgement, judge_remains
+from perta.evidence.benchmark import Journal, run_with_journal
+from perta.evidence.quick import fact_items, scoring_options, summarise
+from perta.evidence.results import Results
+from perta.evidence.scoring.items import Item, Outcome
+from perta.models.facts import Fact
+from perta.options import DataConfig
+from perta.progress import track
+
+Level = Literal["quick", "standard", "full"]
+LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
+Role = Literal["cleaned", "full", "retrained", "base"]
+Need = Literal["base", "full", "retrained", "retain", "holdout", "wrong answers", "paraphrases"]
+
+_Plain = TypeVar("_Plain")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Scores of one model on one set.
+
+    Attributes:
+        scores: one per sequence of the set (see `Material.facts`), in [0, 1] for the usual judge,
+            larger where more is known; None where a row has none.
+        more: other numbers worth keeping, such as a curve; plain values, and never a text.
+    """
+
+    scores: Sequence[float | None]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done.
+
+    Attributes:
+        level: which probes run.
+        samples: answers drawn to a question.
+        seed: of all that is drawn.
+        batch_size: rows per forward pass.
+        max_new_tokens: longest generated answer.
+    """
+
+    level: Level = "standard"
+    samples: int = 64
+    seed: int = 0
+    batch_size: int = 16
+    max_new_tokens: int = 200
+
+
+@dataclass(frozen=True)
+class Material:
+    """The rows, the same for all models.
+
+    Attributes:
+        sets: `forget`, and `retain` and `holdout` where they were given.
+        facts: of each set one a sequence; a row of plain text has several, every other one.
+        data_config: how rows become tokens.
+        subjects: of each set whom each sequence is about, as numbers; None where nothing says so.
+    """
+
+    sets: Mapping[str, ExampleSet] = field(repr=False)
+    facts: Mapping[str, tuple[Fact, ...]] = field(repr=False)
+    data_config: DataConfig
+    subjects: Mapping[str, Sequence[int] | None] = field(repr=False)
+
+    def rows(self, name: str) -> list[int]:
+        """The number in its file of each sequence's row."""
+        return [fact.row for fact in self.facts[name]]
+
+    def examples(self, name: str) -> list[Example]:
+        """The row of each sequence."""
+        by_row = {example.row: example for example in self.sets[name].examples}
+        return [by_row[row] for row in self.rows(name)]
+
+
+@dataclass
+class View:
+    """One model as probes see it.
+
+    Attributes:
+        role: which model of the audit it is.
+        model: in evaluation mode; a probe that changes weights puts them back.
+        tokenizer: the same for all models.
+        material: the rows.
+        effort: how much is done.
+        journal: keeps outcomes, so that a run that was killed goes on.
+        load: another model of the audit, by its role; it is for its caller to let it go.
+    """
+
+    role: Role
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    effort: Effort
+    journal: Journal
+    load: Callable[[Role], PreTrainedModel]
+
+    @cached_property
+    def _items(self) -> dict[str, list[Item]]:
+        made = self.material
+        items = fact_items(
+            self.model, self.tokenizer, made.sets, made.facts, made.data_config, generate=True
+        )
+        # Min-K++ looks at the whole vocabulary, once for all.
+        return {n: [Item(i.answers, i.prompt, moments=True) for i in g] for n, g in items.items()}
+
+    @cached_property
+    def asked(self) -> dict[str, list[Outcome]]:
+        """Of each set what came of asking its rows.
+
+        `scores` are of the answer and then of the sequences of its fact; `generated` is the greedy
+        answer.
+        """
+        named = {f"{n}:{i}": item for n, g in self._items.items() for i, item in enumerate(g)}
+        found = self.outcomes("asked", named)
+        return {n: [found[f"{n}:{i}"] for i in range(len(g))] for n, g in self._items.items()}
+
+    @cached_property
+    def results(self) -> Results:
+        """The same as the quick evaluation tells it; it holds texts."""
+        made = self.material
+        column = made.data_config.subject_column
+        return summarise(made.sets, self._items, self.asked, made.facts, self.tokenizer, column)
+
+    def outcomes(
+        self, what: str, items: Mapping[str, Item], *, max_new_tokens: int | None = None
+    ) -> dict[str, Outcome]:
+        """Scores and greedy answers of named items, each computed once in all runs.
+
+        Args:
+            what: whose they are, such as the probe's name.
+            items: name -> item.
+            max_new_tokens: longest generated answer [default: that of `effort`].
+        """
+        effort = self.effort
+        most = max_new_tokens or effort.max_new_tokens
+        size = effort.batch_size
+        options = scoring_options(self.model, self.tokenizer, list(items.values()), size, most)
+        named = {f"{self.role}/{what}/{name}": item for name, item in items.items()}
+        with track(f"{self.role}: {what}", len(named)) as advance:
+            found = run_with_journal(self.model, named, options, self.journal, advance)
+        return dict(zip(items, found.values(), strict=True))
+
+    def kept(self, what: str, make: Callable[[], _Plain]) -> _Plain:
+        """A plain value that is made once in all runs, under a name of its own."""
+        name = f"{self.role}/{what}"
+        if name not in self.journal.entries:
+            self.journal.put(name, make())
+        value: _Plain = self.journal.entries[name]
+        return value
+
+
+class Probe(ABC):
+    """One question about what is left of the forget set.
+
+    Attributes:
+        name: short, in lower case with dashes; `--probe` takes it.
+        group: whose it is, such as `verbatim`; `--probe` takes it too.
+        title: what it is, in plain words.
+        question: what it asks, in one sentence for someone who knows no statistics.
+        source: where the definition is from.
+        unit: of a score.
+        level: the least level that runs it.
+        sets: those of which it wants `run`; one that was not given is left out.
+        needs: without which it cannot be run at all.
+        wording: it counts the words around the fact too, which the base model has never seen.
+        by_row: single rows are judged too; for scores without steps, such as probabilities.
+    """
+
+    name: str
+    group: str
+    title: str
+    question: str
+    source: str
+    unit: str = "share"
+    level: Level = "standard"
+    sets: tuple[str, ...] = ("forget", "holdout")
+    needs: tuple[Need, ...] = ()
+    wording: bool = False
+    by_row: bool = True
+
+    @abstractmethod
+    def run(self, view: View, name: str) -> Rows:
+        """Scores of the rows of one set, `view.material.facts[name]`, under one model."""
+
+    def judge(self, found: Found) -> Judgement:
+        """What the scores of all models say."""
+        return judge_remains(found, wording=self.wording, by_row=self.by_row)
+
+    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
+        """About how many tokens go through each model beyond the pass that all probes share."""
+        del sequences, effort
+        return 0.0

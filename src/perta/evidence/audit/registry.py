@@ -1,0 +1,79 @@
+"""The probes there are, and which of them a level or a name means."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+from perta.errors import ConfigError, nearest
+from perta.evidence.audit import verbatim
+from perta.evidence.audit.probe import LEVELS, Level, Probe
+from perta.store.fingerprint import run_file
+
+PROBES: tuple[type[Probe], ...] = (
+    verbatim.Fact,
+    verbatim.FactToken,
+    verbatim.Drawn,
+    verbatim.Choice,
+    verbatim.FirstChoice,
+    verbatim.Answer,
+    verbatim.Strength,
+    verbatim.Memorised,
+    verbatim.Overlap,
+)
+"""In the order in which they are told."""
+
+
+def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
+    """The probes that run.
+
+    Args:
+        level: those of it and of lesser levels run, where no names are given.
+        names: probes, groups of probes, or Python files that define one; they run at every level.
+
+    Raises:
+        ConfigError: there is no such probe, or the file defines none.
+    """
+    if not names:
+        most = LEVELS.index(level)
+        return [probe() for probe in PROBES if LEVELS.index(probe.level) <= most]
+    known = {key for probe in PROBES for key in (probe.name, probe.group)}
+    chosen: list[Probe] = []
+    for name in names:
+        if name.endswith(".py"):
+            chosen.append(load_probe(Path(name)))
+        elif name in known:
+            chosen += [probe() for probe in PROBES if name in (probe.name, probe.group)]
+        else:
+            raise ConfigError(f"--probe {name}: there is no such probe.{nearest(name, known)}")
+    return list({probe.name: probe for probe in chosen}.values())
+
+
+def load_probe(path: Path) -> Probe:
+    """The probe that a Python file defines.
+
+    Raises:
+        ConfigError: the file cannot be run, or does not define exactly one complete `Probe`.
+    """
+    module = run_file(path)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Probe)
+        and value.__module__ == module.__name__
+    ]
+    if len(found) != 1 or inspect.isabstract(found[0]):
+        raise ConfigError(
+            f"{path} must define one subclass of perta.evidence.audit.probe.Probe with a method "
+            f"`run`; it defines {len(found)}."
+        )
+    parts = ("name", "group", "title", "question", "source")
+    lacking = [part for part in parts if not hasattr(found[0], part)]
+    if lacking:
+        raise ConfigError(f"{path}: {found[0].__name__} lacks {', '.join(lacking)}.")
+    if found[0].name in {probe.name for probe in PROBES}:
+        raise ConfigError(f"{path}: there is a probe {found[0].name} already. Name it otherwise.")
+    own: Probe = found[0]()
+    return own
