@@ -22,7 +22,7 @@ class Short(Probe):
     question, source = "Does the model begin the answer?", "own"
 
     def run(self, view, name):
-        return Rows([outcome.scores[0].exact_memorization for outcome in view.asked[name]])
+        return Rows([outcome.scores[0].exact_memorization for outcome in view.asked(name)])
 """
 
 

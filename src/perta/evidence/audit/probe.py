@@ -11,7 +11,7 @@ A probe is one subclass of `Probe`. `perta audit --probe FILE.py` runs one of a 
         source, unit, level = "own", "share", "quick"
 
         def run(self, view, name):
-            return Rows([outcome.scores[0].exact_memorization for outcome in view.asked[name]])
+            return Rows([outcome.scores[0].exact_memorization for outcome in view.asked(name)])
 
 Probes that read what `View.asked` has share its one pass: teacher-forced scores of the answer
 and of its fact's sequences, and the greedy answer.
@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,33 +125,38 @@ class View:
     effort: Effort
     journal: Journal
     load: Callable[[Role], PreTrainedModel]
+    _asked: dict[str, list[Outcome]] = field(default_factory=dict)
 
-    @cached_property
-    def _items(self) -> dict[str, list[Item]]:
-        made = self.material
-        items = fact_items(
-            self.model, self.tokenizer, made.sets, made.facts, made.data_config, generate=True
-        )
-        # Min-K++ looks at the whole vocabulary, once for all.
-        return {n: [Item(i.answers, i.prompt, moments=True) for i in g] for n, g in items.items()}
-
-    @cached_property
-    def asked(self) -> dict[str, list[Outcome]]:
-        """Of each set what came of asking its rows.
+    def asked(self, name: str) -> list[Outcome]:
+        """What came of asking the rows of a set, one outcome a sequence.
 
         `scores` are of the answer and then of the sequences of its fact; `generated` is the greedy
         answer.
         """
-        named = {f"{n}:{i}": item for n, g in self._items.items() for i, item in enumerate(g)}
-        found = self.outcomes("asked", named)
-        return {n: [found[f"{n}:{i}"] for i in range(len(g))] for n, g in self._items.items()}
+        if name not in self._asked:
+            items = self._items(name)
+            found = self.outcomes("asked", {f"{name}:{i}": item for i, item in enumerate(items)})
+            self._asked[name] = list(found.values())
+        return self._asked[name]
 
-    @cached_property
-    def results(self) -> Results:
+    def results(self, name: str) -> Results:
         """The same as the quick evaluation tells it; it holds texts."""
         made = self.material
-        column = made.data_config.subject_column
-        return summarise(made.sets, self._items, self.asked, made.facts, self.tokenizer, column)
+        return summarise(
+            *({name: part} for part in (made.sets[name], self._items(name), self.asked(name))),
+            made.facts,
+            self.tokenizer,
+            made.data_config.subject_column,
+        )
+
+    def _items(self, name: str) -> list[Item]:
+        made = self.material
+        sets = {name: made.sets[name]}
+        items = fact_items(
+            self.model, self.tokenizer, sets, made.facts, made.data_config, generate=True
+        )
+        # Min-K++ looks at the whole vocabulary, once for all.
+        return [replace(item, moments=True) for item in items[name]]
 
     def outcomes(
         self, what: str, items: Mapping[str, Item], *, max_new_tokens: int | None = None
@@ -193,7 +197,9 @@ class Probe(ABC):
         source: where the definition is from.
         unit: of a score.
         level: the least level that runs it.
-        sets: those of which it wants `run`; one that was not given is left out.
+        sets: those of which it wants `run` under the cleaned model; one that was not given is left
+            out.
+        compared: the same under the others.
         needs: without which it cannot be run at all.
         wording: it counts the words around the fact too, which the base model has never seen.
         by_row: single rows are judged too; for scores without steps, such as probabilities.
@@ -207,6 +213,7 @@ class Probe(ABC):
     unit: str = "share"
     level: Level = "standard"
     sets: tuple[str, ...] = ("forget", "holdout")
+    compared: tuple[str, ...] = ("forget",)
     needs: tuple[Need, ...] = ()
     wording: bool = False
     by_row: bool = True

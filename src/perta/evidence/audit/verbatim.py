@@ -30,7 +30,7 @@ class Reading(Probe):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        return Rows(self.read(view.results, name, len(view.material.facts[name])))
+        return Rows(self.read(view.results(name), name, len(view.material.facts[name])))
 
     def read(self, results: Results, name: str, count: int) -> list[float | None]:
         """Scores of `count` rows from results of the quick evaluation."""
