@@ -142,12 +142,9 @@ class View:
     def results(self, name: str) -> Results:
         """The same as the quick evaluation tells it; it holds texts."""
         made = self.material
-        return summarise(
-            *({name: part} for part in (made.sets[name], self._items(name), self.asked(name))),
-            made.facts,
-            self.tokenizer,
-            made.data_config.subject_column,
-        )
+        sets, column = {name: made.sets[name]}, made.data_config.subject_column
+        asked, answered = {name: self._items(name)}, {name: self.asked(name)}
+        return summarise(sets, asked, answered, made.facts, self.tokenizer, column)
 
     def _items(self, name: str) -> list[Item]:
         made = self.material
