@@ -15,17 +15,7 @@ from perta.options import TrainSettings, WeightingConfig
 def _write_card(
     done: str, settings: Mapping[str, object], fingerprints: Mapping[str, str], caveat: str
 ) -> str:
-    """Text of the README: how the checkpoint was made, from what, and what is not promised.
-
-    Args:
-        done: what was done, a sentence.
-        settings: name -> value, for people.
-        fingerprints: name of each input -> hash of its content.
-        caveat: what the result is not, a sentence.
-
-    Returns:
-        Markdown; it never holds the forgotten examples.
-    """
+    """Markdown: how it was made, from what, and what is not promised; never what was forgotten."""
     inputs = {name.replace("_", " "): f"`{digest}`" for name, digest in fingerprints.items()}
     return "\n".join(
         [
@@ -45,15 +35,7 @@ def _table(key: str, value: str, rows: Mapping[str, object]) -> list[str]:
 
 
 def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> str:
-    """Text of the output's README: how it was made, from what, and what it does not promise.
-
-    Args:
-        weighting: method and its settings.
-        fingerprints: name of each input -> hash of its content.
-
-    Returns:
-        Markdown; it never holds the forgotten examples.
-    """
+    """README of an edit, in Markdown; `fingerprints` are those of the inputs, by name."""
     weighting = with_defaults(weighting)
     method = get_method(weighting.method)
     done = (
@@ -89,17 +71,7 @@ def _shown_settings(method: Edit, weighting: WeightingConfig) -> dict[str, str]:
 def training_card(
     method: Training, settings: TrainSettings, fingerprints: Mapping[str, str]
 ) -> str:
-    """The same of a method that trains.
-
-    Args:
-        method: the method.
-        settings: of the run, with the method's defaults filled in; a method that solves looks at
-            none of them.
-        fingerprints: name of each input -> hash of its content.
-
-    Returns:
-        Markdown; it never holds the forgotten examples.
-    """
+    """README of a training; `settings` have the method's defaults filled in, where it has any."""
     run = {} if isinstance(method, Influence) else asdict(settings)
     shown = {
         "method": f"`{method.name}`: {method.summary}",

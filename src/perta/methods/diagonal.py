@@ -32,19 +32,12 @@ _IN_PROPORTION = (
 
 
 def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
-    """Share of the importance that belongs to forgetting.
+    """Share of the importance that belongs to forgetting: W in [0, 1], 0 where there is none of it.
 
     W = I_f / (I_f + ρ I_r), computed as 1 / (1 + ρ · (I_r / I_f)). Nothing is added before the
     division, so importance near the ends of the float32 range (1e-40 or 1e38; high orders get
-    there) loses no digits. Shares too small to move a weight may come out as 0.
-
-    Args:
-        forget: I_f, float32, non-negative and finite.
-        retain: I_r, same shape.
-        rho: ρ >= 0.
-
-    Returns:
-        W in [0, 1]; 0 where both are 0: such a weight is left alone.
+    there) loses no digits. Shares too small to move a weight may come out as 0. Importance is
+    float32, non-negative and finite, and ρ >= 0.
     """
     if rho == 0:
         return (forget > 0).to(forget.dtype)
@@ -60,16 +53,9 @@ def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
 def ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
     """Forget importance in units of retain importance, unbounded.
 
-    W = I_f / (ρ I_r). Where ρ I_r is 0 there is no such unit: W is 1 there if I_f > 0, the
-    plain task vector on weights that the retain set does not use, and 0 if I_f is 0.
-
-    Args:
-        forget: I_f, float32, non-negative and finite.
-        retain: I_r, same shape.
-        rho: ρ >= 0.
-
-    Returns:
-        W >= 0; Inf where the quotient exceeds float32.
+    W = I_f / (ρ I_r), Inf where that exceeds float32. Where ρ I_r is 0 there is no such unit: W is
+    1 there if I_f > 0, the plain task vector on weights that the retain set does not use, and 0 if
+    I_f is 0.
     """
     weighting = torch.div(forget, retain).div_(rho) if rho else torch.zeros_like(forget)
     unused = retain == 0 if rho else torch.ones_like(retain, dtype=torch.bool)
@@ -77,31 +63,12 @@ def ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
 
 
 def clipped_ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
-    """Forget importance in units of retain importance, at most 1.
-
-    W = min(1, I_f / (ρ I_r)); where ρ I_r is 0, W is 1 if I_f > 0 and 0 otherwise.
-
-    Args:
-        forget: I_f, float32, non-negative and finite.
-        retain: I_r, same shape.
-        rho: ρ >= 0.
-
-    Returns:
-        W in [0, 1].
-    """
+    """`ratio`, at most 1."""
     return ratio(forget, retain, rho).clamp_(max=1)
 
 
 def saliency(gradient: Tensor, task_vector: Tensor) -> Tensor:
-    """First-order change of the forget loss that each weight's step makes: |g_f ⊙ τ|.
-
-    Args:
-        gradient: |g_f|, magnitude of the mean gradient on the forget set.
-        task_vector: τ, same shape.
-
-    Returns:
-        Non-negative, same shape.
-    """
+    """First-order change of the forget loss that each weight's step makes: |g_f ⊙ τ|."""
     return (gradient * task_vector).abs_()
 
 
@@ -110,21 +77,13 @@ def dampened(
 ) -> Tensor:
     """Share to take off weights that matter far more to the forget set than to all data.
 
-    With the importance on all data I = s I_f + (1 − s) I_r,
+    With the importance on all data I = s I_f + (1 − s) I_r, s being the forget set's share of all
+    examples, α = `selection` > 0 and λ = `dampening` >= 0,
 
-        W = 1 − min(λ I / I_f, 1)  where I_f > selection · I,  otherwise 0.
+        W = 1 − min(λ I / I_f, 1)  where I_f > α I,  otherwise 0.
 
     Quotients first, so that importance near the ends of the float32 range loses no digits.
 
-    Args:
-        forget: I_f, float32, non-negative and finite.
-        retain: I_r, same shape.
-        forget_share: s, share of all examples that belongs to the forget set.
-        selection: α of the paper, > 0.
-        dampening: λ of the paper, >= 0.
-
-    Returns:
-        W in [0, 1]; 0 where I_f is 0.
     Source: Foster et al., arXiv 2308.07707, equations 3 to 5.
     """
     quotient = torch.div(retain, forget).mul_(1 - forget_share).add_(forget_share)
@@ -134,15 +93,7 @@ def dampened(
 
 
 def shuffle(weighting: Tensor, seed: int) -> Tensor:
-    """Permute values at random: same distribution, no relation to the weights they fall on.
-
-    Args:
-        weighting: any shape.
-        seed: seed of the permutation.
-
-    Returns:
-        The same values in another order, same shape.
-    """
+    """Permute values at random: same distribution, no relation to the weights they fall on."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(weighting.numel(), generator=generator)
     return weighting.reshape(-1)[order].reshape(weighting.shape)

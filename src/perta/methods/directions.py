@@ -49,28 +49,18 @@ def input_direction(
     and small λ, Δ is τ on the span of the forget inputs and 0 off it. With diagonal C and λ = 0
     column j of τ is weighted by the share c^f_j / (c^f_j + ρ c^r_j).
 
-    With a damping μ of the forget side C_f is C_f + μ I everywhere above. A direction that neither
-    set uses then has the share μ / (μ + λ) instead of 0: nearly all of what was learned there goes,
-    and the retain set does not notice. As μ and ρ / μ grow, Δ tends to τ projected on the
-    directions that retain inputs do not use.
+    With a damping μ of the forget side, `forget_damping` times the mean diagonal of C_f, C_f is
+    C_f + μ I everywhere above. A direction that neither set uses then has the share μ / (μ + λ)
+    instead of 0: nearly all of what was learned there goes, and the retain set does not notice. As
+    μ and ρ / μ grow, Δ tends to τ projected on the directions that retain inputs do not use.
 
-    Layers with the same input have the same C: stack their τ to solve them at once.
-
-    Args:
-        task_vector: τ (out, in).
-        forget_moment: C_f, mean over tokens of x xᵀ: (in, in), or its factor (n, in), see
-            `store.second_moment`.
-        retain_moment: C_r, mean over tokens, of either shape.
-        rho: ρ >= 0.
-        damping: λ relative to the mean diagonal, >= 0.
-        forget_damping: μ relative to the mean diagonal of C_f, >= 0.
-
-    Returns:
-        Δ. The cost is in³/3 + 4 · out · in² operations and two more (in, in) matrices. With a
-        factor of the forget side the product with C_f takes 4 · out · n · in in place of
-        2 · out · in², and without μ the solve 2 · n · in² in place of 2 · out · in². With factors
-        of n rows together, at most in / 2, nothing larger than (n, in) is formed, and about
-        8 · out · n · in + n² · in operations are all.
+    τ is (out, in); C is the mean over tokens of x xᵀ, (in, in), or its factor (n, in), see
+    `store.second_moment`. Layers with the same input have the same C: stack their τ to solve them
+    at once. The cost is in³/3 + 4 · out · in² operations and two more (in, in) matrices. With a
+    factor of the forget side the product with C_f takes 4 · out · n · in in place of 2 · out · in²,
+    and without μ the solve 2 · n · in² in place of 2 · out · in². With factors of n rows together,
+    at most in / 2, nothing larger than (n, in) is formed, and about 8 · out · n · in + n² · in
+    operations are all.
 
     Raises:
         DivergenceError: the matrix is not positive definite; the damping is too small.
@@ -100,16 +90,9 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
     space of the retain inputs, the projection of AlphaEdit. `input_direction` tends to it as μ
     grows with ρ / μ constant, so the forget set is read for τ alone.
 
-    Args:
-        task_vector: τ (out, in).
-        retain_moment: C_r, mean over tokens of x xᵀ: (in, in), or its factor (n, in), see
-            `store.second_moment`.
-        rho: ρ >= 0.
-
-    Returns:
-        Δ. The cost is in³/3 + 2 · out · in² operations and one more (in, in) matrix; with a
-        factor 4 · out · n · in + n² · in, and nothing larger than (n, in). No damping is needed:
-        no eigenvalue of the matrix is below 1.
+    Shapes as there. The cost is in³/3 + 2 · out · in² operations and one more (in, in) matrix; with
+    a factor 4 · out · n · in + n² · in, and nothing larger than (n, in). No damping is needed: no
+    eigenvalue of the matrix is below 1.
 
     Raises:
         DivergenceError: C_r is not positive semidefinite, or not finite.
@@ -136,20 +119,10 @@ def kron_direction(
 
         Δ = U (W̃ ⊙ τ̃) Vᵀ,   W̃_ij = b^f_i c^f_j / (b^f_i c^f_j + ρ b^r_i c^r_j).
 
-    Each factor of the retain set is damped by `damping` times its own mean diagonal, so a
-    direction that neither set uses is left alone.
-
-    Args:
-        task_vector: τ (out, in).
-        forget_input: C_f (in, in), mean over tokens of x xᵀ.
-        retain_input: C_r (in, in).
-        forget_output: B_f (out, out), mean over examples of the sum over tokens of g gᵀ.
-        retain_output: B_r (out, out).
-        rho: ρ >= 0.
-        damping: damping of C_r and B_r relative to their mean diagonals, > 0.
-
-    Returns:
-        Δ; the condition is the worse of the two bases'.
+    Each factor of the retain set is damped by `damping` > 0 times its own mean diagonal, so a
+    direction that neither set uses is left alone. C (in, in) is the mean over tokens of x xᵀ, B
+    (out, out) the mean over examples of the sum over tokens of g gᵀ. The condition is the worse of
+    the two bases'.
 
     Raises:
         DivergenceError: a factor is not positive definite; the damping is too small.
@@ -162,17 +135,7 @@ def kron_direction(
 def _direction_in_bases(
     task_vector: Tensor, inputs: _JointBasis, outputs: _JointBasis, rho: float
 ) -> Direction:
-    """`kron_direction` with both bases at hand: layers with the same input share one.
-
-    Args:
-        task_vector: τ (out, in).
-        inputs: V, which diagonalises C_f and C_r, of width in.
-        outputs: U, which diagonalises B_f and B_r, of width out.
-        rho: ρ >= 0.
-
-    Returns:
-        Δ; the cost is 2 · out · in · (out + in) multiplications.
-    """
+    """`kron_direction` with both bases at hand: layers with the same input share one."""
     rotated = outputs.inverse @ task_vector.double() @ inputs.inverse.t()
     forget = torch.outer(outputs.forget, inputs.forget)
     retain = torch.outer(outputs.retain, inputs.retain).mul_(rho)
@@ -186,15 +149,9 @@ def _direction_in_bases(
 
 @dataclass(frozen=True)
 class _JointBasis:
-    """A basis V in which two moments are diagonal.
+    """A basis V (d, d), not orthogonal, in which two moments are diagonal.
 
-    Attributes:
-        basis: V (d, d), not orthogonal.
-        inverse: V⁻¹.
-        forget: diagonal of Vᵀ C_f V, (d,), >= 0.
-        retain: diagonal of Vᵀ (C_r + λ I) V, (d,), >= 0.
-        condition: condition of the matrix that was factored.
-        damping: damping used.
+    `forget` is the diagonal of Vᵀ C_f V, `retain` that of Vᵀ (C_r + λ I) V, both (d,) and >= 0.
     """
 
     basis: Tensor
@@ -206,23 +163,12 @@ class _JointBasis:
 
 
 def _joint_basis(forget: Tensor, retain: Tensor, damping: float) -> _JointBasis:
-    """Diagonalise two moments together.
+    """Diagonalise two moments together; about 10 d³ multiplications.
 
     With S = C_f / f + C_r / r + λ I = L Lᵀ, where f and r are the mean diagonals, the
     eigenvectors Q of L⁻¹ (C_f / f) L⁻ᵀ give V = L⁻ᵀ Q: Vᵀ S V is the identity, so the retain
     side is one minus the forget side. Scaling each by its own mean first keeps the digits of
     output gradients, which differ between the sets by orders of magnitude.
-
-    Args:
-        forget: C_f (d, d), symmetric and positive semidefinite, or its factor (n, d).
-        retain: C_r, of either shape.
-        damping: λ relative to the mean diagonal of C_r, > 0.
-
-    Returns:
-        The basis; the cost is about 10 d³ multiplications.
-
-    Raises:
-        DivergenceError: S is not positive definite; the damping is too small.
     """
     damping = _resolved_damping(damping, forget, retain)
     scales = [mean_diagonal(m) for m in (forget, retain)]
@@ -262,10 +208,8 @@ def _resolved_damping(damping: float, *moments: Tensor) -> float:
 class _Ridge:
     """A sum of weighted moments with something added to its diagonal, ready to solve with.
 
-    Attributes:
-        apply: v -> (sum + added I) v, (d, k) -> (d, k).
-        solve: its inverse.
-        like: a tensor of d columns, of its type and on its device.
+    `apply` maps v to (sum + added I) v, (d, k) -> (d, k), and `solve` is its inverse; `like` has d
+    columns, their type and device.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -282,9 +226,6 @@ def _ridge(moments: Sequence[tuple[Tensor, float]], added: float) -> _Ridge:
 
     With the moments' rows, weighted, stacked into X, where they are few, by Woodbury's identity
     (Xᵀ X + ν I)⁻¹ = (I − Xᵀ (X Xᵀ + ν I)⁻¹ X) / ν.
-
-    Raises:
-        DivergenceError: the sum is not positive definite.
     """
     if not few_together([moment for moment, _ in moments]):
         (first, weight), *others = moments
@@ -325,12 +266,7 @@ def _not_definite(width: int, added: float) -> DivergenceError:
 
 
 def _largest(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """Largest eigenvalue of a symmetric positive definite map, from below, by power iteration.
-
-    Args:
-        apply: the map, (d, 1) -> (d, 1).
-        like: a tensor of d columns, of its type and on its device.
-    """
+    """Largest eigenvalue of a symmetric positive definite map, from below, by power iteration."""
     vector: Tensor = torch.linspace(1, 2, like.shape[1]).to(like).unsqueeze(1)
     # Alternating signs: a start without a part in the extreme directions would miss them.
     vector[1::2] *= -1

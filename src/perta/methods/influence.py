@@ -36,13 +36,7 @@ _CURE = "Raise its damping, as in influence:damping=0.1. Nothing was written."
 
 @dataclass(frozen=True)
 class _Solution:
-    """Outcome of `conjugate_gradients`.
-
-    Attributes:
-        x: the solution, shape of the right-hand side.
-        residual: ‖A x - b‖ / ‖b‖.
-        iterations: products with A.
-    """
+    """Solution of A x = b, its residual ‖A x - b‖ / ‖b‖, and the number of products with A."""
 
     x: Tensor
     residual: float
@@ -73,16 +67,9 @@ class Removed:
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], wanted: Tensor, *, tolerance: float, iterations: int
 ) -> _Solution:
-    """Solve A x = b for a symmetric positive definite A known by its products.
+    """Solve A x = b, (P,), for a symmetric positive definite A known by its products v -> A v.
 
-    Args:
-        product: v -> A v, shape of b.
-        wanted: b, one-dimensional.
-        tolerance: relative residual at which to stop.
-        iterations: most products.
-
-    Returns:
-        The solution; x = 0 where b is 0.
+    It stops at the relative residual `tolerance`.
 
     Raises:
         DivergenceError: a direction of no or negative curvature, or no solution within the
@@ -132,18 +119,8 @@ def remove_influence(
 ) -> Removed:
     """Move a model's trainable weights to where they would be without the forget set.
 
-    Args:
-        model: float32 causal language model with a trainable LoRA adapter; changed in place.
-        forget: examples to remove.
-        retain: the other examples the adapter was trained on.
-        damping: λ >= 0.
-        pad: padding token.
-        tolerance: relative residual of the solve.
-        iterations: most Hessian products.
-        batch_size: examples per pass; it does not change the result.
-
-    Returns:
-        What happened.
+    The model is float32 and is changed in place; its trainable LoRA adapter was trained on both
+    sets. `batch_size` does not change the result.
 
     Raises:
         DivergenceError: the solve fails, or the step leads to a loss that is not finite.

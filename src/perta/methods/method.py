@@ -42,14 +42,7 @@ _NOTHING = torch.empty(0)
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
-    """Mean of the task vectors, in place of the first.
-
-    Args:
-        vectors: τ_1 ... τ_n.
-
-    Returns:
-        (τ_1 + ... + τ_n) / n; of one, that one untouched.
-    """
+    """Mean of the task vectors, in place of the first; of one, that one untouched."""
     total = vectors[0]
     for vector in vectors[1:]:
         total.add_(vector)
@@ -57,18 +50,10 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def block_seed(seed: int, name: str, start: int) -> int:
-    """Seed of one block of one tensor.
+    """Seed in [0, 2^63) of one block of one tensor, from the user's and the block's first element.
 
     It depends on the place of the block alone, so results do not depend on which thread or
     machine works on it.
-
-    Args:
-        seed: the user's seed.
-        name: the tensor.
-        start: the block's first element, counted in the flat tensor.
-
-    Returns:
-        An integer in [0, 2^63).
     """
     digest = hashlib.sha256(f"{seed}\0{name}\0{start}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -92,15 +77,9 @@ class Direction:
 
 
 def option(*, default: T, help: str, within: str = "(-inf, inf)") -> T:  # noqa: A002
-    """A setting of a method.
+    """A setting of a method; the type of `default` is its own.
 
-    Args:
-        default: its value where the user gives none; its type is the setting's.
-        help: what it is, a phrase; help, model card and tables show it.
-        within: the interval it lies in, such as `(0, 1]`.
-
-    Returns:
-        What the dataclass makes a field of.
+    `help` is a phrase that help, model card and tables show, `within` an interval such as `(0, 1]`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "within": within})
 
@@ -197,11 +176,7 @@ class Method:
             KNOWN[cls.name] = cls
 
     def __post_init__(self) -> None:
-        """Check every setting.
-
-        Raises:
-            ConfigError: one is of another type, or outside its interval.
-        """
+        """Stop with a ConfigError at a setting of another type, or outside its interval."""
         for item in self.options():
             value: Any = getattr(self, item.name)
             within = item.metadata["within"]
@@ -314,14 +289,7 @@ class Edit(Method):
         del share
 
     def check_place(self, at: str | None) -> None:
-        """Stop at importance at the base where the method is defined on the full checkpoint.
-
-        Args:
-            at: model at which importance is to be measured; None for the method's own.
-
-        Raises:
-            ConfigError: it is the wrong one.
-        """
+        """Stop with a ConfigError at importance at the base where the full checkpoint is meant."""
         if self.needs.at == "full" and at == "base":
             raise ConfigError(
                 f"`{self.name}` is defined on importance at the full checkpoint; leave the place "
@@ -363,15 +331,10 @@ class Directions(Edit):
         inputs: Mapping[Side, Tensor],
         outputs: Callable[[int], Mapping[Side, Tensor]],
     ) -> Iterable[Direction]:
-        """Directions of layers that read the same input.
+        """Directions of layers that read the same input, one each.
 
-        Args:
-            vectors: τ of every layer, (out, in) float64.
-            inputs: second moment of the input on every set needed.
-            outputs: place of a layer -> second moment of its output gradients, where needed.
-
-        Returns:
-            One direction a layer.
+        `vectors` are their τ, (out, in) float64; `inputs` has the input's second moment on every
+        set needed, and `outputs` gives those of the output gradients by a layer's place.
         """
 
 

@@ -136,17 +136,10 @@ def answer_losses(answers: AnswerLogits, examples: int) -> Tensor:
 
 
 def negative_preference(log_ratio: Tensor, beta: float) -> Tensor:
-    """Negative preference optimisation.
+    """Negative preference optimisation of log r, summed over each answer's tokens, (B,) -> (B,).
 
-    (2/β) log(1 + r^β) with r = π_θ(y|x) / π_full(y|x). At θ_full it is (2/β) log 2 and its
-    gradient is that of gradient ascent on the summed loss; so it is in the limit β -> 0.
-
-    Args:
-        log_ratio: (B,) log r, summed over the answer's tokens.
-        beta: β > 0.
-
-    Returns:
-        (B,).
+    (2/β) log(1 + r^β) with r = π_θ(y|x) / π_full(y|x) and β > 0. At θ_full it is (2/β) log 2 and
+    its gradient is that of gradient ascent on the summed loss; so it is in the limit β -> 0.
 
     Source: Zhang et al., arXiv 2404.05868, equation 3.
     """
@@ -154,15 +147,9 @@ def negative_preference(log_ratio: Tensor, beta: float) -> Tensor:
 
 
 def preference(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """Direct preference optimisation: -log σ(β (preferred - rejected)); log 2 at θ_full.
+    """Direct preference optimisation: -log σ(β (preferred - rejected)), (B,); log 2 at θ_full.
 
-    Args:
-        preferred: (B,) log π_θ/π_full of the preferred answer, summed over its tokens.
-        rejected: (B,) the same of the rejected answer.
-        beta: β > 0.
-
-    Returns:
-        (B,).
+    Both are log π_θ/π_full of an answer, summed over its tokens, and β > 0.
 
     Source: Rafailov et al., arXiv 2305.18290, equation 7.
     """
@@ -170,19 +157,11 @@ def preference(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def weighted_ascent(losses: Tensor, beta: float, beta2: float = 0.0) -> Tensor:
-    """Gradient ascent in which each token counts by its own probability p.
+    """Gradient ascent on -log p, (N,), in which each token counts by its own probability p.
 
     -p^β (1 - p)^β₂ · loss, the weight held constant in the gradient. With β₂ = 0 it is WGA:
     p^β fades tokens that are forgotten already. β₂ > 0 is SatImp, which fades tokens that
     are predicted almost surely as well.
-
-    Args:
-        losses: (N,) -log p of each token.
-        beta: β >= 0.
-        beta2: β₂ >= 0.
-
-    Returns:
-        (N,).
 
     Source: Wang et al., arXiv 2502.19301 (WGA); Yang et al., arXiv 2505.11953 (SatImp).
     """
@@ -193,16 +172,9 @@ def weighted_ascent(losses: Tensor, beta: float, beta2: float = 0.0) -> Tensor:
 def lowered_logit_distillation(
     logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float
 ) -> Tensor:
-    """Cross-entropy to θ_full's own prediction with the target's logit lowered by β.
+    """Cross-entropy to θ_full's own prediction with the target's logit lowered by β nats, (N,).
 
-    Args:
-        logits: (N, V) of the model in training.
-        reference_logits: (N, V) of θ_full.
-        targets: (N,) tokens to unlearn.
-        beta: β >= 0 in logits (nats).
-
-    Returns:
-        (N,).
+    Logits are (N, V), the tokens to unlearn, `targets`, (N,).
 
     Source: Dong et al., arXiv 2402.10052, the self-distillation loss.
     """
@@ -229,15 +201,7 @@ def distance(activations: Tensor, wanted: Tensor) -> Tensor:
 
 
 def control_vector(size: int, steering_coef: float, seed: int) -> Tensor:
-    """A random direction, entries drawn uniformly from [0, 1), of length c.
-
-    Args:
-        size: D.
-        steering_coef: c.
-        seed: seed of the direction.
-
-    Returns:
-        (D,) float32.
+    """A random direction (D,), entries drawn uniformly from [0, 1), scaled to the length c.
 
     Source: Li et al., arXiv 2403.03218, RMU.
     """
@@ -352,10 +316,7 @@ class SimNpo(_Retaining, _Forgetting):
     margin: float = option(default=0.0, help="reward margin, in nats per token times b")
 
     def forget(self, scene: Scene) -> Tensor:
-        """NPO without a reference model, per token: -(2/β) log σ(-(β/|y|) log π_θ(y|x) - γ).
-
-        Source: Fan et al., arXiv 2410.07163, the SimNPO loss.
-        """
+        """NPO without a reference model, per token: -(2/β) log σ(-(β/|y|) log π_θ(y|x) - γ)."""
         losses = answer_losses(scene.answers, scene.examples)
         return -2 / self.beta * F.logsigmoid(self.beta * losses - self.margin)
 

@@ -70,13 +70,6 @@ def _whole() -> Iterator[None]:
 def parse(text: MethodText, kind: type[_Kind]) -> _Kind:
     """Read `NAME` or `NAME:key=value,key=value`; `_` may stand for `-` in a name.
 
-    Args:
-        text: what the user typed, or the method itself.
-        kind: class that the method must be of.
-
-    Returns:
-        The method with its settings.
-
     Raises:
         ConfigError: there is no such method or setting, or a value does not fit.
     """
@@ -97,13 +90,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def make(name: str, values: Mapping[str, Any], text: str, kind: type[_Kind]) -> _Kind:
-    """The method of a name with these settings.
-
-    Args:
-        name: of the method.
-        values: settings, by name.
-        text: what the user typed, for messages.
-        kind: class that the method must be of.
+    """The method of a name and a kind with these settings; `text` is what the user typed.
 
     Raises:
         ConfigError: there is no such method or setting, or a value does not fit.
@@ -117,11 +104,7 @@ def make(name: str, values: Mapping[str, Any], text: str, kind: type[_Kind]) -> 
 
 
 def find(name: str, kind: type[_Kind]) -> type[_Kind]:
-    """Class of a method by name.
-
-    Raises:
-        ConfigError: there is no such method; the nearest is named.
-    """
+    """Class of a method by name; a ConfigError names the nearest where there is none."""
     wanted = name.strip().lower().replace("_", "-")
     there = known(kind)
     if wanted not in there:
@@ -159,11 +142,7 @@ def get_method(text: MethodText) -> Edit:
 
 
 def with_defaults(weighting: WeightingConfig) -> WeightingConfig:
-    """The settings with the method's own where the user gave none.
-
-    Raises:
-        ConfigError: there is no such method or setting.
-    """
+    """The settings with the method's own where the user gave none."""
     method = get_method(weighting.method)
     alpha = weighting.scaling_coef
     return replace(

@@ -30,14 +30,9 @@ def ties(vectors: Sequence[Tensor], cuts: Sequence[float]) -> Tensor:
     """Trim each task vector, elect a sign for every weight, average those that have it.
 
     The elected sign is that of the sum of the trimmed vectors, so the larger total magnitude
-    wins; where the sum is 0, so is the result. Of one vector it is the trim.
+    wins; where the sum is 0, so is the result. Of one vector it is the trim. `cuts` are the
+    smallest magnitudes kept.
 
-    Args:
-        vectors: τ_1 ... τ_n.
-        cuts: smallest magnitude kept of each.
-
-    Returns:
-        Mean over the vectors with the elected sign, 0 where there is none.
     Source: Yadav et al., arXiv 2306.01708, algorithm 1.
     """
     trimmed = [v.mul_(v.abs() >= cut) for v, cut in zip(vectors, cuts, strict=True)]
@@ -56,11 +51,6 @@ def ties(vectors: Sequence[Tensor], cuts: Sequence[float]) -> Tensor:
 def agreement(vectors: Sequence[Tensor]) -> Tensor:
     """Mean of the task vectors where all have the same sign, otherwise 0.
 
-    Args:
-        vectors: τ_1 ... τ_n.
-
-    Returns:
-        The mean, or 0 where one is positive and another is not.
     Source: Kim et al., NegMerge, arXiv 2410.05583.
     """
     low, high = vectors[0].clone(), vectors[0].clone()
@@ -71,16 +61,11 @@ def agreement(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def dare(vectors: Sequence[Tensor], drop: float, seeds: Sequence[int], begin: int) -> Tensor:
-    """Drop weights of each task vector at random and rescale the rest; then the mean.
+    """Drop weights of each task vector, (count,), at random and rescale the rest; then the mean.
 
-    Args:
-        vectors: τ_1 ... τ_n, (count,).
-        drop: probability p that a weight is dropped; the rest is divided by 1 - p.
-        seeds: seed of each vector's draws in this tensor.
-        begin: place of the first element in the tensor.
+    Each is dropped with probability `drop`, the rest divided by 1 - `drop`: the expectation stays.
+    `begin` is the place of the first element in the tensor.
 
-    Returns:
-        The mean of the sparse vectors; each has the expectation of its vector.
     Source: Yu et al., arXiv 2311.03099, section 3.
     """
     for vector, seed in zip(vectors, seeds, strict=True):
@@ -90,18 +75,11 @@ def dare(vectors: Sequence[Tensor], drop: float, seeds: Sequence[int], begin: in
 
 
 def uniform(seed: int, begin: int, count: int) -> NDArray[np.float64]:
-    """Random numbers of neighbouring places; each depends on seed and place alone.
+    """Random numbers in [0, 1) of neighbouring places, (count,), by seed and place alone.
 
     So they do not depend on how a tensor is cut into blocks. The generator is SplitMix64, whose
     n-th number is a hash of seed + n times a constant.
 
-    Args:
-        seed: any integer.
-        begin: place of the first number.
-        count: how many.
-
-    Returns:
-        (count,) in [0, 1).
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     place = np.arange(begin + 1, begin + count + 1, dtype=np.uint64)

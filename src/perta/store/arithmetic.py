@@ -35,11 +35,8 @@ _COMPILED_TYPES = (torch.float32, torch.bfloat16)
 class Place:
     """Where elements lie, which decides how they are rounded.
 
-    Attributes:
-        seed: the user's seed.
-        name: the tensor, as the checkpoint calls it; of a tied parameter that is stored twice,
-            its first name.
-        start: the first element, counted in the flat tensor.
+    `name` is the tensor's in the checkpoint, the first one of a tied parameter stored twice;
+    `start` is the first element, counted in the flat tensor.
     """
 
     seed: int
@@ -53,16 +50,7 @@ class Place:
 
 
 def round_as_stored(values: Tensor, dtype: torch.dtype, place: Place) -> Tensor:
-    """Round float32 values exactly as the edit does when it writes them.
-
-    Args:
-        values: float32, any shape; the elements of a tensor in its order from `place` on.
-        dtype: type in which they are stored.
-        place: tensor and first element.
-
-    Returns:
-        The same shape, of that type.
-    """
+    """Float32 values of any shape, rounded as the edit does when it writes them from `place` on."""
     if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
     flat = values.reshape(-1)
@@ -79,17 +67,9 @@ _LOW_BITS = 0xFFFFFFFF
 
 
 def thresholds(place: Place, count: int, device: torch.device | None = None) -> Tensor:
-    """The random numbers that decide how elements are rounded.
+    """The random numbers that decide how elements are rounded, (count,) int32 in [0, 2^16).
 
     A hash of the element's number, keyed by seed and tensor; it repeats after 2^32 elements.
-
-    Args:
-        place: tensor and first element.
-        count: number of elements.
-        device: where they are wanted [default: CPU].
-
-    Returns:
-        (count,) int32 in [0, 2^16).
     """
     first_key, second_key = place.keys()
     x = torch.arange(count, dtype=torch.int64, device=device)
@@ -101,16 +81,10 @@ def thresholds(place: Place, count: int, device: torch.device | None = None) -> 
 
 
 def round_by(values: Tensor, dtype: torch.dtype, above: Tensor) -> Tensor:
-    """Round to bfloat16 or float16 by given random numbers.
+    """Round float32 values to bfloat16 or float16 by given random numbers.
 
-    Args:
-        values: float32.
-        dtype: torch.bfloat16 or torch.float16.
-        above: int32 in [0, 2^16), same shape; 2^16 - `above` is the share of the way to the upper
-            neighbour, in parts of 2^16, from which a value is rounded up, away from zero.
-
-    Returns:
-        The same shape, of that type.
+    2^16 - `above`, int32 in [0, 2^16) of the same shape, is the share of the way to the upper
+    neighbour, in parts of 2^16, from which a value is rounded up, away from zero.
     """
     # Adding to the bits of a float moves it away from zero, into the next binade where need be.
     if dtype == torch.bfloat16:
@@ -145,16 +119,7 @@ class Step:
 
 
 def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:
-    """Values − base, both upcast before.
-
-    Args:
-        values: (count,), of any floating type.
-        base: (count,), of any floating type.
-        out: (count,), float32; may be `values`.
-
-    Returns:
-        `out`.
-    """
+    """Values − base, (count,) of any floating type, in float32 in `out`, which may be `values`."""
     if _compiled and _suits_compiled(values, base):
         _compiled.difference(
             out.data_ptr(),
@@ -169,16 +134,7 @@ def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:
 
 
 def subtract(stored: Tensor, delta: Tensor, place: Place) -> Step:
-    """Subtract in place, in float32, and round once.
-
-    Args:
-        stored: (count,), of any floating type; overwritten.
-        delta: (count,), float32.
-        place: tensor and first element, for the rounding.
-
-    Returns:
-        What was stored.
-    """
+    """Subtract a float32 δ from (count,) stored values of any type, in place, and round once."""
     if _compiled and _suits_compiled(stored):
         is_bfloat16, keys, start = stored.dtype == torch.bfloat16, place.keys(), place.start
         step = Step(
@@ -218,16 +174,7 @@ def square_norm(values: Tensor) -> float:
 
 
 def scale(task_vector: Tensor, weighting: Tensor | float, scaling_coef: float) -> Tensor:
-    """α · W ⊙ τ, in place.
-
-    Args:
-        task_vector: τ, float32; overwritten.
-        weighting: W, same shape, or one number.
-        scaling_coef: α.
-
-    Returns:
-        The same tensor.
-    """
+    """α · W ⊙ τ, in place; W has τ's shape or is one number."""
     for factor in (weighting, scaling_coef):
         if isinstance(factor, Tensor) or factor != 1:
             task_vector.mul_(factor)

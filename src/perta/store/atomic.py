@@ -41,21 +41,13 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Fill a folder that appears only when it is complete.
 
-    The block writes to a hidden folder beside the final name. It is renamed when the block
-    ends, and removed when anything, including an interrupt, ends the block early. With
-    `overwrite`, what was there before goes only once the new folder is in place.
-
-    Args:
-        output: the final name; missing parent folders are made.
-        overwrite: replace an output that is there already.
-        private: whether it is for its owner alone, whatever the user's mask allows.
-
-    Yields:
-        The folder to write to.
+    The block writes to a hidden folder beside the final name. It is renamed when the block ends,
+    and removed when anything, including an interrupt, ends the block early. With `overwrite`, what
+    was there before goes only once the new folder is in place. One that is `private` is for its
+    owner alone, whatever the user's mask allows.
 
     Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or it is one that must not
-            be replaced.
+        OutputExistsError: the output is there and `overwrite` is off, or it must not be replaced.
     """
     with _making(output.absolute(), overwrite) as new:
         new.mkdir(0o700 if private else 0o777)
@@ -66,16 +58,7 @@ def atomic_folder(
 def atomic_file(output: Path, overwrite: bool = False, *, private: bool = False) -> Iterator[Path]:
     """Write a file that appears only when it is complete, as `atomic_folder` does for folders.
 
-    Args:
-        output: the final name; missing parent folders are made.
-        overwrite: replace an output that is there already.
-        private: whether it is for its owner alone, whatever the user's mask allows.
-
-    Yields:
-        The path to write to; nothing is there yet, or an empty file where it is private.
-
-    Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or is no file.
+    At the yielded path nothing is yet, or an empty file where it is private.
     """
     output = output.absolute()
     if output.is_dir():
@@ -93,14 +76,7 @@ def write_text(file: Path, text: str, *, private: bool = False) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Stop before any work where an output could not be written.
-
-    Args:
-        output: place of a file or folder; its parents may not be there yet.
-
-    Raises:
-        ConfigError: a parent is no folder, or nothing may be written there.
-    """
+    """Stop with a ConfigError before any work where an output could not be written."""
     parent = next(p for p in output.absolute().parents if p.exists() or p.is_symlink())
     if not parent.is_dir():
         raise ConfigError(f"{output} cannot be written: {parent} is no folder. Choose another.")
@@ -112,27 +88,14 @@ def check_writable(output: Path) -> None:
 
 @contextmanager
 def scratch_folder(place: Path) -> Iterator[Path]:
-    """An empty folder beside `place` that is gone when the block ends.
-
-    What a killed run left of it is cleared away by the next.
-
-    Args:
-        place: path that names it; nothing appears there.
-
-    Yields:
-        The folder.
-    """
+    """An empty folder beside `place` that is gone when the block ends, or before the next one."""
     with _hidden(place.absolute()) as run:
         (run / _NEW).mkdir()
         yield run / _NEW
 
 
 def recover(output: Path) -> None:
-    """Finish or clear away what dead runs left beside an output.
-
-    Args:
-        output: the final name; nothing need be there.
-    """
+    """Finish or clear away what dead runs left beside an output."""
     output = output.absolute()
     for run in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*")):
         place = _PARTIAL.search(run.name)
@@ -149,9 +112,6 @@ def recover(output: Path) -> None:
 
 def check_place(output: Path) -> None:
     """Stop before a place at which no output may be put, whatever the user wants.
-
-    Args:
-        output: the final name; nothing need be there.
 
     Raises:
         OutputExistsError: a link, a device or a pipe is there, or a folder that is or holds the

@@ -100,16 +100,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
-
-    Attributes:
-        name: the checkpoint's own name of the tensor.
-        dtype: type of the stored values.
-        shape: sizes, outermost first.
-        file: the safetensors file.
-        offset: place of the first byte, from the start of the file.
-        nbytes: length in bytes.
-    """
+    """Where one tensor lies: first byte, from the start of its file, and length in bytes."""
 
     name: str
     dtype: torch.dtype
@@ -167,18 +158,11 @@ def name_ends_with(name: str, endings: Iterable[str]) -> bool:
 
 
 def open_index(folder: Path) -> CheckpointIndex:
-    """Read and check the headers of a checkpoint folder.
+    """Read and check the headers of a checkpoint or importance folder; no tensor is read.
 
     Files count as transformers counts them: `model.safetensors` if it is there, otherwise the
-    shards named in `model.safetensors.index.json`; other safetensors files are not part of the
-    checkpoint. A folder with both, where the index names other shards, is refused, because
-    half of it is left over from another run.
-
-    Args:
-        folder: local checkpoint or importance folder.
-
-    Returns:
-        The index; no tensor has been read.
+    shards named in `model.safetensors.index.json`. A folder with both, where the index names other
+    shards, is refused, because half of it is left over from another run.
 
     Raises:
         CheckpointNotFoundError: no such folder, or no safetensors checkpoint in it.
@@ -208,18 +192,10 @@ def open_index(folder: Path) -> CheckpointIndex:
 
 
 def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """Read and check the header of one safetensors file.
-
-    Args:
-        file: the file.
-
-    Returns:
-        Its tensors in the order of their bytes, and the header's free text.
+    """Read and check a safetensors file's header: tensors in the order of their bytes, free text.
 
     Raises:
-        CorruptCheckpointError: the file is truncated, or its header contradicts itself or the
-            length of the file.
-        CheckpointError: tensors of a type that cannot be read.
+        CheckpointError: as for `open_index`.
     """
     header, data_start = _read_raw_header(file)
     metadata = header.pop("__metadata__", None)
@@ -245,13 +221,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor into memory of its own.
-
-    Args:
-        entry: the tensor's place, from `open_index`.
-
-    Returns:
-        The tensor, stored dtype and shape, on the CPU.
+    """Read one tensor into memory of its own, on the CPU, as it is stored.
 
     Raises:
         CorruptCheckpointError: the file has become shorter since its header was read.
@@ -273,13 +243,7 @@ def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def read_into(descriptor: int, offset: int, buffer: memoryview, entry: TensorEntry) -> None:
-    """Fill a buffer from an open file.
-
-    Args:
-        descriptor: open file of the tensor.
-        offset: first byte to read, from the start of the file.
-        buffer: writable bytes; filled to the end.
-        entry: the tensor that is read, for the error message.
+    """Fill a writable buffer from an open file, from the byte `offset` on.
 
     Raises:
         CorruptCheckpointError: the file ends early.
@@ -295,13 +259,7 @@ def read_into(descriptor: int, offset: int, buffer: memoryview, entry: TensorEnt
 
 
 def write_from(descriptor: int, offset: int, buffer: memoryview) -> None:
-    """Write a whole buffer at a place in an open file.
-
-    Args:
-        descriptor: file open for writing.
-        offset: place of the first byte, from the start of the file.
-        buffer: the bytes.
-    """
+    """Write a whole buffer at a place in an open file."""
     while buffer:
         count = os.pwrite(descriptor, buffer, offset)
         buffer, offset = buffer[count:], offset + count
@@ -467,17 +425,10 @@ def companions(folder: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what a model needs beside its weights, and its licence.
+    """Copy what a model needs beside its weights, and its licence; see `companions`.
 
     Configuration, generation settings, tokenizer, chat template and custom code are copied;
     weights, model cards, logs and data are not.
-
-    Args:
-        source: checkpoint folder.
-        target: folder to copy into.
-
-    Raises:
-        CheckpointError: see `companions`.
     """
     for name in companions(source):
         copy = target / name
@@ -491,11 +442,11 @@ def write_tensors(
     shards: Mapping[str, Sequence[str]] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors as a safetensors checkpoint that `open_index` reads.
+    """Write tensors as a safetensors checkpoint that `open_index` reads, each in its own type.
 
     Args:
         folder: existing folder; for an all-or-nothing write, one from `atomic_folder`.
-        tensors: name -> tensor on any device; written in its own dtype.
+        tensors: by name, on any device.
         shards: file name -> names of its tensors, such as `CheckpointIndex.shards`; names
             without a tensor are left out. One file without it.
         metadata: free text for the headers [default: {"format": "pt"}].
@@ -556,15 +507,10 @@ def _present(
 def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors.
+    """The first bytes of a safetensors file, up to its tensors, a multiple of 8.
 
-    Args:
-        tensors: name -> type and shape. Wide types come first in the file, so that every tensor
-            starts at a multiple of its own item size; otherwise the order is kept.
-        metadata: free text.
-
-    Returns:
-        Length and JSON text, a multiple of 8 bytes.
+    Wide types come first in the file, so that every tensor starts at a multiple of its own item
+    size; otherwise the order is kept.
 
     Raises:
         ConfigError: a type cannot be stored.

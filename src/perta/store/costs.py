@@ -72,14 +72,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run.
-
-    Attributes:
-        name: as records have it.
-        title: what it is.
-        operations: about how many it takes; 0 where its result is there already.
-        reused: whether it is.
-    """
+    """One step of a run, as records name it; `operations` is 0 where its result is there."""
 
     name: str
     title: str
@@ -114,16 +107,13 @@ class Plan:
 
 
 def costs_of(record: Record, records: Records, evaluation: Record | None = None) -> Costs:
-    """Everything that making an output took.
+    """Everything that making an output took, models and moments included that were there before.
 
     Args:
         record: of the output of an unlearning.
         records: fingerprint -> record of its inputs, as far as they were found, for stages of which
             no whole run noted anything.
         evaluation: record of an evaluation of the output, where the run notes none.
-
-    Returns:
-        Its costs, those of models and moments included that were there before.
     """
     noted: Mapping[str, float] = record.get("unlearn", {}).get("seconds", {})
     apart = [s for name, s in noted.items() if name.startswith(_EVALUATION)]

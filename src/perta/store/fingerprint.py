@@ -42,13 +42,7 @@ _SETTLED = 2e9
 
 
 def fingerprint(path: Path) -> str:
-    """Hash what a file or a checkpoint folder holds, to use it.
-
-    Args:
-        path: file, checkpoint folder or importance folder.
-
-    Returns:
-        As `content_of`.
+    """Hash what a file or a folder holds, as `content_of`, to use it.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path, or nothing that counts.
@@ -88,15 +82,12 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def content_of(path: Path) -> str:
-    """Hash what a file or a checkpoint folder holds.
+    """Hash what a file, a checkpoint or an importance folder holds.
 
     Of a folder, the weights, the configuration, an adapter's settings, the tokenizer and the chat
     template count; model cards, logs and this package's own manifest do not. Names of files
     within the folder count, its own path does not. Files that have not changed since they were
     last hashed by this process are not read again.
-
-    Args:
-        path: file, checkpoint folder or importance folder.
 
     Returns:
         BLAKE3 in hexadecimal: where processors have no instructions for SHA-256, hashing a
@@ -139,13 +130,7 @@ def _hash_file(file: Path) -> str:
 
 
 def run_file(path: Path) -> ModuleType:
-    """Run a Python file of a user's own, as a module that holds the hash of the code that ran.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The module; its `loaded_from` is the SHA-256 of the file in hexadecimal.
+    """Run a user's own Python file as a module; `loaded_from` in it is the SHA-256 of the code.
 
     Raises:
         ConfigError: it is not there, or cannot be run.

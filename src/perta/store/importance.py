@@ -18,14 +18,7 @@ def order_name(order: float) -> str:
 
 
 def order_folder(folder: Path, order: float) -> Path:
-    """Sub-folder of an importance folder that holds one order.
-
-    Args:
-        folder: output of `perta importance`.
-        order: order p of the importance.
-
-    Returns:
-        The sub-folder.
+    """Sub-folder of an importance folder that holds one order p.
 
     Raises:
         CheckpointNotFoundError: no such importance folder.
@@ -49,13 +42,7 @@ def order_folder(folder: Path, order: float) -> Path:
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """Read what an importance folder says about itself.
-
-    Args:
-        folder: output of `perta importance`.
-
-    Returns:
-        Orders, reduction, counts, fingerprints, seed and versions.
+    """Orders, reduction, counts, fingerprints, seed and versions of an importance folder.
 
     Raises:
         CheckpointNotFoundError: there is no sidecar.

@@ -38,15 +38,10 @@ _START = "0" * 64
 
 @dataclass(frozen=True)
 class Entry:
-    """One line.
+    """One line; `kind` is `init`, `add`, `apply`, `recheck` or `clean`.
 
-    Attributes:
-        number: from 1.
-        kind: what happened: `init`, `add`, `apply`, `recheck` or `clean`.
-        time: of writing, UTC.
-        facts: what is to be remembered of it.
-        hash: of all that; SHA-256 in hexadecimal.
-        signature: over it, hexadecimal, and the public key it is checked with; None where unsigned.
+    `number` counts from 1, `time` is of writing, UTC. `hash`, SHA-256 in hexadecimal, is over all
+    that, and `signature` over the hash, with the public key it is checked with.
     """
 
     number: int
@@ -59,11 +54,7 @@ class Entry:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a ledger.
-
-    Raises:
-        LedgerError: another process does.
-    """
+    """Keep other processes from writing to a ledger; a LedgerError where one does."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,16 +64,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | None = None) -> Entry:
-    """Write one more entry. Call it within `locked`.
+    """Write one more entry of plain values. Call it within `locked`.
 
-    Args:
-        folder: of the ledger.
-        kind: what happened.
-        facts: plain values.
-        key: file with an Ed25519 private key, PEM without a password; None to leave it unsigned.
-
-    Returns:
-        The entry.
+    `key` is a file with an Ed25519 private key, PEM without a password.
 
     Raises:
         LedgerError: the ledger that is there is not whole.
@@ -112,13 +96,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """Read a ledger and check its chain, its signatures and its head.
-
-    Args:
-        folder: of the ledger.
-
-    Returns:
-        Every entry, in order.
+    """Every entry of a ledger, in order, its chain, its signatures and its head checked.
 
     Raises:
         LedgerError: a line was changed, moved, taken out or added by other hands, or the end is

@@ -54,13 +54,9 @@ EXPECTED = 10
 class MomentFolder:
     """An opened moment folder.
 
-    Attributes:
-        folder: the folder.
-        index: its tensors.
-        facts: the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
-            (weights stored as in x out), `tokens`, `examples`, `token_choice`,
-            `model_fingerprint`, `data_fingerprints`, and `seen` (moment -> the tokens it rests
-            on, see `is_measured`).
+    `facts` is the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
+    (weights stored as in x out), `tokens`, `examples`, `token_choice`, `model_fingerprint`,
+    `data_fingerprints`, and `seen` (moment -> the tokens it rests on, see `is_measured`).
     """
 
     folder: Path
@@ -111,13 +107,7 @@ class MomentFolder:
 
 
 def open_moments(folder: Path) -> MomentFolder:
-    """Open a moment folder and check that it holds what its sidecar says.
-
-    Args:
-        folder: output of `perta moments` or `perta merge-moments`.
-
-    Returns:
-        The folder; no tensor has been read.
+    """Open an output of `perta moments` and check that it holds what its sidecar says.
 
     Raises:
         CheckpointNotFoundError: it is not there, or is no moment folder.
@@ -154,13 +144,7 @@ def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """Write tensors as they come, never holding more than about one shard of them.
-
-    Args:
-        folder: existing folder.
-        tensors: name and tensor, written in its own type.
-        limit: bytes after which a shard is written.
-    """
+    """Write tensors as they come, never holding much more than `limit` bytes, a shard, of them."""
     weight_map: dict[str, str] = {}
     waiting: dict[str, Tensor] = {}
     total = 0

@@ -31,7 +31,7 @@ def check_output(
         ours: says of what is there that this package wrote it [default: `made_here`].
 
     Raises:
-        ConfigError: the output is an input, contains one, or lies in one.
+        ConfigError: see `check_separate`.
         OutputExistsError: something is there that must stay.
     """
     check_separate(output, reads, within=within)
@@ -53,13 +53,8 @@ def made_here(output: Path) -> bool:
 def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = False) -> None:
     """Make sure that writing the output cannot touch an input.
 
-    Args:
-        output: folder or file of the result.
-        reads: folders and files that are read.
-        within: whether it may lie in a folder that is read, as files may.
-
     Raises:
-        ConfigError: the output is an input, contains one, or lies in one.
+        ConfigError: it is an input, contains one, or lies in one and may not (`within`).
     """
     place = output.resolve()
     for given in reads:

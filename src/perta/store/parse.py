@@ -24,20 +24,7 @@ _LARGEST = 1 << 64
 def read_json(
     file: Path, error: type[PertaError], *, nan: bool = False, limit: int = _LONGEST
 ) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        file: its place.
-        error: class of what is raised.
-        nan: whether NaN and infinity may stand in it.
-        limit: most bytes.
-
-    Returns:
-        The object.
-
-    Raises:
-        PertaError: of the class `error`, with the file and what is wrong with it.
-    """
+    """The JSON object that a file of at most `limit` bytes holds; see `parse_json`."""
     value = parse_json(read_bytes(file, error, limit), str(file), error, nan=nan)
     if not isinstance(value, dict):
         raise error(f"{file}: expected a JSON object, found {type(value).__name__}.")
@@ -45,7 +32,7 @@ def read_json(
 
 
 def read_bytes(file: Path, error: type[PertaError], limit: int = _LONGEST) -> bytes:
-    """What a regular file holds; arguments and errors as for `read_json`."""
+    """What a regular file of at most `limit` bytes holds; what is wrong with it raises `error`."""
     try:
         if file.exists() and not file.is_file():
             raise error(f"{file} is not a regular file.")
@@ -61,17 +48,10 @@ def read_bytes(file: Path, error: type[PertaError], limit: int = _LONGEST) -> by
 def parse_json(
     text: str | bytes, where: str, error: type[PertaError], *, nan: bool = False, free: bool = False
 ) -> Any:
-    """Parse JSON.
+    """Parse JSON; text that is damaged, too deep, or names a key twice raises `error`.
 
-    Args:
-        text: the JSON text; bytes are UTF-8.
-        where: file and place for the message.
-        error: class of what is raised.
-        nan: whether NaN and infinity may stand in it.
-        free: whether large numbers and broken characters may, as in a user's rows.
-
-    Raises:
-        PertaError: of the class `error`; the text is damaged, too deep, or names a key twice.
+    `where` is file and place, for the message. With `nan`, NaN and infinity may stand in it; with
+    `free`, large numbers and broken characters, as in a user's rows.
     """
     try:
         plain = text if isinstance(text, str) else text.decode("utf-8")
@@ -83,17 +63,7 @@ def parse_json(
 
 
 def parse_yaml(text: str | bytes, where: str, error: type[PertaError]) -> Any:
-    """Parse YAML of plain values.
-
-    Args:
-        text: the YAML text.
-        where: file or option, for the message.
-        error: class of what is raised.
-
-    Raises:
-        PertaError: of the class `error`; the text is damaged, too deep, or has keys that are no
-            texts.
-    """
+    """Parse YAML of plain values as `parse_json` does JSON; every key must be a text."""
     import yaml
 
     try:

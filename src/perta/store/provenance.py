@@ -25,15 +25,10 @@ FORGET_CHECKPOINT = "forget_checkpoint"
 
 @dataclass(frozen=True)
 class Request:
-    """One unlearning by its record, and the fingerprints of what took part.
+    """One unlearning by its record: fingerprints of its output and of what took part.
 
-    Attributes:
-        output: the unlearned model.
-        base: models before the data was seen.
-        full: models before the unlearning.
-        tuned: models tuned on the forget set alone.
-        forget: sets to be removed.
-        retain: sets to be kept.
+    `base` are models before the data was seen, `full` those before the unlearning, `tuned` those
+    tuned on the forget set alone; `forget` and `retain` are sets.
     """
 
     output: str
@@ -58,15 +53,10 @@ def method_of(record: Record) -> str | None:
 
 
 def requests_of(records: Records, evaluations: Iterable[Record] = ()) -> list[Request]:
-    """Every unlearning among some records.
+    """Every unlearning among some records by fingerprint, one request for each output.
 
-    Args:
-        records: fingerprint -> record.
-        evaluations: records of evaluations; where a run's own record does not name its sets, they
-            are those on which its output was evaluated.
-
-    Returns:
-        One request for each output of an unlearning.
+    Where a run's own record does not name its sets, they are those on which its output was
+    evaluated, by the records of `evaluations`.
     """
     evaluated = list(evaluations)
     return [
@@ -124,19 +114,11 @@ def _data_of(record: Record, records: Records) -> set[str]:
 def role_of(
     fingerprint: str | None, evaluated: str | None, records: Records, requests: Iterable[Request]
 ) -> Role:
-    """The part that a model played in the unlearning that it was evaluated for.
+    """The part that a model played in the unlearning that it was evaluated for; `other` if unknown.
 
-    A model may be the output of one request and the full model of the next; the forget set on
-    which it was evaluated tells which is meant, and where that does not, the next one.
-
-    Args:
-        fingerprint: of the model.
-        evaluated: fingerprint of the forget set on which it was evaluated.
-        records: fingerprint -> record.
-        requests: from `requests_of`.
-
-    Returns:
-        Its role; `other` where no record tells.
+    A model may be the output of one request and the full model of the next; `evaluated`, the
+    fingerprint of the forget set on which it was evaluated, tells which is meant, and where that
+    does not, the next one.
     """
     every = list(requests)
     same = [request for request in every if evaluated in request.forget]
@@ -186,14 +168,7 @@ def _training_of(record: Record) -> tuple[str | None, str | None]:
 def refuse_claim(
     claim: Role, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
 ) -> None:
-    """Stop where records contradict the role that a user states.
-
-    Args:
-        claim: the stated role, one of `STATED`.
-        fingerprint: of the model.
-        where: what the user gave, for the message.
-        records: fingerprint -> record.
-        requests: from `requests_of`.
+    """Stop where records contradict the role, one of `STATED`, that a user states of a model.
 
     Raises:
         DataError: the record of the model, or of an unlearning, says that it is something else.
@@ -240,15 +215,12 @@ def _contradiction(
 
 
 def check_reference(evaluation: Record, reference: Record, where: str) -> bool:
-    """Whether a benchmark's reference is of a retrained model by its record.
+    """Whether a benchmark's reference is of a retrained model by its record, not by word alone.
 
     Args:
         evaluation: stage, settings and inputs of the evaluation that uses it.
         reference: record of the reference's own evaluation; empty where there is none.
         where: its file, for messages.
-
-    Returns:
-        True by its record; False where it is so by the user's word alone.
 
     Raises:
         DataError: it was measured on another split, or the records say that its model is another.

@@ -53,15 +53,9 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """Hash of all that decides a stage's result.
+    """SHA-256, hexadecimal, of all that decides a stage's result; `inputs` are by fingerprint.
 
-    Args:
-        stage: name of the stage.
-        settings: resolved settings; where an input lies is replaced by what it holds.
-        inputs: name -> fingerprint of every input.
-
-    Returns:
-        SHA-256 in hexadecimal.
+    Of the settings, where an input lies is replaced by what it holds.
     """
     deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
     record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
@@ -77,17 +71,9 @@ def make_manifest(
     seconds: Mapping[str, float] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """The record of one finished stage.
+    """The record of one finished stage as plain values, `more` results worth keeping among them.
 
-    Args:
-        stage: name of the stage.
-        settings: resolved settings.
-        inputs: name -> fingerprint of every input.
-        seconds: duration of each step.
-        **more: results worth keeping, such as final losses.
-
-    Returns:
-        Plain values, ready for JSON.
+    `inputs` are fingerprints by name, `seconds` the durations of its steps.
     """
     return {
         "stage": stage,
@@ -154,14 +140,9 @@ def content_of_results(results: Mapping[str, Any]) -> str:
 
 
 def refuse_changed(results: Mapping[str, Any], where: str | Path) -> None:
-    """Stop at results that are not those that their own record is of.
+    """Stop with a DataError at results that are not those that their own record is of.
 
-    Args:
-        results: what a results file holds; one without such a record is taken as it is.
-        where: the file, for the message.
-
-    Raises:
-        DataError: they differ.
+    Results without such a record are taken as they are.
     """
     record = results.get("perta")
     content = record.get("content") if isinstance(record, dict) else None

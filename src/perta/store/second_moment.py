@@ -37,13 +37,7 @@ def few_together(moments: Sequence[Tensor]) -> bool:
 
 
 def factor(rows: Tensor) -> Tensor:
-    """R with Rᵀ R = Xᵀ X.
-
-    Args:
-        rows: X (n, d), n < d; of no rows R is one row of zeros.
-
-    Returns:
-        R (n, d) float64.
+    """R (n, d) float64 with Rᵀ R = Xᵀ X, for n < d rows; of no rows it is one row of zeros.
 
     Raises:
         ValueError: R would be square, and taken for C.
