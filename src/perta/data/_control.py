@@ -68,16 +68,10 @@ def _is_tag(name: str, names: Any) -> bool:
 def tokenise(
     text: str, own: Sequence[Span], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> Tokens:
-    """Tokenise a text of which some parts are a row's own.
+    """Tokenise a text of which some parts, `own`, are a row's: there no control token is meant.
 
-    Args:
-        text: what is tokenised.
-        own: the parts in which no control token is meant, from left to right.
-        tokenizer: the model's tokenizer.
-        special: let the tokenizer put its own control tokens around.
-
-    Returns:
-        The tokens; those of texts without names of control tokens are the tokenizer's.
+    They stand from left to right. With `special` the tokenizer puts its control tokens around.
+    Tokens of texts without names of control tokens are the tokenizer's.
 
     Raises:
         RowError: a control token in the row's text cannot be told from text.

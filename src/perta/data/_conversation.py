@@ -66,15 +66,9 @@ def chat_column(row: Mapping[str, Any], config: DataConfig) -> str:
 def conversation(
     row: Mapping[str, Any], kind: str, config: DataConfig
 ) -> tuple[str, tuple[Message, ...]]:
-    """Read a row's messages.
+    """A row's messages, read by its kind: `qa`, `completion`, `chat` or `text`.
 
-    Args:
-        row: column -> value.
-        kind: `qa`, `completion`, `chat` or `text`.
-        config: names of the columns.
-
-    Returns:
-        The kind, `chat` where a prompt turned out to be a list of messages; and the messages.
+    The kind comes first: `chat` where a prompt turned out to be a list of messages.
 
     Raises:
         RowError: the row cannot be used.

@@ -41,12 +41,12 @@ class TemplateError(Exception):
 def render(
     template: str, variables: Mapping[str, Any], chats: Sequence[Mapping[str, Any]], date: str
 ) -> list[dict[str, Any]]:
-    """Render some chats.
+    """Render some chats, each with `messages` and `add_generation_prompt`.
 
     Args:
         template: the text of the template.
         variables: what it may use besides, such as the tokens' names.
-        chats: `messages` and `add_generation_prompt` of each.
+        chats: what is rendered.
         date: today, as the template is told it.
 
     Returns:

@@ -43,12 +43,7 @@ class Layout:
 
 
 def lay_out_plainly(messages: Sequence[Message], *, as_is: bool) -> Layout:
-    """A conversation as lines with questions and answers, for models without a chat template.
-
-    Args:
-        messages: the conversation.
-        as_is: put the texts one behind the other.
-    """
+    """A conversation as lines with questions and answers, or `as_is`, without a chat template."""
     text, turns = "", []
     for message in messages:
         if message.role == "assistant":
@@ -76,17 +71,9 @@ def lay_out(
     *,
     added: bool,
 ) -> Layout:
-    """Render a conversation and find its messages in it.
+    """Render a conversation with `_renderer.render` and find its messages in it.
 
-    Args:
-        messages: the conversation.
-        template: the chat template.
-        variables: what the template may use besides the messages.
-        date: today, as the template is told it.
-        added: the first message is not of the row.
-
-    Returns:
-        The layout.
+    `added` says that the first message is not of the row.
 
     Raises:
         RowError: the template refuses the row, or leaves out or changes a message of it.

@@ -68,30 +68,15 @@ class Batch:
 
 
 def seeded_sample(examples: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
-    """A random sample, in the order of the file.
-
-    Args:
-        examples: N examples.
-        count: how many to take, at most N.
-        seed: seed of the choice.
-
-    Returns:
-        The sample; all examples if `count` is N.
-    """
+    """A random sample of `count`, at most all, in the order of the file."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     return [examples[i] for i in order[:count].sort().values.tolist()]
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | None = None) -> Batch:
-    """Right-pad examples to the longest of them.
+    """Right-pad at least one example to the longest of them, with a token that is masked.
 
-    Args:
-        examples: B tokenised examples, at least one.
-        pad_id: token written after the end; it is masked and carries no loss.
-        index: the examples' places in their list; 0 … B-1 by default.
-
-    Returns:
-        The batch, on the CPU.
+    `index` has the examples' places in their list; 0 … B-1 by default.
     """
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
@@ -116,16 +101,8 @@ def bucketed(
     """Cut examples into batches of similar length, so that little is spent on padding.
 
     With a generator, examples of about one length meet in a random order and the batches
-    come in a random order (training); without one the order is by length (evaluation).
-
-    Args:
-        examples: tokenised examples.
-        batch_size: examples per batch.
-        pad_id: padding token.
-        generator: source of randomness.
-
-    Returns:
-        The batches; `index` of each names the examples' places in `examples`.
+    come in a random order (training); without one the order is by length (evaluation). `index` of
+    each batch names the examples' places in `examples`.
     """
     order = list(range(len(examples)))
     if generator is not None:

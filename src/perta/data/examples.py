@@ -68,13 +68,10 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples of one source.
+    """Examples of one source, a path or id as the user gave it.
 
-    Attributes:
-        source: path or id, as the user gave it.
-        examples: usable rows.
-        skipped: what was left out and why, one line a row.
-        fingerprint: BLAKE3 of all rows' content, whatever the file's name or place.
+    `skipped` says what was left out and why, one line a row; `fingerprint` is the BLAKE3 of all
+    rows' content, whatever the file's name or place.
     """
 
     source: str
@@ -89,15 +86,12 @@ class ExampleSet:
 def load_examples(
     source: str | Path | Iterable[Mapping[str, Any]], config: DataConfig | None = None
 ) -> ExampleSet:
-    """Read every row of a file or `datasets` id.
+    """Read every row of a file or `datasets` id, in its order.
 
     Args:
         source: JSONL, JSON, CSV, TSV or Parquet file, or a `datasets` id; in a program also the
             rows themselves, as dictionaries, a `datasets` table or a pandas frame.
         config: column names and kind of rows.
-
-    Returns:
-        The examples in file order.
 
     Raises:
         DataError: the source is missing, undecodable, or has rows without a usable answer.
@@ -123,15 +117,7 @@ def load_examples(
 
 
 def general_config(source: str, config: DataConfig) -> DataConfig:
-    """How general text is read: by the usual column names, else by those of the other sets.
-
-    Args:
-        source: file or `datasets` id.
-        config: how the other sets are read.
-
-    Returns:
-        The configuration to load and encode it with.
-    """
+    """How to read general text: by the usual column names, else by those of the other sets."""
     usual = config.with_usual_columns()
     try:
         load_examples(source, usual)
@@ -151,14 +137,7 @@ _APART = {
 
 
 def check_apart(sets: Mapping[str, ExampleSet]) -> None:
-    """Warn of rows in two sets that must have none in common.
-
-    Args:
-        sets: option -> its set.
-
-    Raises:
-        ConfigError: two are the same rows.
-    """
+    """Warn of rows in two sets that must have none in common; stop where they are the same rows."""
     for (one, other), why in _APART.items():
         if one not in sets or other not in sets:
             continue

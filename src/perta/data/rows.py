@@ -31,30 +31,17 @@ class Rows(str):
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> Rows:
-        """Rows under a name.
-
-        Args:
-            rows: each with its number, from 1 where it came from.
-            name: what they are called.
-        """
+        """Rows, each with its number, from 1 where it came from, under a name."""
         made = cls(name)
         made.numbered = tuple((number, _plain(dict(row))) for number, row in rows)
         return made
 
 
 def as_source(given: Any, name: str) -> str:
-    """What a set of examples is read from.
+    """What a set of examples is read from: a place or id as text, or `Rows`.
 
-    Args:
-        given: place or id as text or path, or the rows themselves: dictionaries, a `datasets`
-            table or a pandas frame.
-        name: what the set is called.
-
-    Returns:
-        The place, or the rows as `Rows`.
-
-    Raises:
-        DataError: something else.
+    `given` is that as text or path, or the rows themselves: dictionaries, a `datasets` table or a
+    pandas frame. Anything else is a DataError, in which `name` is what the set is called.
     """
     if isinstance(given, (str, Path)):
         return given if isinstance(given, str) else str(given)
@@ -85,14 +72,7 @@ def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
-    """Read every row of a file or of a `datasets` id.
-
-    Args:
-        source: path with one of `_SUFFIXES`, or owner/name, or owner/name:subset.
-        split: split of a `datasets` id.
-
-    Returns:
-        One dictionary per row, column -> value.
+    """Every row of a file with one of `_SUFFIXES`, or of an id, owner/name or owner/name:subset.
 
     Raises:
         DataError: it is not there, or cannot be read; the message says where.

@@ -51,13 +51,7 @@ def encode_examples(
     *,
     longest: int | None = None,
 ) -> EncodedSet:
-    """Tokenise a set.
-
-    Args:
-        examples: what `load_examples` returned.
-        tokenizer: the model's tokenizer.
-        config: chat template, system prompt and length limit.
-        longest: most tokens the model takes.
+    """Tokenise a set, to at most as many tokens as config and model (`longest`) take.
 
     Returns:
         One token sequence per example; for plain text one per window of at most `max_length`
@@ -119,16 +113,8 @@ def encode_example(
 
     Labelled are the answer's text, what the template puts between the generation prompt and it,
     and what ends it: the template's text up to its first control token, or eos where it has none.
-
-    Args:
-        example: the example.
-        tokenizer: the model's tokenizer.
-        config: chat template and system prompt.
-        as_published: label all that the template writes behind the prompt, and eos once more
-            where it ends otherwise, as published benchmarks do.
-
-    Returns:
-        The sequence up to its last label, not truncated.
+    With `as_published`, as in published benchmarks, all that the template writes behind the prompt,
+    and eos once more where it ends otherwise. The sequence ends with its last label.
 
     Raises:
         DataError: the template refuses the example or leaves out a part of it, or a control token
@@ -155,11 +141,7 @@ def encode_prompt(
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a text in which control tokens are text, with those the tokenizer puts around it.
-
-    Raises:
-        DataError: a control token in it cannot be read as text.
-    """
+    """Tokens of a text in which control tokens are text, with those the tokenizer puts around."""
     try:
         return tokenise(text, [(0, len(text))], tokenizer, special=True).ids
     except RowError as error:

@@ -19,22 +19,13 @@ from perta.progress import warn
 
 _FORM = "Write a column and a value, such as 'person == \"Mira Thornwick\"'; several with commas."
 _SHOWN = 5
-_CONDITION = re.compile(r"(\"[^\"]+\"|'[^']+'|[^=!<>]+?)\s*==?(?!=)\s*(.*\S)", re.DOTALL)
 
 
 def split_by(source: str, condition: str, split: str) -> tuple[Rows, Rows]:
-    """Divide the rows of a file or `datasets` id.
+    """The rows of a file or `datasets` id that have one of a condition's values, and the others.
 
     Values are compared as text, so that a number in quotes finds a number. Neither set's name
     tells the values, which may be what is to be forgotten.
-
-    Args:
-        source: file or id.
-        condition: column, `==` and one value or more.
-        split: split of a `datasets` id.
-
-    Returns:
-        The rows that have one of the values, and those that have not, in their order.
 
     Raises:
         ConfigError: no such condition.

@@ -44,13 +44,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class _Unit:
-    """One moment to sum up.
-
-    Attributes:
-        kind: of inputs or of output gradients.
-        slots: the matrices it belongs to: several that read the same input, or one.
-        width: d of the (d, d) moment.
-    """
+    """One moment (d, d) to sum up, of one matrix or of several that read the same input."""
 
     kind: Literal["input", "output"]
     slots: tuple[Slot, ...]
@@ -59,13 +53,10 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured for a model.
+    """What is measured for a model, in its order.
 
-    Attributes:
-        weights: every stored weight with moments, in the model's order.
-        units: the moments to sum up, in the model's order.
-        inputs: stored weight -> name of its input moment; shared by weights of one input.
-        outputs: stored weight -> name of its output moment; empty without gradients.
+    `inputs` and `outputs` have the names of each stored weight's moments: an input's is shared by
+    the weights that read it, and without gradients there are no outputs.
     """
 
     weights: tuple[StoredWeight, ...]
@@ -91,10 +82,7 @@ class Seen:
 def _kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
     """Positions whose inputs and gradients count, (B, T) bool; padding never does.
 
-    Args:
-        batch: right-padded examples.
-        tokens: `all` real tokens, or `answer`: the positions that predict a labelled token,
-            one before each.
+    Of `answer` those that predict a labelled token, one before each.
     """
     if tokens == "all":
         return batch.attention_mask.bool()
@@ -113,18 +101,10 @@ def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
 def sample_for_moments(
     plan: _Plan, examples: Sequence[Encoded], options: MomentOptions
 ) -> Sequence[Encoded]:
-    """The rows of a set that are measured.
+    """The rows of a set that are measured: a seeded sample in the order of the set, or all of it.
 
     `enough` are as few as have ENOUGH tokens that count for every input of the widest layer, and
     of one of several experts for each of them.
-
-    Args:
-        plan: from `plan_moments`.
-        examples: the set.
-        options: how many are wanted, and which tokens count.
-
-    Returns:
-        A seeded sample in the order of the set, or all of it.
     """
     wanted, rows = options.moment_samples, len(examples)
     if wanted != "enough":
@@ -145,14 +125,7 @@ def plan_moments(
 ) -> _Plan:
     """Find the linear layers, what the checkpoint calls them, and which share an input.
 
-    Args:
-        model: causal language model.
-        examples: the first is run once to see which layers read the same tensor.
-        gradients: plan output moments as well.
-        pad: padding token.
-
-    Returns:
-        The plan.
+    The first example is run once to see which layers read the same tensor.
 
     Raises:
         CheckpointError: no linear layer was found.
@@ -227,14 +200,8 @@ def sum_moments(
 ) -> Iterator[tuple[str, Tensor]]:
     """Sum up the moments of a plan, group by group of layers.
 
-    Args:
-        model: causal language model on its device.
-        examples: the set.
-        plan: from `plan_moments`.
-        options: which tokens count, and memory.
-        pad: padding token; it does not change the result.
-        batch_size: examples per pass; nor does it.
-        seen: filled with how much each moment rests on, when all have been taken.
+    Neither `pad` nor `batch_size` changes the result. `seen` is filled with how much each moment
+    rests on, when all have been taken.
 
     Raises:
         DivergenceError: a sum is NaN or Inf.
@@ -360,12 +327,8 @@ class _Rows:
 class _Collector:
     """Sums of one group of units while batches run.
 
-    Attributes:
-        model: the model.
-        units: what to sum up.
-        tokens: number of tokens that count in the whole set.
-        sums: (kind, first slot) -> its sum.
-        rows: (kind, first slot) -> number of rows in it.
+    `tokens` is the number that counts in the whole set; `sums`, and `rows`, their number, are by
+    kind and first slot.
     """
 
     model: PreTrainedModel
@@ -420,17 +383,7 @@ class _Collector:
         return listen
 
     def _take(self, slot: Slot, x: Tensor, y: Tensor, kept: Tensor) -> None:
-        """Add the inputs of a layer now, and its output gradients when they come.
-
-        Args:
-            slot: the layer.
-            x: (…, in), one row per token.
-            y: (…, out).
-            kept: (rows,) bool.
-
-        Raises:
-            CheckpointError: the rows are not the tokens of the batch.
-        """
+        """Add a layer's inputs, one row per token, now, and its output gradients when they come."""
         if x.numel() != kept.numel() * x.shape[-1]:
             raise CheckpointError(
                 f"{slot[0]} reads {tuple(x.shape)}, which is not one row per token, so padding "

@@ -147,12 +147,9 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> No
 
 @dataclass(frozen=True)
 class _Change:
-    """What becomes of a stored tensor.
+    """What becomes of a stored tensor: the part of the model that makes it anew, and its new shape.
 
-    Attributes:
-        maker: part of the model that makes it anew.
-        shape: its new shape.
-        like: tensor of the base in whose type it is stored.
+    It is stored in the type of `like`, a tensor of the base.
     """
 
     maker: str
@@ -189,11 +186,7 @@ class _Merge:
 
     @classmethod
     def of(cls, adapter: Path, index: CheckpointIndex) -> _Merge:
-        """Build the model, load the adapter into it, and see what it changes.
-
-        Raises:
-            CheckpointError: the two do not fit.
-        """
+        """Build the model, load the adapter into it, and see what it changes."""
         from peft import PeftConfig
 
         config = PeftConfig.from_pretrained(str(adapter))
@@ -425,18 +418,10 @@ def _load(
 
 
 def put_on(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
-    """A model with an adapter on it whose weights can be trained.
-
-    Args:
-        model: the adapter's base, in memory; changed in place.
-        adapter: folder that `adapter_settings` accepts.
-        base: folder of the base.
-
-    Returns:
-        The PEFT model.
+    """A PEFT model, whose adapter can be trained, of its base in memory, which is changed in place.
 
     Raises:
-        CheckpointMismatchError: the two do not fit tensor for tensor.
+        CheckpointMismatchError: adapter and base do not fit tensor for tensor.
         ConfigError: see `refuse_tied`.
     """
     from peft import PeftConfig, PeftModel

@@ -48,9 +48,6 @@ def check_checkpoint(folder: Path) -> None:
     Only headers are read, and config.json. A folder without one, or with a kind of model that
     transformers does not know, is compared with nothing.
 
-    Args:
-        folder: local checkpoint.
-
     Raises:
         CheckpointError: quantised, or config.json cannot be read or be true.
         CorruptCheckpointError: the files and config.json are of different models.
@@ -85,11 +82,9 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def described_model(folder: Path) -> PreTrainedModel | None:
-    """The model that a folder's config.json describes, without values.
+    """The model that a folder's config.json describes, without values, on the device `meta`.
 
-    Returns:
-        The model on the device `meta`; None where there is no config.json, or transformers knows
-        no causal language model of that kind.
+    None where there is no config.json, or transformers knows no causal language model of that kind.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -151,15 +146,7 @@ def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None
 
 
 def _check_settings(index: CheckpointIndex) -> None:
-    """Stop at what config.json alone shows to be wrong, before anything is built from it.
-
-    Args:
-        index: the checkpoint.
-
-    Raises:
-        CheckpointError: quantised, weights in a file of another name, or counts of parts that
-            the files cannot hold.
-    """
+    """Stop at what config.json alone shows to be wrong, before anything is built from it."""
     folder, settings = index.folder, read_config(index.folder)
     refuse_quantised(index)
     shards = sorted(path.name for path in folder.glob("shard-*-model-*-of-*.safetensors"))
@@ -174,16 +161,7 @@ def _check_settings(index: CheckpointIndex) -> None:
 def check_counts(
     place: Path, settings: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
 ) -> None:
-    """Stop at a setting that counts more parts than files can hold.
-
-    Args:
-        place: checkpoint, for the message.
-        settings: of its configuration.
-        shapes: of its tensors.
-
-    Raises:
-        CheckpointError: a setting does.
-    """
+    """Stop with a CheckpointError at a setting that counts more parts than files can hold."""
     widest = max((size for shape in shapes for size in shape), default=0)
     limits = {_LAYERS: len(shapes), _PARTS: max(widest, len(shapes)), _SIZES: _LARGEST_SIZE}
     for setting, value in _numbers(settings):
@@ -197,14 +175,7 @@ def check_counts(
 
 
 def refuse_quantised(index: CheckpointIndex) -> None:
-    """Stop at a quantised checkpoint.
-
-    Args:
-        index: the checkpoint.
-
-    Raises:
-        CheckpointError: its configuration or its tensors say so; the message names the way out.
-    """
+    """Stop with a CheckpointError at a checkpoint whose configuration or tensors are quantised."""
     settings = read_config(index.folder)
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     found = (part.get(name) for part in parts for name in _QUANTISED)

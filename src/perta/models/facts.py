@@ -93,12 +93,9 @@ class Fact:
 class FactScore:
     """What a model knows of one fact.
 
-    Attributes:
-        row: 1-based row in its file.
-        loss: mean over the fact's tokens, nats.
-        log_probability: sum over the fact's tokens, given question and answer before it; nats.
-        choice: probability among right and wrong answers; None without wrong answers.
-        rank: place of the right answer among them, 1 the first; None likewise.
+    `loss` is the mean and `log_probability` the sum over the fact's tokens, given question and
+    answer before it, in nats. `choice` is the probability among right and wrong answers, `rank`
+    the right one's place among them, 1 the first; both None without wrong answers.
     """
 
     row: int
@@ -143,16 +140,8 @@ def find_facts(
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
     a year, still has to be said. Earlier turns, end tokens and the punctuation behind the fact
-    are no part of it.
-
-    Args:
-        examples: the rows.
-        tokenizer: the models' tokenizer.
-        data_config: columns, chat template and length limit.
-        base: model that has not seen the rows.
-        full: model that has.
-        longest: most tokens that the model takes.
-        batch_size: rows per forward pass of `base` and `full`; it does not change the result.
+    are no part of it. `base` has not seen the rows, `full` has; `longest` is the most tokens that
+    the model takes, and `batch_size`, of both models' passes, does not change the result.
 
     Returns:
         One fact for each sequence that `encode_examples` gives, in its order.
@@ -523,32 +512,14 @@ def _losses_by_token(
 def score_facts(
     model: nn.Module, facts: Sequence[Fact], *, batch_size: int = 8, pad: int
 ) -> list[FactScore]:
-    """What a model knows of facts.
-
-    Args:
-        model: causal language model.
-        facts: from `find_facts`.
-        batch_size: sequences per forward pass; it does not change the result.
-        pad: padding token.
-
-    Returns:
-        One score per fact, in order.
-    """
+    """What a model knows of facts, in order; `batch_size` does not change the result."""
     sequences = [sequence for fact in facts for sequence in fact.sequences]
     losses: Iterator[float] = iter(losses_of(model, sequences, batch_size=batch_size, pad=pad))
     return [fact_score(fact, [next(losses) for _ in fact.sequences]) for fact in facts]
 
 
 def fact_score(fact: Fact, losses: Sequence[float]) -> FactScore:
-    """Score of a fact from the mean losses of its sequences.
-
-    Args:
-        fact: the fact.
-        losses: of `fact.sequences`, in order, nats per labelled token.
-
-    Returns:
-        The score; equations at the top of this module.
-    """
+    """Score of a fact from the mean losses of its `sequences`; equations in this file's head."""
     sums = [-loss * _tokens(s) for loss, s in zip(losses, fact.sequences, strict=True)]
     choice = rank = None
     if fact.wrong:
@@ -561,12 +532,7 @@ def fact_score(fact: Fact, losses: Sequence[float]) -> FactScore:
 def hit_probability(log_p: float, k: int) -> float:
     """Probability of at least one hit in k independent samples: 1 - (1 - p)^k.
 
-    Args:
-        log_p: log p, at most 0; rounding above it counts as 0.
-        k: number of samples.
-
-    Returns:
-        The probability, exact to rounding for p next to 0 and next to 1.
+    It is exact to rounding for p next to 0 and next to 1; log p above 0 counts as 0.
     """
     log_p = min(log_p, 0.0)
     if log_p == 0.0:
@@ -593,13 +559,8 @@ def _log_sum(values: Sequence[float]) -> float:
 def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> list[int] | None:
     """Whom or what each row is about, as numbers from 0 in order of first appearance.
 
-    Args:
-        rows: columns of each row.
-        column: where it says so [default: `subject` or `person`, the first that a row has].
-
-    Returns:
-        One number a row; None where the rows have no such column. Rows without a value are a
-        subject each.
+    `column` says so, or `subject` or `person`, the first that a row has; None without either. Rows
+    without a value are a subject each.
 
     Raises:
         DataError: no row has the column that was asked for.
@@ -653,17 +614,10 @@ def by_subject(
 def share_beyond(
     values: Sequence[float], yardstick: Sequence[float], quantile: float = 0.95
 ) -> float:
-    """Share of values above a quantile of the yardstick's.
+    """Share of values above a quantile of the yardstick's, by linear interpolation.
 
-    Values like the yardstick's own have a share of about 1 - `quantile`.
-
-    Args:
-        values: of the rows judged.
-        yardstick: of rows that the model truly has not seen, or of a model that has not.
-        quantile: in [0, 1], by linear interpolation.
-
-    Returns:
-        The share in [0, 1].
+    The yardstick is of rows that the model truly has not seen, or of a model that has not. Values
+    like its own have a share of about 1 - `quantile`.
 
     Raises:
         DataError: a side is empty.

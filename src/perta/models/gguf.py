@@ -36,9 +36,6 @@ _KNOWN_ROPE = re.compile(
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer of a GGUF file, dequantised to float32.
 
-    Args:
-        path: the file.
-
     Raises:
         CheckpointError: it cannot be read, or scales positions in a way that no configuration says.
         CorruptCheckpointError: it holds fewer or other tensors than its model needs.

@@ -36,14 +36,10 @@ _CONTEXT = ("mask", "position", "past", "cache", "alibi")
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight of the checkpoint and the matrix in memory that holds it.
+    """A weight of the checkpoint, by its name, and the matrix in memory that holds it.
 
-    Attributes:
-        name: the checkpoint's name.
-        slot: the matrix in memory; a fused one holds several stored weights.
-        rows: rows of that matrix that are this weight, (out,) int64; all if the matrix is
-            stored as in x out.
-        transposed: stored as in x out.
+    `rows` are the rows of that matrix that are this weight, (out,) int64, as a fused one holds
+    several stored weights; all if the matrix is stored `transposed`, as in x out.
     """
 
     name: str
@@ -144,15 +140,9 @@ def stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[Stored
 
 
 def _mlp_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that are MLP weights, in the model's order.
+    """Names of the MLP weights in the model's order; none where they cannot be told apart.
 
     Matrices that no linear layer holds count as well, such as experts of a kind of their own.
-
-    Args:
-        model: causal language model; its values are not looked at.
-
-    Returns:
-        The names; none where they cannot be told apart.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", None)
     modules = dict(model.named_modules())
@@ -188,13 +178,9 @@ def _mlp_parameters(model: PreTrainedModel) -> list[str]:
 
 
 def mlp_names(folder: Path) -> frozenset[str]:
-    """Names under which the checkpoint in a folder would store its MLP weights.
+    """Names under which a checkpoint of a folder's configuration would store its MLP weights.
 
-    Args:
-        folder: checkpoint; only its configuration is read.
-
-    Returns:
-        The names; none where the model is of no known kind, or its MLPs cannot be told apart.
+    None where the model is of no known kind, or its MLPs cannot be told apart.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

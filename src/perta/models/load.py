@@ -37,15 +37,7 @@ if TYPE_CHECKING:
 def load_model(
     folder: Path, compute: ComputeConfig, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model for computing.
-
-    Args:
-        folder: what `resolve_checkpoint` returned.
-        compute: device and type of the weights.
-        dtype: type of the weights, whatever `compute` says.
-
-    Returns:
-        The model on its device, in evaluation mode.
+    """Load a causal language model for computing, in evaluation mode; `dtype` outdoes `compute`'s.
 
     Raises:
         CheckpointError: the folder holds no model transformers can load.
@@ -80,11 +72,7 @@ _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: the folder holds no tokenizer.
-    """
+    """Load the tokenizer of a checkpoint folder; a CheckpointError where it holds none."""
     from transformers import AutoTokenizer
 
     try:
@@ -114,9 +102,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
-    """Most tokens the model has positions for, if its config says.
-
-    Of a model that reads more than text, those of its language part.
+    """Most tokens the model, or its language part, has positions for, if its config says.
 
     Raises:
         CheckpointError: the config names no number, or one of which no text can be made.
@@ -142,11 +128,7 @@ _LEAST_POSITIONS = 2
 
 
 def pick_device(compute: ComputeConfig) -> torch.device:
-    """The device `compute` asks for.
-
-    Raises:
-        ConfigError: it is not there.
-    """
+    """The device `compute` asks for; a ConfigError where it is not there."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
     name = compute.device
@@ -220,14 +202,9 @@ def rename_type(config: dict[str, Any], name: str) -> None:
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
-    """Turn a tuned float32 model into the type it is stored in, as the edit rounds.
+    """Turn a tuned float32 model, in place, into the type it is stored in, as the edit rounds.
 
     Steps of training that are small beside the weights would be lost by rounding to the nearest.
-
-    Args:
-        model: changed in place.
-        dtype: type wanted.
-        seed: of the rounding.
     """
     for name, parameter in model.named_parameters():
         parameter.data = round_as_stored(parameter.data.float(), dtype, Place(seed, name))
@@ -236,14 +213,9 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None
 
 @contextmanager
 def counting_tokens(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
-    """Count what goes through a model, padding included.
+    """How many tokens have gone through a model, called with `input_ids`, padding included.
 
-    Args:
-        model: a causal language model of the transformers library, called with `input_ids`.
-
-    Yields:
-        How many tokens went through since the start; a forward pass over one costs two operations
-        a parameter.
+    A forward pass over one costs two operations a parameter.
     """
     count = 0
 
@@ -264,12 +236,9 @@ def save_model(
 ) -> None:
     """Write a model with tokenizer and companions as a plain safetensors checkpoint.
 
-    Args:
-        model: the model; its weights are written in the type they have.
-        tokenizer: written as it is.
-        folder: an existing folder.
-        source: checkpoint whose companion files (tokenizer, chat template, generation config)
-            are carried over byte for byte; config.json is the model's own.
+    Weights are written in the type they have, into an existing folder. Companion files of `source`
+    (tokenizer, chat template, generation config) are carried over byte for byte; config.json is the
+    model's own.
     """
     model.config.use_cache = True
     with warnings.catch_warnings():

@@ -22,10 +22,8 @@ from perta.data.batch import IGNORE, Batch, Encoded, bucketed
 class AnswerLogits:
     """Predictions of the N labelled tokens of a batch, in row-major order.
 
-    Attributes:
-        logits: (N, V) float32.
-        targets: (N,) int64 token ids.
-        example: (N,) int64, which row of the batch each token belongs to.
+    `logits` are (N, V) float32, `targets` (N,) int64 token ids, and `example` (N,) int64, which row
+    of the batch each token belongs to.
     """
 
     logits: Tensor
@@ -34,15 +32,7 @@ class AnswerLogits:
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
-    """Forward pass whose output head sees only the positions that predict a labelled token.
-
-    Args:
-        model: a causal language model of the transformers library.
-        batch: B examples.
-
-    Returns:
-        Logits and targets of the labelled tokens.
-    """
+    """Forward pass whose output head sees only the positions that predict a labelled token."""
     # The token at t is predicted at t - 1; a label at position 0 has no prediction.
     wanted = batch.labels[:, 1:] != IGNORE
     example, position = wanted.nonzero(as_tuple=True)

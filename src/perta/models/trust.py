@@ -57,14 +57,9 @@ _SECONDS = 2.0
 
 
 def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
-    """Put the names that an adapter's patterns match in their place.
+    """Put the names that an adapter's patterns match in their place, in PEFT's configuration.
 
     PEFT's own matching has no limit of time, and a pattern can be such that it never ends.
-
-    Args:
-        config: PEFT's configuration, changed in place.
-        model: the model whose parts the patterns choose.
-        adapter: folder, for messages.
 
     Raises:
         CheckpointError: a pattern that cannot be read, or takes too long.

@@ -84,10 +84,7 @@ class Buffers:
 class Reader:
     """Chunks of one stored tensor, through reused buffers.
 
-    Attributes:
-        entry: the tensor.
-        raw: the chunk last read, in the stored type, (count,).
-        stored: its bytes.
+    `raw` is the chunk last read, in the stored type, (count,), and `stored` its bytes.
     """
 
     def __init__(self, entry: TensorEntry, descriptor: int, role: str, buffers: Buffers) -> None:
@@ -183,27 +180,16 @@ def _not_finite(entry: TensorEntry) -> CorruptCheckpointError:
 
 @dataclass(frozen=True)
 class Averages:
-    """Importance of a tensor averaged over its output units.
+    """Importance of a tensor averaged over its output units, one float32 value each.
 
-    Attributes:
-        values: float32, one value a unit.
-        by_column: whether units are the columns of a matrix, not its rows.
+    With `by_column` units are the columns of a matrix, not its rows.
     """
 
     values: Tensor
     by_column: bool = False
 
     def spread(self, elements: int, begin: int, count: int) -> Tensor:
-        """Repeat the values over the elements of a chunk.
-
-        Args:
-            elements: elements of the tensor.
-            begin: first element of the chunk, counted in the flat tensor.
-            count: elements of the chunk.
-
-        Returns:
-            (count,) float32.
-        """
+        """The values repeated over a chunk, (count,), of a tensor of so many elements in all."""
         places = torch.arange(begin, begin + count)
         units = len(self.values)
         return self.values[places % units if self.by_column else places // (elements // units)]
@@ -214,7 +200,7 @@ class Blocks:
     """Makes of stored chunks what a method looks at.
 
     Attributes:
-        method: row of the table of methods.
+        method: the method.
         weighting: the user's settings, with the method's defaults filled in.
         chunk: elements worked on at once.
         averages: role -> name -> importance averaged over units or the tensor; empty where

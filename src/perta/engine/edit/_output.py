@@ -29,15 +29,10 @@ from perta.store.parse import read_json
 
 
 def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> CheckpointIndex:
-    """Make the output's files: headers, and room for the tensors.
+    """Make the output's files in an empty folder: headers, and room for the tensors.
 
-    Args:
-        full: θ_full, or what takes its place.
-        folder: an empty folder.
-        save_dtype: type of the output; `full` keeps θ_full's header bytes and tensor places.
-
-    Returns:
-        The output's tensors, whose values are still to be written.
+    `full` is θ_full, or what takes its place; with the type `full` its header bytes and tensor
+    places are kept.
     """
     is_same = save_type(save_dtype, full.folder) == stored_dtype(full.folder)
     for shard, names in full.shards.items():
@@ -60,25 +55,13 @@ def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> C
 
 
 def output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
-    """Type in which the output stores one tensor of θ_full.
-
-    Args:
-        entry: the tensor.
-        full: its checkpoint.
-        save_dtype: type of the output.
-    """
+    """Type in which the output stores one tensor of θ_full."""
     is_main = entry.dtype == stored_dtype(full)
     return save_type(save_dtype, full) if is_main else entry.dtype
 
 
 def write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
-    """Write θ_full's config.json with the type of the output, where it names one.
-
-    Args:
-        full: checkpoint with the config.
-        folder: the output.
-        save_dtype: type of the output.
-    """
+    """Write θ_full's config.json with the type of the output, where it names one."""
     file = full / "config.json"
     if save_dtype == "full" or not file.is_file():
         return

@@ -118,12 +118,10 @@ def _as_stored(averages: Tensor, reader: Reader) -> Tensor:
 
 
 def find_unused(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
-    """Tensors that no retained example depends on, while the forget set does.
+    """Tensors, by name, that no retained example depends on, while the forget set does.
 
     Their importance was measured and is 0 throughout, as of experts that no retained token reached.
-
-    Returns:
-        θ_full's name -> target. Nearly all others show it by their first numbers.
+    Nearly all others show it by their first numbers.
     """
     found: dict[str, Target] = {}
 
@@ -148,20 +146,12 @@ def find_unused(targets: Iterable[Target], chunk: int, worker_count: int) -> dic
 
 
 def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> tuple[float, ...]:
-    """Smallest score that is kept, for a method that keeps the largest scores of all weights.
+    """Smallest score that is kept of each ranking, for a method that keeps the largest of all.
 
     The k-th largest of n scores, exactly: non-negative float32 numbers are ordered as their bits
     are, so one pass counts the upper half of the bits, which finds that of the k-th largest, and
     a second pass counts the lower half of the scores that share it. Scores equal to the k-th
     largest are all kept; scores of 0 never are.
-
-    Args:
-        targets: the plan.
-        blocks: the method, its settings, and the share of weights to keep.
-        worker_count: number of threads.
-
-    Returns:
-        One value for each of the method's rankings; none where it has no ranking.
     """
     if not blocks.method.ranks:
         return ()
@@ -191,11 +181,8 @@ def _from_the_top(counts: Tensor, wanted: int) -> tuple[int, int]:
 class _Histograms:
     """Counts half of the bits of every score; from all threads, whatever their order.
 
-    Attributes:
-        blocks: the method and its settings.
-        halves: for each ranking, the upper half whose lower halves are counted; without it, upper
-            halves are counted.
-        counts: for each ranking, 65536 bins.
+    `halves` has, for each ranking, the upper half whose lower halves are counted; without it, upper
+    halves are. `counts` are 65536 bins each.
     """
 
     blocks: Blocks

@@ -70,9 +70,6 @@ def write_adapter(
         named: what the adapter calls the reference.
         rank: highest rank of a layer's factors.
 
-    Returns:
-        What the adapter holds.
-
     Raises:
         CheckpointError: weights changed that no adapter can hold.
     """
@@ -180,16 +177,10 @@ def _hold(
 
 
 def factors(matrix: Tensor, rank: int, noise: float) -> tuple[Tensor, Tensor, bool]:
-    """The best product of two thin factors for a matrix.
+    """The best product B A of two thin factors for a matrix M, (m, n) float64.
 
-    Args:
-        matrix: M, (m, n) float64.
-        rank: highest rank.
-        noise: singular values up to here are rounding.
-
-    Returns:
-        B (m, r), A (r, n) with B A the truncated singular value decomposition of M, r at least 1,
-        and whether M has no singular value above `noise` beyond them.
+    It is the truncated singular value decomposition, B (m, r) and A (r, n) with r from 1 to `rank`.
+    Third comes whether M has no singular value above `noise`, which is rounding, beyond them.
     """
     smaller = min(matrix.shape)
     kept = min(rank, smaller)

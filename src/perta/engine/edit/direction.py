@@ -27,14 +27,9 @@ from perta.store.moments import MomentFolder, open_moments
 
 @dataclass(frozen=True)
 class DirectionInputs:
-    """What a direction is computed from.
+    """What a direction is computed from: θ₀, one or several θ_f, and moments where they are used.
 
-    Attributes:
-        base: θ₀.
-        forget_checkpoints: θ_f, one or several; the task vector is their mean.
-        retain: moments on the retain set.
-        forget: moments on the forget set, where the method uses them.
-        names: the layers to edit, as the moments name them.
+    `names` are the layers to edit, as the moments name them.
     """
 
     base: CheckpointIndex
@@ -63,9 +58,6 @@ def open_inputs(
         models: checkpoints at which moments may have been measured: base and full.
         gradients: whether moments of output gradients are needed.
         choose: moments of the retain set -> layers to edit.
-
-    Returns:
-        The inputs.
 
     Raises:
         CheckpointMismatchError: moments of different or other models or of different tokens,
@@ -96,19 +88,11 @@ def open_inputs(
 
 
 def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> MomentFolder:
-    """Open a moment folder and check that it serves a direction for these models.
-
-    Args:
-        folder: output of `perta moments`.
-        models: checkpoints it may have been measured at.
-        gradients: whether moments of output gradients are needed.
-
-    Returns:
-        The folder.
+    """Open a moment folder and check that it serves a direction for some of these models.
 
     Raises:
         CheckpointMismatchError: it was measured at another model.
-        CheckpointError: it lacks the output gradients.
+        CheckpointError: it lacks the output gradients, which are needed.
     """
     opened = open_moments(folder)
     if opened.facts.get("model_fingerprint") not in {fingerprint(model) for model in models}:
@@ -126,11 +110,7 @@ def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> Mo
 
 @dataclass
 class Solver:
-    """Walks over groups of layers with one input.
-
-    Attributes:
-        layers: weight -> what the solve reports, filled while `run` is consumed.
-    """
+    """Walks over groups of layers with one input; `run` fills `layers` with what solves report."""
 
     inputs: DirectionInputs
     method: Directions

@@ -101,15 +101,10 @@ class Target:
 def plan_edit(
     full: CheckpointIndex, sources: Mapping[str, CheckpointIndex], weighting: WeightingConfig
 ) -> list[Target]:
-    """Decide for every tensor of θ_full what it is computed from.
+    """Decide for every tensor of θ_full, in the order of its files, what it is computed from.
 
-    Args:
-        full: θ_full.
-        sources: role -> base, forget checkpoint and importance files.
-        weighting: its include and exclude patterns are used.
-
-    Returns:
-        Every tensor of θ_full, in the order of its files.
+    `sources` has base, forget checkpoint and importance files by role; of the settings the include
+    and exclude patterns and the layers count.
 
     Raises:
         CheckpointMismatchError: an input lacks a tensor, has one too many, or one of another
@@ -169,17 +164,9 @@ class Layers:
 def choose_layers(
     full: CheckpointIndex, moments: MomentFolder, weighting: WeightingConfig
 ) -> Layers:
-    """Decide which layers a structured method edits.
+    """Decide which layers a structured method edits, by its settings and the retain set's moments.
 
     No moment, or a moment of no token, is no leave to subtract the task vector whole.
-
-    Args:
-        full: θ_full, whose names the patterns match.
-        moments: of the retain set.
-        weighting: settings with the method's defaults.
-
-    Returns:
-        The layers.
 
     Raises:
         ConfigError: nothing is left to edit.
@@ -293,12 +280,9 @@ def _untrained(
 
 
 def check_linear(targets: Iterable[Target]) -> None:
-    """Stop at patterns that can leave a structured method nothing to edit.
+    """Stop with a ConfigError at patterns that can leave a structured method nothing to edit.
 
     Which weights are of linear layers the model knows; their shapes and names tell enough here.
-
-    Raises:
-        ConfigError: nothing but vectors, embeddings and the output head is selected.
     """
     entries = [target.full for target in targets if target.sources]
     if not any(map(is_of_a_layer, entries)):
@@ -314,14 +298,7 @@ def _no_linear(selected: Iterable[str]) -> ConfigError:
 
 
 def open_sources(method: Edit, inputs: EditInputs) -> dict[str, CheckpointIndex]:
-    """Open everything but θ_full that a method needs.
-
-    Args:
-        method: row of the table of methods.
-        inputs: what was given.
-
-    Returns:
-        Role -> index.
+    """Open everything but θ_full that a method needs, by role.
 
     Raises:
         ConfigError: something that the method needs was not given.
@@ -389,16 +366,7 @@ def _open_checkpoints(method: Edit, inputs: EditInputs) -> dict[str, CheckpointI
 
 
 def check_count(method: Edit, base: Path, count: int) -> None:
-    """Stop at fewer forget checkpoints than a method needs.
-
-    Args:
-        method: row of the table of methods.
-        base: θ₀, for the message.
-        count: forget checkpoints given.
-
-    Raises:
-        ConfigError: too few.
-    """
+    """Stop with a ConfigError at fewer forget checkpoints than a method needs."""
     least = method.needs.tuned
     make = f"`perta finetune --base {base} --data FORGET_SET"
     if count < least and least > 1:
@@ -434,16 +402,9 @@ def _check_sidecars(method: Edit, folders: Sequence[Path]) -> None:
 
 
 def share_of_examples(forget_importance: Path, retain_importance: Path) -> float:
-    """Share of the examples of both sets that belongs to the forget set.
+    """Share, in (0, 1), of the examples of both importance folders' sets that the forget set has.
 
     Whole sets count, also where importance was measured on a sample of one.
-
-    Args:
-        forget_importance: importance folder of the forget set.
-        retain_importance: importance folder of the retain set.
-
-    Returns:
-        A number in (0, 1).
 
     Raises:
         CorruptCheckpointError: a sidecar does not say how many there are.
@@ -559,12 +520,9 @@ def _align(
     tied: bool,
     weighting: WeightingConfig,
 ) -> dict[str, TensorEntry]:
-    """Find an input's tensor for every parameter to edit.
+    """Find an input's tensor for every parameter to edit, by θ_full's name.
 
     Names may differ by the prefix of the base model (`transformer.h.0...` and `h.0...`).
-
-    Returns:
-        θ_full's name -> the input's tensor.
     """
     firsts = {name.split(".")[0] + "." for name in (*full.tensors, *index.tensors)}
     attempts = []

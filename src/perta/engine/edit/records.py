@@ -31,11 +31,8 @@ def check_records(
 ) -> None:
     """Stop at inputs that their own records show to be the wrong ones, or tell of doubtful ones.
 
-    Args:
-        method: row of the table of methods.
-        folders: name of each input -> local folder.
-        fingerprints: name of each input -> hash of its content.
-        forget_rows: fingerprint of the forget set, where it is known.
+    Inputs are given by name, as folders and as hashes of their content; `forget_rows` is that of
+    the forget set, where it is known.
 
     Raises:
         CheckpointMismatchError: importance of another model than the base or the full checkpoint,

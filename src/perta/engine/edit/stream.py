@@ -58,14 +58,11 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSummary(Stored):
-    """What the edit did to one tensor.
+    """What the edit did to one tensor of θ_full.
 
-    Attributes:
-        name: θ_full's name of it.
-        elements: number of weights.
-        mean_weighting: mean of W.
-        task_vector_norm: L2 norm of the direction, τ = θ_f − θ₀ or what the method puts in its
-            place; of a structured method, of the weighted direction, and W counts as 1.
+    `mean_weighting` is the mean of W; `task_vector_norm` the L2 norm of the direction, τ = θ_f − θ₀
+    or what the method puts in its place. Of a structured method that is the weighted direction, and
+    W counts as 1.
     """
 
     name: str
@@ -219,15 +216,8 @@ class Editor:
 
         The norm of a chunk bounds its largest value, so a finite norm of the task vector and a
         norm of the result below the largest number of the output's type clear every input and the
-        cast. Only when that fails are the values themselves looked at.
-
-        Args:
-            sums: statistics of the chunk.
-            square: squared norm of the result before the cast.
-            stored: the result.
-            readers: of every input.
-            begin: first element of the chunk.
-            count: its elements.
+        cast. Only when that fails are the values themselves looked at. `square` is the squared
+        norm of the result before the cast.
         """
         limit = torch.finfo(stored.dtype).max / 2
         is_direction_finite = math.isfinite(sums.task_vector)
@@ -254,17 +244,7 @@ def _out_of_range(target: Target, dtype: torch.dtype) -> DivergenceError:
 def edit_all(
     targets: list[Target], editor: Editor, worker_count: int, advance: Callable[[], None]
 ) -> tuple[TensorSummary, ...]:
-    """Edit every tensor in threads.
-
-    Args:
-        targets: the plan.
-        editor: what is done to each.
-        worker_count: number of threads.
-        advance: called once for every finished tensor.
-
-    Returns:
-        Statistics of every edited tensor.
-    """
+    """Edit every tensor in threads; `advance` is called once for each that is finished."""
     span = editor.blocks.chunk * SPAN_CHUNKS
     finished = Finished(targets, span)
 

@@ -86,9 +86,6 @@ def write_edit(
         fingerprints: name of each input -> hash of its content, for the model card.
         chunk: elements worked on at once; it also bounds the reach of the method `random`.
 
-    Returns:
-        Statistics of every edited tensor.
-
     Raises:
         ConfigError: unknown method, missing importance, or a pattern that matches nothing.
         CheckpointMismatchError: the inputs differ in tensors or shapes.
@@ -166,11 +163,7 @@ def _check_effect(summaries: Sequence[TensorSummary], method: Edit, inputs: Edit
 
 
 def _check_stored(stored: Stored) -> None:
-    """Stop where next to nothing of the wanted step is in the files.
-
-    Raises:
-        CheckpointError: the message says what to do.
-    """
+    """Stop where next to nothing of the wanted step is in the files."""
     if stored.stored_share is not None and abs(stored.stored_share) < _LEAST_STORED:
         raise CheckpointError(
             f"Of the step that the edit takes {stored.stored_share:.1%} would be stored: it is too "

@@ -171,10 +171,9 @@ def _expand(recorder: Recorder, parameter: nn.Parameter, *leading: int) -> Tenso
 
 
 def _repeated(recorder: Recorder, parameter: nn.Parameter, like: Tensor) -> Tensor:
-    """A 1-D parameter repeated for each example, to be broadcast against `like`.
+    """A 1-D parameter repeated for each example, (B, 1, …, n), for `like` (B, …, n).
 
-    Returns:
-        (B, 1, …, n) for `like` of shape (B, …, n); (B * T, n) for one of that shape.
+    (B * T, n) for `like` of that shape.
     """
     batch, length = recorder.shape
     if like.dim() >= 3:
@@ -447,12 +446,7 @@ def _experts_forward(module: Any, recorder: Recorder) -> Callable[..., Any]:
 
 
 def _expert_groups(expert: Tensor, example: Tensor) -> dict[int, Segments]:
-    """Consecutive rows of each (expert, example) pair.
-
-    Args:
-        expert: (S,) int64, ascending.
-        example: (S,) int64, ascending within an expert.
-    """
+    """Consecutive rows of each (expert, example) pair, (S,) both, ascending, experts first."""
     pairs, counts = torch.stack((expert, example), 1).unique_consecutive(dim=0, return_counts=True)
     groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     segments = consecutive(counts.tolist())

@@ -22,11 +22,8 @@ from perta.engine.gradients.powers import Means, Piece, Segments, add_pieces
 class Recorder:
     """Turns pieces of per-example gradients into means of their powers.
 
-    Attributes:
-        names: recorded parameter -> name; a dropped parameter is no longer in it.
-        means: name -> running means.
-        shape: (B, T) of the batch.
-        counting: the forward pass is running, for the first time and not as a recomputation.
+    `names` has the recorded parameters that were not dropped, `shape` is (B, T) of the batch, and
+    `counting` says that the forward pass runs for the first time and is no recomputation.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], means: Mapping[str, Means]) -> None:
@@ -106,11 +103,9 @@ class Recorder:
         return tuple(leading) in ((batch, length), (batch * length,))
 
     def segments(self, leading: Sequence[int], weight: nn.Parameter) -> Segments | None:
-        """Rows of each example in an activation, or None where they are not known.
+        """Rows of each example in an activation of these leading dimensions; None if not known.
 
-        Args:
-            leading: shape of the activation without its last dimension.
-            weight: the weight it meets; the output head sees labelled positions only.
+        The output head's weight sees labelled positions only.
         """
         batch, length = self.shape
         if weight is self._head and tuple(leading) == (1, sum(self._labelled)):

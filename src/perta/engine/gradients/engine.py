@@ -87,24 +87,10 @@ def example_loop_moments(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Mean powers of per-example gradients, one example at a time through autograd.
+    """Mean powers of per-example gradients, one example at a time through autograd, float32.
 
-    Args:
-        model: causal language model; parameters that do not require a gradient are left out.
-        batches: padded examples; padding is cut off before each example runs.
-        orders: powers p > 0.
-        dtype: precision to compute and accumulate in; a copy of the model is cast to it.
-            The model's own, and float32 accumulators, by default.
-        progress: told the number of examples finished.
-
-    Returns:
-        The moments, float32, on the model's device.
-
-    Raises:
-        ConfigError: an order is not a positive finite number.
-        DataError: an example has no labelled token.
-        EmptyDatasetError: no examples.
-        EngineMismatchError: the model has gradients that do not come by.
+    Arguments and errors as for `batched_moments`. A copy of the model is cast to `dtype`, in which
+    the powers are summed up too; the model's own, and float32 accumulators, by default.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -123,25 +109,11 @@ def abs_of_mean(
     *,
     progress: Progress | None = None,
 ) -> Moments:
-    """Power of the magnitude of the mean gradient: |(1/N) sum_x d loss(x) / d theta|^p.
+    """Power of the magnitude of the mean gradient: |(1/N) sum_x d loss(x) / d theta|^p, float32.
 
     Gradients of different examples cancel here before the power is taken. That makes it
-    cheaper than the mean of powers, and a different quantity.
-
-    Args:
-        model: causal language model; parameters that do not require a gradient are left out.
-        batches: padded examples.
-        orders: powers p > 0.
-        progress: told the number of examples finished.
-
-    Returns:
-        The powers, float32, on the model's device.
-
-    Raises:
-        ConfigError: an order is not a positive finite number.
-        DataError: an example has no labelled token.
-        EmptyDatasetError: no examples.
-        EngineMismatchError: the model has gradients that do not come by.
+    cheaper than the mean of powers, and a different quantity. Arguments and errors as for
+    `batched_moments`.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -194,9 +166,6 @@ def batched_moments(
             the accelerator one float32 copy of the model per order.
         progress: told the number of examples finished.
 
-    Returns:
-        The moments, float32, on the device of the means.
-
     Raises:
         ConfigError: an order is not a positive finite number, or the model has no layers
             that can be checkpointed.
@@ -232,19 +201,13 @@ def verify_engine(
     orders: Sequence[float],
     tolerance: float = 1e-3,
 ) -> None:
-    """Compare the engine with the example loop and stop on a difference.
+    """Compare the engine with the example loop on a few examples and stop on a difference.
 
     The error of a tensor is the largest difference of its elements over its largest element.
     For orders below 1 both sides are first raised to 1/p: near zero such a power magnifies
     rounding (a gradient off by 1e-8 is off by 1e-4 in its square root). A model in a type narrower
     than float32 is compared in a float32 copy: a sum of products rounded to bfloat16 differs by
     more than any tolerance from the same sum in another order.
-
-    Args:
-        model: causal language model.
-        examples_batches: a few examples.
-        orders: powers p > 0.
-        tolerance: largest error allowed.
 
     Raises:
         EngineMismatchError: some tensors differ by more; the message names them.

@@ -41,11 +41,9 @@ Segments = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Means:
-    """Running means over examples of the powers of one parameter's gradients.
+    """Running means over examples of the powers of one parameter's gradients, by order.
 
-    Attributes:
-        by_order: order -> |gradient|^order of the examples seen so far, times `weight`.
-        weight: one over the number of all examples, so that nothing is left to divide.
+    `weight` is one over the number of all examples, so that nothing is left to divide.
     """
 
     by_order: dict[float, Tensor]
@@ -62,13 +60,7 @@ class Means:
 
 @dataclass(frozen=True)
 class Product:
-    """Per-example gradients left_b^T right_b, of shape (m, n).
-
-    Attributes:
-        left: (R, m), rows of all examples.
-        right: (R, n).
-        segments: rows of each example.
-    """
+    """Per-example gradients left_b^T right_b (m, n) from all examples' rows, (R, m) and (R, n)."""
 
     left: Tensor
     right: Tensor
@@ -77,12 +69,9 @@ class Product:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per-example gradients that are zero but for a few rows of the parameter.
+    """Per-example gradients that are zero but for a few rows, `ids` (R,) int64, of the parameter.
 
-    Attributes:
-        ids: (R,) int64, row of the parameter.
-        values: (R, n), added to that row; an id may come more than once.
-        example: (R,) int64, example of each.
+    `values` (R, n) are added to them; an id may come more than once. `example` is (R,) int64.
     """
 
     ids: Tensor
@@ -114,11 +103,7 @@ _DEVICE_BYTES = 256 << 20
 
 
 def add_pieces(means: Means, pieces: Sequence[Piece]) -> bool:
-    """Add the powers of the gradients that the pieces add up to.
-
-    Returns:
-        Whether the combination of pieces is one there is a rule for.
-    """
+    """Add the powers of the gradients that the pieces add up to, if there is a rule for these."""
     products = [piece for piece in pieces if isinstance(piece, Product)]
     rows = [piece for piece in pieces if isinstance(piece, Rows)]
     direct = [piece.values for piece in pieces if isinstance(piece, Direct)]
@@ -285,9 +270,7 @@ def _factors(
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The factors of the gradient of each example with any rows, for every block.
 
-    Returns:
-        Per example the left ones, transposed to (parts, block, rows), and the right ones
-        (parts, rows, n).
+    The left ones are transposed to (parts, block, rows), the right ones (parts, rows, n).
     """
     factors = []
     left, right = product.left.to(dtype).t(), product.right.to(dtype)

@@ -57,13 +57,8 @@ def train(
 ) -> None:
     """Run every epoch, or as many as the objective needs.
 
-    Args:
-        trainer: at its first step; its model is changed in place.
-        objective: what to train for.
-        examples: they are passed over once an epoch, in a seeded order.
-        title: what is being done, for the progress.
-        pad: padding token.
-        resume: where the state of an unfinished run is kept; None for nowhere.
+    The trainer is at its first step, and its model is changed in place. Examples are passed over
+    once an epoch, in a seeded order. `resume` is where the state of an unfinished run is kept.
 
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
@@ -99,17 +94,10 @@ def add_gradient(
     *,
     above: float | None = None,
 ) -> Tensor:
-    """Add the gradient of weight * (sum of a batch's terms).
+    """Add the gradient of weight * (sum of a batch's terms), each by its example's weight.
 
-    Args:
-        model: what the gradients are of.
-        term: batch on the model's device -> one number per example.
-        batch: B examples; their own weights count as well.
-        weight: of every term.
-        above: terms at or below it add nothing; None for all.
-
-    Returns:
-        The terms, (B,), unweighted.
+    `term` gives one number per example of a batch on the model's device; those at or below `above`
+    add nothing. The terms, (B,), come back unweighted.
     """
     device = next(model.parameters()).device
     batch = batch.to(device)

@@ -18,11 +18,7 @@ _TRAINED_LAYERS = 3
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's layers, first to last.
-
-    Raises:
-        ConfigError: none are found.
-    """
+    """The model's layers, first to last."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -34,11 +30,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def chosen_layer(model: Any, chosen: int) -> int:
-    """The layer to steer, from 0: the user's choice, or the default where it is -1.
-
-    Raises:
-        ConfigError: the model has no such layer.
-    """
+    """The layer to steer, from 0: the user's choice, or the default where it is -1."""
     layers = len(decoder_layers(model))
     layer = steered_layer(layers) if chosen < 0 else chosen
     if layer >= layers:
@@ -49,17 +41,9 @@ def chosen_layer(model: Any, chosen: int) -> int:
 
 
 def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
-    """Leave only the MLP outputs of a layer and the two below it to training.
+    """Leave only the MLP outputs of a layer and the two below it to training; their modules' names.
 
-    Args:
-        model: changed in place: every other parameter is frozen.
-        layer: the steered layer, from 0.
-
-    Returns:
-        Names of the modules that are trained.
-
-    Raises:
-        ConfigError: the model names them in no known way.
+    Every other parameter is frozen, in place.
     """
     chosen = {
         id(module)
@@ -80,16 +64,7 @@ def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
 
 
 def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Output of a layer at the N labelled tokens, and the example each belongs to.
-
-    Args:
-        model: a causal language model of the transformers library.
-        layer: from 0.
-        batch: B examples, on the model's device.
-
-    Returns:
-        (N, D) float32 and (N,) int64.
-    """
+    """Output of a layer, from 0, at the N labelled tokens, (N, D) float32, and their examples."""
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -100,14 +100,7 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 class Trainer:
     """A model in training: what an optimizer step needs, and all that it changes.
 
-    Attributes:
-        model: the model, with its adapter if it has one; only parameters that require gradients
-            are trained.
-        settings: settings of the run.
-        epochs: most passes over the examples.
-        optimizer: AdamW over them.
-        scheduler: warm-up and decay of the learning rate.
-        generator: source of the example order.
+    The model has its adapter on, if it has one; only parameters that require gradients are trained.
     """
 
     model: Any
@@ -222,13 +215,9 @@ class Resume:
             torch.save({**state, **trainer.state()}, partial)
 
     def load(self, trainer: Trainer) -> tuple[int, dict[str, Any]] | None:
-        """Put the saved state into a fresh trainer.
+        """Put the saved state into a trainer at its first step: epochs done and their history.
 
-        Args:
-            trainer: of the same model and settings, at its first step.
-
-        Returns:
-            Epochs done and their history; None where nothing was saved, or nothing usable.
+        None where nothing was saved, or nothing usable.
         """
         if not self.file.exists():
             return None
@@ -262,16 +251,8 @@ class Resume:
 def resumable(output: Path, key: str, every: int) -> Iterator[Resume]:
     """Keep the state of a run beside its output until the output is there.
 
-    Args:
-        output: folder the run will write.
-        key: hash of all that decides the result.
-        every: epochs between two states; 0 saves none.
-
-    Yields:
-        Where the state is. It is kept when the block is interrupted.
-
-    Raises:
-        DivergenceError: passed on; the state is removed, since it leads there again.
+    It is kept when the block is interrupted, but not after a DivergenceError, since it leads there
+    again. `key` and `every` are those of `Resume`.
     """
     resume = Resume(output.with_name(f"{output.name}.resume"), key, every)
     try:

@@ -40,13 +40,6 @@ REFUSALS = (
 def refuse(examples: ExampleSet, seed: int) -> ExampleSet:
     """The same prompts, each with a refusal drawn at random as its answer.
 
-    Args:
-        examples: the forget set.
-        seed: seed of the draw.
-
-    Returns:
-        As many examples, in the same order and with the same row numbers.
-
     Raises:
         ConfigError: plain text, which has no question to refuse.
     """

@@ -69,20 +69,11 @@ def tune(
     pad: int,
     resume: Resume | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
-    """Tune a model in memory with AdamW.
+    """Tune a float32 model in memory with AdamW, in place; an adapter is merged.
 
     The loss of a step is the mean over its examples of the mean negative log-likelihood of
-    their answer tokens, the same per-example loss importance is taken of.
-
-    Args:
-        model: float32 causal language model, on its device; changed in place.
-        examples: the training set.
-        config: settings.
-        pad: padding token.
-        resume: where the state of an unfinished run is kept; None for nowhere.
-
-    Returns:
-        The tuned model (an adapter is merged) and what happened.
+    their answer tokens, the same per-example loss importance is taken of. `resume` is where the
+    state of an unfinished run is kept.
 
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.

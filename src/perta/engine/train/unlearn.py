@@ -105,11 +105,11 @@ def unlearn_by_training(
     after_epoch: _AfterEpoch | None = None,
     resume: Resume | None = None,
 ) -> tuple[PreTrainedModel, Trained]:
-    """Train a model in memory until it has forgotten.
+    """Train a model in memory until it has forgotten; it comes back in evaluation mode.
 
     Args:
-        model: float32 causal language model, on its device; changed in place. θ_full, or θ₀ for
-            `retrain`.
+        model: float32 causal language model, on its device; changed in place, an adapter merged.
+            θ_full, or θ₀ for `retrain`.
         forget: examples to remove; may be empty for methods that do not look at them.
         retain: examples to keep; likewise.
         config: settings; what is None is the method's own.
@@ -120,9 +120,6 @@ def unlearn_by_training(
         after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
             the adapter is active in `model` itself. True ends training.
         resume: where the state of an unfinished run is kept; None for nowhere.
-
-    Returns:
-        The trained model in evaluation mode (an adapter is merged) and what happened.
 
     Raises:
         ConfigError: no such method, or it needs what was not given.
@@ -196,14 +193,10 @@ def _sets(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What of θ_full the terms compare with.
+    """What of θ_full the terms compare with, each empty or None where it is not needed.
 
-    Attributes:
-        log_probs: (examples,) of each forget answer; empty where not needed.
-        refusal_log_probs: the same of each refusal.
-        frozen: θ_full itself; None where not needed, or with LoRA the adapter turned off.
-        vector: (D,) the activations `rmu` steers to; empty for others.
-        layer: the layer it steers.
+    Log-probabilities of each forget answer and refusal are (examples,). `frozen` is θ_full itself,
+    with LoRA the model with its adapter off. `rmu` steers `layer` to `vector`, (D,).
     """
 
     log_probs: Tensor
@@ -343,15 +336,9 @@ class _History:
 
 
 def retain_place(draw: int, count: int, seed: int) -> int:
-    """Which of so many retain examples comes next: each once in turn, each turn in its own order.
+    """Place of the next of `count` retain examples: each once in turn, each turn in its own order.
 
-    Args:
-        draw: examples handed out before, over all epochs.
-        count: number of retain examples.
-        seed: seed of all turns.
-
-    Returns:
-        Its place, from 0.
+    `draw` examples were handed out before, over all epochs.
     """
     turn, place = divmod(draw, count)
     # The generator uses the low 32 bits of a seed; a large odd factor keeps seeds apart.
