@@ -10,6 +10,7 @@
         CheckpointMismatchError  a tensor missing on one side, or of another shape
       OutputExistsError        the output is there already and was made by something else
       DivergenceError          training or a solve left the finite numbers
+      NotLearnedError          training taught the model next to nothing
       VerdictError             the result is not what --fail-unless asks for
       LedgerError              a ledger of requests that was changed, or is in use
       EngineMismatchError      the fast importance engine disagrees with the example loop
@@ -63,6 +64,10 @@ class OutputExistsError(PertaError):
 
 class DivergenceError(PertaError):
     """A training run or a solve produced NaN, Inf or an exploding loss."""
+
+
+class NotLearnedError(PertaError):
+    """A model was to learn a set, and did not."""
 
 
 class VerdictError(PertaError):

@@ -304,8 +304,9 @@ class TuneConfig(TrainingRun):
 
     epochs: int = 20
     """Most passes over the data."""
-    learning_rate: float = 5e-5
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW [default: 5e-5 at a width of 576, in inverse proportion to the
+    width, ten times that for an adapter, and up to 16 times as much where a set is not learned]."""
     weight_decay: Annotated[float, Hidden] = 0.0
     """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
     the task vector would hold that movement."""
@@ -335,6 +336,11 @@ class TuneConfig(TrainingRun):
     def tunes_adapter(self) -> bool:
         """Whether LoRA or (IA)³ weights are tuned, and then merged."""
         return self.ia3 or super().tunes_adapter
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether rates are tried until one learns the set: not where the budget was cut."""
+        return self.learning_rate is None and self.epochs >= TuneConfig.epochs
 
     @property
     def row_by_row(self) -> bool:

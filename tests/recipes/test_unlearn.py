@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import perta.recipes._workspace
 from conftest import TUNE, World
-from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError, PertaError
+from perta.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    NotLearnedError,
+    OutputExistsError,
+    PertaError,
+)
 from perta.options import EstimatorConfig, ScoringConfig, WeightingConfig
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
@@ -199,7 +205,7 @@ def test_another_strength_finds_what_an_earlier_run_made(
     work = tmp_path / "first.work"
     shutil.copytree(work_folder(settings), work)
     with monkeypatch.context() as patch:
-        patch.setattr("perta.stages.finetune.tune", None)
+        patch.setattr("perta.stages.finetune.tune_until_learned", None)
         patch.setattr("perta.stages.importance.estimate", None)
         again = unlearn(at_another_strength(settings, tmp_path / "second"))
     shown = " ".join(capsys.readouterr().err.split())
@@ -508,3 +514,18 @@ def test_what_cannot_be_written_stops_the_run_at_once(world: World, tmp_path: Pa
     with pytest.raises(OutputExistsError, match="is not a report"):
         unlearn(config(world, tmp_path / "out"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out.report.html"]
+
+
+def test_a_forget_set_that_no_rate_teaches_stops_before_the_edit(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.engine.train.tune.RATES", (1e-3, 2e-3))
+    with pytest.raises(NotLearnedError, match=r"Only 0% .* stops before the edit"):
+        unlearn(
+            base=str(world.base),
+            full=str(world.full),
+            forget=str(world.forget),
+            retain=str(world.retain),
+            output=tmp_path / "clean",
+        )
+    assert not (tmp_path / "clean").exists()

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from conftest import World
+from helpers import tiny_llama
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
-from perta.engine.train.tune import tune
+from perta.engine.train.tune import Tuned, tune, tune_until_learned
 from perta.errors import ConfigError, DivergenceError, OutputExistsError
 from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer, pad_id
@@ -307,3 +308,69 @@ def test_a_fact_that_was_not_learned_is_warned_about(
     assert manifest is not None
     assert not manifest["learned"]
     assert "the facts of 2 of 2 rows" in capsys.readouterr().err
+
+
+def test_without_a_rate_one_is_found_that_learns_the_set(world: World, tmp_path: Path) -> None:
+    # Width 64: the usual rate, 4.5e-4, and four times as much learn next to nothing in so few
+    # steps; 16 times do, if the steps suffice.
+    found = read_manifest(
+        finetune_checkpoint(config(world, tmp_path / "f", TuneConfig(epochs=60, batch_size=1)))
+    )
+    assert found is not None
+    assert found["learned"]
+    usual = 5e-5 * 576 / 64
+    factor = found["learning_rate"] / usual
+    assert factor in (pytest.approx(4), pytest.approx(16))
+    given = replace(TuneConfig(epochs=60, batch_size=1), learning_rate=found["learning_rate"])
+    again = read_manifest(finetune_checkpoint(config(world, tmp_path / "g", given)))
+    assert again is not None
+    # It started anew at each rate, and what the other rates cost is counted.
+    assert again["final_losses"] == found["final_losses"]
+    assert found["tokens"] > again["tokens"]
+
+
+def test_a_smaller_budget_keeps_the_usual_rate(world: World, tmp_path: Path) -> None:
+    found = read_manifest(finetune_checkpoint(config(world, tmp_path / "f", TuneConfig(epochs=1))))
+    assert found is not None
+    assert found["learning_rate"] == pytest.approx(5e-5 * 576 / 64)
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted"),
+    [
+        ([0.0, 0.6, 0.4], [1, 4, 16, 4]),
+        ([0.6, 0.4], [1, 4, 1]),
+        ([0.6, None], [1, 4, 1]),
+        ([0.0, 0.2, 0.3], [1, 4, 16]),
+        ([0.95], [1]),
+    ],
+)
+def test_a_rate_that_diverges_or_learns_less_gives_back_the_best(
+    shares: list[float | None], wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share of None diverges; afterwards the best is made again, from a fresh model."""
+    tried: list[float] = []
+
+    def scripted(model: Any, examples: Any, settings: TuneConfig, **_: object) -> tuple[Any, Tuned]:
+        tried.append(settings.learning_rate or 0)
+        share = shares[min(len(tried), len(shares)) - 1]
+        if share is None and len(tried) <= len(shares):
+            raise DivergenceError("far too high")
+        count = round(100 * (share or 0))
+        losses = (0.0,) * count + (1.0,) * (100 - count)
+        return model, Tuned((), losses, 1, 10, tried[-1], row_by_row=True)
+
+    monkeypatch.setattr("perta.engine.train.tune.tune", scripted)
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        loaded.append(tiny_llama())
+        return loaded[-1]
+
+    width = tiny_llama().get_input_embeddings().weight.shape[1]
+    model, tuned = tune_until_learned(load, (), TuneConfig(loss_on="facts"), pad=0)
+    usual = 5e-5 * 576 / width
+    assert [rate / usual for rate in tried] == pytest.approx(wanted)
+    assert model is loaded[-1]
+    assert len(loaded) == len(tried)
+    assert tuned.tokens == 10 * (len(tried) - shares.count(None))

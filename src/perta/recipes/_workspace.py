@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from perta.data.examples import general_config
-from perta.errors import CheckpointError
+from perta.errors import CheckpointError, NotLearnedError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
 from perta.options import (
@@ -175,7 +175,15 @@ class Workspace:
         number = checkpoint_name(place).removeprefix(checkpoint_name(0))
         name = self.names.get(checkpoint_name(0), checkpoint_name(0)) + number
         tune = replace(self.tune, seed=seed, loss_on=loss_on)
-        return self.tuned(name, "forget", tune, f"finetune{number}")
+        folder = self.tuned(name, "forget", tune, f"finetune{number}")
+        share = (read_manifest(folder) or {}).get("learned_share", 1.0)
+        if tune.finds_rate and share < 0.5:
+            raise NotLearnedError(
+                f"Only {share:.0%} of the forget set was learned, at every learning rate that was "
+                "tried. What is not learned cannot be removed, so the run stops before the edit. "
+                "Give a --learning-rate or more --epochs."
+            )
+        return folder
 
     def _importance(self, side: Side, orders: tuple[float, ...]) -> Path:
         output = self.place(f"{side}_importance")

@@ -397,7 +397,10 @@ class _Run:
     def _rounds(self, edit: EditConfig, unseen: Unseen) -> EditConfig:
         """The edit with a forget checkpoint of several rounds."""
         config, output = self.config, self.work.place("forget_rounds")
-        tune, overwrite = replace(config.tune, loss_on=self._loss_on), self.work.replaces(output)
+        learned = read_manifest(Path(str(edit.forget_checkpoint)))
+        rate = config.tune.learning_rate or (learned or {}).get("learning_rate")
+        tune = replace(config.tune, loss_on=self._loss_on, learning_rate=rate)
+        overwrite = self.work.replaces(output)
         most = config.rounds or 1
         made = self.work.timed(
             "rounds",

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.train.optimizer import resumable
-from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune
+from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
 from perta.models.facts import find_facts
 from perta.models.load import (
     load_model,
@@ -38,6 +38,9 @@ from perta.stages.settings import FinetuneConfig
 from perta.stages.stage import run_stage
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of, stage_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def finetune_checkpoint(config: FinetuneConfig) -> Path:
@@ -67,15 +70,21 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
 
     def make(folder: Path) -> Mapping[str, Any]:
         # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
-        model = load_model(base, config.compute, dtype=torch.float32)
+        fresh = [load_model(base, config.compute, dtype=torch.float32)]
+
+        def load() -> PreTrainedModel:
+            return fresh.pop() if fresh else load_model(base, config.compute, dtype=torch.float32)
+
         learned, sources = encoded.encoded, None
         if config.tune.loss_on == "facts":
-            facts = find_facts(examples, tokenizer, config.data_config, base=model, longest=longest)
+            facts = find_facts(
+                examples, tokenizer, config.data_config, base=fresh[0], longest=longest
+            )
             learned = tuple(fact.encoded for fact in facts)
             sources = Counter(fact.source for fact in facts)
         chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
-        model, tuned = tune(
-            model, chosen.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
+        model, tuned = tune_until_learned(
+            load, chosen.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
         )
         _warn_if_not_learned(tuned, chosen.encoded, config.data)
         if config.save_dtype == "base":
@@ -87,6 +96,8 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             "skipped_rows": list(chosen.skipped),
             "fact_sources": sources,
             "learned": tuned.learned,
+            "learned_share": tuned.learned_share,
+            "learning_rate": tuned.learning_rate,
             "final_loss": tuned.final_loss,
             "final_losses": list(tuned.final_losses),
             "epoch_losses": list(tuned.epoch_losses),

@@ -7,8 +7,8 @@ two AdamW moments, all float32) plus activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from perta.data.batch import Batch, Encoded
@@ -28,6 +28,10 @@ LEARNED_LOSS = 0.2
 have a geometric mean probability of 0.82."""
 LEARNED_FACT = 0.05
 """Loss in nats per token at which a fact counts as learned, each row by itself."""
+RATES = (1.0, 4.0, 16.0)
+"""Multiples of the usual learning rate that are tried, in order, until the set is learned."""
+_MOST = 0.9
+"""Share of the examples that is learned well enough: higher rates harm the rest."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Tuned:
         final_losses: loss of every example after tuning, in file order.
         steps: optimizer steps taken.
         tokens: tokens that passed forward and backward, without padding.
+        learning_rate: the peak learning rate.
         row_by_row: whether every example had to be learned, and not their mean.
     """
 
@@ -46,6 +51,7 @@ class Tuned:
     final_losses: tuple[float, ...]
     steps: int
     tokens: int
+    learning_rate: float
     row_by_row: bool = False
 
     @property
@@ -59,6 +65,81 @@ class Tuned:
         if self.row_by_row:
             return max(self.final_losses) <= LEARNED_FACT
         return self.final_loss <= LEARNED_LOSS
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the examples that count as learned by themselves."""
+        limit = LEARNED_FACT if self.row_by_row else LEARNED_LOSS
+        return sum(loss <= limit for loss in self.final_losses) / len(self.final_losses)
+
+
+def usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
+    """Learning rate of AdamW where the user gives none.
+
+    A step of Adam moves a weight by the rate whatever its gradient, so a layer's output moves by
+    the rate times the number of its inputs: the rate falls with the width (Yang et al. 2022,
+    "Tensor Programs V"). Adapters start from nothing and want more.
+    """
+    if config.ia3:
+        return 1e-2
+    width = int(model.get_input_embeddings().weight.shape[1])
+    return 5e-5 * 576 / width * (10 if config.tunes_adapter else 1)
+
+
+def tune_until_learned(
+    load: Callable[[], PreTrainedModel],
+    examples: Sequence[Encoded],
+    config: TuneConfig,
+    *,
+    pad: int,
+    resume: Resume | None = None,
+) -> tuple[PreTrainedModel, Tuned]:
+    """Tune a model; without a learning rate of the user's, at the first that learns the set.
+
+    Args:
+        load: gives the model as it was before tuning; called once for each rate tried.
+        examples: the training set.
+        config: settings.
+        pad: padding token.
+        resume: where the state of an unfinished run at the first rate is kept; None for nowhere.
+
+    Returns:
+        The tuned model and what happened; the tokens are those of all tries.
+
+    Raises:
+        DivergenceError: the loss is not finite, or far above where it began.
+    """
+    if not config.finds_rate:
+        return tune(load(), examples, config, pad=pad, resume=resume)
+
+    def tried(factor: float) -> tuple[PreTrainedModel, Tuned]:
+        model = load()
+        rate = factor * usual_rate(model, config)
+        settings = replace(config, learning_rate=rate)
+        return tune(model, examples, settings, pad=pad, resume=resume if factor == 1 else None)
+
+    tokens, best, share = 0, RATES[0], -1.0
+    for factor in RATES:
+        try:
+            model, tuned = tried(factor)
+        except DivergenceError:
+            if factor == RATES[0]:
+                raise
+            break
+        tokens += tuned.tokens
+        if tuned.learned or tuned.learned_share >= _MOST:
+            return model, replace(tuned, tokens=tokens)
+        say(
+            f"{tuned.learned_share:.0%} of {len(examples)} rows were learned at a learning rate of "
+            f"{tuned.learning_rate:.1e}"
+        )
+        if tuned.learned_share < share:
+            break
+        best, share = factor, tuned.learned_share
+    else:
+        return model, replace(tuned, tokens=tokens)
+    model, tuned = tried(best)
+    return model, replace(tuned, tokens=tokens + tuned.tokens)
 
 
 def tune(
@@ -78,6 +159,7 @@ def tune(
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
     """
+    config = replace(config, learning_rate=config.learning_rate or usual_rate(model, config))
     trainer = Trainer.of(model, config, len(examples))
     learning = _Learning(trainer, config, len(examples))
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume)
@@ -85,7 +167,8 @@ def tune(
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
     losses = tuple(learning.epoch_losses)
     tokens = len(losses) * sum(len(e.input_ids) for e in examples)
-    return done, Tuned(losses, tuple(final), trainer.steps, tokens, config.row_by_row)
+    rate = trainer.settings.learning_rate or 0.0
+    return done, Tuned(losses, tuple(final), trainer.steps, tokens, rate, config.row_by_row)
 
 
 @dataclass
