@@ -367,7 +367,8 @@ def test_a_rate_that_diverges_or_learns_less_gives_back_the_best(
         loaded.append(tiny_llama())
         return loaded[-1]
 
-    width = tiny_llama().get_input_embeddings().weight.shape[1]
+    embedding: Any = tiny_llama().get_input_embeddings()
+    width = embedding.weight.shape[1]
     model, tuned = tune_until_learned(load, (), TuneConfig(loss_on="facts"), pad=0)
     usual = 5e-5 * 576 / width
     assert [rate / usual for rate in tried] == pytest.approx(wanted)

@@ -82,7 +82,8 @@ def usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
     """
     if config.ia3:
         return 1e-2
-    width = int(model.get_input_embeddings().weight.shape[1])
+    embedding: Any = model.get_input_embeddings()
+    width = int(embedding.weight.shape[1])
     return 5e-5 * 576 / width * (10 if config.tunes_adapter else 1)
 
 
