@@ -1,8 +1,12 @@
-"""FP8 and MXFP4 checkpoints as plain ones, tensor by tensor.
+"""FP8 and MXFP4 checkpoints as plain ones, and plain numbers in their formats again.
 
     FP8     weight (out, in) in 8 bits, weight_scale_inv: one factor a block, such as 128 x 128
     MXFP4   NAME_blocks (E, out, in/32, 16): two 4-bit numbers a byte, the low one first;
             NAME_scales (E, out, in/32): exponent of 2 of 32 numbers, 127 more; NAME is (E, in, out)
+
+A block in which nothing changed keeps its bytes. One that changed keeps its scale where the new
+numbers fit it, and each number is rounded up or down at random, as `store.arithmetic` does it:
+steps are small beside the distance of two such numbers, and rounding to the nearest loses them.
 
 Source: DeepSeek-V3, README_WEIGHTS.md; OCP Microscaling Formats 1.0, section 5.3.3.
 """
@@ -11,29 +15,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from perta.errors import CorruptCheckpointError
 from perta.models.trust import read_config
+from perta.store.arithmetic import Place, round_by, rounded_by, thresholds
 from perta.store.checkpoint import (
     CheckpointIndex,
     TensorEntry,
     copy_companions,
     open_index,
     read_tensor,
+    rows_of,
     stream_tensors,
 )
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP4_LARGEST = 6.0
 _RECORD = "quantization_config"
-_INPUT_SCALES = ("activation_scale", "input_scale")
-"""What belongs to the products of quantised models, and to no weight."""
 
 
 def can_dequantise(folder: Path) -> bool:
@@ -52,53 +58,153 @@ def dequantise(folder: Path, target: Path) -> None:
         CorruptCheckpointError: a tensor without its scales, or scales of another shape.
     """
     index, config = open_index(folder), read_config(folder)
-    record: Mapping[str, Any] = config.pop(_RECORD)
-    makers = _makers(index, record.get("weight_block_size"))
-    places = {
-        shard: {name: makers[name][:2] for name in map(_plain_name, names) if name in makers}
-        for shard, names in index.shards.items()
-    }
-    stream_tensors(
-        target, {shard: types for shard, types in places.items() if types}, lambda n: makers[n][2]()
-    )
+    del config[_RECORD]
+    quantised = quantised_tensors(index)
+    plain = {name: entry for name, entry in index.tensors.items() if _is_plain(entry)}
+    for one in quantised.values():
+        plain.pop(one.scales.name, None)
+    places = {}
+    for shard, names in index.shards.items():
+        found = dict.fromkeys(map(_plain_name, names))
+        places[shard] = {n: _place(quantised[n]) for n in found if n in quantised} | {
+            n: (plain[n].dtype, plain[n].shape) for n in found if n in plain
+        }
+
+    def value(name: str) -> Tensor:
+        return quantised[name].read() if name in quantised else read_tensor(plain[name])
+
+    stream_tensors(target, {shard: types for shard, types in places.items() if types}, value)
     copy_companions(folder, target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-_Maker = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised tensor of a checkpoint.
+
+    Attributes:
+        name: the tensor that it is made of.
+        codes: the numbers of few bits.
+        scales: what they are multiplied with.
+        block: rows and columns that share a factor; None for one factor, and for MXFP4.
+    """
+
+    name: str
+    codes: TensorEntry
+    scales: TensorEntry
+    block: tuple[int, int] | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the numbers have 8 bits, not 4."""
+        return self.codes.dtype != torch.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the plain tensor."""
+        if self.is_fp8:
+            return self.codes.shape
+        *experts, out, groups, size = self.codes.shape
+        return (*experts, groups * size * 2, out)
+
+    def read(self) -> Tensor:
+        """The plain tensor: float32 for FP8, bfloat16 for MXFP4."""
+        return self.plain(read_tensor(self.codes), read_tensor(self.scales))
+
+    def plain(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The same of given bytes."""
+        if self.is_fp8:
+            return dequantise_fp8(codes, scales, self.block)
+        return dequantise_mxfp4(codes, scales)
+
+    def requantised(self, values: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """Plain values in the stored format; what is as it was keeps its bytes.
+
+        Args:
+            values: float32, of the plain shape.
+            place: tensor and first element, for the rounding.
+
+        Returns:
+            Codes and scales, as they are stored.
+        """
+        codes, scales = read_tensor(self.codes), read_tensor(self.scales)
+        if self.is_fp8:
+            return requantise_fp8(codes, scales, values, self.block, place)
+        return requantise_mxfp4(codes, scales, values, place)
+
+    def rounded(self, values: Tensor, seed: int) -> Tensor:
+        """What would be read again after values are stored, float32 of the plain shape."""
+        start, found = 0, []
+        for part, first, last in self.slabs():
+            wanted = values[first:last].cpu()
+            stored = part.requantised(wanted, Place(seed, self.name, start))
+            found.append(part.plain(*stored).float())
+            start += wanted.numel()
+        return torch.cat(found).to(values.device)
+
+    def slabs(self) -> Iterator[tuple[Quantised, int, int]]:
+        """Parts that no scale reaches across, and which rows of the plain tensor they are."""
+        size = self.codes.shape[0]
+        has_experts = len(self.codes.shape) == (3 if self.is_fp8 else 4)
+        step = 1 if has_experts and self.scales.shape[:1] == (size,) else size
+        if self.is_fp8 and self.block and not has_experts:
+            step = self.block[0]
+        if step == size:
+            yield self, 0, self.shape[0]
+            return
+        for part, start in enumerate(range(0, size, step)):
+            stop = min(start + step, size)
+            codes, scales = rows_of(self.codes, start, stop), rows_of(self.scales, part, part + 1)
+            yield replace(self, codes=codes, scales=scales), start, stop
 
 
 def _plain_name(name: str) -> str:
     return name.removesuffix("_blocks")
 
 
-def _makers(index: CheckpointIndex, block: Any) -> dict[str, _Maker]:
-    """Plain name -> type, shape, and what makes the tensor."""
-    entries, makers, used = index.tensors, dict[str, _Maker](), set[str]()
-    for name, entry in entries.items():
-        if entry.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            scale = _partner(index, name, f"{name}_scale_inv", used)
+def _is_plain(entry: TensorEntry) -> bool:
+    is_code = entry.dtype in _FP8 or entry.name.endswith("_blocks")
+    return not is_code and not is_of_inputs(entry.name)
+
+
+def is_of_inputs(name: str) -> bool:
+    """Whether a tensor belongs to the products of quantised models, and to no weight."""
+    return name.endswith(("activation_scale", "input_scale"))
+
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _place(one: Quantised) -> tuple[torch.dtype, tuple[int, ...]]:
+    return torch.float32 if one.is_fp8 else torch.bfloat16, one.shape
+
+
+def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
+    """Every quantised tensor of a checkpoint, by its plain name.
+
+    Raises:
+        CorruptCheckpointError: one without its scales, or scales of another shape.
+    """
+    block = read_config(index.folder)[_RECORD].get("weight_block_size")
+    found = {}
+    for name, entry in index.tensors.items():
+        if entry.dtype in _FP8:
+            scale = _partner(index, name, f"{name}_scale_inv")
             _check(entry, scale, _fp8_shapes(entry, block))
-            makers[name] = torch.float32, entry.shape, _fp8_maker(entry, scale, block)
+            found[name] = Quantised(name, entry, scale, tuple(block) if block else None)
         elif name.endswith("_blocks"):
-            scale = _partner(index, name, name.removesuffix("_blocks") + "_scales", used)
+            scale = _partner(index, name, name.removesuffix("_blocks") + "_scales")
             _check(entry, scale, [entry.shape[:-1]])
-            *experts, out, groups, size = entry.shape
-            shape = (*experts, groups * size * 2, out)
-            makers[_plain_name(name)] = torch.bfloat16, shape, _mxfp4_maker(entry, scale)
-    for name, entry in entries.items():
-        if name not in used | makers.keys() and not name.endswith(("_blocks", *_INPUT_SCALES)):
-            makers[name] = entry.dtype, entry.shape, partial(read_tensor, entry)
-    return makers
+            found[_plain_name(name)] = Quantised(_plain_name(name), entry, scale)
+    return found
 
 
-def _partner(index: CheckpointIndex, name: str, scales: str, used: set[str]) -> TensorEntry:
+def _partner(index: CheckpointIndex, name: str, scales: str) -> TensorEntry:
     if scales not in index.tensors:
         raise CorruptCheckpointError(
             f"{index.folder}: {name} is quantised, and no file holds {scales}. Copy or download "
             "the checkpoint again."
         )
-    used.add(scales)
     return index.tensors[scales]
 
 
@@ -118,25 +224,78 @@ def _fp8_shapes(entry: TensorEntry, block: Any) -> list[tuple[int, ...]]:
     return [(*entry.shape[:-2], *(math.ceil(size / part) for size, part in sizes))]
 
 
-def _fp8_maker(entry: TensorEntry, scale: TensorEntry, block: Any) -> Callable[[], Tensor]:
-    return lambda: dequantise_fp8(read_tensor(entry), read_tensor(scale), block)
-
-
-def _mxfp4_maker(entry: TensorEntry, scale: TensorEntry) -> Callable[[], Tensor]:
-    return lambda: dequantise_mxfp4(read_tensor(entry), read_tensor(scale))
-
-
 def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """Numbers of 8 bits, (..., out, in), times the factor of their block, in float32.
 
     `scale` is (..., out / block, in / block) rounded up; one number without blocks.
     """
-    values, factors = weight.float(), scale.float()
-    if not block:
-        return values * factors
-    for axis, size in zip((-2, -1), block, strict=True):
+    values = weight.float()
+    return values.mul_(_spread(scale.float(), values, block))
+
+
+def _spread(factors: Tensor, values: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Factors of blocks, one for each of their values."""
+    for axis, size in zip((-2, -1), block or (), strict=False):
         factors = factors.repeat_interleave(size, axis).narrow(axis, 0, values.shape[axis])
-    return values.mul_(factors)
+    return factors
+
+
+def _largest(values: Tensor, factors: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Largest magnitude of every block, in the shape of its factors."""
+    if not block:
+        return values.abs().amax().expand(factors.shape)
+    rows, columns = factors.shape[-2:]
+    missing = (0, columns * block[1] - values.shape[-1], 0, rows * block[0] - values.shape[-2])
+    shape = (*values.shape[:-2], rows, block[0], columns, block[1])
+    return pad(values.abs(), missing).reshape(shape).amax((-3, -1))
+
+
+def requantise_fp8(
+    weight: Tensor, scale: Tensor, values: Tensor, block: tuple[int, int] | None, place: Place
+) -> tuple[Tensor, Tensor]:
+    """New values in the 8 bits of the old ones.
+
+    Args:
+        weight: the old numbers, as for `dequantise_fp8`.
+        scale: their factors.
+        values: the new values, float32, the shape of `weight`.
+        block: rows and columns of a block.
+        place: tensor and first element, for the rounding.
+
+    Returns:
+        Numbers and factors, in the types of the old ones. Factors change where the largest
+        number of a block no longer fits, or is less than half of what it was.
+    """
+    limit, old = torch.finfo(weight.dtype).max, scale.float()
+    before = dequantise_fp8(weight, scale, block)
+    largest = _largest(values, scale, block)
+    wanted = _stored_factors(largest / limit, scale.dtype)
+    stays = (largest <= old * limit) & (2 * largest >= _largest(before, scale, block))
+    factors = torch.where(stays | (wanted.float() == 0), old, wanted.float())
+    spread = _spread(factors, values, block)
+    scaled = (values / spread).nan_to_num_(0.0).clamp_(-limit, limit)
+    above = thresholds(place, values.numel()).view(values.shape)
+    codes = round_by(scaled, weight.dtype, above).view(torch.uint8)
+    kept = (values == before) & (spread == _spread(old, values, block))
+    codes = torch.where(kept, weight.view(torch.uint8), codes).view(weight.dtype)
+    return codes, torch.where(factors == old, old, factors).to(scale.dtype)
+
+
+def _stored_factors(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest factors of a type that are no smaller."""
+    if dtype != torch.float8_e8m0fnu:
+        return factors.to(dtype)
+    return _power(_exponents(factors)).to(dtype)
+
+
+def _power(exponents: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones(exponents.shape), exponents)
+
+
+def _exponents(factors: Tensor) -> Tensor:
+    """Exponents of the smallest powers of 2 that are no smaller, int32, at least -127."""
+    mantissa, exponent = torch.frexp(factors)
+    return torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -149,3 +308,38 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     pairs = torch.stack((blocks & 0xF, blocks >> 4), dim=-1).flatten(-2)
     values = torch.ldexp(table[pairs.int()], (scales.int() - 127).unsqueeze(-1))
     return values.flatten(-2).transpose(-1, -2).to(torch.bfloat16)
+
+
+def requantise_mxfp4(
+    blocks: Tensor, scales: Tensor, values: Tensor, place: Place
+) -> tuple[Tensor, Tensor]:
+    """New values in the 4 bits of the old ones.
+
+    Args:
+        blocks: the old numbers, as for `dequantise_mxfp4`.
+        scales: their exponents.
+        values: the new values, (..., 2 · groups · size, out) float32.
+        place: tensor and first element, for the rounding.
+
+    Returns:
+        Numbers and exponents; an exponent changes as a factor does in `requantise_fp8`.
+    """
+    groups = (*scales.shape, 2 * blocks.shape[-1])
+    new = values.transpose(-1, -2).reshape(groups)
+    old = dequantise_mxfp4(blocks, scales).float().transpose(-1, -2).reshape(groups)
+    before = _power(scales.int() - 127)
+    largest = new.abs().amax(-1)
+    stays = (largest <= before * _FP4_LARGEST) & (2 * largest >= old.abs().amax(-1))
+    wanted = (_exponents(largest / _FP4_LARGEST) + 127).to(torch.uint8)
+    chosen = torch.where(stays | (largest == 0), scales, wanted)
+    factors = _power(chosen.int() - 127).unsqueeze(-1)
+    scaled = (new / factors).clamp_(-_FP4_LARGEST, _FP4_LARGEST)
+    above = thresholds(place, new.numel()).view(groups)
+    rounded = rounded_by(scaled, 0.5, 1.0, above)
+    codes = torch.bucketize(rounded.abs().contiguous(), torch.tensor(_FP4)).to(torch.uint8)
+    codes += 8 * torch.signbit(rounded).to(torch.uint8)
+    low, high = codes[..., 0::2], codes[..., 1::2]
+    stored = torch.stack((blocks & 0xF, blocks >> 4), dim=-1)
+    is_same = ((new == old) & (chosen == scales).unsqueeze(-1)).view(stored.shape)
+    codes = torch.where(is_same, stored, torch.stack((low, high), dim=-1))
+    return codes[..., 0] | codes[..., 1] << 4, chosen

@@ -60,6 +60,19 @@ def resolve_checkpoint(
     return _resolve(reference, base=base, exact=exact)
 
 
+def quantised_checkpoint(reference: str | Path) -> Path | None:
+    """The folder that a reference names as it is stored, where that is in FP8 or MXFP4.
+
+    Args:
+        reference: what `resolve_checkpoint` accepts.
+    """
+    path = Path(reference).expanduser()
+    if not path.exists():
+        path = _from_hub(str(reference), None)
+    is_plain = path.is_file() or (path / ADAPTER_CONFIG).exists()
+    return None if is_plain or not can_dequantise(path) else path
+
+
 def _resolve(
     reference: str | Path,
     above: tuple[Path, ...] = (),

@@ -7,7 +7,7 @@ the edit rounds it, so what is tried is what would be written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from perta.engine.edit.write import write_edit
 from perta.methods.registry import at_strength, with_defaults
 from perta.models.load import load_model, save_type, stored_dtype
+from perta.models.quantised import Quantised, quantised_tensors
 from perta.options import ComputeConfig, SaveType
 from perta.stages.edit import as_inputs, find_inputs, with_direction
 from perta.stages.settings import EditConfig
@@ -89,7 +90,8 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
     """
     weighting = with_defaults(edit.weighting)
     edit = replace(edit, weighting=weighting)
-    inputs = as_inputs(with_direction(edit, find_inputs(edit)))
+    given = with_direction(edit, find_inputs(edit))
+    inputs, original = as_inputs(given), given.get("quantised")
     index = open_index(inputs.full)
     delta = folder / "delta"
     delta.mkdir()
@@ -97,7 +99,9 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
     write_edit(delta, inputs, at_strength(weighting, -1.0), onto=zeros)
     model = load_model(delta, compute, dtype=torch.float32)
     wanted: SaveType = "float32" if edit.output_format == "adapter" else edit.save_dtype
-    kept = _Kept(index, stored_dtype(index.folder), save_type(wanted, index.folder))
+    quantised = quantised_tensors(open_index(original)) if original else {}
+    saved = save_type(wanted, index.folder)
+    kept = _Kept(index, stored_dtype(index.folder), saved, quantised)
     rounded = _roundings(model, kept, weighting.weighting_seed, folder / "thresholds", compute)
     steps = [parameter.detach() for parameter in model.parameters()]
     return [Change(step, *how) for step, how in zip(steps, rounded, strict=True)]
@@ -105,11 +109,15 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
 
 @dataclass(frozen=True)
 class _Kept:
-    """What θ_full stores, most of it in `main`, which the edit stores in the type `saved`."""
+    """What θ_full stores, most of it in `main`, which the edit stores in the type `saved`.
+
+    What is quantised is stored so again.
+    """
 
     index: CheckpointIndex
     main: torch.dtype
     saved: torch.dtype
+    quantised: Mapping[str, Quantised]
 
     def dtype(self, entry: TensorEntry) -> torch.dtype:
         """Type in which the edit stores a tensor."""
@@ -136,7 +144,10 @@ def _roundings(
         drawn = [parameter.detach().to(torch.int32) for parameter in numbers.parameters()]
     found: list[Rounding] = []
     for entry, above in zip(entries, drawn, strict=True):
-        if entry is not None:
+        if entry is not None and entry.name in kept.quantised:
+            how = kept.quantised[entry.name].rounded
+            found.append((torch.float32, partial(how, seed=seed)))
+        elif entry is not None:
             place, dtype = Place(seed, entry.name), kept.dtype(entry)
             found.append((dtype, partial(round_as_stored, dtype=dtype, place=place)))
         elif above is not None:

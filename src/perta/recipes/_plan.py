@@ -21,6 +21,7 @@ from perta.engine.moments import ENOUGH
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method
 from perta.models.load import load_tokenizer, longest_input
+from perta.models.resolve import quantised_checkpoint
 from perta.options import sample_count
 from perta.recipes.request import rows_config
 from perta.recipes.settings import UnlearnConfig
@@ -177,11 +178,12 @@ class Sizes:
         return sum(_FLOAT * min(tokens, n) * float(n) for n in widths.values())
 
     def _stored_output(self) -> float:
-        """Bytes of a checkpoint like θ_full, in the type that is asked for."""
+        """Bytes of a checkpoint like θ_full, in the type or format that is asked for."""
         wanted = {"full": None, "float32": 4, "bfloat16": 2, "float16": 2}[self.config.save_dtype]
         if wanted:
             return float(wanted * self._parameters)
-        return float(sum(entry.nbytes for entry in self._index.tensors.values()))
+        stored = quantised_checkpoint(self.config.full) or self.full
+        return float(sum(entry.nbytes for entry in open_index(stored).tensors.values()))
 
     def _tokens(self, name: str) -> float:
         """About how many tokens a set has, prompts included; 0 without it."""

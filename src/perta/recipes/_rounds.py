@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
 from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_id, save_model
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
 from perta.recipes._edited_model import load_changes
@@ -86,6 +87,10 @@ def write_rounds(
     Raises:
         PertaError: input that cannot be used, or training that diverges.
     """
+    # Rounds are of the weights themselves, however θ_full is stored.
+    is_exact = edit.output_format == "adapter"
+    full = resolve_checkpoint(edit.full, base=edit.base, exact=is_exact)
+    edit = replace(edit, full=str(full))
     folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}
     folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}
 

@@ -29,7 +29,7 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import read_rows, write_jsonl
 from perta.errors import ConfigError, LedgerError, OutputExistsError, nearest
 from perta.models.load import load_model, load_tokenizer, pad_id
-from perta.models.resolve import resolve_checkpoint
+from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import say
 from perta.recipes._held_back import write_rows
@@ -95,7 +95,8 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there already. Give a new folder.")
     base = resolve_checkpoint(config.base)
-    models = {"base": base, "full": resolve_checkpoint(config.full, base=config.base)}
+    full = resolve_checkpoint(config.full, base=config.base)
+    models = {"base": base, "full": quantised_checkpoint(config.full) or full}
     facts: dict[str, Any] = {"operator": config.operator}
     for name, place in models.items():
         facts[name] = {"path": str(place.absolute()), "blake3": fingerprint(place)}

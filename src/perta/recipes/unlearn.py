@@ -30,7 +30,7 @@ from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
-from perta.models.resolve import resolve_checkpoint
+from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import LossOn, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
@@ -351,8 +351,10 @@ class _Run:
     def _edit_config(self) -> EditConfig:
         """The edit, with what it reads made or reused."""
         config, method = self.config, get_method(self.config.weighting.method)
-        # A difference from θ_full is of the adapter itself, not of what its base's type left.
+        # A difference from θ_full is of the adapter itself, not of what its base's type left, and
+        # what is quantised is written so.
         is_exact = method.direction == "full - base" or config.output_format == "adapter"
+        is_exact = is_exact or quantised_checkpoint(config.full) is not None
         return self.work.edit_config(
             full=config.full if is_exact else str(self.full),
             output=config.output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,14 +21,16 @@ from perta.engine.edit.plan import (
     mlps_are_known,
 )
 from perta.engine.edit.records import check_records
-from perta.engine.edit.stream import Stored
-from perta.engine.edit.write import CURE, EditSummary, write_edit
+from perta.engine.edit.requantise import write_quantised
+from perta.engine.edit.stream import Stored, stored_of
+from perta.engine.edit.write import CURE, EditSummary, check_stored, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
 from perta.models.adapters import adapter_settings
 from perta.models.load import pick_device
-from perta.models.resolve import base_of_adapter, resolve_checkpoint
+from perta.models.quantised import quantised_tensors
+from perta.models.resolve import base_of_adapter, quantised_checkpoint, resolve_checkpoint
 from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
@@ -121,12 +123,13 @@ def edit_checkpoint(
     if "direction" in given:
         inputs["direction"] = fingerprint(given["direction"])
 
-    def edit(folder: Path, save_dtype: SaveType) -> EditSummary:
+    def edit(folder: Path, save_dtype: SaveType, wide: Collection[str] = ()) -> EditSummary:
         return write_edit(
             folder,
             as_inputs(given),
             config.weighting,
             save_dtype=save_dtype,
+            wide=wide,
             threads=config.edit_threads,
             fingerprints=inputs,
         )
@@ -134,17 +137,38 @@ def edit_checkpoint(
     def make(folder: Path) -> Mapping[str, Any]:
         made: dict[str, Any] = {"done": method.done, "equation": method.equation}
         made |= as_part(part_of)
-        if config.output_format == "checkpoint":
+        original = given.get("quantised")
+        if config.output_format == "checkpoint" and original is None:
             summary = edit(folder, config.save_dtype)
             _report_stored(summary.stored)
             return {"edit": asdict(summary), **made}
         with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
+            if original is not None:
+                summary = edit(whole, "full", quantised_tensors(open_index(original)))
+                summary = _requantise(folder, original, whole, summary, config)
+                return {"edit": asdict(summary), **made}
             summary = edit(whole, "float32")
             adapter = _write_adapter(config, folder, whole, given["full"])
         return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
 
     run_stage("edit", config.output, settings, inputs, make, look=look, overwrite=config.overwrite)
     return config.output
+
+
+def _requantise(
+    folder: Path, original: Path, edited: Path, summary: EditSummary, config: EditConfig
+) -> EditSummary:
+    """Write an edit in the format that θ_full is stored in; tells what it holds."""
+    found = write_quantised(folder, original, edited, config.weighting.weighting_seed)
+    shutil.copyfile(edited / "README.md", folder / "README.md")
+    tensors = tuple(
+        replace(tensor, **vars(found[tensor.name])) if tensor.name in found else tensor
+        for tensor in summary.tensors
+    )
+    summary = replace(summary, tensors=tensors, stored=stored_of(tensors))
+    check_stored(summary.stored)
+    _report_stored(summary.stored)
+    return summary
 
 
 def _write_adapter(config: EditConfig, folder: Path, edited: Path, full: Path) -> LowRank:
@@ -214,6 +238,8 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
     if get_method(config.weighting.method).direction == "full - base":
         exact = resolve_checkpoint(config.full, base=config.base, exact=True)
         folders["exact"] = exact if exact != folders["full"] else None
+    if config.save_dtype == "full" and config.output_format == "checkpoint":
+        folders["quantised"] = quantised_checkpoint(config.full)
     given = {name: folder for name, folder in folders.items() if folder is not None}
     check_separate(config.output, given.values())
     return given

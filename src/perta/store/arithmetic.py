@@ -81,24 +81,31 @@ def thresholds(place: Place, count: int, device: torch.device | None = None) -> 
 
 
 def round_by(values: Tensor, dtype: torch.dtype, above: Tensor) -> Tensor:
-    """Round float32 values to bfloat16 or float16 by given random numbers.
+    """Round float32 values to bfloat16, float16 or 8 bits by given random numbers.
 
     2^16 - `above`, int32 in [0, 2^16) of the same shape, is the share of the way to the upper
     neighbour, in parts of 2^16, from which a value is rounded up, away from zero.
     """
+    info = torch.finfo(dtype)
+    return rounded_by(values, info.eps, info.smallest_normal, above).to(dtype)
+
+
+def rounded_by(values: Tensor, eps: float, smallest_normal: float, above: Tensor) -> Tensor:
+    """The same for any format, as float32: `eps` lies between 1 and the next of its numbers.
+
+    Below its smallest normal number it has steps of `eps` times as much.
+    """
     # Adding to the bits of a float moves it away from zero, into the next binade where need be.
-    if dtype == torch.bfloat16:
-        moved = (values.view(torch.int32) + above) & ~0xFFFF
-    else:
-        moved = (values.view(torch.int32) + (above >> 3)) & ~0x1FFF
-    rounded = moved.view(torch.float32)
-    if dtype == torch.float16:
-        # Below its smallest normal number float16 has steps of 2^-24.
-        steps = values.abs() * 2.0**24
+    dropped = 23 + round(math.log2(eps))
+    extra = dropped - 16
+    moved = values.view(torch.int32) + (above << extra if extra > 0 else above >> -extra)
+    rounded = (moved & (-1 << dropped)).view(torch.float32)
+    if smallest_normal > torch.finfo(torch.float32).smallest_normal:
+        steps = values.abs() / (smallest_normal * eps)
         part = (steps - steps.floor()) * 2.0**16
-        low = (steps.floor() + (part >= 2**16 - above)) * 2.0**-24
-        rounded = torch.where(values.abs() < 2.0**-14, low.copysign(values), rounded)
-    return torch.where(values.isfinite(), rounded, values).to(dtype)
+        low = (steps.floor() + (part >= 2**16 - above)) * (smallest_normal * eps)
+        rounded = torch.where(values.abs() < smallest_normal, low.copysign(values), rounded)
+    return torch.where(values.isfinite(), rounded, values)
 
 
 @dataclass

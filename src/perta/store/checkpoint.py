@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -230,6 +231,14 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     with opened(entry.file) as descriptor:
         read_into(descriptor, entry.offset, flat.numpy().data, entry)
     return flat.view(entry.dtype).reshape(entry.shape)
+
+
+def rows_of(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    """A slice of a tensor along its first axis, as a tensor of its own."""
+    row = entry.nbytes // entry.shape[0]
+    shape = (stop - start, *entry.shape[1:])
+    place = entry.offset + start * row
+    return replace(entry, shape=shape, offset=place, nbytes=(stop - start) * row)
 
 
 @contextmanager

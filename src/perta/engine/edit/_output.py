@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,19 +29,22 @@ from perta.store.checkpoint import (
 from perta.store.parse import read_json
 
 
-def create_files(full: CheckpointIndex, folder: Path, save_dtype: SaveType) -> CheckpointIndex:
+def create_files(
+    full: CheckpointIndex, folder: Path, save_dtype: SaveType, wide: Collection[str] = ()
+) -> CheckpointIndex:
     """Make the output's files in an empty folder: headers, and room for the tensors.
 
     `full` is θ_full, or what takes its place; with the type `full` its header bytes and tensor
-    places are kept.
+    places are kept. Tensors named in `wide` are stored in float32 all the same.
     """
-    is_same = save_type(save_dtype, full.folder) == stored_dtype(full.folder)
+    is_same = not wide and save_type(save_dtype, full.folder) == stored_dtype(full.folder)
     for shard, names in full.shards.items():
         entries = [full.tensors[name] for name in names]
         if is_same:
             header, size = _header_bytes(full.folder / shard), (full.folder / shard).stat().st_size
         else:
             types = {e.name: output_type(e, full.folder, save_dtype) for e in entries}
+            types |= {name: torch.float32 for name in names if name in wide}
             header, size = _new_header(entries, types, full.metadata)
         with (folder / shard).open("wb") as stream:
             stream.write(header)

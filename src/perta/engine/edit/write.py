@@ -69,6 +69,7 @@ def write_edit(
     *,
     onto: Path | None = None,
     save_dtype: SaveType = "full",
+    wide: Collection[str] = (),
     threads: int | None = None,
     fingerprints: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
@@ -82,6 +83,7 @@ def write_edit(
         onto: checkpoint that is copied and subtracted from, in place of θ_full; what is
             subtracted stays the same.
         save_dtype: type of the output. θ_full is cast to it, to the nearest, and then edited.
+        wide: tensors that are stored in float32 all the same.
         threads: threads that read, compute and write [default: all cores, at most 8].
         fingerprints: name of each input -> hash of its content, for the model card.
         chunk: elements worked on at once; it also bounds the reach of the method `random`.
@@ -109,12 +111,12 @@ def write_edit(
     averages = average_importance(targets, weighting, transposed, chunk, worker_count)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
     cuts = find_cuts(targets, blocks, worker_count)
-    outputs = create_files(source, folder, save_dtype).tensors
+    outputs = create_files(source, folder, save_dtype, wide).tensors
     with track("edit", len(targets)) as advance:
         summaries = edit_all(targets, Editor(outputs, blocks, cuts), worker_count, advance)
     _check_effect(summaries, method, inputs)
     stored = stored_of(summaries)
-    _check_stored(stored)
+    check_stored(stored)
     copy_companions(onto, folder)
     write_config(onto, folder, save_dtype)
     card = model_card(weighting, fingerprints or {})
@@ -162,7 +164,7 @@ def _check_effect(summaries: Sequence[TensorSummary], method: Edit, inputs: Edit
         )
 
 
-def _check_stored(stored: Stored) -> None:
+def check_stored(stored: Stored) -> None:
     """Stop where next to nothing of the wanted step is in the files."""
     if stored.stored_share is not None and abs(stored.stored_share) < _LEAST_STORED:
         raise CheckpointError(
