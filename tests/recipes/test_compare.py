@@ -33,7 +33,7 @@ from perta.methods.method import KNOWN
 from perta.methods.registry import load_methods
 from perta.recipes.compare._draw import draw_sets
 from perta.recipes.compare._edits import prepare_edit
-from perta.recipes.compare._model import Bench, relearning
+from perta.recipes.compare._model import Bench, relearning_rate
 from perta.recipes.compare._paths import TrainingPath
 from perta.recipes.compare._search import nearest, search_equal
 from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
@@ -591,7 +591,7 @@ def test_relearning_moves_all_parameters_at_a_rate_made_for_that(
         relearn_learning_rate=more.pop("given", None),
         tune=CompareTune(learning_rate=2e-3, **more),
     )
-    assert relearning(config, 2, 0).learning_rate == expected
+    assert relearning_rate(config) == expected
 
 
 def test_rows_and_models_of_another_comparison_are_not_replaced(

@@ -150,19 +150,21 @@ def tune(
     *,
     pad: int,
     resume: Resume | None = None,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a float32 model in memory with AdamW, in place; an adapter is merged.
 
     The loss of a step is the mean over its examples of the mean negative log-likelihood of
     their answer tokens, the same per-example loss importance is taken of. `resume` is where the
-    state of an unfinished run is kept.
+    state of an unfinished run is kept; `after_epoch` is called with each epoch from 1, the model in
+    evaluation mode.
 
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or usual_rate(model, config))
     trainer = Trainer.of(model, config, len(examples))
-    learning = _Learning(trainer, config, len(examples))
+    learning = _Learning(trainer, config, len(examples), after_epoch)
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume)
     done = trainer.finish()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
@@ -182,6 +184,7 @@ class _Learning:
     trainer: Trainer
     settings: TuneConfig
     examples: int
+    after_epoch: Callable[[int], None] | None = None
     epoch_losses: list[float] = field(default_factory=list)
     _step: float = 0.0
     _epoch: float = 0.0
@@ -221,6 +224,8 @@ class _Learning:
         if loss > 3 * self.epoch_losses[0] + 1:
             rise = f"from {self.epoch_losses[0]:.2f} to {loss:.2f}"
             raise _diverged(f"the epoch's loss rose {rise}")
+        if self.after_epoch:
+            self.after_epoch(epoch)
         settings = self.settings
         reached = highest if settings.row_by_row else loss
         if reached <= settings.depth and epoch < settings.epochs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,13 @@ from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
-from perta.engine.train.tune import tune
+from perta.engine.train.relearn import (
+    LEARNING_RATE,
+    SHOWN,
+    TEXT_TOKENS,
+    general_texts,
+    relearn,
+)
 from perta.evidence.metrics import mean
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
@@ -25,21 +30,17 @@ from perta.evidence.tofu import run_tofu
 from perta.models.facts import SAMPLES, hit_probability, score_facts
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of
-from perta.options import DataConfig, ScoringConfig, TuneConfig
+from perta.options import DataConfig, ScoringConfig
 from perta.recipes.compare._draw import Draw
 from perta.recipes.compare._knowledge import Knowledge
-from perta.recipes.compare.settings import CompareConfig, CompareTune
+from perta.recipes.compare.settings import CompareConfig
 from perta.stages.bench import bench_ability
 from perta.stages.evaluate import find_in_sets
 from perta.store.atomic import scratch_folder
 
 SETS = ("forget", "retain", "protected")
 MEASURES = ("probability", "extraction_strength")
-RELEARNED_SHARE = 4
-"""One in so many forget rows is shown again when resistance to relearning is measured."""
 
-_GENERAL_TOPICS = ("objects", "naming", "typesseq", "exceptions")
-_GENERAL_TOKENS = 256
 _FACTS = 40
 
 
@@ -131,10 +132,15 @@ class Bench:
 
         The model is left at the relearned weights.
         """
-        shown = self._forget[::RELEARNED_SHARE]
-        hidden = [i for i in range(len(self._forget)) if i % RELEARNED_SHARE]
-        settings = relearning(self._config, len(shown), self._draw.seed)
-        tune(self.model, shown, settings, pad=self.pad)
+        hidden = [i for i in range(len(self._forget)) if i % SHOWN]
+        relearn(
+            self.model,
+            self._forget[::SHOWN],
+            pad=self.pad,
+            steps=self._config.relearn_steps,
+            learning_rate=relearning_rate(self._config),
+            seed=self._draw.seed,
+        )
         rows = [self._forget[i] for i in hidden]
         facts = [self._facts["forget"][i] for i in hidden]
         losses = losses_of(self.model, rows, batch_size=self._batch, pad=self.pad)
@@ -181,21 +187,12 @@ class Bench:
         return ScoringConfig(generate=False)
 
 
-def relearning(config: CompareConfig, rows: int, seed: int) -> TuneConfig:
-    """How a model is shown some forget rows again: all parameters, all rows in every step."""
+def relearning_rate(config: CompareConfig) -> float:
+    """Learning rate at which a model is shown some forget rows again."""
     rate = config.relearn_learning_rate
     if rate is None:
-        tune = config.tune
-        rate = CompareTune.learning_rate if tune.tunes_adapter else tune.learning_rate
-    return TuneConfig(
-        epochs=config.relearn_steps,
-        learning_rate=rate,
-        batch_size=rows,
-        schedule="constant",
-        warmup_ratio=0.0,
-        stop_loss=0.0,
-        seed=seed,
-    )
+        rate = LEARNING_RATE if config.tune.tunes_adapter else config.tune.learning_rate
+    return rate
 
 
 def means(results: Mapping[str, Any]) -> dict[str, float]:
@@ -208,14 +205,9 @@ def means(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _plain() -> DataConfig:
-    return DataConfig(format="text", max_length=_GENERAL_TOKENS)
+    return DataConfig(format="text", max_length=TEXT_TOKENS)
 
 
 def _general_text(folder: Path) -> ExampleSet:
-    """English that comes with Python: its reference manual, a few pages from the start of topics.
-
-    It is the same for all models of a run; between versions of Python it differs a little.
-    """
-    texts = [pydoc_data.topics.topics[name][: 4 * _GENERAL_TOKENS] for name in _GENERAL_TOPICS]
-    file = write_jsonl(({"text": text} for text in texts), folder / "data" / "general.jsonl")
-    return load_examples(file, _plain())
+    rows = ({"text": text} for text in general_texts())
+    return load_examples(write_jsonl(rows, folder / "data" / "general.jsonl"), _plain())

@@ -1,0 +1,70 @@
+"""Relearning: a model is shown some rows again for a few steps, to see what comes back.
+
+All parameters move, all rows are in every step, and the learning rate stays as it is.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from perta.data.batch import Encoded
+from perta.engine.train.tune import tune
+from perta.options import TuneConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHOWN = 4
+"""One in so many forget rows is shown again."""
+STEPS = 6
+LEARNING_RATE = 1e-4
+
+_TOPICS = ("objects", "naming", "typesseq", "exceptions")
+TEXT_TOKENS = 256
+"""Most tokens of each general text."""
+
+
+def relearn(
+    model: PreTrainedModel,
+    shown: Sequence[Encoded],
+    *,
+    pad: int,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Show a model some rows again.
+
+    Args:
+        model: float32; left at the weights it has then.
+        shown: the rows.
+        pad: padding token.
+        steps: optimizer steps.
+        learning_rate: of AdamW.
+        seed: of the tuning.
+        after_step: called with the number of steps taken, the model in evaluation mode.
+
+    Raises:
+        DivergenceError: the loss is not finite, or far above where it began.
+    """
+    settings = TuneConfig(
+        epochs=steps,
+        learning_rate=learning_rate,
+        batch_size=len(shown),
+        schedule="constant",
+        warmup_ratio=0.0,
+        stop_loss=0.0,
+        seed=seed,
+    )
+    tune(model, shown, settings, pad=pad, after_epoch=after_step)
+
+
+def general_texts() -> list[str]:
+    """English that comes with Python: its reference manual, a few pages from the start of topics.
+
+    It is the same for all models of a run; between versions of Python it differs a little.
+    """
+    return [pydoc_data.topics.topics[name][: 4 * TEXT_TOKENS] for name in _TOPICS]

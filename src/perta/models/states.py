@@ -1,0 +1,133 @@
+"""States between a model's layers: read, decoded as if they were the last, and exchanged.
+
+Only those of positions that predict a labelled token are looked at. With N of them in a batch, in
+row-major order, L layers and width D:
+
+    layer_states(model, batch)             (L, N, D)   the residual stream behind each layer
+    decoded(model, batch, states)          (L, N)      log p of the labels from each layer's state
+    exchanged(model, batch, l, states[l])  (N,)        log p where layer l gives these states
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from perta.data.batch import IGNORE, Batch
+from perta.errors import CheckpointError
+from perta.models.loss import answer_logits, token_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model, first to last.
+
+    Raises:
+        CheckpointError: there is no list of as many modules as the configuration counts layers.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise CheckpointError(
+            f"The layers of a model of the kind {config.model_type} cannot be told apart, so its "
+            "inside cannot be looked at. Leave those probes out."
+        )
+    return lists[0]
+
+
+@torch.no_grad()
+def layer_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What each layer gives at the positions that predict a label: (L, N, D)."""
+    rows, places = _predicting(batch)
+    found: list[Tensor] = []
+
+    def keep(states: Tensor) -> Tensor:
+        found.append(states[rows, places].detach())
+        return states
+
+    with _changed(list(decoder_layers(model)), keep):
+        answer_logits(model, batch)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, batch: Batch, states: Tensor) -> Tensor:
+    """Log-probability of each label by what lies behind the last layer (norm and head): (L, N).
+
+    The states take the places of a pass's own, as many as there are places, so that a model ends
+    as it always does, whatever its end is made of.
+
+    Args:
+        model: causal language model.
+        batch: B rows of T tokens.
+        states: from `layer_states`, (L, N, D).
+    """
+    targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE].repeat(len(states))
+    flat = states.flatten(0, 1)
+    size = batch.input_ids.numel()
+    found = []
+    for part, labels in zip(flat.split(size), targets.split(size), strict=True):
+
+        def put(own: Tensor, part: Tensor = part) -> Tensor:
+            filled = own.flatten(0, 1).clone()
+            filled[: len(part)] = part
+            return filled.view_as(own)
+
+        with _changed([decoder_layers(model)[-1]], put):
+            output = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
+        logits = output.logits.flatten(0, 1)[: len(part)].float()
+        found.append(logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+    return torch.cat(found).view(states.shape[:2])
+
+
+@torch.no_grad()
+def exchanged(model: PreTrainedModel, batch: Batch, layer: int, states: Tensor) -> Tensor:
+    """Log-probability of each label where one layer gives other states: (N,).
+
+    Args:
+        model: causal language model.
+        batch: B rows.
+        layer: from 0.
+        states: (N, D) in place of the layer's own; all other positions keep theirs.
+    """
+    rows, places = _predicting(batch)
+
+    def put(own: Tensor) -> Tensor:
+        changed = own.clone()
+        changed[rows, places] = states.to(own.dtype)
+        return changed
+
+    with _changed([decoder_layers(model)[layer]], put):
+        return -token_losses(answer_logits(model, batch))
+
+
+def _predicting(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Row and place of every position that predicts a label."""
+    rows, places = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return rows, places
+
+
+@contextmanager
+def _changed(layers: list[nn.Module], change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, what layers give goes through a function."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
