@@ -30,7 +30,8 @@ def gpt2(seed: int = 0) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=64, n_positions=32, n_embd=16, n_layer=3, n_head=2, initializer_range=0.3
     )
-    return GPT2LMHeadModel(config).eval()
+    model: PreTrainedModel = GPT2LMHeadModel(config).eval()
+    return model
 
 
 MODELS = [tiny_llama(64, num_hidden_layers=3).double(), gpt2().double()]

@@ -28,11 +28,11 @@ def test_steps_are_those_of_an_own_loop() -> None:
     relearn(model, ROWS, pad=2, steps=3, learning_rate=1e-3, after_step=after)
     optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(3):
-        loss = 0
+        loss = torch.zeros(())
         for row in ROWS:
             logits = own(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
             told = [-logits[t - 1, i] for t, i in enumerate(row.labels) if i != IGNORE]
-            loss = loss + sum(told) / len(told) / len(ROWS)
+            loss = loss + torch.stack(told).mean() / len(ROWS)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
