@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from audit_cases import material, view
 
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Rows, View
@@ -17,6 +20,7 @@ class Two(Variants):
     way = "frame"
 
     def ways(self, view: View, name: str) -> Ways:
+        assert len(view.material.facts[name]) == 3
         return {"one": (0.1, None, 0.3), "other": (0.2, None, None)}
 
 
@@ -26,13 +30,9 @@ def judged(**by_role: Mapping[str, Sequence[float | None]]) -> Judgement:
     return Two().judge(Found({"cleaned": {"forget": LOW}}, rows, {"forget": None}, more))
 
 
-def test_a_row_has_the_highest_score_of_all_ways(monkeypatch: object) -> None:
-    class Given:
-        class material:  # noqa: N801
-            facts = {"forget": (0, 0, 0)}
-
-    found = Two().run(Given(), "forget")  # type: ignore[arg-type]
-    assert found == Rows(
+def test_a_row_has_the_highest_score_of_all_ways(tmp_path: Path) -> None:
+    given = view(material(tmp_path, people=3, questions=1))
+    assert Two().run(given, "forget") == Rows(
         [0.2, None, 0.3], {"ways": {"one": [0.1, None, 0.3], "other": [0.2, None, None]}}
     )
 
