@@ -215,6 +215,21 @@ def test_a_header_that_counts_otherwise_is_refused(
         resolve_checkpoint(file)
 
 
+def test_a_count_that_the_file_cannot_hold_is_refused_at_once(world: World, tmp_path: Path) -> None:
+    marks = [7, 1, 7, 2, 7, 3]
+    file = write_gguf(
+        world.base, tmp_path / "m.gguf", lambda writer: writer.add_array("perta.marks", marks)
+    )
+    content = file.read_bytes()
+    values = np.array(marks, dtype="<i4").tobytes()
+    place = content.index(values)
+    count = len(marks).to_bytes(8, "little")
+    assert content[place - 8 : place] == count
+    file.write_bytes(content[: place - 8] + (2**40).to_bytes(8, "little") + content[place:])
+    with pytest.raises(CorruptCheckpointError, match="ends inside a value that its header counts"):
+        resolve_checkpoint(file)
+
+
 def test_tensors_that_the_model_has_no_place_for_are_refused(world: World, tmp_path: Path) -> None:
     def extra(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("blk.0.attn_q.bias", np.ones(64, dtype=np.float32))

@@ -40,12 +40,11 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         CheckpointError: it cannot be read, or scales positions in a way that no configuration says.
         CorruptCheckpointError: it holds fewer or other tensors than its model needs.
     """
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
     with plain_errors(path, "GGUF file"):
-        file = GGUFReader(path)
+        file = _reader(path)
         shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in file.tensors}
         # Lists are vocabularies, or of a length that something else bounds.
         fields = {name: field for name, field in file.fields.items() if len(field.types) == 1}
@@ -68,6 +67,22 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         del model.config.quantization_config
     model._weight_conversions = None  # type: ignore[assignment]  # GGUF tensor names are not the ones to save under
     return model, tokenizer
+
+
+def _reader(path: Path) -> Any:
+    """The library's reader, which would go on behind the end of the file, for ever so long."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) < count:
+                raise CorruptCheckpointError(
+                    f"{path} ends inside a value that its header counts. Copy or download it again."
+                )
+            return found
+
+    return Reader(path)
 
 
 def _check_blocks(path: Path, settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
