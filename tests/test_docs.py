@@ -26,8 +26,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TUTORIALS = ("first-request", "strength", "second-request", "own-method", "comparing")
 COMMANDS = (
     "", "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train",
-    "evaluate", "bench tofu", "bench muse", "bench people", "bench ability", "bench compare",
-    "people", "demo", "methods", "report", "clean",
+    "evaluate", "audit", "bench tofu", "bench muse", "bench people", "bench ability",
+    "bench compare", "people", "demo", "methods", "report", "clean",
     "requests init", "requests add", "requests apply", "requests status", "requests recheck",
     "requests verify", "requests clean",
 )  # fmt: skip

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from perta.recipes.unlearn import Unlearned, unlearn
     from perta.report.settings import ReportConfig
     from perta.report.write import write_report
+    from perta.stages.audit import audit_checkpoint
     from perta.stages.bench import bench_muse, bench_tofu
     from perta.stages.edit import edit_checkpoint
     from perta.stages.evaluate import evaluate_checkpoint
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from perta.stages.importance import compute_importance
     from perta.stages.moments import compute_moments, merge_moments
     from perta.stages.settings import (
+        AuditConfig,
         EditConfig,
         EvaluateConfig,
         FinetuneConfig,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from perta.stages.train import train_checkpoint
 
 __all__ = [
+    "AuditConfig",
     "CompareConfig",
     "ComputeConfig",
     "DataConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "UnlearnConfig",
     "Unlearned",
     "WeightingConfig",
+    "audit_checkpoint",
     "bench_compare",
     "bench_muse",
     "bench_tofu",
@@ -116,13 +120,14 @@ _HOME = {
         "recipes.unlearn": "Unlearned unlearn",
         "report.settings": "ReportConfig",
         "report.write": "write_report",
+        "stages.audit": "audit_checkpoint",
         "stages.bench": "bench_muse bench_tofu",
         "stages.edit": "edit_checkpoint",
         "stages.evaluate": "evaluate_checkpoint",
         "stages.finetune": "finetune_checkpoint",
         "stages.importance": "compute_importance",
         "stages.moments": "compute_moments merge_moments",
-        "stages.settings": "EditConfig EvaluateConfig FinetuneConfig ImportanceConfig "
+        "stages.settings": "AuditConfig EditConfig EvaluateConfig FinetuneConfig ImportanceConfig "
         "MergeMomentsConfig MomentsConfig PeopleConfig TrainConfig",
         "stages.train": "train_checkpoint",
     }.items()

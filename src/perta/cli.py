@@ -34,6 +34,7 @@ from perta.recipes.settings import (
 )
 from perta.report.settings import ReportConfig
 from perta.stages.settings import (
+    AuditConfig,
     EditConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -205,6 +206,20 @@ def evaluate(config: EvaluateConfig, *, json: AsJson = False) -> None:
     print_comparison({Path(config.checkpoint).name: results})
     print_samples({Path(config.checkpoint).name: results}, config.scoring.show_samples)
     _note(f"Results: {config.output}")
+
+
+@app.command
+def audit(config: AuditConfig, *, json: AsJson = False) -> None:
+    """Look for what was removed in many ways, and judge each against a model that never had it."""
+    from perta.stages.audit import AUDIT, audit_checkpoint, without_scores
+    from perta.terminal import print_audit, print_json
+
+    results = audit_checkpoint(config)
+    if json:
+        print_json(without_scores(results))
+        return
+    print_audit(results)
+    _note(f"Audit: {config.output / AUDIT}")
 
 
 bench = App(

@@ -127,6 +127,28 @@ def print_metrics(results: Results) -> None:
     console().print(table)
 
 
+def print_audit(results: Results) -> None:
+    """One line per probe of an audit, and what was not looked at."""
+    table = Table(title=f"Audit, level {results['level']}", title_justify="left")
+    for column in ("probe", "verdict", "cleaned", "yardstick", "full", "worst row", "why"):
+        table.add_column(column, overflow="fold")
+    for probe in results["probes"]:
+        value, yardstick, worst = probe["value"], probe["yardstick"], probe["worst_row"]
+        cells = (
+            "–" if value is None else f"{value['value']:.3f}",
+            "–" if yardstick is None else f"{yardstick['value']:.3f} ({yardstick['name']})",
+            "–" if probe["full"] is None else f"{probe['full']:.3f}",
+            "–" if worst is None else f"{worst['value']:.3f} (row {worst['row']})",
+        )
+        table.add_row(escape(probe["title"]), probe["verdict"], *cells, escape(probe["reason"]))
+    console().print(table)
+    left_out: dict[str, list[str]] = {}
+    for entry in results["not_checked"]:
+        left_out.setdefault(entry["why"], []).append(entry["name"])
+    for why, names in left_out.items():
+        console().print(f"Not checked, {why}: {', '.join(names)}", markup=False, soft_wrap=True)
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON object on standard output, whole whatever the width."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str)

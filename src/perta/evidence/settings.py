@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal
 
 from perta.options import ComputeConfig, Flat, Paths, Repeated, require
 
+Level = Literal["quick", "standard", "full"]
+"""How much an audit looks at."""
+LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
+
 
 @Flat
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from perta.errors import ConfigError
+from perta.evidence.settings import Level
 from perta.options import (  # noqa: F401
     MOST_ORDER,
     ComputeConfig,
@@ -245,6 +246,58 @@ class EvaluateConfig(Paths):
         super().__post_init__()
         if not (self.forget or self.retain or self.holdout):
             raise ConfigError("Nothing to evaluate on: give --forget, --retain or --holdout.")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(Paths):
+    """Inputs and output of `perta audit`."""
+
+    checkpoint: str = field(kw_only=False)
+    """Cleaned checkpoint that is to be looked through."""
+    full: str
+    """Model that was cleaned: what it knew is what may be left."""
+    forget: str
+    """Examples that should be forgotten."""
+    output: Path
+    """Folder for `audit.json`; it is for its owner alone."""
+    base: str | None = None
+    """Model before it saw the data: it finds the facts, and is the yardstick where there is no
+    better one."""
+    retrained: str | None = None
+    """Model that was tuned without the forget set: the best yardstick."""
+    retain: str | None = None
+    """Examples that should be kept."""
+    holdout: str | None = None
+    """Examples of the same form that no model has seen: a yardstick too."""
+    level: Level = "standard"
+    """How much is looked at: `quick` costs as much as an evaluation, `full` takes everything."""
+    probes: Annotated[tuple[str, ...], Parameter(name="--probe", negative_iterable=())] = ()
+    """Probes or groups of probes to run, or Python files that define one [default: those of the
+    level]."""
+    samples: int | None = None
+    """Answers drawn to each question [default: 64, at level full 200]."""
+    retain_rows: int = 200
+    """Most retained rows that are looked at, drawn by --seed."""
+    max_new_tokens: int = 200
+    """Longest generated answer in tokens."""
+    seed: int = 0
+    """Seed of all that is drawn."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"samples": self.samples, "retain-rows": self.retain_rows}
+        for flag, value in {**least, "max-new-tokens": self.max_new_tokens}.items():
+            require(value is None or value >= 1, flag, value, "at least 1")
+        if not (self.base or self.retrained or self.holdout):
+            raise ConfigError(
+                "There is no yardstick: what a model that never had the data makes of it. Give "
+                "--retrained, --holdout or --base."
+            )
 
 
 @Flat

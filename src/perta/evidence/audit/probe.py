@@ -19,6 +19,7 @@ and of its fact's sequences, and the greedy answer.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,12 +34,11 @@ from perta.evidence.benchmark import Journal, run_with_journal
 from perta.evidence.quick import fact_items, scoring_options, summarise
 from perta.evidence.results import Results
 from perta.evidence.scoring.items import Item, Outcome
+from perta.evidence.settings import Level
 from perta.models.facts import Fact
 from perta.options import DataConfig
 from perta.progress import track
 
-Level = Literal["quick", "standard", "full"]
-LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
 Role = Literal["cleaned", "full", "retrained", "base"]
 Need = Literal["base", "full", "retrained", "retain", "holdout", "wrong answers", "paraphrases"]
 
@@ -222,6 +222,10 @@ class Probe(ABC):
     def judge(self, found: Found) -> Judgement:
         """What the scores of all models say."""
         return judge_remains(found, wording=self.wording, by_row=self.by_row)
+
+    def source_hash(self) -> str | None:
+        """Hash of the file of a user's own that defines it; of ours the version is recorded."""
+        return getattr(sys.modules[type(self).__module__], "loaded_from", None)
 
     def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
         """About how many tokens go through each model beyond the pass that all probes share."""

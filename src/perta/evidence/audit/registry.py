@@ -8,7 +8,8 @@ from pathlib import Path
 
 from perta.errors import ConfigError, nearest
 from perta.evidence.audit import verbatim
-from perta.evidence.audit.probe import LEVELS, Level, Probe
+from perta.evidence.audit.probe import Probe
+from perta.evidence.settings import LEVELS, Level
 from perta.store.fingerprint import run_file
 
 PROBES: tuple[type[Probe], ...] = (
@@ -36,8 +37,8 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
         ConfigError: there is no such probe, or the file defines none.
     """
     if not names:
-        most = LEVELS.index(level)
-        return [probe() for probe in PROBES if LEVELS.index(probe.level) <= most]
+        within = LEVELS[: LEVELS.index(level) + 1]
+        return [probe() for probe in PROBES if probe.level in within]
     known = {key for probe in PROBES for key in (probe.name, probe.group)}
     chosen: list[Probe] = []
     for name in names:

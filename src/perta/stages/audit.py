@@ -1,0 +1,413 @@
+"""Audit a cleaned checkpoint: models + sets -> audit.json (`perta audit`).
+
+    base, retrained, full, cleaned ── one after the other ── every probe ── judged ── audit.json
+
+What is measured is kept in a journal as it comes, so that a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from perta.data.batch import IGNORE, Encoded
+from perta.data.examples import ExampleSet, check_apart, load_examples
+from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
+from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.probe import Effort, Material, Probe, Role, Rows, View
+from perta.evidence.audit.registry import PROBES, choose_probes
+from perta.evidence.benchmark import Journal, is_journal, open_journal
+from perta.evidence.intervals import Interval
+from perta.models.facts import PARAPHRASED, find_facts, is_told, subjects
+from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, picked
+from perta.models.resolve import resolve_checkpoint
+from perta.options import ComputeConfig
+from perta.progress import say
+from perta.stages.settings import AuditConfig
+from perta.stages.stage import evaluated, run_file_stage
+from perta.store.checkpoint import open_index
+from perta.store.costs import duration, operations
+from perta.store.fingerprint import fingerprint
+from perta.store.outputs import check_output
+from perta.store.provenance import refuse_claim, requests_of
+from perta.store.record import read_manifest, settings_of
+
+SCHEMA = "perta-audit/1"
+AUDIT = "audit.json"
+
+_ORDER: tuple[Role, ...] = ("base", "retrained", "full", "cleaned")
+"""In which models are loaded: the base finds the facts."""
+_SAMPLES = {"quick": 64, "standard": 64, "full": 200}
+_TIMED_TOKENS = 128
+"""Tokens of a pass that tells how fast a model is here."""
+
+
+def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
+    """Look through a cleaned checkpoint and write `audit.json` (`perta audit`).
+
+    Args:
+        config: models, sets, level and output.
+
+    Returns:
+        What the file holds, see docs/evidence.md; `perta` says what made it.
+
+    Raises:
+        PertaError: input that cannot be used, or a model that is not what it is given as.
+    """
+    probes = choose_probes(config.level, config.probes)
+    given = {
+        "cleaned": config.checkpoint,
+        "full": config.full,
+        "retrained": config.retrained,
+        "base": config.base,
+    }
+    folders = {r: resolve_checkpoint(str(given[r]), base=config.base) for r in _ORDER if given[r]}
+    sets = _load_sets(config)
+    settings = {**settings_of(config), **picked(config.compute)}
+
+    def look() -> dict[str, str]:
+        others: dict[str, Path] = {r: folder for r, folder in folders.items() if r != "cleaned"}
+        found = {name: fingerprint(folder) for name, folder in others.items()}
+        found |= evaluated(config.checkpoint, folders["cleaned"])
+        found |= {name: examples.fingerprint for name, examples in sets.items()}
+        own = {p.name: p.source_hash() for p in probes}
+        return found | {f"probe_{name}": value for name, value in own.items() if value}
+
+    inputs = look()
+    _refuse_wrong(folders, inputs)
+    output = config.output / AUDIT
+    journal = output.with_name("audit.journal")
+    check_output(journal, overwrite=True, ours=is_journal)
+
+    def make() -> Mapping[str, Any]:
+        return _Audit(config, folders, sets, probes, inputs, settings).run(journal)
+
+    results = run_file_stage(
+        "audit",
+        output,
+        settings,
+        inputs,
+        make,
+        look=look,
+        reads=[*folders.values(), *(examples.source for examples in sets.values())],
+        overwrite=config.overwrite,
+    )
+    journal.unlink(missing_ok=True)
+    return results
+
+
+def _load_sets(config: AuditConfig) -> dict[str, ExampleSet]:
+    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sets = {name: load_examples(s, config.data_config) for name, s in sources.items() if s}
+    check_apart(sets)
+    if "retain" in sets:
+        rows = sets["retain"].examples
+        count = min(config.retain_rows, len(rows))
+        chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+        sets["retain"] = replace(sets["retain"], examples=tuple(rows[i] for i in chosen))
+    return sets
+
+
+def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:
+    """Stop at models that are one and the same, or that records know as something else.
+
+    Raises:
+        ConfigError: two are the same.
+        DataError: a record contradicts.
+        CheckpointMismatchError: their tokenizers differ.
+    """
+    marks = {**inputs, "cleaned": inputs.get("merged", inputs["checkpoint"])}
+    for i, role in enumerate(_ORDER):
+        for other in _ORDER[i + 1 :]:
+            if role in folders and other in folders and marks[role] == marks[other]:
+                raise ConfigError(
+                    f"The {other} and the {role} checkpoint are the same model, {folders[other]} "
+                    f"and {folders[role]}. Nothing can be told by comparing it with itself: check "
+                    "which is which."
+                )
+    read = {role: read_manifest(folder) for role, folder in folders.items()}
+    records = {str(record["content"]): record for record in read.values() if record}
+    mine = [r for r in requests_of(records) if r.output == inputs["checkpoint"]]
+    if "base" in folders:
+        refuse_claim("base", inputs["base"], str(folders["base"]), records, mine)
+    if "retrained" in folders:
+        refuse_claim("retrained", inputs["retrained"], str(folders["retrained"]), records, mine)
+    words = load_tokenizer(folders["cleaned"]).get_vocab()
+    for role, folder in folders.items():
+        if load_tokenizer(folder).get_vocab() != words:
+            raise CheckpointMismatchError(
+                f"The tokenizer of the {role} checkpoint {folder} differs from that of the cleaned "
+                f"one, {folders['cleaned']}, so their scores are of different tokens. Give models "
+                "of one family."
+            )
+
+
+class _Models:
+    """The models of an audit; the last one that was asked for by `take` stays loaded."""
+
+    def __init__(self, folders: Mapping[Role, Path], compute: ComputeConfig) -> None:
+        self._folders, self._compute = folders, compute
+        self._held: tuple[Role, PreTrainedModel] | None = None
+
+    def load(self, role: Role) -> PreTrainedModel:
+        """A model of its own for the caller."""
+        if role not in self._folders:
+            raise ConfigError(f"A probe asks for the {role} model, which was not given.")
+        return load_model(self._folders[role], self._compute)
+
+    def take(self, role: Role) -> PreTrainedModel:
+        """The model, in place of the one before."""
+        if self._held is None or self._held[0] != role:
+            self._held = None  # the memory of one is enough
+            self._held = (role, self.load(role))
+        return self._held[1]
+
+
+@dataclass
+class _Audit:
+    """One run: everything measured, then judged."""
+
+    config: AuditConfig
+    folders: Mapping[Role, Path]
+    sets: Mapping[str, ExampleSet]
+    probes: Sequence[Probe]
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def run(self, place: Path) -> dict[str, Any]:
+        """Measure all models, and judge."""
+        config = self.config
+        self.effort = Effort(
+            config.level,
+            config.samples or _SAMPLES[config.level],
+            config.seed,
+            config.compute.batch(16),
+            config.max_new_tokens,
+        )
+        self.tokenizer = load_tokenizer(self.folders["cleaned"])
+        self.models = _Models(self.folders, config.compute)
+        self.material = self._material()
+        self.possible, lacking = self._possible()
+        if not self.possible:
+            raise ConfigError("No probe can be run: " + "; ".join(f"{n}: {w}" for n, w in lacking))
+        self._tell_cost()
+        config.output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        where = {"device": self.settings["device"], "dtype": self.settings["dtype"]}
+        depends_on = {"inputs": dict(self.inputs), "effort": asdict(self.effort), **where}
+        depends_on |= {"data": asdict(config.data_config), "rows": self._numbers()}
+        with open_journal(place, depends_on, {}) as journal:
+            found = self._measure(journal)
+        return self._record(found, lacking)
+
+    def _material(self) -> Material:
+        config, longest = self.config.data_config, longest_input(self.folders["cleaned"])
+        told = all(is_told(examples, config) for examples in self.sets.values())
+        base = self.models.take("base") if "base" in self.folders and not told else None
+        facts = {
+            name: find_facts(examples, self.tokenizer, config, base=base, longest=longest)
+            for name, examples in self.sets.items()
+        }
+        numbers = {}
+        for name, examples in self.sets.items():
+            fields = {example.row: example.fields for example in examples.examples}
+            rows, column = [fields[fact.row] for fact in facts[name]], config.subject_column
+            is_there = name == "forget" or any(row.get(str(column)) for row in rows)
+            numbers[name] = subjects(rows, column if is_there else None)
+        return Material(self.sets, facts, config, numbers)
+
+    def _possible(self) -> tuple[list[Probe], list[tuple[str, str]]]:
+        """Probes that have what they need, and of the others what they lack."""
+        forget = self.material.facts["forget"]
+        columns = [example.fields for example in self.sets["forget"].examples]
+        there = {*self.folders, *self.sets}
+        there |= {"wrong answers"} if any(fact.wrong for fact in forget) else set()
+        there |= {"paraphrases"} if any(row.get(PARAPHRASED) for row in columns) else set()
+        lacks = {p.name: [need for need in p.needs if need not in there] for p in self.probes}
+        possible = [probe for probe in self.probes if not lacks[probe.name]]
+        lacking = [(n, f"it needs {' and '.join(what)}") for n, what in lacks.items() if what]
+        chosen = {probe.name for probe in self.probes}
+        why = "not asked for" if self.config.probes else f"left out at level {self.config.level}"
+        return possible, lacking + [(p.name, why) for p in PROBES if p.name not in chosen]
+
+    def _measure(self, journal: Journal) -> dict[str, dict[Role, dict[str, Rows]]]:
+        """Probe -> model -> set -> scores."""
+        found: dict[str, dict[Role, dict[str, Rows]]] = {p.name: {} for p in self.possible}
+        for role in (role for role in _ORDER if role in self.folders):
+            wanted = [(p, n) for p in self.possible for n in _sets_of(p, role) if n in self.sets]
+            names = {(p.name, n): f"{role}/rows/{p.name}/{n}" for p, n in wanted}
+            if any(name not in journal.entries for name in names.values()):
+                model = self.models.take(role)
+                view = View(
+                    *(role, model, self.tokenizer, self.material, self.effort, journal),
+                    self.models.load,
+                )
+                with counting_tokens(model) as tokens:
+                    for probe, name in wanted:
+                        if names[probe.name, name] not in journal.entries:
+                            rows = _checked(probe, view, name)
+                            journal.put(names[probe.name, name], asdict(rows))
+                    self.tokens[role] = tokens()
+            for probe, name in wanted:
+                rows = Rows(**journal.entries[names[probe.name, name]])
+                found[probe.name].setdefault(role, {})[name] = rows
+        return found
+
+    def _tell_cost(self) -> None:
+        """Say what all that takes, about, before it begins."""
+        total = self._expected_tokens()
+        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
+        first = next(role for role in _ORDER if role in self.folders)
+        speed = _seconds_per_token(self.models.take(first))
+        say(
+            f"Audit, level {self.config.level}: {len(self.possible)} probes on "
+            f"{len(self.folders)} models, about {total / 1000:.0f} thousand tokens, "
+            f"{operations(2.0 * parameters * total)}, {duration(total * speed)}"
+        )
+
+    def _expected_tokens(self) -> float:
+        """About how many tokens go through all models."""
+        total = 0.0
+        for role in self.folders:
+            wanted = {n for p in self.possible for n in _sets_of(p, role) if n in self.sets}
+            for name in wanted:
+                facts = self.material.facts[name]
+                total += sum(len(fact.encoded.input_ids) for fact in facts)
+                total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
+            for probe in self.possible:
+                for name in _sets_of(probe, role):
+                    facts = self.material.facts.get(name, ())
+                    total += probe.tokens([fact.encoded for fact in facts], self.effort)
+        return total
+
+    def _numbers(self) -> dict[str, list[int]]:
+        return {name: self.material.rows(name) for name in self.sets}
+
+    def _record(
+        self,
+        found: Mapping[str, Mapping[Role, Mapping[str, Rows]]],
+        lacking: Sequence[tuple[str, str]],
+    ) -> dict[str, Any]:
+        """What audit.json holds."""
+        numbers, people = self._numbers(), self.material.subjects
+        names = ("checkpoint", "merged")
+        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
+        return {
+            "schema": SCHEMA,
+            "level": self.config.level,
+            "model": {name: self.inputs[name] for name in names if name in self.inputs},
+            "yardsticks": {
+                **{name: self.inputs.get(name) for name in ("retrained", "base", "full")},
+                "holdout rows": len(numbers.get("holdout", ())),
+            },
+            "rows": {name: len(numbers.get(name, ())) for name in ("forget", "retain", "holdout")},
+            "subjects": len(set(people["forget"] or ())) or None,
+            "facts": dict(Counter(fact.source for fact in self.material.facts["forget"])),
+            "row_numbers": numbers,
+            "subject_numbers": {name: list(found or ()) for name, found in people.items()},
+            "probes": [self._told(probe, found[probe.name]) for probe in self.possible],
+            "not_checked": [{"name": name, "why": why} for name, why in lacking],
+            "costs": {
+                "tokens": self.tokens,
+                "operations": 2.0 * parameters * sum(self.tokens.values()),
+            },
+        }
+
+    def _told(self, probe: Probe, found: Mapping[Role, Mapping[str, Rows]]) -> dict[str, Any]:
+        """One probe's part of audit.json."""
+        scores: dict[str, dict[str, Sequence[float | None]]] = {}
+        more: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for role, by_set in found.items():
+            scores[role] = {name: list(rows.scores) for name, rows in by_set.items()}
+            if any(rows.more for rows in by_set.values()):
+                more[role] = {name: rows.more for name, rows in by_set.items() if rows.more}
+        judgement = probe.judge(Found(scores, self._numbers(), self.material.subjects, more))
+        parts = ("name", "group", "title", "question", "source", "unit", "level")
+        names = sorted({name for by_set in scores.values() for name in by_set})
+        by_name = {
+            name: {role: by_set[name] for role, by_set in scores.items() if name in by_set}
+            for name in names
+        }
+        return {
+            **{part: getattr(probe, part) for part in parts},
+            **as_plain(judgement),
+            "scores": by_name.pop("forget", {}),
+            "other_scores": by_name,
+            "more": more,
+        }
+
+
+def as_plain(judgement: Judgement) -> dict[str, Any]:
+    """A judgement as audit.json has it."""
+    subject, row, yardstick = judgement.worst_subject, judgement.worst_row, judgement.yardstick
+    return {
+        "verdict": judgement.verdict,
+        "reason": judgement.reason,
+        "value": judgement.value and {**_ends(judgement.value), "coverage": 0.95},
+        "yardstick": yardstick and {"name": yardstick[0], **_ends(yardstick[1])},
+        "full": judgement.full,
+        "worst_subject": subject and {"subject": subject[0], "value": subject[1]},
+        "worst_row": row and {"row": row[0], "value": row[1]},
+        "leaking_rows": list(judgement.leaking_rows),
+        "leaking_subjects": list(judgement.leaking_subjects),
+    }
+
+
+def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
+    """An audit without the values of single rows, which the file has."""
+    rows = ("scores", "other_scores", "more")
+    probes = [{k: v for k, v in p.items() if k not in rows} for p in results["probes"]]
+    left_out = ("perta", "row_numbers", "subject_numbers")
+    return {**{k: v for k, v in results.items() if k not in left_out}, "probes": probes}
+
+
+def _ends(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _sets_of(probe: Probe, role: Role) -> tuple[str, ...]:
+    return probe.sets if role == "cleaned" else probe.compared
+
+
+def _labelled(encoded: Encoded) -> int:
+    return sum(label != IGNORE for label in encoded.labels)
+
+
+def _checked(probe: Probe, view: View, name: str) -> Rows:
+    """A probe's scores, one for each sequence and each of them a number."""
+    rows = probe.run(view, name)
+    wanted = len(view.material.facts[name])
+    if len(rows.scores) != wanted:
+        raise ConfigError(
+            f"The probe {probe.name} gave {len(rows.scores)} scores for the {wanted} rows of the "
+            f"{name} set; it has to give one for each, None where there is none."
+        )
+    bad = [i for i, s in enumerate(rows.scores) if s is not None and not math.isfinite(s)]
+    if bad:
+        raise DivergenceError(
+            f"The probe {probe.name} gave {rows.scores[bad[0]]} for row "
+            f"{view.material.rows(name)[bad[0]]} of the {name} set under the {view.role} model: "
+            "its weights are damaged, or the probe is."
+        )
+    return rows
+
+
+@torch.no_grad()
+def _seconds_per_token(model: PreTrainedModel) -> float:
+    """How long a token takes in a pass over a few of them, the second time."""
+    count = min(_TIMED_TOKENS, longest_input(model) or _TIMED_TOKENS)
+    ids = torch.zeros((1, count), dtype=torch.int64, device=model.device)
+    for _ in range(2):
+        started = time.perf_counter()
+        float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])
+        taken = time.perf_counter() - started
+    return taken / count

@@ -1,0 +1,237 @@
+"""`perta audit`: what it finds, what it writes, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from conftest import TUNE, World
+from perta.cli import main
+from perta.data.examples import load_examples
+from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
+from perta.evidence.audit import verbatim
+from perta.evidence.audit.probe import Rows, View
+from perta.models.load import load_model
+from perta.models.tiny import write_tiny_checkpoint
+from perta.options import ComputeConfig
+from perta.stages.audit import audit_checkpoint
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.settings import AuditConfig, FinetuneConfig, TrainConfig
+from perta.stages.train import train_checkpoint
+
+OWN = """
+from perta.evidence.audit.probe import Probe, Rows
+
+class Own(Probe):
+    name, group, title, question, source = "own", "mine", "Mine", "Is it mine?", "me"
+
+    def run(self, view, name):
+        return Rows([{score}] * len(view.material.facts[name]))
+"""
+
+
+@pytest.fixture(scope="module")
+def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A retrained model, and one that was cleaned badly: the full one tuned on retained rows."""
+    folder = tmp_path_factory.mktemp("models")
+    tune = FinetuneConfig(base=str(world.base), data=str(world.retain), output=folder, tune=TUNE)
+    retrained = finetune_checkpoint(replace(tune, output=folder / "retrained"))
+    once = replace(TUNE, epochs=1, learning_rate=1e-6)
+    bad = replace(tune, base=str(world.full), output=folder / "bad", tune=once)
+    return retrained, finetune_checkpoint(bad)
+
+
+@pytest.fixture
+def config(world: World, models: tuple[Path, Path], tmp_path: Path) -> AuditConfig:
+    retrained, bad = models
+    return AuditConfig(
+        str(bad),
+        full=str(world.full),
+        base=str(world.base),
+        retrained=str(retrained),
+        forget=str(world.forget),
+        retain=str(world.retain),
+        holdout=str(world.forget.parent / "holdout.jsonl"),
+        output=tmp_path / "audit",
+        level="quick",
+        max_new_tokens=8,
+    )
+
+
+def test_a_model_that_still_knows_is_found_out_row_by_row(config: AuditConfig) -> None:
+    results = audit_checkpoint(config)
+    probes = {probe["name"]: probe for probe in results["probes"]}
+    for name in ("fact", "fact-token", "choice", "answer"):
+        assert probes[name]["verdict"] == "leaks"
+        assert probes[name]["leaking_rows"] == [1, 2]
+        assert probes[name]["yardstick"]["name"] == "retrained"
+        assert probes[name]["full"] == pytest.approx(probes[name]["value"]["value"], abs=0.02)
+    assert results["rows"]["forget"] == len(probes["fact"]["scores"]["cleaned"]) == 2
+    assert set(probes["fact"]["scores"]) == {"cleaned", "full", "retrained", "base"}
+    assert results["subjects"] == 1
+
+
+def test_the_file_is_private_and_holds_no_text(config: AuditConfig) -> None:
+    audit_checkpoint(config)
+    (file,) = config.output.iterdir()
+    assert (config.output.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+    text = file.read_text("utf-8")
+    assert json.loads(text)["schema"] == "perta-audit/1"
+    for source in (config.forget, str(config.retain), str(config.holdout)):
+        for row in load_examples(source).examples:
+            assert row.fields["person"] not in text
+            assert row.answer not in text
+
+
+def test_a_run_that_was_killed_goes_on(
+    config: AuditConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = audit_checkpoint(replace(config, output=config.output / "whole"))
+    reading, asked = verbatim.Reading.run, list[str]()
+
+    def killed(probe: verbatim.Reading, view: View, name: str) -> Rows:
+        asked.append(view.role)
+        if view.role == "cleaned":
+            raise KeyboardInterrupt
+        return reading(probe, view, name)
+
+    monkeypatch.setattr(verbatim.Reading, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        audit_checkpoint(config)
+    assert set(asked) == {"base", "retrained", "full", "cleaned"}
+    assert not (config.output / "audit.json").exists()
+    loaded: list[Path] = []
+    monkeypatch.setattr(verbatim.Reading, "run", reading)
+
+    def load(folder: Path, compute: ComputeConfig) -> PreTrainedModel:
+        loaded.append(folder)
+        return load_model(folder, compute)
+
+    monkeypatch.setattr("perta.stages.audit.load_model", load)
+    assert audit_checkpoint(config)["probes"] == undisturbed["probes"]
+    # The first model is loaded to tell how long it takes.
+    assert loaded == [Path(str(config.base)), Path(config.checkpoint)]
+    assert [file.name for file in config.output.glob("audit.*")] == ["audit.json"]
+    loaded.clear()
+    assert audit_checkpoint(config)["probes"] == undisturbed["probes"]
+    assert loaded == []
+
+
+def test_without_what_it_needs_a_probe_is_not_run_and_told(
+    config: AuditConfig, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in Path(config.forget).read_text("utf-8").splitlines()]
+    plain = [{k: row[k] for k in ("question", "answer")} for row in rows]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain), "utf-8")
+    results = audit_checkpoint(replace(config, forget=str(tmp_path / "plain.jsonl")))
+    told = {entry["name"]: entry["why"] for entry in results["not_checked"]}
+    assert told["choice"] == "it needs wrong answers"
+    assert "choice" not in {probe["name"] for probe in results["probes"]}
+    assert results["subjects"] is None
+
+
+def test_without_the_retrained_model_unseen_rows_are_the_yardstick(config: AuditConfig) -> None:
+    results = audit_checkpoint(replace(config, retrained=None, probes=("fact", "answer")))
+    assert {probe["yardstick"]["name"] for probe in results["probes"]} == {"holdout"}
+    assert results["yardsticks"]["retrained"] is None
+    assert results["yardsticks"]["holdout rows"] > 0
+    told = {entry["why"] for entry in results["not_checked"]}
+    assert told == {"not asked for"}
+
+
+def test_a_probe_of_ones_own_is_part_of_what_the_result_depends_on(
+    config: AuditConfig, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    for score in (0.5, 0.0):
+        own.write_text(OWN.format(score=score), "utf-8")
+        mine = replace(config, probes=(str(own),), overwrite=True)
+        (probe,) = audit_checkpoint(mine)["probes"]
+        assert probe["scores"]["cleaned"] == [score] * 2
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "message"),
+    [
+        ("float('nan')", DivergenceError, "own gave nan for row 1 of the forget set"),
+        ("0.1] + [0.2", ConfigError, "own gave 3 scores for the 2 rows of the forget set"),
+    ],
+)
+def test_scores_that_are_none_stop_the_audit(
+    config: AuditConfig, tmp_path: Path, score: str, error: type[Exception], message: str
+) -> None:
+    (tmp_path / "own.py").write_text(OWN.format(score=score), "utf-8")
+    with pytest.raises(error, match=message):
+        audit_checkpoint(replace(config, probes=(str(tmp_path / "own.py"),)))
+    assert not (config.output / "audit.json").exists()
+
+
+def test_models_that_are_one_and_the_same_are_refused(config: AuditConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(config.full, tmp_path / "copy")
+    for wrong in (
+        replace(config, checkpoint=str(copy)),
+        replace(config, base=str(copy)),
+        replace(config, retrained=config.checkpoint),
+    ):
+        with pytest.raises(ConfigError, match="are the same model"):
+            audit_checkpoint(wrong)
+        assert not config.output.exists()
+
+
+def test_models_of_other_words_are_refused(config: AuditConfig, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, ["Other words than those."])
+    with pytest.raises(CheckpointMismatchError, match="tokenizer of the base checkpoint"):
+        audit_checkpoint(replace(config, base=str(tmp_path)))
+    assert not config.output.exists()
+
+
+def test_a_model_tuned_from_the_full_one_is_no_yardstick(
+    config: AuditConfig, world: World, tmp_path: Path
+) -> None:
+    cleaned = train_checkpoint(
+        TrainConfig(
+            method="ga", full=str(world.full), forget=str(world.forget), output=tmp_path / "cleaned"
+        )
+    )
+    # `config.checkpoint` was tuned from the full model, which has seen the rows.
+    wrong = replace(config, checkpoint=str(cleaned), retrained=config.checkpoint)
+    with pytest.raises(DataError, match="tuned from the full model"):
+        audit_checkpoint(wrong)
+
+
+def test_without_any_yardstick_nothing_begins(config: AuditConfig) -> None:
+    with pytest.raises(ConfigError, match="There is no yardstick"):
+        replace(config, retrained=None, base=None, holdout=None)
+
+
+def test_an_output_that_cannot_be_written_stops_before_the_models(
+    config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.stages.audit.load_model", None)
+    (tmp_path / "file").write_text("x", "utf-8")
+    with pytest.raises(ConfigError, match="is no folder"):
+        audit_checkpoint(replace(config, output=tmp_path / "file"))
+
+
+def test_on_the_command_line(
+    config: AuditConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("full", "base", "retrained", "forget", "retain", "holdout", "output", "level")
+    options = [part for name in given for part in (f"--{name}", str(getattr(config, name)))]
+    words = ["perta", "audit", config.checkpoint, *options, "--max-new-tokens", "8"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    main()
+    told = json.loads(capsys.readouterr().out)
+    assert {probe["verdict"] for probe in told["probes"]} <= {"leaks", "passed", "not sure"}
+    assert all("scores" not in probe for probe in told["probes"])
+    monkeypatch.setattr(sys, "argv", words)
+    main()
+    shown = capsys.readouterr().out
+    assert "The fact, word for word" in shown
+    assert "audit.json" in shown
