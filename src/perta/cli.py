@@ -21,6 +21,7 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Unknow
 from perta.errors import ConfigError, PertaError, first_line, shortage
 from perta.evidence.settings import BENCHMARKS, Offer
 from perta.options import MAIN, Repeated
+from perta.parallel import lead
 from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import (
@@ -523,7 +524,10 @@ def launch(
 def main() -> None:
     """Entry point: errors become one message and a status, never a traceback by default."""
     signal.signal(signal.SIGTERM, _stop)
-    tokens = sys.argv[1:]
+    lead(partial(_run, sys.argv[1:]))
+
+
+def _run(tokens: list[str]) -> None:
     try:
         _add_own_benchmark(tokens)
         app.meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")

@@ -59,6 +59,17 @@ class Batch:
             self.weights.to(device),
         )
 
+    def rows(self, chosen: slice) -> Batch:
+        """Some of the examples, without the padding that only others need."""
+        length = int(self.attention_mask[chosen].sum(1).max())
+        return Batch(
+            self.input_ids[chosen, :length],
+            self.attention_mask[chosen, :length],
+            self.labels[chosen, :length],
+            self.index[chosen],
+            self.weights[chosen],
+        )
+
     def lengths(self) -> tuple[int, ...]:
         """Number of real tokens of each example."""
         return tuple(self.attention_mask.sum(1).tolist())

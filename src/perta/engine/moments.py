@@ -28,6 +28,7 @@ from perta.models.layers import (
 )
 from perta.models.loss import weighted_losses
 from perta.options import MomentOptions, Tokens, sample_count
+from perta.parallel import Own, gathered, portion, share, stream, summed
 from perta.progress import track
 from perta.store.moments import INPUT, OUTPUT
 from perta.store.second_moment import factor, few
@@ -210,19 +211,32 @@ def sum_moments(
         Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
         d / 2, as its factor (n, d); of an expert (number of its tokens, d).
     """
-    batches = bucketed(examples, batch_size, pad)
+    yield from stream(_sum_moments, model, examples, plan, options, pad, batch_size, Own(seen))
+
+
+def _sum_moments(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    plan: _Plan,
+    options: MomentOptions,
+    pad: int,
+    batch_size: int,
+    seen: Own[dict[str, Seen]],
+) -> Iterator[tuple[str, Tensor]]:
+    own = share(bucketed(examples, portion(batch_size, len(examples)), pad))
     tokens = count_tokens(examples, options.tokens)
     groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
     rows: dict[tuple[str, Slot], int] = {}
     model.eval()
-    with track("Moments", len(groups) * len(examples)) as advance:
+    with track("Moments", len(groups) * sum(map(len, own))) as advance:
         for group in groups:
             collector = _Collector(model, group, tokens)
             with collector.attached():
-                for batch in batches:
+                for batch in own:
                     collector.run(batch.to(model.device), options.tokens)
                     advance(len(batch))
-            rows |= collector.rows
+            counts = summed(torch.tensor([*collector.rows.values()])).tolist()
+            rows |= zip(collector.rows, counts, strict=True)
             for unit in group:
                 total = collector.sums.pop((unit.kind, unit.slots[0])).result()
                 if not total.isfinite().all():
@@ -231,8 +245,8 @@ def sum_moments(
                         "the model compute anything else with its --dtype? Try --dtype float32."
                     )
                 yield from _named(plan, unit, total)
-    if seen is not None:
-        seen.update(_seen(plan, rows))
+    if seen.value is not None:
+        seen.value.update(_seen(plan, rows))
 
 
 def _seen(plan: _Plan, rows: Mapping[tuple[str, Slot], int]) -> Iterator[tuple[str, Seen]]:
@@ -292,7 +306,7 @@ class _Sum:
         self._total.add_((rows.t() @ rows).to(self._total.device))
 
     def result(self) -> Tensor:
-        return self._total
+        return summed(self._total)
 
 
 class _Rows:
@@ -313,14 +327,20 @@ class _Rows:
             return
         self._rows.append(rows.cpu())
         if not few(sum(map(len, self._rows)), self._width):
-            self._sum = _Sum(self._width, self._device)
-            while self._rows:
-                self._sum.add(self._rows.pop().to(self._device))
+            self._summed_up()
 
     def result(self) -> Tensor:
-        if self._sum is not None:
-            return self._sum.result()
-        return factor(torch.cat([torch.empty(0, self._width), *self._rows]))
+        # The rows of all processes together, and how many of these have summed theirs up.
+        rows, sums = summed(torch.tensor([sum(map(len, self._rows)), int(self._sum is not None)]))
+        if sums or not few(int(rows), self._width):
+            return self._summed_up().result()
+        return factor(torch.cat(gathered(torch.cat([torch.empty(0, self._width), *self._rows]))))
+
+    def _summed_up(self) -> _Sum:
+        self._sum = self._sum or _Sum(self._width, self._device)
+        while self._rows:
+            self._sum.add(self._rows.pop().to(self._device))
+        return self._sum
 
 
 @dataclass

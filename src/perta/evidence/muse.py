@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -333,17 +334,19 @@ def _run(
     if not named:
         return []
     if subset.name.endswith("knowmem"):
-
-        def stop(tokens: Sequence[int]) -> bool:
-            text = tokenizer.decode(list(tokens), skip_special_tokens=True)
-            return any(mark in text for mark in _STOPS)
-
+        stop = partial(_is_cut, tokenizer)
         options = replace(options, max_new_tokens=_KNOWMEM_TOKENS, stop=stop)
     elif subset.name == "verbmem":
         options = replace(options, max_new_tokens=_VERBMEM_TOKENS)
     with track(f"MUSE {subset.name}", len(named)) as advance:
         outcomes = run_with_journal(model, named, options, journal, advance)
     return list(outcomes.values())
+
+
+def _is_cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:
+    """Whether an answer holds what it is cut at."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return any(mark in text for mark in _STOPS)
 
 
 def _rouge(

@@ -37,6 +37,7 @@ from perta.errors import DataError
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, losses_of, token_losses
 from perta.options import DataConfig
+from perta.parallel import everywhere
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -514,7 +515,9 @@ def score_facts(
 ) -> list[FactScore]:
     """What a model knows of facts, in order; `batch_size` does not change the result."""
     sequences = [sequence for fact in facts for sequence in fact.sequences]
-    losses: Iterator[float] = iter(losses_of(model, sequences, batch_size=batch_size, pad=pad))
+    losses: Iterator[float] = iter(
+        everywhere(losses_of, model, sequences, batch_size=batch_size, pad=pad)
+    )
     return [fact_score(fact, [next(losses) for _ in fact.sequences]) for fact in facts]
 
 

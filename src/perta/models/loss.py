@@ -7,7 +7,6 @@ few answer tokens per example, logits of all positions would cost more than they
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed
+from perta.parallel import share, summed
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ def losses_of(
 ) -> list[float]:
     """Loss of every example in nats per token, in the order given."""
     device = next(model.parameters()).device
-    losses = [math.nan] * len(examples)
-    for batch in bucketed(examples, batch_size, pad):
-        values = example_losses(model, batch.to(device))
-        for place, value in zip(batch.index.tolist(), values.tolist(), strict=True):
-            losses[place] = value
-    return losses
+    losses = torch.zeros(len(examples))
+    for batch in share(bucketed(examples, batch_size, pad)):
+        losses[batch.index] = example_losses(model, batch.to(device)).float().cpu()
+    return summed(losses).tolist()

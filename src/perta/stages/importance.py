@@ -22,9 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from perta.data.batch import Batch, Encoded, bucketed, seeded_sample
-from perta.engine.gradients.engine import Moments, abs_of_mean, batched_moments, verify_engine
+from perta.data.batch import Encoded, bucketed, seeded_sample
+from perta.engine.gradients.engine import (
+    Moments,
+    Progress,
+    abs_of_mean,
+    batched_moments,
+    verify_engine,
+)
 from perta.options import EstimatorConfig
+from perta.parallel import Own, everywhere, portion
 from perta.progress import say, track
 from perta.stages.settings import ImportanceConfig
 from perta.stages.stage import Subject, run_measurement
@@ -93,14 +100,27 @@ def estimate(
     Raises:
         EngineMismatchError: `verify` found the batched engine and the loop to disagree.
     """
-    batches = bucketed(examples, batch_size, pad)
     if config.verify:
         few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
         verify_engine(model, few, orders)
         say(f"Engine verified against the example loop on {len(few[0])} examples")
-    compute = batched_moments if config.reduction == "mean_of_power" else abs_of_mean
-    with _progress(batches) as progress:
-        return compute(model, batches, orders, progress=progress)
+    with _progress(len(examples)) as progress:
+        how = (orders, config.reduction, pad, batch_size)
+        return everywhere(_measure, model, examples, *how, Own(progress))
+
+
+def _measure(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    orders: Sequence[float],
+    reduction: str,
+    pad: int,
+    batch_size: int,
+    progress: Own[Progress],
+) -> Moments:
+    batches = bucketed(examples, portion(batch_size, len(examples)), pad)
+    compute = batched_moments if reduction == "mean_of_power" else abs_of_mean
+    return compute(model, batches, orders, progress=progress.value)
 
 
 def _checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,9 +151,9 @@ def _facts(config: ImportanceConfig, moments: Moments, subject: Subject) -> dict
 
 
 @contextmanager
-def _progress(batches: Sequence[Batch]) -> Iterator[Any]:
+def _progress(examples: int) -> Iterator[Any]:
     """The engine reports examples finished so far; the bar wants how many more."""
-    with track("Importance", sum(len(batch) for batch in batches)) as advance:
+    with track("Importance", examples) as advance:
         finished = 0
 
         def report(now: int) -> None:

@@ -26,6 +26,7 @@ from perta.engine.edit._chunks import (
 )
 from perta.engine.edit.plan import FORGET_IMPORTANCE, RETAIN_IMPORTANCE, Target
 from perta.options import WeightingConfig
+from perta.parallel import everywhere, gathered, share
 from perta.store.checkpoint import opened
 
 
@@ -158,9 +159,9 @@ def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> t
     ranked = [target for target in targets if target.sources and target.alias_of is None]
     elements = sum(target.full.numel for target in ranked)
     wanted = max(1, round(blocks.method.keep * elements))
-    upper = _count(_Histograms(blocks), ranked, worker_count)
+    upper = everywhere(_count, blocks, None, ranked, worker_count)
     found = [_from_the_top(counts, wanted) for counts in upper]
-    lower = _count(_Histograms(blocks, [half for half, _ in found]), ranked, worker_count)
+    lower = everywhere(_count, blocks, [half for half, _ in found], ranked, worker_count)
     cuts = []
     for (half, above), counts in zip(found, lower, strict=True):
         rest, _ = _from_the_top(counts, wanted - above)
@@ -217,10 +218,15 @@ class _Histograms:
                     total.add_(more)
 
 
-def _count(histograms: _Histograms, targets: list[Target], worker_count: int) -> list[Tensor]:
+def _count(
+    blocks: Blocks, halves: Sequence[int] | None, targets: list[Target], worker_count: int
+) -> list[Tensor]:
+    histograms = _Histograms(blocks, halves)
+
     def work(span: Span, buffers: Buffers) -> None:
         histograms.run(targets[span.target], span, buffers)
 
-    chunk = histograms.blocks.chunk
-    in_threads(spans(targets, chunk * SPAN_CHUNKS), work, chunk, worker_count)
-    return histograms.counts
+    own = share([*spans(targets, blocks.chunk * SPAN_CHUNKS)])
+    in_threads(own, work, blocks.chunk, worker_count)
+    found = [counts for counts in gathered(histograms.counts) if counts]
+    return [torch.stack(of_all).sum(0) for of_all in zip(*found, strict=True)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
 from perta.methods.method import Direction, Directions, Side, mean
+from perta.parallel import count, gathered, share, stream
 from perta.progress import track
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
@@ -108,6 +109,10 @@ def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> Mo
     return opened
 
 
+_Solved = tuple[str, Tensor, dict[str, float]]
+"""A weight's name, its Δ, and what the solve reports."""
+
+
 @dataclass
 class Solver:
     """Walks over groups of layers with one input; `run` fills `layers` with what solves report."""
@@ -119,25 +124,37 @@ class Solver:
 
     def run(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
+        with track("Direction", len(self.inputs.names)) as advance:
+            for name, delta, facts in stream(Solver._run, self):
+                self.layers[name] = facts
+                yield name, delta
+                advance()
+
+    def _run(self) -> Iterator[_Solved]:
         groups: dict[str, list[str]] = {}
         for name in self.inputs.names:
             groups.setdefault(self.inputs.retain.facts["inputs"][name], []).append(name)
-        with track("Direction", len(self.inputs.names)) as advance:
-            for names in groups.values():
-                vectors = [self._task_vector(name) for name in names]
-                try:
-                    found = list(self._solve(names, vectors))
-                except DivergenceError as error:
-                    raise DivergenceError(f"{names[0]}: {error}") from None
-                for name, vector, direction in zip(names, vectors, found, strict=True):
-                    self.layers[name] = {
-                        "task_vector_norm": float(vector.norm()),
-                        "direction_norm": float(direction.delta.norm()),
-                        "condition": direction.condition,
-                        "damping": direction.damping,
-                    }
-                    yield name, self._as_stored(name, direction.delta).float().cpu()
-                    advance()
+        todo = [*groups.values()]
+        for first in range(0, len(todo), count()):
+            own = [s for names in share(todo[first : first + count()]) for s in self._solved(names)]
+            for found in gathered(own):
+                yield from found
+
+    def _solved(self, names: Sequence[str]) -> Iterator[_Solved]:
+        """Layers with one input."""
+        vectors = [self._task_vector(name) for name in names]
+        try:
+            found = list(self._solve(names, vectors))
+        except DivergenceError as error:
+            raise DivergenceError(f"{names[0]}: {error}") from None
+        for name, vector, direction in zip(names, vectors, found, strict=True):
+            facts = {
+                "task_vector_norm": float(vector.norm()),
+                "direction_norm": float(direction.delta.norm()),
+                "condition": direction.condition,
+                "damping": direction.damping,
+            }
+            yield name, self._as_stored(name, direction.delta).float().cpu(), facts
 
     def _solve(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterable[Direction]:
         def outputs(place: int) -> dict[Side, Tensor]:

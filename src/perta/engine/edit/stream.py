@@ -30,6 +30,7 @@ from perta.engine.edit._chunks import (
 )
 from perta.engine.edit.plan import BASE, FULL, RETAIN, Target, short_name
 from perta.errors import DivergenceError
+from perta.parallel import Own, everywhere, gathered, share
 from perta.store.arithmetic import Place, Step, scale, square_norm, subtract
 from perta.store.checkpoint import TensorEntry, opened, write_from
 
@@ -245,15 +246,29 @@ def edit_all(
     targets: list[Target], editor: Editor, worker_count: int, advance: Callable[[], None]
 ) -> tuple[TensorSummary, ...]:
     """Edit every tensor in threads; `advance` is called once for each that is finished."""
+    return everywhere(_edit_share, targets, editor, worker_count, Own(advance))
+
+
+def _edit_share(
+    targets: list[Target], editor: Editor, worker_count: int, advance: Own[Callable[[], None]]
+) -> tuple[TensorSummary, ...]:
     span = editor.blocks.chunk * SPAN_CHUNKS
     finished = Finished(targets, span)
+    done: list[tuple[Span, Sums]] = []
+
+    def finish(job: Span, sums: Sums) -> None:
+        if finished.add(job, sums) and advance.value:
+            advance.value()
 
     def work(job: Span, buffers: Buffers) -> None:
         sums = editor.run(targets[job.target], job.start, job.stop, buffers)
-        if finished.add(job, sums):
-            advance()
+        done.append((job, sums))
+        finish(job, sums)
 
-    in_threads(spans(targets, span), work, editor.blocks.chunk, worker_count)
+    in_threads(share([*spans(targets, span)]), work, editor.blocks.chunk, worker_count)
+    for others in gathered(done)[1:]:
+        for job, sums in others:
+            finish(job, sums)
     return finished.summaries()
 
 

@@ -48,6 +48,7 @@ from perta.engine.gradients._recorder import Recorder
 from perta.engine.gradients.powers import Means, add_powers, power
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError, some
 from perta.models.loss import weighted_losses
+from perta.parallel import count, share, summed
 
 _FLOAT32_ORDERS = 4.0
 """Largest order whose powers float32 holds: those of gradients down to 1e-11."""
@@ -118,26 +119,24 @@ def abs_of_mean(
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
     parameters = _trained(model)
-    total = _zeros_like(parameters, wide=_is_wide(orders))
+    sums = _zeros_like(parameters, wide=_is_wide(orders))
     silent = set(parameters)
-    finished = 0
     with _inference_behaviour(model):
-        for batch in listed:
+        for batch in _shared(listed, progress):
             loss = weighted_losses(model, batch.to(_device(model))).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for (name, accumulated), gradient in zip(total.items(), gradients, strict=True):
+            for (name, accumulated), gradient in zip(sums.items(), gradients, strict=True):
                 if gradient is not None:
                     accumulated.add_(gradient)
                     silent.discard(name)
-            finished += len(batch)
-            if progress is not None:
-                progress(finished)
         _require_unused(model, listed, silent)
+    examples = sum(map(len, listed))
+    means = {name: summed(value) / examples for name, value in sums.items()}
     by_order = {
-        order: {name: _kept(power(value / finished, order), order) for name, value in total.items()}
+        order: {name: _kept(power(mean, order), order) for name, mean in means.items()}
         for order in orders
     }
-    return Moments(by_order, finished, _count_tokens(listed))
+    return Moments(by_order, examples, _count_tokens(listed))
 
 
 # --- the engine -----------------------------------------------------------------------------
@@ -182,15 +181,11 @@ def batched_moments(
         stack.enter_context(replaced_modules(model, recorder))
         if gradient_checkpointing:
             stack.enter_context(checkpointed_layers(model, recorder))
-        finished = 0
-        for batch in listed:
+        for batch in _shared(listed, progress):
             _run_batch(model, batch, recorder)
-            finished += len(batch)
-            if progress is not None:
-                progress(finished)
     _require_unused(model, listed, recorder.silent)
-    fast = set(recorder.names.values())
-    slow = tuple(name for name in parameters if name not in fast)
+    dropped = _counted(parameters, parameters.keys() - recorder.names.values())
+    slow = tuple(name for name, processes in dropped.items() if processes)
     _run_fallback(model, listed, means, slow)
     return _moments(means, listed, slow)
 
@@ -277,8 +272,7 @@ def _add_example_loop(
     batches = list(batches)
     parameters = [p for name, p in model.named_parameters() if name in means]
     silent = set(means)
-    finished = 0
-    for batch in batches:
+    for batch in _shared(batches, progress):
         for example in _single_examples(batch.to(_device(model))):
             loss = weighted_losses(model, example).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -286,9 +280,6 @@ def _add_example_loop(
                 if gradient is not None:
                     add_powers(own, gradient.unsqueeze(0))
                     silent.discard(name)
-            finished += 1
-        if progress is not None:
-            progress(finished)
     _require_unused(model, batches, silent)
 
 
@@ -298,9 +289,10 @@ def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collecti
     A plain backward pass over one example tells a parameter that the model does not use, as the
     eyes of a model that is given text, from one whose gradient goes another way.
     """
+    parameters = dict(model.named_parameters())
+    silent = [n for n, processes in _counted(parameters, silent).items() if processes == count()]
     if not silent:
         return
-    parameters = dict(model.named_parameters())
     before = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
@@ -320,17 +312,26 @@ def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collecti
         )
 
 
+def _shared(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Batch]:
+    """This process's batches; after each, the others have done about as many."""
+    finished = 0
+    for k, batch in enumerate(share(batches)):
+        yield batch
+        finished += sum(map(len, batches[k * count() : (k + 1) * count()]))
+        if progress is not None:
+            progress(finished)
+
+
+def _counted(names: Iterable[str], true: Collection[str]) -> dict[str, int]:
+    """Of how many processes something is true, for each parameter."""
+    of_all = {name: int(name in true) for name in names}
+    return dict(zip(of_all, summed(torch.tensor([*of_all.values()])).tolist(), strict=True))
+
+
 def _single_examples(batch: Batch) -> Iterator[Batch]:
     """Cut a batch into its examples, without their padding."""
-    for i, length in enumerate(batch.lengths()):
-        rows = slice(i, i + 1)
-        yield Batch(
-            batch.input_ids[rows, :length],
-            batch.attention_mask[rows, :length],
-            batch.labels[rows, :length],
-            batch.index[rows],
-            batch.weights[rows],
-        )
+    for i in range(len(batch)):
+        yield batch.rows(slice(i, i + 1))
 
 
 # --- small helpers ----------------------------------------------------------------------------
@@ -397,7 +398,7 @@ def _moments(
     by_order: dict[float, dict[str, Tensor]] = {}
     for name, own in means.items():
         for order, mean in own.by_order.items():
-            by_order.setdefault(order, {})[name] = _kept(mean, order)
+            by_order.setdefault(order, {})[name] = _kept(summed(mean), order)
     examples = sum(len(batch) for batch in batches)
     return Moments(by_order, examples, _count_tokens(batches), fallback)
 

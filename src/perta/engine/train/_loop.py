@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perta.data.batch import Batch, Encoded, bucketed
 from perta.engine.train.optimizer import Resume, Trainer, autocast, step_groups
+from perta.parallel import count, place, summed, told
 from perta.progress import track
 
 
@@ -65,7 +66,9 @@ def train(
     """
     settings = trainer.settings
     done, epochs = 0, trainer.epochs
-    saved = resume.load(trainer) if resume else None
+    saved = told(resume.load(trainer) if resume else None)
+    if saved and (state := told(trainer.state())) and place():
+        trainer.restore(state)
     if saved:
         done = saved[0]
         objective.restore(saved[1])
@@ -97,15 +100,19 @@ def add_gradient(
     """Add the gradient of weight * (sum of a batch's terms), each by its example's weight.
 
     `term` gives one number per example of a batch on the model's device; those at or below `above`
-    add nothing. The terms, (B,), come back unweighted.
+    add nothing. Each process adds that of its share of the examples. The terms of all of them,
+    (B,), come back unweighted.
     """
     device = next(model.parameters()).device
-    batch = batch.to(device)
-    with autocast(device):
-        terms = term(batch)
-    values, weighted = terms.detach(), terms * batch.weights
-    if above is not None:
-        weighted = weighted[values > above]
-    if len(weighted):
-        (weight * weighted.sum()).backward()
-    return values
+    own = slice(place(), None, count())
+    values = torch.zeros(len(batch), device=device)
+    if place() < len(batch):
+        rows = batch.rows(own).to(device)
+        with autocast(device):
+            terms = term(rows)
+        values[own], weighted = terms.detach(), terms * rows.weights
+        if above is not None:
+            weighted = weighted[values[own] > above]
+        if len(weighted):
+            (weight * weighted.sum()).backward()
+    return summed(values)

@@ -18,6 +18,7 @@ from perta.data.batch import Batch
 from perta.errors import ConfigError, DivergenceError
 from perta.models.adapters import refuse_tied
 from perta.options import TrainingRun
+from perta.parallel import count, summed
 from perta.progress import say, warn
 from perta.store.atomic import atomic_file, recover
 
@@ -96,6 +97,18 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the sum of all gradients; what none has a gradient of stays without."""
+    if count() == 1:
+        return
+    has = torch.tensor([float(p.grad is not None) for p in parameters])
+    for parameter, processes in zip(parameters, summed(has).tolist(), strict=True):
+        if processes:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            summed(parameter.grad)
+
+
 @dataclass
 class Trainer:
     """A model in training: what an optimizer step needs, and all that it changes.
@@ -149,7 +162,8 @@ class Trainer:
         return self.scheduler.last_epoch
 
     def step(self) -> None:
-        """Apply the gradients that have gathered."""
+        """Apply the gradients that have gathered on all processes."""
+        _add_up_gradients([*_trained_parameters(self.model).values()])
         if norm := self.settings.max_grad_norm:
             nn.utils.clip_grad_norm_(_trained_parameters(self.model).values(), norm)
         self.optimizer.step()

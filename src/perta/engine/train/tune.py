@@ -17,6 +17,7 @@ from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of
 from perta.options import TuneConfig
+from perta.parallel import Own, everywhere
 from perta.progress import say
 
 if TYPE_CHECKING:
@@ -163,9 +164,23 @@ def tune(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or usual_rate(model, config))
+    # What the caller does after an epoch is its own, and may ask the other processes for help.
+    if after_epoch is not None:
+        return _tune(model, examples, config, pad, Own(resume), after_epoch)
+    return everywhere(_tune, model, examples, config, pad, Own(resume), None)
+
+
+def _tune(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    config: TuneConfig,
+    pad: int,
+    resume: Own[Resume],
+    after_epoch: Callable[[int], None] | None,
+) -> tuple[PreTrainedModel, Tuned]:
     trainer = Trainer.of(model, config, len(examples))
     learning = _Learning(trainer, config, len(examples), after_epoch)
-    train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume)
+    train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume.value)
     done = trainer.finish()
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
     losses = tuple(learning.epoch_losses)

@@ -47,6 +47,7 @@ from perta.methods.objectives import (
 from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
 from perta.options import TrainSettings
+from perta.parallel import Own, everywhere, share, summed
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -128,6 +129,24 @@ def unlearn_by_training(
     method = parse(method, Training) if isinstance(method, str) else method
     settings = with_method_defaults(method, config)
     examples = _sets(method, forget, retain, refusals)
+    measured = forget if method.sees_forget_set else retain
+    run = (model, method, settings, examples, measured, pad)
+    # What the caller does after an epoch is its own, and may ask the other processes for help.
+    if after_epoch is not None:
+        return _unlearn(*run, after_epoch, Own(resume))
+    return everywhere(_unlearn, *run, None, Own(resume))
+
+
+def _unlearn(
+    model: PreTrainedModel,
+    method: Training,
+    settings: TrainSettings,
+    examples: _Sets,
+    measured: Sequence[Encoded],
+    pad: int,
+    after_epoch: _AfterEpoch | None,
+    resume: Own[Resume],
+) -> tuple[PreTrainedModel, Trained]:
     model.eval()
     wanted = _Wanted.measure(model, method, settings, examples, pad)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -138,11 +157,10 @@ def unlearn_by_training(
     terms = _Terms(trainer.model, method, examples, wanted, pad)
     run = _Unlearning(terms, settings.seed, after_epoch)
     title = f"Unlearning ({method.name})"
-    train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume)
+    train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume.value)
     done = trainer.finish()
     for name, parameter in done.named_parameters():
         parameter.requires_grad_(trainable[name])
-    measured = forget if method.sees_forget_set else retain
     final = losses_of(done, measured, batch_size=settings.batch_size, pad=pad)
     _warn_if_ruined(final, done.config.vocab_size, method)
     terms_of = (tuple(run.seen.forget_terms), tuple(run.seen.retain_terms))
@@ -232,12 +250,12 @@ class _Wanted:
 def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: int) -> Tensor:
     """Log-probability of each whole answer, (examples,) float32 on the CPU."""
     device = next(model.parameters()).device
-    found = torch.empty(len(examples))
-    for batch in bucketed(examples, size, pad):
+    found = torch.zeros(len(examples))
+    for batch in share(bucketed(examples, size, pad)):
         with autocast(device):
             answers = answer_logits(model, batch.to(device))
         found[batch.index] = answer_log_probs(answers, len(batch)).cpu()
-    return found
+    return summed(found)
 
 
 # --- terms of one batch ------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from perta.evidence.scoring._tree import Segment, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.loss import answer_logits, token_losses
+from perta.parallel import Own, alone, everywhere, gathered, share
 
 _COMPAT_BATCHES = 8
 """Batches after which compatible runs report what is done."""
@@ -116,19 +117,36 @@ def run_items(
     Returns:
         One outcome per item, in the order of `items`; equal for every batch size up to rounding.
     """
+    outcomes = everywhere(_run_share, model, items, options, Own(done))
+    return [outcomes[i] for i in range(len(items))]
+
+
+def _run_share(
+    model: PreTrainedModel, items: Sequence[Item], options: ScoringOptions, done: Own[Done]
+) -> dict[int, Outcome]:
+    """This process's share of the items, and on process 0 what the others found."""
+    # Neighbours by length go to different processes, so that all have about as much to do.
+    places = share(sorted(range(len(items)), key=lambda i: -_expected_length(items[i])))
     outcomes: dict[int, Outcome] = {}
 
     def finish(place: int, outcome: Outcome) -> None:
         outcomes[place] = outcome
-        if done:
-            done(place, outcome)
+        if done.value:
+            done.value(place, outcome)
 
-    with _evaluating(model):
+    def finish_own(k: int, outcome: Outcome) -> None:
+        finish(places[k], outcome)
+
+    with alone(), _evaluating(model):
+        own = [items[i] for i in places]
         if supports_prefixes(model):
-            _Run(model, items, options, finish).all()
+            _Run(model, own, options, finish_own).all()
         else:
-            _run_plainly(model, items, options, finish)
-    return [outcomes[i] for i in range(len(items))]
+            _run_plainly(model, own, options, finish_own)
+    for found in gathered(outcomes)[1:]:
+        for place, outcome in found.items():
+            finish(place, outcome)
+    return outcomes
 
 
 def run_in_modes(

@@ -1,0 +1,470 @@
+"""Several processes and one program: process 0 runs it, and the others help where it asks.
+
+    torchrun --nproc-per-node 4 -m perta unlearn …
+
+    process 0    the program ── everywhere(f, model, rows) ── the program ── …
+    the others   wait ───────── f(model, rows) ────────────── wait ───────── …
+
+Process 0 alone looks, hashes, decides, writes and prints, so no stage knows how many processes
+there are. A long computation is called `everywhere`: what it takes is sent, models with their
+weights, and every process calls it. There, `share` gives each its part of the work, and `summed`
+and `gathered` bring the parts together; outside, a process has all of the work and nothing to add.
+
+Every process must come to the same `summed`s in the same order, so whatever decides about them has
+to be the same everywhere: an argument, or what `summed` returned.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import logging
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from traceback import format_exception
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from perta.errors import PertaError
+from perta.progress import console, warn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+
+_GRACE = 5.0
+"""Seconds after an error in which the others may come to one as well; then they are waiting for
+this process, and learn that it is gone."""
+_FAREWELL = 20.0
+"""Seconds that process 0 has to tell the user about an error of another one."""
+_LARGE = 1 << 16
+"""Bytes from which the values of a tensor are sent by themselves."""
+
+
+def lead(program: Callable[[], object]) -> None:
+    """Run a program: on process 0 of several, with the others at hand; by itself otherwise.
+
+    The others return when it is over; the number of processes and how they meet are in the
+    environment that torchrun makes.
+
+    Args:
+        program: all that the run does.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+        program()
+        return
+    world = _join()
+    if world.rank:
+        world.serve()
+        return
+    try:
+        program()
+    finally:
+        world.dismiss()
+
+
+@dataclass(frozen=True)
+class Own(Generic[_T]):
+    """An argument for process 0 alone, such as a callback: the others get None."""
+
+    value: _T | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Own, (None,)
+
+
+def everywhere(function: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+    """Call a function on every process with the same arguments.
+
+    Args:
+        function: a function of a module; in another such call, process by process.
+        *args: what it takes. The others get copies, of models those of their weights.
+        **named: likewise.
+
+    Returns:
+        What process 0 returned.
+
+    Raises:
+        PertaError: a process is gone; an error on any of them is raised as if it were our own.
+    """
+    with _calling(function, args, named):
+        return function(*args, **named)
+
+
+def stream(
+    function: Callable[_P, Iterator[_T]], *args: _P.args, **named: _P.kwargs
+) -> Iterator[_T]:
+    """`everywhere` for a generator; yields what process 0 yields."""
+    with _calling(function, args, named):
+        yield from function(*args, **named)
+
+
+def share(items: Sequence[_T]) -> Sequence[_T]:
+    """This process's part of some work: every N-th item."""
+    if _world is None or not _world.sharing:
+        return items
+    return items[_world.rank :: _world.size]
+
+
+def portion(most: int, items: int) -> int:
+    """How many of some items to take at a time, at most `most`, so that each process has some."""
+    return min(most, max(1, math.ceil(items / count())))
+
+
+def place() -> int:
+    """Number of this process among those of the present call, from 0."""
+    return _world.rank if _world and _world.sharing else 0
+
+
+def count() -> int:
+    """Number of processes in the present call."""
+    return _world.size if _world and _world.sharing else 1
+
+
+def summed(values: Tensor) -> Tensor:
+    """Add up a tensor over the processes, in place; each has the sum."""
+    if count() == 1 or not values.numel():
+        return values
+    import torch.distributed as dist
+
+    dense = values.contiguous()
+    with _connected():
+        dist.all_reduce(dense)
+    return values if dense is values else values.copy_(dense)
+
+
+def gathered(value: _T) -> list[_T]:
+    """The values of all processes in their order; on the others their own alone."""
+    if _world is None or not _world.sharing:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * _world.size
+    with _connected():
+        dist.gather_object(value, None if _world.rank else found)
+    return [value] if _world.rank else found
+
+
+def told(value: _T) -> _T:
+    """The value of process 0, on every process."""
+    if _world is None or not _world.sharing:
+        return value
+    if _world.rank:
+        received: _T = _world.receive()
+        return received
+    _world.send(*_packed(value))
+    return value
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let what is done here know of no other process."""
+    before = _world.sharing if _world else False
+    if _world:
+        _world.sharing = False
+    try:
+        yield
+    finally:
+        if _world:
+            _world.sharing = before
+
+
+# --- the processes ------------------------------------------------------------------------------
+
+
+class _LostError(Exception):
+    """Another process does not answer any more."""
+
+
+@dataclass
+class _World:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this one.
+        size: how many there are.
+        store: where they leave notes for each other.
+        calls: made everywhere so far.
+        sharing: whether the present call is made everywhere.
+        lost: whether they can no longer meet.
+    """
+
+    rank: int
+    size: int
+    store: Any
+    calls: int = 0
+    sharing: bool = False
+    lost: bool = False
+
+    def serve(self) -> None:
+        """Make the calls that process 0 asks for until the run is over."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        # Process 0 says all that there is to say.
+        console.quiet = True
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+        with suppress(_LostError), _connected():
+            while not self.lost and self._wait(f"call {self.calls + 1}", "over") != "over":
+                # Process 0 is told of errors, and says so.
+                with suppress(BaseException):
+                    self._serve_call()
+            self._wait("over", seconds=_FAREWELL)
+            if not self.lost:
+                self.store.set(f"left {self.rank}", "")
+                self._abandon()
+                return
+        sys.exit(1)
+
+    def dismiss(self) -> None:
+        """Let the others go; where the notes are here, they need them to know."""
+        self.store.set("over", "")
+        for rank in range(1, self.size):
+            self._wait(f"left {rank}", seconds=0 if self.lost else _GRACE)
+        self._abandon()
+
+    def _serve_call(self) -> None:
+        import torch
+
+        self.calls += 1
+        with self.together():
+            function, args, named, threads = self.receive()
+            torch.set_num_threads(threads)
+            made = function(*args, **named)
+            if isinstance(made, Iterator):
+                for _ in made:
+                    pass
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """One call that every process makes, and what came of it."""
+        self.sharing, error = True, None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.sharing = False
+            self._settle(error)
+
+    def _settle(self, error: BaseException | None) -> None:
+        """Tell how a call ended here, and learn how it ended elsewhere.
+
+        Raises:
+            Exception: the error of another process, where none of our own is the reason.
+        """
+        key = f"call {self.calls} on "
+        self.store.set(f"{key}{self.rank}", pickle.dumps(_portable(error)))
+        # Who is gone without a note leaves none any more.
+        grace = 0.0 if isinstance(error, (_LostError, KeyboardInterrupt)) else _GRACE
+        until = math.inf if error is None else time.monotonic() + grace
+        ended = []
+        for rank in range(self.size):
+            if self._wait(f"{key}{rank}", seconds=until - time.monotonic()):
+                ended.append(pickle.loads(self.store.get(f"{key}{rank}")))
+        if len(ended) < self.size:
+            self._abandon()
+        if error is not None and not isinstance(error, (_LostError, KeyboardInterrupt)):
+            return
+        reason = next((e for e in ended if e and not isinstance(e, _LostError)), None)
+        if reason is not None:
+            raise reason from error
+        if isinstance(error, _LostError):
+            raise PertaError(
+                "A process of this run is gone: it was killed, or its machine was. Nothing was "
+                "left half-written; run the same command again."
+            ) from error
+
+    def _wait(self, *keys: str, seconds: float = math.inf) -> str | None:
+        """The first of some notes that is there; None where none comes in time."""
+        until, pause = time.monotonic() + seconds, 0.001
+        try:
+            while True:
+                for key in keys:
+                    if self.store.check([key]):
+                        return key
+                if time.monotonic() >= until:
+                    return None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+        except KeyboardInterrupt:
+            self._abandon()
+            raise
+
+    def send(self, data: bytes, storages: Sequence[torch.UntypedStorage]) -> None:
+        """Give every process what was packed."""
+        import torch.distributed as dist
+
+        with _connected():
+            sizes = [(each.nbytes(), each.device.type) for each in storages]
+            dist.broadcast_object_list([data, sizes])
+            for each in storages:
+                dist.broadcast(_as_bytes(each), 0)
+
+    def receive(self) -> Any:
+        """What process 0 sends."""
+        import torch
+        import torch.distributed as dist
+
+        with _connected():
+            head: list[Any] = [None, None]
+            dist.broadcast_object_list(head)
+            storages = [torch.UntypedStorage(size, device=device) for size, device in head[1]]
+            for each in storages:
+                dist.broadcast(_as_bytes(each), 0)
+        return _Unpacker(head[0], storages).load()
+
+    def _abandon(self) -> None:
+        """Part, so that no other waits for this process."""
+        import torch.distributed as dist
+
+        if not self.lost:
+            self.lost = True
+            dist.destroy_process_group()
+
+
+_world: _World | None = None
+
+
+def _join() -> _World:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    global _world
+    store, rank, size = next(iter(rendezvous("env://")))
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        # Process 0 may write for hours what it gets; who is gone is noticed without a clock.
+        timeout=timedelta(days=1),
+    )
+    _world = _World(rank, size, PrefixStore("perta", store))
+    return _world
+
+
+@contextmanager
+def _calling(function: Callable[..., Any], args: Any, named: Any) -> Iterator[None]:
+    """Have the other processes make a call while it is made here."""
+    if _world is None or _world.rank or _world.sharing or _world.lost:
+        with alone():
+            yield
+        return
+    import torch
+
+    try:
+        packed = _packed((function, args, named, torch.get_num_threads()))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        warn(f"Process 0 works alone here, for it cannot send what it works on: {error}")
+        yield
+        return
+    _world.calls += 1
+    _world.store.set(f"call {_world.calls}", "")
+    with _world.together():
+        _world.send(*packed)
+        yield
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Tell an error of the connection from all others."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _LostError(str(error)) from error
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """An error as other processes can be told of it."""
+    if error is None or isinstance(error, _LostError):
+        return error and _LostError(str(error))
+    if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        return _LostError("interrupted")
+    if isinstance(error, PertaError):
+        return type(error)(str(error))
+    return RuntimeError("".join(format_exception(error)))
+
+
+# --- what is sent -------------------------------------------------------------------------------
+
+
+def _packed(value: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
+    """A value as bytes, and the large storages of its tensors."""
+    buffer = io.BytesIO()
+    packer = _Packer(buffer)
+    packer.dump(value)
+    return buffer.getvalue(), packer.storages
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class _Packer(pickle.Pickler):
+    """Pickles without the values of large tensors, and modules without their hooks.
+
+    A hook looks at what one process does, and is often a function that has no name elsewhere.
+    """
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer)
+        self.storages: list[torch.UntypedStorage] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype] | None:
+        """Number and type of a storage that is sent by itself."""
+        from torch.storage import TypedStorage
+
+        if not isinstance(obj, TypedStorage):
+            return None
+        storage = obj._untyped_storage
+        if storage.device.type == "cpu" and storage.nbytes() < _LARGE:
+            return None
+        place = self._places.setdefault(storage.data_ptr(), len(self.storages))
+        if place == len(self.storages):
+            self.storages.append(storage)
+        return place, obj.dtype
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How a module is taken apart."""
+        from torch import nn
+
+        if not isinstance(obj, nn.Module):
+            return NotImplemented
+        kept = {k: type(v)() if "_hooks" in k else v for k, v in vars(obj).items()}
+        return copyreg.__newobj__, (type(obj),), kept  # type: ignore[attr-defined]
+
+
+class _Unpacker(pickle.Unpickler):
+    """Inverse of `_Packer`."""
+
+    def __init__(self, data: bytes, storages: Sequence[torch.UntypedStorage]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._storages = storages
+
+    def persistent_load(self, pid: tuple[int, torch.dtype]) -> Any:
+        """The storage of that number."""
+        from torch.storage import TypedStorage
+
+        return TypedStorage(wrap_storage=self._storages[pid[0]], dtype=pid[1], _internal=True)

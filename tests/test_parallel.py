@@ -1,0 +1,377 @@
+"""Every computation on 2 and 4 processes over gloo against the same on one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conftest import World
+from helpers import tiny_llama
+from perta.cli import main
+from perta.data.batch import IGNORE, Encoded
+from perta.engine.moments import Seen, plan_moments, sum_moments
+from perta.engine.train.tune import tune
+from perta.engine.train.unlearn import unlearn_by_training
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, ScoringOptions, run_items
+from perta.models.facts import Fact, score_facts
+from perta.options import EstimatorConfig, MomentOptions, TrainSettings, TuneConfig
+from perta.stages.importance import estimate
+from processes import finish, ran, start
+
+VOCABULARY = 101
+
+
+def examples(number: int, seed: int = 1) -> list[Encoded]:
+    """Random sequences of different lengths whose last four tokens carry loss."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for row in range(number):
+        ids = torch.randint(3, VOCABULARY, (7 + row % 4,), generator=generator).tolist()
+        found.append(Encoded(tuple(ids), (*[IGNORE] * (len(ids) - 4), *ids[-4:]), row + 1))
+    return found
+
+
+ROWS, OTHERS = examples(11), examples(7, 2)
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+def model_of(kind: str) -> Any:
+    torch.manual_seed(0)
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "tied": lambda: tiny_llama(vocab=VOCABULARY),
+        "untied": lambda: tiny_llama(vocab=VOCABULARY, tied=False, attention_bias=True),
+        "gpt2": lambda: hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=64)
+        ),
+        "gemma3": lambda: hf.Gemma3ForCausalLM(
+            hf.Gemma3TextConfig(**SMALL, head_dim=4, sliding_window=8)
+        ),
+        "mixtral": lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+        ),
+        "gpt-oss": lambda: hf.GptOssForCausalLM(
+            hf.GptOssConfig(**SMALL, head_dim=4, num_local_experts=4, num_experts_per_tok=2)
+        ),
+    }
+    return makes[kind]().eval()
+
+
+# --- what is compared ---------------------------------------------------------------------------
+
+
+def tuned(kind: str, **more: Any) -> dict[str, Any]:
+    model, start = model_of(kind), model_of(kind)
+    settings = TuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, **more)
+    done, facts = tune(model, ROWS, settings, pad=0)
+    change = torch.cat(
+        [(a - b).flatten() for a, b in zip(done.parameters(), start.parameters(), strict=True)]
+    )
+    return {"change": change.detach(), "losses": [*facts.epoch_losses, *facts.final_losses]}
+
+
+def unlearned(method: str) -> dict[str, Any]:
+    model, start = model_of("tied"), model_of("tied")
+    settings = TrainSettings(epochs=2, learning_rate=1e-2, batch_size=3, accumulation=2)
+    done, facts = unlearn_by_training(
+        model, ROWS, OTHERS, settings, method=method, pad=0, refusals=examples(11, 3)
+    )
+    change = torch.cat(
+        [(a - b).flatten() for a, b in zip(done.parameters(), start.parameters(), strict=True)]
+    )
+    terms = [*facts.forget_terms, *facts.retain_terms, *facts.final_losses]
+    return {"change": change.detach(), "losses": terms, "steps": facts.steps}
+
+
+def importance(kind: str, **more: Any) -> dict[str, Any]:
+    found = estimate(model_of(kind), ROWS, (1.0, 2.0), EstimatorConfig(**more), pad=0, batch_size=3)
+    assert found.examples == 11
+    tensors = {f"{o:g} {n}": t for o, named in found.by_order.items() for n, t in named.items()}
+    return {**tensors, "slow": list(found.fallback)}
+
+
+def moments(kind: str, rows: int, batch_size: int) -> dict[str, Any]:
+    model = model_of(kind)
+    options, seen = MomentOptions(tokens="all"), dict[str, Seen]()
+    plan = plan_moments(model, ROWS, gradients=True, pad=0)
+    given = ROWS[:rows]
+    found = dict(sum_moments(model, given, plan, options, pad=0, batch_size=batch_size, seen=seen))
+    # A factor's rows may come in any order and sign; what they stand for may not.
+    whole = {n: t if t.shape[0] == t.shape[1] else t.t() @ t for n, t in found.items()}
+    return {**whole, "seen": {name: (s.tokens, s.average) for name, s in seen.items()}}
+
+
+def scored() -> dict[str, Any]:
+    model = model_of("tied")
+    items = [Item((e,), e.input_ids[:-4], moments=True) for e in ROWS]
+    done: list[int] = []
+    options = ScoringOptions(Masking(0), frozenset({2}), 2, 12)
+    found = run_items(model, items, options, lambda place, _: done.append(place))
+    assert sorted(done) == list(range(11))
+    facts = [Fact(e.row, e, (e,), "answer") for e in ROWS]
+    return {
+        "texts": [list(outcome.generated or ()) for outcome in found],
+        "losses": [outcome.scores[0].loss for outcome in found],
+        "facts": [score.loss for score in score_facts(model, facts, pad=0)],
+    }
+
+
+def everything() -> dict[str, Any]:
+    """Every computation there is, by name."""
+    found: dict[str, Any] = {
+        "tune tied": tuned("tied"),
+        "tune untied": tuned("untied", accumulation=2),
+        "tune lora": tuned("tied", lora_rank=2),
+        "tune mixtral": tuned("mixtral"),
+        "score": scored(),
+    }
+    found |= {f"unlearn {m}": unlearned(m) for m in ("npo", "dpo", "kl", "rmu", "retain-finetune")}
+    for kind in ("tied", "untied", "gpt2", "gemma3", "mixtral", "gpt-oss"):
+        found[f"importance {kind}"] = importance(kind)
+    found["importance of the mean"] = importance("untied", reduction="abs_of_mean")
+    for kind in ("untied", "mixtral"):
+        found[f"moments {kind}"] = moments(kind, 11, 2)
+    found["moments few"] = moments("untied", 2, 1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return everything()
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return ran(request.param, everything, folder=tmp_path_factory.mktemp("processes"))
+
+
+def _differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Where tensors differ by more than 1e-5 of the first one's norm, or anything else at all."""
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            yield from _differences(one[key], other[key], f"{at} {key}")
+    elif isinstance(one, Tensor):
+        error = float((one.double() - other.double()).norm() / one.double().norm())
+        if not error < 1e-5:
+            yield f"{at}: {error:.2g}"
+    elif "losses" in at:
+        yield from _differences(torch.tensor(one), torch.tensor(other), f"{at} as tensor")
+    elif one != other:
+        yield f"{at}: {one} and {other}"
+
+
+def test_every_computation_is_that_of_one_process(
+    alone: dict[str, Any], together: dict[str, Any]
+) -> None:
+    assert not [*_differences(alone, together)]
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+
+def command(*tokens: object) -> Callable[[], None]:
+    def program() -> None:
+        sys.argv = ["perta", *map(str, tokens)]
+        main()
+
+    return program
+
+
+def request(world: World, output: Path, *more: object) -> Callable[[], None]:
+    sets = ("--forget", world.forget, "--retain", world.retain)
+    tune = ("--epochs", 30, "--learning-rate", 5e-3, "--batch-size", 2)
+    models = ("--base", world.base, "--full", world.full)
+    return command("unlearn", *models, *sets, *tune, "--output", output, *more)
+
+
+@pytest.fixture(scope="module")
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same request on one and on two processes."""
+    root = tmp_path_factory.mktemp("runs")
+    for size, name in ((1, "one"), (2, "two")):
+        statuses = finish(
+            start(size, request(world, root / name / "out"), root / f"log {name}"), 120
+        )
+        assert statuses == [0] * size, (root / f"log {name}" / "0.log").read_text()
+    return root / "one", root / "two"
+
+
+def test_a_whole_run_is_that_of_one_process(runs: tuple[Path, Path]) -> None:
+    one, two = ({p.relative_to(r): p for p in r.rglob("*") if p.is_file()} for r in runs)
+    assert one.keys() == two.keys()
+    for name, file in one.items():
+        if name.suffix == ".safetensors":
+            a, b = load_file(file), load_file(two[name])
+            assert not [*_differences(a, b)]
+    said = [(run.parent / f"log {run.name}" / "0.log").read_text() for run in runs]
+    verdicts = [text.splitlines()[-1] for text in said]
+    assert verdicts[0].startswith("Verdict:")
+    assert verdicts[0] == verdicts[1]
+
+
+def test_process_0_alone_speaks(runs: tuple[Path, Path]) -> None:
+    log = runs[0].parent / "log two"
+    assert (log / "1.log").read_text() == ""
+    assert "Verdict" in (log / "0.log").read_text()
+
+
+def test_edits_are_equal_to_the_byte(runs: tuple[Path, Path], world: World, tmp_path: Path) -> None:
+    """Of weights that the same importance, moments and checkpoints give."""
+    work = runs[0] / "out.work"
+    models = ("--full", world.full, "--base", world.base)
+    common = ("edit", *models, "--forget-checkpoint", work / "forget_checkpoint", "--alpha", 1)
+    moments = ("--retain-moments", work / "retain_moments")
+    methods: dict[str, tuple[object, ...]] = {
+        "tv": ("--save-dtype", "bfloat16"),
+        "ties": ("--forget-checkpoint", work / "forget_rounds"),
+        "perta-project": moments,
+    }
+    for method, more in methods.items():
+        for size in (1, 4):
+            out = tmp_path / f"{method} {size}"
+            program = command(*common, "--method", method, *more, "--output", out)
+            assert finish(start(size, program, tmp_path / "log")) == [0] * size, method
+        one, four = (tmp_path / f"{method} {size}" / "model.safetensors" for size in (1, 4))
+        assert one.read_bytes() == four.read_bytes(), method
+
+
+# --- errors and kills -----------------------------------------------------------------------------
+
+
+def broken(place: str, rank: int, times: int, act: Callable[[], None]) -> None:
+    """Have one process do something else when it comes to a function for so many times."""
+    if int(os.environ["RANK"]) != rank:
+        return
+    module, _, path = place.partition(":")
+    owner: Any = import_module(module)
+    *parts, name = path.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    original, left = getattr(owner, name), times
+
+    def function(*args: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            act()
+        return original(*args, **named)
+
+    setattr(owner, name, function)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+
+STEP = "perta.engine.train.optimizer:Trainer.step"
+PLACES = {
+    "tuning": (STEP, 7),
+    "moments": ("perta.engine.moments:_Collector.run", 1),
+    "direction": ("perta.engine.edit.direction:Solver._solved", 2),
+    "edit": ("perta.engine.edit.stream:Editor.run", 3),
+    "evaluation": ("perta.evidence.scoring.items:_Run.all", 2),
+}
+
+
+def hidden(folder: Path) -> list[str]:
+    return [str(p) for p in folder.rglob("*") if p.name.startswith(".") or "partial" in p.name]
+
+
+def broken_request(
+    world: World, out: Path, where: str, rank: int, act: Callable[[], None]
+) -> Callable[[], None]:
+    def program() -> None:
+        broken(*(PLACES[where][0], rank, PLACES[where][1], act))
+        request(world, out)()
+
+    return program
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_an_error_of_one_process_is_one_message(world: World, tmp_path: Path, rank: int) -> None:
+    program = broken_request(world, tmp_path / "run" / "out", "tuning", rank, fail)
+    began = time.monotonic()
+    assert finish(start(2, program, tmp_path / "log"))[0] == 1
+    assert time.monotonic() - began < 60
+    log = (tmp_path / "log" / "0.log").read_text()
+    assert log.count("error:") == 1
+    assert "Out of memory. Lower --batch-size" in log
+    assert "error" not in (tmp_path / "log" / "1.log").read_text()
+    assert not (tmp_path / "run" / "out").exists()
+    assert not hidden(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [
+        ("edit", 1),
+        pytest.param("tuning", 0, marks=pytest.mark.slow),
+        *(pytest.param(p, 1, marks=pytest.mark.slow) for p in PLACES if p != "edit"),
+    ],
+)
+def test_after_a_kill_the_same_command_finishes(
+    world: World, runs: tuple[Path, Path], tmp_path: Path, where: str, rank: int
+) -> None:
+    out = tmp_path / "run" / "out"
+    statuses = finish(start(2, broken_request(world, out, where, rank, kill), tmp_path / "log"))
+    assert statuses[rank] == -signal.SIGKILL
+    assert statuses[1 - rank] == 1
+    if rank:
+        log = (tmp_path / "log" / "0.log").read_text()
+        assert "A process of this run is gone" in log
+        assert "Traceback" not in log
+        assert not hidden(tmp_path / "run")
+    size = 4 if where == "tuning" else 2
+    assert finish(start(size, request(world, out), tmp_path / "again")) == [0] * size
+    assert not hidden(tmp_path / "run")
+    one, again = (load_file(f / "model.safetensors") for f in (runs[0] / "out", out))
+    assert not [*_differences(one, again)]
+
+
+def test_tuning_goes_on_with_another_number_of_processes(world: World, tmp_path: Path) -> None:
+    def tuning(name: str) -> Callable[[], None]:
+        settings = ("--epochs", 8, "--learning-rate", 5e-3, "--batch-size", 2, "--save-every", 2)
+        data = ("--base", world.base, "--data", world.retain)
+        return command("finetune", *data, *settings, "--output", tmp_path / name)
+
+    def killed() -> None:
+        broken(STEP, 1, 17, kill)
+        tuning("tuned")()
+
+    assert finish(start(1, tuning("alone"), tmp_path / "log")) == [0]
+    assert finish(start(2, killed, tmp_path / "log"))[1] == -signal.SIGKILL
+    assert (tmp_path / "tuned.resume").is_dir()
+    assert finish(start(4, tuning("tuned"), tmp_path / "log")) == [0] * 4
+    assert "Going on after epoch" in (tmp_path / "log" / "0.log").read_text()
+    base, *done = (
+        load_file(f / "model.safetensors")
+        for f in (world.base, tmp_path / "alone", tmp_path / "tuned")
+    )
+    one, again = ({n: t - base[n] for n, t in tensors.items()} for tensors in done)
+    assert not [*_differences(one, again)]
