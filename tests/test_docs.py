@@ -101,8 +101,9 @@ def test_options_on_the_pages_exist(
         main()
     option = r"(?<![\w-])--[a-z][a-z-]+"
     known = {"--help", *re.findall(option, capsys.readouterr().out)}
-    # Other programs' options stand on the pages about speed; experiments tell of their own time.
-    others = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md"]
+    # Other programs' options stand on the pages about speed and about many processes; experiments
+    # tell of their own time.
+    others = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "scale", "processes")]
     pages = [p for p in PAGES if p not in others and "experiments" not in p.parts]
     named = {(p.name, o) for p in pages for o in re.findall(option, p.read_text("utf-8"))}
     assert [(page, o) for page, o in named if o not in known] == []
