@@ -84,7 +84,7 @@ def fact_items(
     """What `quick_evaluation` asks: of every row the answer, and the sequences of its fact."""
     items = {}
     for name, examples in sets.items():
-        made = make_items(model, tokenizer, examples, data_config, generate=generate)
+        made = _make_items(model, tokenizer, examples, data_config, generate=generate)
         items[name] = _with_facts(made, facts[name])
     return items
 
@@ -115,53 +115,21 @@ def score_examples(
     data_config: DataConfig | None = None,
     *,
     batch_size: int = 16,
-    vocabulary_moments: bool = False,
-    progress: Progress | None = None,
 ) -> list[Score]:
-    """Teacher-forced scores of every example (of every window, for plain text).
-
-    Returns:
-        One score per example, in order.
-    """
+    """Teacher-forced scores of every example in order (of every window, for plain text)."""
     config = data_config or DataConfig()
-    items = [
-        replace(item, moments=vocabulary_moments)
-        for item in make_items(model, tokenizer, examples, config, generate=False)
-    ]
+    items = _make_items(model, tokenizer, examples, config, generate=False)
     options = scoring_options(model, tokenizer, items, batch_size, 1)
-    outcomes = run_items(model, items, options, _each(progress))
-    return [outcome.scores[0] for outcome in outcomes]
+    return [outcome.scores[0] for outcome in run_items(model, items, options)]
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: ExampleSet,
-    data_config: DataConfig | None = None,
-    *,
-    batch_size: int = 16,
-    max_new_tokens: int = 200,
-    progress: Progress | None = None,
-) -> list[str]:
-    """Greedy answers to the examples' prompts, without special tokens.
-
-    Returns:
-        One text per example, in order.
-    """
-    config = data_config or DataConfig()
-    items = make_items(model, tokenizer, examples, config)
-    options = scoring_options(model, tokenizer, items, batch_size, max_new_tokens)
-    outcomes = run_items(model, items, options, _each(progress))
-    return [decode(tokenizer, outcome.generated or ()) for outcome in outcomes]
-
-
-def make_items(
+def _make_items(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: ExampleSet,
     data_config: DataConfig,
     *,
-    generate: bool = True,
+    generate: bool,
 ) -> list[Item]:
     """Tokenise a set; every example but plain text gets a prompt to generate from."""
     encoded = encode_examples(examples, tokenizer, data_config, longest=longest_input(model))

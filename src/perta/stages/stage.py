@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,7 @@ class _FileResults(dict[str, Any]):
 
     def __repr__(self) -> str:
         """Metric -> aggregate."""
-        means = {
-            name: value["agg_value"]
-            for name, value in self.items()
-            if isinstance(value, Mapping) and "agg_value" in value
-        }
+        means = {row["metric"]: row["value"] for row in self.rows}
         return f"{type(self).__name__}({means})"
 
     @property
@@ -132,34 +129,27 @@ def run_stage(
         ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
-    reads = [*reads, *_named(settings, inputs)]
+    wanted = _Wanted(stage, output, settings, inputs, overwrite)
+    reads = [*reads, *wanted.named()]
     check_separate(output, reads)
     if _asking.get() is None:
         recover(output)
-    finished = _finished_stage(stage, output, settings, inputs)
-    if finished is not None:
+    if (finished := wanted.finished(output)) is not None:
         _tell_reused(f"{stage}: {output} is up to date, reused")
         return finished
     check_output(output, reads, overwrite=overwrite)
-    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
-    finished = _taken_over(stage, output, settings, inputs, overwrite)
-    if finished is not None:
+    wanted.refuse_foreign()
+    if (finished := _taken_over(wanted)) is not None:
         return finished
     if _asking.get() is not None:
         raise NotMadeError
     started = time.perf_counter()
     with atomic_folder(output, overwrite=overwrite, private=stage in _PRIVATE) as partial:
         more = dict(make(partial))
-        _check_unchanged(inputs, look)
-        manifest = make_manifest(
-            stage,
-            settings,
-            inputs,
-            seconds={stage: time.perf_counter() - started},
-            content=content_of(partial),
-            files=files_of(partial),
-            **more,
-        )
+        wanted.check_unchanged(look)
+        taken = time.perf_counter() - started
+        content, files = content_of(partial), files_of(partial)
+        manifest = wanted.manifest(taken, content=content, files=files, **more)
         write_manifest(partial, manifest)
     return manifest
 
@@ -189,18 +179,19 @@ def run_file_stage(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """The same for a stage whose output is one JSON file with its manifest under `perta`."""
-    reads = [*reads, *_named(settings, inputs)]
+    wanted = _Wanted(stage, output, settings, inputs, overwrite)
+    reads = [*reads, *wanted.named()]
     # A new file beside the weights is welcome, unless it would be read as a part of them.
     check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
     if _asking.get() is None:
         recover(output)
-    if _is_finished(output, key := stage_key(stage, settings, inputs)):
+    if wanted.is_file(output):
         _tell_reused(f"{stage}: {output} is up to date, reused")
         return _FileResults(json.loads(output.read_text("utf-8")))
     check_output(output, reads, overwrite=overwrite, within=True)
-    refuse_foreign(stage, output, settings, inputs, overwrite=overwrite)
+    wanted.refuse_foreign()
     for other in _entries(f"*{output.suffix}"):
-        if _is_finished(other, key):
+        if wanted.is_file(other):
             if _asking.get() is None:
                 with atomic_file(output, overwrite=overwrite, private=True) as partial:
                     shutil.copyfile(other, partial)
@@ -211,10 +202,9 @@ def run_file_stage(
     check_writable(output)
     started = time.perf_counter()
     results = _FileResults(make())
-    _check_unchanged(inputs, look)
-    seconds = {stage: time.perf_counter() - started}
-    content = content_of_results(results)
-    results["perta"] = make_manifest(stage, settings, inputs, seconds=seconds, content=content)
+    wanted.check_unchanged(look)
+    taken = time.perf_counter() - started
+    results["perta"] = wanted.manifest(taken, content=content_of_results(results))
     # The answers in it may be those that were to be forgotten.
     with atomic_file(output, overwrite=overwrite, private=True) as partial:
         # Strict JSON: a NaN would make the file unreadable to everyone else.
@@ -223,18 +213,61 @@ def run_file_stage(
     return results
 
 
-def _check_unchanged(
-    inputs: Mapping[str, str], look: Callable[[], Mapping[str, str]] | None
-) -> None:
-    """Stop where inputs are not those that the record would name."""
-    now = look() if look else inputs
-    changed = [name for name, value in inputs.items() if now.get(name) != value]
-    if changed:
-        raise CheckpointError(
-            f"{', '.join(changed)} changed while it was read, so the result would be of two things "
-            "at once; nothing was written. Make sure that nothing writes to the inputs, and run "
-            "again."
-        )
+@dataclass(frozen=True)
+class _Wanted:
+    """An output as it is wanted: of which stage, where, and what decides it."""
+
+    stage: str
+    output: Path
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    overwrite: bool
+
+    @cached_property
+    def _key(self) -> str:
+        return stage_key(self.stage, self.settings, self.inputs)
+
+    def named(self) -> Iterator[str]:
+        """What the user gave as inputs: an adapter, where the stage reads what was made of it."""
+        for name in self.inputs.keys() & self.settings.keys():
+            given = self.settings[name]
+            yield from map(str, given if isinstance(given, tuple | list) else [given])
+
+    def finished(self, folder: Path) -> dict[str, Any] | None:
+        """The manifest of an output made from these inputs and settings, its files untouched."""
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        if manifest is None or manifest.get("key") != self._key:
+            return None
+        return manifest if is_as_written(folder) else None
+
+    def is_file(self, file: Path) -> bool:
+        """Whether a file has the results of these inputs and settings, as they were written."""
+        record = read_manifest(file) if file.is_file() else None
+        if record is None or record.get("key") != self._key:
+            return False
+        return record.get("content") == content_of_results(json.loads(file.read_text("utf-8")))
+
+    def refuse_foreign(self) -> None:
+        """Stop before any work when the output is there and is not what would be made."""
+        refuse_other(self.stage, self.output, self.settings, self.inputs, overwrite=self.overwrite)
+        if self.output.exists() and not self.overwrite:
+            raise exists_error(self.output, "was changed since")
+
+    def check_unchanged(self, look: Callable[[], Mapping[str, str]] | None) -> None:
+        """Stop where inputs are not those that the record would name."""
+        now = look() if look else self.inputs
+        changed = [name for name, value in self.inputs.items() if now.get(name) != value]
+        if changed:
+            raise CheckpointError(
+                f"{', '.join(changed)} changed while it was read, so the result would be of two "
+                "things at once; nothing was written. Make sure that nothing writes to the inputs, "
+                "and run again."
+            )
+
+    def manifest(self, taken: float, **more: Any) -> dict[str, Any]:
+        """The record of the output, which took so many seconds."""
+        seconds = {self.stage: taken}
+        return make_manifest(self.stage, self.settings, self.inputs, seconds=seconds, **more)
 
 
 def _tell_reused(message: str) -> None:
@@ -243,47 +276,25 @@ def _tell_reused(message: str) -> None:
         say(message)
 
 
-def _named(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[str]:
-    """What the user gave as inputs: an adapter, say, where the stage reads what was made of it."""
-    for name in inputs.keys() & settings.keys():
-        given = settings[name]
-        yield from map(str, given if isinstance(given, tuple | list) else [given])
-
-
 def _entries(pattern: str) -> Iterator[Path]:
     return (path for folder in _beside.get() for path in sorted(folder.glob(pattern)))
 
 
-def _is_finished(file: Path, key: str) -> bool:
-    record = read_manifest(file) if file.is_file() else None
-    if record is None or record.get("key") != key:
-        return False
-    return record.get("content") == content_of_results(json.loads(file.read_text("utf-8")))
-
-
-def _taken_over(
-    stage: str,
-    output: Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    overwrite: bool,
-) -> dict[str, Any] | None:
+def _taken_over(wanted: _Wanted) -> dict[str, Any] | None:
     """Link a finished output from elsewhere to its place here; None where there is none."""
     for record in _entries(f"*/{MANIFEST}"):
         folder = record.parent
         try:
-            finished = _finished_stage(stage, folder, settings, inputs)
-            if finished is None:
+            if (finished := wanted.finished(folder)) is None:
                 continue
-            asked = _asking.get()
-            if asked is not None:
-                asked[output] = folder
+            if (asked := _asking.get()) is not None:
+                asked[wanted.output] = folder
             else:
-                with atomic_folder(output, overwrite=overwrite) as partial:
+                with atomic_folder(wanted.output, overwrite=wanted.overwrite) as partial:
                     shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
         except OSError:
             continue  # it went while it was read, or is not ours to read
-        _tell_reused(f"{stage}: {folder} is what is needed, reused")
+        _tell_reused(f"{wanted.stage}: {folder} is what is needed, reused")
         return finished
     return None
 
@@ -298,30 +309,6 @@ def _link(source: str, target: str) -> None:
 def as_part(key: str | None) -> dict[str, str]:
     """What the record of a whole run's last stage says until that of the run is written."""
     return {} if key is None else {"part_of": key}
-
-
-def _finished_stage(
-    stage: str, output: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
-) -> dict[str, Any] | None:
-    """The manifest of an output made from these inputs and settings, its files untouched."""
-    manifest = read_manifest(output) if output.is_dir() else None
-    if manifest is None or manifest.get("key") != stage_key(stage, settings, inputs):
-        return None
-    return manifest if is_as_written(output) else None
-
-
-def refuse_foreign(
-    stage: str,
-    output: Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    *,
-    overwrite: bool,
-) -> None:
-    """Stop before any work when the output is there and is not what would be made."""
-    refuse_other(stage, output, settings, inputs, overwrite=overwrite)
-    if output.exists() and not overwrite:
-        raise exists_error(output, "was changed since")
 
 
 def refuse_other(
@@ -359,19 +346,12 @@ def changes(
     manifest: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> list[str]:
     """Names of the settings and inputs in which an output differs from what is wanted."""
-    old_inputs = manifest.get("inputs", {})
-    old_settings = manifest.get("settings", {})
-    names = [name for name, value in inputs.items() if old_inputs.get(name) != value]
-    names += [
-        name
-        for name, value in settings.items()
-        if name not in {*inputs, *NOT_IN_KEY} and old_settings.get(name) != _plain(value)
-    ]
-    return names
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    # Records are JSON, which has no tuples.
+    plain = {name: [*v] if isinstance(v, tuple) else v for name, v in settings.items()}
+    old, other = manifest.get("inputs", {}), manifest.get("settings", {})
+    names = [name for name, value in inputs.items() if old.get(name) != value]
+    left_out = {*inputs, *NOT_IN_KEY}
+    return names + [n for n, value in plain.items() if n not in left_out and other.get(n) != value]
 
 
 @dataclass(frozen=True)
