@@ -14,96 +14,11 @@ wrote; `unlearn`, `evaluate_checkpoint` and the benchmarks return results.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from perta.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from perta.data.examples import load_examples
-    from perta.engine.train.unlearn import Trained, unlearn_by_training
-    from perta.errors import PertaError
-    from perta.evidence.people import generate_people
-    from perta.evidence.settings import MuseConfig, TofuConfig
-    from perta.options import (
-        ComputeConfig,
-        DataConfig,
-        EstimatorConfig,
-        MomentOptions,
-        ScoringConfig,
-        TrainSettings,
-        TuneConfig,
-        WeightingConfig,
-    )
-    from perta.recipes.compare.settings import CompareConfig
-    from perta.recipes.compare.study import bench_compare
-    from perta.recipes.settings import UnlearnConfig
-    from perta.recipes.unlearn import Unlearned, unlearn
-    from perta.report.settings import ReportConfig
-    from perta.report.write import write_report
-    from perta.stages.audit import audit_checkpoint
-    from perta.stages.bench import bench_muse, bench_tofu
-    from perta.stages.edit import edit_checkpoint
-    from perta.stages.evaluate import evaluate_checkpoint
-    from perta.stages.finetune import finetune_checkpoint
-    from perta.stages.importance import compute_importance
-    from perta.stages.moments import compute_moments, merge_moments
-    from perta.stages.settings import (
-        AuditConfig,
-        EditConfig,
-        EvaluateConfig,
-        FinetuneConfig,
-        ImportanceConfig,
-        MergeMomentsConfig,
-        MomentsConfig,
-        PeopleConfig,
-        TrainConfig,
-    )
-    from perta.stages.train import train_checkpoint
-
-__all__ = [
-    "AuditConfig",
-    "CompareConfig",
-    "ComputeConfig",
-    "DataConfig",
-    "EditConfig",
-    "EstimatorConfig",
-    "EvaluateConfig",
-    "FinetuneConfig",
-    "ImportanceConfig",
-    "MergeMomentsConfig",
-    "MomentOptions",
-    "MomentsConfig",
-    "MuseConfig",
-    "PeopleConfig",
-    "PertaError",
-    "ReportConfig",
-    "ScoringConfig",
-    "TofuConfig",
-    "TrainConfig",
-    "TrainSettings",
-    "Trained",
-    "TuneConfig",
-    "UnlearnConfig",
-    "Unlearned",
-    "WeightingConfig",
-    "audit_checkpoint",
-    "bench_compare",
-    "bench_muse",
-    "bench_tofu",
-    "compute_importance",
-    "compute_moments",
-    "edit_checkpoint",
-    "evaluate_checkpoint",
-    "finetune_checkpoint",
-    "generate_people",
-    "load_examples",
-    "merge_moments",
-    "train_checkpoint",
-    "unlearn",
-    "unlearn_by_training",
-    "write_report",
-]
-
+# Type checkers read the stub beside this file.
 _HOME = {
     name: module
     for module, names in {
@@ -133,10 +48,11 @@ _HOME = {
     }.items()
     for name in names.split()
 }
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: torch and transformers take seconds, `perta --help` must not."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'perta' has no attribute {name!r}")
     return getattr(import_module(f"perta.{_HOME[name]}"), name)
