@@ -60,7 +60,7 @@ app.register_install_completion_command()
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
 _SWITCH = Parameter(negative="", group=MAIN)
-AsJson = Annotated[
+_AsJson = Annotated[
     bool,
     Parameter(negative="", group=MAIN, help="Print results as one JSON object in place of tables."),
 ]
@@ -68,7 +68,7 @@ AsJson = Annotated[
 
 @app.command
 def unlearn(
-    config: UnlearnConfig, *, dry_run: Annotated[bool, _SWITCH] = False, json: AsJson = False
+    config: UnlearnConfig, *, dry_run: Annotated[bool, _SWITCH] = False, json: _AsJson = False
 ) -> None:
     """Remove a forget set: fine-tune, importance, edit (or training) and evaluation in one run.
 
@@ -128,7 +128,7 @@ def unlearn(
 
 
 @app.command
-def finetune(config: FinetuneConfig, *, json: AsJson = False) -> None:
+def finetune(config: FinetuneConfig, *, json: _AsJson = False) -> None:
     """Tune a checkpoint on a data set; the loss is on answer tokens only."""
     from perta.stages.finetune import finetune_checkpoint
 
@@ -137,7 +137,7 @@ def finetune(config: FinetuneConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def importance(config: ImportanceConfig, *, json: AsJson = False) -> None:
+def importance(config: ImportanceConfig, *, json: _AsJson = False) -> None:
     """Measure the importance of every weight for a data set."""
     from perta.stages.importance import compute_importance
 
@@ -146,7 +146,7 @@ def importance(config: ImportanceConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def moments(config: MomentsConfig, *, json: AsJson = False) -> None:
+def moments(config: MomentsConfig, *, json: _AsJson = False) -> None:
     """Measure second moments of every linear layer's inputs, for the structured methods."""
     from perta.stages.moments import compute_moments
 
@@ -156,7 +156,7 @@ def moments(config: MomentsConfig, *, json: AsJson = False) -> None:
 
 @app.command(name="merge-moments")
 def merge_moments(
-    *folders: Path, output: Path, overwrite: bool = False, json: AsJson = False
+    *folders: Path, output: Path, overwrite: bool = False, json: _AsJson = False
 ) -> None:
     """Add moments of several sets, such as saved ones of a retain set that has grown.
 
@@ -174,7 +174,7 @@ def merge_moments(
 
 
 @app.command
-def edit(config: EditConfig, *, json: AsJson = False) -> None:
+def edit(config: EditConfig, *, json: _AsJson = False) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
     from perta.stages.edit import direction_folder, edit_checkpoint
 
@@ -186,7 +186,7 @@ def edit(config: EditConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def train(config: TrainConfig, *, json: AsJson = False) -> None:
+def train(config: TrainConfig, *, json: _AsJson = False) -> None:
     """Train the full model until it has forgotten: gradient ascent, NPO, RMU and others."""
     from perta.stages.train import train_checkpoint
 
@@ -195,7 +195,7 @@ def train(config: TrainConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def evaluate(config: EvaluateConfig, *, json: AsJson = False) -> None:
+def evaluate(config: EvaluateConfig, *, json: _AsJson = False) -> None:
     """Measure how well a checkpoint answers forget, retain and held-out examples."""
     from perta.stages.evaluate import evaluate_checkpoint
     from perta.terminal import print_comparison, print_json, print_samples, without_rows
@@ -245,7 +245,7 @@ def _add_benchmark(
         print_metrics(results)
         _note(f"Results: {config.output}")
 
-    command.__annotations__ = {"config": config, "json": AsJson, "return": None}
+    command.__annotations__ = {"config": config, "json": _AsJson, "return": None}
     bench.command(command, name=name, help=summary)
 
 
@@ -274,7 +274,7 @@ def _add_own_benchmark(tokens: Sequence[str]) -> None:
 
 
 @bench.command
-def compare(config: CompareConfig, *, json: AsJson = False) -> None:
+def compare(config: CompareConfig, *, json: _AsJson = False) -> None:
     """Methods side by side: tune, edit and evaluate over seeds, at equal forgetting too.
 
     Finished runs are reused, so a comparison can be stopped, continued and extended.
@@ -287,7 +287,7 @@ def compare(config: CompareConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def report(*results: str, config: ReportConfig | None = None, json: AsJson = False) -> None:
+def report(*results: str, config: ReportConfig | None = None, json: _AsJson = False) -> None:
     """Write one self-contained HTML page about what was forgotten and what was kept.
 
     Args:
@@ -341,7 +341,7 @@ def clean(run: Path, *, dry_run: bool = False) -> None:
 
 
 @app.command
-def methods(name: str | None = None, *, json: AsJson = False) -> None:
+def methods(name: str | None = None, *, json: _AsJson = False) -> None:
     """List the methods with their formulas, or show one with its settings.
 
     Args:
@@ -397,7 +397,7 @@ def _apply(config: RequestsApplyConfig) -> None:
 
 
 @_requests.command(name="status")
-def _status(folder: Path, *, json: AsJson = False) -> None:
+def _status(folder: Path, *, json: _AsJson = False) -> None:
     """List the requests and where each stands.
 
     Args:
@@ -464,7 +464,7 @@ def _clean(config: LedgerConfig) -> None:
 
 
 @app.command
-def people(config: PeopleConfig, *, json: AsJson = False) -> None:
+def people(config: PeopleConfig, *, json: _AsJson = False) -> None:
     """Write question/answer pairs about fictitious people: forget, retain and all of them."""
     from perta.stages.people import write_people
 
@@ -473,7 +473,7 @@ def people(config: PeopleConfig, *, json: AsJson = False) -> None:
 
 
 @app.command
-def demo(config: DemoConfig | None = None, *, json: AsJson = False) -> None:
+def demo(config: DemoConfig | None = None, *, json: _AsJson = False) -> None:
     """Show the whole method on a real 135M-parameter model, from nothing, in minutes."""
     from perta.recipes.demo import run_demo
     from perta.terminal import print_json, without_rows

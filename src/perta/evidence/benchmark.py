@@ -233,22 +233,15 @@ def is_journal(path: Path) -> bool:
 
 
 def open_journal(
-    path: Path | None,
-    settings: Mapping[str, Any],
-    models: Mapping[str, PreTrainedModel | str | None],
+    path: Path | None, settings: Mapping[str, Any], models: Mapping[str, PreTrainedModel | None]
 ) -> Journal:
     """A journal that holds for these settings, models and this package's version alone.
 
-    Args:
-        path: JSONL file; None keeps nothing, and then no model is hashed.
-        models: name -> model, or its fingerprint where that is known.
+    Without a path nothing is kept, and no model is hashed.
     """
     if path is None:
         return Journal(None, "")
-    hashes = {
-        name: model_fingerprint(model) if isinstance(model, PreTrainedModel) else model
-        for name, model in models.items()
-    }
+    hashes = {name: model and model_fingerprint(model) for name, model in models.items()}
     record = {**settings, **hashes, "version": __version__}
     text = json.dumps(record, sort_keys=True, default=str)
     return Journal(path, hashlib.sha256(text.encode()).hexdigest())

@@ -128,7 +128,6 @@ def run_muse(
     limit: int | None = None,
     batch_size: int = 16,
     journal: Path | None = None,
-    fingerprint: str | None = None,
 ) -> Results:
     """Evaluate a model with the MUSE metrics its data files allow.
 
@@ -136,7 +135,6 @@ def run_muse(
         data_folder: folder with the files named in the module.
         corpus: news or books, or the prefix of files in these formats.
         journal: file that keeps outcomes as they come, so that a killed run resumes.
-        fingerprint: identity of the model's weights for the journal [default: their hash].
 
     Returns:
         forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE (all ROUGE-L F1),
@@ -149,12 +147,13 @@ def run_muse(
     """
     folder = Path(data_folder)
     longest = longest_input(model)
+    files = _Files(folder, corpus, tokenizer, longest, compat, limit)
     subsets = {
-        "forget_knowmem_ROUGE": _knowmem(folder, corpus, "forget", tokenizer, compat, limit),
-        "retain_knowmem_ROUGE": _knowmem(folder, corpus, "retain", tokenizer, compat, limit),
-        "forget_verbmem_ROUGE": _verbmem(folder, corpus, tokenizer, longest, limit),
-        "forget": _texts(folder, corpus, "forget", tokenizer, longest, compat, limit),
-        "holdout": _texts(folder, corpus, "holdout", tokenizer, longest, compat, limit),
+        "forget_knowmem_ROUGE": files.knowmem("forget"),
+        "retain_knowmem_ROUGE": files.knowmem("retain"),
+        "forget_verbmem_ROUGE": files.verbmem(),
+        "forget": files.texts("forget"),
+        "holdout": files.texts("holdout"),
     }
     if all(subset.reason for subset in subsets.values()):
         reasons = "; ".join(str(subset.reason) for subset in subsets.values())
@@ -171,7 +170,7 @@ def run_muse(
         batch_size,
         longest=longest,
     )
-    with open_journal(journal, depends_on, {"model": fingerprint or model}) as kept:
+    with open_journal(journal, depends_on, {"model": model}) as kept:
         outcomes = {
             name: _run(model, tokenizer, subset, options, kept) for name, subset in subsets.items()
         }
@@ -209,81 +208,77 @@ def cut_answer(text: str) -> str:
 # --- items ----------------------------------------------------------------------------------
 
 
-def _knowmem(
-    folder: Path,
-    corpus: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    compat: bool,
-    limit: int | None,
-) -> _Subset:
-    """Questions behind ten in-context pairs."""
-    name = f"{split}_knowmem"
-    files = [f"{corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
-    questions, shots = load_file(folder, files[0], _QA, limit), load_file(folder, files[1], _QA)
-    if questions is None or shots is None:
-        absent = files[0] if questions is None else files[1]
-        return _Subset(name, reason=f"{absent} is not there")
-    pairs = [f"Question: {e.prompt}\nAnswer: {e.answer}\n\n" for e in shots.examples]
-    items = []
-    for example in questions.examples:
-        text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
-        prompt = token_ids(text, tokenizer)
-        if len(prompt) > _PROMPT_LENGTH and not compat:
-            return _Subset(
-                name,
-                reason=f"{files[0]}, row {example.row}: its prompt has {len(prompt)} tokens with "
-                f"this tokenizer and the limit is {_PROMPT_LENGTH}; cutting it would cut the "
-                "question",
-            )
-        prompt = prompt[:_PROMPT_LENGTH]
-        items.append(Item((_continued(prompt, text + example.answer, tokenizer),), prompt))
-    return _Subset(name, tuple(items), tuple(e.answer.strip() for e in questions.examples))
+@dataclass(frozen=True)
+class _Files:
+    """The files of one corpus, the first `limit` rows of each, as items for one model."""
 
+    folder: Path
+    corpus: str
+    tokenizer: PreTrainedTokenizerBase
+    longest: int | None
+    compat: bool
+    limit: int | None
 
-def _verbmem(
-    folder: Path,
-    corpus: str,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int | None,
-    limit: int | None,
-) -> _Subset:
-    """The start of a text, to be continued as the text goes on."""
-    file = f"{corpus}_verbmem_forget.jsonl"
-    rows = load_file(folder, file, _VERBATIM, limit)
-    if rows is None:
-        return _Subset("verbmem", reason=f"{file} is not there")
-    items = []
-    for example in rows.examples:
-        prompt = token_ids(example.prompt, tokenizer)
-        if longest is not None and len(prompt) + _VERBMEM_TOKENS > longest:
-            reason = (
-                f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
-                f"{_VERBMEM_TOKENS} new ones, and the model takes {longest}"
-            )
-            return _Subset("verbmem", reason=reason)
-        whole = f"{example.prompt.rstrip()} {example.answer.lstrip()}"
-        items.append(Item((_continued(prompt, whole, tokenizer, _VERBMEM_TOKENS),), prompt))
-    return _Subset("verbmem", tuple(items), tuple(e.answer.strip() for e in rows.examples))
+    def _load(self, name: str, config: DataConfig) -> ExampleSet | None:
+        return load_file(self.folder, name, config, self.limit)
 
+    def knowmem(self, split: str) -> _Subset:
+        """Questions behind ten in-context pairs."""
+        name = f"{split}_knowmem"
+        files = [f"{self.corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
+        questions, shots = self._load(files[0], _QA), load_file(self.folder, files[1], _QA)
+        if questions is None or shots is None:
+            absent = files[0] if questions is None else files[1]
+            return _Subset(name, reason=f"{absent} is not there")
+        pairs = [f"Question: {e.prompt}\nAnswer: {e.answer}\n\n" for e in shots.examples]
+        items = []
+        for example in questions.examples:
+            text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
+            prompt = token_ids(text, self.tokenizer)
+            if len(prompt) > _PROMPT_LENGTH and not self.compat:
+                return _Subset(
+                    name,
+                    reason=f"{files[0]}, row {example.row}: its prompt has {len(prompt)} tokens "
+                    f"with this tokenizer and the limit is {_PROMPT_LENGTH}; cutting it would cut "
+                    "the question",
+                )
+            prompt = prompt[:_PROMPT_LENGTH]
+            items.append(Item((_continued(prompt, text + example.answer, self.tokenizer),), prompt))
+        return _Subset(name, tuple(items), tuple(e.answer.strip() for e in questions.examples))
 
-def _texts(
-    folder: Path,
-    corpus: str,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int | None,
-    compat: bool,
-    limit: int | None,
-) -> _Subset:
-    """Plain texts of which every token but the first is scored."""
-    file = f"{corpus}_privleak_{split}.jsonl"
-    rows = load_file(folder, file, _TEXT, limit)
-    if rows is None:
-        return _Subset(f"privleak_{split}", reason=f"{file} is not there")
-    length = min(_TEXT_LENGTH, longest or _TEXT_LENGTH)
-    items = [_text_item(e, tokenizer, length, compat) for e in _long_enough(rows, tokenizer)]
-    return _Subset(f"privleak_{split}", tuple(items))
+    def verbmem(self) -> _Subset:
+        """The start of a text, to be continued as the text goes on."""
+        file, longest = f"{self.corpus}_verbmem_forget.jsonl", self.longest
+        rows = self._load(file, _VERBATIM)
+        if rows is None:
+            return _Subset("verbmem", reason=f"{file} is not there")
+        items = []
+        for example in rows.examples:
+            prompt = token_ids(example.prompt, self.tokenizer)
+            if longest is not None and len(prompt) + _VERBMEM_TOKENS > longest:
+                reason = (
+                    f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
+                    f"{_VERBMEM_TOKENS} new ones, and the model takes {longest}"
+                )
+                return _Subset("verbmem", reason=reason)
+            whole = f"{example.prompt.rstrip()} {example.answer.lstrip()}"
+            continued = _continued(prompt, whole, self.tokenizer, _VERBMEM_TOKENS)
+            items.append(Item((continued,), prompt))
+        return _Subset("verbmem", tuple(items), tuple(e.answer.strip() for e in rows.examples))
+
+    def texts(self, split: str) -> _Subset:
+        """Plain texts of which every token but the first is scored."""
+        file = f"{self.corpus}_privleak_{split}.jsonl"
+        rows = self._load(file, _TEXT)
+        if rows is None:
+            return _Subset(f"privleak_{split}", reason=f"{file} is not there")
+        length = min(_TEXT_LENGTH, self.longest or _TEXT_LENGTH)
+        items = []
+        for example in rows.examples:
+            if len(token_ids(example.answer, self.tokenizer)) < 2:
+                raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
+            items.append(_text_item(example, self.tokenizer, length, self.compat))
+        return _Subset(f"privleak_{split}", tuple(items))
 
 
 def _text_item(
@@ -295,13 +290,6 @@ def _text_item(
     if not compat and eos is not None and len(ids) < length and ids[-1] != eos:
         ids = (*ids, int(eos))
     return Item((Encoded(ids, (IGNORE, *ids[1:]), example.row),))
-
-
-def _long_enough(rows: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> tuple[Example, ...]:
-    for example in rows.examples:
-        if len(token_ids(example.answer, tokenizer)) < 2:
-            raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
-    return rows.examples
 
 
 def _continued(

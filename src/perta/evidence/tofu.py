@@ -62,7 +62,7 @@ from perta.models.load import load_model, longest_input, pad_id
 from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import track
-from perta.store import fingerprint as store
+from perta.store.fingerprint import fingerprint
 
 _SPLITS = ("01", "05", "10")
 _SUBSETS = (
@@ -156,7 +156,7 @@ class _TofuMetrics(Benchmark[_TofuLike]):
         """The model whose loss the reference attack subtracts."""
         if not config.reference_checkpoint:
             return {}
-        return {"reference_checkpoint": store.fingerprint(_reference_folder(config))}
+        return {"reference_checkpoint": fingerprint(_reference_folder(config))}
 
     def check(self, config: _TofuLike, given: Given) -> None:
         """The split is there, and the reference is of its rows."""
@@ -236,7 +236,6 @@ def run_tofu(
     max_new_tokens: int = _MAX_NEW_TOKENS,
     gradient_norms: bool = True,
     journal: Path | None = None,
-    fingerprint: str | None = None,
 ) -> Results:
     """Evaluate a model with every TOFU metric its data files allow.
 
@@ -246,7 +245,6 @@ def run_tofu(
         forget_split: such as forget10; `people` for a folder of `perta people`.
         reference_model: model whose loss the reference attack subtracts.
         journal: file that keeps outcomes as they come, so that a killed run resumes.
-        fingerprint: identity of the model's weights for the journal [default: their hash].
 
     Returns:
         The results, keys as in published logs. A metric that lacks its file or its reference
@@ -257,7 +255,8 @@ def run_tofu(
         DataError: no data at all, unusable rows, or a reference of other data.
         DivergenceError: the model's loss is not finite.
     """
-    masking = _masking(tokenizer, compat)
+    padding = pad_id(tokenizer)
+    masking = Masking(padding, padding if compat else None)
     parts = load_parts(Path(data_folder), forget_split, limit)
     _check_forget_reference(parts, reference)
     options = ScoringOptions(
@@ -274,7 +273,7 @@ def run_tofu(
         "data": {p.name: p.examples.fingerprint for p in parts if p.examples},
         "settings": (forget_split, compat, limit, max_new_tokens, str(model.dtype)),
     }
-    models = {"model": fingerprint or model, "reference_model": reference_model}
+    models = {"model": model, "reference_model": reference_model}
     with open_journal(journal, depends_on, models) as kept:
         measured = _measure(model, tokenizer, parts, options, kept, compat)
         if gradient_norms:
@@ -357,11 +356,6 @@ def tofu_results(
 
 
 # --- measuring ------------------------------------------------------------------------------
-
-
-def _masking(tokenizer: PreTrainedTokenizerBase, compat: bool) -> Masking:
-    padding = pad_id(tokenizer)
-    return Masking(padding, padding if compat else None)
 
 
 def _measure(

@@ -24,9 +24,9 @@ from perta.options import sample_count
 from perta.store.atomic import write_text
 
 SHARE, SMALLEST, LARGEST = 0.1, 8, 200
-MOST = 0.25
+_MOST = 0.25
 """Largest share of the retain set that is held back by default."""
-SUBJECTS = 10
+_SUBJECTS = 10
 """Subjects from which on they are held back whole."""
 SEED = 0
 
@@ -78,12 +78,12 @@ def hold_back(examples: ExampleSet, wanted: str | None, subject_column: str | No
     numbers = subjects([example.fields for example in examples.examples], subject_column)
     by: Literal["subject", "row"] = "row"
     units: dict[object, list[int]] = {}
-    if numbers is not None and len(set(numbers)) >= SUBJECTS:
+    if numbers is not None and len(set(numbers)) >= _SUBJECTS:
         by = "subject"
     for place, example in enumerate(examples.examples):
         unit = numbers[place] if by == "subject" and numbers else example.messages
         units.setdefault(unit, []).append(place)
-    chosen = _choose(list(units.values()), count, max(count, int(MOST * n)))
+    chosen = _choose(list(units.values()), count, max(count, int(_MOST * n)))
     if not chosen or len(chosen) == n:
         return Split(examples, reason="Its rows are too much alike to keep some out.")
     kept = [e for i, e in enumerate(examples.examples) if i not in chosen]
@@ -94,7 +94,7 @@ def hold_back(examples: ExampleSet, wanted: str | None, subject_column: str | No
 def _count(n: int, wanted: str | None) -> int:
     if wanted is None:
         count = max(SMALLEST, min(LARGEST, round(SHARE * n)))
-        return count if count <= MOST * n else 0
+        return count if count <= _MOST * n else 0
     if wanted.strip() == "0":
         return 0
     count = sample_count(wanted, "held-back", n)

@@ -21,7 +21,7 @@ LARGEST: Final = 16.0
 RATIO: Final = 2 ** (1 / 3)
 """Factor between two strengths of the scan: its resolution."""
 
-GRID: Final = tuple(FIRST * RATIO**step for step in range(16))
+_GRID: Final = tuple(FIRST * RATIO**step for step in range(16))
 """Strengths of the scan."""
 
 TOLERANCE: Final = 0.04
@@ -75,7 +75,7 @@ def search_strength(forgets: Question, fits: Question) -> Found:
     if forgets(0.0):
         return Found(0.0)
     low, was_forgotten, exceeded = 0.0, False, 0
-    for place, high in enumerate(GRID):
+    for place, high in enumerate(_GRID):
         is_forgotten = forgets(high)
         if is_forgotten and not was_forgotten:
             # What is just enough may be within the budget where a little more is not.
@@ -96,7 +96,7 @@ def search_strength(forgets: Question, fits: Question) -> Found:
 def search_coarsely(forgets: Question) -> float | None:
     """Look for a strength that forgets, octave by octave and to a tenth: others follow it."""
     low = 0.0
-    for high in GRID[::_OCTAVE]:
+    for high in _GRID[::_OCTAVE]:
         if forgets(high):
             return _smallest(forgets, low, high, _COARSE)
         low = high

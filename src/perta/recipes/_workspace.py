@@ -49,38 +49,6 @@ from perta.store.record import read_manifest
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What an edit by a method reads besides θ₀ and θ_full.
-
-    Attributes:
-        forget_checkpoints: least number of models tuned on the forget set.
-        importance: sets whose importance is read.
-        orders: orders of the importance that are made in one pass.
-        moments: sets whose moments are read.
-    """
-
-    forget_checkpoints: int
-    retain_checkpoint: bool
-    importance: tuple[Side, ...]
-    orders: tuple[float, ...]
-    moments: tuple[Side, ...]
-    gradients: bool
-
-
-def needs(method: Edit) -> Needs:
-    """What a method needs."""
-    own = method.needs
-    return Needs(
-        own.tuned,
-        own.retain_checkpoint,
-        own.importance,
-        (method.order,),
-        own.moments,
-        own.gradients,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
     """Makes or reuses what one run needs.
@@ -122,33 +90,37 @@ class Workspace:
 
     def make(
         self,
-        wanted: Needs,
+        method: Edit,
         *,
+        orders: Sequence[float] = (),
         loss_on: LossOn | None = None,
         seeds: Sequence[int] = (),
+        retain_checkpoint: Path | None = None,
         samples: str | None = None,
         protected: Sequence[str] = ("retain",),
         saved: Path | None = None,
     ) -> dict[str, Any]:
-        """Everything that an edit reads, as fields of `EditConfig`.
+        """Everything that an edit by a method reads, as fields of `EditConfig`.
 
         Args:
-            samples: sample of the retain set that a retain checkpoint is tuned on.
+            orders: orders of the importance that are made in one pass [default: the method's].
+            retain_checkpoint: one that is there, in place of one tuned on `samples`.
             protected: sets whose moments, added, stand for what is to be kept.
             saved: moments that are added to these.
         """
         given: dict[str, Any] = {}
-        if wanted.forget_checkpoints:
-            first = self.tune.seed
-            seeds = seeds or range(first, first + wanted.forget_checkpoints)
+        wanted, first = method.needs, self.tune.seed
+        if wanted.tuned:
+            seeds = seeds or range(first, first + wanted.tuned)
             tuned = tuple(str(self._forget(*numbered, loss_on)) for numbered in enumerate(seeds))
             given["forget_checkpoint"] = tuned[0] if len(tuned) == 1 else tuned
         if wanted.retain_checkpoint:
-            tune = replace(self.tune, loss_on="answer")
-            output = self.tuned("retain_checkpoint", "retain", tune, "retain_finetune", samples)
-            given["retain_checkpoint"] = str(output)
+            tune, name = replace(self.tune, loss_on="answer"), "retain_checkpoint"
+            given[name] = str(
+                retain_checkpoint or self.tuned(name, "retain", tune, "retain_finetune", samples)
+            )
         for side in wanted.importance:
-            given[f"{side}_importance"] = self._importance(side, wanted.orders)
+            given[f"{side}_importance"] = self._importance(side, tuple(orders) or (method.order,))
         for side in wanted.moments:
             parts = protected if side == "retain" else (side,)
             folders = [self._moments(part, wanted.gradients) for part in parts]

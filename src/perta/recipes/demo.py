@@ -21,7 +21,7 @@ from perta.models.smollm import obtain_smollm
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import DataConfig, ScoringConfig, TuneConfig, WeightingConfig
 from perta.progress import say, telling_once
-from perta.recipes._workspace import Workspace, needs
+from perta.recipes._workspace import Workspace
 from perta.recipes.settings import DemoConfig
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
@@ -136,7 +136,7 @@ def _workspace(config: DemoConfig, base: Path, tune: TuneConfig, data: Path) -> 
 def _edited(config: DemoConfig, work: Workspace, full: Path, method: str, strength: float) -> Path:
     """The full model edited by one method, with what it needs made before."""
     # One pass measures both orders of importance, for both methods that use one.
-    given = work.make(replace(needs(get_method(method)), orders=(1.0, 2.0)))
+    given = work.make(get_method(method), orders=(1.0, 2.0))
     edit = work.edit_config(
         full=str(full),
         output=config.output / method,

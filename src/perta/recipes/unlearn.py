@@ -37,7 +37,7 @@ from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._plan import Sizes
 from perta.recipes._rounds import write_rounds
 from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
-from perta.recipes._workspace import Workspace, needs
+from perta.recipes._workspace import Workspace
 from perta.recipes.request import (
     check_options,
     check_places,
@@ -199,16 +199,37 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     if training is None:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
         if config.retain_checkpoint is not None:
-            given = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-            sources[RETAIN] = open_index(given)
+            retain = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
+            sources[RETAIN] = open_index(retain)
         targets = plan_edit(open_index(full), sources, config.weighting)
         if get_method(config.weighting.method).needs.moments:
             check_linear(targets)
     sets = load_sets(config)
-    run = _Run.of(config, training, targets, base, full, sets, *split_retain(config, sets))
+    split, held_back = split_retain(config, sets)
+    record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
+    reads = read_by(config, base, full)
+    if split is not None and split.held_back is not None:
+        judged = str(work_folder(config) / HELD_BACK)
+        config = replace(config, retain=str(work_folder(config) / PROTECTED))
+    given = {name: getattr(config, name) for name in ("forget", "retain", "general")}
+    work = Workspace(
+        folder=work_folder(config),
+        base=base,
+        measured=full if config.importance_at == "full" else base,
+        sets={name: data for name, data in given.items() if data is not None},
+        tune=config.tune,
+        estimator=config.estimator,
+        moments=config.moments,
+        data_config=config.data_config,
+        compute=config.compute,
+        reads=reads,
+        seconds=record.seconds,
+        passes=record.passes,
+    )
+    run = _Run(config, training, targets, full, sets, split, judged, work, record)
     if training is None:
         check_options(config, run.used)
-        check_retain_moments(config, run.work.measured, sets)
+        check_retain_moments(config, work.measured, sets)
     return run
 
 
@@ -225,40 +246,6 @@ class _Run:
     judged: str | None
     work: Workspace
     record: RunRecord
-
-    @classmethod
-    def of(
-        cls,
-        config: UnlearnConfig,
-        training: Training | None,
-        targets: Sequence[Target],
-        base: Path,
-        full: Path,
-        sets: Mapping[str, ExampleSet],
-        split: Split | None,
-        held_back: Mapping[str, Any],
-    ) -> _Run:
-        record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
-        reads = read_by(config, base, full)
-        if split is not None and split.held_back is not None:
-            judged = str(work_folder(config) / HELD_BACK)
-            config = replace(config, retain=str(work_folder(config) / PROTECTED))
-        given = {name: getattr(config, name) for name in ("forget", "retain", "general")}
-        work = Workspace(
-            folder=work_folder(config),
-            base=base,
-            measured=full if config.importance_at == "full" else base,
-            sets={name: data for name, data in given.items() if data is not None},
-            tune=config.tune,
-            estimator=config.estimator,
-            moments=config.moments,
-            data_config=config.data_config,
-            compute=config.compute,
-            reads=reads,
-            seconds=record.seconds,
-            passes=record.passes,
-        )
-        return cls(config, training, targets, full, sets, split, judged, work, record)
 
     @property
     def used(self) -> Mapping[str, ExampleSet]:
@@ -279,15 +266,11 @@ class _Run:
         steps: dict[str, bool] = {}
         config, work, judged = self.config, self.work, self.judged
         if self.split and self.split.held_back:  # nothing is written here for stages to read
-            rows = {"retain": self.split.protected, "judged": self.split.held_back}
-            given = {
-                name: as_source([e.fields for e in part.examples], name)
-                for name, part in rows.items()
-            }
-            work, judged = (
-                replace(work, sets={**work.sets, "retain": given["retain"]}),
-                given["judged"],
+            parts = {"retain": self.split.protected, "judged": self.split.held_back}
+            kept, judged = (
+                as_source([e.fields for e in part.examples], name) for name, part in parts.items()
             )
+            work = replace(work, sets={**work.sets, "retain": kept})
         work = replace(work, asked=steps, looks=looks, made={})
         run = replace(self, work=work, judged=judged)
         if not self.record.is_finished():
@@ -370,15 +353,13 @@ class _Run:
     def _needed(self) -> dict[str, Any]:
         """Everything that the edit reads, made or reused."""
         config, work, first = self.config, self.work, self.config.tune.seed
-        wanted = needs(get_method(config.weighting.method))
-        theirs: dict[str, Any] = {}
-        if wanted.retain_checkpoint and config.retain_checkpoint is not None:
-            wanted = replace(wanted, retain_checkpoint=False)
-            given = resolve_checkpoint(config.retain_checkpoint, base=work.base, exact=True)
-            theirs = {"retain_checkpoint": str(given)}
+        method, given = get_method(config.weighting.method), config.retain_checkpoint
         protected = ("general",) if config.retain_moments else ("retain", "general")
-        made = work.make(
-            wanted,
+        return work.make(
+            method,
+            retain_checkpoint=resolve_checkpoint(given, base=work.base, exact=True)
+            if method.needs.retain_checkpoint and given is not None
+            else None,
             loss_on=self._loss_on,
             seeds=range(first, first + (config.forget_seeds or 1)),
             # All of the retain set would cost as much as training again without the forget set.
@@ -388,7 +369,6 @@ class _Run:
             protected=[name for name in protected if name in work.sets],
             saved=config.retain_moments,
         )
-        return made | theirs
 
     @property
     def _loss_on(self) -> LossOn:

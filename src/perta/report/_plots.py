@@ -29,8 +29,8 @@ from perta.report.verdict.judge import reference_quality
 from perta.report.verdict.sentences import number
 from perta.store.provenance import Record
 
-MOST_CURVES = 9
-MOST_MAPS = 8
+_MOST_CURVES = 9
+_MOST_MAPS = 8
 
 _SHORT_NAMES = {
     "input_layernorm": "norm 1",
@@ -159,19 +159,19 @@ def _range(reading: Reading) -> tuple[float, float] | None:
     return (reading.interval.low, reading.interval.high) if reading.interval else None
 
 
-def curve_runs(runs: Sequence[Run], ranked: Sequence[Run]) -> list[Run]:
+def _curve_runs(runs: Sequence[Run], ranked: Sequence[Run]) -> list[Run]:
     """The models to draw as curves: references, then edited ones in order of rank.
 
     Where they are too many to tell apart, the best of each method stands for it.
     """
     edited = [run for run in ranked if run in runs]
     references = [run for run in runs if run.role in ("base", "full", "retrained")]
-    if len(references) + len(edited) > MOST_CURVES:
+    if len(references) + len(edited) > _MOST_CURVES:
         first: dict[str | None, Run] = {}
         for run in edited:
             first.setdefault(run.method, run)
         edited = list(first.values())
-    return [*references[: MOST_CURVES - 2], *edited][:MOST_CURVES]
+    return [*references[: _MOST_CURVES - 2], *edited][:_MOST_CURVES]
 
 
 def probability_curves(
@@ -187,7 +187,7 @@ def probability_curves(
     if not usable:
         return None
     curves = []
-    for run in curve_runs(usable, ranked):
+    for run in _curve_runs(usable, ranked):
         values = tuple(run.measures["forget_probability"].examples.values())
         tip = (
             f"{_full_name(run)}\nn = {len(values)}, median {number(median(values))}, "
@@ -212,7 +212,7 @@ def truth_ratio_curves(
     if not usable:
         return None
     curves, rows = [], []
-    for run in curve_runs(usable, ranked):
+    for run in _curve_runs(usable, ranked):
         values = tuple(truth_ratios(run.results))
         test = reference_quality(run, collection)
         distance = "–" if test is None else number(test[0], 3)
@@ -247,7 +247,7 @@ def edit_maps(runs: Sequence[Run]) -> tuple[list[EditMap], int]:
     first: dict[tuple[str | None, float | None], Run] = {}
     for run in edited:
         first.setdefault((run.method, run.alpha), run)
-    shown = list(first.values())[:MOST_MAPS]
+    shown = list(first.values())[:_MOST_MAPS]
     return [edit_map(run) for run in shown], len(edited) - len(shown)
 
 

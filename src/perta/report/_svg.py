@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-TEXT_WIDTH = 6.5
+_TEXT_WIDTH = 6.5
 """Mean width of a character of a label, for placing labels without measuring them."""
 SMALLEST = 1e-12
 """Values below are drawn here on logarithmic axes."""
-LONG_LABEL = 40
+_LONG_LABEL = 40
 """Characters from which a name stands below a figure that is a file."""
 _LINE = 18
 _LINE_LENGTH = 110
@@ -134,7 +134,7 @@ Figure = Scatter | Ecdf | HeatMap
 
 
 @dataclass(frozen=True)
-class Frame:
+class _Frame:
     """Size of a figure, and the corners of its plot."""
 
     width: int
@@ -145,8 +145,8 @@ class Frame:
     y1: int
 
 
-WIDE, NARROW = Frame(800, 450, 58, 784, 30, 400), Frame(360, 370, 48, 350, 30, 320)
-_ECDF_WIDE, _ECDF_NARROW = Frame(800, 410, 58, 784, 14, 360), Frame(360, 330, 48, 350, 14, 280)
+WIDE, NARROW = _Frame(800, 450, 58, 784, 30, 400), _Frame(360, 370, 48, 350, 30, 320)
+_ECDF_WIDE, _ECDF_NARROW = _Frame(800, 410, 58, 784, 14, 360), _Frame(360, 330, 48, 350, 14, 280)
 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
@@ -209,7 +209,7 @@ def drawing(figure: Figure) -> str:
         return heat_map(figure)
     if isinstance(figure, Ecdf):
         return _ecdf(figure, _ECDF_WIDE, [(c.style, c.label) for c in figure.curves])
-    long = [p for p in figure.points if p.named and len(p.label) > LONG_LABEL]
+    long = [p for p in figure.points if p.named and len(p.label) > _LONG_LABEL]
     points = tuple(replace(p, named=p.named and p not in long) for p in figure.points)
     names = [(p.style, p.label) for p in long]
     return _scatter(replace(figure, points=points), WIDE, names)
@@ -239,14 +239,14 @@ def heat_map(data: HeatMap) -> str:
         x, y = left + cell.column * width, top + cell.row * height
         parts.append(
             f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" '
-            f'height="{height - gap:.1f}" fill-opacity="{opacity(share):.3f}" '
+            f'height="{height - gap:.1f}" fill-opacity="{_opacity(share):.3f}" '
             f'data-row="{cell.row}" data-col="{cell.column}"{_tip(cell.tip)}</rect>'
         )
     parts.append(_ramp(left, bottom + 14, _short(low), _short(high), data.legend))
     return "".join([*parts, "</svg>"])
 
 
-def opacity(share: float) -> float:
+def _opacity(share: float) -> float:
     """Strength of a map's hue for a value's place between smallest and largest."""
     return 0.07 + 0.93 * share
 
@@ -283,7 +283,7 @@ def _legend(names: _Names, top: float) -> tuple[str, float]:
     return "".join(parts), y - top + 6 * bool(names)
 
 
-def _scatter(data: Scatter, frame: Frame, names: _Names = ()) -> str:
+def _scatter(data: Scatter, frame: _Frame, names: _Names = ()) -> str:
     points, x, y, cross = data.points, data.x, data.y, data.cross
 
     def at(px: float, py: float) -> tuple[float, float]:
@@ -327,7 +327,7 @@ def _bars(point: Point, at: Callable[[float, float], tuple[float, float]]) -> st
 
 
 def _labels(
-    points: Sequence[Point], placed: Sequence[tuple[float, float]], frame: Frame
+    points: Sequence[Point], placed: Sequence[tuple[float, float]], frame: _Frame
 ) -> list[str]:
     """Names beside the marks, each where it collides least with what is there already."""
     taken = [(px - 8, py - 8, px + 8, py + 8) for px, py in placed]
@@ -335,7 +335,7 @@ def _labels(
     for point, (px, py) in zip(points, placed, strict=True):
         if not point.named:
             continue
-        width = TEXT_WIDTH * len(point.label)
+        width = _TEXT_WIDTH * len(point.label)
         options = (
             (px + 11, py + 4, "start"),
             (px - 11, py + 4, "end"),
@@ -358,7 +358,7 @@ def _labels(
     for point, (px, py) in zip(points, placed, strict=True):
         # Strengths are written only where there is room: the tooltip has them all.
         for tx, ty, anchor in ((px, py + 20, "middle"), (px, py - 11, "middle")):
-            box = _box((tx, ty, anchor), TEXT_WIDTH * len(point.note))
+            box = _box((tx, ty, anchor), _TEXT_WIDTH * len(point.note))
             if point.note and _cost(box, taken, frame) == 0:
                 taken.append(box)
                 parts.append(_text(tx, ty, point.note, f"hint {point.style.toggle}", anchor))
@@ -375,7 +375,7 @@ def _box(option: tuple[float, float, str], width: float) -> _Box:
     return left, y - 11, left + width, y + 4
 
 
-def _cost(box: _Box, taken: Iterable[_Box], frame: Frame) -> float:
+def _cost(box: _Box, taken: Iterable[_Box], frame: _Frame) -> float:
     outside = max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.width)
     outside += max(0.0, frame.y0 - 12 - box[1]) + max(0.0, box[3] - frame.y1)
     overlap = 0.0
@@ -387,7 +387,7 @@ def _cost(box: _Box, taken: Iterable[_Box], frame: Frame) -> float:
     return overlap + 40 * outside
 
 
-def _better(x: Axis, y: Axis, frame: Frame) -> str:
+def _better(x: Axis, y: Axis, frame: _Frame) -> str:
     """An arrow into the corner where a perfect model would be."""
     if "none" in (x.better, y.better):
         return ""
@@ -399,7 +399,7 @@ def _better(x: Axis, y: Axis, frame: Frame) -> str:
     return _text(place[0], frame.y0 - 14, f"{arrow}better{end}", "hint", place[1])
 
 
-def _ecdf(data: Ecdf, frame: Frame, names: _Names = ()) -> str:
+def _ecdf(data: Ecdf, frame: _Frame, names: _Names = ()) -> str:
     x, y = data.x, unit_axis("share of the removed examples")
     legend, more = _legend(names, frame.height + 6)
     parts = [_open(frame.width, frame.height + more, data.title, "ecdf"), _axes(x, y, frame)]
@@ -421,7 +421,7 @@ def _ecdf(data: Ecdf, frame: Frame, names: _Names = ()) -> str:
     return "".join([*parts, legend, "</svg>"])
 
 
-def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: Frame) -> str:
+def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: _Frame) -> str:
     """A few of the model's marks on its curve, so that curves differ in more than colour."""
     n = len(values)
     places = sorted({min(n - 1, int(n * share)) for share in (0.2, 0.5, 0.8)})
@@ -436,7 +436,7 @@ def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: Frame
     )
 
 
-def _axes(x: Axis, y: Axis, frame: Frame) -> str:
+def _axes(x: Axis, y: Axis, frame: _Frame) -> str:
     parts = ['<g class="axes" aria-hidden="true">']
     for value, name in y.ticks:
         py = y.place(value, frame.y1, frame.y0)
@@ -468,7 +468,7 @@ def _ramp(x: float, y: float, low: str, high: str, legend: str) -> str:
     parts = [
         f'<rect class="cell" x="{x + i * width / steps:.1f}" y="{y:.1f}" '
         f'width="{width / steps + 0.3:.1f}" height="8" '
-        f'fill-opacity="{opacity(i / (steps - 1)):.3f}"/>'
+        f'fill-opacity="{_opacity(i / (steps - 1)):.3f}"/>'
         for i in range(steps)
     ]
     parts.append(_text(x + width + 8, y + 8, f"{low} to {high}", "tick", "start"))

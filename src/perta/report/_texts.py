@@ -16,7 +16,7 @@ from typing import Any
 from perta.evidence.measures import row_number
 from perta.report.collect import Run
 
-TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
+_TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
     "forget": (
         "forget_rougeL_recall",
         "forget_Q_A_ROUGE",
@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Sample:
+class _Sample:
     """One example, by its number in its file, with the answers of several models."""
 
     number: str
@@ -65,7 +65,7 @@ class SampleSet:
     """
 
     name: str
-    samples: tuple[Sample, ...]
+    samples: tuple[_Sample, ...]
     first: int
     total: int
     measure: str
@@ -87,7 +87,7 @@ def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) 
     the worst.
     """
     sets = []
-    for name in TEXT_KEYS:
+    for name in _TEXT_KEYS:
         found = _rows(subject, name)
         if found is None or count == 0:
             continue
@@ -116,7 +116,7 @@ def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) 
 
 
 def _rows(run: Run, name: str) -> tuple[str, Mapping[str, Any]] | None:
-    for key in TEXT_KEYS[name]:
+    for key in _TEXT_KEYS[name]:
         rows = _rows_of(run, key)
         if rows:
             return key, rows
@@ -144,7 +144,7 @@ def _sample(
     show: bool,
     exposed: bool,
     scored: str,
-) -> Sample:
+) -> _Sample:
     def shown(text: str) -> Quote:
         return quote(text, show=show)
 
@@ -156,7 +156,7 @@ def _sample(
             text = _text(rows[index], "generation")
             same = _plain(text) == _plain(reference)
             answers.append(Answer(run.label, shown(text), _score(rows[index], scored), same))
-    return Sample(index, shown(question), shown(reference), tuple(answers), exposed)
+    return _Sample(index, shown(question), shown(reference), tuple(answers), exposed)
 
 
 def _most_exposed(run: Run, rows: Mapping[str, Any]) -> str | None:

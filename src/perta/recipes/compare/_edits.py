@@ -14,7 +14,7 @@ from torch import Tensor
 from perta.data.examples import load_examples
 from perta.options import EstimatorConfig, LossOn, MomentOptions
 from perta.recipes._edited_model import Change, load_changes
-from perta.recipes._workspace import Needs, Workspace, needs
+from perta.recipes._workspace import Workspace
 from perta.recipes.compare._draw import Draw
 from perta.recipes.compare._search import Try, search_equal
 from perta.recipes.compare._spec import EditSpec
@@ -60,11 +60,11 @@ class WeightEdit:
 def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdit:
     """Run the stages that a weight-space method stands on, and read its direction."""
     work = _workspace(config, draw, spec)
-    wanted = _wanted(spec)
-    count = spec.forget_seeds or wanted.forget_checkpoints
+    count = spec.forget_seeds or spec.method.needs.tuned
     parts = ("retain", "general") if spec.share else ("general",)
     given = work.make(
-        wanted,
+        spec.method,
+        orders=_orders(spec),
         loss_on=forget_loss(config, draw, spec),
         seeds=[draw.seed + 1000 * place for place in range(count)],
         # As many rows as there are to forget.
@@ -85,10 +85,10 @@ def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdi
     return WeightEdit(default, changes, work.seconds, work.passes)
 
 
-def _wanted(spec: EditSpec) -> Needs:
-    wanted = needs(spec.method)
+def _orders(spec: EditSpec) -> tuple[float, ...]:
     # One pass serves both named methods.
-    return replace(wanted, orders=(1.0, 2.0)) if wanted.orders[0] in (1.0, 2.0) else wanted
+    order = spec.method.order
+    return (1.0, 2.0) if order in (1.0, 2.0) else (order,)
 
 
 def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
@@ -108,9 +108,9 @@ def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
     reduction = theirs.reduction or EstimatorConfig.reduction
     loss_on = forget_loss(config, draw, spec)
     is_usual = loss_on == (config.tune.loss_on or "answer")
-    orders = "_".join(f"{order:g}" for order in _wanted(spec).orders)
+    orders = "_".join(f"{order:g}" for order in _orders(spec))
     reduced = "" if reduction == EstimatorConfig.reduction else f"_{reduction}"
-    counted = f"{spec.tokens}_{'kron' if _wanted(spec).gradients else 'input'}"
+    counted = f"{spec.tokens}_{'kron' if theirs.gradients else 'input'}"
     names = {"forget_checkpoint": "forget_checkpoint" + ("" if is_usual else f"_on_{loss_on}")}
     for part in ("forget", "retain"):
         names[f"{part}_importance"] = f"{part}_importance_{at}_{spec.share:g}_{orders}{reduced}"

@@ -35,10 +35,10 @@ from perta.store.arithmetic import Place, round_as_stored
 from perta.store.atomic import scratch_folder
 from perta.store.costs import BACKWARD, FORWARD
 
-RATE_FACTOR = 3.0
+_RATE_FACTOR = 3.0
 """Factor between the learning rates that are tried."""
 
-BEYOND = 2
+_BEYOND = 2
 """Epochs after what the retrained model knows was passed: equal resistance to
 relearning may ask for more than equal forgetting."""
 
@@ -162,7 +162,7 @@ def prepare_path(
         path = TrainingPath(rate, [start], folder, stack.close, dtype, places)
         # The first path runs to its end, which is what the method does by default.
         stop_at = target if attempt > 1 else 0.0
-        is_too_fast = not _train(path, draw, replace_rate(spec, rate), bench, stop_at)
+        is_too_fast = not _train(path, draw, _replace_rate(spec, rate), bench, stop_at)
         if attempt == 1 and not is_too_fast:
             fixed = {"strength": path.default, **means(bench.measure())}
         if not is_too_fast and (best is None or path.rank(target) < best.rank(target)):
@@ -171,11 +171,11 @@ def prepare_path(
         is_too_fast |= crossed and path.known[1] < target / 2
         if crossed and not is_too_fast:
             break
-        rate = rate / RATE_FACTOR if is_too_fast else rate * RATE_FACTOR
+        rate = rate / _RATE_FACTOR if is_too_fast else rate * _RATE_FACTOR
     if best is None:
         raise DivergenceError(
-            f"`{spec.name}` diverged at every learning rate down to {rate * RATE_FACTOR:.2g}. Give "
-            "it a smaller one, as in `npo:learning_rate=1e-7`."
+            f"`{spec.name}` diverged at every learning rate down to {rate * _RATE_FACTOR:.2g}. "
+            "Give it a smaller one, as in `npo:learning_rate=1e-7`."
         )
     best.attempts, best.fixed = attempt, fixed
     return best
@@ -190,7 +190,7 @@ def _train(
     def after_epoch(epoch: int) -> bool:
         path.known.append(bench.known())
         path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
-        return sum(p <= stop_at for p in path.known) > BEYOND
+        return sum(p <= stop_at for p in path.known) > _BEYOND
 
     refusals = bench.encode(refuse(bench.sets["forget"], spec.training.seed))
     try:
@@ -212,6 +212,6 @@ def _train(
     return True
 
 
-def replace_rate(spec: TrainingSpec, rate: float) -> TrainingSpec:
+def _replace_rate(spec: TrainingSpec, rate: float) -> TrainingSpec:
     """The same contender with another learning rate."""
     return replace(spec, training=replace(spec.training, learning_rate=rate))

@@ -32,7 +32,7 @@ _TRAINING = {item.name for item in dataclasses.fields(TrainSettings)} - {
 
 
 @dataclass(frozen=True)
-class Spec:
+class _Spec:
     """One contender."""
 
     name: str
@@ -44,7 +44,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class EditSpec(Spec):
+class EditSpec(_Spec):
     """A weight-space method.
 
     Attributes:
@@ -70,7 +70,7 @@ class EditSpec(Spec):
 
 
 @dataclass(frozen=True)
-class TrainingSpec(Spec):
+class TrainingSpec(_Spec):
     """A training method; the harness chooses learning rate and number of epochs."""
 
     method: Training
@@ -78,7 +78,7 @@ class TrainingSpec(Spec):
 
 
 @dataclass(frozen=True)
-class GivenSpec(Spec):
+class GivenSpec(_Spec):
     """A model that other code made; `{seed}` in its place stands for the seed."""
 
     place: str

@@ -17,7 +17,7 @@ from perta.terminal import console
 
 Record = Mapping[str, Any]
 
-VIEWS = {
+_VIEWS = {
     "equal": "at equal forgetting",
     "fixed": "at the default strength",
     "resistant": "at equal resistance to relearning",
@@ -59,9 +59,9 @@ COLUMNS = {
     "attempts": "learning rates tried",
     "learning_rate": "learning rate",
 }
-ABILITY = "ability_"
+_ABILITY = "ability_"
 _NAME_WIDTH = 24
-PRINTED = (
+_PRINTED = (
     "strength",
     "forget_probability",
     "forget_choice_accuracy",
@@ -152,7 +152,10 @@ def spread(values: Sequence[float]) -> str:
 
 def summary_files() -> list[str]:
     """Names of all that `write_summary` may write."""
-    return ["summary.md", *(f"{v}{part}" for v in VIEWS for part in (".csv", "_seeds.csv", ".tex"))]
+    return [
+        "summary.md",
+        *(f"{v}{part}" for v in _VIEWS for part in (".csv", "_seeds.csv", ".tex")),
+    ]
 
 
 def write_summary(records: Sequence[Record], folder: Path, *, shows: bool = True) -> None:
@@ -162,13 +165,13 @@ def write_summary(records: Sequence[Record], folder: Path, *, shows: bool = True
     VIEW.tex (booktabs); summary.md has all views.
     """
     page = []
-    for view, title in VIEWS.items():
+    for view, title in _VIEWS.items():
         rows = summarise(records, view)
         if not rows or (view != "equal" and not any(view in record for record in records)):
             continue
         columns = [name for name in _columns(rows) if any(name in row for row in rows)]
         names = ["method", "seeds", *columns]
-        printed = ["method", "seeds", *(n for n in columns if n in PRINTED)]
+        printed = ["method", "seeds", *(n for n in columns if n in _PRINTED)]
         if shows:
             _print(title, rows, printed)
         parts = [f"{name}{part}" for name in columns for part in ("", "_sd", "_n")]
@@ -192,7 +195,7 @@ def _values(
     return {
         **record[view],
         **{f"suite_{name}": value for name, value in suite.items()},
-        **{f"{ABILITY}{name}": value for name, value in ability.items()},
+        **{f"{_ABILITY}{name}": value for name, value in ability.items()},
         "seconds": cost.total or None,
         "passes": passes or None,
         "share": passes / whole if whole and passes else None,
@@ -204,12 +207,12 @@ def _values(
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The known columns, then general ability, which has the columns its tasks give it."""
-    tasks = {name for row in rows for name in row if name.startswith(ABILITY)}
+    tasks = {name for row in rows for name in row if name.startswith(_ABILITY)}
     return [*COLUMNS, *sorted(tasks)]
 
 
 def _header(name: str) -> str:
-    return COLUMNS.get(name, name.removeprefix(ABILITY))
+    return COLUMNS.get(name, name.removeprefix(_ABILITY))
 
 
 def _print(title: str, rows: Iterable[Mapping[str, str]], names: Sequence[str]) -> None:
