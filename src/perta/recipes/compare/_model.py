@@ -15,13 +15,7 @@ from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
-from perta.engine.train.relearn import (
-    LEARNING_RATE,
-    SHOWN,
-    TEXT_TOKENS,
-    general_texts,
-    relearn,
-)
+from perta.engine.train.relearn import LEARNING_RATE, SHOWN, TEXT_TOKENS, general_texts, relearn
 from perta.evidence.metrics import mean
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results

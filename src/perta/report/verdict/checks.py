@@ -23,12 +23,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
-from perta.evidence.intervals import (
-    Interval,
-    mean_interval,
-    share_interval,
-    upper_end,
-)
+from perta.evidence.intervals import Interval, mean_interval, share_interval, upper_end
 from perta.evidence.measures import (
     BY_KEY,
     BY_ROW,
