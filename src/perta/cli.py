@@ -210,7 +210,7 @@ def evaluate(config: EvaluateConfig, *, json: _AsJson = False) -> None:
 
 
 @app.command
-def audit(config: AuditConfig, *, json: AsJson = False) -> None:
+def audit(config: AuditConfig, *, json: _AsJson = False) -> None:
     """Look for what was removed in many ways, and judge each against a model that never had it."""
     from perta.stages.audit import AUDIT, audit_checkpoint, without_scores
     from perta.terminal import print_audit, print_json
