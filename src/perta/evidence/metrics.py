@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _EPSILON = 1e-10
 """Added to denominators by the published definitions; kept for equal numbers."""
+_DEPTH_GAP = 0.05
+"""Nats by which a layer's states have to matter, to count in the depth score."""
 _MIN_K_SHARE = 0.4
 """Share of the least likely tokens that Min-K and Min-K++ average."""
 
@@ -229,6 +231,54 @@ def model_utility(values: Sequence[float]) -> float:
     if any(value <= 0 for value in values):
         return 0.0
     return len(values) / math.fsum(1 / value for value in values)
+
+
+def rounding_robustness(before: float, after: float) -> float:
+    """Q = min(before / after, 1) of what a model knows, before and after its weights are rounded.
+
+    It is below 1 where more is known afterwards. Source: Dorna et al., arXiv 2506.12618, section 5.
+    """
+    return 1.0 if after <= before else before / after
+
+
+def relearning_robustness(retrained: float, unlearned: float) -> float:
+    """R = min(rise of the retrained model / rise of the unlearned one, 1), both by relearning.
+
+    It is 1 where the unlearned model's value does not rise, and 0 where only that one rises.
+    Source: as `rounding_robustness`.
+    """
+    if unlearned <= max(retrained, 0.0):
+        return 1.0
+    return max(retrained, 0.0) / unlearned
+
+
+def likeness(one: float, other: float) -> float:
+    """1 - |one - other| / (|one| + |other|): the symmetric form of both, which minds a fall too.
+
+    Source: Lee et al., arXiv 2605.24614, section 4.1.
+    """
+    return 1.0 - abs(one - other) / (abs(one) + abs(other) + _EPSILON)
+
+
+def depth_score(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Unlearning depth score of one example: 0 all is there, 1 nothing is.
+
+        sum_l d1_l clip(d2_l / d1_l, 0, 1) / sum_l d1_l     over layers l with d1_l > 0.05
+
+    Args:
+        first: by layer, how much less likely the full model finds the fact, mean over its tokens in
+            nats, where the states of that layer are those of a model that never saw it.
+        second: the same with the states of the model that is judged.
+
+    Returns:
+        The score; None where no layer counts.
+
+    Source: Lee et al., arXiv 2605.24614, sections 3.2 and 3.3.
+    """
+    counted = [(one, two) for one, two in zip(first, second, strict=True) if one > _DEPTH_GAP]
+    if not counted:
+        return None
+    return sum(min(max(two, 0.0), one) for one, two in counted) / sum(one for one, _ in counted)
 
 
 def mean(values: Sequence[float]) -> float:

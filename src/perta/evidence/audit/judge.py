@@ -95,6 +95,7 @@ class Judgement:
         worst_row: number in the file and value of such a row.
         leaking_rows: numbers in the file of rows that are still there.
         leaking_subjects: numbers of subjects.
+        notes: other figures by name.
     """
 
     verdict: Verdict
@@ -106,6 +107,7 @@ class Judgement:
     worst_row: tuple[int, float] | None = None
     leaking_rows: tuple[int, ...] = ()
     leaking_subjects: tuple[int, ...] = ()
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 def yardstick_of(found: Found) -> tuple[YardstickName, dict[str, float], dict[str, int]] | None:

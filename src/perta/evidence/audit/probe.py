@@ -104,6 +104,21 @@ class Material:
         return [by_row[row] for row in self.rows(name)]
 
 
+@dataclass(frozen=True)
+class Relearning:
+    """How a model is shown rows again; whoever makes the view knows how to train.
+
+    Attributes:
+        run: trains a float32 model on rows, and calls a function with each step from 1.
+        shown: one in so many rows of a set is shown.
+        texts: English that has nothing to do with any set.
+    """
+
+    run: Callable[[PreTrainedModel, Sequence[Encoded], Callable[[int], None]], None]
+    shown: int
+    texts: Sequence[str] = field(repr=False)
+
+
 @dataclass
 class View:
     """One model as probes see it.
@@ -116,6 +131,7 @@ class View:
         effort: how much is done.
         journal: keeps outcomes, so that a run that was killed goes on.
         load: another model of the audit, by its role; it is for its caller to let it go.
+        relearning: how it is shown rows again; None where it cannot be.
     """
 
     role: Role
@@ -125,6 +141,7 @@ class View:
     effort: Effort
     journal: Journal
     load: Callable[[Role], PreTrainedModel]
+    relearning: Relearning | None = None
     _asked: dict[str, list[Outcome]] = field(default_factory=dict)
 
     def asked(self, name: str) -> list[Outcome]:

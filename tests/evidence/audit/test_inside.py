@@ -1,0 +1,129 @@
+"""Inside: the lens against plain passes, the depth score against an own exchange of states."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from audit_cases import log_probabilities, material, tiny_double, view
+from transformers import PreTrainedModel
+
+from helpers import tiny_llama
+from perta.data.batch import IGNORE, Encoded
+from perta.errors import ConfigError
+from perta.evidence.audit.inside import Depth, Lens
+from perta.evidence.audit.probe import View
+from perta.evidence.metrics import depth_score
+
+
+def test_the_score_by_hand() -> None:
+    # Layers with gaps of 0.05 and less do not count; a fall, or more than all, is cut off.
+    assert depth_score([0.05, 1.0, 2.0], [9.0, 0.5, 4.0]) == pytest.approx(2.5 / 3)
+    assert depth_score([1.0, 1.0], [-1.0, 0.0]) == 0.0
+    assert depth_score([0.5, 2.0], [0.5, 2.0]) == 1.0
+    assert depth_score([0.05, -1.0], [1.0, 1.0]) is None
+
+
+def test_the_lens_decodes_each_layer_with_norm_and_head(tmp_path: Path) -> None:
+    made, model = material(tmp_path), tiny_llama()
+    found = Lens().ways(view(made, model), "forget")
+    assert list(found) == ["1", "2"]
+    double = tiny_double(model)
+    for i, fact in enumerate(made.facts["forget"]):
+        # The last layer's states are what the model answers from.
+        own = log_probabilities(model, fact.encoded)
+        assert found["2"][i] == pytest.approx(math.exp(sum(own) / len(own)), rel=1e-3)
+        with torch.no_grad():
+            states: Any = double(torch.tensor([fact.encoded.input_ids]), output_hidden_states=True)
+            logits = double.lm_head(double.model.norm(states.hidden_states[1]))[0].log_softmax(-1)
+        told = [
+            float(logits[t - 1, label])
+            for t, label in enumerate(fact.encoded.labels)
+            if label != IGNORE
+        ]
+        assert found["1"][i] == pytest.approx(math.exp(sum(told) / len(told)), rel=1e-3)
+
+
+def given(*known: str, **models: PreTrainedModel) -> dict[Any, PreTrainedModel]:
+    class Some(dict[Any, PreTrainedModel]):
+        def __missing__(self, role: str) -> PreTrainedModel:
+            raise ConfigError(f"no {role}")
+
+    assert not known
+    return Some(models)
+
+
+def look(view: View, others: dict[Any, PreTrainedModel]) -> View:
+    view.load = others.__getitem__
+    return view
+
+
+def exchanged(full: PreTrainedModel, other: PreTrainedModel, encoded: Encoded) -> list[float]:
+    """Of each layer the mean loss of log p that other states make, one token after the other."""
+    full, other = tiny_double(full), tiny_double(other)
+    ids = torch.tensor([encoded.input_ids])
+    places = [t - 1 for t, label in enumerate(encoded.labels) if label != IGNORE]
+    found = []
+    for layer in range(2):
+        with torch.no_grad():
+            states = _output(other, layer, ids)
+
+            def put(
+                _module: Any, _args: Any, output: Any, states: torch.Tensor = states
+            ) -> torch.Tensor:
+                output = output.clone()
+                for place in places:
+                    output[0, place] = states[0, place]
+                return output
+
+            plain = full(ids).logits[0].log_softmax(-1)
+            handle = full.model.layers[layer].register_forward_hook(put)
+            changed = full(ids).logits[0].log_softmax(-1)
+            handle.remove()
+        drops = [
+            float(plain[p, encoded.labels[p + 1]] - changed[p, encoded.labels[p + 1]])
+            for p in places
+        ]
+        found.append(sum(drops) / len(drops))
+    return found
+
+
+def _output(model: PreTrainedModel, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    kept = []
+    handle = model.model.layers[layer].register_forward_hook(lambda _m, _a, out: kept.append(out))
+    model(ids)
+    handle.remove()
+    return kept[0]
+
+
+def test_the_depth_is_that_of_an_own_exchange_of_states(tmp_path: Path) -> None:
+    made = material(tmp_path)
+    full, cleaned, retrained = (tiny_llama(seed=seed) for seed in range(3))
+    probe = Depth()
+    others = given(full=full, retrained=retrained, base=cleaned)
+    rows = probe.run(look(view(made, cleaned), others), "forget")
+    assert rows.more["reference"] == "retrained"
+    for fact, score in zip(made.facts["forget"], rows.scores, strict=True):
+        first = exchanged(full, retrained, fact.encoded)
+        second = exchanged(full, cleaned, fact.encoded)
+        depth = depth_score(first, second)
+        assert score == (None if depth is None else pytest.approx(1 - depth, abs=1e-4))
+    counted = [score for score in rows.scores if score is not None]
+    assert len(set(counted)) > 1
+    # The full model's own states carry all of it, and those that the yardstick is made of none.
+    for model, expected in ((full, 1.0), (retrained, 0.0)):
+        own = probe.run(look(view(made, model), others), "forget").scores
+        assert [s for s in own if s is not None] == pytest.approx([expected] * len(counted))
+
+
+def test_without_the_retrained_model_the_base_stands_for_it_and_without_both_nothing(
+    tmp_path: Path,
+) -> None:
+    made, full, base = material(tmp_path), tiny_llama(), tiny_llama(seed=1)
+    asked = look(view(made, full), given(full=full, base=base))
+    assert Depth().run(asked, "forget").more["reference"] == "base"
+    alone = look(view(made, full), given(full=full))
+    assert set(Depth().run(alone, "forget").scores) == {None}
