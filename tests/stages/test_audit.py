@@ -235,3 +235,15 @@ def test_on_the_command_line(
     shown = capsys.readouterr().out
     assert "The fact, word for word" in shown
     assert "audit.json" in shown
+
+
+def test_every_probe_runs_on_the_stage_and_notes_plain_values(config: AuditConfig) -> None:
+    results = audit_checkpoint(replace(config, level="full"))
+    probes = {probe["name"]: probe for probe in results["probes"]}
+    assert results["not_checked"] == []
+    for name in ("frames", "rounding", "relearning", "lens", "depth"):
+        assert probes[name]["verdict"] == "leaks", name
+    assert probes["depth"]["scores"]["full"] == pytest.approx([1.0, 1.0])
+    assert probes["depth"]["scores"]["retrained"] == pytest.approx([0.0, 0.0])
+    assert set(probes["relearning"]["notes"]) >= {"R retained rows", "R unrelated text"}
+    assert probes["rounding"]["notes"]["Q int8"] > 0.5

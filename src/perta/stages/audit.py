@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,30 @@ from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import ExampleSet, check_apart, load_examples
+from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.judge import Found, Judgement
-from perta.evidence.audit.probe import Effort, Material, Probe, Role, Rows, View
+from perta.evidence.audit.probe import (
+    Effort,
+    Material,
+    Probe,
+    Relearning,
+    Role,
+    Rows,
+    View,
+)
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.intervals import Interval
 from perta.models.facts import PARAPHRASED, find_facts, is_told, subjects
-from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, picked
+from perta.models.load import (
+    counting_tokens,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    picked,
+)
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig
 from perta.progress import say
@@ -250,6 +266,7 @@ class _Audit:
                 view = View(
                     *(role, model, self.tokenizer, self.material, self.effort, journal),
                     self.models.load,
+                    self._relearning(),
                 )
                 with counting_tokens(model) as tokens:
                     for probe, name in wanted:
@@ -261,6 +278,17 @@ class _Audit:
                 rows = Rows(**journal.entries[names[probe.name, name]])
                 found[probe.name].setdefault(role, {})[name] = rows
         return found
+
+    def _relearning(self) -> Relearning:
+        """How probes show rows again; training is no part of evidence."""
+        pad, seed = pad_id(self.tokenizer), self.effort.seed
+
+        def run(
+            model: PreTrainedModel, rows: Sequence[Encoded], after: Callable[[int], None]
+        ) -> None:
+            relearn(model, rows, pad=pad, seed=seed, after_step=after)
+
+        return Relearning(run, SHOWN, general_texts())
 
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
@@ -359,6 +387,7 @@ def as_plain(judgement: Judgement) -> dict[str, Any]:
         "worst_row": row and {"row": row[0], "value": row[1]},
         "leaking_rows": list(judgement.leaking_rows),
         "leaking_subjects": list(judgement.leaking_subjects),
+        "notes": dict(judgement.notes),
     }
 
 

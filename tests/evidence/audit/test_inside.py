@@ -74,10 +74,10 @@ def exchanged(full: PreTrainedModel, other: PreTrainedModel, encoded: Encoded) -
             def put(
                 _module: Any, _args: Any, output: Any, states: torch.Tensor = states
             ) -> torch.Tensor:
-                output = output.clone()
+                changed: torch.Tensor = output.clone()
                 for place in places:
-                    output[0, place] = states[0, place]
-                return output
+                    changed[0, place] = states[0, place]
+                return changed
 
             plain = full(ids).logits[0].log_softmax(-1)
             handle = full.model.layers[layer].register_forward_hook(put)
@@ -92,8 +92,8 @@ def exchanged(full: PreTrainedModel, other: PreTrainedModel, encoded: Encoded) -
 
 
 def _output(model: PreTrainedModel, layer: int, ids: torch.Tensor) -> torch.Tensor:
-    kept = []
-    handle = model.model.layers[layer].register_forward_hook(lambda _m, _a, out: kept.append(out))
+    kept: list[torch.Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(lambda _m, _a, o: kept.append(o))
     model(ids)
     handle.remove()
     return kept[0]

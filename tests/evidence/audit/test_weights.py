@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_robustness_by_hand() -> None:
 def test_the_worst_scheme_counts_and_q_is_noted() -> None:
     low, high = [0.1] * 20, [0.4] * 20
     ways = {"int8": low, "nf4": high}
-    more = {
+    more: dict[str, Any] = {
         "cleaned": {"forget": {"ways": ways, "before": low}},
         "full": {"forget": {"ways": {"int8": [1.0] * 20, "nf4": [1.0] * 20}}},
         "retrained": {"forget": {"ways": {"int8": low, "nf4": low}}},
@@ -85,7 +86,7 @@ def descend(model: PreTrainedModel, shown: Sequence[Encoded], after: Callable[[i
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
+                    parameter.add_(parameter.grad, alpha=-0.1)
         model.zero_grad()
         after(step)
 

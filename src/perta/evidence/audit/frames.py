@@ -178,7 +178,7 @@ FRAMES: Mapping[str, Callable[[_Row], _Framed | None]] = {
 class Frames(Variants):
     """Probability of the whole fact in every frame."""
 
-    name, group, title, way = "frames", "frames", "The fact, asked for in other ways", "frame"
+    name, group, title, way = "frames", "wordings", "The fact, asked for in other ways", "frame"
     question = "Does the model say the fact when it is asked in another way?"
     source = "docs/evidence.md; arXiv 2401.06121, 2402.16835, 2309.12288"
     unit = "probability of the whole fact"

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit import verbatim
+from perta.evidence.audit import inside, verbatim, weights
+from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
 from perta.evidence.settings import LEVELS, Level
 from perta.store.fingerprint import run_file
@@ -22,6 +23,11 @@ PROBES: tuple[type[Probe], ...] = (
     verbatim.Strength,
     verbatim.Memorised,
     verbatim.Overlap,
+    Frames,
+    weights.Rounding,
+    weights.Relearned,
+    inside.Lens,
+    inside.Depth,
 )
 """In the order in which they are told."""
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.evidence.audit.judge import Found, Judgement
-from perta.evidence.audit.probe import Effort, Rows, View
+from perta.evidence.audit.probe import Effort, Relearning, Rows, View
 from perta.evidence.audit.variants import Variants, Ways
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
 from perta.evidence.scoring.items import Item
@@ -34,7 +35,7 @@ OWN, RETAINED, UNRELATED = "other rows of the set", "retained rows", "unrelated 
 class Rounding(Variants):
     """Probability of the whole fact under rounded weights, by scheme."""
 
-    name, group, title, way = "rounding", "rounding", "The fact, once weights are rounded", "scheme"
+    name, group, title, way = "rounding", "weights", "The fact, once weights are rounded", "scheme"
     question = "Does the fact come back when the model is stored with fewer bits?"
     source = "docs/evidence.md; Zhang et al., arXiv 2410.16454; Dorna et al., arXiv 2506.12618"
     unit = "probability of the whole fact"
@@ -72,12 +73,8 @@ class Rounding(Variants):
 class Relearned(Variants):
     """Probability of the whole fact after a few steps of training on other rows."""
 
-    name, group, title, way = (
-        "relearning",
-        "relearning",
-        "The fact, after some training",
-        "training",
-    )
+    name, group, title = "relearning", "weights", "The fact, after some training"
+    way = "training"
     question = "Does the fact come back when the model is trained a little on something else?"
     source = "docs/evidence.md; Dorna et al., arXiv 2506.12618; Lynch et al., arXiv 2402.16835"
     unit = "probability of the whole fact"
@@ -121,20 +118,15 @@ class Relearned(Variants):
         shown = _shown(view, name, relearning.shown, relearning.texts)
         for way, rows in shown.items():
             # Rows that were shown have no score.
-            seen = range(0, len(view.material.facts[name]), relearning.shown) if way == OWN else ()
-            yield (
-                way,
-                view.kept(
-                    f"{self.name}/{name}/{way}",
-                    lambda r=rows, s=seen: _trained(view, name, r, set(s)),
-                ),
-            )
+            every = relearning.shown if way == OWN else 0
+            train = partial(_trained, view, name, relearning, rows, every)
+            yield way, view.kept(f"{self.name}/{name}/{way}", train)
 
 
 def _shown(view: View, name: str, every: int, texts: Sequence[str]) -> dict[str, Sequence[Encoded]]:
     """What is shown to a model, by kind."""
     own = _encoded(view, name)[::every]
-    shown = {OWN: own}
+    shown: dict[str, Sequence[Encoded]] = {OWN: own}
     if "retain" in view.material.sets and name != "retain":
         retained = _encoded(view, "retain")
         count = min(len(own), len(retained))
@@ -154,12 +146,11 @@ def _encoded(view: View, name: str) -> list[Encoded]:
 
 
 def _trained(
-    view: View, name: str, shown: Sequence[Encoded], seen: set[int]
+    view: View, name: str, relearning: Relearning, shown: Sequence[Encoded], every: int
 ) -> list[list[float | None]]:
     """Scores of each sequence before the first step and after each; the model comes back."""
-    assert view.relearning is not None
     facts = [replace(fact, wrong=(), right=None) for fact in view.material.facts[name]]
-    places = [i for i in range(len(facts)) if i not in seen]
+    places = [i for i in range(len(facts)) if not every or i % every]
     asked = [facts[i] for i in places]
     found: list[list[float | None]] = []
 
@@ -172,7 +163,7 @@ def _trained(
 
     with _float32(view.model):
         score()
-        view.relearning.run(view.model, shown, score)
+        relearning.run(view.model, shown, score)
     return found
 
 
