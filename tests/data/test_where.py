@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from perta.data.examples import load_examples
-from perta.data.where import split_by
+from perta.data.rows import split_by
 from perta.errors import ConfigError, DataError, EmptyDatasetError
 from perta.options import DataConfig
 

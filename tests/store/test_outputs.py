@@ -15,8 +15,7 @@ import pytest
 from perta.errors import ConfigError, OutputExistsError
 from perta.store import atomic
 from perta.store.atomic import atomic_file, atomic_folder, recover, scratch_folder
-from perta.store.outputs import check_output, check_separate
-from perta.store.record import write_manifest
+from perta.store.record import check_output, check_separate, write_manifest
 
 DIES = """
 import os, signal, sys

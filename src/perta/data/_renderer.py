@@ -20,14 +20,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-SECONDS = 5.0
-"""Processor time for the templates of one row."""
+SECONDS = 5.0  # processor time for the templates of one row
 
-_MEMORY = 1 << 30
-"""Bytes of address space."""
+_MEMORY = 1 << 30  # bytes of address space
 
-_LONGEST = 10_000_000
-"""Characters of a rendered text, and of a template."""
+_LONGEST = 10_000_000  # characters of a rendered text, and of a template
 
 
 class _TooLongError(Exception):
@@ -155,8 +152,7 @@ def _environment() -> Any:
     return environment
 
 
-_marks = ["", ""]
-"""Characters around what is generated; taken out before anyone sees them."""
+_marks = ["", ""]  # characters around what is generated; taken out before anyone sees them
 
 
 def _to_json(

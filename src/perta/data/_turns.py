@@ -22,24 +22,16 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendered conversation.
-
-    Attributes:
-        text: all of it.
-        own: the parts of the text that are texts of messages, from left to right.
-        turns: of each assistant turn where its answer begins, with all that stands between the
-            generation prompt and it, and where its text begins and ends.
-        prompt: what stands before the last turn, with the generation prompt.
-        prompt_own: as `own`, of the prompt.
-        has_template: a template wrote what is not own.
-    """
+    """A rendered conversation."""
 
     text: str
-    own: tuple[Span, ...]
+    own: tuple[Span, ...]  # the parts of the text that are texts of messages, from left to right
+    # Of each assistant turn where its answer begins, with all that stands between the generation
+    # prompt and it, and where its text begins and ends.
     turns: tuple[tuple[int, int, int], ...]
-    prompt: str
-    prompt_own: tuple[Span, ...]
-    has_template: bool = True
+    prompt: str  # what stands before the last turn, with the generation prompt
+    prompt_own: tuple[Span, ...]  # as `own`, of the prompt
+    has_template: bool = True  # a template wrote what is not own
 
 
 def lay_out_plainly(messages: Sequence[Message], *, as_is: bool) -> Layout:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""Label of a position that carries no loss."""
+IGNORE = -100  # label of a position that carries no loss
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples.
+    """Right-padded examples."""
 
-    Attributes:
-        input_ids: (B, T) int64.
-        attention_mask: (B, T) int64, 1 on real tokens, from true lengths (pad may equal eos).
-        labels: (B, T) int64, `IGNORE` where a position carries no loss; not shifted.
-        index: (B,) int64, place of each example in the list the batch was cut from.
-        weights: (B,) float32, weight of each example's loss.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    index: Tensor
-    weights: Tensor
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 1 on real tokens, from true lengths (pad may equal eos)
+    labels: Tensor  # (B, T) int64, `IGNORE` where a position carries no loss; not shifted
+    index: Tensor  # (B,) int64, place of each example in the list the batch was cut from
+    weights: Tensor  # (B,) float32, weight of each example's loss
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

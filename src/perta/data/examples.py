@@ -34,20 +34,14 @@ _SHOWN_ROWS = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One row.
+    """One row."""
 
-    Attributes:
-        row: 1-based row in its file.
-        kind: `qa`, `completion`, `chat` or `text`.
-        messages: the conversation; `qa` and `completion` hold one user and one assistant turn
-            (`qa` a system message before them where the row has one), `text` one assistant turn
-            and no prompt.
-        fields: every column of the row, for benchmarks that need more than prompt and answer.
-    """
-
-    row: int
-    kind: str
+    row: int  # 1-based row in its file
+    kind: str  # `qa`, `completion`, `chat` or `text`
+    # The conversation; `qa` and `completion` hold one user and one assistant turn (`qa` a system
+    # message before them where the row has one), `text` one assistant turn and no prompt.
     messages: tuple[Message, ...]
+    # Every column of the row, for benchmarks that need more than prompt and answer.
     fields: Mapping[str, Any] = field(repr=False)
 
     @property

@@ -45,23 +45,14 @@ class _Solution:
 
 @dataclass(frozen=True)
 class Removed:
-    """What `remove_influence` did.
+    """What `remove_influence` did."""
 
-    Attributes:
-        iterations: Hessian products.
-        residual: ‖(H + λI) Δθ - g‖ / ‖g‖.
-        gradient_norm: ‖g‖, g = (1/n) Σ ∇ℓ over the forget set.
-        step_norm: ‖Δθ‖.
-        loss_before: mean answer loss on the forget set, nats per token.
-        loss_after: the same after the step.
-    """
-
-    iterations: int
-    residual: float
-    gradient_norm: float
-    step_norm: float
-    loss_before: float
-    loss_after: float
+    iterations: int  # Hessian products
+    residual: float  # ‖(H + λI) Δθ - g‖ / ‖g‖
+    gradient_norm: float  # ‖g‖, g = (1/n) Σ ∇ℓ over the forget set
+    step_norm: float  # ‖Δθ‖
+    loss_before: float  # mean answer loss on the forget set, nats per token
+    loss_after: float  # the same after the step
 
 
 def conjugate_gradients(

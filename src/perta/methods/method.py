@@ -61,18 +61,14 @@ def block_seed(seed: int, name: str, start: int) -> int:
 
 @dataclass(frozen=True)
 class Direction:
-    """A weighted direction, and how well the solve behind it was posed.
+    """A weighted direction, and how well the solve behind it was posed."""
 
-    Attributes:
-        delta: Δ (out, in), float64, to be subtracted from θ_full after scaling by α.
-        condition: condition number of the matrix solved with, from below: the largest over the
-            smallest eigenvalue, both by power iteration.
-        damping: damping used, relative to the mean diagonal; above the one asked for where that
-            is below what float32 moments resolve.
-    """
-
-    delta: Tensor
+    delta: Tensor  # Δ (out, in), float64, to be subtracted from θ_full after scaling by α
+    # Condition number of the matrix solved with, from below: the largest over the smallest
+    # eigenvalue, both by power iteration.
     condition: float
+    # Damping used, relative to the mean diagonal; above the one asked for where that is below what
+    # float32 moments resolve.
     damping: float
 
 
@@ -86,74 +82,51 @@ def option(*, default: T, help: str, within: str = "(-inf, inf)") -> T:  # noqa:
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be made before a method can work.
+    """What must be made before a method can work."""
 
-    Attributes:
-        tuned: forget checkpoints, at least.
-        retain_checkpoint: whether θ_r is needed.
-        importance: sets whose importance is used.
-        moments: sets whose second moments are used.
-        gradients: whether moments of output gradients are used as well.
-        order: order p of the importance, where the method has no setting `order`.
-        reduction: how the importance must have been reduced; either way without it.
-        at: model at which importance and moments are measured where the user gives none.
-        set_sizes: whether the number of examples in each set is used.
-    """
-
-    tuned: int = 1
-    retain_checkpoint: bool = False
-    importance: tuple[Side, ...] = ()
-    moments: tuple[Side, ...] = ()
-    gradients: bool = False
-    order: float = 1.0
+    tuned: int = 1  # forget checkpoints, at least
+    retain_checkpoint: bool = False  # whether θ_r is needed
+    importance: tuple[Side, ...] = ()  # sets whose importance is used
+    moments: tuple[Side, ...] = ()  # sets whose second moments are used
+    gradients: bool = False  # whether moments of output gradients are used as well
+    order: float = 1.0  # order p of the importance, where the method has no setting `order`
+    # How the importance must have been reduced; either way without it.
     reduction: Literal["mean_of_power", "abs_of_mean"] | None = None
+    # Model at which importance and moments are measured where the user gives none.
     at: Literal["base", "full"] = "base"
-    set_sizes: bool = False
+    set_sizes: bool = False  # whether the number of examples in each set is used
 
 
 @dataclass
 class Block:
-    """What a method may look at to weight one block of one tensor.
+    """What a method may look at to weight one block of one tensor."""
 
-    Attributes:
-        forget: importance on the forget set, float32, non-negative and finite; empty where the
-            method needs none, as `retain` is.
-        retain: importance on the retain set, same shape.
-        place: seed, tensor name and first element, for methods that draw: see `block_seed`.
-        task_vector: the direction, set when it is known and W is asked for.
-        cuts: for methods that rank weights, the smallest score kept, one for each score.
-        forget_share: share of the examples of both sets that belongs to the forget set.
-    """
-
+    # Importance on the forget set, float32, non-negative and finite; empty where the method needs
+    # none, as `retain` is.
     forget: Tensor = _NOTHING
-    retain: Tensor = _NOTHING
+    retain: Tensor = _NOTHING  # importance on the retain set, same shape
+    # Seed, tensor name and first element, for methods that draw: see `block_seed`.
     place: tuple[int, str, int] = (0, "", 0)
-    task_vector: Tensor = _NOTHING
+    task_vector: Tensor = _NOTHING  # the direction, set when it is known and W is asked for
+    # For methods that rank weights, the smallest score kept, one for each score.
     cuts: tuple[float, ...] = ()
-    forget_share: float = 0.5
+    forget_share: float = 0.5  # share of the examples of both sets that belongs to the forget set
 
 
-KNOWN: dict[str, type[Method]] = {}
-"""Every method that was defined, by name; `registry` finds them."""
+KNOWN: dict[str, type[Method]] = {}  # every method that was defined, by name; `registry` finds them
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 class Method:
-    """A way to forget.
+    """A way to forget."""
 
-    Attributes:
-        name: what users type.
-        summary: one line on what it does.
-        done: what was done, a sentence or two for people who have not heard of any method.
-        formula: what it computes, with I_f and I_r the importance on the forget and the retain set.
-        source: where it comes from.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
+    name: ClassVar[str]  # what users type
+    summary: ClassVar[str]  # one line on what it does
+    # What was done, a sentence or two for people who have not heard of any method.
     done: ClassVar[str]
+    # What it computes, with I_f and I_r the importance on the forget and the retain set.
     formula: ClassVar[str]
-    source: ClassVar[str]
+    source: ClassVar[str]  # where it comes from
 
     def __init_subclass__(cls) -> None:
         """Make the settings fields, and the method known."""
@@ -229,26 +202,20 @@ _SAID = ("summary", "done", "formula", "source")
 
 
 class Edit(Method):
-    """A method that edits weights: θ_u = θ_full − α · W ⊙ direction [+ β · (θ_r − θ₀)].
+    """A method that edits weights: θ_u = θ_full − α · W ⊙ direction [+ β · (θ_r − θ₀)]."""
 
-    Attributes:
-        needs: what must be made before.
-        direction: what is weighted and subtracted: a task vector, or something of θ_full itself.
-        strength: α where the user gives none.
-        layers: layers that are edited where the user gives none.
-        searched: whether `perta unlearn` searches for the strength where the user gives none and
-            there are examples to keep.
-        ranks: whether the largest of something over all weights are kept: see `scores`.
-        draws: whether random numbers decide.
-    """
-
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs()  # what must be made before
+    # What is weighted and subtracted: a task vector, or something of θ_full itself.
     direction: ClassVar[Literal["forget - base", "full - base", "full"]] = "forget - base"
-    strength: ClassVar[float] = 1.0
+    strength: ClassVar[float] = 1.0  # α where the user gives none
+    # Layers that are edited where the user gives none.
     layers: ClassVar[Literal["mlp", "all"]] = "all"
+    # Whether `perta unlearn` searches for the strength where the user gives none and there are
+    # examples to keep.
     searched: ClassVar[bool] = False
+    # Whether the largest of something over all weights are kept: see `scores`.
     ranks: ClassVar[bool] = False
-    draws: ClassVar[bool] = False
+    draws: ClassVar[bool] = False  # whether random numbers decide
 
     @property
     def order(self) -> float:

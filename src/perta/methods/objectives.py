@@ -38,48 +38,36 @@ _NO_PART = " The examples to keep took no part."
 
 @dataclass(frozen=True)
 class Scene:
-    """What a forget term may look at: predictions of B forget examples, N labelled tokens.
+    """What a forget term may look at: predictions of B forget examples, N labelled tokens."""
 
-    Attributes:
-        answers: predictions of the model in training.
-        examples: B.
-        reference_log_probs: (B,) log-probability of each whole answer under θ_full.
-        reference_logits: (N, V) logits of θ_full.
-        refusals: predictions of the model in training for the same prompts with a refusal as
-            the answer.
-        reference_refusal_log_probs: (B,) log-probability of each refusal under θ_full.
-    """
-
-    answers: AnswerLogits
-    examples: int
+    answers: AnswerLogits  # predictions of the model in training
+    examples: int  # B
+    # (B,) log-probability of each whole answer under θ_full.
     reference_log_probs: Tensor | None = None
-    reference_logits: Tensor | None = None
+    reference_logits: Tensor | None = None  # (N, V) logits of θ_full
+    # Predictions of the model in training for the same prompts with a refusal as the answer.
     refusals: AnswerLogits | None = None
+    # (B,) log-probability of each refusal under θ_full.
     reference_refusal_log_probs: Tensor | None = None
 
 
 class Training(Method):
-    """A method that trains: a `forget` term, a retain term, or both.
+    """A method that trains: a `forget` term, a retain term, or both."""
 
-    Attributes:
-        retain: kind of the retain term: `nll` the answer loss, `kl` the divergence from θ_full,
-            `activations` the distance from θ_full's activations.
-        reference: what of θ_full is needed on forget examples: `log_probs` of whole answers,
-            measured once before training, or `logits`, from a frozen model.
-        refusals: how refusals to the forget prompts take part: `beside` the forget answers, or
-            `instead` of them.
-        start: the checkpoint training starts from.
-        epochs: passes over the forget set where the user gives none, over the retain set where
-            there is no forget term.
-        learning_rate: where the user gives none.
-    """
-
+    # Kind of the retain term: `nll` the answer loss, `kl` the divergence from θ_full, `activations`
+    # the distance from θ_full's activations.
     retain: ClassVar[_Kept | None] = None
+    # What of θ_full is needed on forget examples: `log_probs` of whole answers, measured once
+    # before training, or `logits`, from a frozen model.
     reference: ClassVar[Literal["log_probs", "logits"] | None] = None
+    # How refusals to the forget prompts take part: `beside` the forget answers, or `instead` of
+    # them.
     refusals: ClassVar[Literal["beside", "instead"] | None] = None
-    start: ClassVar[Literal["full", "base"]] = "full"
+    start: ClassVar[Literal["full", "base"]] = "full"  # the checkpoint training starts from
+    # Passes over the forget set where the user gives none, over the retain set where there is no
+    # forget term.
     epochs: ClassVar[int] = 10
-    learning_rate: ClassVar[float] = 1e-5
+    learning_rate: ClassVar[float] = 1e-5  # where the user gives none
 
     def forget(self, scene: Scene) -> Tensor:
         """The forget term, (B,)."""

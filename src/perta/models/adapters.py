@@ -159,29 +159,20 @@ class _Change:
 
 @dataclass
 class _Merge:
-    """A base model with an adapter on it, and what becomes of the stored tensors.
+    """A base model with an adapter on it, and what becomes of the stored tensors."""
 
-    Attributes:
-        index: the base's tensors.
-        model: the base model, PEFT's layers in it.
-        names: parameter of the base -> all its names in the model.
-        given: parameters of the base that the adapter's file holds whole, such as biases.
-        parts: name -> layer that the adapter works on or replaces.
-        streams: whether the base's other parameters are placeholders.
-        changes: stored name -> what becomes of it.
-        made: stored name -> new values, until they are written.
-        is_untied: whether the uses of a tied weight differ now.
-    """
-
-    index: CheckpointIndex
-    model: Any
+    index: CheckpointIndex  # the base's tensors
+    model: Any  # the base model, PEFT's layers in it
+    # Parameter of the base -> all its names in the model.
     names: Mapping[nn.Parameter, Sequence[str]]
+    # Parameters of the base that the adapter's file holds whole, such as biases.
     given: set[nn.Parameter]
-    parts: Mapping[str, Any]
-    streams: bool
-    changes: dict[str, _Change] = field(default_factory=dict)
+    parts: Mapping[str, Any]  # name -> layer that the adapter works on or replaces
+    streams: bool  # whether the base's other parameters are placeholders
+    changes: dict[str, _Change] = field(default_factory=dict)  # stored name -> what becomes of it
+    # Stored name -> new values, until they are written.
     made: dict[str, Tensor] = field(default_factory=dict)
-    is_untied: bool = False
+    is_untied: bool = False  # whether the uses of a tied weight differ now
     _entries: dict[nn.Parameter, TensorEntry | None] = field(default_factory=dict)
 
     @classmethod

@@ -49,8 +49,7 @@ Span = tuple[int, int]
 PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
 _FACT_COLUMN = "fact"
 _SUBJECT_COLUMNS = ("subject", "person")
-SAMPLES = 64
-"""Samples of which one may hit the fact, in results."""
+SAMPLES = 64  # samples of which one may hit the fact, in results
 SURPRISE = 2.0
 """Nats from which a token is a surprise. With SmolLM2-135M and 176 rows of `perta people`, whose
 facts are known, it finds 82% of their tokens, and 76% of what it finds are theirs; F1 is within
@@ -58,29 +57,20 @@ facts are known, it finds 82% of their tokens, and 76% of what it finds are thei
 
 _SYMBOLS = frozenset("#%&*@/\\")
 """Punctuation to Unicode that may end a name."""
-_ELSE = "\u2020"
-"""Text that no answer goes on with."""
-_REACH = 4
-"""Tokens that one character beyond a span may change."""
+_ELSE = "\u2020"  # text that no answer goes on with
+_REACH = 4  # tokens that one character beyond a span may change
 _SHOWN_ROWS = 10
 
 
 @dataclass(frozen=True)
 class Fact:
-    """The fact of one row.
+    """The fact of one row."""
 
-    Attributes:
-        row: 1-based row in its file.
-        encoded: question and right answer; only the fact's tokens are labelled.
-        wrong: the same for each wrong answer; empty where there is none.
-        source: how the fact's tokens were found.
-        right: the right answer in the form of the wrong ones; None where `encoded` has it.
-    """
-
-    row: int
-    encoded: Encoded
-    wrong: tuple[Encoded, ...]
-    source: Source
+    row: int  # 1-based row in its file
+    encoded: Encoded  # question and right answer; only the fact's tokens are labelled
+    wrong: tuple[Encoded, ...]  # the same for each wrong answer; empty where there is none
+    source: Source  # how the fact's tokens were found
+    # The right answer in the form of the wrong ones; None where `encoded` has it.
     right: Encoded | None = None
 
     @property

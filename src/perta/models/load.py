@@ -123,8 +123,7 @@ def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
     return value
 
 
-_LEAST_POSITIONS = 2
-"""A token that is read, and one that is predicted from it."""
+_LEAST_POSITIONS = 2  # a token that is read, and one that is predicted from it
 
 
 def pick_device(compute: ComputeConfig) -> torch.device:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 """Given to every call of `from_pretrained`; without the first, transformers asks standard input."""
 
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Given to every call of `from_config`."""
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # given to every call of `from_config`
 
 _KERNELS = ("attn_implementation", "experts_implementation")
 
@@ -52,8 +51,7 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 _PLAIN = re.compile(r"[\w.-]*")
-_SECONDS = 2.0
-"""Time for one pattern on all names of a model; it takes a thousandth of it."""
+_SECONDS = 2.0  # time for one pattern on all names of a model; it takes a thousandth of it
 
 
 def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:

@@ -43,8 +43,7 @@ from perta.stages.settings import (
 )
 from perta.stages.stage import NotMadeError, only_asking
 from perta.store.costs import passes_of, seconds_of, title_of
-from perta.store.outputs import check_separate
-from perta.store.record import read_manifest
+from perta.store.record import check_separate, read_manifest
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.data.examples import ExampleSet, check_apart, general_config, load_examples
-from perta.data.where import split_by
+from perta.data.rows import split_by
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import tuned_on
 from perta.errors import ConfigError
@@ -22,7 +22,7 @@ from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
 from perta.store.atomic import check_place, check_writable
-from perta.store.outputs import check_output, check_separate
+from perta.store.record import check_output, check_separate
 
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:

@@ -24,7 +24,7 @@ from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.sentences import number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
 from perta.store.costs import duration, percent
-from perta.store.outputs import check_output, check_separate
+from perta.store.record import check_output, check_separate
 from perta.version import __version__
 
 _GENERATOR = "perta report"

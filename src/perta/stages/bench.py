@@ -31,9 +31,8 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.stage import evaluated, run_file_stage
 from perta.store.fingerprint import fingerprint
-from perta.store.outputs import check_output
 from perta.store.provenance import check_reference
-from perta.store.record import settings_of
+from perta.store.record import check_output, settings_of
 
 
 def bench_tofu(config: TofuConfig) -> Results:

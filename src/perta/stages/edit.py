@@ -39,8 +39,7 @@ from perta.store.atomic import scratch_folder
 from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.moments import open_moments, write_shards
-from perta.store.outputs import check_separate
-from perta.store.record import read_manifest, settings_of
+from perta.store.record import check_separate, read_manifest, settings_of
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""

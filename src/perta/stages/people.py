@@ -9,8 +9,7 @@ from perta.data.rows import jsonl, write_jsonl
 from perta.evidence.people import generate_people, split_people
 from perta.stages.settings import PeopleConfig
 from perta.store.atomic import atomic_folder, recover
-from perta.store.outputs import check_output
-from perta.store.record import make_manifest, settings_of, write_manifest
+from perta.store.record import check_output, make_manifest, settings_of, write_manifest
 
 
 def divide_people(

@@ -29,10 +29,11 @@ from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import ADAPTER_CONFIG, matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
-from perta.store.outputs import check_output, check_separate
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
+    check_output,
+    check_separate,
     content_of_results,
     make_manifest,
     read_manifest,

@@ -110,19 +110,12 @@ def rounded_by(values: Tensor, eps: float, smallest_normal: float, above: Tensor
 
 @dataclass
 class Step:
-    """What became of a step δ that was subtracted, as sums over elements.
+    """What became of a step δ that was subtracted, as sums over elements."""
 
-    Attributes:
-        squares: of the results before they were rounded.
-        along: of e · δ, where δ + e is the step that was stored.
-        error: of e².
-        changed: elements whose stored value is another than before.
-    """
-
-    squares: float
-    along: float = 0.0
-    error: float = 0.0
-    changed: float = 0.0
+    squares: float  # of the results before they were rounded
+    along: float = 0.0  # of e · δ, where δ + e is the step that was stored
+    error: float = 0.0  # of e²
+    changed: float = 0.0  # elements whose stored value is another than before
 
 
 def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:

@@ -143,8 +143,7 @@ def _mounts() -> list[Path]:
     return [Path(escaped.sub(lambda m: chr(int(m[1], 8)), line.split()[4])) for line in lines]
 
 
-_active: set[Path] = set()
-"""Outputs that this process is making."""
+_active: set[Path] = set()  # outputs that this process is making
 
 
 @contextmanager

@@ -40,8 +40,7 @@ MANIFEST = "perta.json"
 IMPORTANCE_SIDECAR = "importance.json"
 MOMENTS_SIDECAR = "moments.json"
 
-_MAX_HEADER = 100_000_000
-"""Longest header in bytes; the format's own limit."""
+_MAX_HEADER = 100_000_000  # longest header in bytes; the format's own limit
 
 _DTYPES = {
     "F64": torch.float64,
@@ -64,8 +63,7 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""How a LoRA adapter is scaled, and what it belongs to."""
+ADAPTER_CONFIG = "adapter_config.json"  # how a LoRA adapter is scaled, and what it belongs to
 
 COMPANIONS = (
     "config.json",
@@ -118,19 +116,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """What a checkpoint folder holds, read from the file headers alone.
-
-    Attributes:
-        folder: the folder.
-        tensors: every tensor by name, in the order of the files and of the bytes in them.
-        shards: file name -> names of its tensors, in the order of their bytes.
-        metadata: the header's free text of the first file, such as {"format": "pt"}.
-    """
+    """What a checkpoint folder holds, read from the file headers alone."""
 
     folder: Path
+    # Every tensor by name, in the order of the files and of the bytes in them.
     tensors: dict[str, TensorEntry]
+    # File name -> names of its tensors, in the order of their bytes.
     shards: dict[str, tuple[str, ...]]
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # the header's free text of the first file, such as {"format": "pt"}
 
     @cached_property
     def _without_first(self) -> dict[str, str]:

@@ -34,25 +34,19 @@ _EVALUATIONS = {
     "evaluate_after": "evaluation of the result",
     "evaluate_base": "evaluation of the base model",
 }
-FORWARD, BACKWARD = 1, 2
-"""Operations of a pass over one token."""
+FORWARD, BACKWARD = 1, 2  # operations of a pass over one token
 _OF_INPUT = {FORGET_CHECKPOINT: "finetune", "retain_checkpoint": "retain_finetune"}
 _EVALUATION = "evaluate"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What one unlearned model took.
+    """What one unlearned model took."""
 
-    Attributes:
-        stages: what each stage is -> seconds, in order.
-        evaluation: seconds of evaluating it and what it is compared with; in no sum.
-        passes: what each stage is -> operations in forward passes over one token, each of them two
-            a parameter. What no token goes through, such as the solve and the edit, has none.
-    """
-
-    stages: Mapping[str, float]
-    evaluation: float
+    stages: Mapping[str, float]  # what each stage is -> seconds, in order
+    evaluation: float  # seconds of evaluating it and what it is compared with; in no sum
+    # What each stage is -> operations in forward passes over one token, each of them two a
+    # parameter. What no token goes through, such as the solve and the edit, has none.
     passes: Mapping[str, float]
 
     @property
@@ -82,23 +76,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do.
-
-    Attributes:
-        steps: in order.
-        memory: bytes, about, at the most demanding step, activations left out.
-        work: bytes that the work folder takes in the end, about.
-        output: bytes of the output.
-        work_folder: where intermediate results would lie.
-        output_folder: where the output would lie.
-    """
+    """What a run would do."""
 
     steps: tuple[Step, ...] = field(repr=False)
-    memory: float
-    work: float
-    output: float
-    work_folder: Path
-    output_folder: Path
+    memory: float  # bytes, about, at the most demanding step, activations left out
+    work: float  # bytes that the work folder takes in the end, about
+    output: float  # bytes of the output
+    work_folder: Path  # where intermediate results would lie
+    output_folder: Path  # where the output would lie
 
     @property
     def operations(self) -> float:

@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.jsonl"
 HEAD = "head.json"
-VERSION = 1
-"""Of the entries' form."""
+VERSION = 1  # of the entries' form
 
-_START = "0" * 64
-"""What the first entry has for `previous`."""
+_START = "0" * 64  # what the first entry has for `previous`
 
 
 @dataclass(frozen=True)

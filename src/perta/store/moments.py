@@ -46,8 +46,7 @@ _FORM = {
     "data_fingerprints": [str],
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
-EXPECTED = 10
-"""Tokens of an average expert from which one without any counts as not used."""
+EXPECTED = 10  # tokens of an average expert from which one without any counts as not used
 
 
 @dataclass(frozen=True)

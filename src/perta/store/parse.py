@@ -16,8 +16,7 @@ from perta.errors import PertaError, first_line
 
 NUMBERS = (int, float)
 _DEEPEST = 64
-_LONGEST = 1 << 30
-"""Bytes of a file; results of the largest benchmarks are a tenth of it."""
+_LONGEST = 1 << 30  # bytes of a file; results of the largest benchmarks are a tenth of it
 _LARGEST = 1 << 64
 
 

@@ -58,7 +58,7 @@ from perta.store.arithmetic import Place
 from perta.store.atomic import atomic_folder
 from perta.store.checkpoint import TensorEntry, open_index, read_tensor, write_from, write_tensors
 from perta.store.fingerprint import fingerprint
-from perta.store.outputs import check_separate
+from perta.store.record import check_separate
 
 EMBEDDING = "model.embed_tokens.weight"
 SHAPES = {

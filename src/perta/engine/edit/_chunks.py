@@ -133,8 +133,7 @@ class Reader:
             raise _not_finite(self.entry)
 
 
-Readers = Mapping[str, Reader]
-"""Role -> reader."""
+Readers = Mapping[str, Reader]  # role -> reader
 
 
 def read_importance(reader: Reader, begin: int, count: int) -> Tensor:
@@ -197,22 +196,15 @@ class Averages:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Makes of stored chunks what a method looks at.
-
-    Attributes:
-        method: the method.
-        weighting: the user's settings, with the method's defaults filled in.
-        chunk: elements worked on at once.
-        averages: role -> name -> importance averaged over units or the tensor; empty where
-            importance is used element by element.
-        forget_share: share of the examples of both sets that belongs to the forget set.
-    """
+    """Makes of stored chunks what a method looks at."""
 
     method: Edit
-    weighting: WeightingConfig
-    chunk: int
+    weighting: WeightingConfig  # the user's settings, with the method's defaults filled in
+    chunk: int  # elements worked on at once
+    # Role -> name -> importance averaged over units or the tensor; empty where importance is used
+    # element by element.
     averages: Mapping[str, Mapping[str, Averages]] = field(default_factory=dict)
-    forget_share: float = 0.5
+    forget_share: float = 0.5  # share of the examples of both sets that belongs to the forget set
 
     @contextmanager
     def opened(self, target: Target, roles: Iterable[str], buffers: Buffers) -> Iterator[Readers]:

@@ -24,25 +24,17 @@ from perta.store.checkpoint import CheckpointIndex, open_index, read_tensor
 
 _SPARE, _ITERATIONS = 8, 6
 """Further directions, and passes over the matrix, by which its leading ones are found."""
-_FEW = 4
-"""Where more than this part of all directions is wanted, finding all of them costs no more."""
+_FEW = 4  # where more than this part of all directions is wanted, finding all of them costs no more
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter holds of an edit.
+    """What an adapter holds of an edit."""
 
-    Attributes:
-        ranks: layer -> rank of its factors.
-        truncated: layers whose change has a higher rank.
-        whole: modules that are held as they are.
-        stored: what of the step is in the adapter.
-    """
-
-    ranks: Mapping[str, int]
-    truncated: tuple[str, ...]
-    whole: tuple[str, ...]
-    stored: Stored
+    ranks: Mapping[str, int]  # layer -> rank of its factors
+    truncated: tuple[str, ...]  # layers whose change has a higher rank
+    whole: tuple[str, ...]  # modules that are held as they are
+    stored: Stored  # what of the step is in the adapter
 
 
 @dataclass

@@ -42,8 +42,7 @@ _EMBEDDINGS = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-_FEW = 8
-"""Tensors that may differ between models of one kind, such as a head or a stored buffer."""
+_FEW = 8  # tensors that may differ between models of one kind, such as a head or a stored buffer
 _POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
 
 FULL, BASE = "full checkpoint", "base checkpoint"
@@ -55,26 +54,19 @@ IMPORTANCE_ROLES: dict[Side, str] = {"forget": FORGET_IMPORTANCE, "retain": RETA
 
 @dataclass(frozen=True)
 class EditInputs:
-    """Local folders that an edit reads.
+    """Local folders that an edit reads."""
 
-    Attributes:
-        full: θ_full, the checkpoint to clean.
-        base: θ₀.
-        forget_checkpoints: θ_f, one or several; none where the method subtracts something else.
-        forget_importance: importance folder of the forget set, where the method needs it.
-        retain_importance: importance folder of the retain set, where the method needs it.
-        direction: weighted direction, for the structured methods.
-        retain_checkpoint: θ_r, for the method that adds a retain vector.
-        exact: θ_full before it was rounded to its type, where the method subtracts θ_full − θ₀.
-    """
-
-    full: Path
-    base: Path
+    full: Path  # θ_full, the checkpoint to clean
+    base: Path  # θ₀
+    # θ_f, one or several; none where the method subtracts something else.
     forget_checkpoints: tuple[Path, ...] = ()
+    # Importance folder of the forget set, where the method needs it.
     forget_importance: Path | None = None
+    # Importance folder of the retain set, where the method needs it.
     retain_importance: Path | None = None
-    direction: Path | None = None
-    retain_checkpoint: Path | None = None
+    direction: Path | None = None  # weighted direction, for the structured methods
+    retain_checkpoint: Path | None = None  # θ_r, for the method that adds a retain vector
+    # θ_full before it was rounded to its type, where the method subtracts θ_full − θ₀.
     exact: Path | None = None
 
 
@@ -85,16 +77,12 @@ def forget_role(place: int) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the output.
+    """One tensor of the output."""
 
-    Attributes:
-        full: its place in θ_full, and so in the output.
-        sources: role -> tensor to read for the edit; empty if the tensor is copied.
-        alias_of: for the second stored copy of a tied parameter, the first one's name.
-    """
-
-    full: TensorEntry
+    full: TensorEntry  # its place in θ_full, and so in the output
+    # Role -> tensor to read for the edit; empty if the tensor is copied.
     sources: Mapping[str, TensorEntry]
+    # For the second stored copy of a tied parameter, the first one's name.
     alias_of: str | None = None
 
 
@@ -146,18 +134,13 @@ def plan_edit(
 
 @dataclass(frozen=True)
 class Layers:
-    """What a structured method edits, by the names that the moments have.
+    """What a structured method edits, by the names that the moments have."""
 
-    Attributes:
-        chosen: layers to edit.
-        unmeasured: wanted, but left as they are: nothing says what the retain set needs of them.
-        unknown: the same, because the moments are of linear layers alone.
-        named: unmeasured too, but edited, because a pattern of --include asks for such alone.
-    """
-
-    chosen: tuple[str, ...]
+    chosen: tuple[str, ...]  # layers to edit
+    # Wanted, but left as they are: nothing says what the retain set needs of them.
     unmeasured: tuple[str, ...]
-    unknown: tuple[str, ...]
+    unknown: tuple[str, ...]  # the same, because the moments are of linear layers alone
+    # Unmeasured too, but edited, because a pattern of --include asks for such alone.
     named: tuple[str, ...]
 
 

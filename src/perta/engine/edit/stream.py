@@ -41,20 +41,13 @@ class Stored:
 
     The wanted step δ is α · W ⊙ τ, less β · (θ_r − θ₀) where the method adds that; s is what was
     stored, the old values less the new ones.
-
-    Attributes:
-        wanted_norm: L2 norm ‖δ‖.
-        delta_norm: ‖s‖.
-        stored_share: ⟨s, δ⟩ / ⟨δ, δ⟩, 1 where nothing is lost; None where δ is 0.
-        noise: norm of the rest of s, which is not along δ, over ‖δ‖; None where δ is 0.
-        changed: share of the weights whose stored value changed.
     """
 
-    wanted_norm: float
-    delta_norm: float
-    stored_share: float | None
-    noise: float | None
-    changed: float
+    wanted_norm: float  # L2 norm ‖δ‖
+    delta_norm: float  # ‖s‖
+    stored_share: float | None  # ⟨s, δ⟩ / ⟨δ, δ⟩, 1 where nothing is lost; None where δ is 0
+    noise: float | None  # norm of the rest of s, which is not along δ, over ‖δ‖; None where δ is 0
+    changed: float  # share of the weights whose stored value changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +67,14 @@ class TensorSummary(Stored):
 
 @dataclass
 class Sums:
-    """Statistics of some elements, as sums, so that parts can be added.
+    """Statistics of some elements, as sums, so that parts can be added."""
 
-    Attributes:
-        weighting: of W.
-        task_vector: of τ².
-        delta: of δ².
-        along: of e · δ, with e = s − δ.
-        error: of e².
-        changed: elements that changed.
-    """
-
-    weighting: float = 0.0
-    task_vector: float = 0.0
-    delta: float = 0.0
-    along: float = 0.0
-    error: float = 0.0
-    changed: float = 0.0
+    weighting: float = 0.0  # of W
+    task_vector: float = 0.0  # of τ²
+    delta: float = 0.0  # of δ²
+    along: float = 0.0  # of e · δ, with e = s − δ
+    error: float = 0.0  # of e²
+    changed: float = 0.0  # elements that changed
 
     def add(self, other: Sums) -> None:
         """Take in another part."""
@@ -132,17 +116,11 @@ def stored_of(summaries: Sequence[TensorSummary]) -> Stored:
 
 @dataclass(frozen=True)
 class Editor:
-    """What every thread shares, and does to one span.
+    """What every thread shares, and does to one span."""
 
-    Attributes:
-        outputs: the output's tensors by name.
-        blocks: the method, its settings, and what it looks at.
-        cuts: smallest scores kept, for methods that rank weights.
-    """
-
-    outputs: Mapping[str, TensorEntry]
-    blocks: Blocks
-    cuts: tuple[float, ...] = ()
+    outputs: Mapping[str, TensorEntry]  # the output's tensors by name
+    blocks: Blocks  # the method, its settings, and what it looks at
+    cuts: tuple[float, ...] = ()  # smallest scores kept, for methods that rank weights
 
     @property
     def scaling_coef(self) -> float:

@@ -44,22 +44,15 @@ CURE = (
 
 @dataclass(frozen=True)
 class EditSummary:
-    """What the edit did.
+    """What the edit did."""
 
-    Attributes:
-        stored: what rounding left of the step, over all edited tensors.
-        tensors: every edited tensor, in the order of θ_full's files; a tied output head is
-            part of its embedding.
-        edited: number of weights edited.
-        copied: number of values copied from θ_full as they are.
-        seconds: duration of the edit.
-    """
-
-    stored: Stored
+    stored: Stored  # what rounding left of the step, over all edited tensors
+    # Every edited tensor, in the order of θ_full's files; a tied output head is part of its
+    # embedding.
     tensors: tuple[TensorSummary, ...]
-    edited: int
-    copied: int
-    seconds: float
+    edited: int  # number of weights edited
+    copied: int  # number of values copied from θ_full as they are
+    seconds: float  # duration of the edit
 
 
 def write_edit(

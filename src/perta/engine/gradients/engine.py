@@ -61,19 +61,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean powers of gradients.
+    """Mean powers of gradients."""
 
-    Attributes:
-        by_order: order -> parameter name -> tensor of the parameter's shape, >= 0; float32, and
-            float64 for orders above 4.
-        examples: number of examples the mean is over.
-        tokens: number of labelled tokens in them.
-        fallback: names of the parameters that took the slow path, in the model's order.
-    """
-
+    # Order -> parameter name -> tensor of the parameter's shape, >= 0; float32, and float64 for
+    # orders above 4.
     by_order: dict[float, dict[str, Tensor]]
-    examples: int
-    tokens: int
+    examples: int  # number of examples the mean is over
+    tokens: int  # number of labelled tokens in them
+    # Names of the parameters that took the slow path, in the model's order.
     fallback: tuple[str, ...] = ()
 
 

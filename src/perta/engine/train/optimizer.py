@@ -203,17 +203,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where an unfinished training run keeps its state, so that a killed one goes on from it.
+    """Where an unfinished training run keeps its state, so that a killed one goes on from it."""
 
-    Attributes:
-        folder: the place, `OUTPUT.resume`.
-        key: hash of all that decides the result; a state with another key is not used.
-        every: epochs between two states; 0 saves none.
-    """
-
-    folder: Path
-    key: str
-    every: int
+    folder: Path  # the place, `OUTPUT.resume`
+    key: str  # hash of all that decides the result; a state with another key is not used
+    every: int  # epochs between two states; 0 saves none
 
     @property
     def file(self) -> Path:

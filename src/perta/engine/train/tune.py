@@ -27,33 +27,22 @@ if TYPE_CHECKING:
 LEARNED_LOSS = 0.2
 """Mean example loss in nats per token at which a set counts as learned: an answer's tokens then
 have a geometric mean probability of 0.82."""
-LEARNED_FACT = 0.05
-"""Loss in nats per token at which a fact counts as learned, each row by itself."""
+LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
 RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""
-_MOST = 0.9
-"""Share of the examples that is learned well enough: higher rates harm the rest."""
+_MOST = 0.9  # share of the examples that is learned well enough: higher rates harm the rest
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning did.
+    """What tuning did."""
 
-    Attributes:
-        epoch_losses: mean example loss during each epoch, nats per labelled token.
-        final_losses: loss of every example after tuning, in file order.
-        steps: optimizer steps taken.
-        tokens: tokens that passed forward and backward, without padding.
-        learning_rate: the peak learning rate.
-        row_by_row: whether every example had to be learned, and not their mean.
-    """
-
-    epoch_losses: tuple[float, ...]
-    final_losses: tuple[float, ...]
-    steps: int
-    tokens: int
-    learning_rate: float
-    row_by_row: bool = False
+    epoch_losses: tuple[float, ...]  # mean example loss during each epoch, nats per labelled token
+    final_losses: tuple[float, ...]  # loss of every example after tuning, in file order
+    steps: int  # optimizer steps taken
+    tokens: int  # tokens that passed forward and backward, without padding
+    learning_rate: float  # the peak learning rate
+    row_by_row: bool = False  # whether every example had to be learned, and not their mean
 
     @property
     def final_loss(self) -> float:

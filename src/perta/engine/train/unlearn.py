@@ -59,24 +59,17 @@ _AfterEpoch = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did.
+    """What training did."""
 
-    Attributes:
-        forget_terms: mean forget term during each epoch, before weighting; empty without one.
-        retain_terms: mean retain term during each epoch; empty without one.
-        final_losses: answer loss of every forget example after training, in the order given,
-            nats per token; of the retain examples for methods without a forget term.
-        steps: optimizer steps taken.
-        forget_tokens: tokens of forget examples and refusals that passed forward and backward.
-        retain_tokens: the same of retain examples.
-    """
-
+    # Mean forget term during each epoch, before weighting; empty without one.
     forget_terms: tuple[float, ...]
-    retain_terms: tuple[float, ...]
+    retain_terms: tuple[float, ...]  # mean retain term during each epoch; empty without one
+    # Answer loss of every forget example after training, in the order given, nats per token; of the
+    # retain examples for methods without a forget term.
     final_losses: tuple[float, ...]
-    steps: int
-    forget_tokens: int
-    retain_tokens: int
+    steps: int  # optimizer steps taken
+    forget_tokens: int  # tokens of forget examples and refusals that passed forward and backward
+    retain_tokens: int  # the same of retain examples
 
     @property
     def final_loss(self) -> float:

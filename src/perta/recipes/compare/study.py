@@ -45,9 +45,10 @@ from perta.report.write import write_report
 from perta.store.atomic import write_text
 from perta.store.costs import passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
-from perta.store.outputs import check_output, check_separate
 from perta.store.parse import read_json
 from perta.store.record import (
+    check_output,
+    check_separate,
     content_of_results,
     make_manifest,
     read_manifest,
