@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perta.errors import ConfigError
-from perta.methods.diagonal import ClippedRatio, Grad, clipped_ratio, ratio, share, shuffle
+from perta.methods.diagonal import ClippedRatio, Grad, ratio, share, shuffle
 from perta.methods.method import Block, Edit, block_seed
 from perta.methods.registry import get_method, known
 
@@ -28,6 +28,12 @@ IMPORTANCE = st.one_of(
     st.sampled_from([SMALLEST, 3 * SMALLEST, 1e-40, 1e-38, 1e-30, 1.0, 1e30, LARGEST]),
 )
 RHO = st.sampled_from([0.0, 1e-6, 0.3, 1.0, 10.0, 1e6])
+
+
+def clipped_ratio(forget: torch.Tensor, retain: torch.Tensor, rho: float) -> torch.Tensor:
+    weighting = ClippedRatio(rho=rho).weigh(Block(forget=forget, retain=retain))
+    assert isinstance(weighting, torch.Tensor)
+    return weighting
 
 
 def oracle(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from perta.errors import DivergenceError
 from perta.methods.diagonal import share
-from perta.methods.directions import input_direction, kron_direction, projected_direction
+from perta.methods.directions import Kron, input_direction, projected_direction
+from perta.methods.method import Direction, Side
 from perta.store.second_moment import factor, is_factor
 
 OUT, IN = 4, 6
@@ -23,6 +24,15 @@ def moment(width: int, rows: int, seed: int) -> Tensor:
     """A second moment of random rows, of rank min(rows, width)."""
     x = normal(rows, width, seed=seed)
     return x.T @ x / rows
+
+
+def kron_direction(
+    tau: Tensor, c_f: Tensor, c_r: Tensor, b_f: Tensor, b_r: Tensor, rho: float, damping: float
+) -> Direction:
+    inputs: dict[Side, Tensor] = {"forget": c_f, "retain": c_r}
+    outputs: dict[Side, Tensor] = {"forget": b_f, "retain": b_r}
+    (found,) = Kron(rho=rho, damping=damping).solve([tau], inputs, lambda _: outputs)
+    return found
 
 
 def brute_force(tau: Tensor, forget: Tensor, retain: Tensor, rho: float) -> Tensor:

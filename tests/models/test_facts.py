@@ -23,14 +23,12 @@ from perta.evidence.people import TOPICS, generate_people
 from perta.models.facts import (
     SURPRISE,
     Fact,
-    by_subject,
     fact_score,
     find_facts,
     hit_probability,
     score_facts,
     share_beyond,
     subjects,
-    worst_row,
 )
 from perta.models.tiny import tiny_tokenizer as word_tokenizer
 from perta.options import DataConfig
@@ -308,13 +306,7 @@ def test_hits_at_the_ends() -> None:
     assert hit_probability(0.0, 0) == 0.0
 
 
-def test_distributions_by_row_and_subject() -> None:
-    assert worst_row([0.1, None, 0.7, 0.7]) == (2, 0.7)
-    assert worst_row([None]) is None
-    assert by_subject([0.25, None, 0.75, 0.5], [0, 1, 0, 1]) == {
-        0: {"rows": 2, "mean": 0.5, "worst": 0.75},
-        1: {"rows": 1, "mean": 0.5, "worst": 0.5},
-    }
+def test_shares_beyond_a_yardstick() -> None:
     # 0 … 100: the 95th percentile is 95; 95 itself is not beyond it.
     assert share_beyond([94, 95, 96, 200], list(range(101))) == 0.5
     with pytest.raises(DataError, match="both sides"):

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-SECONDS = 5.0  # processor time for the templates of one row
+_SECONDS = 5.0  # processor time for the templates of one row
 
 _MEMORY = 1 << 30  # bytes of address space
 
@@ -60,7 +60,7 @@ def render(
     answer = _ask(json.dumps({**request, "marks": marks}))
     if answer is None:
         raise TemplateError(
-            f"rendering one row took more than {SECONDS:.0f} s or {_MEMORY >> 30} GiB of memory"
+            f"rendering one row took more than {_SECONDS:.0f} s or {_MEMORY >> 30} GiB of memory"
         )
     if "error" in answer:
         raise TemplateError(answer["error"])
@@ -171,7 +171,7 @@ def _main() -> None:
     _limit_memory()
     compiled = functools.lru_cache(4)(_environment().from_string)
     for line in sys.stdin.buffer:
-        _limit_time(SECONDS)
+        _limit_time(_SECONDS)
         answer = _answer(json.loads(line), compiled)
         _limit_time(0)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -19,7 +19,6 @@ from perta.progress import warn
 from perta.store.atomic import write_text
 from perta.store.parse import parse_json
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SHOWN = 5
 
 
@@ -74,7 +73,7 @@ def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
-    """Every row of a file with one of `_SUFFIXES`, or of an id, owner/name or owner/name:subset.
+    """Every row of a file with one of `_READERS`, or of an id, owner/name or owner/name:subset.
 
     Raises:
         DataError: it is not there, or cannot be read; the message says where.
@@ -83,8 +82,8 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
-        raise DataError(f"{source} is a folder; give one data file ({', '.join(_SUFFIXES)}).")
-    if path.suffix.lower() in _SUFFIXES or source.startswith((".", "/", "~")):
+        raise DataError(f"{source} is a folder; give one data file ({', '.join(_READERS)}).")
+    if path.suffix.lower() in _READERS or source.startswith((".", "/", "~")):
         beside = [p.name for p in path.parent.glob("*")]
         hint = nearest(path.name, beside, listed=False, where=f"{path.parent}/")
         raise DataError(f"There is no data file {source}.{hint or ' Check the path.'}")
@@ -92,18 +91,10 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _read_jsonl(path)
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".tsv":
-        return _read_tsv(path)
-    if suffix == ".csv":
-        return _read_csv(path)
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_SUFFIXES)}.")
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_READERS)}.")
+    return read(path)
 
 
 def _read_text(path: Path) -> str:
@@ -279,6 +270,15 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet ({first_line(error)}).") from error
     return rows
+
+
+_READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
 
 
 def _plain(value: Any) -> Any:

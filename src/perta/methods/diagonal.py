@@ -62,11 +62,6 @@ def ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
     return torch.where(unused, (forget > 0).to(forget.dtype), weighting)
 
 
-def clipped_ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
-    """`ratio`, at most 1."""
-    return ratio(forget, retain, rho).clamp_(max=1)
-
-
 def saliency(gradient: Tensor, task_vector: Tensor) -> Tensor:
     """First-order change of the forget loss that each weight's step makes: |g_f ⊙ τ|."""
     return (gradient * task_vector).abs_()
@@ -170,7 +165,7 @@ class Ratio(_AnyOrder):
         return ratio(block.forget, block.retain, self.rho)
 
 
-class ClippedRatio(_AnyOrder):
+class ClippedRatio(Ratio):
     """The quotient of both importances, at most 1."""
 
     name = "clipped-ratio"
@@ -180,11 +175,10 @@ class ClippedRatio(_AnyOrder):
         "examples to keep, at most by 1."
     )
     formula = "W = min(1, I_f / (rho I_r))"
-    source = f"another reading of {_PERTA}"
 
     def weigh(self, block: Block) -> Tensor:
         """W = min(1, I_f / (ρ I_r))."""
-        return clipped_ratio(block.forget, block.retain, self.rho)
+        return super().weigh(block).clamp_(max=1)
 
 
 class Random(_AnyOrder):

@@ -6,7 +6,7 @@ minimises, to second order and layer by layer,
     ½ ‖Δ − τ‖²_{F_f} + ½ ρ ‖Δ‖²_{F_r},        so  Δ = (F_f + ρ F_r)⁻¹ F_f τ.
 
 With diagonal F this is the share of the diagonal weighting. Here F is a Kronecker product of the
-second moment C of a layer's inputs and, for `kron_direction`, the second moment B of its output
+second moment C of a layer's inputs and, for `perta-kron`, the second moment B of its output
 gradients. Weights are (out, in) throughout. Everything is solved in float64: moments of language
 models have a few directions far above the rest, and at a small damping float32 makes the step
 grow in directions that neither set uses.
@@ -104,14 +104,8 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
     return Direction(delta, ridge.condition(), 0.0)
 
 
-def kron_direction(
-    task_vector: Tensor,
-    forget_input: Tensor,
-    retain_input: Tensor,
-    forget_output: Tensor,
-    retain_output: Tensor,
-    rho: float,
-    damping: float,
+def _direction_in_bases(
+    task_vector: Tensor, inputs: _JointBasis, outputs: _JointBasis, rho: float
 ) -> Direction:
     """Δ for F = B ⊗ C: per-parameter task arithmetic in the basis where both F are diagonal.
 
@@ -119,23 +113,8 @@ def kron_direction(
 
         Δ = U (W̃ ⊙ τ̃) Vᵀ,   W̃_ij = b^f_i c^f_j / (b^f_i c^f_j + ρ b^r_i c^r_j).
 
-    Each factor of the retain set is damped by `damping` > 0 times its own mean diagonal, so a
-    direction that neither set uses is left alone. C (in, in) is the mean over tokens of x xᵀ, B
-    (out, out) the mean over examples of the sum over tokens of g gᵀ. The condition is the worse of
-    the two bases'.
-
-    Raises:
-        DivergenceError: a factor is not positive definite; the damping is too small.
+    The condition is the worse of the two bases'.
     """
-    inputs = _joint_basis(forget_input, retain_input, damping)
-    outputs = _joint_basis(forget_output, retain_output, damping)
-    return _direction_in_bases(task_vector, inputs, outputs, rho)
-
-
-def _direction_in_bases(
-    task_vector: Tensor, inputs: _JointBasis, outputs: _JointBasis, rho: float
-) -> Direction:
-    """`kron_direction` with both bases at hand: layers with the same input share one."""
     rotated = outputs.inverse @ task_vector.double() @ inputs.inverse.t()
     forget = torch.outer(outputs.forget, inputs.forget)
     retain = torch.outer(outputs.retain, inputs.retain).mul_(rho)
@@ -164,6 +143,9 @@ class _JointBasis:
 
 def _joint_basis(forget: Tensor, retain: Tensor, damping: float) -> _JointBasis:
     """Diagonalise two moments together; about 10 d³ multiplications.
+
+    The retain side is damped by λ, `damping` times its mean diagonal, so that a direction that
+    neither set uses is left alone.
 
     With S = C_f / f + C_r / r + λ I = L Lᵀ, where f and r are the mean diagonals, the
     eigenvectors Q of L⁻¹ (C_f / f) L⁻ᵀ give V = L⁻ᵀ Q: Vᵀ S V is the identity, so the retain
@@ -387,7 +369,7 @@ class Kron(Directions):
         inputs: Mapping[Side, Tensor],
         outputs: Callable[[int], Mapping[Side, Tensor]],
     ) -> Iterator[Direction]:
-        """`_direction_in_bases`, layer by layer."""
+        """In a basis of the inputs and one of each layer's output gradients."""
         basis = _joint_basis(inputs["forget"], inputs["retain"], self.damping)
         for place, vector in enumerate(vectors):
             moments = outputs(place)

@@ -573,37 +573,6 @@ def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> li
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def worst_row(values: Sequence[float | None]) -> tuple[int, float] | None:
-    """Place and value of the largest, values that are None left out; None where all are."""
-    known = [(value, -i) for i, value in enumerate(values) if value is not None]
-    if not known:
-        return None
-    value, place = max(known)
-    return -place, value
-
-
-def by_subject(
-    values: Sequence[float | None], numbers: Sequence[int]
-) -> dict[int, dict[str, float]]:
-    """Distribution per subject.
-
-    Args:
-        values: one per row; None where there is none.
-        numbers: subject of each row.
-
-    Returns:
-        Subject -> number of `rows` with a value, their `mean` and `worst`, the largest.
-    """
-    groups: dict[int, list[float]] = {}
-    for value, number in zip(values, numbers, strict=True):
-        if value is not None:
-            groups.setdefault(number, []).append(value)
-    return {
-        number: {"rows": len(group), "mean": math.fsum(group) / len(group), "worst": max(group)}
-        for number, group in groups.items()
-    }
-
-
 def share_beyond(
     values: Sequence[float], yardstick: Sequence[float], quantile: float = 0.95
 ) -> float:

@@ -121,14 +121,8 @@ class Step:
 def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:
     """Values − base, (count,) of any floating type, in float32 in `out`, which may be `values`."""
     if _compiled and _suits_compiled(values, base):
-        _compiled.difference(
-            out.data_ptr(),
-            values.data_ptr(),
-            values.dtype == torch.bfloat16,
-            base.data_ptr(),
-            base.dtype == torch.bfloat16,
-            len(out),
-        )
+        left, right = ((t.data_ptr(), t.dtype == torch.bfloat16) for t in (values, base))
+        _compiled.difference(out.data_ptr(), *left, *right, len(out))
         return out
     return out.copy_(values).sub_(base)
 
@@ -136,17 +130,9 @@ def difference(values: Tensor, base: Tensor, out: Tensor) -> Tensor:
 def subtract(stored: Tensor, delta: Tensor, place: Place) -> Step:
     """Subtract a float32 δ from (count,) stored values of any type, in place, and round once."""
     if _compiled and _suits_compiled(stored):
-        is_bfloat16, keys, start = stored.dtype == torch.bfloat16, place.keys(), place.start
-        step = Step(
-            *_compiled.subtract(
-                stored.data_ptr(),
-                is_bfloat16,
-                delta.data_ptr(),
-                len(delta),
-                *keys,
-                start & _LOW_BITS,
-            )
-        )
+        target = stored.data_ptr(), stored.dtype == torch.bfloat16
+        where = *place.keys(), place.start & _LOW_BITS
+        step = Step(*_compiled.subtract(*target, delta.data_ptr(), len(delta), *where))
         if not math.isfinite(step.squares):
             step.squares = square_norm(stored.to(torch.float32))
         return step

@@ -491,9 +491,13 @@ def stream_tensors(
     if set(places) != {_SINGLE}:
         every = {name: place for types in places.values() for name, place in types.items()}
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in every.values())
-        weight_map = {name: file for file, types in places.items() for name in types}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_weight_map(folder, {name: file for file in places for name in places[file]}, total)
+
+
+def write_weight_map(folder: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """Write the index of a checkpoint of several files; `total` are the bytes of its tensors."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _present(

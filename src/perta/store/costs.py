@@ -158,18 +158,17 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """A number of bytes in the unit that reads best."""
-    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= least:
-            return f"{count / least:.1f} {unit}"
-    return f"{count:.0f} bytes"
+    return _in_units(count, {"GB": 1e9, "MB": 1e6, "kB": 1e3}) or f"{count:.0f} bytes"
 
 
 def operations(count: float) -> str:
     """A number of floating-point operations in the unit that reads best."""
-    for unit, least in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if count >= least:
-            return f"{count / least:.1f} {unit}"
-    return f"{count / 1e6:.1f} MFLOP"
+    found = _in_units(count, {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9})
+    return found or f"{count / 1e6:.1f} MFLOP"
+
+
+def _in_units(count: float, units: Mapping[str, float]) -> str | None:
+    return next((f"{count / least:.1f} {u}" for u, least in units.items() if count >= least), None)
 
 
 def percent(share: float) -> str:

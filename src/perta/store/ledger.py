@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.jsonl"
 HEAD = "head.json"
-VERSION = 1  # of the entries' form
+_VERSION = 1  # of the entries' form
 
 _START = "0" * 64  # what the first entry has for `previous`
 
@@ -73,7 +73,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
     entries = read_ledger(folder) if (folder / LEDGER).exists() else []
     signer = None if key is None else _private_key(key)
     body: dict[str, Any] = {
-        "version": VERSION,
+        "version": _VERSION,
         "number": len(entries) + 1,
         "kind": kind,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -135,8 +135,8 @@ def _checked(text: str, number: int, previous: str, file: Path) -> dict[str, Any
         kind, when, what = line["kind"], line["time"], line["facts"]
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
         raise LedgerError(f"{where} is no entry: it was changed.") from None
-    if facts[0] != VERSION:
-        raise LedgerError(f"{where} is in form {facts[0]}; this version reads form {VERSION}.")
+    if facts[0] != _VERSION:
+        raise LedgerError(f"{where} is in form {facts[0]}; this version reads form {_VERSION}.")
     if facts[1:] != (number, previous, _hash(body)) or text != _canonical(line):
         raise LedgerError(f"{where} does not fit its hash or the line before: it was changed.")
     if not (isinstance(kind, str) and isinstance(when, str) and isinstance(what, dict)):

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
 from perta.store.checkpoint import (
-    INDEX,
     MOMENTS_SIDECAR,
     CheckpointIndex,
     open_index,
     read_tensor,
     write_tensors,
+    write_weight_map,
 )
 from perta.store.parse import NUMBERS, fits, read_json
 from perta.store.second_moment import divided
@@ -162,5 +162,4 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
             flush()
     flush()
     # Over the index that each shard's own write left.
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    write_weight_map(folder, weight_map, total)

@@ -43,7 +43,7 @@ def create_files(
         if is_same:
             header, size = _header_bytes(full.folder / shard), (full.folder / shard).stat().st_size
         else:
-            types = {e.name: output_type(e, full.folder, save_dtype) for e in entries}
+            types = {e.name: _output_type(e, full.folder, save_dtype) for e in entries}
             types |= {name: torch.float32 for name in names if name in wide}
             header, size = _new_header(entries, types, full.metadata)
         with (folder / shard).open("wb") as stream:
@@ -58,7 +58,7 @@ def create_files(
     return created
 
 
-def output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
+def _output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
     """Type in which the output stores one tensor of θ_full."""
     is_main = entry.dtype == stored_dtype(full)
     return save_type(save_dtype, full) if is_main else entry.dtype

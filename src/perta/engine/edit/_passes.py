@@ -68,48 +68,31 @@ def average_importance(
         role, target, rows, by_column = job
         with opened(target.sources[role].file) as descriptor:
             reader = Reader(target.sources[role], descriptor, role, buffers)
-            average = _average_columns if by_column else _average_rows
-            averages[role][target.full.name] = Averages(average(reader, rows, chunk), by_column)
+            values = _average(reader, rows, by_column, chunk)
+            averages[role][target.full.name] = Averages(values, by_column)
 
     in_threads(jobs, work, chunk, worker_count)
     return averages
 
 
-def _average_rows(reader: Reader, rows: int, chunk: int) -> Tensor:
-    """Mean of every row, (rows,) float32, summed in float64 in the order of the file."""
+def _average(reader: Reader, rows: int, by_column: bool, chunk: int) -> Tensor:
+    """Mean of every row or column, float32, summed in float64 in the order of the file."""
     elements = reader.entry.numel
-    row_length = elements // rows
-    sums = torch.zeros(rows, dtype=torch.float64)
+    length = elements // rows
+    sums = torch.zeros(length if by_column else rows, dtype=torch.float64)
     begin = 0
     while begin < elements:
-        if row_length <= chunk:
-            count = min(chunk // row_length * row_length, elements - begin)
+        place = begin % length
+        if length <= chunk:
+            count = min(chunk // length * length, elements - begin)
         else:
-            count = min(chunk, row_length - begin % row_length)
-        values = read_importance(reader, begin, count)
-        first = begin // row_length
-        parts = values.view(-1, min(row_length, count)).sum(1, dtype=torch.float64)
+            count = min(chunk, length - place)
+        values = read_importance(reader, begin, count).view(-1, min(length, count))
+        first = place if by_column else begin // length
+        parts = values.sum(0 if by_column else 1, dtype=torch.float64)
         sums[first : first + len(parts)] += parts
         begin += count
-    return _as_stored(sums / row_length, reader)
-
-
-def _average_columns(reader: Reader, rows: int, chunk: int) -> Tensor:
-    """Mean of every column, (columns,) float32, summed in float64 in the order of the file."""
-    columns = reader.entry.numel // rows
-    sums = torch.zeros(columns, dtype=torch.float64)
-    begin = 0
-    while begin < reader.entry.numel:
-        place = begin % columns
-        if columns <= chunk:
-            count = min(chunk // columns * columns, reader.entry.numel - begin)
-        else:
-            count = min(chunk, columns - place)
-        values = read_importance(reader, begin, count)
-        width = min(columns, count)
-        sums[place : place + width] += values.view(-1, width).sum(0, dtype=torch.float64)
-        begin += count
-    return _as_stored(sums / rows, reader)
+    return _as_stored(sums / (rows if by_column else length), reader)
 
 
 def _as_stored(averages: Tensor, reader: Reader) -> Tensor:

@@ -254,28 +254,22 @@ class Finished:
     """Statistics from all threads, added in the order of the files whatever the threads do."""
 
     def __init__(self, targets: list[Target], span: int) -> None:
-        self._targets = targets
-        self._lock = threading.Lock()
-        self._parts: dict[int, dict[int, Sums]] = {}
-        self._counts = [math.ceil(target.full.numel / span) for target in targets]
-        self._sums: dict[int, Sums] = {}
+        self._targets, self._lock = targets, threading.Lock()
+        self._left = [math.ceil(target.full.numel / span) for target in targets]
+        self._parts: dict[tuple[int, int], Sums] = {}
 
     def add(self, job: Span, sums: Sums) -> bool:
         """Take in one span; whether its tensor is finished."""
         with self._lock:
-            parts = self._parts.setdefault(job.target, {})
-            parts[job.part] = sums
-            if len(parts) < self._counts[job.target]:
-                return False
-            total = Sums()
-            for part in range(len(parts)):
-                total.add(parts[part])
-            self._sums[job.target] = total
-            del self._parts[job.target]
-            return True
+            self._parts[job.target, job.part] = sums
+            self._left[job.target] -= 1
+            return not self._left[job.target]
 
     def summaries(self) -> tuple[TensorSummary, ...]:
         """Of every edited tensor, in the order of the files."""
+        totals: dict[int, Sums] = {}
+        for target, part in sorted(self._parts):
+            totals.setdefault(target, Sums()).add(self._parts[target, part])
         return tuple(
             TensorSummary(
                 name=target.full.name,
@@ -285,5 +279,5 @@ class Finished:
                 **vars(sums.stored(target.full.numel)),
             )
             for index, target in enumerate(self._targets)
-            if target.sources and target.alias_of is None and (sums := self._sums.get(index))
+            if target.sources and target.alias_of is None and (sums := totals.get(index))
         )

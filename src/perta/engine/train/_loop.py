@@ -14,7 +14,7 @@ from perta.parallel import count, place, summed, told
 from perta.progress import track
 
 
-class Objective(Protocol):
+class _Objective(Protocol):
     """What a run trains for, and what it has seen so far."""
 
     @property
@@ -49,7 +49,7 @@ class Objective(Protocol):
 
 def train(
     trainer: Trainer,
-    objective: Objective,
+    objective: _Objective,
     examples: Sequence[Encoded],
     *,
     title: str,

@@ -17,7 +17,7 @@ _DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_
 _TRAINED_LAYERS = 3
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def _decoder_layers(model: Any) -> nn.ModuleList:
     """The model's layers, first to last."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
@@ -31,7 +31,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 def chosen_layer(model: Any, chosen: int) -> int:
     """The layer to steer, from 0: the user's choice, or the default where it is -1."""
-    layers = len(decoder_layers(model))
+    layers = len(_decoder_layers(model))
     layer = steered_layer(layers) if chosen < 0 else chosen
     if layer >= layers:
         raise ConfigError(
@@ -47,7 +47,7 @@ def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
     """
     chosen = {
         id(module)
-        for block in decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]
+        for block in _decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]
         for name, module in block.named_modules()
         if name.endswith(_DOWN_PROJECTIONS)
     }
@@ -70,7 +70,7 @@ def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Ten
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
+    handle = _decoder_layers(model)[layer].register_forward_hook(keep)
     try:
         # The decoder alone: the output head would compute logits nobody reads.
         model.get_decoder()(
