@@ -53,9 +53,8 @@ from perta.stages.stage import evaluated, run_file_stage
 from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
-from perta.store.outputs import check_output
 from perta.store.provenance import refuse_claim, requests_of
-from perta.store.record import read_manifest, settings_of
+from perta.store.record import check_output, read_manifest, settings_of
 
 SCHEMA = "perta-audit/1"
 AUDIT = "audit.json"
