@@ -90,6 +90,37 @@ def difference_interval(
     return _widened(found, Interval(value, value - half, value + half, n))
 
 
+def pairs_interval(
+    pairs: Array, lowest: float, highest: float, groups: tuple[Groups, Groups] = (None, None)
+) -> Interval:
+    """Mean over all pairs of two sets drawn separately, such as an AUC or a difference of two.
+
+    Pairs with the example of a side that was not seen could all have either bound. Groups widen it
+    to Student's from the means of each side (DeLong's variance, by group).
+
+    Args:
+        pairs: (n, m) values, n of the one set and m of the other.
+        lowest: the smallest that a value can be.
+        highest: the largest.
+        groups: group of each of the n, and of each of the m.
+    """
+    n, m = pairs.shape
+    left, right = random_weights(n, 0)[:, :-1], random_weights(m, 1)[:, :-1]
+    draws = np.einsum("bi,ij,bj->b", left, pairs, right, optimize=True)
+    rest = 1 - left.sum(axis=1) * right.sum(axis=1)
+    value = float(pairs.mean())
+    found = quantile_interval(value, draws + rest * lowest, draws + rest * highest, min(n, m))
+    means = (pairs.mean(axis=1), pairs.mean(axis=0))
+    sides = [
+        student_interval(side.tolist(), group)
+        for side, group in zip(means, groups, strict=True)
+        if group is not None
+    ]
+    half = math.hypot(*((side.high - side.low) / 2 for side in sides if side is not None), 0.0)
+    low, high = max(lowest, value - half), min(highest, value + half)
+    return _widened(found, Interval(value, low, high, min(n, m)))
+
+
 def student_interval(values: Sequence[float], groups: Groups = None) -> Interval | None:
     """Mean with Student's interval over groups, or single values; None with fewer than two."""
     from scipy.stats import t

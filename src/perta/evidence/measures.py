@@ -20,8 +20,8 @@ from perta.evidence.intervals import (
     Interval,
     bounded_means,
     mean_interval,
+    pairs_interval,
     quantile_interval,
-    random_weights,
     student_interval,
 )
 
@@ -409,13 +409,7 @@ def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
     forget, holdout = (np.asarray(column) for column in columns)
     if abs(metrics.membership_auc(columns[0], columns[1]) - value) > _AGREEMENT:
         return None
-    wins = (holdout[:, None] > forget[None, :]) + 0.5 * (holdout[:, None] == forget[None, :])
-    left = random_weights(len(holdout), 0)[:, :-1]
-    right = random_weights(len(forget), 1)[:, :-1]
-    draws = np.einsum("bi,ij,bj->b", left, wins, right, optimize=True)
-    # Pairs with the example that was not seen could all be lost, or all be won.
-    rest = 1 - left.sum(axis=1) * right.sum(axis=1)
-    return quantile_interval(value, draws, draws + rest, min(len(forget), len(holdout)))
+    return pairs_interval(metrics.wins(forget, holdout), 0.0, 1.0)
 
 
 def _utility_reading(readings: Mapping[str, Reading]) -> Reading:

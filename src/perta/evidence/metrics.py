@@ -185,6 +185,15 @@ def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
     return above / (n * len(forget))
 
 
+def wins(forget: NDArray[np.float64], holdout: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each pair (holdout, forget) 1 where the held-out example scores above, 1/2 for a tie.
+
+    Their mean is `membership_auc`.
+    """
+    above: NDArray[np.float64] = (holdout[:, None] > forget) + 0.5 * (holdout[:, None] == forget)
+    return above
+
+
 def privleak(auc: float, retain_auc: float | None = None) -> float:
     """Privacy leakage in percent: 0 like the retrained model, below 0 still memorised.
 

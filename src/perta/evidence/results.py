@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from perta.data.batch import IGNORE, Encoded
 from perta.data.tokens import text_ids
 from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
@@ -114,6 +115,12 @@ def privleak_entry(min_k: Results, reference: Mapping[str, Any] | None) -> Resul
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens of a text, with the special ones that the tokenizer puts around it."""
     return tuple(text_ids(text, tokenizer))
+
+
+def labelled_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of the tokens that carry a label, without special ones."""
+    labelled = [label for label in encoded.labels if label != IGNORE]
+    return str(tokenizer.decode(labelled, skip_special_tokens=True))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

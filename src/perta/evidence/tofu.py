@@ -42,6 +42,7 @@ from perta.evidence.results import (
     Results,
     attack_entry,
     decode,
+    labelled_text,
     missing,
     privleak_entry,
     rouge_row,
@@ -603,7 +604,7 @@ def _attack_scores(
     if attack == "loss":
         return [score.loss for score in scores]
     if attack == "zlib":
-        texts = [_labelled_text(item.answers[0], tokenizer) for item in measured.items]
+        texts = [labelled_text(item.answers[0], tokenizer) for item in measured.items]
         return [metrics.zlib_score(s.loss, text) for s, text in zip(scores, texts, strict=True)]
     if attack == "reference":
         losses = measured.reference_losses
@@ -611,11 +612,6 @@ def _attack_scores(
     if attack == "gradnorm":
         return measured.gradient_norms
     return [getattr(score, attack) for score in scores]
-
-
-def _labelled_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    labelled = [label for label in encoded.labels if label != IGNORE]
-    return str(tokenizer.decode(labelled, skip_special_tokens=True))
 
 
 def _forget_quality(

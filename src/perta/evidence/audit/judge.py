@@ -40,7 +40,7 @@ from perta.evidence.remains import (
 
 Verdict = Literal["passed", "leaks", "not sure"]
 YardstickName = Literal["retrained", "holdout", "base"]
-_WORDS: Mapping[YardstickName, str] = {
+WORDS: Mapping[YardstickName, str] = {
     "retrained": "the retrained model",
     "holdout": "unseen rows",
     "base": "the base model",
@@ -140,7 +140,7 @@ def judge_remains(found: Found, *, wording: bool = False, by_row: bool = True) -
         return _told(figures, "not sure", why)
     gap = fmean(known.values()) - fmean(usual.values()) if known else 1.0
     if gap <= SMALLEST_GAP:
-        why = f"the full model knew no more than {_WORDS[name]} by this probe"
+        why = f"the full model knew no more than {WORDS[name]} by this probe"
         return _told(figures, "not sure", why)
     paired = name != "holdout"
     subjects = found.people()
@@ -153,7 +153,7 @@ def judge_remains(found: Found, *, wording: bool = False, by_row: bool = True) -
         figures = replace(figures, leaking_rows=tuple(rows), leaking_subjects=persons)
         if said := _standing(figures, standing, len(values)):
             return _told(figures, "leaks", said)
-    return _in_the_mean(figures, difference, gap, len(values), _WORDS[name])
+    return _in_the_mean(figures, difference, gap, len(values), WORDS[name])
 
 
 def _standing(figures: Judgement, standing: int, n: int) -> str | None:

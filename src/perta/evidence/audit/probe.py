@@ -151,7 +151,7 @@ class View:
         answer.
         """
         if name not in self._asked:
-            items = self._items(name)
+            items = self.items(name)
             found = self.outcomes("asked", {f"{name}:{i}": item for i, item in enumerate(items)})
             self._asked[name] = list(found.values())
         return self._asked[name]
@@ -160,10 +160,11 @@ class View:
         """The same as the quick evaluation tells it; it holds texts."""
         made = self.material
         sets, column = {name: made.sets[name]}, made.data_config.subject_column
-        asked, answered = {name: self._items(name)}, {name: self.asked(name)}
+        asked, answered = {name: self.items(name)}, {name: self.asked(name)}
         return summarise(sets, asked, answered, made.facts, self.tokenizer, column)
 
-    def _items(self, name: str) -> list[Item]:
+    def items(self, name: str) -> list[Item]:
+        """What is asked of each sequence of a set."""
         made = self.material
         sets = {name: made.sets[name]}
         items = fact_items(

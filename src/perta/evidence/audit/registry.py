@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit import inside, verbatim, weights
+from perta.evidence.audit import inside, membership, verbatim, weights
 from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
 from perta.evidence.settings import LEVELS, Level
@@ -23,6 +23,11 @@ PROBES: tuple[type[Probe], ...] = (
     verbatim.Strength,
     verbatim.Memorised,
     verbatim.Overlap,
+    membership.Loss,
+    membership.Zlib,
+    membership.MinK,
+    membership.MinKPlusPlus,
+    membership.Reference,
     Frames,
     weights.Rounding,
     weights.Relearned,
