@@ -35,7 +35,7 @@ def judged(**models: tuple[Side, Side]) -> Judgement:
 
 
 def drawn(n: int, mean: float = 0.0, seed: int = 0) -> list[float]:
-    return np.random.default_rng(seed).normal(mean, 1, n).tolist()
+    return [float(value) for value in np.random.default_rng(seed).normal(mean, 1, n)]
 
 
 def test_the_auc_is_the_share_of_pairs() -> None:
