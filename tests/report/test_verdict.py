@@ -436,3 +436,23 @@ def test_long_facts_are_judged_by_their_tokens(tmp_path: Path) -> None:
     )
     assert verdict.forgetting.status == "not"
     assert verdict.forgetting.numbers.startswith("Fact probability per token: 0.90 against 0.20")
+
+
+def test_a_yardstick_without_rows_stands_for_each_of_them_with_its_mean(tmp_path: Path) -> None:
+    """Rows at the yardstick's mean are gone; those at the full model's are left, with subjects."""
+    more: Json = {
+        "forget_subject": subjects([0] * 10 + [1] * 10),
+        "perta": {"stage": "evaluate", "inputs": {"forget": "f0" * 32, "retain": "a0" * 32}},
+    }
+    after = [0.5] * 10 + [0.95] * 10
+    retrained = results([0.5] * 20, **more)
+    del retrained["forget_probability"]["value_by_index"]
+    verdict = verdict_on(
+        tmp_path,
+        full=results([0.95] * 20, **more),
+        retrained=retrained,
+        edited=results(after, **more),
+    )
+    check = next(c for c in verdict.forgetting.checks if c.key == "forget_probability")
+    assert sorted(map(int, check.rows)) == list(range(11, 21))
+    assert check.subjects == (1,)

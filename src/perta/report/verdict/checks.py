@@ -243,11 +243,12 @@ def _forget_check(
     rows: tuple[str, ...] = ()
     still: tuple[int, ...] = ()
     if key in BY_ROW and after.examples:
-        left = left_of_rows(after.examples, known, reference.examples, paired=paired)
-        rows, standing = rows_still_there(left, *sides)
-        still = subjects_still_there(
-            after.examples, known, reference.examples, people, paired=paired
-        )
+        # A mean without its rows stands for each of them.
+        usual = reference.examples or {"": reference.value}
+        paired = paired and bool(reference.examples)
+        left = left_of_rows(after.examples, known, usual, paired=paired)
+        rows, standing = rows_still_there(left, after.examples, usual)
+        still = subjects_still_there(after.examples, known, usual, people, paired=paired)
         statuses += [_rows_status(len(rows), standing, len(after.examples))]
         statuses += ["partly"] if still else []
     return replace(
