@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def _to_json(
 
 
 def _main() -> None:
-    _limit_memory()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     compiled = functools.lru_cache(4)(_environment().from_string)
     for line in sys.stdin.buffer:
         _limit_time(_SECONDS)
@@ -230,18 +231,9 @@ def _without_marks(text: str) -> dict[str, Any]:
     return {"text": "".join(pieces), "spans": spans}
 
 
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-
-
 def _limit_time(seconds: float) -> None:
     """Without a handler the signal ends the process, whatever it is doing."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ few answer tokens per example, logits of all positions would cost more than they
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,23 +32,30 @@ class AnswerLogits:
     example: Tensor
 
 
+@contextmanager
+def head_at(model: nn.Module, example: Tensor, position: Tensor) -> Iterator[None]:
+    """Show a model's output head N places alone, (N,) both: its logits are (1, N, V) then."""
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][example, position].unsqueeze(0), *args[1:])
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
     """Forward pass whose output head sees only the positions that predict a labelled token."""
     # The token at t is predicted at t - 1; a label at position 0 has no prediction.
     wanted = batch.labels[:, 1:] != IGNORE
     example, position = wanted.nonzero(as_tuple=True)
-
-    def keep_wanted(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][example, position].unsqueeze(0), *args[1:])
-
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(keep_wanted)
-    try:
+    with head_at(model, example, position):
         output = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
-    finally:
-        handle.remove()
     targets = batch.labels[:, 1:][wanted]
     return AnswerLogits(output.logits[0].float(), targets, example)
 

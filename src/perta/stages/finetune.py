@@ -17,7 +17,7 @@ import torch
 
 from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet, load_examples
-from perta.data.tokens import encode_examples
+from perta.data.tokens import EncodedSet, encode_examples
 from perta.engine.train.optimizer import resumable
 from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
 from perta.models.facts import find_facts
@@ -90,20 +90,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
         if config.save_dtype == "base":
             round_weights(model, stored_dtype(base), config.tune.seed)
         save_model(model, tokenizer, folder, base)
-        return {
-            "examples": len(chosen),
-            "labelled_tokens": chosen.labelled_tokens,
-            "skipped_rows": list(chosen.skipped),
-            "fact_sources": sources,
-            "learned": tuned.learned,
-            "learned_share": tuned.learned_share,
-            "learning_rate": tuned.learning_rate,
-            "final_loss": tuned.final_loss,
-            "final_losses": list(tuned.final_losses),
-            "epoch_losses": list(tuned.epoch_losses),
-            "steps": tuned.steps,
-            "tokens": tuned.tokens,
-        }
+        return _told(chosen, tuned, sources)
 
     with resumable(config.output, key, config.tune.save_every or 0) as resume:
         run_stage(
@@ -117,6 +104,24 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             overwrite=config.overwrite,
         )
     return config.output
+
+
+def _told(examples: EncodedSet, tuned: Tuned, sources: Mapping[str, int] | None) -> dict[str, Any]:
+    """What the record says of a tuning."""
+    return {
+        "examples": len(examples),
+        "labelled_tokens": examples.labelled_tokens,
+        "skipped_rows": list(examples.skipped),
+        "fact_sources": sources,
+        "learned": tuned.learned,
+        "learned_share": tuned.learned_share,
+        "learning_rate": tuned.learning_rate,
+        "final_loss": tuned.final_loss,
+        "final_losses": list(tuned.final_losses),
+        "epoch_losses": list(tuned.epoch_losses),
+        "steps": tuned.steps,
+        "tokens": tuned.tokens,
+    }
 
 
 def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:

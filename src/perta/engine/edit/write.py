@@ -67,10 +67,10 @@ def write_edit(
     fingerprints: Mapping[str, str] | None = None,
     chunk: int = CHUNK,
 ) -> EditSummary:
-    """Edit into an existing empty folder, such as one from `atomic_folder`.
+    """Write weights, companion files and model card into an existing empty folder.
 
     Args:
-        folder: where the weights, the companion files and the model card go.
+        folder: such as one from `atomic_folder`.
         inputs: local folders to read.
         weighting: method and its settings.
         onto: checkpoint that is copied and subtracted from, in place of θ_full; what is
@@ -92,11 +92,9 @@ def write_edit(
     started = time.perf_counter()
     weighting = with_defaults(weighting)
     refuse_auto(weighting)
-    method = get_method(weighting.method)
-    onto = onto or inputs.full
+    method, onto = get_method(weighting.method), onto or inputs.full
     source = open_index(onto)
-    sources = open_sources(method, inputs)
-    targets = plan_edit(source, sources, weighting)
+    targets = plan_edit(source, open_sources(method, inputs), weighting)
     worker_count = threads or min(8, os.cpu_count() or 1)
     if method.weighs_retain:
         _tell_unused(targets, find_unused(targets, chunk, worker_count))
@@ -112,13 +110,11 @@ def write_edit(
     check_stored(stored)
     copy_companions(onto, folder)
     write_config(onto, folder, save_dtype)
-    card = model_card(weighting, fingerprints or {})
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(weighting, fingerprints or {}), "utf-8")
     open_index(folder)
     edited = sum(target.full.numel for target in targets if target.sources)
     copied = sum(target.full.numel for target in targets if not target.sources)
-    seconds = time.perf_counter() - started
-    return EditSummary(stored, summaries, edited, copied, seconds)
+    return EditSummary(stored, summaries, edited, copied, time.perf_counter() - started)
 
 
 def _tell_unused(targets: Sequence[Target], unused: Collection[str]) -> None:

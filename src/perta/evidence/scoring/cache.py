@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from perta.models.loss import head_at
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,7 @@ def extend(
         mask = torch.cat([prefixes.mask, mask], dim=1)
     row_index = torch.tensor([row for row, _ in wanted], dtype=torch.int64, device=device)
     column_index = torch.tensor([place for _, place in wanted], dtype=torch.int64, device=device)
-
-    def pick(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][row_index, column_index].unsqueeze(0), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
-    try:
+    with head_at(model, row_index, column_index):
         output = model(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=mask,
@@ -196,8 +192,6 @@ def extend(
             past_key_values=cache,
             use_cache=True,
         )
-    finally:
-        handle.remove()
     return Extended(
         output.logits[0],
         cache,
