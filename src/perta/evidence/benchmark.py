@@ -49,31 +49,19 @@ _Config = TypeVar("_Config", bound=BenchmarkConfig)
 
 @dataclass(frozen=True)
 class Given:
-    """What a run gets beside model, tokenizer and options.
+    """What a run gets beside model, tokenizer and options."""
 
-    Attributes:
-        data: what `Benchmark.folder` returned.
-        reference: results of the retrained model, if named.
-        journal: file for outcomes, so that a killed run goes on; gone once results are written.
-    """
-
-    data: Path
-    reference: Reference | None
-    journal: Path
+    data: Path  # what `Benchmark.folder` returned
+    reference: Reference | None  # results of the retrained model, if named
+    journal: Path  # file for outcomes, so that a killed run goes on; gone once results are written
 
 
 class Benchmark(ABC, Generic[_Config]):
-    """A benchmark: a name, options, data, and what it measures of a model.
+    """A benchmark: a name, options, data, and what it measures of a model."""
 
-    Attributes:
-        name: what it is called; its results say `bench NAME`.
-        summary: one sentence of help.
-        config: class of its options, a `BenchmarkConfig` with `data`.
-    """
-
-    name: str
-    summary: str
-    config: type[_Config]
+    name: str  # what it is called; its results say `bench NAME`
+    summary: str  # one sentence of help
+    config: type[_Config]  # class of its options, a `BenchmarkConfig` with `data`
 
     def folder(self, config: _Config) -> Path:
         """Folder (or file) with its data, fetched where it can be."""
@@ -168,14 +156,10 @@ class Journal:
     The first line holds a key of everything the outcomes depend on, and every other one the hash
     of its own. A file with another key, or none, is started anew; a line that is not as it was
     written, such as a last one cut off by a kill, is dropped.
-
-    Attributes:
-        path: JSONL file; None keeps nothing.
-        key: hash of model, data and settings, see `open_journal`.
     """
 
-    path: Path | None
-    key: str
+    path: Path | None  # JSONL file; None keeps nothing
+    key: str  # hash of model, data and settings, see `open_journal`
     entries: dict[str, Any] = field(default_factory=dict)
     _file: IO[str] | None = None
 

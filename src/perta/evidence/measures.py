@@ -33,37 +33,25 @@ _AGREEMENT = 1e-6
 
 @dataclass(frozen=True)
 class Measure:
-    """How one measure is named and read.
+    """How one measure is named and read."""
 
-    Attributes:
-        key: our name; several names in results files may lead to it.
-        names: its names in results files.
-        upper: largest possible value, for axes; None where there is none.
-    """
-
-    key: str
+    key: str  # our name; several names in results files may lead to it
     label: str
     group: Group
     better: _Better
     meaning: str
-    names: tuple[str, ...]
-    upper: float | None = 1.0
+    names: tuple[str, ...]  # its names in results files
+    upper: float | None = 1.0  # largest possible value, for axes; None where there is none
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One measure of one model.
+    """One measure of one model."""
 
-    Attributes:
-        value: aggregate as the results file gives it.
-        interval: its 95% interval, over subjects where they are known; None where the file lacks
-            what it needs.
-        examples: per-example values by index, in the form whose mean is `value`.
-    """
-
-    value: float
+    value: float  # aggregate as the results file gives it
+    # Its 95% interval, over subjects where they are known; None where the file lacks what it needs.
     interval: Interval | None
-    examples: Mapping[str, float]
+    examples: Mapping[str, float]  # per-example values by index, in the form whose mean is `value`
 
 
 _PROBABILITY = (

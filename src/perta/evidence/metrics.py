@@ -25,12 +25,9 @@ from perta.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EPSILON = 1e-10
-"""Added to denominators by the published definitions; kept for equal numbers."""
-_DEPTH_GAP = 0.05
-"""Nats by which a layer's states have to matter, to count in the depth score."""
-_MIN_K_SHARE = 0.4
-"""Share of the least likely tokens that Min-K and Min-K++ average."""
+_EPSILON = 1e-10  # added to denominators by the published definitions; kept for equal numbers
+_DEPTH_GAP = 0.05  # nats by which a layer's states have to matter, to count in the depth score
+_MIN_K_SHARE = 0.4  # share of the least likely tokens that Min-K and Min-K++ average
 
 
 @dataclass(frozen=True)

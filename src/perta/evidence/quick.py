@@ -23,8 +23,7 @@ from perta.models.facts import SAMPLES, Fact, fact_score, find_facts, hit_probab
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig, ScoringConfig
 
-Progress = Callable[[], object]
-"""Called once per finished example."""
+Progress = Callable[[], object]  # called once per finished example
 
 
 def quick_evaluation(

@@ -27,8 +27,7 @@ that counts as sure; above it, a row stands out."""
 REMAINDER_PARTLY = 0.50
 _INTACT = 0.90
 """Share of a row left at which it is still there whatever the yardstick's other rows are."""
-BY_CHANCE = 0.05
-"""Share of unseen rows that lie beyond their own spread."""
+BY_CHANCE = 0.05  # share of unseen rows that lie beyond their own spread
 SMALLEST_GAP = 0.05
 """Where full model and reference are closer than this, a measure cannot tell them apart."""
 

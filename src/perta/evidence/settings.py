@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 
 from perta.options import ComputeConfig, Flat, Paths, Repeated, require
 
-Level = Literal["quick", "standard", "full"]
-"""How much an audit looks at."""
+Level = Literal["quick", "standard", "full"]  # how much an audit looks at
 LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
 
 

@@ -12,38 +12,26 @@ from dataclasses import dataclass, field
 
 from perta.evidence.scoring.cache import Extended
 
-_WORTH_A_NODE = 4
-"""Tokens that sharing must save; below it, another row costs more than it saves."""
+_WORTH_A_NODE = 4  # tokens that sharing must save; below it, another row costs more than it saves
 
 
 @dataclass(eq=False)
 class Segment:
-    """Consecutive tokens shared by some answers of one item.
+    """Consecutive tokens shared by some answers of one item."""
 
-    Attributes:
-        item: place of the item.
-        start: position of the first token in its sequences.
-        tokens: the tokens, at least one.
-        answers: which of the item's answers run through them.
-        parent: what comes before; None after the run's common start.
-        children: what comes next.
-        fed: forward pass that held the segment, and its row there.
-        row: that row.
-        log_probs: per token, its log-probability given those before it, where it is labelled.
-        guesses: per token, what the model would have put there, likewise.
-        moments: per token, mean and variance of log-probabilities, where asked for.
-    """
-
-    item: int
-    start: int
-    tokens: tuple[int, ...]
-    answers: tuple[int, ...]
-    parent: Segment | None
-    children: list[Segment] = field(default_factory=list)
-    fed: Extended | None = None
-    row: int = 0
+    item: int  # place of the item
+    start: int  # position of the first token in its sequences
+    tokens: tuple[int, ...]  # the tokens, at least one
+    answers: tuple[int, ...]  # which of the item's answers run through them
+    parent: Segment | None  # what comes before; None after the run's common start
+    children: list[Segment] = field(default_factory=list)  # what comes next
+    fed: Extended | None = None  # forward pass that held the segment, and its row there
+    row: int = 0  # that row
+    # Per token, its log-probability given those before it, where it is labelled.
     log_probs: dict[int, float] = field(default_factory=dict)
+    # Per token, what the model would have put there, likewise.
     guesses: dict[int, int] = field(default_factory=dict)
+    # Per token, mean and variance of log-probabilities, where asked for.
     moments: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property

@@ -10,29 +10,19 @@ from torch import Tensor
 
 from perta.evidence import metrics
 
-_CHUNK = 512
-"""Rows of logits turned to log-probabilities at a time, to bound memory."""
+_CHUNK = 512  # rows of logits turned to log-probabilities at a time, to bound memory
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one teacher-forced pass tells about an answer.
+    """What one teacher-forced pass tells about an answer."""
 
-    Attributes:
-        tokens: labelled tokens, the last (which ends the answer) included.
-        loss: mean cross-entropy over them, nats.
-        exact_memorization: see `metrics`; None where the last token is the only one.
-        extraction_strength: likewise.
-        min_k: likewise.
-        min_k_plus_plus: likewise; None also where it was not asked for.
-    """
-
-    tokens: int
-    loss: float
-    exact_memorization: float | None
-    extraction_strength: float | None
-    min_k: float | None
-    min_k_plus_plus: float | None
+    tokens: int  # labelled tokens, the last (which ends the answer) included
+    loss: float  # mean cross-entropy over them, nats
+    exact_memorization: float | None  # see `metrics`; None where the last token is the only one
+    extraction_strength: float | None  # likewise
+    min_k: float | None  # likewise
+    min_k_plus_plus: float | None  # likewise; None also where it was not asked for
 
     @property
     def probability(self) -> float:

@@ -22,36 +22,24 @@ from perta.models.loss import head_at
 
 @dataclass(frozen=True)
 class Masking:
-    """Which tokens attention sees.
+    """Which tokens attention sees."""
 
-    Attributes:
-        pad_id: token written into padding, which attention never sees.
-        hidden_id: a token id that attention does not see anywhere (published behaviour where
-            the end-of-turn token serves as padding); None hides nothing.
-        skip_hidden: hidden tokens take no position (published behaviour when generating);
-            else they count.
-    """
-
-    pad_id: int
+    pad_id: int  # token written into padding, which attention never sees
+    # A token id that attention does not see anywhere (published behaviour where the end-of-turn
+    # token serves as padding); None hides nothing.
     hidden_id: int | None = None
+    # Hidden tokens take no position (published behaviour when generating); else they count.
     skip_hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Keys and values of B prefixes.
+    """Keys and values of B prefixes."""
 
-    Attributes:
-        cache: one entry of W columns per layer.
-        mask: (B, W) int64, 1 where attention looks.
-        columns: real tokens of each row, hidden ones included; W is the largest.
-        positions: position of the token that comes next in each row.
-    """
-
-    cache: DynamicCache
-    mask: Tensor
-    columns: tuple[int, ...]
-    positions: tuple[int, ...]
+    cache: DynamicCache  # one entry of W columns per layer
+    mask: Tensor  # (B, W) int64, 1 where attention looks
+    columns: tuple[int, ...]  # real tokens of each row, hidden ones included; W is the largest
+    positions: tuple[int, ...]  # position of the token that comes next in each row
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -97,23 +85,14 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Extended:
-    """Result of feeding tokens behind prefixes.
+    """Result of feeding tokens behind prefixes."""
 
-    Attributes:
-        logits: (N, V) at the wanted places, in the order they were asked for.
-        cache: keys and values of prefixes and new tokens; new tokens are right-padded.
-        mask: (B, columns of the cache).
-        start: column of the first new token.
-        before: the prefixes' rows (columns, positions).
-        tokens: what was fed.
-    """
-
-    logits: Tensor
-    cache: DynamicCache
-    mask: Tensor
-    start: int
-    before: tuple[tuple[int, int], ...]
-    tokens: tuple[tuple[int, ...], ...]
+    logits: Tensor  # (N, V) at the wanted places, in the order they were asked for
+    cache: DynamicCache  # keys and values of prefixes and new tokens; new tokens are right-padded
+    mask: Tensor  # (B, columns of the cache)
+    start: int  # column of the first new token
+    before: tuple[tuple[int, int], ...]  # the prefixes' rows (columns, positions)
+    tokens: tuple[tuple[int, ...], ...]  # what was fed
     masking: Masking
 
     def without_logits(self) -> Extended:

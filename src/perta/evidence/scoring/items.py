@@ -30,8 +30,7 @@ from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, su
 from perta.models.loss import answer_logits, token_losses
 from perta.parallel import Own, alone, everywhere, gathered, share
 
-_COMPAT_BATCHES = 8
-"""Batches after which compatible runs report what is done."""
+_COMPAT_BATCHES = 8  # batches after which compatible runs report what is done
 _MOST_LOGITS = 2048
 """New tokens of one pass, unless a single answer has more, to bound the memory of logits."""
 
@@ -42,16 +41,12 @@ runs at once; launching kernels elsewhere."""
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Attributes:
-        answers: the question with each answer to score, tokenised; at least one.
-        prompt: tokens to generate from; None where no answer is to be generated.
-        moments: compute Min-K++ of the first answer, which looks at the whole vocabulary.
-    """
-
-    answers: tuple[Encoded, ...]
+    answers: tuple[Encoded, ...]  # the question with each answer to score, tokenised; at least one
+    # Tokens to generate from; None where no answer is to be generated.
     prompt: tuple[int, ...] | None = field(default=None, repr=False)
+    # Compute Min-K++ of the first answer, which looks at the whole vocabulary.
     moments: bool = False
 
 
@@ -77,22 +72,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How to run.
+    """How to run."""
 
-    Attributes:
-        masking: which tokens attention sees.
-        end_ids: tokens that end a generated answer.
-        batch_size: rows per forward pass.
-        max_new_tokens: longest generated answer.
-        longest: most tokens the model has positions for; generation stops there.
-        stop: ends an answer by its tokens so far, in addition to `end_ids`.
-    """
-
-    masking: Masking
-    end_ids: frozenset[int] = frozenset()
-    batch_size: int = 16
-    max_new_tokens: int = 200
-    longest: int | None = None
+    masking: Masking  # which tokens attention sees
+    end_ids: frozenset[int] = frozenset()  # tokens that end a generated answer
+    batch_size: int = 16  # rows per forward pass
+    max_new_tokens: int = 200  # longest generated answer
+    longest: int | None = None  # most tokens the model has positions for; generation stops there
+    # Ends an answer by its tokens so far, in addition to `end_ids`.
     stop: Callable[[Sequence[int]], bool] | None = None
 
 
