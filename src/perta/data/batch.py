@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -42,24 +42,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.index.to(device),
-            self.weights.to(device),
-        )
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))
 
     def rows(self, chosen: slice) -> Batch:
         """Some of the examples, without the padding that only others need."""
         length = int(self.attention_mask[chosen].sum(1).max())
-        return Batch(
-            self.input_ids[chosen, :length],
-            self.attention_mask[chosen, :length],
-            self.labels[chosen, :length],
-            self.index[chosen],
-            self.weights[chosen],
-        )
+        padded = (self.input_ids, self.attention_mask, self.labels)
+        ids, mask, labels = (part[chosen, :length] for part in padded)
+        return Batch(ids, mask, labels, self.index[chosen], self.weights[chosen])
 
     def lengths(self) -> tuple[int, ...]:
         """Number of real tokens of each example."""

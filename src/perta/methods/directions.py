@@ -21,14 +21,14 @@ the projection off retained inputs, AlphaEdit, arXiv 2410.02355.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perta.errors import DivergenceError
-from perta.methods.method import Direction, Directions, Needs, Side, option
+from perta.methods.method import Direction, Directions, Needs, SideMoments, option
 from perta.store.second_moment import few_together, is_factor, matrix, mean_diagonal, times
 
 _POWER_STEPS = 12
@@ -290,10 +290,7 @@ class Project(Directions):
     rho: float = option(default=3.0, help="weight ρ of the retain moments", within="[0, inf)")
 
     def solve(
-        self,
-        vectors: Sequence[Tensor],
-        inputs: Mapping[Side, Tensor],
-        outputs: Callable[[int], Mapping[Side, Tensor]],
+        self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
     ) -> Iterable[Direction]:
         """`projected_direction`."""
         del outputs
@@ -328,10 +325,7 @@ class Input(Directions):
     )
 
     def solve(
-        self,
-        vectors: Sequence[Tensor],
-        inputs: Mapping[Side, Tensor],
-        outputs: Callable[[int], Mapping[Side, Tensor]],
+        self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
     ) -> Iterable[Direction]:
         """`input_direction`."""
         del outputs
@@ -364,10 +358,7 @@ class Kron(Directions):
     )
 
     def solve(
-        self,
-        vectors: Sequence[Tensor],
-        inputs: Mapping[Side, Tensor],
-        outputs: Callable[[int], Mapping[Side, Tensor]],
+        self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
     ) -> Iterator[Direction]:
         """In a basis of the inputs and one of each layer's output gradients."""
         basis = _joint_basis(inputs["forget"], inputs["retain"], self.damping)

@@ -37,6 +37,7 @@ from perta.errors import ConfigError
 
 T = TypeVar("T")
 Side = Literal["forget", "retain"]
+SideMoments = Mapping[Side, Tensor]  # second moment on every set that is needed
 _STEPS = {"forget - base": "(θ_f − θ₀)", "full - base": "(θ_full − θ₀)", "full": "θ_full"}
 _NOTHING = torch.empty(0)
 
@@ -293,10 +294,7 @@ class Directions(Edit):
 
     @abstractmethod
     def solve(
-        self,
-        vectors: Sequence[Tensor],
-        inputs: Mapping[Side, Tensor],
-        outputs: Callable[[int], Mapping[Side, Tensor]],
+        self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
     ) -> Iterable[Direction]:
         """Directions of layers that read the same input, one each.
 

@@ -74,7 +74,7 @@ def _reader(path: Path) -> Any:
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
-        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:  # type: ignore[override]
             found = super()._get(offset, dtype, count, **order)
             if len(found) < count:
                 raise CorruptCheckpointError(

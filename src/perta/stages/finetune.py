@@ -106,7 +106,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     return config.output
 
 
-def _told(examples: EncodedSet, tuned: Tuned, sources: Mapping[str, int] | None) -> dict[str, Any]:
+def _told(examples: EncodedSet, tuned: Tuned, sources: Mapping[Any, int] | None) -> dict[str, Any]:
     """What the record says of a tuning."""
     return {
         "examples": len(examples),

@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,14 +167,8 @@ def _head(line: Mapping[str, Any]) -> str:
 
 
 def _entry(line: Mapping[str, Any]) -> Entry:
-    return Entry(
-        line["number"],
-        line["kind"],
-        line["time"],
-        line["facts"],
-        line["hash"],
-        line.get("signature"),
-    )
+    parts: dict[str, Any] = {part.name: line.get(part.name) for part in fields(Entry)}
+    return Entry(**parts)
 
 
 def _hash(body: Mapping[str, Any]) -> str:
