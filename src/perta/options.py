@@ -220,7 +220,9 @@ class ComputeConfig:
     device: Device = "auto"
     """Compute device; `auto` takes a GPU when there is one."""
     dtype: DType = "auto"
-    """Type of weights while computing; `auto` is bfloat16 on GPUs and float32 on CPUs."""
+    """Type of the products of matrices; sums and trained weights are float32. `auto` is bfloat16 on
+    GPUs and on processors with units for it (AMX), where importance stays float32; float32
+    elsewhere."""
     threads: int | None = None
     """CPU threads [default: all cores]."""
     pass_batch_size: int | None = None

@@ -27,6 +27,7 @@ from perta.models.layers import (
     widths,
 )
 from perta.models.loss import weighted_losses
+from perta.models.precision import wide_product
 from perta.options import MomentOptions, Tokens, sample_count
 from perta.parallel import Own, gathered, portion, share, stream, summed
 from perta.progress import track
@@ -303,7 +304,9 @@ class _Sum:
         self._total = torch.zeros(width, width, dtype=torch.float64, device=place)
 
     def add(self, rows: Tensor) -> None:
-        self._total.add_((rows.t() @ rows).to(self._total.device))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        product = wide_product(rows.t().unsqueeze(0), rows.unsqueeze(0), wide)[0]
+        self._total.add_(product.to(self._total.device))
 
     def result(self) -> Tensor:
         return summed(self._total)
@@ -463,9 +466,8 @@ class _Collector:
 
 
 def _counted(rows: Tensor, kept: Tensor) -> Tensor:
-    """The kept rows of (…, d), in float32 or, of a model in float64, with all its digits."""
-    flat = rows.detach().reshape(-1, rows.shape[-1])[kept]
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    """The kept rows of (…, d)."""
+    return rows.detach().reshape(-1, rows.shape[-1])[kept]
 
 
 @contextmanager

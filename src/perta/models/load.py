@@ -7,7 +7,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partialmethod
+from dataclasses import replace
+from functools import partial, partialmethod
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from perta.errors import (
     shortage,
 )
 from perta.models.complete import check_checkpoint, check_loaded, described_model, loader_of
+from perta.models.precision import product_type
 from perta.models.trust import LOCAL, read_config
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
@@ -39,6 +41,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model for computing, in evaluation mode; `dtype` outdoes `compute`'s.
 
+    Weights stored in a wider type are rounded up or down at random, as those of an edit are.
+
     Raises:
         CheckpointError: the folder holds no model transformers can load.
         CorruptCheckpointError: a file is damaged, or a weight is NaN or Inf.
@@ -51,21 +55,33 @@ def load_model(
     with plain_errors(folder):
         check_checkpoint(folder)
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-        loaded: Any = loader_of(config).from_pretrained(
+        dtype = dtype or product_type(compute.dtype, device)
+        load = partial(
+            loader_of(config).from_pretrained,
             folder,
             config=config,
-            dtype=dtype or _pick_dtype(compute),
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **LOCAL,
         )
-    model: PreTrainedModel = loaded[0]
-    check_loaded(loaded[1], index)
+        loaded: Any = load(dtype=dtype)
+        check_loaded(loaded[1], index)
+        model: PreTrainedModel = loaded[0]
+        if dtype == torch.bfloat16 != stored_dtype(folder):
+            _round_again(model, load(dtype=torch.float32)[0])
     _require_finite(model, folder)
     torch.nn.Module.to(model, device)
     model.eval()
     return model
+
+
+def _round_again(model: PreTrainedModel, wide: PreTrainedModel) -> None:
+    """Round stored weights as the edit does: to the nearest, a small step would be lost."""
+    for (name, parameter), (_, exact) in zip(
+        model.named_parameters(), wide.named_parameters(), strict=True
+    ):
+        parameter.data = round_as_stored(exact.data, parameter.dtype, Place(0, name))
 
 
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -143,20 +159,17 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     return torch.device(name)
 
 
-def _pick_dtype(compute: ComputeConfig) -> torch.dtype:
-    """Type of the weights while computing: bfloat16 on GPUs, float32 on CPUs by default.
-
-    bfloat16 products are some sixty times slower on CPUs without units for them.
-    """
-    if compute.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[compute.dtype]
-    return torch.bfloat16 if pick_device(compute).type == "cuda" else torch.float32
-
-
 def picked(compute: ComputeConfig) -> dict[str, str]:
     """Device and type that a run computes on and in, by name, for its record."""
-    dtype = str(_pick_dtype(compute)).removeprefix("torch.")
-    return {"device": pick_device(compute).type, "dtype": dtype}
+    device = pick_device(compute)
+    dtype = str(product_type(compute.dtype, device)).removeprefix("torch.")
+    return {"device": device.type, "dtype": dtype}
+
+
+def exact_on_cpu(compute: ComputeConfig) -> ComputeConfig:
+    """The same for a measurement that bfloat16 on a CPU would make worse and hardly faster."""
+    is_exact = compute.dtype == "auto" and pick_device(compute).type == "cpu"
+    return replace(compute, dtype="float32") if is_exact else compute
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

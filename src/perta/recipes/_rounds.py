@@ -30,7 +30,14 @@ from transformers import PreTrainedModel
 
 from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
-from perta.models.load import counting_tokens, load_model, load_tokenizer, pad_id, save_model
+from perta.models.load import (
+    counting_tokens,
+    load_model,
+    load_tokenizer,
+    pad_id,
+    picked,
+    save_model,
+)
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
@@ -77,7 +84,7 @@ def write_rounds(
             checkpoint is θ₀ tuned on all forget rows.
         unseen: from `calibrate`.
         config: how the base is tuned on the rows that are left.
-        compute: device; weights are float32 whatever it says.
+        compute: device, and type of the products of tuning; weights are float32.
         most: most rounds, the first included.
         overwrite: replace an output that is there.
 
@@ -100,7 +107,7 @@ def write_rounds(
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
-    settings |= judged
+    settings |= judged | picked(compute)
 
     def make(folder: Path) -> Mapping[str, Any]:
         with scratch_folder(output.with_name(f"{output.name}.rounds")) as scratch:
@@ -168,7 +175,8 @@ class _Run:
     def _tune(self, rows: Sequence[int], number: int) -> Path:
         """θ₀ tuned on the facts of some rows."""
         examples = [self._unseen.facts[place].encoded for place in rows]
-        model, tuned = tune(self._load(self._edit.base), examples, self._config, pad=self._pad)
+        base, dtype = self._load(self._edit.base), self._compute.dtype
+        model, tuned = tune(base, examples, self._config, pad=self._pad, dtype=dtype)
         self.tuned += tuned.tokens
         folder = self._scratch / f"round_{number}"
         folder.mkdir()

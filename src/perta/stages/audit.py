@@ -281,11 +281,13 @@ class _Audit:
     def _relearning(self) -> Relearning:
         """How probes show rows again; training is no part of evidence."""
         pad, seed = pad_id(self.tokenizer), self.effort.seed
+        dtype = self.config.compute.dtype
 
         def run(
             model: PreTrainedModel, rows: Sequence[Encoded], after: Callable[[int], None]
         ) -> None:
-            relearn(model, rows, pad=pad, seed=seed, after_step=after)
+            # Steps of training vanish in bfloat16 weights.
+            relearn(model.float(), rows, pad=pad, seed=seed, dtype=dtype, after_step=after)
 
         return Relearning(run, SHOWN, general_texts())
 

@@ -26,7 +26,7 @@ from perta.models.load import (
     load_tokenizer,
     longest_input,
     pad_id,
-    pick_device,
+    picked,
     round_weights,
     save_model,
     stored_dtype,
@@ -59,8 +59,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     tokenizer, longest = load_tokenizer(base), longest_input(base)
     encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
     count = sample_count(config.samples, "samples", len(encoded))
-    device = pick_device(config.compute)
-    settings = {**settings_of(config), "device": device.type}
+    settings = {**settings_of(config), **picked(config.compute)}
 
     def look() -> dict[str, str]:
         return {"base": fingerprint(base), "data": examples.fingerprint}
@@ -84,7 +83,12 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             sources = Counter(fact.source for fact in facts)
         chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
         model, tuned = tune_until_learned(
-            load, chosen.encoded, config.tune, pad=pad_id(tokenizer), resume=resume
+            load,
+            chosen.encoded,
+            config.tune,
+            pad=pad_id(tokenizer),
+            dtype=config.compute.dtype,
+            resume=resume,
         )
         _warn_if_not_learned(tuned, chosen.encoded, config.data)
         if config.save_dtype == "base":

@@ -30,7 +30,7 @@ from perta.models.load import (
     load_tokenizer,
     longest_input,
     pad_id,
-    pick_device,
+    picked,
     round_weights,
     save_model,
     save_type,
@@ -75,7 +75,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     unused = {"full", "base", "forget", "retain"} - inputs.keys()
     settings = {k: v for k, v in settings_of(config).items() if k not in {*unused, "seed"}}
     settings |= method.record()
-    settings["device"] = pick_device(config.compute).type
+    settings |= picked(config.compute)
     key = stage_key("train", settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -189,6 +189,7 @@ def _train(
         config.training,
         method=method,
         pad=material.pad,
+        dtype=config.compute.dtype,
         refusals=material.refusals,
         resume=resume,
     )

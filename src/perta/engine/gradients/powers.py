@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from perta.models.precision import wide_product
+
 try:
     from perta.engine.gradients import _powers as _compiled
 except ImportError:  # installed without a C compiler, or a processor it was not written for
@@ -296,7 +298,7 @@ def _add_product_together(means: Means, product: Product) -> None:
     block = max(1, _DEVICE_BYTES // (left.shape[0] * width * mean.element_size()))
     for low in range(0, height, block):
         high = min(low + block, height)
-        gradients = _batched_product(left[:, low:high], right, means.any.dtype)
+        gradients = wide_product(left[:, low:high], right, means.any.dtype)
         for order, mean in means.by_order.items():
             # The norm over examples raises and adds in one pass over memory.
             powers = torch.linalg.vector_norm(gradients, order, dim=0).pow_(order)
@@ -306,17 +308,6 @@ def _add_product_together(means: Means, product: Product) -> None:
 def _stacked(rows: Tensor, segments: Segments) -> Tensor:
     """Rows of each example, padded with zeros: (R, n) -> (B, longest, n)."""
     return nn.utils.rnn.pad_sequence([rows[start:stop] for start, stop in segments], True)
-
-
-def _batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, m, T) @ (B, T, n) summed and returned in `dtype`, whatever the inputs'."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
-        try:
-            return torch.bmm(left, right, out_dtype=dtype)
-        except (TypeError, RuntimeError):
-            # Before torch 2.8, or on a GPU without such a product.
-            pass
-    return torch.bmm(left.to(dtype), right.to(dtype))
 
 
 def _adder(order: float, weight: float) -> Callable[[Tensor, Tensor], object]:

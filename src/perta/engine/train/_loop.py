@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from perta.data.batch import Batch, Encoded, bucketed
-from perta.engine.train.optimizer import Resume, Trainer, autocast, step_groups
+from perta.engine.train.optimizer import Resume, Trainer, step_groups
+from perta.models.precision import products_in
 from perta.parallel import count, place, summed, told
 from perta.progress import track
 
@@ -90,7 +91,7 @@ def train(
 
 
 def add_gradient(
-    model: torch.nn.Module,
+    trainer: Trainer,
     term: Callable[[Batch], Tensor],
     batch: Batch,
     weight: float,
@@ -103,12 +104,12 @@ def add_gradient(
     add nothing. Each process adds that of its share of the examples. The terms of all of them,
     (B,), come back unweighted.
     """
-    device = next(model.parameters()).device
+    device = trainer.model.device
     own = slice(place(), None, count())
     values = torch.zeros(len(batch), device=device)
     if place() < len(batch):
         rows = batch.rows(own).to(device)
-        with autocast(device):
+        with products_in(trainer.products, device):
             terms = term(rows)
         values[own], weighted = terms.detach(), terms * rows.weights
         if above is not None:

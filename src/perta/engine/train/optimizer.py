@@ -17,6 +17,7 @@ from torch import nn
 from perta.data.batch import Batch
 from perta.errors import ConfigError, DivergenceError
 from perta.models.adapters import refuse_tied
+from perta.models.precision import products_in
 from perta.options import TrainingRun
 from perta.parallel import count, summed
 from perta.progress import say, warn
@@ -68,22 +69,19 @@ def _ia3(model: PreTrainedModel) -> PeftConfig:
     return IA3Config(task_type="CAUSAL_LM")
 
 
-def _set_checkpointing(model: Any, on: bool) -> None:
+def _set_checkpointing(model: Any, on: bool, products: torch.dtype) -> None:
     """Turn the recomputation of activations in the backward pass on or off."""
+
+    def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), products_in(products, model.device)
+
     with warnings.catch_warnings():
         # transformers renames these methods between versions; both names work.
         warnings.simplefilter("ignore", FutureWarning)
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
         else:
             model.gradient_checkpointing_disable()
-
-
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products on GPUs, float32 elsewhere; weights stay as they are."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
 
 
 def step_groups(batches: Sequence[Batch], accumulation: int) -> Iterator[Sequence[Batch]]:
@@ -113,25 +111,29 @@ def _add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
 class Trainer:
     """A model in training: what an optimizer step needs, and all that it changes.
 
+    Products of matrices are in the type `products`; weights and sums are float32.
     The model has its adapter on, if it has one; only parameters that require gradients are trained.
     """
 
     model: Any
     settings: TrainingRun
     epochs: int
+    products: torch.dtype
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
 
     @classmethod
-    def of(cls, model: PreTrainedModel, config: TrainingRun, examples: int) -> Trainer:
+    def of(
+        cls, model: PreTrainedModel, config: TrainingRun, examples: int, products: torch.dtype
+    ) -> Trainer:
         """A trainer at its first step over so many examples an epoch; random numbers are seeded."""
         if config.epochs is None or config.learning_rate is None:
             raise ConfigError("Training needs a number of epochs and a learning rate.")
         torch.manual_seed(config.seed)
         trained: Any = _add_adapter(model, config) if config.tunes_adapter else model
         if config.gradient_checkpointing:
-            _set_checkpointing(trained, True)
+            _set_checkpointing(trained, True, products)
         optimizer = torch.optim.AdamW(
             list(_trained_parameters(trained).values()),
             lr=config.learning_rate,
@@ -154,7 +156,7 @@ class Trainer:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(config.seed)
-        return cls(trained, config, config.epochs, optimizer, scheduler, generator)
+        return cls(trained, config, config.epochs, products, optimizer, scheduler, generator)
 
     @property
     def steps(self) -> int:
@@ -173,7 +175,7 @@ class Trainer:
     def finish(self) -> Any:
         """The trained model in evaluation mode, an adapter merged."""
         if self.settings.gradient_checkpointing:
-            _set_checkpointing(self.model, False)
+            _set_checkpointing(self.model, False, self.products)
         done = self.model.merge_and_unload() if self.settings.tunes_adapter else self.model
         return done.eval()
 

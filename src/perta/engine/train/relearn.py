@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from perta.data.batch import Encoded
 from perta.engine.train.tune import tune
-from perta.options import TuneConfig
+from perta.options import DType, TuneConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,7 @@ def relearn(
     steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
+    dtype: DType = "auto",
     after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Show a model some rows again.
@@ -45,6 +46,7 @@ def relearn(
         steps: optimizer steps.
         learning_rate: of AdamW.
         seed: of the tuning.
+        dtype: type of the products of matrices; weights and sums are float32.
         after_step: called with the number of steps taken, the model in evaluation mode.
 
     Raises:
@@ -59,7 +61,7 @@ def relearn(
         stop_loss=0.0,
         seed=seed,
     )
-    tune(model, shown, settings, pad=pad, after_epoch=after_step)
+    tune(model, shown, settings, pad=pad, dtype=dtype, after_epoch=after_step)
 
 
 def general_texts() -> list[str]:

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from perta.data.batch import Batch, Encoded
 from perta.engine.train._loop import add_gradient, train
 from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of
-from perta.options import TuneConfig
+from perta.models.precision import product_type
+from perta.options import DType, TuneConfig
 from perta.parallel import Own, everywhere
 from perta.progress import say
 
@@ -83,6 +86,7 @@ def tune_until_learned(
     config: TuneConfig,
     *,
     pad: int,
+    dtype: DType = "auto",
     resume: Resume | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a model; without a learning rate of the user's, at the first that learns the set.
@@ -92,6 +96,7 @@ def tune_until_learned(
         examples: the training set.
         config: settings.
         pad: padding token.
+        dtype: type of the products of matrices; weights and sums are float32.
         resume: where the state of an unfinished run at the first rate is kept; None for nowhere.
 
     Returns:
@@ -101,13 +106,14 @@ def tune_until_learned(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     if not config.finds_rate:
-        return tune(load(), examples, config, pad=pad, resume=resume)
+        return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume)
 
     def tried(factor: float) -> tuple[PreTrainedModel, Tuned]:
         model = load()
         rate = factor * usual_rate(model, config)
         settings = replace(config, learning_rate=rate)
-        return tune(model, examples, settings, pad=pad, resume=resume if factor == 1 else None)
+        kept = resume if factor == 1 else None
+        return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept)
 
     tokens, best, share = 0, RATES[0], -1.0
     for factor in RATES:
@@ -139,24 +145,26 @@ def tune(
     config: TuneConfig,
     *,
     pad: int,
+    dtype: DType = "auto",
     resume: Resume | None = None,
     after_epoch: Callable[[int], None] | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a float32 model in memory with AdamW, in place; an adapter is merged.
 
     The loss of a step is the mean over its examples of the mean negative log-likelihood of
-    their answer tokens, the same per-example loss importance is taken of. `resume` is where the
-    state of an unfinished run is kept; `after_epoch` is called with each epoch from 1, the model in
-    evaluation mode.
+    their answer tokens, the same per-example loss importance is taken of. `dtype` is the type of
+    the products; `resume` is where the state of an unfinished run is kept; `after_epoch` is called
+    with each epoch from 1, the model in evaluation mode.
 
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or usual_rate(model, config))
+    run = (model, examples, config, pad, product_type(dtype, model.device))
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
-        return _tune(model, examples, config, pad, Own(resume), after_epoch)
-    return everywhere(_tune, model, examples, config, pad, Own(resume), None)
+        return _tune(*run, Own(resume), after_epoch)
+    return everywhere(_tune, *run, Own(resume), None)
 
 
 def _tune(
@@ -164,10 +172,11 @@ def _tune(
     examples: Sequence[Encoded],
     config: TuneConfig,
     pad: int,
+    products: torch.dtype,
     resume: Own[Resume],
     after_epoch: Callable[[int], None] | None,
 ) -> tuple[PreTrainedModel, Tuned]:
-    trainer = Trainer.of(model, config, len(examples))
+    trainer = Trainer.of(model, config, len(examples), products)
     learning = _Learning(trainer, config, len(examples), after_epoch)
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume.value)
     done = trainer.finish()
@@ -205,7 +214,7 @@ class _Learning:
     def backward(self, batch: Batch, size: int) -> str:
         model, depth = self.trainer.model, self._row_depth
         losses = add_gradient(
-            model, lambda rows: example_losses(model, rows), batch, 1 / size, above=depth
+            self.trainer, lambda rows: example_losses(model, rows), batch, 1 / size, above=depth
         )
         highest = losses.max().item()
         self._wanting |= depth is None or highest > depth

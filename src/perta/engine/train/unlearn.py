@@ -31,7 +31,7 @@ from perta.engine.train._steering import (
     train_only_down_projections,
     warn_if_short,
 )
-from perta.engine.train.optimizer import Resume, Trainer, autocast
+from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import (
     Influence,
@@ -46,7 +46,8 @@ from perta.methods.objectives import (
 )
 from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
-from perta.options import TrainSettings
+from perta.models.precision import product_type, products_in
+from perta.options import DType, TrainSettings
 from perta.parallel import Own, everywhere, share, summed
 from perta.progress import warn
 
@@ -95,6 +96,7 @@ def unlearn_by_training(
     *,
     method: Training | str,
     pad: int,
+    dtype: DType = "auto",
     refusals: Sequence[Encoded] | None = None,
     after_epoch: _AfterEpoch | None = None,
     resume: Resume | None = None,
@@ -109,6 +111,7 @@ def unlearn_by_training(
         config: settings; what is None is the method's own.
         method: the method, or how it is typed: `npo:beta=0.05`.
         pad: padding token.
+        dtype: type of the products of matrices; weights and sums are float32.
         refusals: for `dpo` and `idkpo`: the forget examples' prompts with a refusal as the
             answer, in the same order.
         after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
@@ -123,7 +126,8 @@ def unlearn_by_training(
     settings = with_method_defaults(method, config)
     examples = _sets(method, forget, retain, refusals)
     measured = forget if method.sees_forget_set else retain
-    run = (model, method, settings, examples, measured, pad)
+    products = product_type(dtype, model.device)
+    run = (model, method, settings, examples, measured, pad, products)
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _unlearn(*run, after_epoch, Own(resume))
@@ -137,17 +141,18 @@ def _unlearn(
     examples: _Sets,
     measured: Sequence[Encoded],
     pad: int,
+    products: torch.dtype,
     after_epoch: _AfterEpoch | None,
     resume: Own[Resume],
 ) -> tuple[PreTrainedModel, Trained]:
     model.eval()
-    wanted = _Wanted.measure(model, method, settings, examples, pad)
+    wanted = _Wanted.measure(model, method, settings, examples, pad, products)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     if isinstance(method, Rmu):
         names = train_only_down_projections(model, wanted.layer)
         settings = replace(settings, lora_targets=names if settings.lora_rank else ())
-    trainer = Trainer.of(model, settings, len(examples.anchor))
-    terms = _Terms(trainer.model, method, examples, wanted, pad)
+    trainer = Trainer.of(model, settings, len(examples.anchor), products)
+    terms = _Terms(trainer, method, examples, wanted, pad)
     run = _Unlearning(terms, settings.seed, after_epoch)
     title = f"Unlearning ({method.name})"
     train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume.value)
@@ -218,7 +223,13 @@ class _Wanted:
 
     @classmethod
     def measure(
-        cls, model: Any, method: Training, settings: TrainSettings, examples: _Sets, pad: int
+        cls,
+        model: Any,
+        method: Training,
+        settings: TrainSettings,
+        examples: _Sets,
+        pad: int,
+        products: torch.dtype,
     ) -> _Wanted:
         size = settings.batch_size
         scored = method.reference == "log_probs"
@@ -231,8 +242,8 @@ class _Wanted:
             vector = control_vector(width, length, settings.seed)
             warn_if_short(model, layer, length, collate(examples.anchor[:size], pad))
         return cls(
-            _log_probs(model, examples.anchor if scored else (), size, pad),
-            _log_probs(model, examples.refusals if scored else (), size, pad),
+            _log_probs(model, examples.anchor if scored else (), size, pad, products),
+            _log_probs(model, examples.refusals if scored else (), size, pad, products),
             copy.deepcopy(model).requires_grad_(False) if copied else None,
             vector,
             layer,
@@ -240,12 +251,14 @@ class _Wanted:
 
 
 @torch.no_grad()
-def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: int) -> Tensor:
+def _log_probs(
+    model: nn.Module, examples: Sequence[Encoded], size: int, pad: int, products: torch.dtype
+) -> Tensor:
     """Log-probability of each whole answer, (examples,) float32 on the CPU."""
     device = next(model.parameters()).device
     found = torch.zeros(len(examples))
     for batch in share(bucketed(examples, size, pad)):
-        with autocast(device):
+        with products_in(products, device):
             answers = answer_logits(model, batch.to(device))
         found[batch.index] = answer_log_probs(answers, len(batch)).cpu()
     return summed(found)
@@ -258,11 +271,16 @@ def _log_probs(model: nn.Module, examples: Sequence[Encoded], size: int, pad: in
 class _Terms:
     """Forget and retain terms of a batch, one number per example."""
 
-    model: Any
+    trainer: Trainer
     method: Training
     examples: _Sets
     wanted: _Wanted
     pad: int
+
+    @property
+    def model(self) -> Any:
+        """The model in training."""
+        return self.trainer.model
 
     def forget(self, batch: Batch) -> Tensor:
         """The forget term, (B,)."""
@@ -380,12 +398,12 @@ class _Unlearning:
         terms, method = self.terms, self.terms.method
         if method.sees_forget_set:
             weight = method.forget_weight / size
-            self._step[0] += float(add_gradient(terms.model, terms.forget, batch, weight).sum())
+            self._step[0] += float(add_gradient(terms.trainer, terms.forget, batch, weight).sum())
             self.seen.forget_tokens += terms.tokens(batch)
         if method.retain:
             beside = self._beside(batch)
             weight = method.retain_weight / size
-            self._step[1] += float(add_gradient(terms.model, terms.retain, beside, weight).sum())
+            self._step[1] += float(add_gradient(terms.trainer, terms.retain, beside, weight).sum())
             self.seen.retain_tokens += int(beside.attention_mask.sum())
         return f"forget {self._step[0] / size:.3f} retain {self._step[1] / size:.3f}"
 

@@ -44,7 +44,7 @@ class Bench:
     def __init__(self, config: CompareConfig, draw: Draw) -> None:
         self._config, self._draw = config, draw
         self._tokenizer = load_tokenizer(draw.base)
-        self.pad = pad_id(self._tokenizer)
+        self.pad, self.dtype = pad_id(self._tokenizer), config.compute.dtype
         self.model = load_model(draw.full, config.compute, dtype=torch.float32)
         sources = {name: draw.files[name] for name in ("forget", "protected")}
         sources["retain"] = draw.files["unseen"]
@@ -134,6 +134,7 @@ class Bench:
             steps=self._config.relearn_steps,
             learning_rate=relearning_rate(self._config),
             seed=self._draw.seed,
+            dtype=self.dtype,
         )
         rows = [self._forget[i] for i in hidden]
         facts = [self._facts["forget"][i] for i in hidden]

@@ -201,6 +201,7 @@ def _train(
             replace(spec.training, seed=draw.seed),
             method=spec.method,
             pad=bench.pad,
+            dtype=bench.dtype,
             refusals=refusals,
             after_epoch=after_epoch,
         )

@@ -23,6 +23,7 @@ from perta.errors import CheckpointMismatchError, ConfigError, DataError
 from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.facts import SAMPLES
+from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say, telling_once
 from perta.recipes.compare._draw import Draw, make_draw, rows_config
@@ -393,7 +394,7 @@ class _Seed:
         """Hash of all that decides a run: how it is measured, the models, and the rows."""
         config, draw = self._config, self._draw
         settings = {name: getattr(config, name) for name in _IN_KEY}
-        settings |= settings_of(config.data_config)
+        settings |= settings_of(config.data_config) | picked(config.compute)
         settings |= {"contender": spec.name if spec else None}
         if isinstance(spec, EditSpec | TrainingSpec):
             settings |= spec.method.code

@@ -1,0 +1,94 @@
+"""Which type a model's matrix products are computed in.
+
+bfloat16 where the processor has units for it. Sums, trained weights, their gradients and all that
+an optimizer keeps are float32 whatever the products are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the community's name for it
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from perta.errors import shortage
+from perta.options import DType
+
+_SHORT = 256
+"""Tokens below which the backward pass of attention is slower in bfloat16 on CPUs, up to three
+times; see docs/benchmarks.md."""
+
+
+def product_type(dtype: DType, device: torch.device) -> torch.dtype:
+    """The type that `--dtype` stands for on a device.
+
+    bfloat16 products are some sixty times slower on CPUs without units for them.
+    """
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_units else torch.float32
+
+
+@contextmanager
+def products_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Compute the products of float32 weights in another type; nothing for float32."""
+    if dtype == torch.float32:
+        yield
+        return
+    attention = _ShortAttention() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype), attention:
+        yield
+
+
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, m, T) @ (B, T, n) summed and returned in `dtype`, whatever the inputs'.
+
+    Products of bfloat16 numbers are exact in float32, so units for bfloat16 give the same sums.
+    """
+    if left.dtype == torch.bfloat16 and dtype == torch.float32:
+        if left.is_cuda:
+            try:
+                return torch.bmm(left, right, out_dtype=dtype)
+            except (TypeError, RuntimeError) as error:
+                if shortage(error):
+                    raise
+                # Before torch 2.8, or on a GPU without such a product.
+        elif left.device.type == "cpu":
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")  # the type within a product
+            try:
+                return torch.bmm(left.float(), right.float())
+            finally:
+                torch.set_float32_matmul_precision(before)
+    return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+class _ShortAttention(TorchFunctionMode):
+    """Attention over few tokens in float32 where it has a backward pass."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        is_attention = func is F.scaled_dot_product_attention and torch.is_grad_enabled()
+        if not is_attention or args[0].shape[-2] >= _SHORT:
+            return func(*args, **given)
+        with torch.autocast("cpu", enabled=False):
+            wide = {name: _float(value) for name, value in given.items()}
+            return func(*map(_float, args), **wide)
+
+
+def _float(value: Any) -> Any:
+    is_narrow = isinstance(value, Tensor) and value.is_floating_point()
+    return value.float() if is_narrow else value
