@@ -258,7 +258,7 @@ class _Audit:
         """Probe -> model -> set -> scores."""
         found: dict[str, dict[Role, dict[str, Rows]]] = {p.name: {} for p in self.possible}
         for role in (role for role in _ORDER if role in self.folders):
-            wanted = [(p, n) for p in self.possible for n in _sets_of(p, role) if n in self.sets]
+            wanted = self._wanted(role)
             names = {(p.name, n): f"{role}/rows/{p.name}/{n}" for p, n in wanted}
             if any(name not in journal.entries for name in names.values()):
                 model = self.models.take(role)
@@ -277,6 +277,17 @@ class _Audit:
                 rows = Rows(**journal.entries[names[probe.name, name]])
                 found[probe.name].setdefault(role, {})[name] = rows
         return found
+
+    def _wanted(self, role: Role) -> list[tuple[Probe, str]]:
+        """Which probes look at which sets under a model."""
+        retrained = "retrained" in self.folders
+        return [
+            (probe, name)
+            for probe in self.possible
+            for name in (probe.sets if role == "cleaned" else probe.compared)
+            if name in self.sets
+            and not (retrained and probe.thrifty and (role == "base" or name == "holdout"))
+        ]
 
     def _relearning(self) -> Relearning:
         """How probes show rows again; training is no part of evidence."""
@@ -307,15 +318,14 @@ class _Audit:
         """About how many tokens go through all models."""
         total = 0.0
         for role in self.folders:
-            wanted = {n for p in self.possible for n in _sets_of(p, role) if n in self.sets}
-            for name in wanted:
+            wanted = self._wanted(role)
+            for name in {name for _, name in wanted}:
                 facts = self.material.facts[name]
                 total += sum(len(fact.encoded.input_ids) for fact in facts)
                 total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
-            for probe in self.possible:
-                for name in _sets_of(probe, role):
-                    facts = self.material.facts.get(name, ())
-                    total += probe.tokens([fact.encoded for fact in facts], self.effort)
+            for probe, name in wanted:
+                encoded = [fact.encoded for fact in self.material.facts[name]]
+                total += probe.tokens(encoded, self.effort)
         return total
 
     def _numbers(self) -> dict[str, list[int]]:
@@ -402,10 +412,6 @@ def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ends(interval: Interval) -> dict[str, float]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
-
-
-def _sets_of(probe: Probe, role: Role) -> tuple[str, ...]:
-    return probe.sets if role == "cleaned" else probe.compared
 
 
 def _labelled(encoded: Encoded) -> int:

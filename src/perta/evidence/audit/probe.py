@@ -218,6 +218,7 @@ class Probe(ABC):
         needs: without which it cannot be run at all.
         wording: it counts the words around the fact too, which the base model has never seen.
         by_row: single rows are judged too; for scores without steps, such as probabilities.
+        thrifty: beside the retrained model it is run with no other yardstick, for it takes long.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Probe(ABC):
     needs: tuple[Need, ...] = ()
     wording: bool = False
     by_row: bool = True
+    thrifty: bool = False
 
     @abstractmethod
     def run(self, view: View, name: str) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit import inside, membership, verbatim, weights
+from perta.evidence.audit import answers, inside, membership, verbatim, weights
 from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
 from perta.evidence.settings import LEVELS, Level
@@ -28,6 +28,9 @@ PROBES: tuple[type[Probe], ...] = (
     membership.MinK,
     membership.MinKPlusPlus,
     membership.Reference,
+    answers.Whose,
+    answers.DrawnPlainly,
+    answers.DrawnSharply,
     Frames,
     weights.Rounding,
     weights.Relearned,
