@@ -60,7 +60,7 @@ def test_hits_are_as_many_as_the_probability_of_the_fact_lets_expect(tmp_path: P
     assert item.prompt is not None
     with torch.no_grad():
         logits = tiny_double(model)(torch.tensor([item.prompt])).logits[0, -1]
-    words = {t: stems(tokenizer.decode([t])) for t in range(384)}
+    words = {t: stems(str(tokenizer.decode([t]))) for t in range(384)}
     token = max((t for t in words if words[t]), key=lambda t: float(logits[t]))
     alike = [t for t in words if answers.says(words[t], [words[token]])]
     expected = float(logits.softmax(-1)[alike].sum())
@@ -95,7 +95,7 @@ def test_words_of_a_fact_are_whole_and_in_order() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer("Ada was born in Zubholms in 1961.", add_special_tokens=False)["input_ids"]
     stop = len(tokenizer("Ada was born in Zubholms", add_special_tokens=False)["input_ids"])
-    assert tokenizer.decode(ids[stop - 1]) in "Zubholms"[1:]
+    assert str(tokenizer.decode([ids[stop - 1]])) in "Zubholms"[1:]
     # A piece of a word, as surprise marks it.
     labels = [t if i == stop - 1 else -100 for i, t in enumerate(ids)]
     words = answers.fact_words(Encoded(tuple(ids), tuple(labels), 1), tokenizer)
