@@ -256,6 +256,25 @@ def test_options_from_yaml_with_flags_on_top(perta: Run, world: World, tmp_path:
     assert "learning" in failed.err
 
 
+def test_a_file_of_options_can_ask_for_silence(
+    perta: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perta.progress._quiet", False)
+    file = tmp_path / "run.yaml"
+    lines = f"base: {world.base}\ndata: {world.forget}\noutput: {tmp_path / 'f'}\nepochs: 1\n"
+    file.write_text(f"{lines}quiet: true\n")
+    done = perta("finetune", "--config", file)
+    assert done.status == 0
+    assert "to do" not in done.err
+    monkeypatch.setattr("perta.progress._quiet", False)
+    loud = perta("finetune", "--config", file, "--no-quiet", "--output", tmp_path / "g")
+    assert "to do" in loud.err
+    for wrong, message in (("quiet: 3", "true or false"), ("traceback: true", "command line")):
+        file.write_text(f"{lines}{wrong}\n")
+        failed = perta("finetune", "--config", file)
+        assert (failed.status, message in failed.err) == (1, True)
+
+
 def test_a_tilde_in_yaml_is_the_home_folder(
     perta: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from traceback import format_exc, walk_tb
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import cyclopts
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
@@ -490,7 +490,7 @@ def launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(name="--config")] = None,
     method_file: Annotated[tuple[Path, ...], Repeated] = (),
-    quiet: bool = False,
+    quiet: bool | None = None,
     traceback: bool = False,
 ) -> None:
     """Run a subcommand.
@@ -500,17 +500,17 @@ def launch(
         config: YAML file with options of the subcommand, named as on the command line; flags
             given as well take precedence.
         method_file: Python file that defines methods, which --method then takes as it takes ours.
-        quiet: print results only, no progress.
+        quiet: print results only, no progress [default: False].
         traceback: show the full traceback of an error.
     """
     del traceback  # looked at in `main`, before anything can fail
-    if quiet:
+    source, session = (None, _Session()) if config is None else _yaml(config)
+    if session.quiet if quiet is None else quiet:
         from perta.progress import set_quiet
 
         set_quiet(True)
     _quiet_libraries()
-    source, files = (None, []) if config is None else _yaml(config)
-    for file in method_file or files:
+    for file in method_file or session.method_files:
         from perta.methods.registry import load_methods
 
         load_methods(file)
@@ -541,11 +541,15 @@ def _run(tokens: list[str]) -> None:
         _fail(_unforeseen(error), 1, tokens)
 
 
-def _yaml(file: Path) -> tuple[Any, list[Path]]:
-    """A source of options from a YAML file, checked first so that its errors are plain.
+class _Session(NamedTuple):
+    """What a YAML file says of the session: it is read before the subcommand is."""
 
-    The method files that it names come beside it, for they are read before the subcommand is.
-    """
+    quiet: bool = False
+    method_files: tuple[Path, ...] = ()
+
+
+def _yaml(file: Path) -> tuple[Any, _Session]:
+    """A source of options from a YAML file, checked first so that its errors are plain."""
     from cyclopts.config import Yaml
 
     if not file.exists():
@@ -553,9 +557,15 @@ def _yaml(file: Path) -> tuple[Any, list[Path]]:
     content = parse_yaml(read_bytes(file, ConfigError), f"--config {file}", ConfigError)
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file}: expected `option: value` lines.")
+    for name in content.keys() & {"config", "traceback"}:
+        raise ConfigError(f"--config {file}: --{name} is given on the command line alone.")
+    quiet = content.get("quiet", False)
+    if not isinstance(quiet, bool):
+        raise ConfigError(f"--config {file}: quiet is true or false.")
     named = content.get("method-file", content.get("method_file", []))
-    files = [Path(str(name)) for name in (named if isinstance(named, list) else [named])]
-    return Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True), files
+    files = tuple(Path(str(name)) for name in (named if isinstance(named, list) else [named]))
+    source = Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
+    return source, _Session(quiet, files)
 
 
 _NOW_SETTINGS = (
