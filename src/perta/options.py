@@ -31,7 +31,8 @@ MOST_ORDER = 32
 """Largest order p of the importance: beyond it powers of gradients leave the range of float64."""
 
 SaveType = Literal["full", "float32", "bfloat16", "float16"]
-OutputFormat = Literal["checkpoint", "adapter"]
+FileType = Literal["full", "float32", "bfloat16", "float16", "q8_0"]
+OutputFormat = Literal["checkpoint", "adapter", "gguf"]
 TunedType = Literal["float32", "base"]
 Tokens = Literal["all", "answer"]
 LossOn = Literal["answer", "facts"]
@@ -68,12 +69,14 @@ Flat = Parameter(name="*", group=MAIN)
 More = Parameter(group=Group("Further inputs and settings of the run", sort_key=1))
 
 
-def require_adapter(output: OutputFormat, rank: int | None, save_dtype: SaveType) -> None:
+def require_format(output: OutputFormat, rank: int | None, save_dtype: FileType) -> None:
     """Check the options of an edit that is written as an adapter, or is not."""
     fits = rank is None or (rank >= 1 and output == "adapter")
     require(fits, "adapter-rank", rank, "at least 1, with --output-format adapter")
     fits = save_dtype == "full" or output != "adapter"
     require(fits, "save-dtype", save_dtype, "left out with --output-format adapter: it is float32")
+    fits = save_dtype != "q8_0" or output == "gguf"
+    require(fits, "save-dtype", save_dtype, "another type: this one needs --output-format gguf")
 
 
 _NO_IA3 = "0 with --ia3: one adapter is tuned"

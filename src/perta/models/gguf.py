@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _FREQUENCIES = "rope_freqs.weight"
+_LONG_ROPE = ("rope_factors_long.weight", "rope_factors_short.weight")
 _KNOWN_ROPE = re.compile(
     r"(dimension_(count|sections)|freq_base(_swa)?|scale_linear|scaling\.(type|factor|finetuned"
     r"|original_context_length))$"
@@ -52,12 +53,14 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         check_counts(path, settings, list(shapes.values()))
         _check_blocks(path, settings, shapes)
         config = AutoConfig.from_pretrained(path.parent, **place)
-        _scale_positions(path, config, settings, _frequencies(file))
+        _complete(config, settings, shapes)
+        _scale_positions(path, config, settings, _factors(file))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
         )
         model: PreTrainedModel = loaded[0]
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+        _complete_tokenizer(tokenizer, settings)
     check_loaded(loaded[1], path)
     _check_values(path, model, shapes)
     # The weights are plain float32 now; a left-over quantisation record would make the saved
@@ -67,6 +70,16 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         del model.config.quantization_config
     model._weight_conversions = None  # type: ignore[assignment]  # GGUF tensor names are not the ones to save under
     return model, tokenizer
+
+
+def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
+    """Give a tokenizer the chat template and the special tokens that transformers leaves out."""
+    tokenizer.chat_template = settings.get("tokenizer.chat_template")
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for ours, theirs in names.items():
+        number = settings.get(f"tokenizer.ggml.{theirs}_token_id")
+        if number is not None:
+            setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))
 
 
 def _reader(path: Path) -> Any:
@@ -85,6 +98,28 @@ def _reader(path: Path) -> Any:
     return Reader(path)
 
 
+def _complete(
+    config: PreTrainedConfig, settings: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> None:
+    """Write into a configuration what transformers leaves at its default."""
+    family = settings["general.architecture"]
+    text: Any = config
+    if (width := settings.get(f"{family}.attention.key_length")) and hasattr(config, "head_dim"):
+        text.head_dim = width
+    if (width := settings.get(f"{family}.expert_feed_forward_length")) is not None:
+        text.moe_intermediate_size = width
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = settings.get(f"{family}.rope.dimension_count")
+    rope = getattr(config, "rope_parameters", None)
+    if turned and turned != head and rope and "rope_theta" in rope:
+        text.rope_parameters = {**rope, "partial_rotary_factor": turned / head}
+    biases = {"attention_bias": ("q", "k", "v", "output"), "mlp_bias": ("gate", "up", "down")}
+    for name, parts in biases.items():
+        kind = "attn" if name == "attention_bias" else "ffn"
+        if hasattr(config, name) and all(f"blk.0.{kind}_{p}.bias" in shapes for p in parts):
+            setattr(text, name, True)
+
+
 def _check_blocks(path: Path, settings: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     blocks = {int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))}
     count = settings.get(f"{settings['general.architecture']}.block_count")
@@ -98,7 +133,7 @@ def _check_blocks(path: Path, settings: Mapping[str, Any], shapes: Mapping[str, 
 def _check_values(path: Path, model: PreTrainedModel, shapes: Mapping[str, Any]) -> None:
     """Stop where the model has not taken in as many values as the file holds."""
     tied = model.config.get_text_config().tie_word_embeddings
-    left = {_FREQUENCIES, *(["output.weight"] if tied else [])}
+    left = {_FREQUENCIES, *_LONG_ROPE, *(["output.weight"] if tied else [])}
     held = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in left)
     parts = (*model.parameters(), *_stored_buffers(model))
     taken = sum(part.numel() for part in parts)
@@ -119,14 +154,17 @@ def _stored_buffers(model: PreTrainedModel) -> Iterator[Tensor]:
 # --- positions --------------------------------------------------------------------------------
 
 
-def _frequencies(file: Any) -> Tensor | None:
-    """What the file divides the frequencies of rotary positions by, (half of the head,)."""
-    found = [tensor for tensor in file.tensors if tensor.name == _FREQUENCIES]
-    return torch.tensor(found[0].data.tolist()).flatten() if found else None
+def _factors(file: Any) -> dict[str, Tensor]:
+    """What the file divides the frequencies of rotary positions by, (half of what turns,)."""
+    found = [tensor for tensor in file.tensors if tensor.name in (_FREQUENCIES, *_LONG_ROPE)]
+    return {tensor.name: torch.tensor(tensor.data.tolist()).flatten() for tensor in found}
 
 
 def _scale_positions(
-    path: Path, config: PreTrainedConfig, settings: Mapping[str, Any], factors: Tensor | None
+    path: Path,
+    config: PreTrainedConfig,
+    settings: Mapping[str, Any],
+    factors: Mapping[str, Tensor],
 ) -> None:
     """Write into a configuration how a file scales rotary positions."""
     start = f"{settings['general.architecture']}.rope."
@@ -134,20 +172,31 @@ def _scale_positions(
     kind = rope.get("scaling.type") or ("linear" if "scale_linear" in rope else "none")
     factor = float(rope.get("scaling.factor") or rope.get("scale_linear") or 1.0)
     others = [name for name in rope if not _KNOWN_ROPE.match(name)]
-    if kind not in ("none", "linear", "yarn") or (others and kind != "none"):
+    attention = rope.get("scaling.attn_factor", 1.0)
+    if all(name in factors for name in _LONG_ROPE) and kind in ("none", "longrope"):
+        kind, others = "longrope", [name for name in others if name != "scaling.attn_factor"]
+    elif kind == "longrope":
+        kind = "longrope without its factors"
+    elif kind == "none" and attention == 1:
+        others = []
+    if kind not in ("none", "linear", "yarn", "longrope") or others:
         raise _unknown_scaling(path, f"rope.scaling.type {kind}, {', '.join(others)}")
     scaling: dict[str, Any] = {}
-    if kind != "none" and factor != 1:
+    original = int(rope.get("scaling.original_context_length") or config.max_position_embeddings)
+    if kind == "longrope":
+        long, short = (factors[name].tolist() for name in _LONG_ROPE)
+        scaling = {"rope_type": kind, "long_factor": long, "short_factor": short, "factor": 1.0}
+        scaling |= {"original_max_position_embeddings": original, "attention_factor": attention}
+        # Some families have a default of their own, which would win.
+        config.update({"original_max_position_embeddings": original})
+    elif kind != "none" and factor != 1:
         scaling = {"rope_type": kind, "factor": factor}
-        if kind == "yarn":
-            original = rope.get("scaling.original_context_length")
-            scaling["original_max_position_embeddings"] = int(
-                original or config.max_position_embeddings
-            )
-    if factors is not None and bool((factors != 1).any()):
+        scaling |= {"original_max_position_embeddings": original} if kind == "yarn" else {}
+    divisors = factors.get(_FREQUENCIES)
+    if divisors is not None and bool((divisors != 1).any()):
         if scaling:
             raise _unknown_scaling(path, f"rope.scaling.type {kind} and {_FREQUENCIES}")
-        scaling = _as_llama3(path, config, factors.double())
+        scaling = _as_llama3(path, config, divisors.double())
     if scaling:
         config.rope_parameters = _merged(config.rope_parameters, scaling)
 

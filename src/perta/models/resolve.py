@@ -25,7 +25,7 @@ from perta.models.load import plain_errors, save_model
 from perta.models.quantised import can_dequantise, dequantise
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
-from perta.store.checkpoint import ADAPTER_CONFIG
+from perta.store.checkpoint import ADAPTER_CONFIG, GGUF
 from perta.store.fingerprint import content_of, files_of, fingerprint, is_as_written
 from perta.store.record import make_manifest, write_manifest
 from perta.version import __version__
@@ -92,6 +92,8 @@ def _resolve(
     if path.is_dir():
         if (path / ADAPTER_CONFIG).exists():
             return _from_adapter(path, base, exact, above)
+        if (path / GGUF).is_file() and not any(path.glob("*.safetensors")):
+            return _from_gguf(path / GGUF)
         return _whole(path)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or text.endswith(".gguf"):
         raise CheckpointNotFoundError(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,9 @@ def load_changes(folder: Path, edit: EditConfig, compute: ComputeConfig) -> list
     zeros = _write_like(index, folder / "zeros", lambda entry: torch.zeros(()).expand(entry.shape))
     write_edit(delta, inputs, at_strength(weighting, -1.0), onto=zeros)
     model = load_model(delta, compute, dtype=torch.float32)
-    wanted: SaveType = "float32" if edit.output_format == "adapter" else edit.save_dtype
+    # What an adapter or a type of GGUF files alone leaves is not tried.
+    is_wide = edit.output_format == "adapter" or edit.save_dtype == "q8_0"
+    wanted = "float32" if is_wide else cast(SaveType, edit.save_dtype)
     quantised = quantised_tensors(open_index(original)) if original else {}
     saved = save_type(wanted, index.folder)
     kept = _Kept(index, stored_dtype(index.folder), saved, quantised)

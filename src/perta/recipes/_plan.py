@@ -179,7 +179,8 @@ class Sizes:
 
     def _stored_output(self) -> float:
         """Bytes of a checkpoint like θ_full, in the type or format that is asked for."""
-        wanted = {"full": None, "float32": 4, "bfloat16": 2, "float16": 2}[self.config.save_dtype]
+        sizes = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
+        wanted = sizes.get(self.config.save_dtype)
         if wanted:
             return float(wanted * self._parameters)
         stored = quantised_checkpoint(self.config.full) or self.full

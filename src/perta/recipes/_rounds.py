@@ -95,7 +95,7 @@ def write_rounds(
         PertaError: input that cannot be used, or training that diverges.
     """
     # Rounds are of the weights themselves, however θ_full is stored.
-    is_exact = edit.output_format == "adapter"
+    is_exact = edit.output_format != "checkpoint"
     full = resolve_checkpoint(edit.full, base=edit.base, exact=is_exact)
     edit = replace(edit, full=str(full))
     folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}

@@ -16,6 +16,7 @@ from perta.options import (
     ComputeConfig,
     DataConfig,
     EstimatorConfig,
+    FileType,
     Flat,
     Hidden,
     MomentOptions,
@@ -23,14 +24,13 @@ from perta.options import (
     OutputFormat,
     Paths,
     Repeated,
-    SaveType,
     ScoringConfig,
     TrainSettings,
     TuneConfig,
     WeightingConfig,
     places_of,
     require,
-    require_adapter,
+    require_format,
     sample_count,
 )
 from perta.report.settings import Wanted
@@ -107,11 +107,13 @@ class UnlearnConfig(Paths):
     nats per token."""
     strength_seed: Annotated[int, Hidden] = 0
     """With `--scaling-coef auto`: seed of the sample of the retain set."""
-    save_dtype: Annotated[SaveType, More] = "full"
-    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    save_dtype: Annotated[FileType, More] = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]; q8_0 for a GGUF
+    file alone."""
     output_format: Annotated[OutputFormat, More] = "checkpoint"
     """`adapter` writes a LoRA adapter in place of a checkpoint: on FULL, or where FULL is itself an
-    adapter, on its base."""
+    adapter, on its base. `gguf` writes a GGUF file, OUTPUT/model.gguf, with the settings and types
+    of FULL where that is such a file."""
     adapter_rank: Annotated[int | None, More] = None
     """Highest rank of the step in such an adapter, beside that of an adapter that FULL is; what a
     layer needs beyond is cut off [default: 64]."""
@@ -149,7 +151,7 @@ class UnlearnConfig(Paths):
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         if self.retain_samples != "all":
             sample_count(self.retain_samples, "retain-samples", 1)
-        require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
+        require_format(self.output_format, self.adapter_rank, self.save_dtype)
         if self.held_back is not None and self.held_back.strip() != "0":
             sample_count(self.held_back, "held-back", 1)
         if self.fail_unless and not self.evaluate:

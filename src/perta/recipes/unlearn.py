@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from perta.data.examples import ExampleSet
 from perta.data.rows import as_source
@@ -30,8 +30,9 @@ from perta.engine.train.unlearn import with_method_defaults
 from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
+from perta.models.gguf_write import gguf_plan
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
-from perta.options import LossOn, with_options
+from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._plan import Sizes
@@ -195,6 +196,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     check_places(config, read_by(config, base, full), work_folder(config))
+    gguf_plan(config.output_format, config.full, full, config.save_dtype)
     targets: Sequence[Target] = ()
     if training is None:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
@@ -336,7 +338,7 @@ class _Run:
         config, method = self.config, get_method(self.config.weighting.method)
         # A difference from θ_full is of the adapter itself, not of what its base's type left, and
         # what is quantised is written so.
-        is_exact = method.direction == "full - base" or config.output_format == "adapter"
+        is_exact = method.direction == "full - base" or config.output_format != "checkpoint"
         is_exact = is_exact or quantised_checkpoint(config.full) is not None
         return self.work.edit_config(
             full=config.full if is_exact else str(self.full),
@@ -431,7 +433,7 @@ class _Run:
             retain=config.retain,
             output=config.output,
             overwrite=config.overwrite,
-            save_dtype=config.save_dtype,
+            save_dtype=cast(SaveType, config.save_dtype),
             save_every=1 if every is None else every,
             training=config.training,
             data_config=config.data_config,

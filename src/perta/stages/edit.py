@@ -21,13 +21,14 @@ from perta.engine.edit.plan import (
     mlps_are_known,
 )
 from perta.engine.edit.records import check_records
-from perta.engine.edit.requantise import write_quantised
+from perta.engine.edit.requantise import write_gguf, write_quantised
 from perta.engine.edit.stream import Stored, stored_of
 from perta.engine.edit.write import CURE, EditSummary, check_stored, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
 from perta.models.adapters import adapter_settings
+from perta.models.gguf_write import gguf_plan
 from perta.models.load import pick_device
 from perta.models.quantised import quantised_tensors
 from perta.models.resolve import base_of_adapter, quantised_checkpoint, resolve_checkpoint
@@ -113,6 +114,7 @@ def edit_checkpoint(
     def look() -> dict[str, str]:
         return {name: fingerprint(folder) for name, folder in given.items()}
 
+    plan = gguf_plan(config.output_format, config.full, given["full"], config.save_dtype)
     inputs = look()
     check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
@@ -138,15 +140,20 @@ def edit_checkpoint(
         made |= as_part(part_of)
         original = given.get("quantised")
         if config.output_format == "checkpoint" and original is None:
-            summary = edit(folder, config.save_dtype)
+            summary = edit(folder, cast(SaveType, config.save_dtype))
             _report_stored(summary.stored)
             return {"edit": asdict(summary), **made}
         with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
             if original is not None:
                 summary = edit(whole, "full", quantised_tensors(open_index(original)))
-                summary = _requantise(folder, original, whole, summary, config)
+                stored = write_quantised(folder, original, whole, config.weighting.weighting_seed)
+                summary = _as_stored(folder, whole, summary, stored)
                 return {"edit": asdict(summary), **made}
             summary = edit(whole, "float32")
+            if plan is not None:
+                stored = write_gguf(folder, plan, whole, config.weighting.weighting_seed)
+                summary = _as_stored(folder, whole, summary, stored)
+                return {"edit": asdict(summary), **made}
             adapter = _write_adapter(config, folder, whole, given["full"])
         return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
 
@@ -154,11 +161,10 @@ def edit_checkpoint(
     return config.output
 
 
-def _requantise(
-    folder: Path, original: Path, edited: Path, summary: EditSummary, config: EditConfig
+def _as_stored(
+    folder: Path, edited: Path, summary: EditSummary, found: Mapping[str, Stored]
 ) -> EditSummary:
-    """Write an edit in the format that θ_full is stored in; tells what it holds."""
-    found = write_quantised(folder, original, edited, config.weighting.weighting_seed)
+    """Finish an output that was written in a format of its own; tells what it holds."""
     shutil.copyfile(edited / "README.md", folder / "README.md")
     tensors = tuple(
         replace(tensor, **vars(found[tensor.name])) if tensor.name in found else tensor
@@ -221,7 +227,7 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
     tuned["retain_checkpoint"] = config.retain_checkpoint
     folders = {
         "full": resolve_checkpoint(
-            config.full, base=config.base, exact=config.output_format == "adapter"
+            config.full, base=config.base, exact=config.output_format != "checkpoint"
         ),
         "base": resolve_checkpoint(config.base),
         **{

@@ -19,6 +19,7 @@ from perta.options import (  # noqa: F401
     DataConfig,
     Device,
     EstimatorConfig,
+    FileType,
     Flat,
     LossOn,
     MethodText,
@@ -33,7 +34,7 @@ from perta.options import (  # noqa: F401
     TunedType,
     WeightingConfig,
     require,
-    require_adapter,
+    require_format,
 )
 
 
@@ -193,11 +194,13 @@ class EditConfig(Paths):
     with another strength [default: OUTPUT.direction]."""
     solve_device: Device = "auto"
     """Device on which a structured method's direction is solved for."""
-    save_dtype: SaveType = "full"
-    """Type of the unlearned checkpoint [default: that of the full checkpoint]."""
+    save_dtype: FileType = "full"
+    """Type of the unlearned checkpoint [default: that of the full checkpoint]; q8_0 for a GGUF
+    file alone."""
     output_format: OutputFormat = "checkpoint"
     """`adapter` writes a LoRA adapter in place of a checkpoint: on FULL, or where FULL is itself an
-    adapter, on its base."""
+    adapter, on its base. `gguf` writes a GGUF file, OUTPUT/model.gguf, with the settings and types
+    of FULL where that is such a file."""
     adapter_rank: int | None = None
     """Highest rank of the step in such an adapter, beside that of an adapter that FULL is; what a
     layer needs beyond is cut off [default: 64]."""
@@ -209,7 +212,7 @@ class EditConfig(Paths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_adapter(self.output_format, self.adapter_rank, self.save_dtype)
+        require_format(self.output_format, self.adapter_rank, self.save_dtype)
 
     @property
     def forget_checkpoints(self) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ COMPANIONS = (
 folder may also hold training data and logs, which must not travel with the cleaned model."""
 
 _LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-WEIGHTS = ("*.safetensors", INDEX, "order-*/*.safetensors", f"order-*/{INDEX}")
+GGUF = "model.gguf"
+WEIGHTS = ("*.safetensors", INDEX, GGUF, "order-*/*.safetensors", f"order-*/{INDEX}")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

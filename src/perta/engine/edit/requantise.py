@@ -1,4 +1,4 @@
-"""An edited checkpoint in the quantised format of the one that it came from.
+"""An edited checkpoint in the quantised format of the one that it came from, or as a GGUF file.
 
     θ_full as stored ── codes and scales ─┐
     θ_u, float32 ──────────────────────────┴─ slab by slab: what changed is rounded, the rest stays
@@ -13,14 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from perta.engine.edit._output import create_files
 from perta.engine.edit.stream import Stored, Sums
+from perta.errors import DivergenceError
+from perta.models.gguf_write import GgufPlan, round_for
 from perta.models.quantised import Quantised, is_of_inputs, quantised_tensors
 from perta.progress import track
 from perta.store.arithmetic import Place, square_norm
 from perta.store.checkpoint import (
+    GGUF,
     TensorEntry,
     copy_companions,
     open_index,
@@ -71,12 +75,48 @@ def _write_one(folder: Path, one: Quantised, values: TensorEntry, seed: int) -> 
         start += wanted.numel()
         for entry, made in ((part.codes, codes), (part.scales, scales)):
             _write(replace(entry, file=folder / entry.file.name), made)
-        before, after = part.read().float(), part.plain(codes, scales).float()
-        delta, error = (before - wanted).flatten(), (wanted - after).flatten()
-        along, changed = float(error @ delta), float((after != before).sum())
-        done = Sums(0.0, 0.0, square_norm(delta), along, square_norm(error), changed)
-        sums.add(done)
+        sums.add(_measured(part.read().float(), wanted, part.plain(codes, scales).float()))
     return sums.stored(start)
+
+
+def _measured(before: Tensor, wanted: Tensor, after: Tensor) -> Sums:
+    """What became of the step from `before` to `wanted`, float32, of which `after` is stored."""
+    delta, error = (before - wanted).flatten(), (wanted - after).flatten()
+    along, changed = float(error @ delta), float((after != before).sum())
+    return Sums(0.0, 0.0, square_norm(delta), along, square_norm(error), changed)
+
+
+def write_gguf(folder: Path, plan: GgufPlan, edited: Path, seed: int) -> dict[str, Stored]:
+    """Write edited weights as a GGUF file.
+
+    Args:
+        folder: an existing folder.
+        plan: of the file, for θ_full.
+        edited: θ_u, float32.
+        seed: of the rounding.
+
+    Returns:
+        Name of every tensor -> what its type in the file left of its step.
+
+    Raises:
+        DivergenceError: the result does not fit the type of the file.
+    """
+    old, new, found = open_index(plan.folder), open_index(edited), dict[str, Stored]()
+
+    def value(name: str, kind: GGMLQuantizationType) -> Tensor:
+        wanted = read_tensor(new.tensors[name]).float()
+        after = round_for(kind, wanted, Place(seed, name))
+        if not bool(torch.isfinite(after).all()):
+            raise DivergenceError(
+                f"{name} leaves the range of {kind.name}. Use a smaller --scaling-coef or a wider "
+                "type (--save-dtype)."
+            )
+        before = read_tensor(old.tensors[name]).float()
+        found[name] = _measured(before, wanted, after).stored(wanted.numel())
+        return after
+
+    plan.write(folder / GGUF, value)
+    return found
 
 
 def _write(entry: TensorEntry, values: Tensor) -> None:
