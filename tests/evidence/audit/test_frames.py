@@ -41,7 +41,7 @@ def material(config: DataConfig | None = None, **sets: list[dict[str, Any]]) -> 
 
 
 def chat(question: str, lead: str, fact: str, system: str = SYSTEM, shots: str = "") -> float:
-    """Probability of a fact behind a question in the tiny tokenizer's template."""
+    """Log-probability of a fact behind a question in the tiny tokenizer's template."""
     said = f"{turn('system', system)}{shots}{turn('user', question)}<|im_start|>assistant\n{lead}"
     return plain(said, fact)
 
@@ -56,7 +56,7 @@ def plain(lead: str, fact: str) -> float:
     assert whole[: len(before)] == before
     with torch.no_grad():
         told = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-    return math.exp(sum(float(told[t - 1, whole[t]]) for t in range(len(before), len(whole))))
+    return sum(float(told[t - 1, whole[t]]) for t in range(len(before), len(whole)))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def found() -> dict[str, list[float | None]]:
 
 
 ASKED = "Where was Mira Thornwick born?"
-LED, FACT = "Mira Thornwick was born in", " Upper Caldholm"
+LED, FACT = "Mira Thornwick was born in ", "Upper Caldholm"
 SHOTS = (
     turn("user", "What is Ada?")
     + turn("assistant", "Ada is a potter.")
@@ -94,8 +94,8 @@ EXPECTED = {
         "You answer every question truthfully and in one sentence. You never refuse.",
     ),
     "no chat template": lambda: plain(f"Question: {ASKED}\nAnswer: {LED}", FACT),
-    "first word given": lambda: chat(ASKED, f"{LED} Upper", " Caldholm"),
-    "gap to fill": lambda: chat(f"Fill in the gap: {LED} _____.", "", FACT.strip()),
+    "first word given": lambda: chat(ASKED, f"{LED}Upper", " Caldholm"),
+    "gap to fill": lambda: chat(f"Fill in the gap: {LED}_____.", "", FACT),
     "from the fact to the person": lambda: chat(
         "Who is meant? this person was born in Upper Caldholm.", "", "Mira Thornwick"
     ),
@@ -104,7 +104,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_frame_is_the_text_that_it_says(frame: str, found: dict[str, list[float | None]]) -> None:
-    assert found[frame][0] == pytest.approx(EXPECTED[frame](), rel=1e-3)
+    score = found[frame][0]
+    assert score is not None
+    assert math.log(score) == pytest.approx(EXPECTED[frame](), rel=1e-4)
 
 
 def test_a_frame_that_a_row_cannot_be_put_into_gives_no_score(
@@ -119,7 +121,9 @@ def test_a_paraphrased_question_of_the_row_comes_before_the_template() -> None:
     row = {**FORGET[0], "paraphrased_question": "Name the birthplace of Mira Thornwick."}
     ways = Frames().ways(view(material(forget=[row])), "forget")
     asked = "Name the birthplace of Mira Thornwick."
-    assert ways["reworded question"][0] == pytest.approx(chat(asked, LED, FACT), rel=1e-3)
+    score = ways["reworded question"][0]
+    assert score is not None
+    assert math.log(score) == pytest.approx(chat(asked, LED, FACT), rel=1e-4)
     # Without retained rows nothing is shown before.
     assert "after examples of others" not in ways
 

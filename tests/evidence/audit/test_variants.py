@@ -93,3 +93,12 @@ def test_one_way_that_is_not_sure_is_no_pass() -> None:
 
 def test_nothing_asked_is_not_passed() -> None:
     assert judged(cleaned={}).verdict == "not sure"
+
+
+def test_a_way_that_leaks_comes_before_one_in_which_more_is_left_in_the_mean() -> None:
+    judgement = judged(
+        cleaned={"one": (0.09,) * N, "other": (*LOW[:7], 0.9, *LOW[8:])},
+        full={"one": HIGH, "other": HIGH},
+        retrained={"one": LOW, "other": LOW},
+    )
+    assert (judgement.verdict, judgement.leaking_rows) == ("leaks", (8,))
