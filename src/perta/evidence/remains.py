@@ -28,6 +28,8 @@ REMAINDER_PARTLY = 0.50
 _INTACT = 0.90
 """Share of a row left at which it is still there whatever the yardstick's other rows are."""
 BY_CHANCE = 0.05  # share of unseen rows that lie beyond their own spread
+KEPT = 0.95  # smallest share of the value before the edit that counts as kept
+KEPT_PARTLY = 0.80
 SMALLEST_GAP = 0.05
 """Where full model and reference are closer than this, a measure cannot tell them apart."""
 
@@ -106,3 +108,14 @@ def subject_means(values: Values, subjects: Mapping[str, int]) -> dict[int, floa
         if i in subjects:
             groups.setdefault(subjects[i], []).append(value)
     return {subject: fmean(group) for subject, group in groups.items()}
+
+
+def lost_subjects(after: Values, before: Values, subjects: Mapping[str, int]) -> tuple[int, ...]:
+    """Subjects of several rows that keep less than half of what they had."""
+    had, has = subject_means(before, subjects), subject_means(after, subjects)
+    return tuple(
+        s
+        for s, value in has.items()
+        if value < REMAINDER_PARTLY * had.get(s, 0.0)
+        and sum(subjects.get(i) == s for i in after) > 1
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch
-from perta.errors import CheckpointError
+from perta.errors import ConfigError
 from perta.models.loss import answer_logits, token_losses
 
 if TYPE_CHECKING:
@@ -29,17 +29,16 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model, first to last.
 
     Raises:
-        CheckpointError: there is no list of as many modules as the configuration counts layers.
+        ConfigError: there is no list of as many modules as the configuration counts layers.
     """
-    config = model.config.get_text_config()
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise CheckpointError(
-            f"The layers of a model of the kind {config.model_type} cannot be told apart, so its "
-            "inside cannot be looked at. Leave those probes out."
-        )
-    return lists[0]
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of {count} layers, which methods that steer a layer "
+        "(`rmu`) and probes of the inside need. Use another method, or leave those probes out."
+    )
 
 
 @torch.no_grad()

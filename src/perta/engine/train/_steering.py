@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from perta.data.batch import Batch
 from perta.errors import ConfigError
 from perta.methods.objectives import labelled_positions, steered_layer
+from perta.models.states import decoder_layers
 from perta.progress import warn
 
 # The second matrix of a layer's MLP, in the families of the transformers library.
@@ -17,21 +18,9 @@ _DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_
 _TRAINED_LAYERS = 3
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    """The model's layers, first to last."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ConfigError(
-        f"{type(model).__name__} has no list of {count} layers, which `rmu` needs. Use another "
-        "method."
-    )
-
-
 def chosen_layer(model: Any, chosen: int) -> int:
     """The layer to steer, from 0: the user's choice, or the default where it is -1."""
-    layers = len(_decoder_layers(model))
+    layers = len(decoder_layers(model))
     layer = steered_layer(layers) if chosen < 0 else chosen
     if layer >= layers:
         raise ConfigError(
@@ -47,7 +36,7 @@ def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
     """
     chosen = {
         id(module)
-        for block in _decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]
+        for block in decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]
         for name, module in block.named_modules()
         if name.endswith(_DOWN_PROJECTIONS)
     }
@@ -70,7 +59,7 @@ def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Ten
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = _decoder_layers(model)[layer].register_forward_hook(keep)
+    handle = decoder_layers(model)[layer].register_forward_hook(keep)
     try:
         # The decoder alone: the output head would compute logits nobody reads.
         model.get_decoder()(

@@ -38,7 +38,8 @@ from perta.evidence.remains import (
     subjects_still_there,
 )
 
-Verdict = Literal["passed", "leaks", "not sure"]
+Verdict = Literal["passed", "leaks", "not sure", "harmed"]
+"""`harmed` is said of what was to stay."""
 YardstickName = Literal["retrained", "holdout", "base"]
 WORDS: Mapping[YardstickName, str] = {
     "retrained": "the retrained model",
@@ -86,7 +87,7 @@ class Judgement:
     """What a probe says of the cleaned model.
 
     Attributes:
-        verdict: `passed`, `leaks` or `not sure`.
+        verdict: `passed`, `leaks` or `not sure`; of what was to stay `harmed` in place of `leaks`.
         reason: in one sentence.
         value: of the cleaned model, with its interval.
         yardstick: name, and value with its interval; None without one.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit import answers, inside, membership, verbatim, weights
+from perta.evidence.audit import answers, collateral, inside, membership, verbatim, weights
 from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
 from perta.evidence.settings import LEVELS, Level
@@ -36,6 +36,11 @@ PROBES: tuple[type[Probe], ...] = (
     weights.Relearned,
     inside.Lens,
     inside.Depth,
+    collateral.Kept,
+    collateral.Near,
+    collateral.Repetition,
+    collateral.Oddness,
+    collateral.Refusals,
 )
 """In the order in which they are told."""
 

@@ -39,6 +39,8 @@ from perta.evidence.measures import (
 )
 from perta.evidence.remains import (
     BY_CHANCE,
+    KEPT,
+    KEPT_PARTLY,
     REMAINDER,
     REMAINDER_PARTLY,
     REMAINDER_SURE,
@@ -46,8 +48,8 @@ from perta.evidence.remains import (
     Values,
     excess,
     left_of_rows,
+    lost_subjects,
     rows_still_there,
-    subject_means,
     subjects_still_there,
 )
 from perta.report.collect import Run
@@ -58,9 +60,6 @@ Calibration = Literal["retrained", "holdout", "base"]
 _WHOLE = 0.5
 """Mean probability of whole facts from which those are judged, not their tokens."""
 
-KEPT = 0.95
-"""Smallest share of the value before the edit that counts as kept."""
-KEPT_PARTLY = 0.80
 _SIGNIFICANCE = 0.05
 _KS_DISTANCE = 1 / 3
 """Distance of truth ratios that a test has to be able to find before its silence means anything."""
@@ -362,7 +361,7 @@ def _retain_check(
     kept = _kept(after, before, subjects)
     people: tuple[int, ...] = ()
     if after.examples and key != "model_utility":
-        people = _lost_subjects(after.examples, before.examples, subjects)
+        people = lost_subjects(after.examples, before.examples, subjects)
     status = _retain_status(share, kept.low if kept else None)
     return replace(
         check,
@@ -390,17 +389,6 @@ def _kept(after: Reading, before: Reading, subjects: Mapping[str, int]) -> Inter
     found = mean_interval(differences, least, most, groups)
     low, high = 1 + found.low / before.value, 1 + found.high / before.value
     return Interval(1 + found.value / before.value, low, high, found.n)
-
-
-def _lost_subjects(after: Values, before: Values, subjects: Mapping[str, int]) -> tuple[int, ...]:
-    """Subjects of several rows that keep less than half of what they had."""
-    had, has = subject_means(before, subjects), subject_means(after, subjects)
-    return tuple(
-        s
-        for s, value in has.items()
-        if value < REMAINDER_PARTLY * had.get(s, 0.0)
-        and sum(subjects.get(i) == s for i in after) > 1
-    )
 
 
 def _retain_status(share: float, low: float | None) -> Status:
