@@ -63,14 +63,16 @@ def test_a_subject_that_is_lost_is_harm_whatever_the_mean() -> None:
     judgement = kept(values, people)
     assert judgement.verdict == "harmed"
     assert judgement.reason == "less than half is kept of 1 subject"
-    assert judgement.worst_subject == (29, pytest.approx(0.1))
+    assert judgement.worst_subject is not None
+    assert judgement.worst_subject[0] == 29
     assert judgement.worst_row == (59, 0.1)
 
 
 def test_nothing_measured_or_nothing_known_is_not_passed() -> None:
     assert judge_kept(found((), ())).verdict == "not sure"
     low = judge_kept(found((0.01,) * N, (0.01,) * N))
-    assert (low.verdict, low.full) == ("not sure", pytest.approx(0.01))
+    assert low.verdict == "not sure"
+    assert low.full == pytest.approx(0.01)
 
 
 def test_a_rise_is_judged_against_the_full_model() -> None:
@@ -120,7 +122,8 @@ def test_retained_facts_are_scored_per_token(tmp_path: Path) -> None:
 
 def test_near_rows_are_those_of_the_highest_cosine(tmp_path: Path) -> None:
     made, model = material(tmp_path, people=4), tiny_llama()
-    double, vectors = tiny_double(model), {}
+    double = tiny_double(model)
+    vectors: dict[str, list[torch.Tensor]] = {}
     for name in ("forget", "retain"):
         vectors[name] = []
         for example in made.examples(name):

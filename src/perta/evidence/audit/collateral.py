@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.data.tokens import encode_prompt
 from perta.evidence.audit.judge import Found, Judgement, Verdict
-from perta.evidence.audit.probe import Probe, Rows, View
+from perta.evidence.audit.probe import Need, Probe, Rows, View
 from perta.evidence.intervals import Interval, mean_interval, student_interval
 from perta.evidence.measures import groups_of
 from perta.evidence.remains import (
@@ -54,9 +54,9 @@ class Collateral(Probe):
     """A probe of retained rows."""
 
     group = "collateral"
-    sets = ("retain",)
-    compared = ("retain",)
-    needs = ("retain", "full")
+    sets: tuple[str, ...] = ("retain",)
+    compared: tuple[str, ...] = ("retain",)
+    needs: tuple[Need, ...] = ("retain", "full")
 
     def judge(self, found: Found) -> Judgement:
         """What is kept of what the full model had."""
@@ -226,7 +226,8 @@ def judge_kept(found: Found) -> Judgement:
     people = found.people("retain")
     groups = groups_of(shared, people)
     value = mean_interval([after[i] for i in shared], groups=groups)
-    figures = Judgement("not sure", "", value, full=had, **_worst(found, after, before))
+    subject, row = _worst(found, after, before)
+    figures = Judgement("not sure", "", value, full=had, worst_subject=subject, worst_row=row)
     if had <= SMALLEST_GAP:
         return replace(figures, reason="the full model knew too little of these rows to tell")
     differences = [after[i] - before[i] for i in shared]
@@ -283,16 +284,14 @@ def judge_rise(found: Found, most: float, *, bounded: bool) -> Judgement:
 
 def _worst(
     found: Found, after: Mapping[str, float], before: Mapping[str, float]
-) -> dict[str, tuple[int, float] | None]:
-    """Subject and row that keep least, with their values."""
+) -> tuple[tuple[int, float] | None, tuple[int, float]]:
+    """Subject and row that lost most, with their values."""
     people = found.people("retain")
     had, has = subject_means(before, people), subject_means(after, people)
     subject = min(has, key=lambda s: has[s] - had.get(s, 0.0), default=None)
     row = min(after, key=lambda i: after[i] - before.get(i, 0.0))
-    return {
-        "worst_subject": None if subject is None else (subject, has[subject]),
-        "worst_row": (found.rows["retain"][int(row)], after[row]),
-    }
+    worst = None if subject is None else (subject, has[subject])
+    return worst, (found.rows["retain"][int(row)], after[row])
 
 
 def _said(
