@@ -1,19 +1,4 @@
-"""Every error a user can cause, in one tree.
-
-    PertaError
-      ConfigError              unknown method, option out of range, options that contradict
-      DataError                data file missing, undecodable, empty, or with bad rows
-        EmptyDatasetError      no examples
-      CheckpointError          a checkpoint that cannot be used
-        CheckpointNotFoundError
-        CorruptCheckpointError   truncated file, NaN or Inf, pickle instead of safetensors
-        CheckpointMismatchError  a tensor missing on one side, or of another shape
-      OutputExistsError        the output is there already and was made by something else
-      DivergenceError          training or a solve left the finite numbers
-      NotLearnedError          training taught the model next to nothing
-      VerdictError             the result is not what --fail-unless asks for
-      LedgerError              a ledger of requests that was changed, or is in use
-      EngineMismatchError      the fast importance engine disagrees with the example loop
+"""Every error a user can cause, in one tree below `PertaError`.
 
 Messages say what is wrong, where, and how to fix it. The command line prints the message
 alone and exits with status 1; a traceback means a defect in this package.

@@ -121,27 +121,21 @@ class _Run:
     _step: str = ""
     _began: float = 0.0
     _tracks: int = 0
-    _share: float = 0.0
-    _reused: bool = False
+    share: float = 0.0  # of the present track
+    reused: bool = False
 
     def begin(self, step: str) -> None:
         self._step, self._began = step, time.perf_counter()
-        self._tracks, self._share, self._reused = 0, 0.0, False
+        self._tracks, self.share, self.reused = 0, 0.0, False
 
     def end(self) -> None:
-        if self._tracks or not self._reused:
+        if self._tracks or not self.reused:
             # A tuning that ends early has done a part of its work.
-            self.done += self.work[self._step] * (self._share if self._tracks == 1 else 1.0)
+            self.done += self.work[self._step] * (self.share if self._tracks == 1 else 1.0)
             self.seconds += time.perf_counter() - self._began
 
-    def reuse(self) -> None:
-        self._reused = True
-
     def track(self) -> None:
-        self._tracks, self._share = self._tracks + 1, 0.0
-
-    def advance(self, share: float) -> None:
-        self._share = share
+        self._tracks, self.share = self._tracks + 1, 0.0
 
     def named(self, title: str) -> str:
         steps = list(self.work)
@@ -149,7 +143,7 @@ class _Run:
 
     def left(self) -> str:
         """What the whole run still takes, as far as one can tell."""
-        share = self._share if self._tracks == 1 else 0.0
+        share = self.share if self._tracks == 1 else 0.0
         own, steps = self.work[self._step], list(self.work)
         done = self.done + share * own
         if not done:
@@ -207,7 +201,7 @@ def _keep_saying(run: _Run, title: str, over: threading.Event) -> None:
 def reused() -> None:
     """Say to the run that its present step had nothing to do."""
     if (run := _run.get()) is not None:
-        run.reuse()
+        run.reused = True
 
 
 _bars: list[Progress] = []
@@ -230,7 +224,7 @@ class _Log:
         self._done += n
         self._note = note or self._note
         if self.run and self.total:
-            self.run.advance(self._done / self.total)
+            self.run.share = self._done / self.total
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.count(n, note)

@@ -203,24 +203,21 @@ def test_earlier_turns_hold_no_fact(tmp_path: Path) -> None:
     assert labelled(named.encoded) == "Caldholm"
 
 
-def test_surprise_is_the_loss_of_the_base_above_that_of_the_full_model(tmp_path: Path) -> None:
-    base, full = tiny_llama(seed=1), tiny_llama(seed=2)
+def test_surprise_is_the_loss_of_the_base(tmp_path: Path) -> None:
+    base = tiny_llama(seed=1)
     examples = rows(tmp_path, qa("Mira was born in Caldholm."), qa("In Selmora, far away."))
-    for models in ([base], [base, full]):
-        facts = find_facts(examples, TOKENIZER, base=base, full=full if full in models else None)
-        for fact, whole in zip(facts, find_facts(examples, TOKENIZER), strict=True):
-            ids = torch.tensor([whole.encoded.input_ids])
-            losses = torch.zeros(ids.shape[1], dtype=torch.float64)
-            for model, sign in zip(models, (1, -1), strict=False):
-                logits = model.double()(ids).logits[0].log_softmax(-1)
-                losses[1:] -= sign * logits[:-1].gather(1, ids[0, 1:, None])[:, 0]
-                model.float()
-            wanted = [
-                label if label != IGNORE and loss >= SURPRISE and is_said(label) else IGNORE
-                for label, loss in zip(whole.encoded.labels, losses.tolist(), strict=True)
-            ]
-            assert list(fact.encoded.labels) == wanted
-            assert fact.source == "surprise"
+    facts = find_facts(examples, TOKENIZER, base=base)
+    base.double()
+    for fact, whole in zip(facts, find_facts(examples, TOKENIZER), strict=True):
+        ids = torch.tensor([whole.encoded.input_ids])
+        logits = base(ids).logits[0].log_softmax(-1)
+        losses = [0.0, *(-logits[:-1].gather(1, ids[0, 1:, None])[:, 0]).tolist()]
+        wanted = [
+            label if label != IGNORE and loss >= SURPRISE and is_said(label) else IGNORE
+            for label, loss in zip(whole.encoded.labels, losses, strict=True)
+        ]
+        assert list(fact.encoded.labels) == wanted
+        assert fact.source == "surprise"
 
 
 def is_said(token: int) -> bool:
@@ -230,9 +227,7 @@ def is_said(token: int) -> bool:
 def test_rows_in_which_nothing_surprises_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_llama()
-    examples = rows(tmp_path, qa("In Caldholm."))
-    (fact,) = find_facts(examples, TOKENIZER, base=model, full=model)
+    (fact,) = find_facts(rows(tmp_path, qa(".")), TOKENIZER, base=tiny_llama())
     assert fact.source == "answer"
     assert "no fact was found in 1 of 1 rows" in " ".join(capsys.readouterr().err.split())
 

@@ -57,6 +57,7 @@ facts are known, it finds 82% of their tokens, and 76% of what it finds are thei
 
 _SYMBOLS = frozenset("#%&*@/\\")
 """Punctuation to Unicode that may end a name."""
+_BATCH = 8  # rows per pass of the model that is asked what surprises it
 _ELSE = "\u2020"  # text that no answer goes on with
 _REACH = 4  # tokens that one character beyond a span may change
 _SHOWN_ROWS = 10
@@ -110,9 +111,7 @@ def find_facts(
     data_config: DataConfig | None = None,
     *,
     base: PreTrainedModel | None = None,
-    full: PreTrainedModel | None = None,
     longest: int | None = None,
-    batch_size: int = 8,
 ) -> tuple[Fact, ...]:
     """Mark the fact of every row.
 
@@ -125,14 +124,14 @@ def find_facts(
        words, the fact is the answer's words that the paraphrase repeats, and that the question and
        at least half of the wrong answers lack; if there is none, what stands behind the beginning
        that the answer shares with all wrong ones.
-    3. Surprise: the answer's tokens whose -log p under the base model, less that under the full
-       model where it is given, is `SURPRISE` or more.
+    3. Surprise: the answer's tokens whose -log p under the base model, where it is given, is
+       `SURPRISE` or more.
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
     a year, still has to be said. Earlier turns, end tokens and the punctuation behind the fact
-    are no part of it. `base` has not seen the rows, `full` has; `longest` is the most tokens that
-    the model takes, and `batch_size`, of both models' passes, does not change the result.
+    are no part of it. `base` has not seen the rows; `longest` is the most tokens that the model
+    takes.
 
     Returns:
         One fact for each sequence that `encode_examples` gives, in its order.
@@ -151,7 +150,7 @@ def find_facts(
         row = _Row(by_row[sequence.row], sequence, tokenizer, config, limit)
         facts.append(_told(row, examples.source) or row.whole_answer())
     if base is not None:
-        facts = _surprising(facts, tokenizer, (base, full), batch_size)
+        facts = _surprising(facts, tokenizer, base)
     looked = {f.row for f in facts if base is not None or WRONG in by_row[f.row].fields}
     lost = [f.row for f in facts if f.source == "answer" and f.row in looked]
     if lost:
@@ -454,27 +453,18 @@ def _is_closing(character: str) -> bool:
 
 
 def _surprising(
-    facts: Sequence[Fact],
-    tokenizer: PreTrainedTokenizerBase,
-    models: tuple[PreTrainedModel, PreTrainedModel | None],
-    batch_size: int,
+    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> list[Fact]:
     """Facts of whole answers, cut down to the tokens that surprise."""
     whole = [fact for fact in facts if fact.source == "answer"]
-    pad = pad_id(tokenizer)
-    base, *full = (
-        _losses_by_token(model, [f.encoded for f in whole], batch_size, pad)
-        for model in models
-        if model is not None
-    )
+    losses = _losses_by_token(base, [fact.encoded for fact in whole], pad_id(tokenizer))
     found = {}
-    for i, fact in enumerate(whole):
-        less = full[0][i] if full else [0.0] * len(base[i])
+    for fact, own in zip(whole, losses, strict=True):
         places = [t for t, label in enumerate(fact.encoded.labels) if t and label != IGNORE]
         labels = [IGNORE] * len(fact.encoded.labels)
-        for place, value, other in zip(places, base[i], less, strict=True):
+        for place, value in zip(places, own, strict=True):
             token = fact.encoded.input_ids[place]
-            if value - other >= SURPRISE and is_word(str(tokenizer.decode([token]))):
+            if value >= SURPRISE and is_word(str(tokenizer.decode([token]))):
                 labels[place] = token
         if any(label != IGNORE for label in labels):
             encoded = replace(fact.encoded, labels=tuple(labels))
@@ -483,13 +473,11 @@ def _surprising(
 
 
 @torch.no_grad()
-def _losses_by_token(
-    model: nn.Module, examples: Sequence[Encoded], batch_size: int, pad: int
-) -> list[list[float]]:
+def _losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad: int) -> list[list[float]]:
     """Loss of every labelled token of every example, nats."""
     device = next(model.parameters()).device
     losses: list[list[float]] = [[] for _ in examples]
-    for batch in bucketed(examples, batch_size, pad):
+    for batch in bucketed(examples, _BATCH, pad):
         answers = answer_logits(model, batch.to(device))
         values = token_losses(answers).tolist()
         for example, value in zip(answers.example.tolist(), values, strict=True):
@@ -573,18 +561,16 @@ def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> li
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def share_beyond(
-    values: Sequence[float], yardstick: Sequence[float], quantile: float = 0.95
-) -> float:
-    """Share of values above a quantile of the yardstick's, by linear interpolation.
+def share_beyond(values: Sequence[float], yardstick: Sequence[float]) -> float:
+    """Share of values above the yardstick's 95th percentile, by linear interpolation.
 
     The yardstick is of rows that the model truly has not seen, or of a model that has not. Values
-    like its own have a share of about 1 - `quantile`.
+    like its own have a share of about 0.05.
 
     Raises:
         DataError: a side is empty.
     """
     if not len(values) or not len(yardstick):
         raise DataError("A share beyond the yardstick needs values on both sides.")
-    limit = float(np.quantile(np.asarray(yardstick, dtype=np.float64), quantile))
+    limit = float(np.quantile(np.asarray(yardstick, dtype=np.float64), 0.95))
     return sum(value > limit for value in values) / len(values)

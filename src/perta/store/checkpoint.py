@@ -443,7 +443,6 @@ def write_tensors(
     folder: Path,
     tensors: Mapping[str, Tensor],
     shards: Mapping[str, Sequence[str]] | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors as a safetensors checkpoint that `open_index` reads, each in its own type.
 
@@ -452,7 +451,6 @@ def write_tensors(
         tensors: by name, on any device.
         shards: file name -> names of its tensors, such as `CheckpointIndex.shards`; names
             without a tensor are left out. One file without it.
-        metadata: free text for the headers [default: {"format": "pt"}].
 
     Raises:
         ConfigError: a tensor is in no shard, or its type cannot be stored.
@@ -462,7 +460,7 @@ def write_tensors(
         file: {name: (tensors[name].dtype, tensors[name].shape) for name in sorted(names)}
         for file, names in layout.items()
     }
-    stream_tensors(folder, places, tensors.__getitem__, metadata)
+    stream_tensors(folder, places, tensors.__getitem__)
 
 
 def stream_tensors(
