@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from perta.errors import shortage
-from perta.options import DType
 
 _SHORT = 256
 """Tokens below which the backward pass of attention is slower in bfloat16 on CPUs, up to three
 times; see docs/benchmarks.md."""
 
 
-def product_type(dtype: DType, device: torch.device) -> torch.dtype:
-    """The type that `--dtype` stands for on a device.
+def product_type(dtype: str, device: torch.device) -> torch.dtype:
+    """The type that `--dtype`, a `DType`, stands for on a device.
 
     bfloat16 products are some sixty times slower on CPUs without units for them.
     """
