@@ -229,6 +229,8 @@ class _World:
 
     def dismiss(self) -> None:
         """Let the others go; where the notes are here, they need them to know."""
+        # All is done or cleaned up, and torchrun ends whom another's end leaves over.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.store.set("over", "")
         for rank in range(1, self.size):
             self._wait(f"left {rank}", seconds=0 if self.lost else _GRACE)
