@@ -83,11 +83,15 @@ def model_of(kind: str) -> Any:
 
 def tuned(kind: str, **more: Any) -> dict[str, Any]:
     model, start = model_of(kind), model_of(kind)
-    settings = TuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, **more)
+    for each in (model, start):
+        # As the eyes of a model that is given text: no row has a gradient of it.
+        each.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    settings = TuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, weight_decay=0.1, **more)
     done, facts = tune(model, ROWS, settings, pad=0)
     change = torch.cat(
         [(a - b).flatten() for a, b in zip(done.parameters(), start.parameters(), strict=True)]
     )
+    assert bool((done.unused == 1).all())
     return {"change": change.detach(), "losses": [*facts.epoch_losses, *facts.final_losses]}
 
 
@@ -237,6 +241,23 @@ def test_process_0_alone_speaks(runs: tuple[Path, Path]) -> None:
     assert "Verdict" in (log / "0.log").read_text()
 
 
+OWN_METHOD = """
+import torch
+from perta.methods.method import Weighting
+
+
+class Odd(Weighting):
+    name = "odd"
+    formula = "W = 1 where τ < 0"
+    source = "ours"
+    summary = "a sign"
+    done = "Weights that fell were moved back."
+
+    def weigh(self, block):
+        return (block.task_vector < 0).float()
+"""
+
+
 def test_edits_are_equal_to_the_byte(runs: tuple[Path, Path], world: World, tmp_path: Path) -> None:
     """Of weights that the same importance, moments and checkpoints give."""
     work = runs[0] / "out.work"
@@ -247,11 +268,15 @@ def test_edits_are_equal_to_the_byte(runs: tuple[Path, Path], world: World, tmp_
         "tv": ("--save-dtype", "bfloat16"),
         "ties": ("--forget-checkpoint", work / "forget_rounds"),
         "perta-project": moments,
+        "odd": (),
     }
+    file = tmp_path / "methods.py"
+    file.write_text(OWN_METHOD)
+    own = ("--method-file", file)
     for method, more in methods.items():
         for size in (1, 4):
             out = tmp_path / f"{method} {size}"
-            program = command(*common, "--method", method, *more, "--output", out)
+            program = command(*common, "--method", method, *more, "--output", out, *own)
             assert finish(start(size, program, tmp_path / "log")) == [0] * size, method
         one, four = (tmp_path / f"{method} {size}" / "model.safetensors" for size in (1, 4))
         assert one.read_bytes() == four.read_bytes(), method

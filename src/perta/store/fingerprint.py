@@ -17,6 +17,7 @@ from types import ModuleType
 from blake3 import blake3
 
 from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, first_line
+from perta.parallel import everywhere
 from perta.store.checkpoint import (
     ADAPTER_CONFIG,
     COMPANIONS,
@@ -135,6 +136,10 @@ def run_file(path: Path) -> ModuleType:
     Raises:
         ConfigError: it is not there, or cannot be run.
     """
+    return everywhere(_run_file, path)  # what is sent to other processes may be of its classes
+
+
+def _run_file(path: Path) -> ModuleType:
     try:
         code = path.read_bytes()
     except OSError as error:

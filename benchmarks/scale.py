@@ -1,0 +1,274 @@
+"""What each of several processes computes and sends, and what a process holds: no clock, no GPU.
+
+    python benchmarks/scale.py [--sizes 1 2 4 8] [--peaks 1B 8B 70B]
+
+Operations are those that PyTorch's own counter sees, bytes those of the tensors handed to gloo, in
+multiples of the weights; both of the process that has most. Strong: the same rows whatever the
+number of processes, weak: as many rows a process. Peaks are of one step in memory that is only
+counted (fake tensors), at the sizes of Llama 3; a table of the page is printed for each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from perta.data.batch import IGNORE, Encoded
+from perta.engine.gradients import powers
+from perta.engine.moments import plan_moments, sum_moments
+from perta.engine.train.optimizer import Trainer
+from perta.engine.train.tune import tune
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, ScoringOptions, run_items
+from perta.options import EstimatorConfig, MomentOptions, TuneConfig
+from perta.parallel import everywhere, gathered, lead
+from perta.stages.importance import estimate
+
+ROWS, LENGTH = 32, 48
+STAGES = ("tuning, one epoch", "importance, one order", "moments", "evaluation")
+
+# --- operations and bytes -----------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Counts the bytes of the tensors that this process hands to collective operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at one operation and let it happen."""
+        if func.namespace == "c10d":
+            tensors = [t for t in tree_leaves(args[0]) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+FLOPS, SENT = FlopCounterMode(display=False), Sent()
+MARKS: list[tuple[int, int]] = []
+
+
+def mark() -> None:
+    """Note how far this process's counters are."""
+    MARKS.append((FLOPS.get_total_flops(), SENT.bytes))
+
+
+def marks() -> list[list[tuple[int, int]]]:
+    """The notes of all processes."""
+    return gathered(MARKS)
+
+
+def rows(number: int) -> list[Encoded]:
+    """Random sequences of one length; the last quarter carries loss."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for row in range(number):
+        ids = torch.randint(3, 500, (LENGTH,), generator=generator).tolist()
+        labels = [IGNORE] * (3 * LENGTH // 4) + ids[3 * LENGTH // 4 :]
+        found.append(Encoded(tuple(ids), tuple(labels), row + 1))
+    return found
+
+
+def small() -> PreTrainedModel:
+    """A Llama that computes in no time."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def run(number: int, target: Path) -> None:
+    """Every stage in memory, with a note before each and at the end."""
+    examples, options = rows(number), MomentOptions()
+    batch = number // 2
+
+    def moments() -> None:
+        model = small()
+        plan = plan_moments(model, examples, gradients=False, pad=0)
+        for _ in sum_moments(model, examples, plan, options, pad=0, batch_size=4):
+            pass
+
+    settings = TuneConfig(epochs=1, learning_rate=1e-3, batch_size=batch, stop_loss=0)
+    items = [Item((e,), e.input_ids[: LENGTH // 2]) for e in examples]
+    scoring = ScoringOptions(Masking(0), batch_size=4, max_new_tokens=8)
+    stages: list[Callable[[], object]] = [
+        lambda: tune(small(), examples, settings, pad=0),
+        lambda: estimate(small(), examples, (2.0,), EstimatorConfig(), pad=0, batch_size=4),
+        moments,
+        lambda: run_items(small(), items, scoring),
+    ]
+    for stage in stages:
+        everywhere(mark)
+        stage()
+    everywhere(mark)
+    target.write_text(json.dumps(everywhere(marks)))
+
+
+def child(number: int, target: Path) -> None:
+    """One process of a run."""
+    powers._compiled = None  # the counter sees PyTorch's operations alone
+    with FLOPS, SENT:
+        lead(lambda: run(number, target))
+
+
+def counted(size: int, number: int) -> list[tuple[int, int]]:
+    """Operations and bytes of each stage, of the process that has most."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "marks.json"
+        own = [__file__, "--rows", str(number), "--target", str(target)]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, *torchrun, *own], check=True, env=environment, capture_output=True
+        )
+        found = json.loads(target.read_text())
+    return [
+        (
+            max(own[i + 1][0] - own[i][0] for own in found),
+            max(own[i + 1][1] - own[i][1] for own in found),
+        )
+        for i in range(len(STAGES))
+    ]
+
+
+def print_shares(sizes: list[int]) -> None:
+    """A row for each stage and kind of scaling."""
+    weights = 4 * sum(p.numel() for p in small().parameters())
+    print("| stage | rows | " + " | ".join(f"N = {size}" for size in sizes) + " |")
+    print("| --- | --- |" + " --- |" * len(sizes))
+    for kind, of in (("the same", lambda _: ROWS), ("the same a process", lambda n: ROWS // 2 * n)):
+        found = {size: counted(size, of(size)) for size in sizes}
+        for i, stage in enumerate(STAGES):
+            one = found[sizes[0]][i][0]
+            cells = [f"{found[s][i][0] / one:.2f}; {found[s][i][1] / weights:.1f}" for s in sizes]
+            print(f"| {stage} | {kind} | " + " | ".join(cells) + " |", flush=True)
+
+
+# --- peaks --------------------------------------------------------------------------------------
+
+MODELS = {
+    "1B": (2048, 8192, 16, 32, True),
+    "8B": (4096, 14336, 32, 32, False),
+    "70B": (8192, 28672, 80, 64, False),
+}
+"""Name -> width, MLP width, layers, heads, tied, as in Llama 3."""
+TUNINGS = {
+    "all weights": TuneConfig(learning_rate=1e-4),
+    "all weights, `--gradient-checkpointing`": TuneConfig(
+        learning_rate=1e-4, gradient_checkpointing=True
+    ),
+    "`--lora-rank 16`": TuneConfig(learning_rate=1e-4, lora_rank=16),
+    "`--lora-rank 16 --gradient-checkpointing`": TuneConfig(
+        learning_rate=1e-4, lora_rank=16, gradient_checkpointing=True
+    ),
+}
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all storages that live, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what an operation makes."""
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+@contextmanager
+def counted_memory() -> Iterator[Peak]:
+    """Memory that is counted and never taken."""
+    # All is in one place already, and fake tensors cannot be moved in place.
+    stays = patch.object(nn.Module, "to", lambda self, *_, **__: self)
+    with stays, FakeTensorMode(), Peak() as peak:
+        yield peak
+
+
+def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 256) -> int:
+    """Bytes of one tuning step with bfloat16 products; a quarter of the positions has a loss."""
+    width, inner, layers, heads, tied = MODELS[name]
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    with counted_memory() as peak:
+        trainer = Trainer.of(LlamaForCausalLM(config), settings, 2 * batch)
+        trainer.model.train()
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        targets = torch.zeros(batch * length // 4, dtype=torch.int64)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = trainer.model(input_ids=ids, use_cache=False, logits_to_keep=length // 4)
+                logits = out.logits.float().flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(logits, targets)
+            loss.backward()
+            del out, logits, loss
+            trainer.step()
+        return peak.most
+
+
+def print_peaks(names: list[str]) -> None:
+    """A row for each way to tune."""
+    print("| tuning | " + " | ".join(names) + " |")
+    print("| --- |" + " --- |" * len(names))
+    for what, settings in TUNINGS.items():
+        cells = [f"{tuning_peak(name, settings) / 1e9:.1f}" for name in names]
+        print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Print both tables, or be one process of a run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--peaks", nargs="*", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.target:
+        child(options.rows, options.target)
+        return
+    if options.peaks:
+        print_peaks(options.peaks)
+    print_shares(options.sizes)
+
+
+if __name__ == "__main__":
+    main()
