@@ -38,6 +38,7 @@ from perta.engine.train.optimizer import Trainer
 from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
+from perta.models.precision import products_in
 from perta.options import EstimatorConfig, MomentOptions, TuneConfig
 from perta.parallel import everywhere, gathered, lead
 from perta.stages.importance import estimate
@@ -52,7 +53,7 @@ class Sent(TorchDispatchMode):
     """Counts the bytes of the tensors that this process hands to collective operations."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +95,8 @@ def small() -> PreTrainedModel:
         vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
 
 
 def run(number: int, target: Path) -> None:
@@ -126,7 +128,7 @@ def run(number: int, target: Path) -> None:
 
 def child(number: int, target: Path) -> None:
     """One process of a run."""
-    powers._compiled = None  # the counter sees PyTorch's operations alone
+    powers.__dict__["_compiled"] = None  # the counter sees PyTorch's operations alone
     with FLOPS, SENT:
         lead(lambda: run(number, target))
 
@@ -188,7 +190,7 @@ class Peak(TorchDispatchMode):
     """Bytes of all storages that live, and the most there ever were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._sizes: dict[int, int] = {}
 
@@ -230,12 +232,12 @@ def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 2
         max_position_embeddings=8192,
     )  # fmt: skip
     with counted_memory() as peak:
-        trainer = Trainer.of(LlamaForCausalLM(config), settings, 2 * batch)
+        trainer = Trainer.of(LlamaForCausalLM(config), settings, 2 * batch, torch.bfloat16)
         trainer.model.train()
         ids = torch.zeros(batch, length, dtype=torch.int64)
         targets = torch.zeros(batch * length // 4, dtype=torch.int64)
         for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16):
+            with products_in(torch.bfloat16, ids.device):
                 out = trainer.model(input_ids=ids, use_cache=False, logits_to_keep=length // 4)
                 logits = out.logits.float().flatten(0, 1)
                 loss = torch.nn.functional.cross_entropy(logits, targets)

@@ -80,4 +80,5 @@ def ran(size: int, function: Callable[..., Any], *args: Any, folder: Path) -> An
     statuses = finish(children)
     logs = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
     assert statuses == [0] * size, logs
+    assert "works alone" not in logs
     return torch.load(file, weights_only=False)

@@ -87,19 +87,26 @@ def tuned(kind: str, **more: Any) -> dict[str, Any]:
         # As the eyes of a model that is given text: no row has a gradient of it.
         each.register_parameter("unused", nn.Parameter(torch.ones(2)))
     settings = TuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, weight_decay=0.1, **more)
-    done, facts = tune(model, ROWS, settings, pad=0)
+    done, facts = tune(model, ROWS, settings, pad=0, dtype="float32")
     change = torch.cat(
         [(a - b).flatten() for a, b in zip(done.parameters(), start.parameters(), strict=True)]
     )
-    assert bool((done.unused == 1).all())
-    return {"change": change.detach(), "losses": [*facts.epoch_losses, *facts.final_losses]}
+    assert torch.equal(done.get_parameter("unused"), start.unused)
+    # A trained model can be sent as well.
+    after = score_facts(done, [Fact(e.row, e, (e,), "answer") for e in ROWS], pad=0)
+    losses = [*facts.epoch_losses, *facts.final_losses, *(score.loss for score in after)]
+    return {"change": change.detach(), "losses": losses}
 
 
 def unlearned(method: str) -> dict[str, Any]:
     model, start = model_of("tied"), model_of("tied")
     settings = TrainSettings(epochs=2, learning_rate=1e-2, batch_size=3, accumulation=2)
     done, facts = unlearn_by_training(
-        model, ROWS, OTHERS, settings, method=method, pad=0, refusals=examples(11, 3)
+        *(model, ROWS, OTHERS, settings),
+        method=method,
+        pad=0,
+        refusals=examples(11, 3),
+        dtype="float32",
     )
     change = torch.cat(
         [(a - b).flatten() for a, b in zip(done.parameters(), start.parameters(), strict=True)]
@@ -145,7 +152,7 @@ def everything() -> dict[str, Any]:
     """Every computation there is, by name."""
     found: dict[str, Any] = {
         "tune tied": tuned("tied"),
-        "tune untied": tuned("untied", accumulation=2),
+        "tune untied": tuned("untied", accumulation=2, gradient_checkpointing=True),
         "tune lora": tuned("tied", lora_rank=2),
         "tune mixtral": tuned("mixtral"),
         "score": scored(),
@@ -206,7 +213,7 @@ def command(*tokens: object) -> Callable[[], None]:
 def request(world: World, output: Path, *more: object) -> Callable[[], None]:
     sets = ("--forget", world.forget, "--retain", world.retain)
     tune = ("--epochs", 30, "--learning-rate", 5e-3, "--batch-size", 2)
-    models = ("--base", world.base, "--full", world.full)
+    models = ("--base", world.base, "--full", world.full, "--dtype", "float32")
     return command("unlearn", *models, *sets, *tune, "--output", output, *more)
 
 
@@ -382,7 +389,7 @@ def test_after_a_kill_the_same_command_finishes(
 def test_tuning_goes_on_with_another_number_of_processes(world: World, tmp_path: Path) -> None:
     def tuning(name: str) -> Callable[[], None]:
         settings = ("--epochs", 8, "--learning-rate", 5e-3, "--batch-size", 2, "--save-every", 2)
-        data = ("--base", world.base, "--data", world.retain)
+        data = ("--base", world.base, "--data", world.retain, "--dtype", "float32")
         return command("finetune", *data, *settings, "--output", tmp_path / name)
 
     def killed() -> None:

@@ -48,6 +48,8 @@ _GRACE = 5.0
 this process, and learn that it is gone."""
 _FAREWELL = 20.0
 """Seconds that process 0 has to tell the user about an error of another one."""
+_LEFT = ("_require_grads_hook", "_gradient_checkpointing_func")
+"""What transformers leaves in a model that was trained."""
 _LARGE = 1 << 16
 """Bytes from which the values of a tensor are sent by themselves."""
 
@@ -426,7 +428,8 @@ def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
 class _Packer(pickle.Pickler):
     """Pickles without the values of large tensors, and modules without their hooks.
 
-    A hook looks at what one process does, and is often a function that has no name elsewhere.
+    A hook looks at what one process does, and is often a function that has no name elsewhere. So is
+    what recomputes activations, which training turns on for itself.
     """
 
     def __init__(self, buffer: io.BytesIO) -> None:
@@ -454,7 +457,8 @@ class _Packer(pickle.Pickler):
 
         if not isinstance(obj, nn.Module):
             return NotImplemented
-        kept = {k: type(v)() if "_hooks" in k else v for k, v in vars(obj).items()}
+        own = {k: v for k, v in vars(obj).items() if k not in _LEFT}
+        kept = {k: type(v)() if "_hooks" in k else v for k, v in own.items()}
         return copyreg.__newobj__, (type(obj),), kept  # type: ignore[attr-defined]
 
 

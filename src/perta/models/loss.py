@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed
-from perta.parallel import share, summed
+from perta.parallel import portion, share, summed
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def losses_of(
     """Loss of every example in nats per token, in the order given."""
     device = next(model.parameters()).device
     losses = torch.zeros(len(examples))
-    for batch in share(bucketed(examples, batch_size, pad)):
+    for batch in share(bucketed(examples, portion(batch_size, len(examples)), pad)):
         losses[batch.index] = example_losses(model, batch.to(device)).float().cpu()
     return summed(losses).tolist()

@@ -48,7 +48,7 @@ from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
 from perta.models.precision import product_type, products_in
 from perta.options import DType, TrainSettings
-from perta.parallel import Own, everywhere, share, summed
+from perta.parallel import Own, everywhere, portion, share, summed
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _log_probs(
     """Log-probability of each whole answer, (examples,) float32 on the CPU."""
     device = next(model.parameters()).device
     found = torch.zeros(len(examples))
-    for batch in share(bucketed(examples, size, pad)):
+    for batch in share(bucketed(examples, portion(size, len(examples)), pad)):
         with products_in(products, device):
             answers = answer_logits(model, batch.to(device))
         found[batch.index] = answer_log_probs(answers, len(batch)).cpu()
