@@ -10,6 +10,7 @@ slow:
 	pytest -m slow
 faults:
 	PERTA_FUZZ_CASES=20000 PERTA_KILLS=1100 pytest -s tests/faults
+	python tests/faults/guided.py
 format:
 	ruff format .
 	ruff check --fix .

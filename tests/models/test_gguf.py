@@ -230,6 +230,20 @@ def test_a_count_that_the_file_cannot_hold_is_refused_at_once(world: World, tmp_
         resolve_checkpoint(file)
 
 
+def test_a_model_of_another_size_is_refused_before_it_is_built(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(world.base, tmp_path / "m.gguf")
+    width = b"llama.feed_forward_length"
+    content = bytearray(file.read_bytes())
+    place = content.index(width) + len(width) + 4  # behind the type of the value
+    content[place : place + 4] = (2**20).to_bytes(4, "little")
+    file.write_bytes(content)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    with pytest.raises(CorruptCheckpointError):
+        resolve_checkpoint(file)
+
+
 def test_tensors_that_the_model_has_no_place_for_are_refused(world: World, tmp_path: Path) -> None:
     def extra(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("blk.0.attn_q.bias", np.ones(64, dtype=np.float32))

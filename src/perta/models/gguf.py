@@ -55,6 +55,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config = AutoConfig.from_pretrained(path.parent, **place)
         _complete(config, settings, shapes)
         _scale_positions(path, config, settings, _factors(file))
+        with torch.device("meta"):  # of any size at no cost, before a real one is built
+            _check_values(path, AutoModelForCausalLM.from_config(config), shapes)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
         )
@@ -62,7 +64,6 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
         _complete_tokenizer(tokenizer, settings)
     check_loaded(loaded[1], path)
-    _check_values(path, model, shapes)
     # The weights are plain float32 now; a left-over quantisation record would make the saved
     # model unloadable.
     model.hf_quantizer = None  # type: ignore[assignment]
