@@ -212,7 +212,8 @@ def evaluate(config: EvaluateConfig, *, json: _AsJson = False) -> None:
 @app.command
 def audit(config: AuditConfig, *, json: _AsJson = False) -> None:
     """Look for what was removed in many ways, and judge each against a model that never had it."""
-    from perta.stages.audit import AUDIT, audit_checkpoint, without_scores
+    from perta.evidence.audit.document import without_scores
+    from perta.stages.audit import AUDIT, audit_checkpoint
     from perta.terminal import print_audit, print_json
 
     results = audit_checkpoint(config)

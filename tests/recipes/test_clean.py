@@ -101,7 +101,7 @@ def test_what_a_run_leaves_is_private_and_cleaned(
     assert done.deleted == planned.deleted
     assert not any(path.exists() for path in done.deleted)
     assert {p.name: fingerprint(p) for p in work.glob("retain_*") if p.is_dir()} == kept
-    assert {p.name for p in work.iterdir()} <= {*kept, "mine.txt", "strength.json"}
+    assert {p.name for p in work.iterdir()} <= {*kept, "mine.txt", "strength.json", "audit.json"}
     assert any("mine.txt" in line for line in done.left)
     assert any(str(world.forget) in line for line in done.left)
     assert fingerprint(output) == weights

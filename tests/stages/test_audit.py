@@ -16,13 +16,14 @@ from perta.cli import main
 from perta.data.examples import load_examples
 from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
 from perta.evidence.audit import verbatim
-from perta.evidence.audit.probe import Rows, View
+from perta.evidence.audit.probe import Role, Rows, View
 from perta.models.load import load_model
 from perta.models.tiny import write_tiny_checkpoint
-from perta.options import ComputeConfig
-from perta.stages.audit import audit_checkpoint
+from perta.options import ComputeConfig, ScoringConfig
+from perta.stages.audit import audit_checkpoint, quick_audit
+from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import AuditConfig, FinetuneConfig, TrainConfig
+from perta.stages.settings import AuditConfig, EvaluateConfig, FinetuneConfig, TrainConfig
 from perta.stages.train import train_checkpoint
 
 OWN = """
@@ -203,6 +204,43 @@ def test_a_model_tuned_from_the_full_one_is_no_yardstick(
     wrong = replace(config, checkpoint=str(cleaned), retrained=config.checkpoint)
     with pytest.raises(DataError, match="tuned from the full model"):
         audit_checkpoint(wrong)
+
+
+def test_results_of_evaluations_pay_for_a_quick_audit(
+    config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = audit_checkpoint(replace(config, retrained=None))
+    roles: dict[Role, str] = {"cleaned": config.checkpoint, "full": config.full}
+    roles["base"] = str(config.base)
+    results = {
+        role: evaluate_checkpoint(
+            EvaluateConfig(
+                checkpoint=model,
+                output=tmp_path / f"{role}.json",
+                forget=config.forget,
+                holdout=config.holdout,
+                base=config.base,
+                scoring=ScoringConfig(max_new_tokens=8),
+            )
+        )
+        for role, model in roles.items()
+    }
+    monkeypatch.setattr("perta.stages.audit.load_model", None)
+    told = quick_audit(results, tmp_path / "audit.json")
+    same = {probe["name"]: probe for probe in whole["probes"]}
+    assert {probe["name"] for probe in told["probes"]} == {
+        name for name, probe in same.items() if probe["group"] == "verbatim"
+    }
+    for probe in told["probes"]:
+        other = same[probe["name"]]
+        assert probe["verdict"] == other["verdict"]
+        assert probe["leaking_rows"] == other["leaking_rows"]
+        for role, scores in probe["scores"].items():
+            assert scores == pytest.approx(other["scores"][role], rel=1e-4)
+    for key in ("schema", "model", "facts", "subjects"):
+        assert told[key] == whole[key]
+    for key in ("row_numbers", "subject_numbers"):
+        assert told[key] == {name: whole[key][name] for name in ("forget", "holdout")}
 
 
 def test_without_any_yardstick_nothing_begins(config: AuditConfig) -> None:

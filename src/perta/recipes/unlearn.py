@@ -27,6 +27,8 @@ from perta.data.examples import ExampleSet
 from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, Target, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
+from perta.evidence.audit.document import summary_of
+from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
@@ -57,6 +59,7 @@ from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
+from perta.stages.audit import AUDIT, quick_audit
 from perta.stages.edit import edit_checkpoint, find_inputs, with_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
@@ -452,6 +455,7 @@ class _Run:
         self.write_split()
         results = self._evaluations()
         self.record.write({name: aggregates(found) for name, found in results.items()})
+        self._audit(results)
         report = write_report(ReportConfig(results=(str(output),), output=page_of(output)))
         verdicts = judge(collect([str(output)]))
         return Unlearned(
@@ -462,6 +466,14 @@ class _Run:
             report,
             verdicts[0] if verdicts else None,
         )
+
+    def _audit(self, results: Mapping[str, dict[str, Any]]) -> None:
+        """The audit that the evaluations pay for, beside them."""
+        models: dict[Role, str] = {"cleaned": "after", "full": "before", "base": "base"}
+        place = self.work.place(AUDIT)
+        found = summary_of(quick_audit({r: results[n] for r, n in models.items()}, place))
+        told = ", ".join(f"{len(names)} {verdict}" for verdict, names in found.items())
+        say(f"Audit, level quick: {told} ({place}); `perta audit` looks further")
 
     def _evaluations(self) -> dict[str, dict[str, Any]]:
         models = {"before": self.full, "after": self.config.output, "base": self.work.base}

@@ -23,7 +23,7 @@ from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import ExampleSet, check_apart, load_examples
 from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
-from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.document import Looked, document_of, document_of_results, entry_of
 from perta.evidence.audit.probe import (
     Effort,
     Material,
@@ -35,7 +35,7 @@ from perta.evidence.audit.probe import (
 )
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
-from perta.evidence.intervals import Interval
+from perta.evidence.results import Results
 from perta.models.facts import PARAPHRASED, find_facts, is_told, subjects
 from perta.models.load import (
     counting_tokens,
@@ -56,7 +56,6 @@ from perta.store.fingerprint import fingerprint
 from perta.store.provenance import refuse_claim, requests_of
 from perta.store.record import check_output, read_manifest, settings_of
 
-SCHEMA = "perta-audit/1"
 AUDIT = "audit.json"
 
 _ORDER: tuple[Role, ...] = ("base", "retrained", "full", "cleaned")
@@ -337,81 +336,37 @@ class _Audit:
         lacking: Sequence[tuple[str, str]],
     ) -> dict[str, Any]:
         """What audit.json holds."""
-        numbers, people = self._numbers(), self.material.subjects
-        names = ("checkpoint", "merged")
+        sources = Counter(str(fact.source) for fact in self.material.facts["forget"])
+        looked = Looked(self._numbers(), self.material.subjects, dict(sources))
+        entries = [entry_of(probe, found[probe.name], looked) for probe in self.possible]
         parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
-        return {
-            "schema": SCHEMA,
-            "level": self.config.level,
-            "model": {name: self.inputs[name] for name in names if name in self.inputs},
-            "yardsticks": {
-                **{name: self.inputs.get(name) for name in ("retrained", "base", "full")},
-                "holdout rows": len(numbers.get("holdout", ())),
-            },
-            "rows": {name: len(numbers.get(name, ())) for name in ("forget", "retain", "holdout")},
-            "subjects": len(set(people["forget"] or ())) or None,
-            "facts": dict(Counter(fact.source for fact in self.material.facts["forget"])),
-            "row_numbers": numbers,
-            "subject_numbers": {name: list(found or ()) for name, found in people.items()},
-            "probes": [self._told(probe, found[probe.name]) for probe in self.possible],
-            "not_checked": [{"name": name, "why": why} for name, why in lacking],
-            "costs": {
-                "tokens": self.tokens,
-                "operations": 2.0 * parameters * sum(self.tokens.values()),
-            },
-        }
-
-    def _told(self, probe: Probe, found: Mapping[Role, Mapping[str, Rows]]) -> dict[str, Any]:
-        """One probe's part of audit.json."""
-        scores: dict[str, dict[str, Sequence[float | None]]] = {}
-        more: dict[str, dict[str, Mapping[str, Any]]] = {}
-        for role, by_set in found.items():
-            scores[role] = {name: list(rows.scores) for name, rows in by_set.items()}
-            if any(rows.more for rows in by_set.values()):
-                more[role] = {name: rows.more for name, rows in by_set.items() if rows.more}
-        judgement = probe.judge(Found(scores, self._numbers(), self.material.subjects, more))
-        parts = ("name", "group", "title", "question", "source", "unit", "level")
-        names = sorted({name for by_set in scores.values() for name in by_set})
-        by_name = {
-            name: {role: by_set[name] for role, by_set in scores.items() if name in by_set}
-            for name in names
-        }
-        return {
-            **{part: getattr(probe, part) for part in parts},
-            **as_plain(judgement),
-            "scores": by_name.pop("forget", {}),
-            "other_scores": by_name,
-            "more": more,
-        }
+        total = sum(self.tokens.values())
+        costs = {"tokens": self.tokens, "operations": 2.0 * parameters * total}
+        return document_of(self.config.level, self.inputs, looked, entries, lacking, costs)
 
 
-def as_plain(judgement: Judgement) -> dict[str, Any]:
-    """A judgement as audit.json has it."""
-    subject, row, yardstick = judgement.worst_subject, judgement.worst_row, judgement.yardstick
-    return {
-        "verdict": judgement.verdict,
-        "reason": judgement.reason,
-        "value": judgement.value and {**_ends(judgement.value), "coverage": 0.95},
-        "yardstick": yardstick and {"name": yardstick[0], **_ends(yardstick[1])},
-        "full": judgement.full,
-        "worst_subject": subject and {"subject": subject[0], "value": subject[1]},
-        "worst_row": row and {"row": row[0], "value": row[1]},
-        "leaking_rows": list(judgement.leaking_rows),
-        "leaking_subjects": list(judgement.leaking_subjects),
-        "notes": dict(judgement.notes),
-    }
+def quick_audit(results: Mapping[Role, Results], output: Path) -> dict[str, Any]:
+    """The audit that results of evaluations pay for: no model is loaded.
 
+    Args:
+        results: of models on the same sets, as `evaluate_checkpoint` wrote them.
+        output: file for what `audit.json` holds.
 
-def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
-    """An audit without the values of single rows, which the file has."""
-    rows = ("scores", "other_scores", "more")
-    probes = [{k: v for k, v in p.items() if k not in rows} for p in results["probes"]]
-    left_out = ("perta", "row_numbers", "subject_numbers")
-    return {**{k: v for k, v in results.items() if k not in left_out}, "probes": probes}
-
-
-def _ends(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+    Returns:
+        What the file holds; its level is `quick`.
+    """
+    records = {role: found["perta"] for role, found in results.items()}
+    inputs = dict(records["cleaned"]["inputs"])
+    inputs |= {r: made["inputs"]["checkpoint"] for r, made in records.items() if r != "cleaned"}
+    results_of = {f"results_{role}": str(made["content"]) for role, made in records.items()}
+    return run_file_stage(
+        "audit",
+        output,
+        {"level": "quick", "output": str(output)},
+        {**inputs, **results_of},
+        lambda: document_of_results(results, inputs),
+        overwrite=True,
+    )
 
 
 def _labelled(encoded: Encoded) -> int:

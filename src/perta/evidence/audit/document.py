@@ -1,0 +1,172 @@
+"""What audit.json holds, from scores; its form is in docs/evidence.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.probe import Probe, Role, Rows
+from perta.evidence.audit.registry import PROBES
+from perta.evidence.audit.verbatim import Reading
+from perta.evidence.intervals import Interval
+from perta.evidence.measures import read_subjects, row_number, rows_of
+from perta.evidence.results import Results
+from perta.evidence.settings import Level
+
+SCHEMA = "perta-audit/1"
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The rows that were looked at.
+
+    Attributes:
+        rows: of each set the number in its file of each sequence's row.
+        subjects: of each set whom each is about; None where nothing says so.
+        facts: how the forget set's facts were found -> how many.
+    """
+
+    rows: Mapping[str, Sequence[int]]
+    subjects: Mapping[str, Sequence[int] | None]
+    facts: Mapping[str, int]
+
+
+def document_of(
+    level: Level,
+    inputs: Mapping[str, str],
+    looked: Looked,
+    entries: Sequence[Mapping[str, Any]],
+    lacking: Sequence[tuple[str, str]],
+    costs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All of it.
+
+    Args:
+        level: that ran.
+        inputs: fingerprints of models.
+        looked: the rows.
+        entries: of the probes that ran.
+        lacking: of the others name and why.
+        costs: of all that.
+    """
+    names = ("checkpoint", "merged")
+    counts = {name: len(looked.rows.get(name, ())) for name in ("forget", "retain", "holdout")}
+    yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
+    return {
+        "schema": SCHEMA,
+        "level": level,
+        "model": {name: inputs[name] for name in names if name in inputs},
+        "yardsticks": {**yardsticks, "holdout rows": counts["holdout"]},
+        "rows": counts,
+        "subjects": len(set(looked.subjects["forget"] or ())) or None,
+        "facts": dict(looked.facts),
+        "row_numbers": {name: list(numbers) for name, numbers in looked.rows.items()},
+        "subject_numbers": {name: list(found or ()) for name, found in looked.subjects.items()},
+        "probes": list(entries),
+        "not_checked": [{"name": name, "why": why} for name, why in lacking],
+        "costs": dict(costs),
+    }
+
+
+def entry_of(
+    probe: Probe, found: Mapping[Role, Mapping[str, Rows]], looked: Looked
+) -> dict[str, Any]:
+    """One probe's part, from its scores by model and set."""
+    scores: dict[str, dict[str, Sequence[float | None]]] = {}
+    more: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for role, by_set in found.items():
+        scores[role] = {name: list(rows.scores) for name, rows in by_set.items()}
+        if any(rows.more for rows in by_set.values()):
+            more[role] = {name: rows.more for name, rows in by_set.items() if rows.more}
+    judgement = probe.judge(Found(scores, looked.rows, looked.subjects, more))
+    parts = ("name", "group", "title", "question", "source", "unit", "level")
+    names = sorted({name for by_set in scores.values() for name in by_set})
+    by_name = {
+        name: {role: by_set[name] for role, by_set in scores.items() if name in by_set}
+        for name in names
+    }
+    return {
+        **{part: getattr(probe, part) for part in parts},
+        **_as_plain(judgement),
+        "scores": by_name.pop("forget", {}),
+        "other_scores": by_name,
+        "more": more,
+    }
+
+
+def document_of_results(
+    results: Mapping[Role, Results], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """The same from results of the quick evaluation, by the probes that read them.
+
+    Args:
+        results: of the cleaned model and others, on the same rows.
+        inputs: fingerprints of the models.
+    """
+    cleaned = results["cleaned"]
+    sets = [name for name in ("forget", "holdout") if f"{name}_loss" in cleaned]
+    rows, subjects = {}, dict[str, list[int] | None]()
+    for name in sets:
+        places = list(rows_of(cleaned, f"{name}_loss"))
+        rows[name] = [int(row_number(cleaned, name, place)) for place in places]
+        people = read_subjects(cleaned, name)
+        subjects[name] = [people[place] for place in places] if people else None
+    facts = rows_of(cleaned, "forget_fact_probability").values()
+    looked = Looked(rows, subjects, dict(Counter(str(row["source"]) for row in facts)))
+    entries, lacking = [], []
+    for probe in (probe() for probe in PROBES):
+        if not isinstance(probe, Reading):
+            lacking.append((probe.name, "`perta audit` asks it"))
+        elif f"forget_{probe.measure}" not in cleaned:
+            lacking.append((probe.name, f"it needs {' and '.join(probe.needs) or 'answers'}"))
+        else:
+            entries.append(entry_of(probe, _read(probe, results, looked), looked))
+    return document_of("quick", inputs, looked, entries, lacking, {"tokens": {}, "operations": 0.0})
+
+
+def _read(
+    probe: Reading, results: Mapping[Role, Results], looked: Looked
+) -> dict[Role, dict[str, Rows]]:
+    found: dict[Role, dict[str, Rows]] = {}
+    for role, measured in results.items():
+        names = looked.rows if role == "cleaned" else ["forget"]
+        scores = {name: probe.read(measured, name, len(looked.rows[name])) for name in names}
+        found[role] = {name: Rows(values) for name, values in scores.items()}
+    return found
+
+
+def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
+    """An audit without the values of single rows, which the file has."""
+    rows = ("scores", "other_scores", "more")
+    probes = [{k: v for k, v in p.items() if k not in rows} for p in results["probes"]]
+    left_out = ("perta", "row_numbers", "subject_numbers")
+    return {**{k: v for k, v in results.items() if k not in left_out}, "probes": probes}
+
+
+def summary_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Verdict -> names of the probes that gave it."""
+    verdicts = ("passed", "leaks", "not sure")
+    return {v: [p["name"] for p in results["probes"] if p["verdict"] == v] for v in verdicts}
+
+
+def _as_plain(judgement: Judgement) -> dict[str, Any]:
+    subject, row, yardstick = judgement.worst_subject, judgement.worst_row, judgement.yardstick
+    return {
+        "verdict": judgement.verdict,
+        "reason": judgement.reason,
+        "value": judgement.value and {**_ends(judgement.value), "coverage": 0.95},
+        "yardstick": yardstick and {"name": yardstick[0], **_ends(yardstick[1])},
+        "full": judgement.full,
+        "worst_subject": subject and {"subject": subject[0], "value": subject[1]},
+        "worst_row": row and {"row": row[0], "value": row[1]},
+        "leaking_rows": list(judgement.leaking_rows),
+        "leaking_subjects": list(judgement.leaking_subjects),
+        "notes": dict(judgement.notes),
+    }
+
+
+def _ends(interval: Interval) -> dict[str, float]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
