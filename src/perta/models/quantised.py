@@ -18,7 +18,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -173,6 +172,7 @@ def is_of_inputs(name: str) -> bool:
 
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FACTORS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
 def _place(one: Quantised) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -185,18 +185,40 @@ def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
     Raises:
         CorruptCheckpointError: one without its scales, or scales of another shape.
     """
-    block = read_config(index.folder)[_RECORD].get("weight_block_size")
+    block = _block(index.folder)
     found = {}
     for name, entry in index.tensors.items():
+        plain = _plain_name(name)
         if entry.dtype in _FP8:
             scale = _partner(index, name, f"{name}_scale_inv")
-            _check(entry, scale, _fp8_shapes(entry, block))
-            found[name] = Quantised(name, entry, scale, tuple(block) if block else None)
-        elif name.endswith("_blocks"):
-            scale = _partner(index, name, name.removesuffix("_blocks") + "_scales")
-            _check(entry, scale, [entry.shape[:-1]])
-            found[_plain_name(name)] = Quantised(_plain_name(name), entry, scale)
+            _check(entry, scale, _fp8_shapes(entry, block), _FACTORS)
+        elif plain != name:
+            scale = _partner(index, name, f"{plain}_scales")
+            packed = entry.dtype == torch.uint8 and len(entry.shape) > 2 and entry.shape[-1] == 16
+            _check(entry, scale, [entry.shape[:-1]] if packed else [], (torch.uint8,))
+        else:
+            continue
+        if plain in found or (plain != name and plain in index.tensors):
+            raise CorruptCheckpointError(
+                f"{index.folder} holds {plain} twice, plain and quantised. Copy or download the "
+                "checkpoint again."
+            )
+        found[plain] = Quantised(plain, entry, scale, block if entry.dtype in _FP8 else None)
     return found
+
+
+def _block(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a factor, as config.json says."""
+    block = read_config(folder)[_RECORD].get("weight_block_size")
+    if block is None:
+        return None
+    is_pair = isinstance(block, list) and len(block) == 2
+    if not is_pair or not all(type(size) is int and size > 0 for size in block):
+        raise CorruptCheckpointError(
+            f"{folder}: config.json says weight_block_size {block!r}, and two numbers of rows and "
+            "columns are wanted. Take config.json from where the checkpoint came from."
+        )
+    return block[0], block[1]
 
 
 def _partner(index: CheckpointIndex, name: str, scales: str) -> TensorEntry:
@@ -208,18 +230,26 @@ def _partner(index: CheckpointIndex, name: str, scales: str) -> TensorEntry:
     return index.tensors[scales]
 
 
-def _check(entry: TensorEntry, scale: TensorEntry, shapes: list[tuple[int, ...]]) -> None:
-    if scale.shape not in shapes:
+def _check(
+    entry: TensorEntry,
+    scale: TensorEntry,
+    shapes: list[tuple[int, ...]],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    if scale.shape not in shapes or scale.dtype not in dtypes:
+        wanted = f"needs {shapes[0]} of {dtypes[0]}" if shapes else "is of no such format"
         raise CorruptCheckpointError(
-            f"{scale.file}: {scale.name} is {scale.shape}, and {entry.name} of {entry.shape} "
-            f"needs {shapes[0]}. Copy or download the checkpoint again."
+            f"{scale.file}: {scale.name} is {scale.shape} of {scale.dtype}, and {entry.name}, "
+            f"{entry.shape} of {entry.dtype}, {wanted}. Copy or download the checkpoint again."
         )
 
 
-def _fp8_shapes(entry: TensorEntry, block: Any) -> list[tuple[int, ...]]:
+def _fp8_shapes(entry: TensorEntry, block: tuple[int, int] | None) -> list[tuple[int, ...]]:
     """Shapes that the scales of a weight may have."""
     if not block:
         return [(), (1,)]
+    if len(entry.shape) < 2:
+        return []
     sizes = zip(entry.shape[-2:], block, strict=True)
     return [(*entry.shape[:-2], *(math.ceil(size / part) for size, part in sizes))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TUNE, World
 from helpers import tiny_tokenizer, weighting
-from perta.errors import CheckpointError
+from perta.errors import CheckpointError, CorruptCheckpointError
 from perta.models.load import load_model
 from perta.models.quantised import (
     dequantise_fp8,
@@ -385,6 +386,64 @@ def whole_run(world: World, base: Path, full: Path, method: str, alpha: Any) -> 
     before, after = aggregates(done.before), aggregates(done.after)
     assert after["forget_probability"] < 0.9 * before["forget_probability"]
     return done.folder
+
+
+@pytest.mark.parametrize(
+    "block", [[0, 0], "x", [32], [32, 32, 32], 32, [32.5, 32], [-1, 32], True, {}, [[32], [32]]]
+)
+def test_blocks_that_cannot_be_are_named(tmp_path: Path, block: Any) -> None:
+    folder = as_fp8(model(tmp_path / "plain", "llama"), tmp_path / "full")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = block
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CorruptCheckpointError, match="weight_block_size"):
+        resolve_checkpoint(folder)
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+SPOILT: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
+    "whole scales": ("llama", lambda t: t.update({f"{UP}_scale_inv": t[f"{UP}_scale_inv"].int()})),
+    "vector": (
+        "llama",
+        lambda t: t.update(
+            {
+                "model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn),
+                "model.norm.weight_scale_inv": torch.ones(1),
+            }
+        ),
+    ),
+    "float blocks": (
+        "llama",
+        lambda t: t.update({"x_blocks": torch.zeros(2, 2, 1, 16), "x_scales": torch.ones(2, 2, 1)}),
+    ),
+    "signed": ("gpt_oss", lambda t: t.update({f"{EXPERTS}_blocks": t[f"{EXPERTS}_blocks"].char()})),
+    "float scales": (
+        "gpt_oss",
+        lambda t: t.update({f"{EXPERTS}_scales": t[f"{EXPERTS}_scales"].float()}),
+    ),
+    "a number": (
+        "gpt_oss",
+        lambda t: t.update(
+            dict.fromkeys((f"{EXPERTS}_blocks", f"{EXPERTS}_scales"), torch.tensor(3).byte())
+        ),
+    ),
+    "twice": ("gpt_oss", lambda t: t.update({EXPERTS: torch.zeros(2, 96, 64)})),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_tensors_of_no_such_format_are_named(tmp_path: Path, name: str) -> None:
+    kind, spoil = SPOILT[name]
+    plain = model(tmp_path / "plain", kind, **(GPT_OSS if kind == "gpt_oss" else {}))
+    folder = (as_mxfp4 if kind == "gpt_oss" else as_fp8)(plain, tmp_path / "full")
+    tensors = {n: read_tensor(entry) for n, entry in open_index(folder).tensors.items()}
+    spoil(tensors)
+    for file in folder.glob("model*"):
+        file.unlink()
+    write_tensors(folder, tensors)
+    with pytest.raises(CorruptCheckpointError, match=r"of no such format|needs|twice"):
+        resolve_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
