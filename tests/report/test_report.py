@@ -59,7 +59,7 @@ from perta.report.tables import costs, csv_text, metric_tables, seed_table, styl
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.write import companion_folder, page_for, render, write_report
-from perta.stages.stage import run_file_stage
+from perta.stages.stage import At, run_file_stage
 
 LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_reference_logs"
 
@@ -702,7 +702,7 @@ def test_no_repr_carries_texts(tmp_path: Path) -> None:
     found = collect([f"full={write(tmp_path / 'full.json', result)}"])
     subject = found.runs[0]
     shown = sample_sets(subject, [], 2, show=True)
-    saved = run_file_stage("x", tmp_path / "x.json", {}, {}, lambda: result)
+    saved = run_file_stage("x", At(tmp_path / "x.json"), {}, {}, lambda: result)
     done = Unlearned(tmp_path, {}, result, result)
     values = (examples, examples.examples, encoded, EncodedSet((encoded,), (SECRET,)), found)
     for value in (*values, subject, shown, saved, done, Item((encoded,), (5001,))):

@@ -69,132 +69,83 @@ _STRENGTH = "Share of an answer that the model continues word for word once give
 _EXACT = "Share of an answer's tokens that the model predicts, given those before them."
 _LOSS = "Mean negative log-likelihood of an answer token, in nats."
 _TRUTH = "How likely wrong answers are against the right one; 1 means the model cannot tell."
+_MARGIN = "Mean of max(0, 1 − truth ratio)."
+_KNOWLEDGE = "ROUGE-L F1 of short answers to questions about the texts."
+_VERBATIM = "ROUGE-L F1 of the model's continuation of a passage against the passage itself."
+_QUALITY = (
+    "p-value of a Kolmogorov–Smirnov test that the truth ratios are distributed as in the "
+    "retrained model; small means they can be told apart."
+)
+_UTILITY = (
+    "Harmonic mean of probability, ROUGE-L recall and truth ratio on the retain set, real "
+    "authors and world facts."
+)
+_PRIVLEAK = (
+    "Min-K attack against that of the retrained model, in percent: 0 is like retrained, "
+    "below 0 still memorised, above 0 conspicuously absent."
+)
+_ATTACK = (
+    "Membership-inference attack: how well it tells removed examples from unseen ones. "
+    "0.5 is chance, 1 means strongly memorised."
+)
 
 
-def _per_set(group: Group, better: _Better, short: str) -> tuple[Measure, ...]:
+def _per_set(of: Group, better: _Better) -> tuple[Measure, ...]:
     """The measures that exist for every set of examples."""
-    plain = short == "forget"  # published logs leave the set out of these names
     opposite: _Better = {"low": "high", "high": "low"}.get(better, "none")  # type: ignore[assignment]
 
     def names(ours: str, *published: str) -> tuple[str, ...]:
-        return (f"{short}_{ours}", *published)
+        return (f"{of}_{ours}", *published)
 
-    strength = names("extraction_strength", *(["extraction_strength"] if plain else []))
-    exact = names("exact_memorization", *(["exact_memorization"] if plain else []))
-    probability = names("probability", f"{short}_Q_A_Prob")
-    rouge = names("rougeL_recall", f"{short}_Q_A_ROUGE")
+    def alone(name: str) -> tuple[str, ...]:  # published logs leave the set out of these names
+        return names(name, *([name] if of == "forget" else []))
+
+    probability = names("probability", f"{of}_Q_A_Prob")
+    rouge = names("rougeL_recall", f"{of}_Q_A_ROUGE")
+    strength, exact = alone("extraction_strength"), alone("exact_memorization")
     return (
-        Measure(f"{short}_fact", "Fact prob.", group, better, _FACT, names("fact_probability")),
-        Measure(f"{short}_fact_token", "Fact prob./token", group, better, _FACT_TOKEN, ()),
-        Measure(f"{short}_choice", "Fact choice", group, better, _CHOICE, names("fact_choice")),
-        Measure(f"{short}_probability", "Answer prob.", group, better, _PROBABILITY, probability),
-        Measure(f"{short}_rouge", "ROUGE-L", group, better, _ROUGE, rouge),
-        Measure(f"{short}_strength", "Extraction", group, better, _STRENGTH, strength),
-        Measure(f"{short}_exact", "Exact mem.", group, better, _EXACT, exact),
-        Measure(
-            f"{short}_knowmem",
-            "Knowledge",
-            group,
-            better,
-            "ROUGE-L F1 of short answers to questions about the texts.",
-            names("knowmem_ROUGE"),
-        ),
-        Measure(
-            f"{short}_verbmem",
-            "Verbatim",
-            group,
-            better,
-            "ROUGE-L F1 of the model's continuation of a passage against the passage itself.",
-            names("verbmem_ROUGE"),
-        ),
-        Measure(f"{short}_loss", "Loss", group, opposite, _LOSS, names("loss"), None),
+        Measure(f"{of}_fact", "Fact prob.", of, better, _FACT, names("fact_probability")),
+        Measure(f"{of}_fact_token", "Fact prob./token", of, better, _FACT_TOKEN, ()),
+        Measure(f"{of}_choice", "Fact choice", of, better, _CHOICE, names("fact_choice")),
+        Measure(f"{of}_probability", "Answer prob.", of, better, _PROBABILITY, probability),
+        Measure(f"{of}_rouge", "ROUGE-L", of, better, _ROUGE, rouge),
+        Measure(f"{of}_strength", "Extraction", of, better, _STRENGTH, strength),
+        Measure(f"{of}_exact", "Exact mem.", of, better, _EXACT, exact),
+        Measure(f"{of}_knowmem", "Knowledge", of, better, _KNOWLEDGE, names("knowmem_ROUGE")),
+        Measure(f"{of}_verbmem", "Verbatim", of, better, _VERBATIM, names("verbmem_ROUGE")),
+        Measure(f"{of}_loss", "Loss", of, opposite, _LOSS, names("loss"), None),
     )
 
 
 def _utility(short: str, title: str) -> tuple[Measure, ...]:
-    return (
+    parts = (
+        ("probability", "prob.", _CHOICE, "Q_A_Prob_normalised"),
+        ("rouge", "ROUGE-L", _ROUGE, "Q_A_ROUGE"),
+        ("truth", "truth", _MARGIN, "Truth_Ratio"),
+    )
+    return tuple(
         Measure(
-            f"{short}_probability",
-            f"{title}: prob.",
-            "utility",
-            "high",
-            "Share of the right answer's probability among right and wrong ones.",
-            (f"{short}_Q_A_Prob_normalised",),
-        ),
-        Measure(
-            f"{short}_rouge",
-            f"{title}: ROUGE-L",
-            "utility",
-            "high",
-            _ROUGE,
-            (f"{short}_Q_A_ROUGE",),
-        ),
-        Measure(
-            f"{short}_truth",
-            f"{title}: truth",
-            "utility",
-            "high",
-            "Mean of max(0, 1 − truth ratio).",
-            (f"{short}_Truth_Ratio",),
-        ),
+            f"{short}_{key}", f"{title}: {label}", "utility", "high", text, (f"{short}_{name}",)
+        )
+        for key, label, text, name in parts
     )
 
 
 def _attack(name: str, label: str) -> Measure:
-    return Measure(
-        f"mia_{name}",
-        label,
-        "membership",
-        "none",
-        "Membership-inference attack: how well it tells removed examples from unseen ones. "
-        "0.5 is chance, 1 means strongly memorised.",
-        (f"mia_{name}",),
-    )
+    return Measure(f"mia_{name}", label, "membership", "none", _ATTACK, (f"mia_{name}",))
 
 
 MEASURES: tuple[Measure, ...] = (
-    *_per_set("forget", "low", "forget"),
-    Measure(
-        "forget_quality",
-        "Forget quality",
-        "forget",
-        "high",
-        "p-value of a Kolmogorov–Smirnov test that the truth ratios are distributed as in the "
-        "retrained model; small means they can be told apart.",
-        ("forget_quality",),
-    ),
+    *_per_set("forget", "low"),
+    Measure("forget_quality", "Forget quality", "forget", "high", _QUALITY, ("forget_quality",)),
     Measure("forget_truth", "Truth ratio", "forget", "none", _TRUTH, ("forget_truth_ratio",)),
-    *_per_set("retain", "high", "retain"),
-    Measure(
-        "retain_truth",
-        "Truth ratio",
-        "retain",
-        "high",
-        "Mean of max(0, 1 − truth ratio).",
-        ("retain_Truth_Ratio",),
-    ),
-    *_per_set("holdout", "none", "holdout"),
-    Measure(
-        "model_utility",
-        "Model utility",
-        "utility",
-        "high",
-        "Harmonic mean of probability, ROUGE-L recall and truth ratio on the retain set, real "
-        "authors and world facts.",
-        ("model_utility",),
-    ),
+    *_per_set("retain", "high"),
+    Measure("retain_truth", "Truth ratio", "retain", "high", _MARGIN, ("retain_Truth_Ratio",)),
+    *_per_set("holdout", "none"),
+    Measure("model_utility", "Model utility", "utility", "high", _UTILITY, ("model_utility",)),
     *_utility("ra", "Real authors"),
     *_utility("wf", "World facts"),
-    Measure(
-        "privleak",
-        "PrivLeak %",
-        "membership",
-        "none",
-        "Min-K attack against that of the retrained model, in percent: 0 is like retrained, "
-        "below 0 still memorised, above 0 conspicuously absent.",
-        ("privleak",),
-        None,
-    ),
+    Measure("privleak", "PrivLeak %", "membership", "none", _PRIVLEAK, ("privleak",), None),
     _attack("loss", "Loss attack"),
     _attack("zlib", "zlib attack"),
     _attack("min_k", "Min-K"),

@@ -45,7 +45,7 @@ from perta.recipes._edited_model import load_changes
 from perta.recipes._search import search_coarsely
 from perta.recipes._strength import HELD_OUT, Unseen, surprises_of
 from perta.stages.settings import EditConfig
-from perta.stages.stage import run_stage
+from perta.stages.stage import At, run_stage
 from perta.store.atomic import scratch_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
@@ -118,7 +118,7 @@ def write_rounds(
         passes = 3 * run.tuned + tokens()
         return {"rounds": [asdict(made) for made in rounds], "passes": passes}
 
-    run_stage("rounds", output, settings, look(), make, look=look, overwrite=overwrite)
+    run_stage("rounds", At(output, overwrite), settings, look(), make, look=look)
     return output
 
 

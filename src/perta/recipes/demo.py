@@ -30,7 +30,7 @@ from perta.report.write import write_report
 from perta.stages.edit import edit_checkpoint
 from perta.stages.people import write_people
 from perta.stages.settings import PeopleConfig
-from perta.stages.stage import run_stage
+from perta.stages.stage import At, run_stage
 from perta.store.fingerprint import fingerprint
 from perta.terminal import console, print_comparison, print_costs, print_samples
 
@@ -205,7 +205,7 @@ def _tiny_base(config: DemoConfig, data: Path) -> Path:
         write_tiny_checkpoint(folder, [*texts, _DATA.system_prompt], seed=config.seed)
         return {}
 
-    run_stage("random", random, settings, inputs, make, overwrite=config.overwrite)
+    run_stage("random", At(random, config.overwrite), settings, inputs, make)
     say("── base: teach a tiny random model to answer questions about other people")
     tune = TuneConfig(epochs=8, learning_rate=3e-3, batch_size=8)
     return _workspace(config, random, tune, others).tuned("base", "full", tune, "base")

@@ -49,7 +49,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig
 from perta.progress import say
 from perta.stages.settings import AuditConfig
-from perta.stages.stage import evaluated, run_file_stage
+from perta.stages.stage import At, evaluated, run_file_stage
 from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
@@ -107,13 +107,12 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
 
     results = run_file_stage(
         "audit",
-        output,
+        At(output, config.overwrite),
         settings,
         inputs,
         make,
         look=look,
         reads=[*folders.values(), *(examples.source for examples in sets.values())],
-        overwrite=config.overwrite,
     )
     journal.unlink(missing_ok=True)
     return results

@@ -78,16 +78,8 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
         tokenizer = load_tokenizer(checkpoint)
         return benchmark.run(load_model(checkpoint, config.compute), tokenizer, config, given)
 
-    results = run_file_stage(
-        f"bench {benchmark.name}",
-        config.output,
-        settings,
-        inputs,
-        make,
-        look=look,
-        reads=[data, checkpoint],
-        overwrite=config.overwrite,
-    )
+    name, reads = f"bench {benchmark.name}", [data, checkpoint]
+    results = run_file_stage(name, config, settings, inputs, make, look=look, reads=reads)
     given.journal.unlink(missing_ok=True)
     return results
 
@@ -119,12 +111,6 @@ def bench_ability(config: AbilityConfig) -> Results:
         ) from error
     checkpoint = resolve_checkpoint(config.checkpoint)
     manager = _tasks(config, TaskManager)
-    unknown = _unknown(config, manager)
-    if unknown:
-        raise ConfigError(
-            f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists "
-            "its own; --include-path adds a folder of task files."
-        )
     where = picked(config.compute)
     settings = {**settings_of(config), **where, "lm_eval": lm_eval.__version__}
 
@@ -155,29 +141,22 @@ def bench_ability(config: AbilityConfig) -> Results:
         return {**found, "include_path": _folder_hash(path)} if path else found
 
     return run_file_stage(
-        "bench ability",
-        config.output,
-        settings,
-        look(),
-        make,
-        look=look,
-        reads=[checkpoint],
-        overwrite=config.overwrite,
+        "bench ability", config, settings, look(), make, look=look, reads=[checkpoint]
     )
 
 
 def _tasks(config: AbilityConfig, manager: Any) -> Any:
     """The folder's tasks alone where they suffice: indexing the harness's own takes minutes."""
-    if config.include_path is None:
-        return manager()
-    local = manager(include_path=str(config.include_path), include_defaults=False)
-    if not _unknown(config, local):
-        return local
-    return manager(include_path=str(config.include_path))
-
-
-def _unknown(config: AbilityConfig, manager: Any) -> list[str]:
-    return [task for task in config.tasks if not manager.match_tasks([task])]
+    folder = {} if config.include_path is None else {"include_path": str(config.include_path)}
+    for given in ({**folder, "include_defaults": False}, folder) if folder else (folder,):
+        tasks = manager(**given)
+        unknown = [task for task in config.tasks if not tasks.match_tasks([task])]
+        if not unknown:
+            return tasks
+    raise ConfigError(
+        f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists "
+        "its own; --include-path adds a folder of task files."
+    )
 
 
 def _aggregates(results: dict[str, Any]) -> Results:

@@ -35,7 +35,7 @@ from perta.models.resolve import base_of_adapter, quantised_checkpoint, resolve_
 from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
-from perta.stages.stage import as_part, refuse_other, run_stage
+from perta.stages.stage import At, as_part, refuse_other, run_stage
 from perta.store.atomic import scratch_folder
 from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
 from perta.store.fingerprint import fingerprint
@@ -74,7 +74,7 @@ def _write_direction(
     def look() -> dict[str, str]:
         return {name: fingerprint(folder) for name, folder in folders.items()}
 
-    run_stage("direction", output, settings, look(), make, look=look, overwrite=is_ours)
+    run_stage("direction", At(output, is_ours), settings, look(), make, look=look)
     return output
 
 
@@ -118,7 +118,7 @@ def edit_checkpoint(
     inputs = look()
     check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
-    refuse_other("edit", config.output, settings, inputs, overwrite=config.overwrite)
+    refuse_other("edit", config, settings, inputs)
     given = with_direction(config, given)
     _tell_layers(config.weighting, given)
     if "direction" in given:
@@ -157,7 +157,7 @@ def edit_checkpoint(
             adapter = _write_adapter(config, folder, whole, given["full"])
         return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
 
-    run_stage("edit", config.output, settings, inputs, make, look=look, overwrite=config.overwrite)
+    run_stage("edit", config, settings, inputs, make, look=look)
     return config.output
 
 

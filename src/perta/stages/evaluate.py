@@ -59,16 +59,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
                 batch_size=config.compute.batch(16),
             )
 
-    return run_file_stage(
-        "evaluate",
-        config.output,
-        settings,
-        look(),
-        make,
-        look=look,
-        reads=[folder, *([base] if base else [])],
-        overwrite=config.overwrite,
-    )
+    reads = [folder, *([base] if base else [])]
+    return run_file_stage("evaluate", config, settings, look(), make, look=look, reads=reads)
 
 
 def find_in_sets(

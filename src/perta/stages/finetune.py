@@ -98,14 +98,7 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
 
     with resumable(config.output, key, config.tune.save_every or 0) as resume:
         run_stage(
-            "finetune",
-            config.output,
-            settings,
-            inputs,
-            make,
-            look=look,
-            reads=[base, examples.source],
-            overwrite=config.overwrite,
+            "finetune", config, settings, inputs, make, look=look, reads=[base, examples.source]
         )
     return config.output
 

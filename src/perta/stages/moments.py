@@ -134,16 +134,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
         write_sidecar(folder, facts)
         return {"examples": facts["examples"], "tokens_counted": facts["tokens"]}
 
-    run_stage(
-        "merge-moments",
-        config.output,
-        {},
-        look(),
-        make,
-        look=look,
-        reads=config.folders,
-        overwrite=config.overwrite,
-    )
+    run_stage("merge-moments", config, {}, look(), make, look=look, reads=config.folders)
     return config.output
 
 

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from perta.data.examples import load_examples
 from perta.data.tokens import EncodedSet, encode_examples
@@ -69,6 +69,26 @@ _PRIVATE = {"direction"}
 
 Make = Callable[[Path], Mapping[str, Any]]
 
+
+class Place(Protocol):
+    """Where an output goes, whole or not at all; the options of a stage are one."""
+
+    @property
+    def output(self) -> Path:
+        """The final folder or file."""
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether it replaces one that does not match."""
+
+
+class At(NamedTuple):
+    """A place for what is no stage of its own."""
+
+    output: Path
+    overwrite: bool = False
+
+
 _beside: ContextVar[tuple[Path, ...]] = ContextVar("beside", default=())
 """Folders in whose entries a stage looks for its output before it makes it."""
 
@@ -110,14 +130,13 @@ def taking_over(folders: Iterable[Path]) -> Iterator[None]:
 
 def run_stage(
     stage: str,
-    output: Path,
+    place: Place,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     make: Make,
     *,
     look: Callable[[], Mapping[str, str]] | None = None,
     reads: Iterable[str | Path] = (),
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Produce a stage's output folder, or reuse it; returns its manifest.
 
@@ -130,7 +149,8 @@ def run_stage(
         ConfigError: the output overlaps what the stage reads.
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
-    wanted = _Wanted(stage, output, settings, inputs, overwrite)
+    wanted = _Wanted(stage, place, settings, inputs)
+    output, overwrite = place.output, place.overwrite
     reads = [*reads, *wanted.named()]
     check_separate(output, reads)
     if _asking.get() is None:
@@ -170,17 +190,17 @@ def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
 
 def run_file_stage(
     stage: str,
-    output: Path,
+    place: Place,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     make: Callable[[], Mapping[str, Any]],
     *,
     look: Callable[[], Mapping[str, str]] | None = None,
     reads: Iterable[str | Path] = (),
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """The same for a stage whose output is one JSON file with its manifest under `perta`."""
-    wanted = _Wanted(stage, output, settings, inputs, overwrite)
+    wanted = _Wanted(stage, place, settings, inputs)
+    output, overwrite = place.output, place.overwrite
     reads = [*reads, *wanted.named()]
     # A new file beside the weights is welcome, unless it would be read as a part of them.
     check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
@@ -219,10 +239,9 @@ class _Wanted:
     """An output as it is wanted: of which stage, where, and what decides it."""
 
     stage: str
-    output: Path
+    place: Place
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
-    overwrite: bool
 
     @cached_property
     def _key(self) -> str:
@@ -250,9 +269,9 @@ class _Wanted:
 
     def refuse_foreign(self) -> None:
         """Stop before any work when the output is there and is not what would be made."""
-        refuse_other(self.stage, self.output, self.settings, self.inputs, overwrite=self.overwrite)
-        if self.output.exists() and not self.overwrite:
-            raise exists_error(self.output, "was changed since")
+        refuse_other(self.stage, self.place, self.settings, self.inputs)
+        if self.place.output.exists() and not self.place.overwrite:
+            raise exists_error(self.place.output, "was changed since")
 
     def check_unchanged(self, look: Callable[[], Mapping[str, str]] | None) -> None:
         """Stop where inputs are not those that the record would name."""
@@ -283,15 +302,16 @@ def _entries(pattern: str) -> Iterator[Path]:
 
 def _taken_over(wanted: _Wanted) -> dict[str, Any] | None:
     """Link a finished output from elsewhere to its place here; None where there is none."""
+    output = wanted.place.output
     for record in _entries(f"*/{MANIFEST}"):
         folder = record.parent
         try:
             if (finished := wanted.finished(folder)) is None:
                 continue
             if (asked := _asking.get()) is not None:
-                asked[wanted.output] = folder
+                asked[output] = folder
             else:
-                with atomic_folder(wanted.output, overwrite=wanted.overwrite) as partial:
+                with atomic_folder(output, overwrite=wanted.place.overwrite) as partial:
                     shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
         except OSError:
             continue  # it went while it was read, or is not ours to read
@@ -313,15 +333,11 @@ def as_part(key: str | None) -> dict[str, str]:
 
 
 def refuse_other(
-    stage: str,
-    output: Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    *,
-    overwrite: bool,
+    stage: str, place: Place, settings: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> None:
     """Stop when the output is there and was made by something else, or otherwise."""
-    if overwrite or not output.exists():
+    output = place.output
+    if place.overwrite or not output.exists():
         return
     manifest = read_manifest(output)
     if manifest is None:
@@ -392,14 +408,5 @@ def run_measurement(
         results = measure(load_model(checkpoint, config.compute), subject, folder)
         return {**results, "skipped_rows": list(encoded.skipped)}
 
-    run_stage(
-        stage,
-        config.output,
-        settings,
-        inputs,
-        make,
-        look=look,
-        reads=[checkpoint, examples.source],
-        overwrite=config.overwrite,
-    )
+    run_stage(stage, config, settings, inputs, make, look=look, reads=[checkpoint, examples.source])
     return config.output

@@ -95,16 +95,8 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
         return {**done, **skipped, **said}
 
     with resumable(config.output, key, config.save_every) as resume:
-        run_stage(
-            "train",
-            config.output,
-            settings,
-            inputs,
-            make,
-            look=look,
-            reads=[start, *(examples.source for examples in sets.values())],
-            overwrite=config.overwrite,
-        )
+        reads = [start, *(examples.source for examples in sets.values())]
+        run_stage("train", config, settings, inputs, make, look=look, reads=reads)
     return config.output
 
 
