@@ -95,7 +95,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
         return {**done, **skipped, **said}
 
     with resumable(config.output, key, config.save_every) as resume:
-        reads = [start, *(examples.source for examples in sets.values())]
+        reads: list[str | Path] = [start, *(examples.source for examples in sets.values())]
         run_stage("train", config, settings, inputs, make, look=look, reads=reads)
     return config.output
 
