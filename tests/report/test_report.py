@@ -47,7 +47,6 @@ from perta.evidence.measures import read_measures
 from perta.evidence.metrics import ks_test
 from perta.evidence.scoring.items import Item
 from perta.recipes.unlearn import Unlearned
-from perta.report._figures import document, inline_style, write_figures
 from perta.report._page import Page
 from perta.report._plots import edit_map, split_layers, truth_ratio_curves
 from perta.report._sections import scale
@@ -58,7 +57,15 @@ from perta.report.settings import ReportConfig
 from perta.report.tables import costs, csv_text, metric_tables, seed_table, styles, to_csv
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
-from perta.report.write import companion_folder, page_for, render, write_report
+from perta.report.write import (
+    companion_folder,
+    document,
+    inline_style,
+    page_for,
+    render,
+    write_figures,
+    write_report,
+)
 from perta.stages.stage import At, run_file_stage
 
 LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_reference_logs"

@@ -93,25 +93,17 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
                 raise _unused(option_name(group, item.name), method.name, why)
     alpha = config.weighting.scaling_coef
     searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
+    tunes, moments, auto = needs.retain_checkpoint, needs.moments, "it is for --scaling-coef auto"
+    rounds = f"{auto} with a structured method, such as `perta-project`"
+    samples = "it is for `msa`, and for moments of the retain set that are measured now"
+    measured = "it is for methods with importance or moments"
     single = (
-        ("retain_budget", searches, "it is for --scaling-coef auto"),
-        ("strength_seed", searches, "it is for --scaling-coef auto"),
-        (
-            "rounds",
-            searches and bool(needs.moments),
-            "it is for --scaling-coef auto with a structured method, such as `perta-project`",
-        ),
-        (
-            "retain_samples",
-            needs.retain_checkpoint or bool(needs.moments and config.retain_moments is None),
-            "it is for `msa`, and for moments of the retain set that are measured now",
-        ),
-        ("retain_checkpoint", needs.retain_checkpoint, "it is for `msa`"),
-        (
-            "importance_at",
-            bool(needs.importance or needs.moments),
-            "it is for methods with importance or moments",
-        ),
+        ("retain_budget", searches, auto),
+        ("strength_seed", searches, auto),
+        ("rounds", searches and moments, rounds),
+        ("retain_samples", tunes or (moments and config.retain_moments is None), samples),
+        ("retain_checkpoint", tunes, "it is for `msa`"),
+        ("importance_at", needs.importance or moments, measured),
         ("output_format", isinstance(method, Edit), "training writes a checkpoint"),
         ("forget_seeds", needs.tuned > 0, "it is for methods that subtract task vectors"),
     )
@@ -123,24 +115,17 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
 
 def _groups(config: UnlearnConfig, trains: bool, needs: Needs) -> list[tuple[object, bool, str]]:
     """Groups of options: whether the method looks at them, and whose they are."""
+    edits = (
+        "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
+        "and the method's settings say"
+    )
+    importance = "it is for methods with importance, such as `perta-fisher`"
+    moments = "it is for methods with moments, such as `perta-project`"
     return [
         (config.training, trains, "it is for methods that train, such as `npo-retain`"),
-        (
-            replace(config.weighting, method=""),
-            not trains,
-            "it is for edits. Training goes as far as --unlearn-epochs, --unlearn-learning-rate "
-            "and the method's settings say",
-        ),
-        (
-            config.estimator,
-            bool(needs.importance),
-            "it is for methods with importance, such as `perta-fisher`",
-        ),
-        (
-            config.moments,
-            bool(needs.moments),
-            "it is for methods with moments, such as `perta-project`",
-        ),
+        (replace(config.weighting, method=""), not trains, edits),
+        (config.estimator, bool(needs.importance), importance),
+        (config.moments, bool(needs.moments), moments),
     ]
 
 

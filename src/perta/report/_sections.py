@@ -114,17 +114,13 @@ def share_text(check: Check, *, kept: bool) -> str:
 def asked(subject: Run, collection: Collection) -> list[Identity]:
     """What was to be removed, what kept, and from which model."""
     items = []
-    made = subject.results.get("perta", {})
-    evaluated = made.get("inputs", {})
-    names = {k: v for k, v in made.get("settings", {}).items() if isinstance(v, str)}
+    evaluated = subject.made.get("inputs", {})
+    names = {k: v for k, v in subject.made.get("settings", {}).items() if isinstance(v, str)}
     whole = subject.record.get("unlearn", {})
     wanted, sources = whole.get("inputs", {}), whole.get("sources", {})
     benchmark = names.get("forget_split") or names.get("corpus")
-    for name, what in (
-        ("forget", "to be removed"),
-        ("retain", "to be kept"),
-        ("holdout", "held out"),
-    ):
+    parts = {"forget": "to be removed", "retain": "to be kept", "holdout": "held out"}
+    for name, what in parts.items():
         # A name and a fingerprint from one record, or they may be of different sets.
         fingerprint = wanted.get(name) or evaluated.get(name) or ""
         source = (sources if name in wanted else names).get(name)
@@ -178,7 +174,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Everything recorded about every model, paths cut to their last part."""
     found = []
     for run in runs:
-        parts = (("checkpoint", run.record), ("evaluation", run.results.get("perta", {})))
+        parts = (("checkpoint", run.record), ("evaluation", run.made))
         lines = [
             (f"{title}: {name}", value)
             for title, record in parts
@@ -215,7 +211,7 @@ def newest(runs: Sequence[Run]) -> str | None:
     times = [
         str(record["created"])
         for run in runs
-        for record in (run.record, run.results.get("perta", {}))
+        for record in (run.record, run.made)
         if record.get("created")
     ]
     return max(times) if times else None

@@ -62,6 +62,12 @@ class Run:
     given: bool = False
 
     @property
+    def made(self) -> Record:
+        """The record of its results."""
+        found: Record = self.results.get("perta", {})
+        return found
+
+    @property
     def edit(self) -> Record:
         """What the edit did to each tensor, if the record says so."""
         found: Record = self.record.get("edit") or {}
@@ -70,8 +76,7 @@ class Run:
     @property
     def spent(self) -> Record:
         """The record of what it took: the checkpoint's, or of a comparison its results' own."""
-        own: Record = self.results.get("perta", {})
-        return own if own.get("stage") == _COMPARISON else self.record
+        return self.made if self.made.get("stage") == _COMPARISON else self.record
 
     def fits(self, reference: Run) -> bool:
         """Whether a reference can be this model's, as far as the records of both tell."""
@@ -94,8 +99,7 @@ class Run:
 
     def set_fingerprint(self, name: str) -> str | None:
         """Content of the set it was measured on, where the results say so."""
-        made = self.results.get("perta", {})
-        inputs, settings = made.get("inputs", {}), made.get("settings", {})
+        inputs, settings = self.made.get("inputs", {}), self.made.get("settings", {})
         if name in inputs:
             return str(inputs[name])
         parts = [settings.get(part) for part in ("forget_split", "corpus", "limit")]
@@ -152,7 +156,7 @@ def collect(paths: Iterable[str]) -> Collection:
         )
     found.follow()
     found.refuse_stale()
-    requests = requests_of(found.records, [i.results.get("perta", {}) for i in found.items])
+    requests = requests_of(found.records, [item.made for item in found.items])
     runs = [_make_run(item, found, requests) for item in found.items]
     runs += _unevaluated(runs, found)
     unique = _distinct(runs)
@@ -176,10 +180,14 @@ class _Item:
     given: bool = False
 
     @property
+    def made(self) -> Record:
+        found: Record = self.results.get("perta", {})
+        return found
+
+    @property
     def fingerprint(self) -> str | None:
         """Content of the checkpoint that was measured."""
-        made = self.results.get("perta", {}).get("inputs", {}).get("checkpoint")
-        return made or self.record.get("content")
+        return self.made.get("inputs", {}).get("checkpoint") or self.record.get("content")
 
 
 class _Found:
@@ -206,7 +214,7 @@ class _Found:
     def follow(self) -> None:
         """Find the records of checkpoints that results and other records point to."""
         for item in list(self.items):
-            self._look(item.results.get("perta", {}), item.path)
+            self._look(item.made, item.path)
         # Those found on the way are followed as well: a tuned model's base, what moments join.
         followed: set[str] = set()
         while waiting := [content for content in self.records if content not in followed]:
@@ -218,9 +226,8 @@ class _Found:
         """Stop at results of a model that is no longer the one in the folder that was named."""
         folders = {self._places[content].resolve(): content for content in self.named}
         for item in self.items:
-            made = item.results.get("perta", {})
-            measured = made.get("settings", {}).get("checkpoint")
-            wanted = made.get("inputs", {}).get("checkpoint")
+            measured = item.made.get("settings", {}).get("checkpoint")
+            wanted = item.made.get("inputs", {}).get("checkpoint")
             if not isinstance(measured, str) or not wanted:
                 continue
             there = folders.get(Path(measured).resolve())
@@ -402,9 +409,8 @@ def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
     fingerprint = item.fingerprint
     record = item.record or found.records.get(str(fingerprint), {})
     role, is_stated = _role(item, fingerprint, found, some)
-    made = item.results.get("perta", {})
     # A comparison writes no checkpoints; its results say what was measured.
-    told = made if made.get("stage") == _COMPARISON else record
+    told = item.made if item.made.get("stage") == _COMPARISON else record
     is_edited = role == "edited"
     label = item.label or _default_label(item, record)
     return Run(
@@ -424,7 +430,7 @@ def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
 
 def _default_label(item: _Item, record: Record) -> str:
     """The name of an output's folder says more than that of the file with its results."""
-    made = item.results.get("perta", {})
+    made = item.made
     if made.get("stage") == _COMPARISON:
         return method_of(made) or str(made.get("settings", {}).get("role", item.name))
     written = record.get("settings", {}).get("output") if is_unlearned(record) else None
@@ -437,7 +443,7 @@ def _role(
     """A model's role, and whether it is the user's word alone."""
     if item.role is not None and item.label not in STATED:
         return item.role, False
-    made = item.results.get("perta", {})
+    made = item.made
     known = role_of(fingerprint, made.get("inputs", {}).get("forget"), found.records, requests)
     if made.get("stage") == _COMPARISON and made.get("settings", {}).get("role"):
         known = made["settings"]["role"]

@@ -28,8 +28,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import say, telling_once
 from perta.recipes.compare._draw import Draw, make_draw, rows_config
 from perta.recipes.compare._edits import WeightEdit, forget_loss, prepare_edit
-from perta.recipes.compare._knowledge import Knowledge
-from perta.recipes.compare._model import Bench, means
+from perta.recipes.compare._model import Bench, Knowledge, means
 from perta.recipes.compare._paths import TrainingPath, prepare_path
 from perta.recipes.compare._search import nearest
 from perta.recipes.compare._spec import (

@@ -208,6 +208,13 @@ def _other_fact(name: str, full: Run | None) -> str:
     return f"{name}_fact_token" if whole else f"{name}_fact"
 
 
+def _unjudged(
+    key: str, before: Reading | None, after: Reading, reference: Reading | None, core: bool
+) -> Check:
+    values = [reading and reading.value for reading in (before, reference)]
+    return Check(key, _label_of(key), values[0], after.value, values[1], len(after.examples), core)
+
+
 def _forget_check(
     key: str,
     after: Reading,
@@ -217,15 +224,7 @@ def _forget_check(
     core: bool,
 ) -> Check:
     reference = yardstick.measures.get(key) if yardstick else None
-    check = Check(
-        key,
-        _label_of(key),
-        before.value if before else None,
-        after.value,
-        reference.value if reference else None,
-        len(after.examples),
-        core,
-    )
+    check = _unjudged(key, before, after, reference, core)
     if reference is None or yardstick is None:
         return check
     # Without the full model a gap of one is assumed: the measure's whole range.
@@ -345,16 +344,8 @@ def _retain_check(
     key: str, after: Reading, full: Run | None, retrained: Run | None, subjects: Mapping[str, int]
 ) -> Check:
     before = full.measures.get(key) if full else None
-    reference = retrained.measures[key].value if retrained and key in retrained.measures else None
-    check = Check(
-        key,
-        _label_of(key),
-        before.value if before else None,
-        after.value,
-        reference,
-        len(after.examples),
-        key in RETAIN_CORE,
-    )
+    reference = retrained.measures.get(key) if retrained else None
+    check = _unjudged(key, before, after, reference, key in RETAIN_CORE)
     if before is None or before.value <= SMALLEST_GAP:
         return check
     share = after.value / before.value
