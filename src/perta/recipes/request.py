@@ -93,7 +93,8 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
                 raise _unused(option_name(group, item.name), method.name, why)
     alpha = config.weighting.scaling_coef
     searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
-    tunes, moments, auto = needs.retain_checkpoint, needs.moments, "it is for --scaling-coef auto"
+    tunes, moments = needs.retain_checkpoint, bool(needs.moments)
+    auto = "it is for --scaling-coef auto"
     rounds = f"{auto} with a structured method, such as `perta-project`"
     samples = "it is for `msa`, and for moments of the retain set that are measured now"
     measured = "it is for methods with importance or moments"
@@ -103,7 +104,7 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         ("rounds", searches and moments, rounds),
         ("retain_samples", tunes or (moments and config.retain_moments is None), samples),
         ("retain_checkpoint", tunes, "it is for `msa`"),
-        ("importance_at", needs.importance or moments, measured),
+        ("importance_at", bool(needs.importance) or moments, measured),
         ("output_format", isinstance(method, Edit), "training writes a checkpoint"),
         ("forget_seeds", needs.tuned > 0, "it is for methods that subtract task vectors"),
     )

@@ -211,7 +211,7 @@ def _other_fact(name: str, full: Run | None) -> str:
 def _unjudged(
     key: str, before: Reading | None, after: Reading, reference: Reading | None, core: bool
 ) -> Check:
-    values = [reading and reading.value for reading in (before, reference)]
+    values = [reading.value if reading else None for reading in (before, reference)]
     return Check(key, _label_of(key), values[0], after.value, values[1], len(after.examples), core)
 
 
