@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,60 +34,38 @@ from perta.stages.stage import At, run_stage
 from perta.store.fingerprint import fingerprint
 from perta.terminal import console, print_comparison, print_costs, print_samples
 
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes and settings of a demo.
-
-    `strengths` are the methods' scaling coefficients. At equal scaling coefficients the
-    methods forget unequally, which says nothing about them; these make all of
-    them forget about as much as the retrained reference does on TOFU rows, another data set.
-    """
-
-    people: int
-    questions: int
-    forget_people: int
-    tune: TuneConfig
-    strengths: Mapping[str, float]
-
-
-_REAL = Scale(
-    people=8,
-    questions=4,
-    forget_people=2,
-    tune=TuneConfig(epochs=10, learning_rate=1e-4, batch_size=4, stop_loss=0.05),
-    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 2.7},
-)
-TINY = Scale(
-    people=8,
-    questions=4,
-    forget_people=2,
-    tune=TuneConfig(epochs=40, learning_rate=3e-3, batch_size=4, stop_loss=0.05),
-    strengths={"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 4.0},
-)
+_PEOPLE, _QUESTIONS, _FORGET_PEOPLE = 8, 4, 2
+_STRENGTHS = {"tv": 0.85, "perta-grad": 1.6, "perta-fisher": 1.6, "perta-project": 2.7}
+"""The methods' scaling coefficients. At equal ones the methods forget unequally, which says nothing
+about them; these make all of them forget about as much as the retrained reference does on TOFU
+rows, another data set."""
+_TUNE = TuneConfig(epochs=10, learning_rate=1e-4, batch_size=4, stop_loss=0.05)
 
 
 @telling_once()
 def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, Any]]:
     """Run the demo and print its table: model name -> results of its evaluation."""
     started = time.perf_counter()
-    scale = TINY if config.tiny else _REAL
+    tune, strengths = _TUNE, _STRENGTHS
+    if config.tiny:
+        tune = replace(tune, epochs=40, learning_rate=3e-3)
+        strengths = {**strengths, "perta-project": 4.0}
     if config.tiny and config.compute.threads is None:
         # With tensors this small, threads would mostly wait for each other.
         config = replace(config, compute=replace(config.compute, threads=1))
-    data = _make_people(config, scale)
+    data = _make_people(config)
     base = _base_model(config, data)
-    work = _workspace(config, base, scale.tune, data)
+    work = _workspace(config, base, tune, data)
     say(
-        f"{scale.people} fictitious people, {scale.questions} questions each; the answers about "
-        f"{scale.forget_people} of them are to be forgotten"
+        f"{_PEOPLE} fictitious people, {_QUESTIONS} questions each; the answers about "
+        f"{_FORGET_PEOPLE} of them are to be forgotten"
     )
     models = {"base": base}
     for name, part in (("full", "full"), ("retrained", "retain")):
         say(f"── {name}: tune the base model on the {part} set")
         models[name] = work.tuned(name, part, work.tune, name)
     say("── forget_checkpoint: tune the base model on the forget set")
-    for method, strength in scale.strengths.items():
+    for method, strength in strengths.items():
         models[method] = _edited(config, work, models["full"], method, strength)
     results = {name: _evaluated(config, work, name, place) for name, place in models.items()}
     report = write_report(
@@ -98,7 +76,7 @@ def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, A
         )
     )
     if shows:
-        _show(config, scale, results)
+        _show(config, results)
         minutes = (time.perf_counter() - started) / 60
         console().print(
             f"Report: {report}\nEverything is in {config.output}; this run took {minutes:.1f} "
@@ -108,11 +86,11 @@ def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, A
     return results
 
 
-def _show(config: DemoConfig, scale: Scale, results: Mapping[str, dict[str, Any]]) -> None:
+def _show(config: DemoConfig, results: Mapping[str, dict[str, Any]]) -> None:
     """Print what came of it."""
     print_comparison(results)
     print_costs(*costs(collect([str(config.output)])))
-    share = scale.forget_people / scale.people
+    share = _FORGET_PEOPLE / _PEOPLE
     console().print(
         f"{share:.0%} of the people are forgotten here; the cost falls with that share."
     )
@@ -159,14 +137,14 @@ def _evaluated(config: DemoConfig, work: Workspace, name: str, model: Path) -> d
 _DATA = DataConfig(format="qa")
 
 
-def _make_people(config: DemoConfig, scale: Scale) -> Path:
+def _make_people(config: DemoConfig) -> Path:
     folder = config.output / "data"
     write_people(
         PeopleConfig(
             output=folder,
-            people=scale.people,
-            questions=scale.questions,
-            forget_people=scale.forget_people,
+            people=_PEOPLE,
+            questions=_QUESTIONS,
+            forget_people=_FORGET_PEOPLE,
             people_seed=config.seed,
             overwrite=config.overwrite,
         )
