@@ -67,7 +67,7 @@ def test_a_model_that_changes_while_it_is_read_is_not_recorded(
 ) -> None:
     weights = base / "model.safetensors"
     with monkeypatch.context() as patch:
-        after(patch, finetune_stage, "tune", lambda: flip(weights))
+        after(patch, finetune_stage, "tune_until_learned", lambda: flip(weights))
         with pytest.raises(CheckpointError, match="base changed while it was read"):
             finetune_checkpoint(tuned(base, world, tmp_path / "out"))
     with monkeypatch.context() as patch:

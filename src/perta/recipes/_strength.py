@@ -90,13 +90,11 @@ class Unseen:
     """Surprises of facts that a model truly has not seen; equations at the top of this module.
 
     Attributes:
-        calibrated_on: what they were measured on.
         surprises: m of them, ascending, nats.
         least: of each of the n forget rows the surprise from which it looks unseen.
         quartile: lower quartile of the surprises.
         most: surprise above which a row is over-forgotten; None where there are too few to tell.
         facts: of the forget rows, in the same order.
-        tokens: what went through a model to find all that.
     """
 
     calibrated_on: Calibration
@@ -129,14 +127,12 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Point:
-    """One strength that was tried.
+    """One strength that was tried; what was not looked at is None.
 
     Attributes:
-        scaling_coef: α.
         rows: forget rows that were looked at; the rest was not needed.
-        standing_out: those of them that stand out.
-        mean_surprise: of the rows looked at, nats; None where there are none.
-        retain_loss: mean loss of the retained rows, nats per token; None where not looked at.
+        mean_surprise: of the rows looked at, nats.
+        retain_loss: mean loss of the retained rows, nats per token.
     """
 
     scaling_coef: float
@@ -160,19 +156,14 @@ class Strength:
     """Outcome of a search.
 
     Attributes:
-        scaling_coef: the strength to use.
         reached: whether every row looks unseen at it; otherwise it is, of those tried within the
             retain budget, the one at which the fewest rows stand out, and by the least.
-        calibrated_on: what unseen was measured on.
         standing_out: numbers of the rows that still stand out.
         over_forgotten: numbers of the rows that are forgotten far beyond what is unseen; None
             where there are too few unseen facts to tell.
         most: surprise above which a row counts as that, nats.
-        rows: every forget row.
         retain_budget: largest rise of the loss of the retained rows, nats per token.
-        retain_rows: number of retained rows tried.
         retain_loss_before: their mean loss under the full model, nats per token.
-        retain_loss: at the strength.
         monotone: whether, as far as was looked, a larger strength forgets more and costs more.
         frontier: every strength tried, ascending.
         tokens: what went through the model.
@@ -196,13 +187,7 @@ class Strength:
 
 @dataclass(frozen=True)
 class StrengthSettings:
-    """Settings of a search.
-
-    Attributes:
-        retain_budget: largest rise of the loss of the retained rows, nats per token.
-        seed: seed of the sample of retained rows.
-        scratch: folder for temporary files, two float32 checkpoints.
-    """
+    """Settings of a search: `scratch` is a folder for two temporary float32 checkpoints."""
 
     retain_budget: float
     seed: int
@@ -221,19 +206,10 @@ def calibrate(
 ) -> Unseen:
     """Measure what unseen means, and that the full model is not there already.
 
-    Args:
-        full: θ_full.
-        base: θ₀.
-        sets: `forget`, `retain`, and `holdout` if there is one.
-        data_config: how rows become tokens.
-        compute: device; weights are float32 whatever it says.
-
-    Returns:
-        What the search is for.
+    Weights are float32 whatever `compute` says; `sets` has `forget`, and `holdout` if there is one.
 
     Raises:
         ConfigError: no row of the forget set stands out, or the held-out set looks learned.
-        PertaError: input that cannot be used.
     """
     tokenizer, longest = load_tokenizer(full), longest_input(full)
     pad, names = pad_id(tokenizer), [name for name in ("forget", "holdout") if name in sets]
@@ -286,16 +262,10 @@ def _refuse_learned(
 def judge_by(
     surprises: Sequence[float], facts: Sequence[Fact], kind: Calibration, tokens: int = 0
 ) -> Unseen:
-    """The bounds that follow from surprises of the unseen; equations at the top of this module.
+    """The bounds that follow from m surprises of the unseen; equations at the top of this module.
 
-    Args:
-        surprises: m, in the order of `facts` where they are of the same rows.
-        facts: of the n forget rows.
-        kind: what was measured.
-        tokens: what went through a model for it.
-
-    Returns:
-        The bounds.
+    The surprises are in the order of `facts`, those of the n forget rows, where they are of the
+    same rows.
     """
     ranked = sorted(surprises)
     quartile = ranked[max(1, (len(ranked) + 1) // 4) - 1]
@@ -313,15 +283,7 @@ def judge_by(
 
 
 def edge_of(rows: int, unseen: int) -> int:
-    """The k of the top of this module.
-
-    Args:
-        rows: n, number of rows to judge.
-        unseen: m, number of rows that are unseen.
-
-    Returns:
-        k, from 1 to m.
-    """
+    """The k of the top of this module, from 1 to m = `unseen`, for n = `rows`."""
     k, chance = 0, 1.0
     while k < unseen:
         chance *= (unseen - k) / (unseen + rows - k)
@@ -334,17 +296,7 @@ def edge_of(rows: int, unseen: int) -> int:
 def surprises_of(
     model: PreTrainedModel, facts: Sequence[Fact], kind: Calibration, pad: int
 ) -> list[float]:
-    """Surprise of each fact, nats.
-
-    Args:
-        model: causal language model.
-        facts: what is asked for.
-        kind: the choice among answers for `CHOICES`, else the loss.
-        pad: padding token.
-
-    Returns:
-        One number a fact, finite.
-    """
+    """Surprise of each fact, nats, finite: choice among answers for `CHOICES`, else the loss."""
     if kind == CHOICES:
         losses = _losses(model, [fact.sequences for fact in facts], pad)
         scores = [fact_score(fact, values) for fact, values in zip(facts, losses, strict=True)]
@@ -377,26 +329,15 @@ def choose_strength(
 ) -> Strength:
     """Search for the strength of an edit, and say what was found.
 
-    Args:
-        edit: the edit, its checkpoints being local folders; its strength is not used.
-        sets: `forget`, and `retain`, the rows that may decide.
-        unseen: from `calibrate`, for the same forget set.
-        settings: of the search.
-        data_config: how rows become tokens.
-        compute: device; weights are float32 whatever it says.
-
-    Returns:
-        The strength and all that was tried.
+    The edit's checkpoints are local folders, and its own strength is not used; `unseen` is of the
+    same forget set. Weights are float32 whatever `compute` says.
 
     Raises:
         ConfigError: the retain budget leaves no strength above 0.
-        PertaError: input that cannot be used.
     """
     full = resolve_checkpoint(edit.full, base=edit.base)
-    tokenizer = load_tokenizer(full)
-    encoded = encode_examples(
-        sets["retain"], tokenizer, data_config, longest=longest_input(full)
-    ).encoded
+    tokenizer, longest = load_tokenizer(full), longest_input(full)
+    encoded = encode_examples(sets["retain"], tokenizer, data_config, longest=longest).encoded
     least, most = RETAIN_ROWS
     count = min(len(encoded), max(least, min(most, 4 * len(unseen.facts))))
     retain = seeded_sample(encoded, count, settings.seed)
@@ -404,17 +345,17 @@ def choose_strength(
         changes = load_changes(scratch, edit, compute)
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as tokens:
-        trials = Trials(
-            EditedModel(model, changes), unseen, retain, settings.retain_budget, pad_id(tokenizer)
-        )
+        edited, budget = EditedModel(model, changes), settings.retain_budget
+        trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer))
         scaling_coef, reached = trials.search()
         if not scaling_coef:
             raise ConfigError(
                 "No strength above 0 that was tried keeps the loss of the retained rows within "
-                f"the retain budget of {settings.retain_budget:g} nats per token, so nothing "
+                f"the retain budget of {budget:g} nats per token, so nothing "
                 "would be forgotten. Raise --retain-budget, or choose another method."
             )
         surprises = trials.all_rows(scaling_coef)
+        pairs = zip(unseen.facts, surprises, unseen.least, strict=True)
         found = Strength(
             scaling_coef,
             reached,
@@ -422,11 +363,8 @@ def choose_strength(
             _numbers(unseen, unseen.standing_out(surprises)),
             _numbers(unseen, unseen.over_forgotten(surprises)),
             unseen.most,
-            tuple(
-                RowFigures(fact.row, *values)
-                for fact, *values in zip(unseen.facts, surprises, unseen.least, strict=True)
-            ),
-            settings.retain_budget,
+            tuple(RowFigures(fact.row, *values) for fact, *values in pairs),
+            budget,
             count,
             trials.retain_loss(0.0),
             trials.retain_loss(scaling_coef),
