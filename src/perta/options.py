@@ -276,7 +276,8 @@ class TrainingRun:
         least = dict.fromkeys(("epochs", "batch_size", "accumulation"), 1)
         least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_rank"), 0)
         self._require_least(least)
-        self._require_above_0("learning_rate")
+        rate = self.learning_rate
+        require(rate is None or rate > 0, self._flag("learning_rate"), rate, "above 0")
         ratio = self.warmup_ratio
         require(0 <= ratio < 1, self._flag("warmup_ratio"), ratio, "in [0, 1)")
         is_lora = self.lora_rank > 0 or (self.lora_alpha is None and not self.lora_targets)
@@ -295,11 +296,6 @@ class TrainingRun:
             value = getattr(self, name)
             wanted = f"{low} or more" if low == 0 else f"at least {low}"
             require(value is None or value >= low, self._flag(name), value, wanted)
-
-    def _require_above_0(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or value > 0, self._flag(name), value, "above 0")
 
 
 @panel("Fine-tuning", 3)

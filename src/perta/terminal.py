@@ -30,17 +30,14 @@ COLUMNS = {
 _WIDE = 1000
 
 
-def print_comparison(models: Mapping[str, Results], title: str | None = None) -> None:
+def print_comparison(models: Mapping[str, Results]) -> None:
     """One table per set: a row per model, a column per metric."""
     for name in SETS:
-        present = [
-            metric
-            for metric in COLUMNS
-            if any(f"{name}_{metric}" in results for results in models.values())
-        ]
+        known = {key for results in models.values() for key in results}
+        present = [metric for metric in COLUMNS if f"{name}_{metric}" in known]
         if not present:
             continue
-        table = Table(title=f"{title + ': ' if title else ''}{name} set", title_justify="left")
+        table = Table(title=f"{name} set", title_justify="left")
         table.add_column("model")
         for metric in present:
             table.add_column(COLUMNS[metric], justify="right")
@@ -189,13 +186,18 @@ def method_cards() -> dict[str, dict[str, Any]]:
 
 def print_methods() -> None:
     """The tables of methods."""
-    edits: list[tuple[str, ...]] = []
-    trained: list[tuple[str, ...]] = []
-    for card in method_cards().values():
-        row = (card["name"], card["formula"], card["summary"], card["source"])
-        (edits if card["kind"] == "edit" else trained).append(row)
-    _print_methods("Edits of the weights", "W", edits)
-    _print_methods("Training from the full model", "loss", trained)
+    for kind, title, formula in (
+        ("edit", "Edits of the weights", "W"),
+        ("training", "Training from the full model", "loss"),
+    ):
+        table = Table(title=title, title_justify="left")
+        for column in ("method", formula, "what it does", "source"):
+            table.add_column(column, overflow="fold")
+        for card in method_cards().values():
+            if card["kind"] == kind:
+                parts = ("name", "formula", "summary", "source")
+                table.add_row(*(escape(card[part]) for part in parts))
+        console().print(table)
 
 
 def print_method(card: Mapping[str, Any]) -> None:
@@ -206,11 +208,8 @@ def print_method(card: Mapping[str, Any]) -> None:
     if not card["settings"]:
         lines.append("It has no settings.")
     for item in card["settings"]:
-        lines += [
-            "",
-            f"{item['name']} = {item['default']}, in {item['within']}",
-            f"  {item['help']}",
-        ]
+        default = f"{item['name']} = {item['default']}, in {item['within']}"
+        lines += ["", default, f"  {item['help']}"]
     console().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
@@ -224,15 +223,6 @@ def print_requests(requests: Iterable[Mapping[str, Any]]) -> None:
         stands = "waits" if waits else request["verdict"] or "applied"
         row = (request["name"], request["received"] or "", str(request["rows"]), stands)
         table.add_row(*map(escape, row), "" if left is None else str(left))
-    console().print(table)
-
-
-def _print_methods(title: str, formula: str, rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in ("method", formula, "what it does", "source"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
     console().print(table)
 
 
