@@ -409,25 +409,21 @@ def _with_reference_losses(
     options: ScoringOptions,
     journal: Journal,
 ) -> dict[str, Measured]:
+    attacked = {name: m for name, m in measured.items() if m.part.attacked}
     named = {
         f"reference:{name}:{i}": Item(item.answers[:1])
-        for name, m in measured.items()
-        if m.part.attacked
+        for name, m in attacked.items()
         for i, item in enumerate(m.items)
     }
     with track("Reference model", len(named)) as advance:
         outcomes = run_with_journal(model, named, options, journal, advance)
-    return {
-        name: replace(
-            m,
-            reference_losses=tuple(
-                outcomes[f"reference:{name}:{i}"].scores[0].loss for i in range(len(m.items))
-            ),
-        )
-        if m.part.attacked
-        else m
-        for name, m in measured.items()
+    found = {key: outcome.scores[0].loss for key, outcome in outcomes.items()}
+    losses = {
+        name: tuple(found[f"reference:{name}:{i}"] for i in range(len(m.items)))
+        for name, m in attacked.items()
     }
+    told = {name: replace(m, reference_losses=losses[name]) for name, m in attacked.items()}
+    return {**measured, **told}
 
 
 # --- tokens ---------------------------------------------------------------------------------
@@ -534,15 +530,12 @@ def _keys_of(part: Part) -> list[str]:
 def _part_results(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Results:
     name, wrong = measured.part.name, measured.wrong
     right = measured.paraphrases if measured.part.paraphrased else measured.answers
+    perturbed = [
+        {"prob": [s.probability for s in row], "avg_loss": [s.loss for s in row]} for row in wrong
+    ]
     results = {
         f"{name}_Q_A_Prob": table([_probability(s) for s in measured.answers], "prob"),
-        f"{name}_Q_A_PERT_Prob": table(
-            [
-                {"prob": [s.probability for s in row], "avg_loss": [s.loss for s in row]}
-                for row in wrong
-            ],
-            "prob",
-        ),
+        f"{name}_Q_A_PERT_Prob": table(perturbed, "prob"),
         f"{name}_Q_A_ROUGE": table(_rouge_rows(measured, tokenizer), "rougeL_recall"),
     }
     if measured.part.paraphrased:
