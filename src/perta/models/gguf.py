@@ -162,10 +162,7 @@ def _factors(file: Any) -> dict[str, Tensor]:
 
 
 def _scale_positions(
-    path: Path,
-    config: PreTrainedConfig,
-    settings: Mapping[str, Any],
-    factors: Mapping[str, Tensor],
+    path: Path, config: PreTrainedConfig, settings: Mapping[str, Any], factors: Mapping[str, Tensor]
 ) -> None:
     """Write into a configuration how a file scales rotary positions."""
     start = f"{settings['general.architecture']}.rope."

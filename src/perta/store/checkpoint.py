@@ -440,9 +440,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def write_tensors(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    shards: Mapping[str, Sequence[str]] | None = None,
+    folder: Path, tensors: Mapping[str, Tensor], shards: Mapping[str, Sequence[str]] | None = None
 ) -> None:
     """Write tensors as a safetensors checkpoint that `open_index` reads, each in its own type.
 
