@@ -420,12 +420,15 @@ def _status(folder: Path, *, json: _AsJson = False) -> None:
 @_requests.command(name="recheck")
 def _recheck(config: RequestsRecheckConfig) -> None:
     """Look for the facts of all earlier requests in the newest checkpoint."""
+    from perta.evidence.audit.document import told_in_short
     from perta.recipes.requests import recheck_requests
 
     entry = recheck_requests(config)
     for name, rows in entry.facts["still_there"].items():
         numbers = f": rows {', '.join(map(str, rows))}" if rows else ""
         _note(f"{name}: {len(rows)} facts stand out{numbers}")
+    for name, audit in entry.facts["audits"].items():
+        _note(f"{name}: {told_in_short(audit)}")
 
 
 @_requests.command(name="verify")

@@ -74,6 +74,8 @@ def test_a_request_from_its_day_to_its_end(world: World, ledger: Path) -> None:
         {e.messages for e in load_examples(world.forget).examples}
     )
     assert len(kept) == len(load_examples(world.retain))
+    assert entry.facts["audit"]["level"] == "quick"
+    assert "fact" in entry.facts["audit"]["not sure"]  # two rows are too few
     assert recheck_requests(RequestsRecheckConfig(folder=ledger)).facts["still_there"] == {"r1": []}
     (request,) = verify_requests(ledger).requests
     assert (request.name, request.rows, request.still_there) == ("r1", 2, 0)
@@ -97,8 +99,12 @@ def test_a_second_request_starts_where_the_first_ended(
     first, second = load_examples(world.forget).examples, load_examples(world.retain).examples[:2]
     _add(ledger, world.forget, "r1")
     one = apply_requests(RequestsApplyConfig(folder=ledger, weighting=WEAK, tune=TUNE))
-    left = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts["still_there"]
-    assert left == {"r1": [1, 2]}
+    looked = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
+    assert looked["still_there"] == {"r1": [1, 2]}
+    audit = json.loads((ledger / "audits" / "4" / "r1" / "audit.json").read_text("utf-8"))
+    assert {"fact", "choice"} <= set(looked["audits"]["r1"]["leaks"])
+    assert looked["audits"]["r1"]["content"] == audit["perta"]["content"]
+    assert audit["model"]["checkpoint"] == looked["checkpoint"]
     _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")
     two = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
     assert two.facts["before"] == one.facts["after"]

@@ -5,6 +5,7 @@
     FOLDER/key                       of the fingerprints of these rows; without it they say nothing
     FOLDER/checkpoints/N             the checkpoint after entry N, with its `perta unlearn` record
     FOLDER/work/N                    what that run made on the way
+    FOLDER/audits/N/NAME             the audit of a request's rows that entry N names; numbers alone
 
 A request is applied to the current checkpoint, several at once in one edit. Rows of all requests so
 far are taken out of the retain set first, so nothing protects what is to go.
@@ -28,6 +29,7 @@ import torch
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import read_rows, write_jsonl
 from perta.errors import ConfigError, LedgerError, OutputExistsError, nearest
+from perta.evidence.audit.document import summary_of
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig
@@ -44,6 +46,8 @@ from perta.recipes.settings import (
 )
 from perta.recipes.unlearn import unlearn
 from perta.report.verdict.judge import require_verdict
+from perta.stages.audit import audit_checkpoint
+from perta.stages.settings import AuditConfig
 from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
@@ -203,6 +207,7 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             "checkpoint": str(made.folder.relative_to(state.folder)),
             "verdict": verdict.line if verdict else None,
             "met": verdict is not None and verdict.forgetting.status == "met",
+            "audit": made.audit and summary_of(made.audit),
         }
         return append(state.folder, "apply", facts, key=config.key)
 
@@ -214,7 +219,8 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     held-out set where the ledger has one.
 
     Returns:
-        The entry: of each request that was applied and not cleaned, the rows that stand out.
+        The entry: of each request that was applied and not cleaned, the rows that stand out, and
+        its audit in short.
 
     Raises:
         PertaError: there is no such request, or the checkpoint is not the ledger's.
@@ -237,7 +243,12 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
             now = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
             found[request.name] = [unseen.facts[place].row for place in unseen.standing_out(now)]
             say(f"{request.name}: {len(found[request.name])} of {request.rows} rows stand out")
-        facts = {"checkpoint": state.current[1], "still_there": found, "operator": config.operator}
+        facts = {
+            "checkpoint": state.current[1],
+            "still_there": found,
+            "audits": _audits(config, state, chosen),
+            "operator": config.operator,
+        }
         return append(state.folder, "recheck", facts, key=config.key)
 
 
@@ -355,6 +366,36 @@ def _folder(folder: Path) -> Path:
     if not (folder / LEDGER).is_file():
         raise LedgerError(f"{folder} holds no ledger. `perta requests init` makes one.")
     return folder
+
+
+def _audits(
+    config: RequestsRecheckConfig, state: State, requests: Sequence[Request]
+) -> dict[str, Any]:
+    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`."""
+    start, (current, print_) = state.start, state.current
+    if print_ == start["base"]["blake3"]:
+        return {}  # nothing to compare with
+    number = str(len(state.entries) + 1)
+    (state.folder / "audits").mkdir(mode=0o700, exist_ok=True)
+    return {
+        request.name: summary_of(
+            audit_checkpoint(
+                AuditConfig(
+                    str(current),
+                    full=start["full"]["path"],
+                    base=start["base"]["path"],
+                    forget=str(_rows_file(state.folder, request.name)),
+                    holdout=start.get("holdout", {}).get("path"),
+                    output=state.folder / "audits" / number / request.name,
+                    level=config.level,
+                    overwrite=True,
+                    data_config=config.data_config,
+                    compute=config.compute,
+                )
+            )
+        )
+        for request in requests
+    }
 
 
 def _rows_file(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from perta.data.rows import as_source
 from perta.errors import ConfigError
+from perta.evidence.settings import Level
 from perta.options import (
     ComputeConfig,
     DataConfig,
@@ -248,5 +249,7 @@ class RequestsApplyConfig(LedgerConfig):
 class RequestsRecheckConfig(LedgerConfig):
     """`perta requests recheck`."""
 
+    level: Level = "quick"
+    """How much the audit of each request's rows looks at."""
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -27,7 +27,7 @@ from perta.data.examples import ExampleSet
 from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, Target, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
-from perta.evidence.audit.document import summary_of
+from perta.evidence.audit.document import told_in_short
 from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
 from perta.methods.objectives import Training
@@ -85,6 +85,7 @@ class Unlearned:
         after: the same for the unlearned checkpoint.
         report: the page about it, if the evaluation ran.
         verdict: what came of it, if the evaluation ran.
+        audit: the audit of level quick, see `perta.audit_checkpoint`, if the evaluation ran.
     """
 
     folder: Path
@@ -93,6 +94,7 @@ class Unlearned:
     after: Mapping[str, Any] | None = field(repr=False)
     report: Path | None = None
     verdict: Verdict | None = None
+    audit: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -455,7 +457,7 @@ class _Run:
         self.write_split()
         results = self._evaluations()
         self.record.write({name: aggregates(found) for name, found in results.items()})
-        self._audit(results)
+        audit = self._audit(results)
         report = write_report(ReportConfig(results=(str(output),), output=page_of(output)))
         verdicts = judge(collect([str(output)]))
         return Unlearned(
@@ -465,15 +467,16 @@ class _Run:
             results["after"],
             report,
             verdicts[0] if verdicts else None,
+            audit,
         )
 
-    def _audit(self, results: Mapping[str, dict[str, Any]]) -> None:
+    def _audit(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The audit that the evaluations pay for, beside them."""
         models: dict[Role, str] = {"cleaned": "after", "full": "before", "base": "base"}
         place = self.work.place(AUDIT)
-        found = summary_of(quick_audit({r: results[n] for r, n in models.items()}, place))
-        told = ", ".join(f"{len(names)} {verdict}" for verdict, names in found.items())
-        say(f"Audit, level quick: {told} ({place}); `perta audit` looks further")
+        audit = quick_audit({role: results[name] for role, name in models.items()}, place)
+        say(f"{told_in_short(audit)} ({place}); `perta audit` looks further")
+        return audit
 
     def _evaluations(self) -> dict[str, dict[str, Any]]:
         models = {"before": self.full, "after": self.config.output, "base": self.work.base}

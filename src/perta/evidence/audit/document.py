@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.judge import Found, Judgement, Verdict
 from perta.evidence.audit.probe import Probe, Role, Rows
 from perta.evidence.audit.registry import PROBES
 from perta.evidence.audit.verbatim import Reading
@@ -17,6 +17,7 @@ from perta.evidence.results import Results
 from perta.evidence.settings import Level
 
 SCHEMA = "perta-audit/1"
+VERDICTS: tuple[Verdict, ...] = ("passed", "leaks", "not sure")
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,19 @@ def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in results.items() if k not in left_out}, "probes": probes}
 
 
-def summary_of(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Verdict -> names of the probes that gave it."""
-    verdicts = ("passed", "leaks", "not sure")
-    return {v: [p["name"] for p in results["probes"] if p["verdict"] == v] for v in verdicts}
+def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """An audit in short: level, hash of its content, and the probes of each verdict."""
+    found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+    for probe in results["probes"]:
+        found[probe["verdict"]].append(probe["name"])
+    return {"level": results["level"], "content": results["perta"]["content"], **found}
+
+
+def told_in_short(audit: Mapping[str, Any]) -> str:
+    """An audit, or what `summary_of` makes of it, in one line: how many probes say what."""
+    short = summary_of(audit) if "probes" in audit else audit
+    counts = ", ".join(f"{len(short[verdict])} {verdict}" for verdict in VERDICTS)
+    return f"Audit, level {short['level']}: {counts}"
 
 
 def _as_plain(judgement: Judgement) -> dict[str, Any]:
