@@ -33,7 +33,7 @@ from perta.recipes.settings import (
     RequestsRecheckConfig,
     UnlearnConfig,
 )
-from perta.report.settings import ReportConfig
+from perta.report.settings import AuditPageConfig, ReportConfig
 from perta.stages.settings import (
     AuditConfig,
     EditConfig,
@@ -210,18 +210,32 @@ def evaluate(config: EvaluateConfig, *, json: _AsJson = False) -> None:
 
 
 @app.command
-def audit(config: AuditConfig, *, json: _AsJson = False) -> None:
-    """Look for what was removed in many ways, and judge each against a model that never had it."""
+def audit(
+    config: AuditConfig, *, page: AuditPageConfig | None = None, json: _AsJson = False
+) -> None:
+    """Look for what was removed in many ways, and judge each against a model that never had it.
+
+    Args:
+        config: models, sets and output.
+        page: what the page says beside, and where a bundle goes.
+        json: print the verdicts as one JSON object in place of tables.
+    """
     from perta.evidence.audit.document import without_scores
+    from perta.report.audit import refuse_foreign, write_audit_page
     from perta.stages.audit import AUDIT, audit_checkpoint
     from perta.terminal import print_audit, print_json
 
+    told = page or AuditPageConfig()
+    refuse_foreign(config.output, told)
     results = audit_checkpoint(config)
+    written = write_audit_page(config.output, told)
     if json:
         print_json(without_scores(results))
         return
     print_audit(results)
-    _note(f"Audit: {config.output / AUDIT}")
+    _note(f"Audit: {config.output / AUDIT}\nPage to sign: {written}")
+    if told.bundle:
+        _note(f"Bundle: {told.bundle}")
 
 
 bench = App(

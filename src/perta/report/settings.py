@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,3 +43,26 @@ class ReportConfig(Paths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.samples >= 0, "samples", self.samples, "0 or more")
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class AuditPageConfig(Paths):
+    """The page of `perta audit`."""
+
+    request: str | None = None
+    """Number of the request, for the page."""
+    received: str | None = None
+    """Day on which it came, such as 2026-03-31, for the page."""
+    operator: str | None = None
+    """Who ran the audit, for the page."""
+    bundle: Path | None = None
+    """Zip file with the page, `audit.json`, the models' records and hashes for `sha256sum -c`; it
+    holds no text of any row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            date.fromisoformat(self.received or "2000-01-01")
+        except ValueError:
+            require(False, "received", self.received, "a day such as 2026-03-31")

@@ -1,0 +1,217 @@
+"""The page of an audit, for the person who signs it, and a bundle of all that it rests on.
+
+    audit.json, record of the cleaned model ── two printed pages ── FILE.zip with hashes
+
+The page holds numbers and names of files, no text of any row. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perta.errors import DataError
+from perta.report._page import asset
+from perta.report.settings import AuditPageConfig
+from perta.store.atomic import atomic_file, check_writable, write_text
+from perta.store.parse import read_json
+from perta.store.record import check_output, read_manifest
+from perta.version import __version__
+
+AUDIT, PAGE, SUMS = "audit.json", "audit.html", "SHA256SUMS"
+_SCHEMA = "perta-audit/1"
+_MODELS = ("checkpoint", "full", "retrained", "base")
+_SETS = ("forget", "retain", "holdout")
+_COUNTED = {
+    "passed": "{n} passed",
+    "leaks": "{n} found a leak",
+    "harmed": "{n} found harm to what was to stay",
+    "not sure": "{n} could not tell",
+}
+_ALSO_NOT = (
+    "other languages, and questions that need several steps",
+    "copies, exports and models that were derived from the full model",
+    "what the model was trained on before the full model",
+)
+_ELSEWHERE = (
+    "work folder and caches of the run that cleaned the model",
+    "checkpoints that were tuned on the forgotten rows",
+    "models that were derived or distilled from the full model",
+    "backups and versions in storage",
+    "logs of prompts and answers",
+    "source systems from which the rows came",
+)
+_MARK = b'<meta name="generator" content="perta audit">'
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One line of the table."""
+
+    title: str
+    verdict: str
+    value: str
+    yardstick: str
+    subject: str
+    reason: str
+
+
+def write_audit_page(folder: Path, config: AuditPageConfig | None = None) -> Path:
+    """Write the page of a finished audit beside its `audit.json`; returns the page.
+
+    Raises:
+        DataError: the folder holds no audit of this form.
+        OutputExistsError: the bundle's place is taken by something else.
+    """
+    config = config or AuditPageConfig()
+    refuse_foreign(folder, config)
+    page = folder / PAGE
+    write_text(page, _render(folder, _read(folder), config), private=True)
+    if config.bundle:
+        _write_bundle(folder, config.bundle)
+    return page
+
+
+def refuse_foreign(folder: Path, config: AuditPageConfig) -> None:
+    """Stop before an audit whose page or bundle would replace something else.
+
+    Raises:
+        OutputExistsError: it is there, and neither empty nor of `perta audit`.
+    """
+    check_output(folder / PAGE, overwrite=True, ours=_is_page)
+    if config.bundle:
+        check_writable(config.bundle)
+        check_output(config.bundle, overwrite=True, ours=_is_bundle)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / AUDIT
+    audit: Any = read_json(file, DataError)
+    if not isinstance(audit, dict) or audit.get("schema") != _SCHEMA or "perta" not in audit:
+        raise DataError(f"{file} is no audit of the form {_SCHEMA}. Run `perta audit` again.")
+    return audit
+
+
+def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    record = audit["perta"]
+    settings = record["settings"]
+    cleaned = read_manifest(Path(str(settings["checkpoint"]))) or {}
+    probes = audit["probes"]
+    text = environment.from_string(asset("audit.html.jinja")).render(
+        config=config,
+        audit=audit,
+        record=record,
+        checks=[_check(probe) for probe in probes],
+        counts=[
+            text.format(n=n)
+            for verdict, text in _COUNTED.items()
+            if (n := sum(probe["verdict"] == verdict for probe in probes))
+        ],
+        done=cleaned.get("done"),
+        not_checked=_not_checked(audit),
+        also_not=_ALSO_NOT,
+        holders=[*_named(settings), *_ELSEWHERE],
+        models=[
+            (n, Path(str(settings[n])).name, audit["perta"]["inputs"].get(n))
+            for n in _MODELS
+            if settings.get(n)
+        ],
+        digest=_digest((folder / AUDIT).read_bytes()),
+        command=_command(settings),
+        version=__version__,
+    )
+    return f"{text}\n"
+
+
+def _check(probe: Mapping[str, Any]) -> _Check:
+    value, yardstick, subject = probe["value"], probe["yardstick"], probe["worst_subject"]
+    return _Check(
+        probe["title"],
+        probe["verdict"],
+        "–" if value is None else f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})",
+        "–" if yardstick is None else f"{yardstick['value']:.3f} ({yardstick['name']})",
+        "–" if subject is None else f"{subject['value']:.3f} (no. {subject['subject']})",
+        probe["reason"],
+    )
+
+
+def _not_checked(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Reason -> names of the probes that did not run for it."""
+    found: dict[str, list[str]] = {}
+    for entry in audit["not_checked"]:
+        found.setdefault(entry["why"], []).append(entry["name"])
+    return [(why, ", ".join(names)) for why, names in found.items()]
+
+
+def _named(settings: Mapping[str, Any]) -> list[str]:
+    """What is known to hold the data, by the last part of its name."""
+    return [
+        f"the full model, {Path(str(settings['full'])).name}",
+        f"the file with the forgotten rows, {Path(str(settings['forget'])).name}",
+    ]
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    """The command that makes the same audit."""
+    names = ("full", "base", "retrained", *_SETS, "level", "seed", "samples")
+    options = [(name, settings[name]) for name in names if settings.get(name) is not None]
+    options += [("probe", probe) for probe in settings.get("probe") or ()]
+    given = [part for name, value in options for part in (f"--{name}", str(value))]
+    return shlex.join(["perta", "audit", str(settings["checkpoint"]), *given, "--output", "AUDIT"])
+
+
+# --- the bundle -------------------------------------------------------------------------------
+
+
+def _write_bundle(folder: Path, file: Path) -> None:
+    """Page, audit, records of the models and hashes that `sha256sum -c` checks, in one file."""
+    settings = _read(folder)["perta"]["settings"]
+    parts = {name: (folder / name).read_bytes() for name in (AUDIT, PAGE)}
+    for name in _MODELS:
+        record = Path(str(settings.get(name) or "")) / "perta.json"
+        if settings.get(name) and record.is_file():
+            parts[f"records/{name}.json"] = record.read_bytes()
+    sums = "".join(f"{_digest(data)}  {name}\n" for name, data in sorted(parts.items()))
+    parts[SUMS] = sums.encode()
+    with (
+        atomic_file(file, overwrite=True, private=True) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name, data in sorted(parts.items()):
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o600 << 16
+            archive.writestr(entry, data)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file that is there is the page of an audit, or empty."""
+    return path.is_file() and (not path.stat().st_size or _MARK in path.read_bytes())
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a file that is there is a bundle, or empty."""
+    if not path.is_file():
+        return False
+    if not path.stat().st_size:
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {AUDIT, PAGE, SUMS} <= set(archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
