@@ -13,7 +13,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+)
 
 from helpers import tiny_llama
 from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
@@ -112,6 +119,44 @@ def logits(folder: Path, adapter: Path | None = None, **more: Any) -> torch.Tens
             model = peft.PeftModel.from_pretrained(model, adapter)
     found: torch.Tensor = model.eval()(TOKENS).logits
     return found
+
+
+def test_a_base_that_reads_images(tmp_path: Path) -> None:
+    """Its adapter names the language part as the whole model does; the rest stays as it is."""
+    text = {
+        "model_type": "llama",
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    seen = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=seen)
+    model = AutoModelForImageTextToText.from_config(config)
+    layers = r".*language_model.*(q_proj|down_proj)"
+    adapter = make(tmp_path, "Lora", model, r=4, target_modules=layers)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        plain = whole.eval()(TOKENS).logits
+        expected = peft.PeftModel.from_pretrained(whole, adapter).eval()(TOKENS).logits
+        merged = resolve_checkpoint(adapter)
+        found: Any = AutoModelForImageTextToText.from_pretrained(merged).eval()(TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert float((expected - plain).abs().max()) > 0.05
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "base", merged))
+    assert all(torch.equal(after[n], t) for n, t in before.items() if "vision" in n)
 
 
 def check(adapter: Path) -> Path:

@@ -26,6 +26,7 @@ from perta.errors import (
     CorruptCheckpointError,
     some,
 )
+from perta.models.complete import loader_of
 from perta.models.load import load_model, plain_errors, rename_type
 from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns
 from perta.options import ComputeConfig
@@ -353,13 +354,13 @@ def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
 
     Where the vocabulary was resized, PEFT puts the whole embedding into the adapter's file.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, **LOCAL)
 
     def build() -> PreTrainedModel:
         with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            built: PreTrainedModel = loader_of(config).from_config(
                 config, dtype=torch.float32, **NO_CODE
             )
         return built
