@@ -288,7 +288,8 @@ class _World:
         if isinstance(error, _LostError):
             raise PertaError(
                 "A process of this run is gone: it was killed, or its machine was. Nothing was "
-                "left half-written; run the same command again."
+                "left half-written; run the same command again, with --traceback to see what the "
+                "network says."
             ) from error
 
     def _wait(self, *keys: str, seconds: float = math.inf) -> str | None:
