@@ -360,11 +360,10 @@ def quick_audit(results: Mapping[Role, Results], output: Path) -> dict[str, Any]
     results_of = {f"results_{role}": str(made["content"]) for role, made in records.items()}
     return run_file_stage(
         "audit",
-        output,
+        At(output, True),
         {"level": "quick", "output": str(output)},
         {**inputs, **results_of},
         lambda: document_of_results(results, inputs),
-        overwrite=True,
     )
 
 
