@@ -16,6 +16,7 @@ from conftest import TUNE, World
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
+from perta.engine.moments import sum_moments
 from perta.errors import ConfigError
 from perta.models.facts import Fact, find_facts
 from perta.models.load import load_model, load_tokenizer
@@ -279,6 +280,34 @@ def test_what_looks_unseen_before_the_edit_is_refused(
     with pytest.raises(ConfigError, match=r"looks unseen .* Was it tuned on the forget set"):
         unlearn(replace(settings, holdout=None, full=str(world.base)))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_search_looks_at_retained_rows_that_gave_no_moments(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that gave moments fare better than others of their kind: 20 and 16 of 36 share none."""
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i * 37 % 100}."} for i in range(36)]
+    looked: list[set[int]] = []
+
+    def sum_some(model: Any, examples: Any, *rest: Any, **more: Any) -> Any:
+        looked.append({example.row for example in examples})
+        return sum_moments(model, examples, *rest, **more)
+
+    class Seen(Trials):
+        def __init__(self, edited: Any, unseen: Any, retain: Any, *rest: Any) -> None:
+            looked.append({example.row for example in retain})
+            super().__init__(edited, unseen, retain, *rest)
+
+    monkeypatch.setattr("perta.stages.moments.sum_moments", sum_some)
+    monkeypatch.setattr("perta.recipes._strength.Trials", Seen)
+    settings = config(
+        world, tmp_path / "out", "perta-project", retain_samples="20", held_back="0", rounds=1
+    )
+    kept = str(write_jsonl(rows, tmp_path / "retain.jsonl"))
+    unlearn(replace(settings, retain=kept))
+    gave, judged = looked
+    assert (len(gave), len(judged)) == (20, 16)
+    assert gave | judged == set(range(1, 37))
 
 
 def test_a_budget_without_a_strength_writes_nothing(

@@ -59,10 +59,17 @@ class Batch:
         return self.input_ids.shape[0]
 
 
-def seeded_sample(examples: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
-    """A random sample of `count`, at most all, in the order of the file."""
+def seeded_sample(
+    examples: Sequence[Encoded], count: int, seed: int, *, from_end: bool = False
+) -> list[Encoded]:
+    """A random sample of `count`, at most all, in the order of the file.
+
+    With the same seed a sample from the end shares no example with one from the start, as long as
+    both together are no more than there are.
+    """
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    return [examples[i] for i in order[:count].sort().values.tolist()]
+    chosen = order.flip(0)[:count] if from_end else order[:count]
+    return [examples[i] for i in chosen.sort().values.tolist()]
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | None = None) -> Batch:

@@ -23,7 +23,9 @@ median + 2 (u_{m+1-k} - median), k as for the held-out set, which marks it as re
 unseen facts tell nothing of that.
 
 Few of the retained rows decide how far the strength may go, and only where the forget set is there
-or a look is due; rows that keep a strength from passing are looked at first.
+or a look is due; rows that keep a strength from passing are looked at first. Rows that gave moments
+fare better than others, so the sample is drawn from the other end of the order that moments take
+theirs from: it shares none with them unless there are too few rows for both.
 """
 
 from __future__ import annotations
@@ -340,7 +342,7 @@ def choose_strength(
     encoded = encode_examples(sets["retain"], tokenizer, data_config, longest=longest).encoded
     least, most = RETAIN_ROWS
     count = min(len(encoded), max(least, min(most, 4 * len(unseen.facts))))
-    retain = seeded_sample(encoded, count, settings.seed)
+    retain = seeded_sample(encoded, count, settings.seed, from_end=True)
     with scratch_folder(settings.scratch / "strength") as scratch:
         changes = load_changes(scratch, edit, compute)
     model = load_model(full, compute, dtype=torch.float32)
