@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ from perta.data.batch import Encoded
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.moments import plan_moments, sum_moments
+from perta.engine.train.optimizer import Resume
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import unlearn_by_training
-from perta.models.load import load_model, load_tokenizer
+from perta.models.load import load_model, load_tokenizer, pick_device
 from perta.models.loss import losses_of
 from perta.models.precision import product_type, products_in, wide_product
 from perta.options import ComputeConfig, DataConfig, MomentOptions, TrainSettings
@@ -210,3 +212,39 @@ def test_records_and_keys_say_which_type(world: World, tmp_path: Path) -> None:
         for name in ("i", "j")
     )
     assert not torch.equal(first, second)
+
+
+# --- the same bits twice -------------------------------------------------------------------------
+
+
+def test_algorithms_on_gpus_are_those_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        assert pick_device(ComputeConfig(device="cpu")).type == "cpu"
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert pick_device(ComputeConfig()).type == "cuda"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_run_on_the_cpu_leaves_the_gpus_alone(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = load_model(world.full, ComputeConfig(device="cpu")), rows_of(world)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("a GPU was used")
+
+    for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    settings = TrainSettings(epochs=2, learning_rate=1e-3, accumulation=1)
+    resume = Resume(tmp_path / "state", "key", 1)
+    unlearn_by_training(
+        model, rows, (), settings, method="ga", pad=0, resume=resume, after_epoch=lambda _: False
+    )
+    assert resume.file.exists()

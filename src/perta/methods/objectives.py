@@ -409,7 +409,8 @@ class Undial(_Forgetting):
     def forget(self, scene: Scene) -> Tensor:
         """`lowered_logit_distillation`."""
         answers, old = scene.answers, _present(scene.reference_logits)
-        terms = lowered_logit_distillation(answers.logits, old, answers.targets, self.beta)
+        logits = answers.logits.float()
+        terms = lowered_logit_distillation(logits, old, answers.targets, self.beta)
         return mean_by_example(terms, answers.example, scene.examples)
 
 

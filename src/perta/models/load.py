@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -156,7 +157,17 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     }
     if not available[name]:
         raise ConfigError(f"--device {name}: torch sees no such device here. Use --device auto.")
+    if name == "cuda":
+        _repeat_on_gpus()
     return torch.device(name)
+
+
+def _repeat_on_gpus() -> None:
+    """Take the algorithms that give the same bits twice; torch warns of what has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing reads what it has not written, and filling it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def picked(compute: ComputeConfig) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
@@ -23,8 +24,8 @@ from perta.parallel import portion, share, summed
 class AnswerLogits:
     """Predictions of the N labelled tokens of a batch, in row-major order.
 
-    `logits` are (N, V) float32, `targets` (N,) int64 token ids, and `example` (N,) int64, which row
-    of the batch each token belongs to.
+    `logits` are (N, V) in the type of the products, `targets` (N,) int64 token ids, and `example`
+    (N,) int64, which row of the batch each token belongs to.
     """
 
     logits: Tensor
@@ -57,12 +58,54 @@ def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
     targets = batch.labels[:, 1:][wanted]
-    return AnswerLogits(output.logits[0].float(), targets, example)
+    return AnswerLogits(output.logits[0], targets, example)
 
 
 def token_losses(answers: AnswerLogits) -> Tensor:
     """Cross-entropy of every labelled token, (N,) in nats."""
-    return F.cross_entropy(answers.logits, answers.targets, reduction="none")
+    losses = _CrossEntropy.apply(answers.logits, answers.targets)  # type: ignore[no-untyped-call]
+    return cast(Tensor, losses)
+
+
+_CHUNK = 1 << 20
+"""Logits that are looked at in float32 at a time: 4 MB."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy in float32 of logits of any type; no float32 copy of all is made or kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        parts = [F.cross_entropy(x, t, reduction="none") for x, t in _in_chunks(logits, targets)]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        weights = gradients[0].split(_rows_at_once(logits))
+        parts = [
+            (_less_one(x.softmax(-1), t) * weight.unsqueeze(1)).to(logits.dtype)
+            for (x, t), weight in zip(_in_chunks(logits, targets), weights, strict=True)
+        ]
+        return torch.cat(parts), None
+
+
+def _less_one(shares: Tensor, targets: Tensor) -> Tensor:
+    """Shares (N, V), less one at each row's target."""
+    ones = shares.new_ones(len(targets), 1)
+    return shares.scatter_add(1, targets.unsqueeze(1), -ones)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    return max(1, _CHUNK // logits.shape[-1])
+
+
+def _in_chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = _rows_at_once(logits)
+    for some, those in zip(logits.split(rows), targets.split(rows), strict=True):
+        yield some.to(wide), those
 
 
 def mean_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:

@@ -159,6 +159,11 @@ class Trainer:
         return cls(trained, config, config.epochs, products, optimizer, scheduler, generator)
 
     @property
+    def gpus(self) -> list[torch.device]:
+        """The GPU of this process, if it trains on one; others are no concern of ours."""
+        return [self.model.device] if self.model.device.type == "cuda" else []
+
+    @property
     def steps(self) -> int:
         """Steps taken so far."""
         return self.scheduler.last_epoch
@@ -187,7 +192,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "order": self.generator.get_state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": [torch.cuda.get_rng_state(device) for device in self.gpus],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -199,8 +204,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["order"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        for device, numbers in zip(self.gpus, state["cuda_rng"], strict=True):
+            torch.cuda.set_rng_state(numbers, device)
 
 
 @dataclass(frozen=True)

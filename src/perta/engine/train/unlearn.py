@@ -314,7 +314,7 @@ class _Terms:
             return mean_by_example(distance(found, to), example, size)
         answers = answer_logits(self.model, batch)
         if self.method.retain == "kl":
-            terms = divergence(answers.logits, self._frozen_logits(batch))
+            terms = divergence(answers.logits.float(), self._frozen_logits(batch))
             return mean_by_example(terms, answers.example, size)
         return answer_losses(answers, size)
 
@@ -330,7 +330,7 @@ class _Terms:
 
     def _frozen_logits(self, batch: Batch) -> Tensor:
         with self._frozen() as frozen:
-            return answer_logits(frozen, batch).logits
+            return answer_logits(frozen, batch).logits.float()
 
     @contextmanager
     def _frozen(self) -> Iterator[Any]:
@@ -440,7 +440,7 @@ class _Unlearning:
         if self.after_epoch is None:
             return False
         # Random numbers drawn by a measurement must not change what is trained.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(self.terms.trainer.gpus):
             return self.after_epoch(epoch)
 
 
