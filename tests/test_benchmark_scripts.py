@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,33 @@ def test_a_record_is_drawn_as_it_was_saved(tmp_path: Path) -> None:
     axes = draw(record).axes[0]
     assert [text.get_text() for text in axes.texts] == ["2", "5"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+
+
+def test_all_that_needs_a_gpu_runs_at_toy_size_without(capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft, about a name of transformers
+        assert gpu.main(["--cpu"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["section"] for line in lines} == {"machine", *gpu.SECTIONS}
+    same = [line for line in lines if line.get("what") == "importance, again"]
+    assert [(line["order_1"], line["order_2"]) for line in same] == [(0, 0)]
+
+
+def test_a_section_that_takes_too_long_is_named_and_the_others_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    def forever(_run: gpu.Run) -> None:
+        while True:
+            pass
+
+    monkeypatch.setitem(gpu.SECTIONS, "correct", forever)
+    assert gpu.main(["--cpu", "--minutes", "0.01", "correct", "solve"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["failed"] for line in lines if "failed" in line] == [
+        "TimeoutError: over 0.01 minutes"
+    ]
+    assert any("outputs" in line for line in lines)

@@ -66,13 +66,13 @@ def test_states_are_decoded_by_norm_and_head(model: PreTrainedModel) -> None:
     labels = rows.labels[:, 1:][rows.labels[:, 1:] != IGNORE]
     with torch.no_grad():
         logits = model.get_output_embeddings()(norm(states))
-    expected = logits.float().log_softmax(-1)[:, range(9), labels]
+    expected = logits.log_softmax(-1)[:, range(9), labels]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     # The last layer's states are the model's own.
     with torch.no_grad():
         own = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
     targets = rows.labels[:, 1:]
-    plain = own[:, :-1].float().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    plain = own[:, :-1].log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(found[-1], plain[targets != IGNORE], rtol=1e-5, atol=1e-5)
 
 
@@ -103,14 +103,14 @@ def test_exchanged_states_go_through_the_layers_behind_and_no_others() -> None:
                 part = layer_module(
                     part, attention_mask=mask, position_ids=at, position_embeddings=turn
                 )
-            logits = model.lm_head(model.model.norm(part))[0].float().log_softmax(-1)
+            logits = model.lm_head(model.model.norm(part))[0].log_softmax(-1)
             expected += [
                 float(logits[t - 1, rows.labels[i, t]])
                 for t in range(1, length)
                 if rows.labels[i, t] != IGNORE
             ]
     found = exchanged(model, rows, 0, theirs[0])
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.tensor(expected).to(found), rtol=1e-4, atol=1e-4)
     # Behind the last layer there is nothing but norm and head.
     last = exchanged(model, rows, 2, theirs[2])
     torch.testing.assert_close(last, decoded(model, rows, theirs)[-1], rtol=1e-5, atol=1e-5)

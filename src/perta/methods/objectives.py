@@ -409,8 +409,7 @@ class Undial(_Forgetting):
     def forget(self, scene: Scene) -> Tensor:
         """`lowered_logit_distillation`."""
         answers, old = scene.answers, _present(scene.reference_logits)
-        logits = answers.logits.float()
-        terms = lowered_logit_distillation(logits, old, answers.targets, self.beta)
+        terms = lowered_logit_distillation(answers.wide, old, answers.targets, self.beta)
         return mean_by_example(terms, answers.example, scene.examples)
 
 

@@ -32,6 +32,11 @@ class AnswerLogits:
     targets: Tensor
     example: Tensor
 
+    @property
+    def wide(self) -> Tensor:
+        """The logits in float32 at least."""
+        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+
 
 @contextmanager
 def head_at(model: nn.Module, example: Tensor, position: Tensor) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch
 from perta.errors import ConfigError
-from perta.models.loss import answer_logits, token_losses
+from perta.models.loss import AnswerLogits, answer_logits, token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +83,8 @@ def decoded(model: PreTrainedModel, batch: Batch, states: Tensor) -> Tensor:
             output = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             )
-        logits = output.logits.flatten(0, 1)[: len(part)].float()
-        found.append(logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        logits = output.logits.flatten(0, 1)[: len(part)]
+        found.append(-token_losses(AnswerLogits(logits, labels, labels)))
     return torch.cat(found).view(states.shape[:2])
 
 

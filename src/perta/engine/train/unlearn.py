@@ -314,7 +314,7 @@ class _Terms:
             return mean_by_example(distance(found, to), example, size)
         answers = answer_logits(self.model, batch)
         if self.method.retain == "kl":
-            terms = divergence(answers.logits.float(), self._frozen_logits(batch))
+            terms = divergence(answers.wide, self._frozen_logits(batch))
             return mean_by_example(terms, answers.example, size)
         return answer_losses(answers, size)
 
@@ -330,7 +330,7 @@ class _Terms:
 
     def _frozen_logits(self, batch: Batch) -> Tensor:
         with self._frozen() as frozen:
-            return answer_logits(frozen, batch).logits.float()
+            return answer_logits(frozen, batch).wide
 
     @contextmanager
     def _frozen(self) -> Iterator[Any]:
