@@ -35,7 +35,8 @@ def test_tokens_are_drawn_at_the_quantiles_of_the_tempered_probabilities(
 ) -> None:
     monkeypatch.setattr("perta.evidence.audit.answers.supports_prefixes", lambda _: cached)
     model, prompt = tiny_llama(), [5, 9, 60, 7]
-    options = scoring_options(model, tiny_tokenizer(), [], 16, 5)
+    ends = frozenset(range(0, 384, 3))  # so that answers end at different places
+    options = replace(scoring_options(model, tiny_tokenizer(), [], 16, 5), end_ids=ends)
     uniforms = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     found = answers.draw_answers(model, prompt, options, uniforms, 0.7)
     double = tiny_double(model)
@@ -48,6 +49,8 @@ def test_tokens_are_drawn_at_the_quantiles_of_the_tempered_probabilities(
             assert token == next(t for t, total in enumerate(sums) if total > quantile)
             ids.append(token)
         assert len(answer) == 5 or answer[-1] in options.end_ids
+        assert options.end_ids.isdisjoint(answer[:-1])
+    assert len({len(answer) for answer in found}) > 2
     one = [answers.draw_answers(model, prompt, options, u[None], 0.7)[0] for u in uniforms]
     assert one == found
 

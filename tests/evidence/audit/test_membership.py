@@ -72,6 +72,17 @@ def test_both_sides_leak(mean: float, word: str) -> None:
     assert word in judgement.reason or "conspicuously" in judgement.reason
 
 
+@pytest.mark.parametrize(("sign", "word"), [(1, "removed"), (-1, "known")])
+def test_rows_a_little_off_leak_though_none_lies_at_an_end(sign: int, word: str) -> None:
+    unseen = (drawn(100, seed=1), drawn(100, seed=2))
+    near = [sign * (0.9 + 0.2 * value) for value in drawn(100, seed=3)]
+    judgement = judged(
+        cleaned=(near, unseen[1]), retrained=unseen, full=(drawn(100, -4, seed=4), unseen[1])
+    )
+    assert judgement.notes["known_tpr"] == judgement.notes["conspicuous_tpr"] == 0
+    assert (judgement.verdict, word in judgement.reason) == ("leaks", True)
+
+
 def test_a_difference_that_the_retrained_model_has_too_is_none() -> None:
     # Forgotten rows are easier texts: their AUC is far from 1/2 under every model.
     easier = (drawn(800, -1, seed=1), drawn(800, seed=2))
