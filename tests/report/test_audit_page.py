@@ -125,6 +125,10 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
     for verdict in ("passed", "leaks", "harmed", "not sure"):
         count = sum(probe["verdict"] == verdict for probe in audit["probes"])
         assert page.count(f">{verdict}</b>") == count
+    worst = [probe["worst_subject"] for probe in audit["probes"] if probe["worst_subject"]]
+    assert worst
+    for one in worst:
+        assert f"{one['value']:.3f} (no. {one['subject']})" in page
     for entry in audit["not_checked"]:
         assert entry["name"] in page
     assert hashlib.sha256((out / "audit.json").read_bytes()).hexdigest() in page
