@@ -307,7 +307,8 @@ class TuneConfig(TrainingRun):
     """Most passes over the data."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW [default: 5e-5 at a width of 576, in inverse proportion to the
-    width, ten times that for an adapter, and up to 16 times as much where a set is not learned]."""
+    width, ten times that for an adapter; where a set is not learned up to 16 times as much, and in
+    the end over four times the epochs]."""
     weight_decay: Annotated[float, Hidden] = 0.0
     """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
     the task vector would hold that movement."""

@@ -341,7 +341,7 @@ def test_a_smaller_budget_keeps_the_usual_rate(world: World, tmp_path: Path) -> 
         ([0.0, 0.6, 0.4], [1, 4, 16, 4]),
         ([0.6, 0.4], [1, 4, 1]),
         ([0.6, None], [1, 4, 1]),
-        ([0.0, 0.2, 0.3], [1, 4, 16]),
+        ([0.0, 0.2, 0.3], [1, 4, 16, 16]),
         ([0.95], [1]),
     ],
 )
@@ -350,9 +350,11 @@ def test_a_rate_that_diverges_or_learns_less_gives_back_the_best(
 ) -> None:
     """A share of None diverges; afterwards the best is made again, from a fresh model."""
     tried: list[float] = []
+    epochs: list[int] = []
 
     def scripted(model: Any, examples: Any, settings: TuneConfig, **_: object) -> tuple[Any, Tuned]:
         tried.append(settings.learning_rate or 0)
+        epochs.append(settings.epochs)
         share = shares[min(len(tried), len(shares)) - 1]
         if share is None and len(tried) <= len(shares):
             raise DivergenceError("far too high")
@@ -373,5 +375,6 @@ def test_a_rate_that_diverges_or_learns_less_gives_back_the_best(
     usual = 5e-5 * 576 / width
     assert [rate / usual for rate in tried] == pytest.approx(wanted)
     assert model is loaded[-1]
+    assert epochs == [20] * (len(tried) - 1) + [80 if len(tried) > 1 else 20]
     assert len(loaded) == len(tried)
     assert tuned.tokens == 10 * (len(tried) - shares.count(None))

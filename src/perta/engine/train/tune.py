@@ -33,6 +33,8 @@ have a geometric mean probability of 0.82."""
 LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
 RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""
+_LONGER = 4
+"""How many times the epochs the best rate gets where none learns the set."""
 _MOST = 0.9  # share of the examples that is learned well enough: higher rates harm the rest
 
 
@@ -108,17 +110,17 @@ def tune_until_learned(
     if not config.finds_rate:
         return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume)
 
-    def tried(factor: float) -> tuple[PreTrainedModel, Tuned]:
+    def tried(factor: float, epochs: int) -> tuple[PreTrainedModel, Tuned]:
         model = load()
         rate = factor * usual_rate(model, config)
-        settings = replace(config, learning_rate=rate)
-        kept = resume if factor == 1 else None
+        settings = replace(config, learning_rate=rate, epochs=epochs)
+        kept = resume if (factor, epochs) == (RATES[0], config.epochs) else None
         return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept)
 
     tokens, best, share = 0, RATES[0], -1.0
     for factor in RATES:
         try:
-            model, tuned = tried(factor)
+            model, tuned = tried(factor, config.epochs)
         except DivergenceError:
             if factor == RATES[0]:
                 raise
@@ -133,9 +135,7 @@ def tune_until_learned(
         if tuned.learned_share < share:
             break
         best, share = factor, tuned.learned_share
-    else:
-        return model, replace(tuned, tokens=tokens)
-    model, tuned = tried(best)
+    model, tuned = tried(best, _LONGER * config.epochs)
     return model, replace(tuned, tokens=tokens + tuned.tokens)
 
 
