@@ -137,6 +137,18 @@ def test_without_what_it_needs_a_probe_is_not_run_and_told(
     assert results["subjects"] is None
 
 
+def test_rows_that_are_said_twice_count_once(config: AuditConfig, tmp_path: Path) -> None:
+    lines = Path(config.forget).read_text("utf-8").splitlines()
+    other = json.dumps({**json.loads(lines[0]), "person": "Another Name"})
+    (tmp_path / "twice.jsonl").write_text("\n".join([lines[0], *lines, other] * 5), "utf-8")
+    results = audit_checkpoint(replace(config, forget=str(tmp_path / "twice.jsonl")))
+    once = audit_checkpoint(replace(config, output=tmp_path / "once"))
+    assert results["rows"] == once["rows"]
+    assert results["row_numbers"]["forget"] == [1, 3]
+    for mine, theirs in zip(results["probes"], once["probes"], strict=True):
+        assert (mine["verdict"], mine["reason"]) == (theirs["verdict"], theirs["reason"])
+
+
 def test_without_the_retrained_model_unseen_rows_are_the_yardstick(config: AuditConfig) -> None:
     results = audit_checkpoint(replace(config, retrained=None, probes=("fact", "answer")))
     assert {probe["yardstick"]["name"] for probe in results["probes"]} == {"holdout"}

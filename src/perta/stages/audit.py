@@ -120,14 +120,24 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
 
 def _load_sets(config: AuditConfig) -> dict[str, ExampleSet]:
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
-    sets = {name: load_examples(s, config.data_config) for name, s in sources.items() if s}
-    check_apart(sets)
+    loaded = {name: load_examples(s, config.data_config) for name, s in sources.items() if s}
+    check_apart(loaded)
+    sets = {name: _each_once(name, examples) for name, examples in loaded.items()}
     if "retain" in sets:
         rows = sets["retain"].examples
         count = min(config.retain_rows, len(rows))
         chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
         sets["retain"] = replace(sets["retain"], examples=tuple(rows[i] for i in chosen))
     return sets
+
+
+def _each_once(name: str, examples: ExampleSet) -> ExampleSet:
+    """Equal rows once: what is said twice is no more evidence."""
+    first = {example.messages: example for example in reversed(examples.examples)}
+    once = tuple(example for example in examples.examples if first[example.messages] is example)
+    if left := len(examples) - len(once):
+        say(f"{name}: {left} of {len(examples)} rows are equal to one before and looked at once")
+    return replace(examples, examples=once)
 
 
 def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from perta.evidence.audit.collateral import (
     Near,
     Oddness,
     Refusals,
+    Repetition,
     judge_kept,
     judge_rise,
     nearest,
@@ -180,3 +182,17 @@ def test_refused_forgotten_questions_are_noted_and_no_harm() -> None:
         "refused of the forget set": 0.75,
         "answered of the forget set": 0.25,
     }
+
+
+def test_rows_that_were_not_asked_give_no_share_of_bad_answers(tmp_path: Path) -> None:
+    made = material(tmp_path)
+    seen = view(made)
+    for name in ("retain", "forget"):
+        seen._asked[name] = [replace(o, generated=None) for o in seen.asked(name)]
+    for probe in (Repetition(), Refusals()):
+        rows = {name: probe.run(seen, name).scores for name in probe.sets}
+        assert all(score is None for scores in rows.values() for score in scores)
+        given = {"cleaned": rows, "full": rows}
+        judgement = probe.judge(Found(given, {n: made.rows(n) for n in rows}, made.subjects))
+        assert judgement.verdict == "not sure"
+        assert judgement.reason == "no retained row was measured before and after"

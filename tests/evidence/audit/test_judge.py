@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_few_rows_are_no_proof() -> None:
     twelve = judged(*(0.0,) * 12, full=(1.0,) * 12, retrained=(0.0,) * 12)
     assert (twelve.verdict, twelve.reason) == ("not sure", "12 rows are too few to tell")
     assert judged(*(0.0,) * 13, full=(1.0,) * 13, retrained=(0.0,) * 13).verdict == "passed"
+
+
+def test_pieces_of_one_row_are_no_more_than_one_row() -> None:
+    def cut(pieces: int, values: Sequence[float] = (0.0,) * 26) -> Judgement:
+        whole = found(values, (1.0,) * 26, retrained=(0.0,) * 26)
+        numbers = {"forget": [1 + i // pieces for i in range(26)], "holdout": []}
+        return judge_remains(replace(whole, rows=numbers))
+
+    assert (cut(26).verdict, cut(26).reason) == ("not sure", "1 rows are too few to tell")
+    assert cut(3).verdict == "not sure"  # 9 rows
+    assert cut(2).verdict == "passed"  # 13 rows
+    # Two rows of 13 pieces, means 0 and 0.2: 0.1 ± t(1) * 0.1 = 0.1 ± 1.27
+    high = cut(13, (*(0.0,) * 13, *(0.2,) * 13)).value
+    assert high is not None
+    assert high.high == pytest.approx(0.1 + 12.706 * 0.1, rel=1e-4)
 
 
 def test_without_a_yardstick_nothing_passes() -> None:

@@ -277,7 +277,7 @@ class Whose(Probe):
         values = found.values("cleaned")
         there = [i for i, value in values.items() if value]
         judged = judge_remains(replace(found, scores=scores), wording=True, by_row=False)
-        if values and not there and share_interval(0, len(values)).high <= REMAINDER_SURE:
+        if values and not there and share_interval(0, found.count(values)).high <= REMAINDER_SURE:
             return replace(judged, verdict="passed", reason="no answer says a fact of another's")
         if not there or judged.yardstick is None:
             return judged

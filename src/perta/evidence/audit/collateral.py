@@ -110,7 +110,8 @@ class Repetition(Collateral):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        return Rows([repeated(outcome.generated or ()) for outcome in view.asked(name)])
+        given = [outcome.generated for outcome in view.asked(name)]
+        return Rows([None if answer is None else repeated(answer) for answer in given])
 
     def judge(self, found: Found) -> Judgement:
         """How much more is repeated than by the full model."""
@@ -154,8 +155,9 @@ class Refusals(Collateral):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        said = [decode(view.tokenizer, o.generated or ()) for o in view.asked(name)]
-        return Rows([float(refuses(answer)) for answer in said])
+        given = [outcome.generated for outcome in view.asked(name)]
+        words = view.tokenizer
+        return Rows([None if g is None else float(refuses(decode(words, g))) for g in given])
 
     def judge(self, found: Found) -> Judgement:
         """How many more questions are refused; of forgotten rows the share is noted."""

@@ -81,6 +81,16 @@ class Found:
         """Subject by place."""
         return {str(i): number for i, number in enumerate(self.subjects.get(name) or ())}
 
+    def groups(self, name: str = "forget") -> dict[str, int]:
+        """By place whom a row is about; where nothing says so, the row that was cut up."""
+        numbers = self.rows.get(name, ())
+        cut = len(set(numbers)) < len(numbers)
+        return self.people(name) or ({str(i): row for i, row in enumerate(numbers)} if cut else {})
+
+    def count(self, values: Values, name: str = "forget") -> int:
+        """How many rows values are of; several sequences of one row are one."""
+        return len({self.rows[name][int(place)] for place in values})
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -145,7 +155,8 @@ def judge_remains(found: Found, *, wording: bool = False, by_row: bool = True) -
         return _told(figures, "not sure", why)
     paired = name != "holdout"
     subjects = found.people()
-    difference = excess(values, usual, known, (subjects, people), paired=paired)
+    groups = (found.groups(), found.groups(_YARDSTICKS[name][1]))
+    difference = excess(values, usual, known, groups, paired=paired)
     if by_row:
         left = left_of_rows(values, known, usual, paired=paired)
         there, standing = rows_still_there(left, values, usual)
@@ -154,7 +165,7 @@ def judge_remains(found: Found, *, wording: bool = False, by_row: bool = True) -
         figures = replace(figures, leaking_rows=tuple(rows), leaking_subjects=persons)
         if said := _standing(figures, standing, len(values)):
             return _told(figures, "leaks", said)
-    return _in_the_mean(figures, difference, gap, len(values), WORDS[name])
+    return _in_the_mean(figures, difference, gap, found.count(values), WORDS[name])
 
 
 def _standing(figures: Judgement, standing: int, n: int) -> str | None:
@@ -196,7 +207,7 @@ def described(found: Found) -> Judgement:
     return Judgement(
         "not sure",
         "",
-        _mean(values, people),
+        _mean(values, found.groups()),
         yardstick and (yardstick[0], _mean(yardstick[1], yardstick[2])),
         fmean(known.values()) if known else None,
         max(means.items(), key=lambda pair: pair[1]) if means else None,

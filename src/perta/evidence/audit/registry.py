@@ -58,7 +58,7 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
     if not names:
         within = LEVELS[: LEVELS.index(level) + 1]
         return [probe() for probe in PROBES if probe.level in within]
-    known = {key for probe in PROBES for key in (probe.name, probe.group)}
+    known = dict.fromkeys(key for probe in PROBES for key in (probe.name, probe.group))
     chosen: list[Probe] = []
     for name in names:
         if name.endswith(".py"):
