@@ -1023,3 +1023,17 @@ def test_the_verdict_is_printed_as_json(
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((tmp_path / "r_files" / "verdict.json").read_text("utf-8"))
     assert printed == {"page": str(page), "verdict": written}
+
+
+def test_no_control_of_a_record_reaches_page_or_tables(tmp_path: Path) -> None:
+    """Wherever a text comes from: here a setting, a method and a place."""
+    folder = write_demo(tmp_path / "demo")
+    for file in folder.rglob("perta.json"):
+        record = json.loads(file.read_text())
+        escape, turned = "\x1b[31m", "\u202e"
+        record["settings"] = {**record.get("settings", {}), "seed": escape, "base": turned}
+        file.write_text(json.dumps(record))
+    page = write_report(ReportConfig(results=(str(folder),), output=tmp_path / "r.html"))
+    texts = [page.read_text("utf-8")]
+    texts += [file.read_text("utf-8") for file in (tmp_path / "r_files").iterdir()]
+    assert not any(mark in text for text in texts for mark in ("\x1b", "\u202e"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import DataError
+from perta.progress import visible
 from perta.report._page import asset
 from perta.report.settings import AuditPageConfig
 from perta.store.atomic import atomic_file, check_writable, write_text
@@ -131,7 +132,7 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
         command=_command(settings),
         version=__version__,
     )
-    return f"{text}\n"
+    return f"{visible(text)}\n"
 
 
 def _check(probe: Mapping[str, Any]) -> _Check:

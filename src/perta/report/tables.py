@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
+from perta.progress import visible
 from perta.report._svg import Style
 from perta.report.collect import Collection, Run
 from perta.store.costs import STAGES, Costs, costs_of, passes_of, seconds_of
@@ -330,7 +331,7 @@ def csv_text(lines: Iterable[Iterable[Any]]) -> str:
 def _inert(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell
-    line = cell.replace("\r", "\n")  # unquoted, it would end the row for many readers
+    line = visible(cell.replace("\r", "\n"))  # unquoted, it would end the row for many readers
     return f"'{line}" if line.startswith(tuple("=+-@\t\n＝＋－＠")) else line
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from perta.errors import ConfigError, OutputExistsError
+from perta.progress import visible
 from perta.report._page import Page, asset
 from perta.report._sections import share_text
 from perta.report._svg import Figure, drawing
@@ -87,7 +88,7 @@ def render(page: Page) -> str:
         percent=percent,
         share_text=share_text,
     )
-    return f"{text}\n"
+    return f"{visible(text)}\n"
 
 
 def companion_folder(output: Path) -> Path:
