@@ -117,6 +117,10 @@ def test_files_come_from_the_hub_once(
     count = len(asked)
     bench_muse(MuseConfig(checkpoint=str(world.base), corpus="news", output=tmp_path / "b.json"))
     assert len(asked) == count
+    changed = next((tmp_path / "cache").rglob("*.jsonl"))
+    changed.write_text(changed.read_text().replace("a", "e"))
+    bench_muse(MuseConfig(checkpoint=str(world.base), corpus="news", output=tmp_path / "c.json"))
+    assert len(asked) == count + 1
 
 
 def test_without_folder_and_hub_the_error_says_what_to_do(

@@ -37,7 +37,7 @@ from perta.models.resolve import cache_folder
 from perta.options import DataConfig
 from perta.progress import say
 from perta.store.atomic import write_text
-from perta.store.fingerprint import fingerprint, run_file
+from perta.store.fingerprint import content_of, fingerprint, run_file
 from perta.store.parse import parse_json
 from perta.store.record import content_of_results
 from perta.version import __version__
@@ -313,8 +313,9 @@ def _require_same_texts(reference: Reference, answers: Sequence[str]) -> None:
 
 
 def _fetch(name: str, subset: str, split: str, target: Path) -> None:
-    """Download one file of a benchmark, once."""
-    if target.exists():
+    """Download one file of a benchmark, once; what is not as it came is fetched again."""
+    mark = target.with_name(f"{target.name}.blake3")
+    if target.is_file() and mark.is_file() and mark.read_bytes() == content_of(target).encode():
         return
     import datasets
 
@@ -327,3 +328,4 @@ def _fetch(name: str, subset: str, split: str, target: Path) -> None:
             "Give a folder with the benchmark's JSONL files as --data."
         ) from error
     write_jsonl((dict(row) for row in rows), target)
+    write_text(mark, content_of(target))
