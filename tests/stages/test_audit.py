@@ -149,6 +149,21 @@ def test_rows_that_are_said_twice_count_once(config: AuditConfig, tmp_path: Path
         assert (mine["verdict"], mine["reason"]) == (theirs["verdict"], theirs["reason"])
 
 
+def test_unseen_rows_that_were_seen_are_no_yardstick(config: AuditConfig, tmp_path: Path) -> None:
+    texts = [Path(str(s)).read_text("utf-8") for s in (config.forget, config.retain)]
+    unseen = Path(str(config.holdout)).read_text("utf-8")
+    (tmp_path / "mixed.jsonl").write_text("".join([*texts, unseen]), "utf-8")
+    mixed = replace(config, retrained=None, holdout=str(tmp_path / "mixed.jsonl"))
+    results = audit_checkpoint(mixed)
+    seen = sum(len(text.splitlines()) for text in texts)
+    count = len(unseen.splitlines())
+    assert results["row_numbers"]["holdout"] == list(range(seen + 1, seen + count + 1))
+    assert {p["verdict"] for p in results["probes"] if p["name"] == "fact"} == {"leaks"}
+    (tmp_path / "mixed.jsonl").write_text("".join(texts), "utf-8")
+    with pytest.raises(ConfigError, match="so none is unseen"):
+        audit_checkpoint(replace(mixed, output=tmp_path / "other"))
+
+
 def test_without_the_retrained_model_unseen_rows_are_the_yardstick(config: AuditConfig) -> None:
     results = audit_checkpoint(replace(config, retrained=None, probes=("fact", "answer")))
     assert {probe["yardstick"]["name"] for probe in results["probes"]} == {"holdout"}
@@ -174,6 +189,9 @@ def test_a_probe_of_ones_own_is_part_of_what_the_result_depends_on(
     [
         ("float('nan')", DivergenceError, "own gave nan for row 1 of the forget set"),
         ("0.1] + [0.2", ConfigError, "own gave 3 scores for the 2 rows of the forget set"),
+        ("'high'", ConfigError, "own gave a score of type str"),
+        ("__import__('torch').tensor(0.1)", ConfigError, "own gave a score of type Tensor"),
+        ("0.0] * 2, {'more': {1}}) or Rows([", ConfigError, "`more` what audit.json cannot hold"),
     ],
 )
 def test_scores_that_are_none_stop_the_audit(

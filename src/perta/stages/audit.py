@@ -7,6 +7,7 @@ What is measured is kept in a journal as it comes, so that a run that was killed
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -123,6 +124,8 @@ def _load_sets(config: AuditConfig) -> dict[str, ExampleSet]:
     loaded = {name: load_examples(s, config.data_config) for name, s in sources.items() if s}
     check_apart(loaded)
     sets = {name: _each_once(name, examples) for name, examples in loaded.items()}
+    if "holdout" in sets:
+        sets["holdout"] = _unseen(sets["holdout"], [sets[n] for n in sets if n != "holdout"])
     if "retain" in sets:
         rows = sets["retain"].examples
         count = min(config.retain_rows, len(rows))
@@ -138,6 +141,24 @@ def _each_once(name: str, examples: ExampleSet) -> ExampleSet:
     if left := len(examples) - len(once):
         say(f"{name}: {left} of {len(examples)} rows are equal to one before and looked at once")
     return replace(examples, examples=once)
+
+
+def _unseen(holdout: ExampleSet, others: Sequence[ExampleSet]) -> ExampleSet:
+    """The rows that stand in no other set: a yardstick that was seen hides what is left.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    seen = {example.messages for examples in others for example in examples.examples}
+    unseen = tuple(e for e in holdout.examples if e.messages not in seen)
+    if left := len(holdout) - len(unseen):
+        say(f"holdout: {left} of {len(holdout)} rows stand in other sets and are left out")
+    if not unseen:
+        raise ConfigError(
+            f"--holdout {holdout.source}: all rows stand in the other sets too, so none is unseen. "
+            "Give rows that no model was trained on."
+        )
+    return replace(holdout, examples=unseen)
 
 
 def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:
@@ -390,6 +411,17 @@ def _checked(probe: Probe, view: View, name: str) -> Rows:
             f"The probe {probe.name} gave {len(rows.scores)} scores for the {wanted} rows of the "
             f"{name} set; it has to give one for each, None where there is none."
         )
+    known = [s for s in rows.scores if s is not None]
+    if odd := [s for s in known if not isinstance(s, int | float)]:
+        raise ConfigError(
+            f"The probe {probe.name} gave a score of type {type(odd[0]).__name__}; scores are "
+            "plain numbers, None where there is none."
+        )
+    try:
+        json.dumps(rows.more)
+    except (TypeError, ValueError) as error:
+        why = f"The probe {probe.name} notes in `more` what audit.json cannot hold: {error}."
+        raise ConfigError(why) from error
     bad = [i for i, s in enumerate(rows.scores) if s is not None and not math.isfinite(s)]
     if bad:
         raise DivergenceError(

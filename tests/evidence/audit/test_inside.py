@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers import tiny_llama
 from perta.data.batch import IGNORE, Encoded
 from perta.errors import ConfigError
 from perta.evidence.audit.inside import Depth, Lens
+from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probe import View
 from perta.evidence.metrics import depth_score
 
@@ -127,3 +129,27 @@ def test_without_the_retrained_model_the_base_stands_for_it_and_without_both_not
     assert Depth().run(asked, "forget").more["reference"] == "base"
     alone = look(view(made, full), given(full=full))
     assert set(Depth().run(alone, "forget").scores) == {None}
+
+
+def test_facts_that_the_full_model_does_not_know_are_not_judged(tmp_path: Path) -> None:
+    made, (full, base) = material(tmp_path), (tiny_llama(seed=seed) for seed in range(2))
+    probe, others = Depth(), given(full=full, base=base)
+    models = {"base": base, "full": full, "cleaned": full}
+    rows = {}
+    for role, model in models.items():
+        seen = replace(look(view(made, model), others), role=role)  # type: ignore[arg-type]
+        rows[role] = probe.run(seen, "forget")
+    known = rows["full"].more["known"]
+    for fact, value in zip(made.facts["forget"], known, strict=True):
+        own = log_probabilities(full, fact.encoded)
+        assert math.log(value) == pytest.approx(sum(own) / len(own), rel=1e-3)
+    scores = {role: {"forget": found.scores} for role, found in rows.items()}
+    places = {"forget": range(1, len(known) + 1)}
+    found = Found(scores, places, {}, {"full": {"forget": rows["full"].more}})
+    judged = probe.judge(found)
+    assert (judged.verdict, judged.reason) == ("not sure", "the full model does not know the facts")
+    # A row that it knows is judged all the same: the cleaned model's states carry all of it.
+    place = next(i for i, score in enumerate(rows["cleaned"].scores) if score is not None)
+    one = [0.9 if i == place else value for i, value in enumerate(known)]
+    judged = probe.judge(replace(found, more={"full": {"forget": {"known": one}}}))
+    assert (judged.verdict, judged.leaking_rows) == ("leaks", (place + 1,))

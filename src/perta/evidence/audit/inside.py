@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed
 from perta.errors import ConfigError
+from perta.evidence.audit.judge import Found, Judgement, judge_remains
 from perta.evidence.audit.probe import Effort, Probe, Role, Rows, View
 from perta.evidence.audit.variants import Variants, Ways
 from perta.evidence.metrics import depth_score
+from perta.evidence.remains import SMALLEST_GAP
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, token_losses
 from perta.models.states import decoded, decoder_layers, exchanged, layer_states
@@ -86,7 +89,25 @@ class Depth(Probe):
         depths = [depth_score(one, two) for one, two in zip(self._first, mine, strict=True)]
         means = [[fmean(layer) for layer in zip(*by, strict=True)] for by in (self._first, mine)]
         more = {"reference": self._reference, "layers": dict(zip(_STAGES, means, strict=True))}
+        if view.role == "full":
+            more["known"] = _known(full, batches, count)
         return Rows([None if d is None else 1.0 - d for d in depths], more)
+
+    def judge(self, found: Found) -> Judgement:
+        """By the rows whose facts the full model knows: its states carry nothing of others."""
+        known = found.more.get("full", {}).get("forget", {}).get("known", ())
+        scores = {
+            role: {
+                "forget": [
+                    s if k > SMALLEST_GAP else None for s, k in zip(told, known, strict=True)
+                ]
+            }
+            for role, by_set in found.scores.items()
+            if known and (told := by_set["forget"])
+        }
+        if known and max(known) <= SMALLEST_GAP:
+            return Judgement("not sure", "the full model does not know the facts")
+        return judge_remains(replace(found, scores=scores or found.scores))
 
     def _unknowing(self, view: View, batches: Sequence[Batch]) -> list[Tensor] | None:
         """States of a model that never saw the facts; None where there is no such model."""
@@ -142,6 +163,16 @@ def _by_row(values: Tensor, batch: Batch) -> list[dict[int, float]]:
 def _states(model: PreTrainedModel, batches: Sequence[Batch]) -> list[Tensor]:
     """Of each batch the states of every layer, (L, N, D), on the CPU."""
     return [layer_states(model, batch.to(model.device)).cpu() for batch in batches]
+
+
+def _known(full: PreTrainedModel, batches: Sequence[Batch], rows: int) -> list[float]:
+    """Geometric mean of the probabilities that the full model gives each fact's tokens."""
+    found = [0.0] * rows
+    for batch in batches:
+        (means,) = _by_row(_plain(full, batch.to(full.device))[None], batch)
+        for place, mean in means.items():
+            found[place] = math.exp(mean)
+    return found
 
 
 def _gaps(
