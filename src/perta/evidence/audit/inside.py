@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,10 @@ class Depth(Probe):
         mine = _gaps(full, batches, own, count)
         depths = [depth_score(one, two) for one, two in zip(self._first, mine, strict=True)]
         means = [[fmean(layer) for layer in zip(*by, strict=True)] for by in (self._first, mine)]
-        more = {"reference": self._reference, "layers": dict(zip(_STAGES, means, strict=True))}
+        more: dict[str, Any] = {
+            "reference": self._reference,
+            "layers": dict(zip(_STAGES, means, strict=True)),
+        }
         if view.role == "full":
             more["known"] = _known(full, batches, count)
         return Rows([None if d is None else 1.0 - d for d in depths], more)
