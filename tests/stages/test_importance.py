@@ -60,11 +60,13 @@ def oracle(
     return {name: value / len(examples) for name, value in total.items()}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], order: float = 1.0) -> None:
     assert set(found) == set(expected)
+    # Of a gradient that is 0, such as of a key's bias, float32 leaves 1e-8, whose root is larger.
+    share = max(2e-5, 1e-8**order)
     for name, value in expected.items():
         scale = float(value.max())
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-3, atol=2e-5 * scale)
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-3, atol=share * scale)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
@@ -106,7 +108,8 @@ def test_files_hold_the_mean_power_of_example_gradients(
     folder = measured(world, tmp_path / "i", checkpoint=checkpoint, orders=(1.0, 2.0, 0.5))
     for order in (1.0, 2.0, 0.5):
         model = load_model(checkpoint, ComputeConfig())
-        assert_close(read(folder, order), oracle(model, encoded_retain(world, checkpoint), order))
+        expected = oracle(model, encoded_retain(world, checkpoint), order)
+        assert_close(read(folder, order), expected, order)
     stored = open_index(checkpoint)
     for order in (1.0, 2.0, 0.5):
         files = open_index(order_folder(folder, order))

@@ -20,7 +20,7 @@ from torch import Tensor
 from perta.errors import CheckpointError, CorruptCheckpointError
 from perta.models.complete import check_counts, check_loaded
 from perta.models.load import plain_errors
-from perta.models.trust import LOCAL
+from perta.models.trust import LOCAL, NO_CODE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         _complete(config, settings, shapes)
         _scale_positions(path, config, settings, _factors(file))
         with torch.device("meta"):  # of any size at no cost, before a real one is built
-            _check_values(path, AutoModelForCausalLM.from_config(config), shapes)
+            outline = AutoModelForCausalLM.from_config(config, **NO_CODE)
+            _check_values(path, outline, shapes)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
         )
