@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr("perta.progress._quiet", False)  # put back when scripts have their silence
 
 
 def test_models_on_paper_have_the_published_sizes() -> None:
