@@ -456,3 +456,29 @@ def test_a_yardstick_without_rows_stands_for_each_of_them_with_its_mean(tmp_path
     check = next(c for c in verdict.forgetting.checks if c.key == "forget_probability")
     assert sorted(map(int, check.rows)) == list(range(11, 21))
     assert check.subjects == (1,)
+
+
+@pytest.mark.parametrize("kind", ["said again", "in pieces", "distinct"])
+def test_rows_said_again_or_in_pieces_are_one(tmp_path: Path, kind: str) -> None:
+    """Forty rows are proof, forty copies or pieces of three are not."""
+    source = range(40) if kind == "distinct" else [i % 3 for i in range(40)]
+
+    def found(values: Sequence[float]) -> Json:
+        texts = {
+            str(i): {"rougeL_recall": 0.1, "input": f"Who is {n}?", "ground_truth": f"It is {n}."}
+            for i, n in enumerate(source)
+        }
+        pieces = {str(i): {"row": n + 1} for i, n in enumerate(source)}
+        more: Json = {"forget_row": {"agg_value": 40, "value_by_index": pieces}}
+        if kind != "in pieces":
+            more = {"forget_rougeL_recall": {"agg_value": 0.1, "value_by_index": texts}}
+        return results(values, **more)
+
+    verdict = verdict_on(
+        tmp_path,
+        full=found([0.95] * 40),
+        retrained=found([0.05] * 40),
+        edited=found([0.05] * 40),
+    )
+    check = next(c for c in verdict.forgetting.checks if c.key == "forget_probability")
+    assert check.status == ("met" if kind == "distinct" else "unclear")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import TUNE, World
 from perta.cli import main
@@ -17,7 +17,7 @@ from perta.data.examples import load_examples
 from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
 from perta.evidence.audit import verbatim
 from perta.evidence.audit.probe import Role, Rows, View
-from perta.models.load import load_model
+from perta.models.load import load_model, load_tokenizer
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
 from perta.stages.audit import audit_checkpoint, quick_audit
@@ -219,6 +219,16 @@ def test_models_of_other_words_are_refused(config: AuditConfig, tmp_path: Path) 
     write_tiny_checkpoint(tmp_path, ["Other words than those."])
     with pytest.raises(CheckpointMismatchError, match="tokenizer of the base checkpoint"):
         audit_checkpoint(replace(config, base=str(tmp_path)))
+    assert not config.output.exists()
+
+
+def test_models_of_another_shape_are_refused(config: AuditConfig, tmp_path: Path) -> None:
+    deeper = AutoConfig.from_pretrained(config.full)
+    deeper.num_hidden_layers += 1
+    AutoModelForCausalLM.from_config(deeper).save_pretrained(tmp_path / "deeper")
+    load_tokenizer(Path(config.full)).save_pretrained(str(tmp_path / "deeper"))
+    with pytest.raises(CheckpointMismatchError, match=r"full checkpoint .* another shape"):
+        audit_checkpoint(replace(config, full=str(tmp_path / "deeper")))
     assert not config.output.exists()
 
 

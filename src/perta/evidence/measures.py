@@ -244,6 +244,23 @@ def read_subjects(results: Mapping[str, Any], name: str) -> dict[str, int]:
     }
 
 
+def read_repeats(results: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Of each row of a set a number that rows of equal texts and pieces of one row share, by index.
+
+    Empty where no two rows share one.
+    """
+    texts = rows_of(results, f"{name}_rougeL_recall")
+    numbers = rows_of(results, f"{name}_row")
+    places: dict[Any, int] = {}
+    found = {}
+    for index in texts.keys() | numbers.keys():
+        row = texts.get(index, {})
+        said = row.get("input"), row.get("ground_truth")
+        whole = said if all(isinstance(text, str) for text in said) else None
+        found[index] = places.setdefault(whole or row_number(results, name, index), len(places))
+    return found if len(places) < len(found) else {}
+
+
 def row_number(results: Mapping[str, Any], name: str, index: str) -> str:
     """The row of a set's file, from 1, that has an index; the index where it is no number."""
     row = _number(rows_of(results, f"{name}_row").get(index, {}).get("row"))

@@ -45,8 +45,10 @@ from perta.models.load import (
     longest_input,
     pad_id,
     picked,
+    plain_errors,
 )
 from perta.models.resolve import resolve_checkpoint
+from perta.models.trust import LOCAL
 from perta.options import ComputeConfig
 from perta.progress import say
 from perta.stages.settings import AuditConfig
@@ -167,7 +169,7 @@ def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> No
     Raises:
         ConfigError: two are the same.
         DataError: a record contradicts.
-        CheckpointMismatchError: their tokenizers differ.
+        CheckpointMismatchError: their shapes or tokenizers differ.
     """
     marks = {**inputs, "cleaned": inputs.get("merged", inputs["checkpoint"])}
     for i, role in enumerate(_ORDER):
@@ -186,13 +188,29 @@ def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> No
     if "retrained" in folders:
         refuse_claim("retrained", inputs["retrained"], str(folders["retrained"]), records, mine)
     words = load_tokenizer(folders["cleaned"]).get_vocab()
+    shape = _shape(folders["cleaned"])
     for role, folder in folders.items():
+        if _shape(folder) != shape:
+            raise CheckpointMismatchError(
+                f"The {role} checkpoint {folder} is of another shape than the cleaned one, "
+                f"{folders['cleaned']}: (layers, width) {_shape(folder)} and {shape}. Give models "
+                "of one family."
+            )
         if load_tokenizer(folder).get_vocab() != words:
             raise CheckpointMismatchError(
                 f"The tokenizer of the {role} checkpoint {folder} differs from that of the cleaned "
                 f"one, {folders['cleaned']}, so their scores are of different tokens. Give models "
                 "of one family."
             )
+
+
+def _shape(folder: Path) -> tuple[Any, Any]:
+    """Layers and width of the language model."""
+    from transformers import AutoConfig
+
+    with plain_errors(folder):
+        config: Any = AutoConfig.from_pretrained(folder, **LOCAL).get_text_config()
+    return getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
 
 
 class _Models:

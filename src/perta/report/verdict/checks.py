@@ -33,6 +33,7 @@ from perta.evidence.measures import (
     Reading,
     groups_of,
     numbers_of,
+    read_repeats,
     read_subjects,
     row_number,
     truth_ratios,
@@ -126,6 +127,7 @@ class Yardstick:
     measures: Mapping[str, Reading]
     losses: Values
     subjects: Mapping[str, int]
+    repeats: Mapping[str, int]
 
     @property
     def paired(self) -> bool:
@@ -144,10 +146,12 @@ def find_yardstick(run: Run, retrained: Run | None, base: Run | None) -> Yardsti
     if other is not None:
         name: Calibration = "base" if other is base else "retrained"
         subjects = read_subjects(other.results, "forget")
-        return Yardstick(name, other.measures, _row_losses(other, "forget"), subjects)
+        repeats = read_repeats(other.results, "forget")
+        return Yardstick(name, other.measures, _row_losses(other, "forget"), subjects, repeats)
     if unseen:
         subjects = read_subjects(run.results, "holdout")
-        return Yardstick("holdout", unseen, _row_losses(run, "holdout"), subjects)
+        repeats = read_repeats(run.results, "holdout")
+        return Yardstick("holdout", unseen, _row_losses(run, "holdout"), subjects, repeats)
     return None
 
 
@@ -180,14 +184,12 @@ def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> li
     """Every forget measure against the yardstick, facts first."""
     left_out = _other_fact("forget", full)
     keys = [k for k in (*FORGET_CORE, "forget_exact") if k in run.measures and k != left_out]
-    subjects = read_subjects(run.results, "forget")
     checks = [
         _forget_check(
             key,
-            run.measures[key],
+            run,
             full.measures.get(key) if full else None,
             yardstick,
-            subjects,
             _is_decisive(key, run, yardstick),
         )
         for key in keys
@@ -217,12 +219,12 @@ def _unjudged(
 
 def _forget_check(
     key: str,
-    after: Reading,
+    run: Run,
     before: Reading | None,
     yardstick: Yardstick | None,
-    subjects: Mapping[str, int],
     core: bool,
 ) -> Check:
+    after = run.measures[key]
     reference = yardstick.measures.get(key) if yardstick else None
     check = _unjudged(key, before, after, reference, core)
     if reference is None or yardstick is None:
@@ -232,9 +234,11 @@ def _forget_check(
     if gap <= SMALLEST_GAP:
         return check
     known = before.examples if before else {}
-    people = (subjects, yardstick.subjects)
+    people = (read_subjects(run.results, "forget"), yardstick.subjects)
+    repeats = read_repeats(run.results, "forget")
+    groups = (people[0] or repeats, people[1] or yardstick.repeats)
     sides, paired = (after.examples, reference.examples), yardstick.paired
-    difference = excess(*sides, known, people, paired=paired)
+    difference = excess(*sides, known, groups, paired=paired)
     share = (after.value - reference.value) / gap
     high = None if difference is None else difference.high / gap
     statuses = [_forget_status(share, high)]
@@ -247,7 +251,8 @@ def _forget_check(
         left = left_of_rows(after.examples, known, usual, paired=paired)
         rows, standing = rows_still_there(left, after.examples, usual)
         still = subjects_still_there(after.examples, known, usual, people, paired=paired)
-        statuses += [_rows_status(len(rows), standing, len(after.examples))]
+        n = _distinct(after.examples, repeats)
+        statuses += [_rows_status(_distinct(rows, repeats), min(standing, n), n)]
         statuses += ["partly"] if still else []
     return replace(
         check,
@@ -258,6 +263,11 @@ def _forget_check(
         rows=rows,
         subjects=still,
     )
+
+
+def _distinct(indices: Iterable[str], repeats: Mapping[str, int]) -> int:
+    """How many rows these are: what is said twice, or in pieces, is one."""
+    return len({repeats.get(index, index) for index in indices})
 
 
 def _forget_status(share: float, high: float | None) -> Status:
@@ -310,7 +320,8 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
         return None
     spread = upper_end(list(yardstick.losses.values()))
     rows = tuple(i for i, loss in mine.items() if loss > spread + _TRACE)
-    found = share_interval(len(rows), len(mine))
+    repeats = read_repeats(run.results, "forget")
+    found = share_interval(_distinct(rows, repeats), _distinct(mine, repeats))
     status: Status = "unclear"
     if found.low > BY_CHANCE:
         status = "not"
@@ -336,7 +347,7 @@ def retain_checks(run: Run, full: Run | None, retrained: Run | None) -> list[Che
     """Every retain measure against the model before the edit, on the same rows."""
     left_out = _other_fact("retain", full)
     keys = [k for k in (*RETAIN_CORE, "retain_strength") if k in run.measures and k != left_out]
-    subjects = read_subjects(run.results, "retain")
+    subjects = read_subjects(run.results, "retain") or read_repeats(run.results, "retain")
     return [_retain_check(key, run.measures[key], full, retrained, subjects) for key in keys]
 
 
