@@ -215,10 +215,22 @@ def test_models_that_are_one_and_the_same_are_refused(config: AuditConfig, tmp_p
         assert not config.output.exists()
 
 
+@pytest.mark.parametrize("role", ["checkpoint", "full", "base"])
+def test_an_audit_is_not_written_into_what_it_reads(config: AuditConfig, role: str) -> None:
+    model = Path(getattr(config, role))
+    before = sorted(model.rglob("*"))
+    for place in (model, model / "audit", model.parent):
+        with pytest.raises(ConfigError, match="overlaps the input"):
+            audit_checkpoint(replace(config, output=place))
+    assert sorted(model.rglob("*")) == before
+
+
 def test_models_of_other_words_are_refused(config: AuditConfig, tmp_path: Path) -> None:
-    write_tiny_checkpoint(tmp_path, ["Other words than those."])
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tiny_checkpoint(other, ["Other words than those."])
     with pytest.raises(CheckpointMismatchError, match="tokenizer of the base checkpoint"):
-        audit_checkpoint(replace(config, base=str(tmp_path)))
+        audit_checkpoint(replace(config, base=str(other)))
     assert not config.output.exists()
 
 

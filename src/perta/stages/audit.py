@@ -57,7 +57,7 @@ from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import refuse_claim, requests_of
-from perta.store.record import check_output, read_manifest, settings_of
+from perta.store.record import check_output, check_separate, read_manifest, settings_of
 
 AUDIT = "audit.json"
 
@@ -89,6 +89,8 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
     }
     folders = {r: resolve_checkpoint(str(given[r]), base=config.base) for r in _ORDER if given[r]}
     sets = _load_sets(config)
+    reads = [*folders.values(), *(examples.source for examples in sets.values())]
+    check_separate(config.output, [*(place for place in given.values() if place), *reads])
     settings = {**settings_of(config), **picked(config.compute)}
 
     def look() -> dict[str, str]:
@@ -115,7 +117,7 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
         inputs,
         make,
         look=look,
-        reads=[*folders.values(), *(examples.source for examples in sets.values())],
+        reads=reads,
     )
     journal.unlink(missing_ok=True)
     return results
