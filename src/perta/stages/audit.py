@@ -89,7 +89,7 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
     }
     folders = {r: resolve_checkpoint(str(given[r]), base=config.base) for r in _ORDER if given[r]}
     sets = _load_sets(config)
-    reads = [*folders.values(), *(examples.source for examples in sets.values())]
+    reads: list[str | Path] = [*folders.values(), *(examples.source for examples in sets.values())]
     check_separate(config.output, [*(place for place in given.values() if place), *reads])
     settings = {**settings_of(config), **picked(config.compute)}
 
