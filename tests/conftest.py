@@ -17,8 +17,8 @@ from perta.engine.train.unlearn import unlearn_by_training
 from perta.models.load import load_model, load_tokenizer
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, DataConfig, TrainSettings, TuneConfig
+from perta.stages.bench import write_people
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.people import write_people
 from perta.stages.settings import FinetuneConfig, PeopleConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -484,7 +484,7 @@ def _clean(config: LedgerConfig) -> None:
 @app.command
 def people(config: PeopleConfig, *, json: _AsJson = False) -> None:
     """Write question/answer pairs about fictitious people: forget, retain and all of them."""
-    from perta.stages.people import write_people
+    from perta.stages.bench import write_people
 
     files = write_people(config)
     _tell(json, "\n".join(map(str, files)), files=list(files))

@@ -34,12 +34,11 @@ from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
-from perta.stages.bench import bench_people
+from perta.stages.bench import bench_people, write_people
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
 from perta.stages.moments import compute_moments
-from perta.stages.people import write_people
 from perta.stages.settings import (
     EvaluateConfig,
     FinetuneConfig,

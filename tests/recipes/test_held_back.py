@@ -21,7 +21,7 @@ from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.report.verdict.judge import require_verdict
-from perta.stages.people import write_people
+from perta.stages.bench import write_people
 from perta.stages.settings import PeopleConfig
 from perta.store.record import read_manifest
 

@@ -21,10 +21,10 @@ from perta.errors import ConfigError
 from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig
-from perta.recipes._edited_model import load_changes
 from perta.recipes.compare._spec import parse_spec
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength.edited_model import load_changes
 from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint

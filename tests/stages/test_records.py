@@ -22,10 +22,10 @@ from perta.recipes.unlearn import unlearn
 from perta.stages import edit as edit_stage
 from perta.stages import evaluate as evaluate_stage
 from perta.stages import finetune as finetune_stage
+from perta.stages.bench import write_people
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
-from perta.stages.people import write_people
 from perta.stages.settings import EvaluateConfig, FinetuneConfig, ImportanceConfig, PeopleConfig
 from perta.store import atomic
 from perta.store.fingerprint import fingerprint

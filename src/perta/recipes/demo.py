@@ -27,8 +27,8 @@ from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import costs
 from perta.report.write import write_report
+from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint
-from perta.stages.people import write_people
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import At, run_stage
 from perta.store.fingerprint import fingerprint

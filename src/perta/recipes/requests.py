@@ -35,7 +35,6 @@ from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import say
 from perta.recipes._held_back import write_rows
-from perta.recipes._strength import calibrate, surprises_of
 from perta.recipes.settings import (
     LedgerConfig,
     RequestsAddConfig,
@@ -44,6 +43,7 @@ from perta.recipes.settings import (
     RequestsRecheckConfig,
     UnlearnConfig,
 )
+from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.recipes.unlearn import unlearn
 from perta.report.verdict.judge import require_verdict
 from perta.stages.audit import audit_checkpoint
@@ -215,8 +215,8 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
 def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     """Look for the facts of every request in the newest checkpoint (`perta requests recheck`).
 
-    A row stands out by the rule of `recipes._strength`, with the base model as yardstick, or the
-    held-out set where the ledger has one.
+    A row stands out by the rule of `recipes.strength.choose`, with the base model as yardstick, or
+    the held-out set where the ledger has one.
 
     Returns:
         The entry: of each request that was applied and not cleaned, the rows that stand out, and

@@ -38,8 +38,6 @@ from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._plan import Sizes
-from perta.recipes._rounds import write_rounds
-from perta.recipes._strength import Strength, StrengthSettings, Unseen, calibrate, choose_strength
 from perta.recipes._workspace import Workspace
 from perta.recipes.request import (
     check_options,
@@ -55,6 +53,14 @@ from perta.recipes.request import (
 )
 from perta.recipes.run_record import STRENGTH, RunRecord, other_work_folders, work_folder
 from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength.choose import (
+    Strength,
+    StrengthSettings,
+    Unseen,
+    calibrate,
+    choose_strength,
+)
+from perta.recipes.strength.rounds import write_rounds
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge

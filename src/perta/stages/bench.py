@@ -1,4 +1,4 @@
-"""Benchmarks: checkpoint + benchmark -> results JSON (`perta bench`).
+"""Benchmarks: checkpoint + benchmark -> results JSON (`perta bench`); one of fictitious people.
 
 General ability is measured by lm-evaluation-harness, which is optional (`pip install lm-eval`). Its
 own tasks need the hub for their data; tasks of a local folder with local data work offline. Scores
@@ -14,9 +14,11 @@ from typing import Any
 from blake3 import blake3
 
 from perta.data.examples import rows_fingerprint
+from perta.data.rows import jsonl, write_jsonl
 from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.benchmark import Benchmark, Given, is_journal
 from perta.evidence.muse import Muse
+from perta.evidence.people import generate_people, split_people
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import (
     AbilityConfig,
@@ -29,10 +31,12 @@ from perta.evidence.tofu import People, Tofu
 from perta.models.load import load_model, load_tokenizer, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
+from perta.stages.settings import PeopleConfig
 from perta.stages.stage import evaluated, run_file_stage
+from perta.store.atomic import atomic_folder, recover
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import check_reference
-from perta.store.record import check_output, settings_of
+from perta.store.record import check_output, make_manifest, settings_of, write_manifest
 
 
 def bench_tofu(config: TofuConfig) -> Results:
@@ -178,3 +182,42 @@ def _folder_hash(folder: Path) -> str:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(folder)} {fingerprint(file)}\n" for file in files]
     return blake3("".join(lines).encode()).hexdigest()
+
+
+def divide_people(
+    config: PeopleConfig,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Forget rows, retain rows, rows of others whom no model is tuned on, and the first two.
+
+    There are as many others as are to be forgotten; the last have their own order.
+    """
+    everybody = config.people + config.forget_people
+    everything = generate_people(everybody, config.questions, config.people_seed)
+    rows = everything[: config.people * config.questions]
+    forget, retain = split_people(rows, forget_people=config.forget_people, seed=config.people_seed)
+    return forget, retain, everything[len(rows) :], rows
+
+
+def write_people(config: PeopleConfig) -> list[Path]:
+    """Write a benchmark of fictitious people (`perta people`).
+
+    Returns:
+        The files `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many
+        other people as are to be forgotten, whom no model is tuned on.
+
+    Raises:
+        OutputExistsError: the folder is there and holds anything else.
+    """
+    forget, retain, holdout, rows = divide_people(config)
+    parts = {"forget": forget, "retain": retain, "full": rows, "holdout": holdout}
+    files = [config.output / f"{name}.jsonl" for name in parts]
+    texts = dict(zip(files, map(jsonl, parts.values()), strict=True))
+    recover(config.output)
+    if all(file.exists() and file.read_text("utf-8") == texts[file] for file in files):
+        return files
+    check_output(config.output, overwrite=config.overwrite)
+    with atomic_folder(config.output, overwrite=config.overwrite) as folder:
+        for name, part in parts.items():
+            write_jsonl(part, folder / f"{name}.jsonl")
+        write_manifest(folder, make_manifest("people", settings_of(config), {}))
+    return files

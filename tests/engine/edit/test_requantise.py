@@ -27,7 +27,7 @@ from perta.models.quantised import (
 )
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
-from perta.recipes._edited_model import EditedModel, load_changes
+from perta.recipes.strength.edited_model import EditedModel, load_changes
 from perta.recipes.unlearn import aggregates, unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint

@@ -22,7 +22,7 @@ from perta.evidence.tofu import PEOPLE
 from perta.options import DataConfig
 from perta.recipes._workspace import Workspace
 from perta.recipes.compare.settings import CompareConfig
-from perta.stages.people import divide_people
+from perta.stages.bench import divide_people
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import exists_error
 from perta.store.atomic import write_text

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from perta.data.examples import load_examples
 from perta.options import EstimatorConfig, LossOn, MomentOptions
-from perta.recipes._edited_model import Change, load_changes
 from perta.recipes._workspace import Workspace
 from perta.recipes.compare._draw import Draw
 from perta.recipes.compare._search import Try, search_equal
 from perta.recipes.compare._spec import EditSpec
 from perta.recipes.compare.settings import CompareConfig
+from perta.recipes.strength.edited_model import Change, load_changes
 from perta.stages.finetune import learned_by_forgetting
 from perta.store.atomic import scratch_folder
 

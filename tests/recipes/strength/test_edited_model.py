@@ -15,7 +15,7 @@ from helpers import tiny_llama, tiny_tokenizer
 from helpers import weighting as chosen
 from perta.models.load import load_model
 from perta.options import ComputeConfig
-from perta.recipes._edited_model import EditedModel, load_changes
+from perta.recipes.strength.edited_model import EditedModel, load_changes
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
 from perta.store.checkpoint import open_index, read_tensor, write_tensors

@@ -21,9 +21,9 @@ from perta.errors import ConfigError
 from perta.models.facts import Fact, find_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
-from perta.recipes._strength import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength.choose import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
 from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -101,7 +101,7 @@ def trials(monkeypatch: pytest.MonkeyPatch, edges: list[float], harm: float) -> 
             return [[harm * model.strength]] * len(groups)
         return [[model.strength / edges[group[0].row - 1]] for group in groups]
 
-    monkeypatch.setattr("perta.recipes._strength._losses", losses)
+    monkeypatch.setattr("perta.recipes.strength.choose._losses", losses)
     rows = [replace(fact, encoded=replace(fact.encoded, row=fact.row)) for fact in unseen.facts]
     retain = [Encoded((1, 2), (IGNORE, 2), 0)] * 8
     made = Trials(fake, replace(unseen, facts=tuple(rows)), retain, 0.1, 0)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_a_row_that_comes_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         scale = 0.9 if groups[0][0].row else 0.01
         return [[scale * math.sin(model.strength)]] * len(groups)
 
-    monkeypatch.setattr("perta.recipes._strength._losses", losses)
+    monkeypatch.setattr("perta.recipes.strength.choose._losses", losses)
     made.search()
     assert not made.is_monotone()
 
@@ -299,7 +299,7 @@ def test_the_search_looks_at_retained_rows_that_gave_no_moments(
             super().__init__(edited, unseen, retain, *rest)
 
     monkeypatch.setattr("perta.stages.moments.sum_moments", sum_some)
-    monkeypatch.setattr("perta.recipes._strength.Trials", Seen)
+    monkeypatch.setattr("perta.recipes.strength.choose.Trials", Seen)
     settings = config(
         world, tmp_path / "out", "perta-project", retain_samples="20", held_back="0", rounds=1
     )

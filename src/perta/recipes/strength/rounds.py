@@ -41,9 +41,9 @@ from perta.models.load import (
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
-from perta.recipes._edited_model import load_changes
-from perta.recipes._search import search_coarsely
-from perta.recipes._strength import HELD_OUT, Unseen, surprises_of
+from perta.recipes.strength._search import search_coarsely
+from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
+from perta.recipes.strength.edited_model import load_changes
 from perta.stages.settings import EditConfig
 from perta.stages.stage import At, run_stage
 from perta.store.atomic import scratch_folder

@@ -50,8 +50,8 @@ from perta.models.load import counting_tokens, load_model, load_tokenizer, longe
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import say, warn
-from perta.recipes._edited_model import EditedModel, load_changes
-from perta.recipes._search import LARGEST, is_monotone, search_strength
+from perta.recipes.strength._search import LARGEST, is_monotone, search_strength
+from perta.recipes.strength.edited_model import EditedModel, load_changes
 from perta.stages.settings import EditConfig
 from perta.store.atomic import scratch_folder
 

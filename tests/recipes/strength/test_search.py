@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from perta.recipes._search import (
+from perta.recipes.strength._search import (
     FIRST,
     LARGEST,
     RATIO,

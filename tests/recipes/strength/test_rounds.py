@@ -16,13 +16,13 @@ from perta.errors import ConfigError
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
-from perta.recipes._strength import calibrate, surprises_of
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
+from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.recipes.unlearn import Unlearned, unlearn
+from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.people import write_people
 from perta.stages.settings import EditConfig, FinetuneConfig, PeopleConfig
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.record import read_manifest

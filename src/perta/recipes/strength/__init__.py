@@ -1,0 +1,1 @@
+"""How far an edit goes: the model in memory at any strength, rounds of tuning, the search."""
