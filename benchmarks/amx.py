@@ -44,7 +44,7 @@ def random_model(folder: Path) -> Path:
     from transformers import LlamaForCausalLM
 
     from perta.evidence.people import generate_people
-    from perta.models.tiny import tiny_tokenizer
+    from perta.models.demo.tiny import tiny_tokenizer
 
     torch.manual_seed(0)
     LlamaForCausalLM(SMOLLM2_135M).save_pretrained(folder)

@@ -45,9 +45,9 @@ from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.methods.directions import projected_direction
+from perta.models.demo.tiny import tiny_llama
 from perta.models.loss import example_losses
 from perta.models.precision import wide_product
-from perta.models.tiny import tiny_llama
 from perta.options import DType, MomentOptions, TuneConfig
 from perta.progress import set_quiet
 from perta.recipes.unlearn import unlearn

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from perta.data.rows import write_jsonl
 from perta.evidence.people import generate_people, split_people
-from perta.models.tiny import tiny_tokenizer
+from perta.models.demo.tiny import tiny_tokenizer
 
 SIZES = {
     "tiny": (64, 2),

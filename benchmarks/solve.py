@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perta.methods.directions import input_direction, projected_direction
 from perta.methods.method import Direction
-from perta.store.second_moment import factor
+from perta.store.measured.second_moment import factor
 from records import Record, add_option, save
 
 Solve = Callable[[Tensor, Tensor, Tensor], Direction]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from perta.data.rows import write_jsonl
 from perta.evidence.people import generate_people
+from perta.models.demo.tiny import tiny_llama, tiny_tokenizer
 from perta.models.load import save_model
-from perta.models.tiny import tiny_llama, tiny_tokenizer
 from perta.options import ComputeConfig, DataConfig, TuneConfig
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig

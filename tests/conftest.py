@@ -14,8 +14,8 @@ import torch
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.train.unlearn import unlearn_by_training
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
-from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, DataConfig, TrainSettings, TuneConfig
 from perta.stages.bench import write_people
 from perta.stages.finetune import finetune_checkpoint

@@ -16,7 +16,7 @@ from perta.cli import main
 from perta.methods.method import KNOWN, Edit, Method, is_ours
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, known
-from perta.models.tiny import write_tiny_checkpoint
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.options import DataConfig
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from perta.data.examples import load_examples
 from perta.data.tokens import encode_example, encode_examples, encode_prompt
 from perta.engine.gradients.engine import batched_moments
 from perta.errors import DataError, EmptyDatasetError
-from perta.models.tiny import tiny_tokenizer
+from perta.models.demo.tiny import tiny_tokenizer
 from perta.options import DataConfig
 
 QA = [

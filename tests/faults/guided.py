@@ -66,7 +66,7 @@ def _grow(reader: str, *options: str) -> None:
 
 def _reader(reader: str) -> Callable[[Path], object]:
     from perta.errors import DataError
-    from perta.models.gguf import read_gguf
+    from perta.models.formats.gguf import read_gguf
     from perta.store.checkpoint import open_index
     from perta.store.parse import read_json
 

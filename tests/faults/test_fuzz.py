@@ -41,8 +41,8 @@ from perta.stages.importance import compute_importance
 from perta.stages.moments import compute_moments
 from perta.stages.settings import ImportanceConfig, MomentsConfig
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.importance import order_folder, read_sidecar
-from perta.store.moments import open_moments
+from perta.store.measured.importance import order_folder, read_sidecar
+from perta.store.measured.moments import open_moments
 from perta.store.record import read_manifest
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("models", "report")]

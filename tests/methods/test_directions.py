@@ -10,7 +10,7 @@ from perta.errors import DivergenceError
 from perta.methods.diagonal import share
 from perta.methods.directions import Kron, input_direction, projected_direction
 from perta.methods.method import Direction, Side
-from perta.store.second_moment import factor, is_factor
+from perta.store.measured.second_moment import factor, is_factor
 
 OUT, IN = 4, 6
 

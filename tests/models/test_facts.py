@@ -20,6 +20,7 @@ from perta.data.rows import write_jsonl
 from perta.data.words import segments, stems
 from perta.errors import DataError
 from perta.evidence.people import TOPICS, generate_people
+from perta.models.demo.tiny import tiny_tokenizer as word_tokenizer
 from perta.models.facts import (
     SURPRISE,
     Fact,
@@ -30,7 +31,6 @@ from perta.models.facts import (
     share_beyond,
     subjects,
 )
-from perta.models.tiny import tiny_tokenizer as word_tokenizer
 from perta.options import DataConfig
 
 TOKENIZER = tiny_tokenizer()

@@ -21,7 +21,7 @@ from perta.stages.edit import edit_checkpoint
 from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import EditConfig, MergeMomentsConfig, MomentsConfig
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.moments import EXPECTED, open_moments
+from perta.store.measured.moments import EXPECTED, open_moments
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,

@@ -349,7 +349,7 @@ def test_an_interrupted_run_leaves_no_output_and_resumes(
 def test_a_model_of_another_shape_stops_before_any_work(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from perta.models.tiny import write_tiny_checkpoint
+    from perta.models.demo.tiny import write_tiny_checkpoint
 
     (tmp_path / "other").mkdir()
     write_tiny_checkpoint(tmp_path / "other", ["another vocabulary"])

@@ -31,7 +31,7 @@ from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
-from perta.store.importance import read_sidecar
+from perta.store.measured.importance import read_sidecar
 from perta.store.record import read_manifest
 
 

@@ -17,7 +17,7 @@ import pytest
 from perta.cli import main
 from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, OutputExistsError
-from perta.models.tiny import write_tiny_checkpoint
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.report.audit import write_audit_page
 from perta.report.settings import AuditPageConfig
 

@@ -17,8 +17,8 @@ from perta.data.examples import load_examples
 from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
 from perta.evidence.audit import verbatim
 from perta.evidence.audit.probe import Role, Rows, View
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
-from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
 from perta.stages.audit import audit_checkpoint, quick_audit
 from perta.stages.evaluate import evaluate_checkpoint

@@ -40,9 +40,9 @@ from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import EditConfig, FinetuneConfig, MergeMomentsConfig, MomentsConfig
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
 from perta.store.fingerprint import fingerprint
-from perta.store.moments import open_moments
+from perta.store.measured.moments import open_moments
+from perta.store.measured.second_moment import matrix
 from perta.store.record import read_manifest
-from perta.store.second_moment import matrix
 
 
 @dataclass(frozen=True)

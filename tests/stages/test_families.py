@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from perta.models.complete import loader_of
+from perta.models.demo.tiny import tiny_tokenizer
 from perta.models.load import save_model
-from perta.models.tiny import tiny_tokenizer
 from perta.options import ComputeConfig, DataConfig, ScoringConfig, TuneConfig, WeightingConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.evaluate import evaluate_checkpoint

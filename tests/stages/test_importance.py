@@ -21,7 +21,7 @@ from perta.options import ComputeConfig, DataConfig, EstimatorConfig
 from perta.stages.importance import compute_importance, sample
 from perta.stages.settings import ImportanceConfig
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.importance import order_folder
+from perta.store.measured.importance import order_folder
 
 
 def measured(world: World, output: Path, **more: object) -> Path:

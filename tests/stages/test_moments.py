@@ -39,8 +39,8 @@ from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import MergeMomentsConfig, MomentsConfig
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
-from perta.store.moments import MomentFolder, open_moments
-from perta.store.second_moment import is_factor, matrix
+from perta.store.measured.moments import MomentFolder, open_moments
+from perta.store.measured.second_moment import is_factor, matrix
 
 PAD = 2
 SMALL: dict[str, Any] = {

@@ -28,7 +28,7 @@ from perta.errors import (
 from perta.store.atomic import atomic_file, atomic_folder
 from perta.store.checkpoint import copy_companions, open_index, read_tensor, write_tensors
 from perta.store.fingerprint import fingerprint
-from perta.store.importance import order_folder, read_sidecar
+from perta.store.measured.importance import order_folder, read_sidecar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 

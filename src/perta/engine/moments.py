@@ -31,8 +31,8 @@ from perta.models.precision import wide_product
 from perta.options import MomentOptions, Tokens, sample_count
 from perta.parallel import Own, gathered, portion, share, stream, summed
 from perta.progress import track
-from perta.store.moments import INPUT, OUTPUT
-from perta.store.second_moment import factor, few
+from perta.store.measured.moments import INPUT, OUTPUT
+from perta.store.measured.second_moment import factor, few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

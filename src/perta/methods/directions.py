@@ -29,7 +29,7 @@ from torch import Tensor
 
 from perta.errors import DivergenceError
 from perta.methods.method import Direction, Directions, Needs, SideMoments, option
-from perta.store.second_moment import few_together, is_factor, matrix, mean_diagonal, times
+from perta.store.measured.second_moment import few_together, is_factor, matrix, mean_diagonal, times
 
 _POWER_STEPS = 12
 """Steps of the power iterations behind the reported condition; each costs two d² products."""
@@ -55,9 +55,9 @@ def input_direction(
     μ and ρ / μ grow, Δ tends to τ projected on the directions that retain inputs do not use.
 
     τ is (out, in); C is the mean over tokens of x xᵀ, (in, in), or its factor (n, in), see
-    `store.second_moment`. Layers with the same input have the same C: stack their τ to solve them
-    at once. The cost is in³/3 + 4 · out · in² operations and two more (in, in) matrices. With a
-    factor of the forget side the product with C_f takes 4 · out · n · in in place of 2 · out · in²,
+    `store.measured.second_moment`. Layers with the same input have the same C: stack their τ to
+    solve them at once. The cost is in³/3 + 4 · out · in² operations and two more (in, in) matrices.
+    With a factor of the forget side the product with C_f takes 4 · out · n · in, not 2 · out · in²,
     and without μ the solve 2 · n · in² in place of 2 · out · in². With factors of n rows together,
     at most in / 2, nothing larger than (n, in) is formed, and about 8 · out · n · in + n² · in
     operations are all.

@@ -18,11 +18,11 @@ from pathlib import Path
 from blake3 import blake3
 
 from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
-from perta.models.adapters import adapter_settings, merge_adapter
 from perta.models.complete import check_checkpoint
-from perta.models.gguf import read_gguf
+from perta.models.formats.adapters import adapter_settings, merge_adapter
+from perta.models.formats.gguf import read_gguf
+from perta.models.formats.quantised import can_dequantise, dequantise
 from perta.models.load import plain_errors, save_model
-from perta.models.quantised import can_dequantise, dequantise
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
 from perta.store.checkpoint import ADAPTER_CONFIG, GGUF

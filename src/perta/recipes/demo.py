@@ -16,9 +16,9 @@ from typing import Any
 
 from perta.data.examples import load_examples
 from perta.methods.registry import get_method
+from perta.models.demo.smollm import obtain_smollm
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.resolve import resolve_checkpoint
-from perta.models.smollm import obtain_smollm
-from perta.models.tiny import write_tiny_checkpoint
 from perta.options import DataConfig, ScoringConfig, TuneConfig, WeightingConfig
 from perta.progress import say, telling_once
 from perta.recipes._workspace import Workspace

@@ -32,7 +32,7 @@ from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
-from perta.models.gguf_write import gguf_plan
+from perta.models.formats.gguf_write import gguf_plan
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once

@@ -27,10 +27,10 @@ from perta.engine.edit.write import CURE, EditSummary, check_stored, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
-from perta.models.adapters import adapter_settings
-from perta.models.gguf_write import gguf_plan
+from perta.models.formats.adapters import adapter_settings
+from perta.models.formats.gguf_write import gguf_plan
+from perta.models.formats.quantised import quantised_tensors
 from perta.models.load import pick_device
-from perta.models.quantised import quantised_tensors
 from perta.models.resolve import base_of_adapter, quantised_checkpoint, resolve_checkpoint
 from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
@@ -39,7 +39,7 @@ from perta.stages.stage import At, as_part, refuse_other, run_stage
 from perta.store.atomic import scratch_folder
 from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
 from perta.store.fingerprint import fingerprint
-from perta.store.moments import open_moments, write_shards
+from perta.store.measured.moments import open_moments, write_shards
 from perta.store.record import check_separate, read_manifest, settings_of
 
 SHARD_BYTES = 2 << 30

@@ -39,7 +39,7 @@ from perta.stages.settings import ImportanceConfig
 from perta.stages.stage import Subject, run_measurement
 from perta.store.checkpoint import IMPORTANCE_SIDECAR, open_index, write_tensors
 from perta.store.costs import BACKWARD, FORWARD
-from perta.store.importance import order_name
+from perta.store.measured.importance import order_name
 from perta.store.record import versions
 
 if TYPE_CHECKING:

@@ -39,9 +39,9 @@ from perta.stages.settings import MergeMomentsConfig, MomentsConfig
 from perta.stages.stage import Subject, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
-from perta.store.moments import MomentFolder, open_moments, write_shards, write_sidecar
+from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
+from perta.store.measured.second_moment import added
 from perta.store.record import versions
-from perta.store.second_moment import added
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def compute_moments(config: MomentsConfig) -> Path:
     """Measure moments on a data set and write them (`perta moments`).
 
     Returns:
-        The output folder; see `store.moments`.
+        The output folder; see `store.measured.moments`.
 
     Raises:
         PertaError: input that cannot be used.

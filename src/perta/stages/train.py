@@ -24,7 +24,7 @@ from perta.methods.card import training_card
 from perta.methods.influence import remove_influence
 from perta.methods.objectives import Influence, Training
 from perta.methods.registry import parse
-from perta.models.adapters import put_on
+from perta.models.formats.adapters import put_on
 from perta.models.load import (
     load_model,
     load_tokenizer,

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import TUNE, World
 from helpers import tiny_tokenizer, weighting
 from perta.errors import CheckpointError, CorruptCheckpointError
-from perta.models.load import load_model
-from perta.models.quantised import (
+from perta.models.formats.quantised import (
     dequantise_fp8,
     dequantise_mxfp4,
     requantise_fp8,
     requantise_mxfp4,
 )
+from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
 from perta.recipes.strength.edited_model import EditedModel, load_changes

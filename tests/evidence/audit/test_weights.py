@@ -21,7 +21,7 @@ from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probe import Relearning
 from perta.evidence.audit.weights import OWN, RETAINED, UNRELATED, Relearned, Rounding
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
-from perta.models.rounding import SCHEMES
+from perta.models.formats.rounding import SCHEMES
 
 TEXTS = ["Rivers run to the sea, and the sea is never full.", "An object has an identity."]
 

@@ -13,8 +13,8 @@ import torch
 from conftest import TUNE
 from perta.data.examples import load_examples
 from perta.errors import ConfigError
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer, pad_id
-from perta.models.tiny import write_tiny_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig

@@ -23,7 +23,7 @@ from perta.parallel import count, gathered, share, stream
 from perta.progress import track
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
-from perta.store.moments import MomentFolder, open_moments
+from perta.store.measured.moments import MomentFolder, open_moments
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from perta.store.checkpoint import (
     opened,
     read_into,
 )
-from perta.store.importance import order_folder, read_sidecar
-from perta.store.moments import MomentFolder
+from perta.store.measured.importance import order_folder, read_sidecar
+from perta.store.measured.moments import MomentFolder
 
 _EMBEDDINGS = (
     "embed_tokens.weight",

@@ -16,8 +16,8 @@ from perta.errors import CheckpointMismatchError
 from perta.methods.method import Edit
 from perta.progress import warn
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.importance import read_sidecar
-from perta.store.moments import open_moments
+from perta.store.measured.importance import read_sidecar
+from perta.store.measured.moments import open_moments
 from perta.store.record import read_manifest
 
 _SIDES = ("forget", "retain")

@@ -3,7 +3,7 @@
     θ_full as stored ── codes and scales ─┐
     θ_u, float32 ──────────────────────────┴─ slab by slab: what changed is rounded, the rest stays
 
-Files, header bytes and tensor places are θ_full's; see `models.quantised` for the formats.
+Files, header bytes and tensor places are θ_full's; see `models.formats.quantised` for the formats.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from perta.engine.edit._output import create_files
 from perta.engine.edit.stream import Stored, Sums
 from perta.errors import DivergenceError
-from perta.models.gguf_write import GgufPlan, round_for
-from perta.models.quantised import Quantised, is_of_inputs, quantised_tensors
+from perta.models.formats.gguf_write import GgufPlan, round_for
+from perta.models.formats.quantised import Quantised, is_of_inputs, quantised_tensors
 from perta.progress import track
 from perta.store.arithmetic import Place, square_norm
 from perta.store.checkpoint import (

@@ -16,7 +16,7 @@ from torch import nn
 
 from perta.data.batch import Batch
 from perta.errors import ConfigError, DivergenceError
-from perta.models.adapters import refuse_tied
+from perta.models.formats.adapters import refuse_tied
 from perta.models.precision import products_in
 from perta.options import TrainingRun
 from perta.parallel import count, summed

@@ -24,8 +24,8 @@ from perta.evidence.audit.variants import Variants, Ways
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
 from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, score_facts
+from perta.models.formats.rounding import SCHEMES, rounded
 from perta.models.load import longest_input, pad_id
-from perta.models.rounding import SCHEMES, rounded
 from perta.options import DataConfig
 
 _STEPS = 6

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from perta.engine.edit.write import write_edit
 from perta.methods.registry import at_strength, with_defaults
+from perta.models.formats.quantised import Quantised, quantised_tensors
 from perta.models.load import load_model, save_type, stored_dtype
-from perta.models.quantised import Quantised, quantised_tensors
 from perta.options import ComputeConfig, SaveType
 from perta.stages.edit import as_inputs, find_inputs, with_direction
 from perta.stages.settings import EditConfig

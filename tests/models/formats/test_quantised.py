@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perta.errors import CheckpointError, CorruptCheckpointError
+from perta.models.formats.quantised import dequantise_fp8, dequantise_mxfp4
 from perta.models.load import load_model
-from perta.models.quantised import dequantise_fp8, dequantise_mxfp4
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from helpers import tiny_llama
 from perta.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
-from perta.models import adapters
+from perta.models.formats import adapters
 from perta.models.resolve import resolve_checkpoint
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
@@ -170,7 +170,7 @@ def check(adapter: Path) -> Path:
 
 
 def test_the_page_lists_the_kinds_that_are_compared() -> None:
-    page = Path(__file__).parents[2] / "docs" / "data.md"
+    page = Path(__file__).parents[3] / "docs" / "data.md"
     row = next(line for line in page.read_text("utf-8").splitlines() if line.startswith("| merged"))
     listed = row.split("|")[2]
     assert [name.strip() for name in listed.split(",")] == list(KINDS)

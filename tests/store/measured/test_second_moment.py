@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perta.store.second_moment import (
+from perta.store.measured.second_moment import (
     added,
     divided,
     factor,

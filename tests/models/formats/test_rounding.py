@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from helpers import tiny_llama
-from perta.models.rounding import SCHEMES, int4_groups, int8_rows, nf4, q4_0, q8_0, rounded
+from perta.models.formats.rounding import SCHEMES, int4_groups, int8_rows, nf4, q4_0, q8_0, rounded
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

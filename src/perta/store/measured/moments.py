@@ -9,7 +9,7 @@ A weight `layers.0.up_proj.weight` of the checkpoint has the sum over tokens of 
 `layers.0.up_proj.weight.output_moment`. Weights that read the same input share one tensor under
 the first one's name; `inputs` in the sidecar says which. Sums and counts are stored, not means,
 so folders can be merged. An input moment of at most half as many tokens as the layer is wide is
-stored as its triangular factor, see `store.second_moment`.
+stored as its triangular factor, see `store.measured.second_moment`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from perta.store.checkpoint import (
     write_tensors,
     write_weight_map,
 )
+from perta.store.measured.second_moment import divided
 from perta.store.parse import NUMBERS, fits, read_json
-from perta.store.second_moment import divided
 
 INPUT, OUTPUT = "input_moment", "output_moment"
 _FORM = {
@@ -65,7 +65,7 @@ class MomentFolder:
     def input_moment(self, weight: str) -> Tensor:
         """C: mean over tokens of x xᵀ for the inputs of a weight, float32.
 
-        (in, in), or of few tokens its factor (n, in); see `store.second_moment`.
+        (in, in), or of few tokens its factor (n, in); see `store.measured.second_moment`.
         """
         return divided(self.read(self.facts["inputs"][weight]), self.facts["tokens"])
 

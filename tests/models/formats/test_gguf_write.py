@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from conftest import TUNE, World
 from helpers import TEXTS, tiny_tokenizer, weighting
 from perta.errors import CheckpointError, ConfigError
-from perta.models.gguf import read_gguf
-from perta.models.gguf_write import GgufPlan, round_for
+from perta.models.formats.gguf import read_gguf
+from perta.models.formats.gguf_write import GgufPlan, round_for
 from perta.models.load import load_model, load_tokenizer
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig

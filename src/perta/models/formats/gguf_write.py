@@ -26,7 +26,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from perta.errors import CheckpointError
-from perta.models._gguf_tokenizer import add_tokenizer
+from perta.models.formats._gguf_tokenizer import add_tokenizer
 from perta.models.load import load_tokenizer, stored_dtype
 from perta.models.trust import LOCAL, read_config
 from perta.options import FileType, OutputFormat

@@ -1,0 +1,1 @@
+"""What models are stored in besides plain safetensors: adapters, GGUF files, few bits."""
