@@ -14,11 +14,14 @@ from perta.data.batch import IGNORE
 from perta.data.rows import write_jsonl
 from perta.errors import DataError
 from perta.evidence import metrics, muse
-from perta.evidence.muse import cut_answer, run_muse
+from perta.evidence.benchmark import Given, Journal
+from perta.evidence.muse import Muse, cut_answer
 from perta.evidence.people import generate_people
 from perta.evidence.results import Results, results_json
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import ScoringOptions, plain_generation
+from perta.evidence.settings import MuseConfig
+from perta.options import ComputeConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 
@@ -40,14 +43,24 @@ def write_data(folder: Path, shots: int = 3) -> Path:
     return folder
 
 
-def run(folder: Path, *, seed: int = 0, **more: Any) -> Results:
-    return run_muse(
-        tiny_llama(seed=seed),
-        tiny_tokenizer(chat=False),
-        folder,
-        "tiny",
-        **{"batch_size": 2, **more},
+def run(
+    folder: Path,
+    model: Any = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 2,
+    reference: Results | None = None,
+    **more: Any,
+) -> Results:
+    config = MuseConfig(
+        checkpoint="",
+        output=Path(),
+        corpus="tiny",  # type: ignore[arg-type]
+        compute=ComputeConfig(pass_batch_size=batch_size),
+        **more,
     )
+    given = Given(folder, reference, folder.with_suffix(".journal"))
+    return Muse().run(model or tiny_llama(seed=seed), tiny_tokenizer(chat=False), config, given)
 
 
 def rows_of(folder: Path, file: str) -> list[dict[str, Any]]:
@@ -128,15 +141,14 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
 def test_long_prompts_are_refused_or_cut_in_compatible_mode(tmp_path: Path) -> None:
     folder = write_data(tmp_path, shots=14)
     model = tiny_llama(max_position_embeddings=2048)
-    tokenizer = tiny_tokenizer(chat=False)
-    results = run_muse(model, tokenizer, folder, "tiny")
+    results = run(folder, model)
     for split in ("forget", "retain"):
         entry = results[f"{split}_knowmem_ROUGE"]
         assert entry["agg_value"] is None
         assert "row 1" in entry["missing"]
         assert "512" in entry["missing"]
     assert results["forget_verbmem_ROUGE"]["agg_value"] is not None
-    compat = run_muse(model, tokenizer, folder, "tiny", compat=True)
+    compat = run(folder, model, compat=True)
     texts = [r["input"] for r in compat["forget_knowmem_ROUGE"]["value_by_index"].values()]
     assert len(texts) == 3
     assert len(set(texts)) == 1  # the question is what was cut
@@ -186,18 +198,10 @@ def test_a_report_shows_the_metrics(tmp_path: Path) -> None:
 
 
 def test_journal_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, journal = write_data(tmp_path / "data"), tmp_path / "muse.journal"
-    first = run(folder, journal=journal)
-    monkeypatch.setattr(muse, "run_with_journal", _only_from_journal)
-    assert run(folder, journal=journal) == first
-
-
-def _only_from_journal(
-    _model: Any, items: dict[str, Any], _options: Any, journal: Any, _advance: Any
-) -> dict[str, Any]:
-    from perta.evidence.scoring.items import Outcome
-
-    return {name: Outcome.from_json(journal.entries[name]) for name in items}
+    folder = write_data(tmp_path)
+    first = run(folder)
+    monkeypatch.setattr(Journal, "put", None)
+    assert run(folder) == first
 
 
 def test_labels_of_plain_text() -> None:

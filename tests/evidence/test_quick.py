@@ -21,7 +21,7 @@ from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
 from perta.evidence.people import generate_people
 from perta.evidence.quick import quick_evaluation, score_examples
-from perta.evidence.results import missing, read_results, require_finite, results_json, table
+from perta.evidence.results import missing, read_results, results_json, table
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_items
 from perta.models.facts import find_facts, score_facts
 from perta.models.loss import example_losses
@@ -231,7 +231,6 @@ def test_table_leaves_missing_values_out_of_the_mean() -> None:
     )
     assert table([{"score": None}], "score")["agg_value"] is None
     assert missing("why") == {"agg_value": None, "missing": "why"}
-    require_finite([], "nothing")
 
 
 def test_results_files(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +28,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
-from perta.errors import ConfigError, DataError, DivergenceError, first_line
-from perta.evidence.results import Results
-from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_in_modes
+from perta.errors import ConfigError, DataError, first_line
+from perta.evidence.results import Results, require_finite
+from perta.evidence.scoring.cache import Masking
+from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens, run_in_modes
 from perta.evidence.settings import BenchmarkConfig
+from perta.models.load import longest_input, pad_id
 from perta.models.resolve import cache_folder
 from perta.options import DataConfig
-from perta.progress import say
+from perta.progress import say, track
 from perta.store.atomic import write_text
 from perta.store.fingerprint import content_of, fingerprint, run_file
 from perta.store.parse import parse_json
@@ -44,6 +45,7 @@ from perta.version import __version__
 
 Reference = Mapping[str, Any]
 _Config = TypeVar("_Config", bound=BenchmarkConfig)
+_Plain = TypeVar("_Plain")
 
 
 @dataclass(frozen=True)
@@ -101,32 +103,37 @@ class Benchmark(ABC, Generic[_Config]):
 
 
 def load_benchmark(path: Path) -> Benchmark[Any]:
-    """The benchmark that a Python file defines.
+    """The benchmark that a Python file defines; a ConfigError as `own_class`."""
+    benchmark: Benchmark[Any] = own_class(path, Benchmark, ("name", "summary", "config"))()
+    # Inherited options are annotated with names that its own file need not know.
+    hints = get_type_hints(benchmark.config, include_extras=True)
+    benchmark.config.__init__.__annotations__ = {**hints, "return": None}
+    return benchmark
+
+
+def own_class(path: Path, kind: type[Any], parts: Sequence[str]) -> type[Any]:
+    """The one class of a kind that a user's Python file defines; it has all `parts`.
 
     Raises:
-        ConfigError: the file cannot be run, or does not define exactly one complete `Benchmark`.
+        ConfigError: the file cannot be run, or does not define exactly one complete such class.
     """
     module = run_file(path)
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
-        and issubclass(value, Benchmark)
+        and issubclass(value, kind)
         and value.__module__ == module.__name__
     ]
     if len(found) != 1 or inspect.isabstract(found[0]):
         raise ConfigError(
-            f"{path} must define one subclass of perta.evidence.benchmark.Benchmark with a method "
-            f"`run`; it defines {len(found)}."
+            f"{path} must define one subclass of {kind.__module__}.{kind.__qualname__} with a "
+            f"method `run`; it defines {len(found)}."
         )
-    lacking = [part for part in ("name", "summary", "config") if not hasattr(found[0], part)]
+    lacking = [part for part in parts if not hasattr(found[0], part)]
     if lacking:
         raise ConfigError(f"{path}: {found[0].__name__} lacks {', '.join(lacking)}.")
-    benchmark: Benchmark[Any] = found[0]()
-    # Inherited options are annotated with names that its own file need not know.
-    hints = get_type_hints(benchmark.config, include_extras=True)
-    benchmark.config.__init__.__annotations__ = {**hints, "return": None}
-    return benchmark
+    return found[0]
 
 
 def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str, str]]) -> Path:
@@ -182,6 +189,13 @@ class Journal:
             self._file.write(json.dumps({**entry, "hash": content_of_results(entry)}) + "\n")
             self._file.flush()
 
+    def kept(self, name: str, make: Callable[[], _Plain]) -> _Plain:
+        """A plain value that is made once in all runs, under a name of its own."""
+        if name not in self.entries:
+            self.put(name, make())
+        value: _Plain = self.entries[name]
+        return value
+
     def _kept_lines(self) -> list[str]:
         header = json.dumps({"key": self.key})
         if self.path is None or not self.path.is_file():
@@ -234,29 +248,38 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def published_options(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, compat: bool
+) -> ScoringOptions:
+    """Of a published benchmark; `compat` hides padding inside prompts as its own code does."""
+    padding = pad_id(tokenizer)
+    masking = Masking(padding, padding if compat else None)
+    ends, longest = end_tokens(model, tokenizer), longest_input(model)
+    return ScoringOptions(masking, ends, batch_size, longest=longest)
+
+
 def run_with_journal(
+    what: str,
     model: PreTrainedModel,
     items: Mapping[str, Item],
     options: ScoringOptions,
     journal: Journal,
-    advance: Callable[..., None],
 ) -> dict[str, Outcome]:
-    """`run_in_modes` over named items, but those the journal holds; each loss has to be finite."""
+    """`run_in_modes` over named items, but those the journal holds; each loss has to be finite.
+
+    `what` stands on the progress bar; outcomes are in the order of `items`.
+    """
     names = [name for name in items if name not in journal.entries]
-    advance(len(items) - len(names))
+    with track(what, len(items)) as advance:
+        advance(len(items) - len(names))
 
-    def done(place: int, outcome: Outcome) -> None:
-        for score in outcome.scores:
-            if not math.isfinite(score.loss):
-                raise DivergenceError(
-                    f"The model's loss on {names[place]} is {score.loss}: its weights are "
-                    "damaged. With an unlearned model, lower --scaling-coef; else check the "
-                    "checkpoint."
-                )
-        journal.put(names[place], outcome.as_json())
-        advance(1)
+        def done(place: int, outcome: Outcome) -> None:
+            for score in outcome.scores:
+                require_finite(score, names[place])
+            journal.put(names[place], outcome.as_json())
+            advance(1)
 
-    run_in_modes(model, [items[name] for name in names], options, done)
+        run_in_modes(model, [items[name] for name in names], options, done)
     return {name: Outcome.from_json(journal.entries[name]) for name in items}
 
 

@@ -31,6 +31,7 @@ from perta.evidence.benchmark import (
     hub_files,
     load_file,
     open_journal,
+    published_options,
     run_with_journal,
 )
 from perta.evidence.results import (
@@ -43,12 +44,10 @@ from perta.evidence.results import (
     table,
     token_ids,
 )
-from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens
+from perta.evidence.scoring.items import Item, Outcome, ScoringOptions
 from perta.evidence.settings import MuseConfig
-from perta.models.load import longest_input, pad_id
+from perta.models.load import longest_input
 from perta.options import DataConfig
-from perta.progress import track
 
 _SUBSETS = {
     "knowmem": ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"),
@@ -103,78 +102,41 @@ class Muse(Benchmark[MuseConfig]):
         config: MuseConfig,
         given: Given,
     ) -> Results:
-        """See `run_muse`."""
-        return run_muse(
-            model,
-            tokenizer,
-            given.data,
-            config.corpus,
-            reference=given.reference,
-            compat=config.compat,
-            limit=config.limit,
-            batch_size=config.compute.batch(16),
-            journal=given.journal,
-        )
+        """The MUSE metrics that the data files allow.
 
+        Returns:
+            forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE (all ROUGE-L F1),
+            mia_min_k and privleak, in the form of published logs. A metric that lacks its file has
+            the value None and the reason under "missing".
 
-def run_muse(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data_folder: str | Path,
-    corpus: str,
-    *,
-    reference: Reference | None = None,
-    compat: bool = False,
-    limit: int | None = None,
-    batch_size: int = 16,
-    journal: Path | None = None,
-) -> Results:
-    """Evaluate a model with the MUSE metrics its data files allow.
-
-    Args:
-        data_folder: folder with the files named in the module.
-        corpus: news or books, or the prefix of files in these formats.
-        journal: file that keeps outcomes as they come, so that a killed run resumes.
-
-    Returns:
-        forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE (all ROUGE-L F1),
-        mia_min_k and privleak, in the form of published logs. A metric that lacks its file has
-        the value None and the reason under "missing".
-
-    Raises:
-        DataError: no data at all, or unusable rows.
-        DivergenceError: the model's loss is not finite.
-    """
-    folder = Path(data_folder)
-    longest = longest_input(model)
-    files = _Files(folder, corpus, tokenizer, longest, compat, limit)
-    subsets = {
-        "forget_knowmem_ROUGE": files.knowmem("forget"),
-        "retain_knowmem_ROUGE": files.knowmem("retain"),
-        "forget_verbmem_ROUGE": files.verbmem(),
-        "forget": files.texts("forget"),
-        "holdout": files.texts("holdout"),
-    }
-    if all(subset.reason for subset in subsets.values()):
-        reasons = "; ".join(str(subset.reason) for subset in subsets.values())
-        raise DataError(f"No MUSE metric can be computed from {folder}: {reasons}.")
-    depends_on = {
-        "benchmark": "muse",
-        "items": [(s.name, [_identity(item) for item in s.items]) for s in subsets.values()],
-        "settings": (compat, str(model.dtype)),
-    }
-    padding = pad_id(tokenizer)
-    options = ScoringOptions(
-        Masking(padding, padding if compat else None),
-        end_tokens(model, tokenizer),
-        batch_size,
-        longest=longest,
-    )
-    with open_journal(journal, depends_on, {"model": model}) as kept:
-        outcomes = {
-            name: _run(model, tokenizer, subset, options, kept) for name, subset in subsets.items()
+        Raises:
+            DataError: no data at all, or unusable rows.
+            DivergenceError: the model's loss is not finite.
+        """
+        files = _Files(given.data, tokenizer, longest_input(model), config)
+        subsets = {
+            "forget_knowmem_ROUGE": files.knowmem("forget"),
+            "retain_knowmem_ROUGE": files.knowmem("retain"),
+            "forget_verbmem_ROUGE": files.verbmem(),
+            "forget": files.texts("forget"),
+            "holdout": files.texts("holdout"),
         }
-    return _muse_results(subsets, outcomes, tokenizer, reference)
+        if all(subset.reason for subset in subsets.values()):
+            reasons = "; ".join(str(subset.reason) for subset in subsets.values())
+            raise DataError(f"No MUSE metric can be computed from {given.data}: {reasons}.")
+        depends_on = {
+            "benchmark": "muse",
+            "items": [(s.name, [_identity(item) for item in s.items]) for s in subsets.values()],
+            "settings": (config.compat, str(model.dtype)),
+        }
+        batch_size = config.compute.batch(16)
+        options = published_options(model, tokenizer, batch_size, compat=config.compat)
+        with open_journal(given.journal, depends_on, {"model": model}) as journal:
+            outcomes = {
+                name: _run(model, tokenizer, subset, options, journal)
+                for name, subset in subsets.items()
+            }
+        return _muse_results(subsets, outcomes, tokenizer, given.reference)
 
 
 def _muse_results(
@@ -210,22 +172,20 @@ def cut_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of one corpus, the first `limit` rows of each, as items for one model."""
+    """The files of one corpus, as items for one model."""
 
     folder: Path
-    corpus: str
     tokenizer: PreTrainedTokenizerBase
     longest: int | None
-    compat: bool
-    limit: int | None
+    config: MuseConfig
 
-    def _load(self, name: str, config: DataConfig) -> ExampleSet | None:
-        return load_file(self.folder, name, config, self.limit)
+    def _load(self, name: str, columns: DataConfig) -> ExampleSet | None:
+        return load_file(self.folder, name, columns, self.config.limit)
 
     def knowmem(self, split: str) -> _Subset:
         """Questions behind ten in-context pairs."""
         name = f"{split}_knowmem"
-        files = [f"{self.corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
+        files = [f"{self.config.corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
         questions, shots = self._load(files[0], _QA), load_file(self.folder, files[1], _QA)
         if questions is None or shots is None:
             absent = files[0] if questions is None else files[1]
@@ -235,7 +195,7 @@ class _Files:
         for example in questions.examples:
             text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
             prompt = token_ids(text, self.tokenizer)
-            if len(prompt) > _PROMPT_LENGTH and not self.compat:
+            if len(prompt) > _PROMPT_LENGTH and not self.config.compat:
                 return _Subset(
                     name,
                     reason=f"{files[0]}, row {example.row}: its prompt has {len(prompt)} tokens "
@@ -248,7 +208,7 @@ class _Files:
 
     def verbmem(self) -> _Subset:
         """The start of a text, to be continued as the text goes on."""
-        file, longest = f"{self.corpus}_verbmem_forget.jsonl", self.longest
+        file, longest = f"{self.config.corpus}_verbmem_forget.jsonl", self.longest
         rows = self._load(file, _VERBATIM)
         if rows is None:
             return _Subset("verbmem", reason=f"{file} is not there")
@@ -268,7 +228,7 @@ class _Files:
 
     def texts(self, split: str) -> _Subset:
         """Plain texts of which every token but the first is scored."""
-        file = f"{self.corpus}_privleak_{split}.jsonl"
+        file = f"{self.config.corpus}_privleak_{split}.jsonl"
         rows = self._load(file, _TEXT)
         if rows is None:
             return _Subset(f"privleak_{split}", reason=f"{file} is not there")
@@ -277,7 +237,7 @@ class _Files:
         for example in rows.examples:
             if len(token_ids(example.answer, self.tokenizer)) < 2:
                 raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
-            items.append(_text_item(example, self.tokenizer, length, self.compat))
+            items.append(_text_item(example, self.tokenizer, length, self.config.compat))
         return _Subset(f"privleak_{split}", tuple(items))
 
 
@@ -326,8 +286,7 @@ def _run(
         options = replace(options, max_new_tokens=_KNOWMEM_TOKENS, stop=stop)
     elif subset.name == "verbmem":
         options = replace(options, max_new_tokens=_VERBMEM_TOKENS)
-    with track(f"MUSE {subset.name}", len(named)) as advance:
-        outcomes = run_with_journal(model, named, options, journal, advance)
+    outcomes = run_with_journal(f"MUSE {subset.name}", model, named, options, journal)
     return list(outcomes.values())
 
 

@@ -99,7 +99,8 @@ def summarise(
     """Results of `quick_evaluation` from the outcomes of `fact_items`, all by name of the set."""
     results: Results = {}
     for name, mine in outcomes.items():
-        require_finite([outcome.scores[0] for outcome in mine], name)
+        for i, outcome in enumerate(mine):
+            require_finite(outcome.scores[0], f"example {i} of {name}")
         results |= _summary(name, items[name], mine, tokenizer)
         results |= _fact_summary(name, facts[name], mine)
         results |= _row_summary(name, facts[name])

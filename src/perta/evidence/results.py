@@ -55,14 +55,13 @@ def rouge_row(
     return {**scores, "input": prompt, "ground_truth": reference, "generation": generation}
 
 
-def require_finite(scores: Sequence[Score], source: str) -> None:
+def require_finite(score: Score, what: str) -> None:
     """Stop at a loss that is NaN or infinite: no metric of such a model means anything."""
-    for i, score in enumerate(scores):
-        if not math.isfinite(score.loss):
-            raise DivergenceError(
-                f"The model's loss on example {i} of {source} is {score.loss}: its weights are "
-                "damaged. With an unlearned model, lower --scaling-coef; else check the checkpoint."
-            )
+    if not math.isfinite(score.loss):
+        raise DivergenceError(
+            f"The model's loss on {what} is {score.loss}: its weights are damaged. With an "
+            "unlearned model, lower --scaling-coef; else check the checkpoint."
+        )
 
 
 def results_json(results: Mapping[str, Any]) -> str:

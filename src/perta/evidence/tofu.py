@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ from perta.evidence.benchmark import (
     hub_files,
     load_file,
     open_journal,
+    published_options,
     reference_scores,
     run_with_journal,
 )
@@ -51,15 +53,9 @@ from perta.evidence.results import (
 )
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import (
-    Item,
-    Outcome,
-    ScoringOptions,
-    end_tokens,
-    gradient_norm_score,
-)
+from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, gradient_norm_score
 from perta.evidence.settings import PeopleBenchConfig, TofuConfig
-from perta.models.load import load_model, longest_input, pad_id
+from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import track
@@ -83,37 +79,42 @@ _PEOPLE = (
     ("retain", "retain.jsonl", True),
     ("holdout", "holdout.jsonl", False),
 )
-ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")
 _NO_REFERENCE = (
     "forget quality compares with the model retrained without the forget set: give its results "
     "as --reference"
 )
-_NO_REFERENCE_MODEL = "the reference attack subtracts a reference model's loss: give that model"
+_ATTACKS = {
+    "loss": "",
+    "zlib": "",
+    "reference": "the reference attack subtracts a reference model's loss: give that model",
+    "min_k": "",
+    "min_k_plus_plus": "",
+    "gradnorm": "it was left out",
+}
+"""Membership attacks, and why one may not have been run."""
 
 _DATA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data file of the benchmark; `cut` says that only its first rows are looked at.
-
-    Attributes:
-        paraphrased: its right answer for the truth ratio is the paraphrase.
-        examples: its rows; None where the file is missing.
-    """
+    """One data file of the benchmark."""
 
     name: str
     file: str
-    paraphrased: bool
-    examples: ExampleSet | None
-    generate: bool = True
-    attacked: bool = False
-    cut: bool = False
+    paraphrased: bool  # its right answer for the truth ratio is the paraphrase
+    examples: ExampleSet | None  # its rows; None where the file is missing
+    cut: bool = False  # only its first rows are looked at
 
     @property
-    def wrong_column(self) -> str | None:
-        """Column with wrong answers."""
-        return "perturbed_answer" if self.name != "holdout" else None
+    def generate(self) -> bool:
+        """Whether answers are generated, and there are wrong ones."""
+        return self.name != "holdout"
+
+    @property
+    def attacked(self) -> bool:
+        """Whether membership attacks are run on it."""
+        return self.name in ("forget", "holdout")
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,10 @@ class Measured:
     """Everything measured on one part, row by row."""
 
     part: Part
-    items: tuple[Item, ...]
-    outcomes: tuple[Outcome, ...]
-    gradient_norms: tuple[float | None, ...] | None = None
-    reference_losses: tuple[float, ...] | None = None
-
-    @property
-    def rows(self) -> tuple[Example, ...]:
-        """The part's rows."""
-        return self.part.examples.examples if self.part.examples else ()
+    items: Sequence[Item]
+    outcomes: Sequence[Outcome]
+    gradient_norms: Sequence[float | None] | None = None
+    reference_losses: Sequence[float] | None = None
 
     @property
     def answers(self) -> list[Score]:
@@ -162,7 +158,7 @@ class _TofuMetrics(Benchmark[_TofuLike]):
     def check(self, config: _TofuLike, given: Given) -> None:
         """The split is there, and the reference is of its rows."""
         parts = load_parts(given.data, config.forget_split, config.limit)
-        _check_forget_reference(parts, given.reference)
+        _reference_ratios(parts, given.reference)
 
     def run(
         self,
@@ -256,17 +252,17 @@ def run_tofu(
         DataError: no data at all, unusable rows, or a reference of other data.
         DivergenceError: the model's loss is not finite.
     """
-    padding = pad_id(tokenizer)
-    masking = Masking(padding, padding if compat else None)
     parts = load_parts(Path(data_folder), forget_split, limit)
-    _check_forget_reference(parts, reference)
-    options = ScoringOptions(
-        masking,
-        end_tokens(model, tokenizer),
-        batch_size,
-        max_new_tokens,
-        longest=longest_input(model),
-    )
+    _reference_ratios(parts, reference)  # refused before anything is measured
+    options = published_options(model, tokenizer, batch_size, compat=compat)
+    options = replace(options, max_new_tokens=max_new_tokens)
+    items = {
+        part.name: [make_item(row, part, tokenizer, compat) for row in part.examples.examples]
+        for part in parts
+        if part.examples
+    }
+    for part in parts:
+        _require_room(items.get(part.name, ()), part, options.longest)
     depends_on = {
         "benchmark": "tofu",
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -275,12 +271,28 @@ def run_tofu(
         "settings": (forget_split, compat, limit, max_new_tokens, str(model.dtype)),
     }
     models = {"model": model, "reference_model": reference_model}
+    attacked = {part.name: items[part.name] for part in parts if part.attacked and part.examples}
+    norms, losses = {}, {}
     with open_journal(journal, depends_on, models) as kept:
-        measured = _measure(model, tokenizer, parts, options, kept, compat)
+        outcomes = _outcomes("TOFU", model, items, options, kept)
         if gradient_norms:
-            measured = {n: _with_gradients(model, m, masking, kept) for n, m in measured.items()}
+            norms = {
+                n: _norms(model, n, some, options.masking, kept) for n, some in attacked.items()
+            }
         if reference_model is not None:
-            measured = _with_reference_losses(reference_model, measured, options, kept)
+            firsts = {
+                f"reference:{n}": [Item(item.answers[:1]) for item in some]
+                for n, some in attacked.items()
+            }
+            found = _outcomes("Reference model", reference_model, firsts, options, kept)
+            losses = {n: [o.scores[0].loss for o in found[f"reference:{n}"]] for n in attacked}
+    measured = {
+        part.name: Measured(
+            part, items[part.name], outcomes[part.name], norms.get(part.name), losses.get(part.name)
+        )
+        for part in parts
+        if part.examples
+    }
     return tofu_results(measured, parts, tokenizer, reference)
 
 
@@ -293,8 +305,6 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
             file,
             paraphrased,
             load_file(folder, file, _DATA, limit),
-            generate=name != "holdout",
-            attacked=name in ("forget", "holdout"),
             cut=limit is not None,
         )
         for name, file, paraphrased in plan
@@ -306,16 +316,13 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
     return parts
 
 
-def _check_forget_reference(parts: Sequence[Part], reference: Reference | None) -> None:
-    """Refuse a reference that forget quality cannot use, before anything is measured."""
-    for part in parts:
-        if reference is not None and part.name == "forget" and part.examples:
-            _forget_reference(part, reference)
-
-
-def _forget_reference(part: Part, reference: Reference) -> list[float]:
-    answers = [row.answer for row in part.examples.examples] if part.examples else []
-    return reference_scores(reference, "forget_truth_ratio", answers, cut=part.cut)
+def _reference_ratios(parts: Sequence[Part], reference: Reference | None) -> list[float] | None:
+    """Truth ratios of the retrained model on this run's forget rows, where both are there."""
+    (forget,) = [part for part in parts if part.name == "forget"]
+    if reference is None or forget.examples is None:
+        return None
+    answers = [row.answer for row in forget.examples.examples]
+    return reference_scores(reference, "forget_truth_ratio", answers, cut=forget.cut)
 
 
 def _tofu_files(folder: Path, forget_split: str) -> tuple[tuple[str, str, bool], ...]:
@@ -350,7 +357,9 @@ def tofu_results(
         for key in ("exact_memorization", "extraction_strength"):
             results[key] = table([{"score": getattr(s, key)} for s in scores], "score")
     results |= _attacks(measured, parts, tokenizer)
-    results["forget_quality"] = _forget_quality(measured, results, reference)
+    results["forget_quality"] = _forget_quality(
+        results["forget_truth_ratio"], _reference_ratios(parts, reference)
+    )
     results["privleak"] = privleak_entry(results["mia_min_k"], reference)
     results["model_utility"] = _utility(results, [part.name for part in parts])
     return dict(sorted(results.items()))
@@ -359,71 +368,28 @@ def tofu_results(
 # --- measuring ------------------------------------------------------------------------------
 
 
-def _measure(
+def _outcomes(
+    what: str,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[Part],
+    groups: Mapping[str, Sequence[Item]],
     options: ScoringOptions,
     journal: Journal,
-    compat: bool,
-) -> dict[str, Measured]:
-    items: dict[str, list[Item]] = {}
-    for part in parts:
-        if part.examples is not None:
-            rows = part.examples.examples
-            items[part.name] = [make_item(row, part, tokenizer, compat) for row in rows]
-            _require_room(items[part.name], part, options.longest)
-    named = {f"{n}:{i}": item for n, group in items.items() for i, item in enumerate(group)}
-    with track("TOFU", len(named)) as advance:
-        outcomes = run_with_journal(model, named, options, journal, advance)
-    return {
-        part.name: Measured(
-            part,
-            tuple(items[part.name]),
-            tuple(outcomes[f"{part.name}:{i}"] for i in range(len(items[part.name]))),
-        )
-        for part in parts
-        if part.name in items
-    }
+) -> dict[str, list[Outcome]]:
+    named = {f"{n}:{i}": item for n, group in groups.items() for i, item in enumerate(group)}
+    found = iter(run_with_journal(what, model, named, options, journal).values())
+    return {name: [next(found) for _ in group] for name, group in groups.items()}
 
 
-def _with_gradients(
-    model: PreTrainedModel, measured: Measured, masking: Masking, journal: Journal
-) -> Measured:
-    if not measured.part.attacked:
-        return measured
-    norms: list[float | None] = []
-    with track(f"Gradient norms, {measured.part.name}", len(measured.items)) as advance:
-        for i, item in enumerate(measured.items):
-            name = f"gradnorm:{measured.part.name}:{i}"
-            if name not in journal.entries:
-                journal.put(name, gradient_norm_score(model, item.answers[0], masking))
-            norms.append(journal.entries[name])
+def _norms(
+    model: PreTrainedModel, name: str, items: Sequence[Item], masking: Masking, journal: Journal
+) -> list[float | None]:
+    norms = []
+    with track(f"Gradient norms, {name}", len(items)) as advance:
+        for i, item in enumerate(items):
+            make = partial(gradient_norm_score, model, item.answers[0], masking)
+            norms.append(journal.kept(f"gradnorm:{name}:{i}", make))
             advance(1)
-    return replace(measured, gradient_norms=tuple(norms))
-
-
-def _with_reference_losses(
-    model: PreTrainedModel,
-    measured: Mapping[str, Measured],
-    options: ScoringOptions,
-    journal: Journal,
-) -> dict[str, Measured]:
-    attacked = {name: m for name, m in measured.items() if m.part.attacked}
-    named = {
-        f"reference:{name}:{i}": Item(item.answers[:1])
-        for name, m in attacked.items()
-        for i, item in enumerate(m.items)
-    }
-    with track("Reference model", len(named)) as advance:
-        outcomes = run_with_journal(model, named, options, journal, advance)
-    found = {key: outcome.scores[0].loss for key, outcome in outcomes.items()}
-    losses = {
-        name: tuple(found[f"reference:{name}:{i}"] for i in range(len(m.items)))
-        for name, m in attacked.items()
-    }
-    told = {name: replace(m, reference_losses=losses[name]) for name, m in attacked.items()}
-    return {**measured, **told}
+    return norms
 
 
 # --- tokens ---------------------------------------------------------------------------------
@@ -436,8 +402,8 @@ def make_item(
     texts = [example.answer]
     if part.paraphrased:
         texts += _texts(example, "paraphrased_answer", part)
-    if part.wrong_column:
-        texts += _texts(example, part.wrong_column, part)
+    if part.generate:
+        texts += _texts(example, "perturbed_answer", part)
     answers = []
     for text in texts:
         encoded = encode(example.with_answer(text), tokenizer, compat)
@@ -562,13 +528,14 @@ def _probability(score: Score) -> dict[str, float]:
 
 
 def _rouge_rows(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    rows = measured.part.examples.examples if measured.part.examples else ()
     return [
         rouge_row(
             row.answer.strip(),
             decode(tokenizer, outcome.generated or ()),
             decode(tokenizer, item.prompt or ()),
         )
-        for row, item, outcome in zip(measured.rows, measured.items, measured.outcomes, strict=True)
+        for row, item, outcome in zip(rows, measured.items, measured.outcomes, strict=True)
     ]
 
 
@@ -577,56 +544,54 @@ def _attacks(
 ) -> Results:
     absent = [p.file for p in parts if p.attacked and p.name not in measured]
     if absent:
-        return {f"mia_{a}": missing(f"{' and '.join(absent)} not there") for a in ATTACKS}
+        return {f"mia_{a}": missing(f"{' and '.join(absent)} not there") for a in _ATTACKS}
+    forget, holdout = (_attack_scores(measured[n], tokenizer) for n in ("forget", "holdout"))
     results = {}
-    for attack in ATTACKS:
-        sides = {n: _attack_scores(attack, measured[n], tokenizer) for n in ("forget", "holdout")}
-        forget, holdout = sides["forget"], sides["holdout"]
-        if forget is None or holdout is None:
-            reason = _NO_REFERENCE_MODEL if attack == "reference" else "it was left out"
-            results[f"mia_{attack}"] = missing(reason)
-        else:
-            results[f"mia_{attack}"] = attack_entry(forget, holdout)
+    for attack, reason in _ATTACKS.items():
+        mine, theirs = forget[attack], holdout[attack]
+        results[f"mia_{attack}"] = (
+            missing(reason) if mine is None or theirs is None else attack_entry(mine, theirs)
+        )
     return results
 
 
 def _attack_scores(
-    attack: str, measured: Measured, tokenizer: PreTrainedTokenizerBase
-) -> Sequence[float | None] | None:
-    scores = measured.answers
-    if attack == "loss":
-        return [score.loss for score in scores]
-    if attack == "zlib":
-        texts = [labelled_text(item.answers[0], tokenizer) for item in measured.items]
-        return [metrics.zlib_score(s.loss, text) for s, text in zip(scores, texts, strict=True)]
-    if attack == "reference":
-        losses = measured.reference_losses
-        return losses and [s.loss - other for s, other in zip(scores, losses, strict=True)]
-    if attack == "gradnorm":
-        return measured.gradient_norms
-    return [getattr(score, attack) for score in scores]
+    measured: Measured, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Sequence[float | None] | None]:
+    """What each attack makes of every row; None where it was not run."""
+    scores, losses = measured.answers, measured.reference_losses
+    texts = [labelled_text(item.answers[0], tokenizer) for item in measured.items]
+    return {
+        "loss": [s.loss for s in scores],
+        "zlib": [metrics.zlib_score(s.loss, text) for s, text in zip(scores, texts, strict=True)],
+        "reference": losses and [s.loss - other for s, other in zip(scores, losses, strict=True)],
+        "min_k": [s.min_k for s in scores],
+        "min_k_plus_plus": [s.min_k_plus_plus for s in scores],
+        "gradnorm": measured.gradient_norms,
+    }
 
 
-def _forget_quality(
-    measured: Mapping[str, Measured], results: Results, reference: Reference | None
-) -> Results:
-    if "forget" not in measured:
-        return missing(results["forget_truth_ratio"]["missing"])
-    if reference is None:
+def _forget_quality(ratios: Results, theirs: Sequence[float] | None) -> Results:
+    if "missing" in ratios:
+        return missing(ratios["missing"])
+    if theirs is None:
         return missing(_NO_REFERENCE)
-    rows = results["forget_truth_ratio"]["value_by_index"]
-    ratios = [row["score"] for row in rows.values()]
-    theirs = _forget_reference(measured["forget"].part, reference)
-    return {"agg_value": metrics.forget_quality(ratios, theirs)}
+    ours = [row["score"] for row in ratios["value_by_index"].values()]
+    return {"agg_value": metrics.forget_quality(ours, theirs)}
 
 
 def _utility(results: Results, parts: Sequence[str]) -> Results:
     """Harmonic mean of probability, ROUGE and truth ratio over what should be kept."""
-    probabilities = {name: f"{name}_Q_A_Prob_normalised" for name in ("ra", "wf")}
-    probabilities["retain"] = "retain_Q_A_Prob"
-    kept = [name for name in probabilities if name in parts]
-    keys = [probabilities[name] for name in kept]
-    keys += [f"{n}_{k}" for n in kept for k in ("Q_A_ROUGE", "Truth_Ratio")]
+    keys = [
+        f"{name}_{kind}"
+        for name in parts
+        if name in ("retain", "ra", "wf")
+        for kind in (
+            "Q_A_Prob" if name == "retain" else "Q_A_Prob_normalised",
+            "Q_A_ROUGE",
+            "Truth_Ratio",
+        )
+    ]
     reasons = {results[key]["missing"] for key in keys if "missing" in results[key]}
     if reasons:
         return missing("; ".join(sorted(reasons)))

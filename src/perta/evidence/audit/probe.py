@@ -37,7 +37,6 @@ from perta.evidence.scoring.items import Item, Outcome
 from perta.evidence.settings import Level
 from perta.models.facts import Fact
 from perta.options import DataConfig
-from perta.progress import track
 
 Role = Literal["cleaned", "full", "retrained", "base"]
 Need = Literal["base", "full", "retrained", "retain", "holdout", "wrong answers", "paraphrases"]
@@ -188,17 +187,12 @@ class View:
         size = effort.batch_size
         options = scoring_options(self.model, self.tokenizer, list(items.values()), size, most)
         named = {f"{self.role}/{what}/{name}": item for name, item in items.items()}
-        with track(f"{self.role}: {what}", len(named)) as advance:
-            found = run_with_journal(self.model, named, options, self.journal, advance)
+        found = run_with_journal(f"{self.role}: {what}", self.model, named, options, self.journal)
         return dict(zip(items, found.values(), strict=True))
 
     def kept(self, what: str, make: Callable[[], _Plain]) -> _Plain:
         """A plain value that is made once in all runs, under a name of its own."""
-        name = f"{self.role}/{what}"
-        if name not in self.journal.entries:
-            self.journal.put(name, make())
-        value: _Plain = self.journal.entries[name]
-        return value
+        return self.journal.kept(f"{self.role}/{what}", make)
 
 
 class Probe(ABC):

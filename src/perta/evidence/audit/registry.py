@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from perta.errors import ConfigError, nearest
 from perta.evidence.audit import answers, collateral, inside, membership, verbatim, weights
 from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
+from perta.evidence.benchmark import own_class
 from perta.evidence.settings import LEVELS, Level
-from perta.store.fingerprint import run_file
 
 PROBES: tuple[type[Probe], ...] = (
     verbatim.Fact,
@@ -71,29 +70,8 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
 
 
 def load_probe(path: Path) -> Probe:
-    """The probe that a Python file defines.
-
-    Raises:
-        ConfigError: the file cannot be run, or does not define exactly one complete `Probe`.
-    """
-    module = run_file(path)
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Probe)
-        and value.__module__ == module.__name__
-    ]
-    if len(found) != 1 or inspect.isabstract(found[0]):
-        raise ConfigError(
-            f"{path} must define one subclass of perta.evidence.audit.probe.Probe with a method "
-            f"`run`; it defines {len(found)}."
-        )
-    parts = ("name", "group", "title", "question", "source")
-    lacking = [part for part in parts if not hasattr(found[0], part)]
-    if lacking:
-        raise ConfigError(f"{path}: {found[0].__name__} lacks {', '.join(lacking)}.")
-    if found[0].name in {probe.name for probe in PROBES}:
-        raise ConfigError(f"{path}: there is a probe {found[0].name} already. Name it otherwise.")
-    own: Probe = found[0]()
-    return own
+    """The probe that a Python file defines; a ConfigError as `own_class`, or a name of ours."""
+    own: type[Probe] = own_class(path, Probe, ("name", "group", "title", "question", "source"))
+    if own.name in {probe.name for probe in PROBES}:
+        raise ConfigError(f"{path}: there is a probe {own.name} already. Name it otherwise.")
+    return own()
