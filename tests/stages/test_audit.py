@@ -19,12 +19,20 @@ from perta.evidence.audit import verbatim
 from perta.evidence.audit.probe import Role, Rows, View
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
-from perta.options import ComputeConfig, ScoringConfig
+from perta.options import ComputeConfig, ScoringConfig, WeightingConfig
 from perta.stages.audit import audit_checkpoint, quick_audit
+from perta.stages.edit import edit_checkpoint
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import AuditConfig, EvaluateConfig, FinetuneConfig, TrainConfig
+from perta.stages.settings import (
+    AuditConfig,
+    EditConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    TrainConfig,
+)
 from perta.stages.train import train_checkpoint
+from perta.store.fingerprint import fingerprint
 
 OWN = """
 from perta.evidence.audit.probe import Probe, Rows
@@ -48,8 +56,21 @@ def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return retrained, finetune_checkpoint(bad)
 
 
+@pytest.fixture(scope="module")
+def unseen(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Retained rows with the names of two people mixed, which the tiny tokenizer has words for."""
+    lines = world.retain.read_text("utf-8").splitlines()
+    people = [json.loads(line)["person"] for line in lines]
+    after = [*people[2:], *people[:2]]  # there are two questions about everybody
+    others = [f"{b.split()[0]} {a.split()[1]}" for a, b in zip(people, after, strict=True)]
+    mixed = [line.replace(own, new) for line, own, new in zip(lines, people, others, strict=True)]
+    file = tmp_path_factory.mktemp("unseen") / "holdout.jsonl"
+    file.write_text("".join(f"{line}\n" for line in mixed), "utf-8")
+    return file
+
+
 @pytest.fixture
-def config(world: World, models: tuple[Path, Path], tmp_path: Path) -> AuditConfig:
+def config(world: World, models: tuple[Path, Path], unseen: Path, tmp_path: Path) -> AuditConfig:
     retrained, bad = models
     return AuditConfig(
         str(bad),
@@ -58,10 +79,23 @@ def config(world: World, models: tuple[Path, Path], tmp_path: Path) -> AuditConf
         retrained=str(retrained),
         forget=str(world.forget),
         retain=str(world.retain),
-        holdout=str(world.forget.parent / "holdout.jsonl"),
+        holdout=str(unseen),
         output=tmp_path / "audit",
         level="quick",
         max_new_tokens=8,
+    )
+
+
+def _edited(config: AuditConfig, output: Path) -> Path:
+    """The full model less a vector: its record names full and base model."""
+    return edit_checkpoint(
+        EditConfig(
+            full=config.full,
+            base=str(config.base),
+            forget_checkpoint=str(config.retrained),
+            output=output,
+            weighting=WeightingConfig(method="tv", scaling_coef=0.5),
+        )
     )
 
 
@@ -86,7 +120,7 @@ def test_the_file_is_private_and_holds_no_text(config: AuditConfig) -> None:
     assert json.loads(text)["schema"] == "perta-audit/1"
     for source in (config.forget, str(config.retain), str(config.holdout)):
         for row in load_examples(source).examples:
-            assert row.fields["person"] not in text
+            assert str(row.fields["person"]) not in text
             assert row.answer not in text
 
 
@@ -256,6 +290,73 @@ def test_a_model_tuned_from_the_full_one_is_no_yardstick(
     wrong = replace(config, checkpoint=str(cleaned), retrained=config.checkpoint)
     with pytest.raises(DataError, match="tuned from the full model"):
         audit_checkpoint(wrong)
+
+
+@pytest.mark.parametrize("role", ["full", "base"])
+def test_a_model_that_records_know_as_another_is_refused(
+    config: AuditConfig, tmp_path: Path, role: str
+) -> None:
+    cleaned = _edited(config, tmp_path / "cleaned")
+    right = replace(config, checkpoint=str(cleaned), retrained=None, probes=("fact",))
+    wrong = {"full": config.checkpoint, "base": str(config.retrained)}[role]
+    marks = [f"{fingerprint(Path(m))[:8]}…" for m in (str(getattr(config, role)), wrong)]
+    with pytest.raises(DataError, match=f"another {role} model, {marks[0]}.* one is {marks[1]}"):
+        audit_checkpoint(
+            replace(right, full=wrong) if role == "full" else replace(right, base=wrong)
+        )
+    assert not config.output.exists()
+    assert audit_checkpoint(right)["probes"]
+
+
+def test_the_full_model_may_be_that_of_an_earlier_removal(
+    config: AuditConfig, world: World, tmp_path: Path
+) -> None:
+    first = _edited(config, tmp_path / "first")
+    second = train_checkpoint(
+        TrainConfig(method="ga", full=str(first), forget=str(world.forget), output=tmp_path / "2")
+    )
+    later = replace(config, checkpoint=str(second), retrained=None, probes=("fact",))
+    assert audit_checkpoint(later)["probes"]
+    shutil.rmtree(first)
+    other = replace(later, output=tmp_path / "other")
+    with pytest.raises(DataError, match="another full model"):
+        audit_checkpoint(other)
+    assert audit_checkpoint(other, earlier=[fingerprint(Path(config.full))])["probes"]
+
+
+def test_a_model_without_a_record_is_audited_and_told(
+    config: AuditConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(config.checkpoint, tmp_path / "copy")
+    (copy / "perta.json").unlink()
+    assert audit_checkpoint(replace(config, checkpoint=str(copy)))["probes"]
+    assert "no record of how it was cleaned" in capsys.readouterr().err
+
+
+def test_rows_that_the_tokenizer_has_no_words_for_are_named_and_not_judged(
+    config: AuditConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = Path(config.forget).read_text("utf-8").splitlines()
+    unsayable = {"question": "Where is it?", "answer": "It is in Xyzzyville.", "fact": "Xyzzyville"}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([json.dumps(unsayable), *lines]), "utf-8")
+    results = audit_checkpoint(replace(config, forget=str(mixed)))
+    assert results["not_judged"] == {"forget": [1]}
+    assert results["row_numbers"]["forget"] == [2, 3]
+    assert {p["name"]: p for p in results["probes"]}["fact"]["leaking_rows"] == [2, 3]
+    assert "are not judged (rows 1)" in capsys.readouterr().err
+    mixed.write_text(json.dumps(unsayable), "utf-8")
+    with pytest.raises(ConfigError, match="no words for any of the facts"):
+        audit_checkpoint(replace(config, forget=str(mixed), output=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_audit_says_little_while_it_runs(
+    config: AuditConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = audit_checkpoint(replace(config, level="standard", samples=4))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) <= len(results["probes"])
 
 
 def test_results_of_evaluations_pay_for_a_quick_audit(

@@ -18,6 +18,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar, get_type_hints
@@ -259,7 +260,7 @@ def published_options(
 
 
 def run_with_journal(
-    what: str,
+    what: str | None,
     model: PreTrainedModel,
     items: Mapping[str, Item],
     options: ScoringOptions,
@@ -267,10 +268,11 @@ def run_with_journal(
 ) -> dict[str, Outcome]:
     """`run_in_modes` over named items, but those the journal holds; each loss has to be finite.
 
-    `what` stands on the progress bar; outcomes are in the order of `items`.
+    `what` stands on the progress bar, None is a part of another's; outcomes are in the order of
+    `items`.
     """
     names = [name for name in items if name not in journal.entries]
-    with track(what, len(items)) as advance:
+    with track(what, len(items)) if what else nullcontext(_unseen) as advance:
         advance(len(items) - len(names))
 
         def done(place: int, outcome: Outcome) -> None:
@@ -281,6 +283,10 @@ def run_with_journal(
 
         run_in_modes(model, [items[name] for name in names], options, done)
     return {name: Outcome.from_json(journal.entries[name]) for name in items}
+
+
+def _unseen(n: int) -> None:
+    """Progress that is shown by a bar around it."""
 
 
 def load_file(

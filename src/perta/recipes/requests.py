@@ -391,7 +391,8 @@ def _audits(
                     overwrite=True,
                     data_config=config.data_config,
                     compute=config.compute,
-                )
+                ),
+                earlier=[start["full"]["blake3"]],
             )
         )
         for request in requests

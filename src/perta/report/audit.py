@@ -148,10 +148,13 @@ def _check(probe: Mapping[str, Any]) -> _Check:
 
 
 def _not_checked(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Reason -> names of the probes that did not run for it."""
+    """Reason -> names of the probes that did not run, or the rows that were not judged, for it."""
     found: dict[str, list[str]] = {}
     for entry in audit["not_checked"]:
         found.setdefault(entry["why"], []).append(entry["name"])
+    for name, rows in audit.get("not_judged", {}).items():
+        why = "the model has no words for the facts"
+        found.setdefault(why, []).append(f"{name}: row {', '.join(map(str, rows))}")
     return [(why, ", ".join(names)) for why, names in found.items()]
 
 

@@ -12,13 +12,14 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import ExampleSet, check_apart, load_examples
@@ -37,7 +38,7 @@ from perta.evidence.audit.probe import (
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
-from perta.models.facts import PARAPHRASED, find_facts, is_told, subjects
+from perta.models.facts import PARAPHRASED, Fact, find_facts, is_told, subjects
 from perta.models.load import (
     counting_tokens,
     load_model,
@@ -47,16 +48,16 @@ from perta.models.load import (
     picked,
     plain_errors,
 )
-from perta.models.resolve import resolve_checkpoint
+from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.models.trust import LOCAL
 from perta.options import ComputeConfig
-from perta.progress import say
+from perta.progress import running, say, step, track, warn
 from perta.stages.settings import AuditConfig
 from perta.stages.stage import At, evaluated, run_file_stage
 from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
-from perta.store.provenance import refuse_claim, requests_of
+from perta.store.provenance import STATED, Request, refuse_claim, requests_of, with_earlier
 from perta.store.record import check_output, check_separate, read_manifest, settings_of
 
 AUDIT = "audit.json"
@@ -68,11 +69,13 @@ _TIMED_TOKENS = 128
 """Tokens of a pass that tells how fast a model is here."""
 
 
-def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
+def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dict[str, Any]:
     """Look through a cleaned checkpoint and write `audit.json` (`perta audit`).
 
     Args:
         config: models, sets, level and output.
+        earlier: fingerprints of models that removals before the last one began with; each may be
+            the full one.
 
     Returns:
         What the file holds, see docs/evidence.md; `perta` says what made it.
@@ -102,13 +105,15 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
         return found | {f"probe_{name}": value for name, value in own.items() if value}
 
     inputs = look()
-    _refuse_wrong(folders, inputs)
+    _refuse_same(folders, inputs)
+    _refuse_other_parts(config, folders, inputs, earlier)
+    _refuse_other_kinds(folders)
     output = config.output / AUDIT
     journal = output.with_name("audit.journal")
     check_output(journal, overwrite=True, ours=is_journal)
 
     def make() -> Mapping[str, Any]:
-        return _Audit(config, folders, sets, probes, inputs, settings).run(journal)
+        return _Audit(config, folders, dict(sets), probes, inputs, settings).run(journal)
 
     results = run_file_stage(
         "audit",
@@ -165,30 +170,65 @@ def _unseen(holdout: ExampleSet, others: Sequence[ExampleSet]) -> ExampleSet:
     return replace(holdout, examples=unseen)
 
 
-def _refuse_wrong(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:
-    """Stop at models that are one and the same, or that records know as something else.
+def _refuse_same(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:
+    """Stop where two of the models are one and the same.
 
     Raises:
-        ConfigError: two are the same.
-        DataError: a record contradicts.
-        CheckpointMismatchError: their shapes or tokenizers differ.
+        ConfigError: they are.
     """
     marks = {**inputs, "cleaned": inputs.get("merged", inputs["checkpoint"])}
-    for i, role in enumerate(_ORDER):
-        for other in _ORDER[i + 1 :]:
-            if role in folders and other in folders and marks[role] == marks[other]:
-                raise ConfigError(
-                    f"The {other} and the {role} checkpoint are the same model, {folders[other]} "
-                    f"and {folders[role]}. Nothing can be told by comparing it with itself: check "
-                    "which is which."
-                )
-    read = {role: read_manifest(folder) for role, folder in folders.items()}
-    records = {str(record["content"]): record for record in read.values() if record}
+    for one, other in combinations([role for role in _ORDER if role in folders], 2):
+        if marks[one] == marks[other]:
+            raise ConfigError(
+                f"The {other} and the {one} checkpoint are the same model, {folders[other]} and "
+                f"{folders[one]}. Nothing can be told by comparing it with itself: check which is "
+                "which."
+            )
+
+
+def _refuse_other_parts(
+    config: AuditConfig,
+    folders: Mapping[Role, Path],
+    inputs: Mapping[str, str],
+    earlier: Iterable[str],
+) -> None:
+    """Stop where records know a model as something else than it is given as.
+
+    Raises:
+        DataError: they do.
+    """
+    own = read_manifest(Path(config.checkpoint).expanduser())
+    read = [own, *(read_manifest(folder) for folder in folders.values())]
+    records = {str(record["content"]): record for record in read if record}
     mine = [r for r in requests_of(records) if r.output == inputs["checkpoint"]]
-    if "base" in folders:
-        refuse_claim("base", inputs["base"], str(folders["base"]), records, mine)
-    if "retrained" in folders:
-        refuse_claim("retrained", inputs["retrained"], str(folders["retrained"]), records, mine)
+    if not mine:
+        warn(
+            f"{config.checkpoint} has no record of how it was cleaned, so that it was made from "
+            f"{config.full} is your word alone."
+        )
+    for request in mine:
+        known = with_earlier(request, records[request.output])
+        known = replace(known, full=known.full | {*earlier} if known.full else known.full)
+        for role in STATED:
+            if role in inputs and not (role == "full" and _is_full(config, inputs[role], known)):
+                refuse_claim(role, inputs[role], str(getattr(config, role)), records, [known])
+
+
+def _is_full(config: AuditConfig, mark: str, known: Request) -> bool:
+    """Whether a record names the full model; an edit reads adapters and FP8 in its own way."""
+    if mark in known.full or not known.full:
+        return True
+    exact = resolve_checkpoint(config.full, base=config.base, exact=True)
+    read = (exact, quantised_checkpoint(config.full))
+    return any(place and fingerprint(place) in known.full for place in read)
+
+
+def _refuse_other_kinds(folders: Mapping[Role, Path]) -> None:
+    """Stop where models cannot be compared token by token.
+
+    Raises:
+        CheckpointMismatchError: their shapes or tokenizers differ.
+    """
     words = load_tokenizer(folders["cleaned"]).get_vocab()
     shape = _shape(folders["cleaned"])
     for role, folder in folders.items():
@@ -242,11 +282,13 @@ class _Audit:
 
     config: AuditConfig
     folders: Mapping[Role, Path]
-    sets: Mapping[str, ExampleSet]
+    sets: dict[str, ExampleSet]
     probes: Sequence[Probe]
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
     tokens: dict[str, int] = field(default_factory=dict)
+    unknown: dict[str, list[int]] = field(default_factory=dict)
+    """Of each set the rows whose fact the tokenizer has no words for; they are not judged."""
 
     def run(self, place: Path) -> dict[str, Any]:
         """Measure all models, and judge."""
@@ -281,6 +323,12 @@ class _Audit:
             name: find_facts(examples, self.tokenizer, config, base=base, longest=longest)
             for name, examples in self.sets.items()
         }
+        for name, found in facts.items():
+            self.unknown[name] = _unsayable(found, self.tokenizer)
+            facts[name] = tuple(f for f in found if f.row not in self.unknown[name])
+            kept = [e for e in self.sets[name].examples if e.row not in self.unknown[name]]
+            self.sets[name] = replace(self.sets[name], examples=tuple(kept))
+        self._tell_unknown()
         numbers = {}
         for name, examples in self.sets.items():
             fields = {example.row: example.fields for example in examples.examples}
@@ -288,6 +336,26 @@ class _Audit:
             is_there = name == "forget" or any(row.get(str(column)) for row in rows)
             numbers[name] = subjects(rows, column if is_there else None)
         return Material(self.sets, facts, config, numbers)
+
+    def _tell_unknown(self) -> None:
+        """Say which rows are not judged.
+
+        Raises:
+            ConfigError: no row of the forget set is left.
+        """
+        for name, rows in self.unknown.items():
+            if rows:
+                warn(
+                    f"{name}: the tokenizer has no words for the facts of {len(rows)} rows, which "
+                    f"are not judged (rows {', '.join(map(str, rows))})"
+                )
+        if not self.sets["forget"].examples:
+            raise ConfigError(
+                f"--forget {self.config.forget}: the tokenizer has no words for any of the facts, "
+                "so the model cannot say them and nothing can be told. Give rows in its words."
+            )
+        for name in [name for name, examples in self.sets.items() if not examples.examples]:
+            del self.sets[name]
 
     def _possible(self) -> tuple[list[Probe], list[tuple[str, str]]]:
         """Probes that have what they need, and of the others what they lack."""
@@ -306,26 +374,35 @@ class _Audit:
     def _measure(self, journal: Journal) -> dict[str, dict[Role, dict[str, Rows]]]:
         """Probe -> model -> set -> scores."""
         found: dict[str, dict[Role, dict[str, Rows]]] = {p.name: {} for p in self.possible}
-        for role in (role for role in _ORDER if role in self.folders):
-            wanted = self._wanted(role)
-            names = {(p.name, n): f"{role}/rows/{p.name}/{n}" for p, n in wanted}
-            if any(name not in journal.entries for name in names.values()):
-                model = self.models.take(role)
-                view = View(
-                    *(role, model, self.tokenizer, self.material, self.effort, journal),
-                    self.models.load,
-                    self._relearning(),
-                )
-                with counting_tokens(model) as tokens:
-                    for probe, name in wanted:
-                        if names[probe.name, name] not in journal.entries:
-                            rows = _checked(probe, view, name)
-                            journal.put(names[probe.name, name], asdict(rows))
-                    self.tokens[role] = tokens()
-            for probe, name in wanted:
-                rows = Rows(**journal.entries[names[probe.name, name]])
-                found[probe.name].setdefault(role, {})[name] = rows
+        with running({role: self._expected_tokens(role) for role in self._roles}):
+            for role in self._roles:
+                wanted = self._wanted(role)
+                if any(_entry(role, *one) not in journal.entries for one in wanted):
+                    with step(role, f"{role} model"):
+                        self._ask(role, wanted, journal)
+                for probe, name in wanted:
+                    rows = Rows(**journal.entries[_entry(role, probe, name)])
+                    found[probe.name].setdefault(role, {})[name] = rows
         return found
+
+    @property
+    def _roles(self) -> list[Role]:
+        return [role for role in _ORDER if role in self.folders]
+
+    def _ask(self, role: Role, wanted: Sequence[tuple[Probe, str]], journal: Journal) -> None:
+        """Put what the probes find of a model into the journal, where it has not got it."""
+        model = self.models.take(role)
+        view = View(
+            *(role, model, self.tokenizer, self.material, self.effort, journal),
+            self.models.load,
+            self._relearning(),
+        )
+        with counting_tokens(model) as tokens, track(f"{role}: probes", len(wanted)) as advance:
+            for probe, name in wanted:
+                if _entry(role, probe, name) not in journal.entries:
+                    journal.put(_entry(role, probe, name), asdict(_checked(probe, view, name)))
+                advance(1, probe.name)
+            self.tokens[role] = tokens()
 
     def _wanted(self, role: Role) -> list[tuple[Probe, str]]:
         """Which probes look at which sets under a model."""
@@ -353,28 +430,25 @@ class _Audit:
 
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
-        total = self._expected_tokens()
+        total = sum(map(self._expected_tokens, self._roles))
         parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
-        first = next(role for role in _ORDER if role in self.folders)
-        speed = _seconds_per_token(self.models.take(first))
+        speed = _seconds_per_token(self.models.take(self._roles[0]))
         say(
             f"Audit, level {self.config.level}: {len(self.possible)} probes on "
             f"{len(self.folders)} models, about {total / 1000:.0f} thousand tokens, "
             f"{operations(2.0 * parameters * total)}, {duration(total * speed)}"
         )
 
-    def _expected_tokens(self) -> float:
-        """About how many tokens go through all models."""
-        total = 0.0
-        for role in self.folders:
-            wanted = self._wanted(role)
-            for name in {name for _, name in wanted}:
-                facts = self.material.facts[name]
-                total += sum(len(fact.encoded.input_ids) for fact in facts)
-                total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
-            for probe, name in wanted:
-                encoded = [fact.encoded for fact in self.material.facts[name]]
-                total += probe.tokens(encoded, self.effort)
+    def _expected_tokens(self, role: Role) -> float:
+        """About how many tokens go through a model."""
+        total, wanted = 0.0, self._wanted(role)
+        for name in {name for _, name in wanted}:
+            facts = self.material.facts[name]
+            total += sum(len(fact.encoded.input_ids) for fact in facts)
+            total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
+        for probe, name in wanted:
+            encoded = [fact.encoded for fact in self.material.facts[name]]
+            total += probe.tokens(encoded, self.effort)
         return total
 
     def _numbers(self) -> dict[str, list[int]]:
@@ -387,7 +461,7 @@ class _Audit:
     ) -> dict[str, Any]:
         """What audit.json holds."""
         sources = Counter(str(fact.source) for fact in self.material.facts["forget"])
-        looked = Looked(self._numbers(), self.material.subjects, dict(sources))
+        looked = Looked(self._numbers(), self.material.subjects, dict(sources), self.unknown)
         entries = [entry_of(probe, found[probe.name], looked) for probe in self.possible]
         parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
         total = sum(self.tokens.values())
@@ -416,6 +490,25 @@ def quick_audit(results: Mapping[Role, Results], output: Path) -> dict[str, Any]
         {**inputs, **results_of},
         lambda: document_of_results(results, inputs),
     )
+
+
+def _entry(role: Role, probe: Probe, name: str) -> str:
+    """Under what a journal holds the scores of a set."""
+    return f"{role}/rows/{probe.name}/{name}"
+
+
+def _unsayable(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Rows whose fact is made of the unknown token, which stands for every other word too.
+
+    A part is enough where the fact's tokens are known; of a whole answer it takes all of it.
+    """
+    unknown = tokenizer.unk_token_id
+    found = dict[int, None]()
+    for fact in facts:
+        labels = [label for label in fact.encoded.labels if label != IGNORE]
+        if (all if fact.source == "answer" else any)(label == unknown for label in labels):
+            found[fact.row] = None
+    return list(found)
 
 
 def _labelled(encoded: Encoded) -> int:

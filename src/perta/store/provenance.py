@@ -7,7 +7,7 @@ their fingerprints, which records carry: an output's own (`content`), and those 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,8 +177,8 @@ def refuse_claim(
     why = _contradiction(claim, fingerprint, records, some) if fingerprint else None
     if why:
         raise DataError(
-            f"{claim}={where} contradicts the records: {why}. "
-            f"{_MEANING[claim]} Give that model, or leave the name out."
+            f"{claim}={where} contradicts the records: {why}. {_MEANING[claim]} Give that model"
+            f"{', or leave the name out' if claim != 'full' else ''}."
         )
 
 
@@ -189,6 +189,19 @@ _MEANING: Mapping[str, str] = {
 }
 
 
+def with_earlier(request: Request, record: Record) -> Request:
+    """A request with the full models of removals before it too, while each record lies there."""
+    full, seen = set(request.full), {request.output}
+    while (place := record.get("settings", {}).get("full")) and Path(str(place)).is_dir():
+        record = read_manifest(Path(str(place))) or {}
+        content = str(record.get("content"))
+        if content in seen or content not in full or not is_unlearned(record):
+            break
+        seen.add(content)
+        full |= _request(content, record, {}, ()).full
+    return replace(request, full=frozenset(full))
+
+
 def _contradiction(
     claim: Role, fingerprint: str, records: Records, requests: list[Request]
 ) -> str | None:
@@ -196,7 +209,9 @@ def _contradiction(
     if claim != "retrained":
         known = [r.full if claim == "full" else r.base for r in requests]
         if any(known) and not any(fingerprint in found for found in known):
-            return f"the unlearned model was made from another {claim} model"
+            others = " or ".join(sorted(f"{one[:8]}…" for found in known for one in found))
+            this = f"{others}, and this one is {fingerprint[:8]}…"
+            return f"the unlearned model was made from another {claim} model, {this}"
         return None
     part = _part(fingerprint, requests)
     if part is not None:

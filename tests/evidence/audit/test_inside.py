@@ -153,3 +153,23 @@ def test_facts_that_the_full_model_does_not_know_are_not_judged(tmp_path: Path) 
     one = [0.9 if i == place else value for i, value in enumerate(known)]
     judged = probe.judge(replace(found, more={"full": {"forget": {"known": one}}}))
     assert (judged.verdict, judged.leaking_rows) == ("leaks", (place + 1,))
+
+
+def test_rows_that_the_full_model_does_not_know_count_for_nothing_beside_those_it_knows() -> None:
+    kept = 14
+    # The states of the cleaned model carry all of the rows that were never known, and of no other.
+    known = [0.9] * kept + [0.05, 0.01]
+    by_role = {
+        "full": [1.0] * (kept + 2),
+        "base": [0.0] * (kept + 2),
+        "cleaned": [0.0] * kept + [1.0, 1.0],
+    }
+    scores = {role: {"forget": values} for role, values in by_role.items()}
+    more = {"full": {"forget": {"known": known}}}
+    found = Found(scores, {"forget": range(1, kept + 3)}, {}, more)
+    judged = Depth().judge(found)
+    assert (judged.verdict, judged.leaking_rows) == ("passed", ())
+    assert (judged.value and judged.value.value, judged.value and judged.value.n) == (0.0, kept)
+    known[-1] = 0.06
+    judged = Depth().judge(found)
+    assert (judged.verdict, judged.leaking_rows) == ("leaks", (kept + 2,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from perta.evidence.audit.judge import Found, Judgement, Verdict
@@ -28,11 +28,13 @@ class Looked:
         rows: of each set the number in its file of each sequence's row.
         subjects: of each set whom each is about; None where nothing says so.
         facts: how the forget set's facts were found -> how many.
+        unknown: of each set the rows that are not judged, for the tokenizer lacks their words.
     """
 
     rows: Mapping[str, Sequence[int]]
     subjects: Mapping[str, Sequence[int] | None]
     facts: Mapping[str, int]
+    unknown: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def document_of(
@@ -64,6 +66,7 @@ def document_of(
         "rows": counts,
         "subjects": len(set(looked.subjects["forget"] or ())) or None,
         "facts": dict(looked.facts),
+        "not_judged": {name: list(rows) for name, rows in looked.unknown.items() if rows},
         "row_numbers": {name: list(numbers) for name, numbers in looked.rows.items()},
         "subject_numbers": {name: list(found or ()) for name, found in looked.subjects.items()},
         "probes": list(entries),

@@ -187,7 +187,7 @@ class View:
         size = effort.batch_size
         options = scoring_options(self.model, self.tokenizer, list(items.values()), size, most)
         named = {f"{self.role}/{what}/{name}": item for name, item in items.items()}
-        found = run_with_journal(f"{self.role}: {what}", self.model, named, options, self.journal)
+        found = run_with_journal(None, self.model, named, options, self.journal)
         return dict(zip(items, found.values(), strict=True))
 
     def kept(self, what: str, make: Callable[[], _Plain]) -> _Plain:
