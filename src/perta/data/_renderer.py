@@ -41,15 +41,9 @@ def render(
 ) -> list[dict[str, Any]]:
     """Render some chats, each with `messages` and `add_generation_prompt`.
 
-    Args:
-        template: the text of the template.
-        variables: what it may use besides, such as the tokens' names.
-        chats: what is rendered.
-        date: today, as the template is told it.
-
-    Returns:
-        For each chat its `text` and `spans`, the parts the template marks as generated; or
-        `error`, the template's own words.
+    The template may use `variables`, such as the tokens' names, and is told that it is `date`. Of
+    each chat there is its `text`, and `spans`, the parts that the template marks as generated; or
+    `error`, the template's own words.
 
     Raises:
         TemplateError: it is no template, or exceeds the limits.

@@ -10,14 +10,14 @@ library itself lets go: tied weights and buffers it computes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from perta.errors import CheckpointError, CorruptCheckpointError, some
-from perta.models.trust import LOCAL, NO_CODE, read_config
+from perta.models.trust import LOCAL, NO_CODE, read_config, settings_in
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is_float, open_index
 
 if TYPE_CHECKING:
@@ -110,11 +110,7 @@ def loader_of(config: PreTrainedConfig) -> Any:
 
 
 def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None:
-    """Compare what was loaded with what the model needs and the files hold.
-
-    Args:
-        info: what `from_pretrained` says with `output_loading_info`.
-        place: the files, or the one file.
+    """Compare what `from_pretrained` says that it loaded with what model and files need and hold.
 
     Raises:
         CorruptCheckpointError: something is missing, left over, or of another shape.
@@ -164,7 +160,9 @@ def check_counts(
     """Stop with a CheckpointError at a setting that counts more parts than files can hold."""
     widest = max((size for shape in shapes for size in shape), default=0)
     limits = {_LAYERS: len(shapes), _PARTS: max(widest, len(shapes)), _SIZES: _LARGEST_SIZE}
-    for setting, value in _numbers(settings):
+    for setting, value in settings_in(settings):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
         last = setting.rpartition(".")[2]
         if any(value > limit and name.search(last) for name, limit in limits.items()):
             raise CheckpointError(
@@ -202,15 +200,6 @@ def _is_packed(entry: TensorEntry) -> bool:
     if entry.dtype.is_floating_point:
         return not is_float(entry) or bool(_SCALES.search(last))
     return any(part in last for part in _PACKED)
-
-
-def _numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number of a configuration by name, those of its parts too."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int) and not isinstance(value, bool):
-            yield prefix + name, value
 
 
 def _is_constant_in(index: CheckpointIndex, name: str) -> bool:

@@ -150,12 +150,8 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     name = compute.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available[name]:
+    units: Any = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    if name != "cpu" and not units[name].is_available():
         raise ConfigError(f"--device {name}: torch sees no such device here. Use --device auto.")
     if name == "cuda":
         _repeat_on_gpus()
@@ -209,10 +205,8 @@ def transposed_weights(folder: Path) -> frozenset[str]:
 
 def save_type(wanted: SaveType, folder: Path) -> torch.dtype:
     """The type that `--save-dtype` stands for: a checkpoint's main one, or the one named."""
-    if wanted == "full":
-        return stored_dtype(folder)
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return named[wanted]
+    named: torch.dtype = stored_dtype(folder) if wanted == "full" else getattr(torch, wanted)
+    return named
 
 
 def rename_type(config: dict[str, Any], name: str) -> None:

@@ -61,11 +61,7 @@ def resolve_checkpoint(
 
 
 def quantised_checkpoint(reference: str | Path) -> Path | None:
-    """The folder that a reference names as it is stored, where that is in FP8 or MXFP4.
-
-    Args:
-        reference: what `resolve_checkpoint` accepts.
-    """
+    """The folder that a reference names as it is stored, where that is in FP8 or MXFP4."""
     path = Path(reference).expanduser()
     if not path.exists():
         path = _from_hub(str(reference), None)

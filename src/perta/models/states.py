@@ -61,12 +61,7 @@ def decoded(model: PreTrainedModel, batch: Batch, states: Tensor) -> Tensor:
     """Log-probability of each label by what lies behind the last layer (norm and head): (L, N).
 
     The states take the places of a pass's own, as many as there are places, so that a model ends
-    as it always does, whatever its end is made of.
-
-    Args:
-        model: causal language model.
-        batch: B rows of T tokens.
-        states: from `layer_states`, (L, N, D).
+    as it always does, whatever its end is made of. They are (L, N, D), from `layer_states`.
     """
     targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE].repeat(len(states))
     flat = states.flatten(0, 1)
@@ -90,13 +85,9 @@ def decoded(model: PreTrainedModel, batch: Batch, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exchanged(model: PreTrainedModel, batch: Batch, layer: int, states: Tensor) -> Tensor:
-    """Log-probability of each label where one layer gives other states: (N,).
+    """Log-probability of each label where one layer, from 0, gives other states: (N,).
 
-    Args:
-        model: causal language model.
-        batch: B rows.
-        layer: from 0.
-        states: (N, D) in place of the layer's own; all other positions keep theirs.
+    They are (N, D), in place of the layer's own; all other positions keep theirs.
     """
     rows, places = _predicting(batch)
 

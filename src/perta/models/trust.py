@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     config = read_json(file, CheckpointError, nan=True) if file.is_file() else {}
-    for name, value in _settings(config):
+    for setting, value in settings_in(config):
+        name = setting.rpartition(".")[2]
         if name.lstrip("_").removesuffix("_internal") in _KERNELS and "/" in str(value):
             raise CheckpointError(
                 f"{file}: {name} names code outside the checkpoint ({value}), which is never "
@@ -43,11 +44,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def settings_in(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a configuration, and those of its parts as `part.name`."""
     for name, value in config.items():
-        yield name, value
+        yield prefix + name, value
         if isinstance(value, dict):
-            yield from _settings(value)
+            yield from settings_in(value, f"{prefix}{name}.")
 
 
 _PLAIN = re.compile(r"[\w.-]*")

@@ -165,24 +165,19 @@ def open_index(folder: Path) -> CheckpointIndex:
             missing or hold a tensor twice.
         CheckpointError: tensors of a type that cannot be read.
     """
-    shard_names, weight_map = _find_shards(folder)
+    names, weight_map = _find_shards(folder)
+    headers = {name: read_header(folder / name) for name in names}
     tensors: dict[str, TensorEntry] = {}
-    shards: dict[str, tuple[str, ...]] = {}
-    metadata: dict[str, str] = {}
-    for shard_name in shard_names:
-        entries, shard_metadata = read_header(folder / shard_name)
-        metadata = metadata or shard_metadata
-        shards[shard_name] = tuple(entry.name for entry in entries)
-        for entry in entries:
-            if entry.name in tensors:
-                first = tensors[entry.name].file.name
-                raise CorruptCheckpointError(
-                    f"{folder}: {entry.name} is in both {first} and {shard_name}. "
-                    "Save the checkpoint again into an empty folder."
-                )
-            tensors[entry.name] = entry
+    for entry in (entry for entries, _ in headers.values() for entry in entries):
+        if (first := tensors.setdefault(entry.name, entry)) is not entry:
+            raise CorruptCheckpointError(
+                f"{folder}: {entry.name} is in both {first.file.name} and {entry.file.name}. "
+                "Save the checkpoint again into an empty folder."
+            )
     if weight_map is not None:
         _check_weight_map(folder, weight_map, tensors)
+    shards = {name: tuple(e.name for e in entries) for name, (entries, _) in headers.items()}
+    metadata = next((said for _, said in headers.values() if said), {})
     return CheckpointIndex(folder, tensors, shards, metadata)
 
 
@@ -300,8 +295,7 @@ def _read_weight_map(file: Path) -> dict[str, str]:
         raise CorruptCheckpointError(
             f"{file} is not a shard index: it lacks a weight_map. Copy or download it again."
         )
-    for shard in set(pairs.values()):
-        # A shard is a file beside the index; anything else could point outside the folder.
+    for shard in set(pairs.values()):  # a file beside the index, none outside the folder
         if Path(shard).name != shard or "\0" in shard or len(os.fsencode(shard)) > 255:
             raise CorruptCheckpointError(f"{file} names a shard outside its folder: {shard[:300]}.")
     return pairs
@@ -428,11 +422,7 @@ def companions(folder: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what a model needs beside its weights, and its licence; see `companions`.
-
-    Configuration, generation settings, tokenizer, chat template and custom code are copied;
-    weights, model cards, logs and data are not.
-    """
+    """Copy what a model needs beside its weights, and its licence; see `companions`."""
     for name in companions(source):
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
@@ -442,23 +432,22 @@ def copy_companions(source: Path, target: Path) -> None:
 def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], shards: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Write tensors as a safetensors checkpoint that `open_index` reads, each in its own type.
+    """Write tensors as a safetensors checkpoint, each in its own type, by `stream_tensors`.
 
-    Args:
-        folder: existing folder; for an all-or-nothing write, one from `atomic_folder`.
-        tensors: by name, on any device.
-        shards: file name -> names of its tensors, such as `CheckpointIndex.shards`; names
-            without a tensor are left out. One file without it.
+    `shards` are files and the names of their tensors, such as `CheckpointIndex.shards`; names
+    without a tensor are left out. Without it all go into one file.
 
     Raises:
         ConfigError: a tensor is in no shard, or its type cannot be stored.
     """
-    layout = {_SINGLE: list(tensors)} if shards is None else _present(shards, tensors)
+    layout = {_SINGLE: list(tensors)} if shards is None else shards
     places = {
-        file: {name: (tensors[name].dtype, tensors[name].shape) for name in sorted(names)}
+        file: {n: (tensors[n].dtype, tensors[n].shape) for n in sorted(names) if n in tensors}
         for file, names in layout.items()
     }
-    stream_tensors(folder, places, tensors.__getitem__)
+    if homeless := set(tensors).difference(*places.values()):
+        raise ConfigError(f"{min(homeless)} is in no shard of the checkpoint.")
+    stream_tensors(folder, {f: p for f, p in places.items() if p}, tensors.__getitem__)
 
 
 def stream_tensors(
@@ -495,16 +484,6 @@ def write_weight_map(folder: Path, weight_map: Mapping[str, str], total: int) ->
     """Write the index of a checkpoint of several files; `total` are the bytes of its tensors."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _present(
-    shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Tensor]
-) -> dict[str, list[str]]:
-    layout = {file: [name for name in names if name in tensors] for file, names in shards.items()}
-    homeless = set(tensors).difference(*layout.values())
-    if homeless:
-        raise ConfigError(f"{min(homeless)} is in no shard of the checkpoint.")
-    return {file: names for file, names in layout.items() if names}
 
 
 def safetensors_header(

@@ -88,11 +88,8 @@ def content_of(path: Path) -> str:
     Of a folder, the weights, the configuration, an adapter's settings, the tokenizer and the chat
     template count; model cards, logs and this package's own manifest do not. Names of files
     within the folder count, its own path does not. Files that have not changed since they were
-    last hashed by this process are not read again.
-
-    Returns:
-        BLAKE3 in hexadecimal: where processors have no instructions for SHA-256, hashing a
-        checkpoint with it takes several times as long as editing one.
+    last hashed by this process are not read again. BLAKE3, because SHA-256 takes several times as
+    long as editing where processors have no instructions for it.
 
     Raises:
         CheckpointNotFoundError: there is nothing at the path, or nothing that counts.

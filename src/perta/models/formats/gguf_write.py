@@ -166,12 +166,7 @@ class GgufPlan:
             add_tokenizer(writer, load_tokenizer(self.folder), self.folder, _CONVERT)
 
     def write(self, file: Path, value: Value) -> None:
-        """Write the file, each tensor made when its turn comes.
-
-        Args:
-            file: it appears there.
-            value: gives the values of a stored tensor in a type.
-        """
+        """Write the file, each tensor made when its turn comes."""
         writer, tensors = gguf.GGUFWriter(str(file), self.family), open_index(self.folder).tensors
         further = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in self._unmapped()}
         if self.source is not None:
@@ -209,12 +204,8 @@ class GgufPlan:
                 raise CheckpointError(f"{self.source}: {tensor.name} is no weight of its model.")
 
     def _copy_settings(self, writer: gguf.GGUFWriter) -> None:
-        left = (
-            "GGUF.",
-            "general.architecture",
-            "general.file_type",
-            "general.quantization_version",
-        )
+        general = (f"general.{n}" for n in ("architecture", "file_type", "quantization_version"))
+        left = ("GGUF.", *general)
         for name, field in self._file.fields.items():
             if not name.startswith(left):
                 array = field.types[-1] if len(field.types) > 1 else None
@@ -236,11 +227,7 @@ class GgufPlan:
 def gguf_plan(output: OutputFormat, full: str, folder: Path, save: FileType) -> GgufPlan | None:
     """The plan of a GGUF file, checked; None for another output.
 
-    Args:
-        output: format of the output.
-        full: what the user named as θ_full.
-        folder: what `resolve_checkpoint` made of it.
-        save: type of the weights.
+    `full` is what the user named as θ_full, and `folder` what `resolve_checkpoint` made of it.
 
     Raises:
         CheckpointError: see `GgufPlan.check`.
@@ -267,15 +254,9 @@ def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
 
 
 def round_for(kind: Kind, values: Tensor, place: Place) -> Tensor:
-    """Values on the grid of a type, rounded at random as `store.arithmetic` does it.
+    """Float32 values on the grid of a type, rounded at random as `store.arithmetic` does it.
 
-    Args:
-        kind: F32, F16, BF16 or Q8_0.
-        values: float32; for Q8_0 the last axis is a multiple of 32.
-        place: tensor and first element.
-
-    Returns:
-        The same shape, float32.
+    `kind` is F32, F16, BF16 or Q8_0, for which the last axis is a multiple of 32.
     """
     if kind in _TYPES:
         return round_as_stored(values, _TYPES[kind], place).float()
@@ -297,11 +278,7 @@ _ON_GRID = 1e-3
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Any, folder: Path) -> dict[str, Tensor]:
-    """Say what config.json says; tensors that scale positions.
-
-    Raises:
-        CheckpointError: a setting that no file of the family has.
-    """
+    """Say what config.json says; tensors that scale positions."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = dict(config.rope_parameters)

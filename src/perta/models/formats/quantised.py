@@ -117,15 +117,7 @@ class Quantised:
         return dequantise_mxfp4(codes, scales)
 
     def requantised(self, values: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Plain values in the stored format; what is as it was keeps its bytes.
-
-        Args:
-            values: float32, of the plain shape.
-            place: tensor and first element, for the rounding.
-
-        Returns:
-            Codes and scales, as they are stored.
-        """
+        """Codes and scales of new float32 values; what is as it was keeps its bytes."""
         codes, scales = read_tensor(self.codes), read_tensor(self.scales)
         if self.is_fp8:
             return requantise_fp8(codes, scales, values, self.block, place)
@@ -172,7 +164,8 @@ def is_of_inputs(name: str) -> bool:
 
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FACTORS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+_POWERS = torch.float8_e8m0fnu
+_FACTORS = (torch.float32, torch.bfloat16, torch.float16, _POWERS)
 
 
 def _place(one: Quantised) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -283,25 +276,14 @@ def _largest(values: Tensor, factors: Tensor, block: tuple[int, int] | None) -> 
 def requantise_fp8(
     weight: Tensor, scale: Tensor, values: Tensor, block: tuple[int, int] | None, place: Place
 ) -> tuple[Tensor, Tensor]:
-    """New values in the 8 bits of the old ones.
+    """New numbers and factors, in the types of the old ones, for new float32 values.
 
-    Args:
-        weight: the old numbers, as for `dequantise_fp8`.
-        scale: their factors.
-        values: the new values, float32, the shape of `weight`.
-        block: rows and columns of a block.
-        place: tensor and first element, for the rounding.
-
-    Returns:
-        Numbers and factors, in the types of the old ones. Factors change where the largest
-        number of a block no longer fits, or is less than half of what it was.
+    Factors change where the largest number of a block no longer fits, or is less than half of what
+    it was. `weight`, `scale` and `block` are as for `dequantise_fp8`.
     """
     limit, old = torch.finfo(weight.dtype).max, scale.float()
     before = dequantise_fp8(weight, scale, block)
-    largest = _largest(values, scale, block)
-    wanted = _stored_factors(largest / limit, scale.dtype)
-    stays = (largest <= old * limit) & (2 * largest >= _largest(before, scale, block))
-    factors = torch.where(stays | (wanted.float() == 0), old, wanted.float())
+    factors = _new_factors(before, values, old, limit, block, scale.dtype)
     spread = _spread(factors, values, block)
     scaled = (values / spread).nan_to_num_(0.0).clamp_(-limit, limit)
     above = thresholds(place, values.numel()).view(values.shape)
@@ -311,11 +293,20 @@ def requantise_fp8(
     return codes, torch.where(factors == old, old, factors).to(scale.dtype)
 
 
-def _stored_factors(factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest factors of a type that are no smaller."""
-    if dtype != torch.float8_e8m0fnu:
-        return factors.to(dtype)
-    return _power(_exponents(factors)).to(dtype)
+def _new_factors(
+    before: Tensor,
+    values: Tensor,
+    factors: Tensor,
+    limit: float,
+    block: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Factors of a type for new values, float32, the old ones where they still suit a block."""
+    largest = _largest(values, factors, block)
+    wanted = largest / limit
+    wanted = (_power(_exponents(wanted)) if dtype == _POWERS else wanted.to(dtype)).float()
+    stays = (largest <= factors * limit) & (2 * largest >= _largest(before, factors, block))
+    return torch.where(stays | (largest == 0) | (wanted == 0), factors, wanted)
 
 
 def _power(exponents: Tensor) -> Tensor:
@@ -343,33 +334,21 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 def requantise_mxfp4(
     blocks: Tensor, scales: Tensor, values: Tensor, place: Place
 ) -> tuple[Tensor, Tensor]:
-    """New values in the 4 bits of the old ones.
+    """New numbers and exponents for new float32 values, (..., 2 · groups · size, out).
 
-    Args:
-        blocks: the old numbers, as for `dequantise_mxfp4`.
-        scales: their exponents.
-        values: the new values, (..., 2 · groups · size, out) float32.
-        place: tensor and first element, for the rounding.
-
-    Returns:
-        Numbers and exponents; an exponent changes as a factor does in `requantise_fp8`.
+    An exponent changes as a factor does in `requantise_fp8`.
     """
-    groups = (*scales.shape, 2 * blocks.shape[-1])
-    new = values.transpose(-1, -2).reshape(groups)
-    old = dequantise_mxfp4(blocks, scales).float().transpose(-1, -2).reshape(groups)
+    block = (1, 2 * blocks.shape[-1])
+    new = values.transpose(-1, -2)
+    old = dequantise_mxfp4(blocks, scales).float().transpose(-1, -2)
     before = _power(scales.int() - 127)
-    largest = new.abs().amax(-1)
-    stays = (largest <= before * _FP4_LARGEST) & (2 * largest >= old.abs().amax(-1))
-    wanted = (_exponents(largest / _FP4_LARGEST) + 127).to(torch.uint8)
-    chosen = torch.where(stays | (largest == 0), scales, wanted)
-    factors = _power(chosen.int() - 127).unsqueeze(-1)
-    scaled = (new / factors).clamp_(-_FP4_LARGEST, _FP4_LARGEST)
-    above = thresholds(place, new.numel()).view(groups)
-    rounded = rounded_by(scaled, 0.5, 1.0, above)
-    codes = torch.bucketize(rounded.abs().contiguous(), torch.tensor(_FP4)).to(torch.uint8)
+    factors = _new_factors(old, new, before, _FP4_LARGEST, block, _POWERS)
+    scaled = (new / _spread(factors, new, block)).clamp_(-_FP4_LARGEST, _FP4_LARGEST).contiguous()
+    rounded = rounded_by(scaled, 0.5, 1.0, thresholds(place, new.numel()).view(new.shape))
+    codes = torch.bucketize(rounded.abs(), torch.tensor(_FP4)).to(torch.uint8)
     codes += 8 * torch.signbit(rounded).to(torch.uint8)
-    low, high = codes[..., 0::2], codes[..., 1::2]
     stored = torch.stack((blocks & 0xF, blocks >> 4), dim=-1)
-    is_same = ((new == old) & (chosen == scales).unsqueeze(-1)).view(stored.shape)
-    codes = torch.where(is_same, stored, torch.stack((low, high), dim=-1))
-    return codes[..., 0] | codes[..., 1] << 4, chosen
+    is_same = (new == old) & _spread(factors == before, new, block)
+    codes = torch.where(is_same.view(stored.shape), stored, codes.view(stored.shape))
+    exponents = (_exponents(factors) + 127).to(torch.uint8)
+    return codes[..., 0] | codes[..., 1] << 4, torch.where(factors == before, scales, exponents)

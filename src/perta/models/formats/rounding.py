@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,13 +50,13 @@ _NF4 = (
 """Quantiles of the normal distribution, scaled to [-1, 1], one of them 0."""
 
 
-def int8_rows(weight: Tensor) -> Tensor:
+def _int8_rows(weight: Tensor) -> Tensor:
     """One scale per output: (out, in) float32 -> the same shape."""
     scale = _nonzero(weight.abs().amax(1, keepdim=True) / 127)
     return (weight / scale).round() * scale
 
 
-def int4_groups(weight: Tensor) -> Tensor:
+def _int4_groups(weight: Tensor) -> Tensor:
     """A scale and a zero point per 128 inputs: (out, in) float32 -> the same shape."""
     groups = _cut(weight, _INT4_GROUP)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True)
@@ -65,7 +66,7 @@ def int4_groups(weight: Tensor) -> Tensor:
     return ((steps - zero) * scale).reshape(len(weight), -1)[:, : weight.shape[1]]
 
 
-def nf4(weight: Tensor) -> Tensor:
+def _nf4(weight: Tensor) -> Tensor:
     """A scale per 64 values of the flat matrix, values from a book: any shape -> the same."""
     groups = _cut(weight.reshape(1, -1), _NF4_GROUP)
     scale = _nonzero(groups.abs().amax(-1, keepdim=True))
@@ -75,22 +76,23 @@ def nf4(weight: Tensor) -> Tensor:
     return (book[near] * scale).flatten()[: weight.numel()].view_as(weight)
 
 
-def q8_0(weight: Tensor) -> Tensor:
-    """GGUF's 8 bits, there and back: (out, in) float32 -> the same shape."""
-    return _gguf(weight, "Q8_0")
+def _gguf(name: str, weight: Tensor) -> Tensor:
+    """A type of GGUF files, there and back: (out, in) float32 -> the same shape."""
+    from gguf import GGMLQuantizationType, quants
 
-
-def q4_0(weight: Tensor) -> Tensor:
-    """GGUF's 4 bits, there and back: (out, in) float32 -> the same shape."""
-    return _gguf(weight, "Q4_0")
+    if weight.shape[1] % _GGUF_GROUP:
+        return weight  # the format has no such rows; converters leave them as they are
+    kind = GGMLQuantizationType[name]
+    found = quants.dequantize(quants.quantize(weight.cpu().numpy(), kind), kind)
+    return torch.from_numpy(found).to(weight.device)
 
 
 SCHEMES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "int8": int8_rows,
-    "int4": int4_groups,
-    "nf4": nf4,
-    "q8_0": q8_0,
-    "q4_0": q4_0,
+    "int8": _int8_rows,
+    "int4": _int4_groups,
+    "nf4": _nf4,
+    "q8_0": partial(_gguf, "Q8_0"),
+    "q4_0": partial(_gguf, "Q4_0"),
 }
 
 
@@ -126,13 +128,3 @@ def _nonzero(scale: Tensor) -> Tensor:
 def _cut(weight: Tensor, size: int) -> Tensor:
     """Rows cut into groups, the last one filled with zeros: (rows, groups, size)."""
     return F.pad(weight, (0, -weight.shape[1] % size)).reshape(len(weight), -1, size)
-
-
-def _gguf(weight: Tensor, name: str) -> Tensor:
-    from gguf import GGMLQuantizationType, quants
-
-    if weight.shape[1] % _GGUF_GROUP:
-        return weight  # the format has no such rows; converters leave them as they are
-    kind = GGMLQuantizationType[name]
-    found = quants.dequantize(quants.quantize(weight.cpu().numpy(), kind), kind)
-    return torch.from_numpy(found).to(weight.device)
