@@ -82,11 +82,16 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         )
     for cost in found:
         share = "–" if cost.share is None else f"{cost.share:.0%}"
-        stages = details({segment.name: segment.seconds for segment in cost.segments})
-        apart = f"; evaluation apart {duration(cost.evaluation)}" if cost.evaluation else ""
+        stages = details(cost.took.stages)
+        evaluation = cost.took.evaluation
+        apart = f"; evaluation apart {duration(evaluation)}" if evaluation else ""
         operations = "–" if cost.operations is None else percent(cost.operations)
         table.add_row(
-            escape(cost.label), duration(cost.total), share, operations, escape(stages + apart)
+            escape(cost.run.label),
+            duration(cost.took.total),
+            share,
+            operations,
+            escape(stages + apart),
         )
     console().print(table)
 

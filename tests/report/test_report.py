@@ -54,7 +54,14 @@ from perta.report._svg import Axis, Curve, Ecdf, Point, Scatter, Style
 from perta.report._texts import sample_sets
 from perta.report.collect import Collection, Run, collect
 from perta.report.settings import ReportConfig
-from perta.report.tables import costs, csv_text, metric_tables, seed_table, styles, to_csv
+from perta.report.tables import (
+    costs,
+    csv_text,
+    metric_tables,
+    seed_table,
+    styles,
+    table_lines,
+)
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.write import (
@@ -459,7 +466,7 @@ def test_output_of_unlearn_with_and_without_its_work_folder(tmp_path: Path) -> N
     whole = collect([str(output)])
     assert not whole.notices
     assert whole.runs[1].measures["forget_probability"].interval is not None
-    assert costs(whole)[0][0].total == 3.5  # as this run noted, not as it was made again
+    assert costs(whole)[0][0].took.total == 3.5  # as this run noted, not as it was made again
 
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -877,14 +884,14 @@ def test_experts_of_a_layer_are_one_cell() -> None:
 def test_costs_and_their_share_of_retraining(tmp_path: Path) -> None:
     found, retraining = costs(collect([str(write_demo(tmp_path))]))
     assert retraining == 20
-    assert [(cost.label, cost.total) for cost in found] == [("perta-grad", 4.5), ("tv", 4.5)]
+    assert [(c.run.label, c.took.total) for c in found] == [("perta-grad", 4.5), ("tv", 4.5)]
     assert found[0].share == pytest.approx(4.5 / 20)
 
 
 def test_tables_as_csv_hold_values_and_intervals(tmp_path: Path) -> None:
     runs = collect([str(write_demo(tmp_path))]).runs
     table = next(t for t in metric_tables(runs) if t.name == "measures_forget")
-    rows = list(csv.DictReader(to_csv(table).splitlines()))
+    rows = list(csv.DictReader(csv_text(table_lines(table)).splitlines()))
     grad = next(row for row in rows if row["model"] == "perta-grad")
     assert float(grad["Answer prob."]) == pytest.approx(0.07)
     assert float(grad["Answer prob. low"]) < 0.07 < float(grad["Answer prob. high"])
@@ -893,7 +900,7 @@ def test_tables_as_csv_hold_values_and_intervals(tmp_path: Path) -> None:
 
 def test_formulas_in_labels_do_not_run_in_spreadsheets(tmp_path: Path) -> None:
     runs = [Run("=1+1", "edited", read_measures(results("x", 0.1, 0.9)))]
-    assert "'=1+1," in to_csv(metric_tables(runs)[0])
+    assert "'=1+1," in csv_text(table_lines(metric_tables(runs)[0]))
     for start in "=+-@\t\r\n＝":
         cells = next(csv.reader(io.StringIO(csv_text([[f"{start}1+1", -1.5, "plain"]]), "")))
         assert cells == [f"'{start}1+1".replace("\r", "\n"), "-1.5", "plain"]

@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from typing import Any
 
 from markupsafe import Markup
 
@@ -232,7 +233,7 @@ class Page:
     @property
     def longest(self) -> float:
         """Seconds of the longest bar."""
-        return max([c.total for c in self.costs] + [self.retraining or 0.0]) or 1.0
+        return max([c.took.total for c in self.costs] + [self.retraining or 0.0]) or 1.0
 
     @property
     def limits(self) -> list[str]:
@@ -243,13 +244,13 @@ class Page:
         return sections.provenance(self.runs)
 
     @property
-    def files(self) -> list[tabular.Table]:
-        """The tables of the files beside the page."""
-        found = [
-            *tabular.metric_tables(self.runs),
-            *tabular.edit_tables(self.collection.by_role("edited")),
-        ]
-        return [*found, tabular.cost_table(*self._costs)] if self.costs else found
+    def files(self) -> dict[str, list[list[Any]]]:
+        """Name and lines of each CSV file beside the page."""
+        found = {t.name: tabular.table_lines(t) for t in tabular.metric_tables(self.runs)}
+        for run in self.collection.by_role("edited"):
+            if run.edit.get("tensors"):
+                found[f"edit_{tabular.file_name(run.label)}"] = tabular.edit_lines(run)
+        return {**found, "costs": tabular.cost_lines(*self._costs)} if self.costs else found
 
 
 def asset(name: str) -> str:

@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
@@ -52,11 +51,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """One column: heading, explanation, and whether it holds numbers."""
+    """Heading and explanation of one column."""
 
     label: str
     meaning: str = ""
-    numeric: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Row:
     """One row with the model it is about."""
 
     entries: tuple[Entry, ...]
-    run: Run | None = None
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -80,34 +78,13 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One stage's share of a cost bar."""
-
-    name: str
-    seconds: float
-    percent: float
-    stage: int
-
-
-@dataclass(frozen=True)
 class Cost:
-    """What one way to forget took.
-
-    Attributes:
-        share: of the seconds that retraining took, where it is known.
-        evaluation: seconds apart from these.
-        passes: operations, as forward passes over one token.
-        operations: their share of those of retraining, where both are known.
-    """
+    """What one way to forget took."""
 
     run: Run
-    label: str
-    segments: tuple[Segment, ...]
-    total: float
-    share: float | None
-    evaluation: float
-    passes: float
-    operations: float | None
+    took: Costs
+    share: float | None  # of the seconds that retraining took, where it is known
+    operations: float | None  # share of the operations of retraining, where both are known
 
 
 def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
@@ -157,13 +134,12 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
                 Entry(_value_text(key, mean), mean, f"± {_value_text(key, spread)}", mean)
             )
         rows.append(Row(tuple(entries), group[0]))
-    columns = [Column("model", "", numeric=False)]
-    columns += [Column(_long_label(key), measure_of(key).meaning) for key in keys]
+    columns = [Column(_long_label(key), measure_of(key).meaning) for key in keys]
     return Table(
         "seeds",
         "Over seeds",
         "Mean and sample standard deviation over seeds of tuning.",
-        tuple(columns),
+        (Column("model"), *columns),
         tuple(rows),
     )
 
@@ -177,12 +153,16 @@ def _long_label(key: str) -> str:
 def _metric_table(
     group: str, title: str, meaning: str, measures: Sequence[Measure], runs: Sequence[Run]
 ) -> Table:
-    columns = [Column("model", "", numeric=False)]
-    columns += [Column(measure.label, measure.meaning) for measure in measures]
+    columns = [Column(measure.label, measure.meaning) for measure in measures]
     rows = [
         Row(
             (
-                Entry(run.label, run.label, _part(run), run.label),
+                Entry(
+                    run.label,
+                    run.label,
+                    "as stated by the user" if run.stated else _ROLES.get(run.role, ""),
+                    run.label,
+                ),
                 *(_entry(measure.key, run.measures.get(measure.key)) for measure in measures),
             ),
             run,
@@ -202,11 +182,7 @@ def _metric_table(
     if counts:
         many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         caption += f" n = {many} examples; small print: 95% interval."
-    return Table(f"measures_{group}", title, caption, tuple(columns), tuple(rows))
-
-
-def _part(run: Run) -> str:
-    return "as stated by the user" if run.stated else _ROLES.get(run.role, "")
+    return Table(f"measures_{group}", title, caption, (Column("model"), *columns), tuple(rows))
 
 
 def _entry(key: str, reading: Reading | None) -> Entry:
@@ -228,19 +204,11 @@ def _value_text(key: str, value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
-def edit_tables(runs: Sequence[Run]) -> list[Table]:
-    """For each edited model, what the edit did to every tensor."""
-    tables = []
-    for run in runs:
-        tensors = run.edit.get("tensors", [])
-        if not tensors:
-            continue
-        fields = [name for name in tensors[0] if name != "name"]
-        columns = [Column("tensor", "", numeric=False), *(Column(name) for name in fields)]
-        rows = tuple(_raw_row(t.get(f) for f in ("name", *fields)) for t in tensors)
-        name = f"edit_{file_name(run.label)}"
-        tables.append(Table(name, run.label, "", tuple(columns), rows))
-    return tables
+def edit_lines(run: Run) -> list[list[Any]]:
+    """For the CSV file: what the edit did to every tensor."""
+    tensors = run.edit["tensors"]
+    fields = [name for name in tensors[0] if name != "name"]
+    return [["tensor", *fields], *([t.get(f) for f in ("name", *fields)] for t in tensors)]
 
 
 def costs(collection: Collection) -> tuple[list[Cost], float | None]:
@@ -248,76 +216,60 @@ def costs(collection: Collection) -> tuple[list[Cost], float | None]:
     retrained = [run for run in collection.by_role("retrained") if seconds_of(run.spent)]
     found = []
     for run in collection.by_role("edited"):
-        own = run.results.get("perta")
-        apart = own if own is not run.spent else None
-        cost = costs_of(run.spent, collection.records, apart)
-        if cost.stages:
-            found.append((run, cost))
-    times = [seconds_of(run.spent) for run in retrained]
-    longest = max([cost.total for _, cost in found] + times) if found or times else 1.0
-    return [_cost(run, cost, longest or 1.0, retrained) for run, cost in found], (
-        times[0] if times else None
-    )
+        apart = run.made if run.made is not run.spent else None
+        took = costs_of(run.spent, collection.records, apart)
+        if took.stages:
+            found.append(_cost(run, took, retrained))
+    return found, seconds_of(retrained[0].spent) if retrained else None
 
 
-def _cost(run: Run, cost: Costs, longest: float, retrained: Sequence[Run]) -> Cost:
+def _cost(run: Run, took: Costs, retrained: Sequence[Run]) -> Cost:
     """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
     fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
     whole = fitting[0].spent if fitting else {}
     passes = passes_of(whole)
-    return Cost(
-        run,
-        run.label,
-        tuple(
-            Segment(name, s, 100 * s / longest, 1 + place % 4)
-            for place, (name, s) in enumerate(cost.stages.items())
-        ),
-        cost.total,
-        cost.share(seconds_of(whole)),
-        cost.evaluation,
-        cost.operations,
-        cost.operations / passes if passes and cost.operations else None,
-    )
+    operations = took.operations / passes if passes and took.operations else None
+    return Cost(run, took, took.share(seconds_of(whole)), operations)
 
 
-def cost_table(found: Sequence[Cost], retraining: float | None) -> Table:
+def cost_lines(found: Sequence[Cost], retraining: float | None) -> list[list[Any]]:
     """Costs for the CSV file."""
-    names = [n for n in STAGES.values() if any(n == s.name for c in found for s in c.segments)]
-    columns = [Column("model", "", numeric=False), *(Column(name) for name in names)]
-    columns += [Column("total seconds"), Column("share of retraining"), Column("evaluation")]
-    columns += [Column("forward passes over a token"), Column("share of its operations")]
-    lines = []
+    names = [name for name in STAGES.values() if any(name in c.took.stages for c in found)]
+    columns = ["total seconds", "share of retraining", "evaluation"]
+    columns += ["forward passes over a token", "share of its operations"]
+    lines: list[list[Any]] = [["model", *names, *columns]]
     for cost in found:
-        seconds = {segment.name: segment.seconds for segment in cost.segments}
-        values = [cost.label, *(seconds.get(name) for name in names), cost.total, cost.share]
-        lines.append([*values, cost.evaluation, cost.passes or None, cost.operations])
+        took = cost.took
+        values = [cost.run.label, *map(took.stages.get, names), took.total, cost.share]
+        lines.append([*values, took.evaluation, took.operations or None, cost.operations])
     if retraining is not None:
         lines.append(["retrained", *(None for _ in names), retraining, 1.0, *[None] * 3])
-    return Table("costs", "Cost", "", tuple(columns), tuple(map(_raw_row, lines)))
+    return lines
 
 
-def _raw_row(values: Iterable[Any]) -> Row:
-    return Row(tuple(Entry(str(value), raw=value) for value in values))
-
-
-def to_csv(table: Table) -> str:
-    """A table as CSV; readings become value, interval and number of examples."""
+def table_lines(table: Table) -> list[list[Any]]:
+    """A table for its CSV file; readings become value, interval and number of examples."""
     wide = [
-        any(isinstance(row.entries[i].raw, Reading) for row in table.rows)
-        for i in range(len(table.columns))
+        any(isinstance(entry.raw, Reading) for entry in column)
+        for column in zip(*(row.entries for row in table.rows), strict=True)
     ]
     header: list[str] = []
     for column, is_reading in zip(table.columns, wide, strict=True):
-        header.append(column.label)
-        if is_reading:
-            header += [f"{column.label} {part}" for part in ("low", "high", "n")]
+        parts = ("", " low", " high", " n") if is_reading else ("",)
+        header += [column.label + part for part in parts]
     lines: list[list[Any]] = [header]
     for row in table.rows:
-        line: list[Any] = []
-        for entry, is_reading in zip(row.entries, wide, strict=True):
-            line += _csv_cells(entry, is_reading)
-        lines.append(line)
-    return csv_text(lines)
+        cells = zip(row.entries, wide, strict=True)
+        lines.append([cell for entry, is_reading in cells for cell in _cells(entry, is_reading)])
+    return lines
+
+
+def _cells(entry: Entry, is_reading: bool) -> list[Any]:
+    if not is_reading:
+        return [entry.raw]
+    value = entry.raw.value if entry.raw else None
+    interval = entry.raw.interval if entry.raw else None
+    return [value, *((interval.low, interval.high, interval.n) if interval else [None] * 3)]
 
 
 def csv_text(lines: Iterable[Iterable[Any]]) -> str:
@@ -333,28 +285,6 @@ def _inert(cell: Any) -> Any:
         return cell
     line = visible(cell.replace("\r", "\n"))  # unquoted, it would end the row for many readers
     return f"'{line}" if line.startswith(tuple("=+-@\t\n＝＋－＠")) else line
-
-
-def write_csv(tables: Iterable[Table], folder: Path) -> list[Path]:
-    """Write every table that has rows."""
-    files = []
-    for table in tables:
-        if table.rows:
-            file = folder / f"{table.name}.csv"
-            file.write_text(to_csv(table), "utf-8")
-            files.append(file)
-    return files
-
-
-def _csv_cells(entry: Entry, is_reading: bool) -> list[Any]:
-    if not is_reading:
-        return ["" if entry.raw is None else entry.raw]
-    reading = entry.raw
-    if not isinstance(reading, Reading):
-        return ["", "", "", ""]
-    if reading.interval is None:
-        return [reading.value, "", "", ""]
-    return [reading.value, reading.interval.low, reading.interval.high, reading.interval.n]
 
 
 def file_name(label: str) -> str:

@@ -22,7 +22,7 @@ from perta.report._sections import share_text
 from perta.report._svg import Figure, drawing
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
-from perta.report.tables import write_csv
+from perta.report.tables import csv_text
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.sentences import number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
@@ -115,7 +115,8 @@ def _write_companions(folder: Path, page: Page) -> None:
             f"{_GENERATOR}.\n",
             "utf-8",
         )
-        write_csv(page.files, partial)
+        for name, lines in page.files.items():
+            (partial / f"{name}.csv").write_text(csv_text(lines), "utf-8")
         if page.verdict:
             record = as_record(page.verdict)
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
