@@ -111,8 +111,10 @@ def share_text(check: Check, *, kept: bool) -> str:
     return text + (" kept" if kept else " left")
 
 
-def asked(subject: Run, collection: Collection) -> list[Identity]:
+def asked(subject: Run | None, collection: Collection) -> list[Identity]:
     """What was to be removed, what kept, and from which model."""
+    if subject is None:
+        return []
     items = []
     evaluated = subject.made.get("inputs", {})
     names = {k: v for k, v in subject.made.get("settings", {}).items() if isinstance(v, str)}
@@ -141,12 +143,11 @@ def asked(subject: Run, collection: Collection) -> list[Identity]:
     return items
 
 
-def done(subject: Run) -> tuple[str, str, list[tuple[str, str]], list[Identity], str]:
-    """How it was done: sentence, equation, settings, inputs and versions."""
-    record = subject.record
-    if not record:
-        return "", "", [], [], ""
-    sentence = record.get("done") or f"The record names the method {subject.method} alone."
+def done(subject: Run | None) -> dict[str, Any]:
+    """How it was done: sentence, equation, settings, inputs and versions; empty if not recorded."""
+    record = subject.record if subject else {}
+    if not subject or not record:
+        return {}
     given = record.get("settings", {})
     settings = [
         (title, _plain(given[name]))
@@ -167,7 +168,13 @@ def done(subject: Run) -> tuple[str, str, list[tuple[str, str]], list[Identity],
     versions = ", ".join(f"{name} {v}" for name, v in record.get("versions", {}).items())
     created = record.get("created")
     made = f"Made {created} with {versions}." if created else versions
-    return sentence, record.get("equation", ""), settings, inputs, made
+    return {
+        "sentence": record.get("done") or f"The record names the method {subject.method} alone.",
+        "equation": record.get("equation", ""),
+        "settings": settings,
+        "inputs": inputs,
+        "made": made,
+    }
 
 
 def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -217,11 +224,11 @@ def newest(runs: Sequence[Run]) -> str | None:
     return max(times) if times else None
 
 
-def not_measured(run: Run) -> list[tuple[str, str]]:
+def not_measured(run: Run | None) -> list[tuple[str, str]]:
     """Measures that an evaluation left out, with the reason that it gives."""
     return [
         (_MEASURE_NAMES.get(name, name), str(entry["missing"]))
-        for name, entry in run.results.items()
+        for name, entry in (run.results if run else {}).items()
         if isinstance(entry, Mapping) and entry.get("missing") and entry.get("agg_value") is None
     ]
 

@@ -145,7 +145,7 @@ class _Frame:
     y1: int
 
 
-WIDE, NARROW = _Frame(800, 450, 58, 784, 30, 400), _Frame(360, 370, 48, 350, 30, 320)
+_WIDE, _NARROW = _Frame(800, 450, 58, 784, 30, 400), _Frame(360, 370, 48, 350, 30, 320)
 _ECDF_WIDE, _ECDF_NARROW = _Frame(800, 410, 58, 784, 14, 360), _Frame(360, 330, 48, 350, 14, 280)
 
 
@@ -189,34 +189,30 @@ def log_axis(label: str, values: Sequence[float]) -> Axis:
     return Axis(label, low, high, ticks)
 
 
-def scatter(data: Scatter) -> str:
-    """A scatter plot as SVG, in two sizes."""
-    return _in_two_sizes(_scatter(data, WIDE), _scatter(data, NARROW))
-
-
-def ecdf(data: Ecdf) -> str:
-    """Distribution functions as SVG, in two sizes."""
-    return _in_two_sizes(_ecdf(data, _ECDF_WIDE), _ecdf(data, _ECDF_NARROW))
-
-
-def _in_two_sizes(wide: str, narrow: str) -> str:
+def on_page(figure: Figure) -> str:
+    """A figure as SVG, in two sizes; a map fits a phone as it is."""
+    if isinstance(figure, HeatMap):
+        return _heat_map(figure)
+    if isinstance(figure, Ecdf):
+        wide, narrow = _ecdf(figure, _ECDF_WIDE), _ecdf(figure, _ECDF_NARROW)
+    else:
+        wide, narrow = _scatter(figure, _WIDE), _scatter(figure, _NARROW)
     return f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
 
 
 def drawing(figure: Figure) -> str:
     """A figure in one size, with the names below it that the page has beside it."""
     if isinstance(figure, HeatMap):
-        return heat_map(figure)
+        return _heat_map(figure)
     if isinstance(figure, Ecdf):
         return _ecdf(figure, _ECDF_WIDE, [(c.style, c.label) for c in figure.curves])
     long = [p for p in figure.points if p.named and len(p.label) > _LONG_LABEL]
     points = tuple(replace(p, named=p.named and p not in long) for p in figure.points)
     names = [(p.style, p.label) for p in long]
-    return _scatter(replace(figure, points=points), WIDE, names)
+    return _scatter(replace(figure, points=points), _WIDE, names)
 
 
-def heat_map(data: HeatMap) -> str:
-    """A map as SVG; it fits a phone as it is."""
+def _heat_map(data: HeatMap) -> str:
     values = [cell.value for cell in data.cells]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     height = max(6.0, min(24.0, 560 / max(1, len(data.rows))))

@@ -10,16 +10,21 @@ Equal inputs give equal bytes.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from markupsafe import Markup
+
 from perta.errors import ConfigError, OutputExistsError
+from perta.evidence import remains
 from perta.progress import visible
+from perta.report import _sections
 from perta.report._page import Page, asset
-from perta.report._sections import share_text
-from perta.report._svg import Figure, drawing
+from perta.report._svg import Figure, drawing, on_page
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import csv_text
@@ -78,15 +83,21 @@ def render(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    script = asset("report.js")
     text = environment.from_string(asset("report.html.jinja")).render(
         page=page,
         generator=_GENERATOR,
         version=__version__,
         companions=companion_folder(page.config.output).name,
+        sections=_sections,
+        thresholds=remains,
+        draw=lambda figure: Markup(on_page(figure)),
+        css=Markup(asset("report.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         number=number,
         duration=duration,
         percent=percent,
-        share_text=share_text,
     )
     return f"{visible(text)}\n"
 
@@ -122,7 +133,7 @@ def _write_companions(folder: Path, page: Page) -> None:
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
             (partial / _VERDICT).write_text(text + "\n", "utf-8")
         if page.config.figures:
-            write_figures(page.figures, page.css, partial)
+            write_figures(page.figures, asset("report.css"), partial)
 
 
 def refuse_foreign_page(config: ReportConfig) -> None:
