@@ -28,6 +28,7 @@ from perta.report._svg import Figure, drawing, on_page
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import csv_text
+from perta.report.verdict.checks import WORDS
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.sentences import number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
@@ -91,6 +92,7 @@ def render(page: Page) -> str:
         companions=companion_folder(page.config.output).name,
         sections=_sections,
         thresholds=remains,
+        words=WORDS,
         draw=lambda figure: Markup(on_page(figure)),
         css=Markup(asset("report.css")),
         script=Markup(script),

@@ -67,6 +67,19 @@ _KS_DISTANCE = 1 / 3
 _TRACE = math.log(2)
 """Nats per token beyond the yardstick's least probable rows at which an answer is conspicuous."""
 
+_LABELS = {
+    "fact": "Fact probability",
+    "fact_token": "Fact probability per token",
+    "choice": "Share of the right fact among wrong ones",
+    "probability": "Answer probability",
+    "rouge": "ROUGE-L recall",
+    "strength": "Extraction strength",
+    "exact": "Exact memorization",
+    "knowmem": "Knowledge (ROUGE-L F1)",
+    "verbmem": "Verbatim recall (ROUGE-L F1)",
+}
+"""Names of measures in a sentence."""
+
 RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
 WORDS: Mapping[Status, str] = {
     "met": "met",
@@ -79,80 +92,60 @@ WORDS: Mapping[Status, str] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One measure of the verdict.
-
-    Attributes:
-        before: value of the full model.
-        after: value of the edited model.
-        reference: what it is judged against; None where there is nothing.
-        share: what remains (forgetting) or is kept (retention), as a share.
-        share_low: lower end of its interval.
-        share_high: upper end of its interval.
-        n: examples behind it; 0 where only a mean is known.
-        core: whether it counts for the verdict.
-        rows: numbers in the file of rows that are still there (forgetting) or conspicuous.
-    """
+    """One measure of the verdict."""
 
     key: str
     label: str
-    before: float | None
-    after: float
-    reference: float | None
-    n: int
-    core: bool
+    before: float | None  # value of the full model
+    after: float  # value of the edited model
+    reference: float | None  # what it is judged against; None where there is nothing
+    n: int  # examples behind it; 0 where only a mean is known
+    core: bool  # whether it counts for the verdict
     status: Status = "unknown"
+    # What remains (forgetting) or is kept (retention), as a share, and the ends of its interval.
     share: float | None = None
     share_low: float | None = None
     share_high: float | None = None
+    # Numbers in the file of rows that are still there (forgetting) or conspicuous.
     rows: tuple[str, ...] = ()
     subjects: tuple[int, ...] = ()
-
-    @property
-    def word(self) -> str:
-        """The outcome in words."""
-        return WORDS[self.status]
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a model without the removed examples makes of them.
+    """What a model without the removed examples makes of them."""
 
-    Attributes:
-        calibration: where that is known from.
-        measures: readings under the keys of the forget set.
-        losses: mean loss of each row's fact (else of its answer), nats per token.
-    """
-
-    calibration: Calibration
-    measures: Mapping[str, Reading]
-    losses: Values
-    subjects: Mapping[str, int]
-    repeats: Mapping[str, int]
+    calibration: Calibration  # where that is known from
+    run: Run  # the model
 
     @property
     def paired(self) -> bool:
         """Whether its rows are the removed ones."""
         return self.calibration != "holdout"
 
+    @property
+    def rows(self) -> str:
+        """The set whose rows stand for the removed ones."""
+        return "forget" if self.paired else "holdout"
+
+    @property
+    def measures(self) -> Mapping[str, Reading]:
+        """Readings under the keys of the forget set."""
+        prefix = f"{self.rows}_"
+        return {
+            key.replace(prefix, "forget_", 1): reading
+            for key, reading in self.run.measures.items()
+            if self.paired or key.startswith(prefix)
+        }
+
 
 def find_yardstick(run: Run, retrained: Run | None, base: Run | None) -> Yardstick | None:
     """The best yardstick there is: retrained model, else unseen examples, else base model."""
-    unseen = {
-        key.replace("holdout_", "forget_", 1): reading
-        for key, reading in run.measures.items()
-        if key.startswith("holdout_")
-    }
-    other = retrained or (None if unseen else base)
-    if other is not None:
-        name: Calibration = "base" if other is base else "retrained"
-        subjects = read_subjects(other.results, "forget")
-        repeats = read_repeats(other.results, "forget")
-        return Yardstick(name, other.measures, _row_losses(other, "forget"), subjects, repeats)
-    if unseen:
-        subjects = read_subjects(run.results, "holdout")
-        repeats = read_repeats(run.results, "holdout")
-        return Yardstick("holdout", unseen, _row_losses(run, "holdout"), subjects, repeats)
-    return None
+    if retrained is not None:
+        return Yardstick("retrained", retrained)
+    if any(key.startswith("holdout_") for key in run.measures):
+        return Yardstick("holdout", run)
+    return Yardstick("base", base) if base is not None else None
 
 
 def _row_losses(run: Run, name: str) -> Values:
@@ -183,18 +176,11 @@ def _is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
 def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> list[Check]:
     """Every forget measure against the yardstick, facts first."""
     left_out = _other_fact("forget", full)
-    keys = [k for k in (*FORGET_CORE, "forget_exact") if k in run.measures and k != left_out]
     checks = [
-        _forget_check(
-            key,
-            run,
-            full.measures.get(key) if full else None,
-            yardstick,
-            _is_decisive(key, run, yardstick),
-        )
-        for key in keys
+        _forget_check(key, run, full.measures.get(key) if full else None, yardstick)
+        for key in (*FORGET_CORE, "forget_exact")
+        if key in run.measures and key != left_out
     ]
-    checks = [replace(check, rows=_numbered(check.rows, run)) for check in checks]
     quality = _quality_check(run, full, yardstick)
     return [*checks, *([quality] if quality else [])]
 
@@ -214,19 +200,14 @@ def _unjudged(
     key: str, before: Reading | None, after: Reading, reference: Reading | None, core: bool
 ) -> Check:
     values = [reading.value if reading else None for reading in (before, reference)]
-    return Check(key, _label_of(key), values[0], after.value, values[1], len(after.examples), core)
+    label = _LABELS.get(key.partition("_")[2]) or BY_KEY[key].label
+    return Check(key, label, values[0], after.value, values[1], len(after.examples), core)
 
 
-def _forget_check(
-    key: str,
-    run: Run,
-    before: Reading | None,
-    yardstick: Yardstick | None,
-    core: bool,
-) -> Check:
+def _forget_check(key: str, run: Run, before: Reading | None, yardstick: Yardstick | None) -> Check:
     after = run.measures[key]
     reference = yardstick.measures.get(key) if yardstick else None
-    check = _unjudged(key, before, after, reference, core)
+    check = _unjudged(key, before, after, reference, _is_decisive(key, run, yardstick))
     if reference is None or yardstick is None:
         return check
     # Without the full model a gap of one is assumed: the measure's whole range.
@@ -234,35 +215,33 @@ def _forget_check(
     if gap <= SMALLEST_GAP:
         return check
     known = before.examples if before else {}
-    people = (read_subjects(run.results, "forget"), yardstick.subjects)
-    repeats = read_repeats(run.results, "forget")
-    groups = (people[0] or repeats, people[1] or yardstick.repeats)
-    sides, paired = (after.examples, reference.examples), yardstick.paired
-    difference = excess(*sides, known, groups, paired=paired)
+    sides = ((run.results, "forget"), (yardstick.run.results, yardstick.rows))
+    people = (read_subjects(*sides[0]), read_subjects(*sides[1]))
+    repeats = read_repeats(*sides[0])
+    groups = (people[0] or repeats, people[1] or read_repeats(*sides[1]))
+    paired = yardstick.paired
+    difference = excess(after.examples, reference.examples, known, groups, paired=paired)
     share = (after.value - reference.value) / gap
     high = None if difference is None else difference.high / gap
-    statuses = [_forget_status(share, high)]
-    rows: tuple[str, ...] = ()
-    still: tuple[int, ...] = ()
-    if key in BY_ROW and after.examples:
-        # A mean without its rows stands for each of them.
-        usual = reference.examples or {"": reference.value}
-        paired = paired and bool(reference.examples)
-        left = left_of_rows(after.examples, known, usual, paired=paired)
-        rows, standing = rows_still_there(left, after.examples, usual)
-        still = subjects_still_there(after.examples, known, usual, people, paired=paired)
-        n = _distinct(after.examples, repeats)
-        statuses += [_rows_status(_distinct(rows, repeats), min(standing, n), n)]
-        statuses += ["partly"] if still else []
-    return replace(
+    check = replace(
         check,
+        status=_forget_status(share, high),
         share=share,
         share_low=None if difference is None else difference.low / gap,
         share_high=high,
-        status=worst(statuses),
-        rows=rows,
-        subjects=still,
     )
+    if key not in BY_ROW or not after.examples:
+        return check
+    # A mean without its rows stands for each of them.
+    usual = reference.examples or {"": reference.value}
+    paired = paired and bool(reference.examples)
+    left = left_of_rows(after.examples, known, usual, paired=paired)
+    rows, standing = rows_still_there(left, after.examples, usual)
+    still = subjects_still_there(after.examples, known, usual, people, paired=paired)
+    n = _distinct(after.examples, repeats)
+    by_row = _rows_status(_distinct(rows, repeats), min(standing, n), n)
+    status = worst([check.status, by_row, *(["partly"] if still else [])])
+    return replace(check, status=status, rows=_numbered(rows, run), subjects=still)
 
 
 def _distinct(indices: Iterable[str], repeats: Mapping[str, int]) -> int:
@@ -295,30 +274,23 @@ def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> C
     reading = run.measures.get("forget_quality")
     if reading is None or yardstick is None or yardstick.calibration != "retrained":
         return None
-    before = full.measures.get("forget_quality") if full else None
     n = len(truth_ratios(run.results))
     status: Status = "not" if reading.value < _SIGNIFICANCE else "unclear"
     # Asymptotic distance of two samples of n that is just significant.
     if status == "unclear" and n and math.sqrt(-math.log(_SIGNIFICANCE / 2) / n) <= _KS_DISTANCE:
         status = "met"
-    return Check(
-        "forget_quality",
-        "Forget quality (p)",
-        before.value if before else None,
-        reading.value,
-        1.0,
-        n,
-        core=False,
-        status=status,
-    )
+    before = full.measures.get("forget_quality") if full else None
+    check = _unjudged("forget_quality", before, reading, None, core=False)
+    return replace(check, label="Forget quality (p)", reference=1.0, n=n, status=status)
 
 
 def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
     """Whether removed answers are conspicuously improbable: an absence that marks the set."""
     mine = _row_losses(run, "forget")
-    if yardstick is None or not mine or not yardstick.losses:
+    theirs = _row_losses(yardstick.run, yardstick.rows) if yardstick else {}
+    if not mine or not theirs:
         return None
-    spread = upper_end(list(yardstick.losses.values()))
+    spread = upper_end(list(theirs.values()))
     rows = tuple(i for i, loss in mine.items() if loss > spread + _TRACE)
     repeats = read_repeats(run.results, "forget")
     found = share_interval(_distinct(rows, repeats), _distinct(mine, repeats))
@@ -330,10 +302,10 @@ def trace_check(run: Run, yardstick: Yardstick | None) -> Check | None:
     return Check(
         "forget_trace",
         "Loss of the removed answers",
-        None,
-        fmean(mine.values()),
-        fmean(yardstick.losses.values()),
-        found.n,
+        before=None,
+        after=fmean(mine.values()),
+        reference=fmean(theirs.values()),
+        n=found.n,
         core=True,
         status=status,
         share=found.value,
@@ -404,19 +376,3 @@ def worst(statuses: Iterable[Status]) -> Status:
     found = list(statuses)
     telling = [status for status in found if status != "unknown"]
     return max(telling or found or ["unknown"], key=lambda status: RANK[status])
-
-
-def _label_of(key: str) -> str:
-    """Name of a measure in a sentence."""
-    labels = {
-        "fact": "Fact probability",
-        "fact_token": "Fact probability per token",
-        "choice": "Share of the right fact among wrong ones",
-        "probability": "Answer probability",
-        "rouge": "ROUGE-L recall",
-        "strength": "Extraction strength",
-        "exact": "Exact memorization",
-        "knowmem": "Knowledge (ROUGE-L F1)",
-        "verbmem": "Verbatim recall (ROUGE-L F1)",
-    }
-    return labels.get(key.partition("_")[2]) or BY_KEY[key].label

@@ -9,18 +9,17 @@ from records and results; page, terminal and `verdict.json` repeat it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from perta.errors import VerdictError
-from perta.evidence.measures import rows_of, truth_ratios
+from perta.evidence.measures import Reading, rows_of, truth_ratios
 from perta.evidence.metrics import ks_test
 from perta.report.collect import Collection, Run
 from perta.report.settings import Wanted
 from perta.report.verdict.checks import (
     RANK,
-    WORDS,
     Calibration,
     Check,
     Status,
@@ -45,7 +44,7 @@ from perta.report.verdict.sentences import (
     trace_numbers,
     trace_text,
 )
-from perta.store.provenance import Record
+from perta.store.provenance import Record, Role
 
 _SCHEMA = 1
 """Version of `verdict.json`; it rises when a key changes its meaning."""
@@ -63,11 +62,6 @@ class Statement:
     checks: tuple[Check, ...]
 
     @property
-    def word(self) -> str:
-        """The outcome in words."""
-        return WORDS[self.status]
-
-    @property
     def lead(self) -> Check | None:
         """The check that the numbers come from."""
         return next((check for check in self.checks if check.core), None)
@@ -81,30 +75,22 @@ class Statement:
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    """The verdict on one edited model.
-
-    Attributes:
-        headline: all outcomes in one short sentence.
-        forgetting: on the removed examples.
-        retention: on everything else.
-        trace: whether the removed examples stand out by their absence.
-        calibration: what forgetting is judged against.
-        calibrated_on: the same in words.
-        facts: how the facts were found that are judged.
-        causes: likely reasons for what is not met, with their cure.
-        notes: what a careful reader has to know about the numbers.
-    """
+    """The verdict on one edited model."""
 
     run: Run
-    headline: str
-    forgetting: Statement
-    retention: Statement
-    trace: Statement
-    calibration: Calibration | None
-    calibrated_on: str
-    facts: str
-    causes: tuple[str, ...]
-    notes: tuple[str, ...]
+    headline: str  # all outcomes in one short sentence
+    forgetting: Statement  # on the removed examples
+    retention: Statement  # on everything else
+    trace: Statement  # whether the removed examples stand out by their absence
+    calibration: Calibration | None  # what forgetting is judged against
+    facts: str  # how the facts were found that are judged
+    causes: tuple[str, ...]  # likely reasons for what is not met, with their cure
+    notes: tuple[str, ...]  # what a careful reader has to know about the numbers
+
+    @property
+    def calibrated_on(self) -> str:
+        """What forgetting is judged against, in words."""
+        return calibrated_on(self.calibration)
 
     @property
     def status(self) -> Status:
@@ -138,16 +124,12 @@ def judge(collection: Collection) -> list[Verdict]:
 
 
 def _judge_run(run: Run, collection: Collection) -> Verdict:
-    """The verdict on one edited model."""
-    full = _partner(run, collection.by_role("full"))
-    retrained = _partner(run, collection.by_role("retrained"))
-    yardstick = find_yardstick(run, retrained, _partner(run, collection.by_role("base")))
+    full = _partner(run, collection, "full")
+    retrained, base = (_partner(run, collection, role) for role in ("retrained", "base"))
+    yardstick = find_yardstick(run, retrained, base)
     calibration = yardstick.calibration if yardstick else None
     forgetting = _forgetting(run, full, yardstick)
-    kept_by = _partner(run, collection.by_role("full"), "retain")
-    retention, rows = _retention(
-        run, kept_by, _partner(run, collection.by_role("retrained"), "retain"), collection
-    )
+    retention, rows = _retention(run, collection)
     found = trace_check(run, yardstick)
     trace = Statement(
         found.status if found else "unknown",
@@ -163,7 +145,6 @@ def _judge_run(run: Run, collection: Collection) -> Verdict:
         retention=retention,
         trace=trace,
         calibration=calibration,
-        calibrated_on=calibrated_on(calibration),
         facts=facts_text(_fact_sources(run), decisive=decisive),
         causes=tuple(_likely_causes(run, collection, forgetting.status)),
         notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
@@ -183,12 +164,7 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
     run = verdict.run
 
     def part(statement: Statement) -> dict[str, Any]:
-        return {
-            "status": statement.status,
-            "text": statement.text,
-            "numbers": statement.numbers,
-            "checks": [_check_record(check) for check in statement.checks],
-        }
+        return {**vars(statement), "checks": [_check_record(check) for check in statement.checks]}
 
     return {
         "schema": _SCHEMA,
@@ -211,32 +187,25 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
 
 
 def _check_record(check: Check) -> dict[str, Any]:
-    rows = [int(i) if i.isdigit() else i for i in dict.fromkeys(check.rows)]
+    same = ("status", "before", "after", "reference", "share", "share_low", "share_high")
     return {
         "measure": check.key,
         "decisive": check.core,
-        "status": check.status,
-        "before": check.before,
-        "after": check.after,
-        "reference": check.reference,
-        "share": check.share,
-        "share_low": check.share_low,
-        "share_high": check.share_high,
+        **{name: getattr(check, name) for name in same},
         "examples": check.n,
-        "rows": rows,
+        "rows": [int(i) if i.isdigit() else i for i in dict.fromkeys(check.rows)],
         "subjects": list(check.subjects),
     }
 
 
-def _partner(run: Run, candidates: Iterable[Run], name: str = "forget") -> Run | None:
+def _partner(run: Run, collection: Collection, role: Role, name: str = "forget") -> Run | None:
     """The reference measured on the same examples, of the same seed where there are several."""
     usable = [
         other
-        for other in candidates
+        for other in collection.by_role(role)
         if other.measures and run.same_set(other, name) and run.fits(other)
     ]
-    usable.sort(key=lambda other: other.seed != run.seed)
-    return usable[0] if usable else None
+    return min(usable, key=lambda other: other.seed != run.seed, default=None)
 
 
 def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Statement:
@@ -251,10 +220,9 @@ def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Stat
     return replace(found, text=text, numbers=forget_numbers(found.decisive, calibration))
 
 
-def _retention(
-    run: Run, full: Run | None, retrained: Run | None, collection: Collection
-) -> tuple[Statement, list[str]]:
+def _retention(run: Run, collection: Collection) -> tuple[Statement, list[str]]:
     """The statement on what was kept, and on which rows it rests."""
+    full, retrained = (_partner(run, collection, role, "retain") for role in ("full", "retrained"))
     checks = tuple(retain_checks(run, full, retrained))
     found = Statement(worst(c.status for c in checks if c.core), "", "", checks)
     lead, decisive = found.lead, found.decisive
@@ -389,9 +357,12 @@ def _notes(
             "A damaged model finds every answer improbable, so the low probability of the "
             "removed ones is weak evidence of selective forgetting here."
         )
-    exposed = _most_exposed(run, yardstick)
-    if exposed is not None:
-        notes.append(exposed)
+    keys = ("forget_fact", "forget_probability")
+    exposed = next((key for key in keys if _highest(run.measures, key) is not None), None)
+    if exposed:
+        other = _highest(yardstick.measures, exposed) if yardstick else None
+        calibration = yardstick.calibration if yardstick else None
+        notes.append(exposed_text(_highest(run.measures, exposed), other, calibration))
     notes += [
         quality_text(check.after, check.status)
         for check in forgetting.checks
@@ -402,21 +373,13 @@ def _notes(
     return notes
 
 
-def _most_exposed(run: Run, yardstick: Yardstick | None) -> str | None:
-    for key in ("forget_fact", "forget_probability"):
-        reading = run.measures.get(key)
-        if reading is None or not reading.examples:
-            continue
-        other = yardstick.measures.get(key) if yardstick else None
-        highest = max(other.examples.values()) if other and other.examples else None
-        calibration = yardstick.calibration if yardstick else None
-        return exposed_text(max(reading.examples.values()), highest, calibration)
-    return None
+def _highest(measures: Mapping[str, Reading], key: str) -> float | None:
+    return max(measures[key].examples.values(), default=None) if key in measures else None
 
 
 def reference_quality(run: Run, collection: Collection) -> tuple[float, float] | None:
     """KS distance and p-value of a run's truth ratios against the retrained model's."""
-    retrained = _partner(run, collection.by_role("retrained"))
+    retrained = _partner(run, collection, "retrained")
     if retrained is None or retrained is run:
         return None
     sample, other = truth_ratios(run.results), truth_ratios(retrained.results)
