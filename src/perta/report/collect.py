@@ -30,7 +30,11 @@ from perta.store.provenance import (
 )
 from perta.store.record import MANIFEST, is_record, read_manifest, refuse_changed
 
-_REFERENCE_ROLES: tuple[Role, ...] = ("base", "full", "retrained")
+_REFERENCES: Mapping[Role, str] = {
+    "base": "base model",
+    "full": "model before the edit",
+    "retrained": "retrained model",
+}
 
 _COMPARISON = "bench compare"
 """Stage of results whose own record says what the model was."""
@@ -38,28 +42,19 @@ _COMPARISON = "bench compare"
 
 @dataclass(frozen=True)
 class Run:
-    """One model of the report.
-
-    Attributes:
-        measures: measure key -> reading; empty if it was not evaluated.
-        record: record of the checkpoint (`perta.json`), if it was found.
-        seed: seed of the tuning behind it.
-        fingerprint: content of the checkpoint.
-        stated: whether the role is the user's word, which no record confirms.
-        given: whether the folder of its checkpoint was named.
-    """
+    """One model of the report."""
 
     label: str
     role: Role
-    measures: Mapping[str, Reading] = field(default_factory=dict, repr=False)
+    measures: Mapping[str, Reading] = field(default_factory=dict, repr=False)  # by key
     results: Record = field(default_factory=dict, repr=False)
-    record: Record = field(default_factory=dict, repr=False)
+    record: Record = field(default_factory=dict, repr=False)  # of the checkpoint, if it was found
     method: str | None = None
     alpha: float | None = None
-    seed: int | None = None
-    fingerprint: str | None = None
-    stated: bool = False
-    given: bool = False
+    seed: int | None = None  # of the tuning behind it
+    fingerprint: str | None = None  # content of the checkpoint
+    stated: bool = False  # whether the role is the user's word, which no record confirms
+    given: bool = False  # whether the folder of its checkpoint was named
 
     @property
     def made(self) -> Record:
@@ -119,15 +114,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Collection:
-    """All that a report is made of.
+    """All that a report is made of."""
 
-    Attributes:
-        runs: models in the order of the page: base, full, retrained, then edited ones.
-        records: content fingerprint -> record of every output that was found.
-    """
-
-    runs: tuple[Run, ...]
-    records: Mapping[str, Record] = field(repr=False)
+    runs: tuple[Run, ...]  # in the order of the page: base, full, retrained, then edited ones
+    records: Mapping[str, Record] = field(repr=False)  # content -> record of all outputs found
     notices: tuple[str, ...] = ()
 
     def by_role(self, role: Role) -> list[Run]:
@@ -157,12 +147,10 @@ def collect(paths: Iterable[str]) -> Collection:
     found.follow()
     found.refuse_stale()
     requests = requests_of(found.records, [item.made for item in found.items])
-    runs = [_make_run(item, found, requests) for item in found.items]
-    runs += _unevaluated(runs, found)
-    unique = _distinct(runs)
-    order = {role: i for i, role in enumerate((*_REFERENCE_ROLES, "edited"))}
-    ordered = sorted(unique, key=lambda run: order.get(run.role, len(order)))
-    named = tuple(_relabel(ordered))
+    runs = [_make_run(item, found, requests) for item in (*found.items, *found.unevaluated())]
+    order = (*_REFERENCES, "edited")
+    place = {role: i for i, role in enumerate(order)}
+    named = _relabel(sorted(_distinct(runs), key=lambda run: place.get(run.role, len(order))))
     notices = (*found.notices, *_stated(named), *_unknown(named))
     return Collection(_judgeable(named), found.records, notices)
 
@@ -222,6 +210,15 @@ class _Found:
                 followed.add(content)
                 self._look(self.records[content], self._places.get(content))
 
+    def unevaluated(self) -> list[_Item]:
+        """Unlearned models that were given without results: what was done can still be shown."""
+        known = {item.fingerprint for item in self.items}
+        return [
+            _Item("edited", self._places[content], {}, None, "edited", record, given=True)
+            for content, record in self.records.items()
+            if is_unlearned(record) and content in self.named and content not in known
+        ]
+
     def refuse_stale(self) -> None:
         """Stop at results of a model that is no longer the one in the folder that was named."""
         folders = {self._places[content].resolve(): content for content in self.named}
@@ -234,8 +231,8 @@ class _Found:
             if there is not None and there != wanted:
                 raise DataError(
                     f"{item.path} measured another model than the one in {measured}: fingerprint "
-                    f"{short(wanted)} there, {short(there)} here. Evaluate it again, or leave "
-                    "one of them out."
+                    f"{wanted[:16]} there, {there[:16]} here. Evaluate it again, or leave one of "
+                    "them out."
                 )
 
     def _look(self, record: Record, near: Path | None) -> None:
@@ -262,6 +259,12 @@ class _Found:
             self.records.setdefault(content, record)
             self._places.setdefault(content, place)
 
+    def _remember_children(self, folder: Path, *, named: bool = False) -> None:
+        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
+            found = read_manifest(child) if child.is_dir() else None
+            if found is not None:
+                self._remember(found, child, named=named)
+
     def _add_folder(self, folder: Path, label: str | None) -> None:
         record = read_manifest(folder)
         if record is not None:
@@ -276,11 +279,7 @@ class _Found:
         for file in sorted((results if results.is_dir() else folder).glob("*.json")):
             if _is_results(_load(file)):
                 self._add_file(file, None)
-        children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
-        for child in children:
-            found = read_manifest(child)
-            if found is not None:
-                self._remember(found, child, named=True)
+        self._remember_children(folder, named=True)
         if len(self.items) == before and not self.records:
             raise DataError(
                 f"{folder} holds neither results (*.json, or a folder results/) nor a record "
@@ -290,14 +289,9 @@ class _Found:
     def _add_unlearned(self, folder: Path, record: Record, label: str | None) -> None:
         made = record["unlearn"]
         written = made.get("settings", {}).get("work_dir")
-        places = [folder.with_name(folder.name + ".work")]
-        if written:
-            places.insert(0, Path(written))
+        places = [Path(place) for place in (written, f"{folder}.work") if place]
         for place in places:
-            for child in sorted(place.iterdir()) if place.is_dir() else ():
-                found = read_manifest(child) if child.is_dir() else None
-                if found is not None:
-                    self._remember(found, child)
+            self._remember_children(place)
         inputs = {**record.get("inputs", {}), **made.get("inputs", {})}
         # A run that retrained has an output too, and it is not an unlearned model.
         output: Role | None = "edited" if is_unlearned(record) else None
@@ -404,13 +398,12 @@ def _from_aggregates(made: Record, when: str, content: str | None) -> Record | N
     }
 
 
-def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
-    some = list(requests)
-    fingerprint = item.fingerprint
-    record = item.record or found.records.get(str(fingerprint), {})
-    role, is_stated = _role(item, fingerprint, found, some)
+def _make_run(item: _Item, found: _Found, requests: list[Request]) -> Run:
+    record = item.record or found.records.get(str(item.fingerprint), {})
+    role, is_stated = _role(item, found, requests)
     # A comparison writes no checkpoints; its results say what was measured.
     told = item.made if item.made.get("stage") == _COMPARISON else record
+    alpha = told.get("settings", {}).get("scaling_coef")
     is_edited = role == "edited"
     label = item.label or _default_label(item, record)
     return Run(
@@ -420,9 +413,9 @@ def _make_run(item: _Item, found: _Found, requests: Iterable[Request]) -> Run:
         results=item.results,
         record=record,
         method=(method_of(told) or label) if is_edited else None,
-        alpha=_alpha_of(told) if is_edited else None,
+        alpha=float(alpha) if is_edited and isinstance(alpha, int | float) else None,
         seed=_seed_of(told, found),
-        fingerprint=fingerprint,
+        fingerprint=item.fingerprint,
         stated=is_stated,
         given=item.given,
     )
@@ -437,13 +430,11 @@ def _default_label(item: _Item, record: Record) -> str:
     return Path(str(written)).name if written else item.name
 
 
-def _role(
-    item: _Item, fingerprint: str | None, found: _Found, requests: list[Request]
-) -> tuple[Role, bool]:
+def _role(item: _Item, found: _Found, requests: list[Request]) -> tuple[Role, bool]:
     """A model's role, and whether it is the user's word alone."""
     if item.role is not None and item.label not in STATED:
         return item.role, False
-    made = item.made
+    made, fingerprint = item.made, item.fingerprint
     known = role_of(fingerprint, made.get("inputs", {}).get("forget"), found.records, requests)
     if made.get("stage") == _COMPARISON and made.get("settings", {}).get("role"):
         known = made["settings"]["role"]
@@ -456,53 +447,35 @@ def _role(
     return ("edited" if known == "other" and item.label else known), False
 
 
-def _judgeable(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+def _judgeable(runs: list[Run]) -> tuple[Run, ...]:
     """Where no record and no name says which model was edited, each of unknown part may be."""
     if any(run.role == "edited" for run in runs):
-        return runs
+        return tuple(runs)
     return tuple(
         replace(run, role="edited", method=run.label) if run.role == "other" else run
         for run in runs
     )
 
 
-def _stated(runs: Iterable[Run]) -> list[str]:
+def _stated(runs: list[Run]) -> list[str]:
     """Sentences on references that rest on the user's word."""
     return [
-        f"{run.label} is the {_WHAT[run.role]} as stated by the user; no record confirms it."
+        f"{run.label} is the {_REFERENCES[run.role]} as stated by the user; no record confirms it."
         for run in runs
         if run.stated
     ]
 
 
-_WHAT: Mapping[Role, str] = {
-    "base": "base model",
-    "full": "model before the edit",
-    "retrained": "retrained model",
-}
-
-
-def _unknown(runs: Iterable[Run]) -> list[str]:
-    listed = list(runs)
-    names = [run.label for run in listed if run.role == "other"]
+def _unknown(runs: list[Run]) -> list[str]:
+    names = [run.label for run in runs if run.role == "other"]
     if not names:
         return []
-    known = any(run.role == "edited" for run in listed)
+    known = any(run.role == "edited" for run in runs)
     done = "they are shown and not judged" if known else "each is judged as if it were the result"
     return [
         f"No record says what part these models played, so {done}: {', '.join(names)}. A name "
         "before a path says it, as in retrained=PATH, full=PATH, base=PATH or edited=PATH."
     ]
-
-
-def short(fingerprint: str) -> str:
-    """The first 16 hexadecimal digits of a fingerprint, which are enough to tell models apart."""
-    return fingerprint[:16]
-
-
-def _alpha_of(record: Record) -> float | None:
-    value = record.get("settings", {}).get("scaling_coef")
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _seed_of(record: Record, found: _Found) -> int | None:
@@ -512,25 +485,6 @@ def _seed_of(record: Record, found: _Found) -> int | None:
         if isinstance(seed, int):
             return seed
     return None
-
-
-def _unevaluated(runs: list[Run], found: _Found) -> list[Run]:
-    """Unlearned checkpoints that were given without results: what was done can still be shown."""
-    known = {run.fingerprint for run in runs}
-    return [
-        Run(
-            label=Path(str(record.get("settings", {}).get("output", "edited"))).name,
-            role="edited",
-            record=record,
-            method=method_of(record) or "edited",
-            alpha=_alpha_of(record),
-            seed=_seed_of(record, found),
-            fingerprint=content,
-            given=True,
-        )
-        for content, record in found.records.items()
-        if is_unlearned(record) and content in found.named and content not in known
-    ]
 
 
 def _distinct(runs: Iterable[Run]) -> list[Run]:
@@ -543,23 +497,19 @@ def _distinct(runs: Iterable[Run]) -> list[Run]:
     return list(kept.values())
 
 
-def _relabel(runs: Iterable[Run]) -> list[Run]:
+def _relabel(runs: list[Run]) -> list[Run]:
     """Give every run a name of its own; strengths and seeds are added where names collide."""
-    runs = list(runs)
     seeds = {run.seed for run in runs if run.seed is not None}
     named: list[Run] = []
     for run in runs:
-        alone = sum(other.role == run.role for other in runs) == 1
-        label = run.role if run.role in _REFERENCE_ROLES and alone else run.label
-        same = [other for other in runs if other is not run and other.role == run.role]
-        twins = [other for other in same if other.label == run.label]
-        if twins and not (run.role in _REFERENCE_ROLES and alone):
-            parts = [label]
-            if any(other.alpha != run.alpha for other in twins) and run.alpha is not None:
-                parts.append(f"α {run.alpha:g}")
-            if len(seeds) > 1 and run.seed is not None:
-                parts.append(f"seed {run.seed}")
-            label = " ".join(parts)
+        peers = [other for other in runs if other is not run and other.role == run.role]
+        twins = [other for other in peers if other.label == run.label]
+        parts = [run.label if peers or run.role not in _REFERENCES else run.role]
+        if any(other.alpha != run.alpha for other in twins) and run.alpha is not None:
+            parts.append(f"α {run.alpha:g}")
+        if twins and len(seeds) > 1 and run.seed is not None:
+            parts.append(f"seed {run.seed}")
+        label = " ".join(parts)
         number = sum(other.label == label for other in named)
         named.append(replace(run, label=label if not number else f"{label} ({number + 1})"))
     return named

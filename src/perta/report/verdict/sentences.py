@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from perta.report.verdict.checks import RANK, Calibration, Check, Status
 
@@ -19,11 +20,55 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
-_NEVER_SAW: Mapping[Calibration, str] = {
-    "retrained": "for a model that never saw them",
-    "holdout": "answers that this model has never seen",
-    "base": "for the base model, which never saw them",
+class _Yardstick(NamedTuple):
+    """How what forgetting is judged against is called where."""
+
+    never_saw: str
+    against: str
+    than: str
+    highest: str
+    what: str
+
+
+_YARDSTICKS: Mapping[Calibration | None, _Yardstick] = {
+    "retrained": _Yardstick(
+        "for a model that never saw them",
+        "for the retrained model",
+        "the retrained model finds any",
+        "the retrained model's highest",
+        "Forgetting is judged against the retrained reference: a model tuned in the same way on "
+        "everything but the removed examples.",
+    ),
+    "holdout": _Yardstick(
+        "answers that this model has never seen",
+        "on unseen examples",
+        "this model finds unseen ones",
+        "the highest on unseen examples",
+        "There is no retrained reference. Forgetting is judged against held-out examples that the "
+        "edited model has never seen, which is weaker: they may be easier or harder than the "
+        "removed ones.",
+    ),
+    "base": _Yardstick(
+        "for the base model, which never saw them",
+        "for the base model",
+        "the base model finds any",
+        "the base model's highest",
+        "There is no retrained reference and no held-out set. Forgetting is judged against the "
+        "base model, which is weaker: it saw none of the data, so it lacks the tone and the form "
+        "of the answers too, and a model retrained without the removed examples would commonly "
+        "find them more probable.",
+    ),
+    None: _Yardstick(
+        *[""] * 4,
+        "There is neither a retrained reference nor a held-out set nor an evaluation of the base "
+        "model, so this report can say what changed, not whether it is enough.",
+    ),
 }
+
+
+def calibrated_on(calibration: Calibration | None) -> str:
+    """What forgetting is judged against."""
+    return _YARDSTICKS[calibration].what
 
 
 def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:
@@ -36,13 +81,15 @@ def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> s
                 "say whether that is enough."
             )
         return f"{subject} cannot be judged: there is nothing to compare them with."
-    never_saw = _NEVER_SAW[calibration]
+    if worst.rows or worst.subjects:
+        return _still_there(worst)
+    never_saw = _YARDSTICKS[calibration].never_saw
     # Within the threshold and yet surely above the reference: then "as" would say too much.
     above = lead.share_low is not None and lead.share_low > 0
     like = f"{'nearly as' if above else 'as'} improbable as {never_saw}"
     by_status: Mapping[Status, str] = {
         "met": f"{subject} are now {like}.",
-        "unclear": (f"{subject} look {like}, but there are too few examples to be sure."),
+        "unclear": f"{subject} look {like}, but there are too few examples to be sure.",
         "partly": f"{subject} are much less probable than before, but more so than {never_saw}.",
         "not": f"{subject} are still there: they are far more probable than {never_saw}.",
         "unknown": (
@@ -50,19 +97,14 @@ def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> s
             "than the reference."
         ),
     }
-    if worst.rows or worst.subjects:
-        return _still_there(worst)
-    if worst is lead or RANK[worst.status] <= RANK["unclear"]:
-        return by_status[lead.status if worst is lead else worst.status]
-    if lead.status in ("met", "unclear"):
-        verb = "is not all gone" if worst.status == "partly" else "is still there"
-        if worst.status == "unknown":
-            return by_status[lead.status]
-        return (
-            f"{subject} are now {like}, but by another measure, "
-            f"{worst.label}, what was learned {verb}."
-        )
-    return by_status[worst.status]
+    if lead.status not in ("met", "unclear") or RANK[worst.status] <= RANK["unclear"]:
+        return by_status[worst.status]
+    if worst.status == "unknown":
+        return by_status[lead.status]
+    verb = "is not all gone" if worst.status == "partly" else "is still there"
+    return (
+        f"{subject} are now {like}, but by another measure, {worst.label}, what was learned {verb}."
+    )
 
 
 def _still_there(check: Check) -> str:
@@ -92,12 +134,7 @@ def forget_numbers(check: Check, calibration: Calibration | None) -> str:
     """The figures behind it."""
     parts = [f"{check.label}: {number(check.after)}"]
     if check.reference is not None and calibration is not None:
-        against = {
-            "retrained": "for the retrained model",
-            "holdout": "on unseen examples",
-            "base": "for the base model",
-        }[calibration]
-        parts.append(f"against {number(check.reference)} {against}")
+        parts.append(f"against {number(check.reference)} {_YARDSTICKS[calibration].against}")
     text = " ".join(parts)
     if check.before is not None:
         text += f"; before the edit it was {number(check.before)}"
@@ -110,11 +147,7 @@ def trace_text(check: Check | None, calibration: Calibration | None) -> str:
     """Whether the removed answers stand out by their absence."""
     if check is None or calibration is None:
         return "Whether the removed answers stand out by their absence was not measured."
-    than = {
-        "retrained": "the retrained model finds any",
-        "holdout": "this model finds unseen ones",
-        "base": "the base model finds any",
-    }[calibration]
+    than = _YARDSTICKS[calibration].than
     if check.status == "not":
         return (
             f"{len(check.rows)} of the {check.n} removed answers are far less probable than {than}"
@@ -187,32 +220,6 @@ def headline(forgetting: Status, retention: Status, trace: Status = "unknown") -
     return f"{first}{second}{third}."
 
 
-def calibrated_on(calibration: Calibration | None) -> str:
-    """What forgetting is judged against."""
-    if calibration == "retrained":
-        return (
-            "Forgetting is judged against the retrained reference: a model tuned in the same "
-            "way on everything but the removed examples."
-        )
-    if calibration == "holdout":
-        return (
-            "There is no retrained reference. Forgetting is judged against held-out examples "
-            "that the edited model has never seen, which is weaker: they may be easier or "
-            "harder than the removed ones."
-        )
-    if calibration == "base":
-        return (
-            "There is no retrained reference and no held-out set. Forgetting is judged against "
-            "the base model, which is weaker: it saw none of the data, so it lacks the tone and "
-            "the form of the answers too, and a model retrained without the removed examples "
-            "would commonly find them more probable."
-        )
-    return (
-        "There is neither a retrained reference nor a held-out set nor an evaluation of the base "
-        "model, so this report can say what changed, not whether it is enough."
-    )
-
-
 def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
     """How facts were found, and whether the yardstick has them too, so that they decide."""
     if not sources or not decisive:
@@ -246,10 +253,5 @@ def exposed_text(highest: float, other: float | None, calibration: Calibration |
     """The most exposed row: a mean can hide one that is still there."""
     text = f"The most exposed removed example is answered with probability {number(highest)}"
     if other is not None and calibration is not None:
-        whom = {
-            "retrained": "the retrained model's highest",
-            "holdout": "the highest on unseen examples",
-            "base": "the base model's highest",
-        }[calibration]
-        text += f"; {whom} is {number(other)}"
+        text += f"; {_YARDSTICKS[calibration].highest} is {number(other)}"
     return text + "."
