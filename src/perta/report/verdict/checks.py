@@ -240,7 +240,7 @@ def _forget_check(key: str, run: Run, before: Reading | None, yardstick: Yardsti
     still = subjects_still_there(after.examples, known, usual, people, paired=paired)
     n = _distinct(after.examples, repeats)
     by_row = _rows_status(_distinct(rows, repeats), min(standing, n), n)
-    status = worst([check.status, by_row, *(["partly"] if still else [])])
+    status = worst([check.status, by_row, "partly" if still else by_row])
     return replace(check, status=status, rows=_numbered(rows, run), subjects=still)
 
 

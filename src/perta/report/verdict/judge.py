@@ -358,11 +358,10 @@ def _notes(
             "removed ones is weak evidence of selective forgetting here."
         )
     keys = ("forget_fact", "forget_probability")
-    exposed = next((key for key in keys if _highest(run.measures, key) is not None), None)
-    if exposed:
-        other = _highest(yardstick.measures, exposed) if yardstick else None
-        calibration = yardstick.calibration if yardstick else None
-        notes.append(exposed_text(_highest(run.measures, exposed), other, calibration))
+    exposed = [(key, value) for key in keys if (value := _highest(run.measures, key)) is not None]
+    for key, value in exposed[:1]:
+        other = _highest(yardstick.measures, key) if yardstick else None
+        notes.append(exposed_text(value, other, yardstick.calibration if yardstick else None))
     notes += [
         quality_text(check.after, check.status)
         for check in forgetting.checks

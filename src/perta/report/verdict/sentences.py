@@ -59,7 +59,10 @@ _YARDSTICKS: Mapping[Calibration | None, _Yardstick] = {
         "find them more probable.",
     ),
     None: _Yardstick(
-        *[""] * 4,
+        "",
+        "",
+        "",
+        "",
         "There is neither a retrained reference nor a held-out set nor an evaluation of the base "
         "model, so this report can say what changed, not whether it is enough.",
     ),
