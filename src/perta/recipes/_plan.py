@@ -1,32 +1,42 @@
 """What a run will take, before it: estimates from sizes of sets and models.
 
-Operations are those of forward (2 P) and backward passes (4 P) over the tokens of each stage, P
-parameters. Tokens are counted on a sample of the rows. Fine-tuning, rounds and the search count at
+Operations are those of forward (2 P) and backward passes (4 P) over the tokens of each step, P
+parameters. Tokens are counted on a sample of the rows. Fine-tuning, rounds and searches count at
 the most that they may take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from perta.data.examples import ExampleSet
 from perta.data.tokens import encode_examples
-from perta.engine.edit.plan import Target, is_of_a_layer
+from perta.engine.edit.plan import BASE, FORGET, is_of_a_layer, plan_edit
 from perta.engine.moments import ENOUGH
+from perta.errors import CheckpointError
 from perta.methods.objectives import Training
-from perta.methods.registry import get_method
+from perta.methods.registry import get_method, with_defaults
 from perta.models.load import load_tokenizer, longest_input
-from perta.models.resolve import quantised_checkpoint
-from perta.options import sample_count
-from perta.recipes.request import rows_config
-from perta.recipes.settings import UnlearnConfig
+from perta.options import (
+    DataConfig,
+    MomentOptions,
+    ScoringConfig,
+    TrainingRun,
+    TuneConfig,
+    WeightingConfig,
+    sample_count,
+)
+from perta.stages.stage import NotMadeError, Place, only_asking
 from perta.store.checkpoint import CheckpointIndex, open_index
 from perta.store.costs import BACKWARD, FORWARD, Plan, Step, title_of
+
+P = TypeVar("P", bound=Place)
 
 _SAMPLE = 64
 """Rows of a set whose tokens are counted."""
@@ -35,171 +45,136 @@ _STRENGTHS = 12
 _FLOAT = 4
 _TUNED = 4
 """Numbers a parameter that is tuned takes: itself, its gradient and two of AdamW."""
+_LEARN = float(FORWARD + BACKWARD)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step takes.
+
+    Attributes:
+        passes: forward passes over one token; adding and writing has none, and is not nothing.
+        memory: bytes of weights and sums beside one model.
+        disk: bytes of what it leaves.
+        operations: in place of passes.
+    """
+
+    passes: float = 1.0
+    memory: float = 0.0
+    disk: float = 0.0
+    operations: float = 0.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a request with the method's defaults; retention is judged on the set `judged`."""
+    """Sizes of a model, and of sets as `base` reads them, and what steps with them take."""
 
-    config: UnlearnConfig
-    training: Training | None
-    full: Path
+    model: Path
     base: Path
-    targets: Sequence[Target]
-    sets: Mapping[str, ExampleSet]
+    data_config: DataConfig
 
-    def plan(self, asked: Mapping[str, bool], work_folder: Path) -> Plan:
-        """The plan of a run: step -> whether its result is there already."""
-        steps = tuple(
-            Step(name, title_of(name), 0.0 if done else self.operations(name), done)
-            for name, done in asked.items()
-        )
-        made = [name for name, done in asked.items() if not done]
-        memory = max((self._memory(name) for name in made), default=0.0)
-        disk = sum(map(self._disk, asked))
-        output = self._stored_output()
-        return Plan(steps, memory, disk, output, work_folder, self.config.output)
+    def small(self) -> Load:
+        """A step that no token goes through."""
+        return Load()
 
-    def operations(self, name: str) -> float:
-        """About how many operations a step takes."""
-        if name == "direction":
-            # A factorisation of every input's moment, and a solve for every output.
-            return sum(n**3 + 2.0 * m * n**2 for m, n in self._edited_shapes)
-        return 2.0 * self._parameters * self._passes(name)
+    def tuning(self, examples: ExampleSet, samples: str | None, tune: TuneConfig) -> Load:
+        """Fine-tuning on a set or a sample of it."""
+        rows = len(examples)
+        share = sample_count(samples, "samples", rows) / rows
+        passes = _LEARN * tune.epochs * share * self.tokens(examples)
+        return Load(passes, self._tuned(tune), self.weights)
 
-    def _passes(self, name: str) -> float:
-        """Forward passes over one token."""
-        config, forget = self.config, self._tokens("forget")
-        learning = float(FORWARD + BACKWARD)
-        match name.partition("_"):
-            case "merge", _, _:
-                return 1.0  # adding and writing: no passes, and not nothing
-            case "calibrate", _, _:
-                return 3 * forget + 2 * self._tokens("holdout")
-            case ("finetune", _, _) | ("retain", _, "finetune"):
-                return learning * config.tune.epochs * forget
-            case side, _, "importance":
-                return learning * self._tokens(side)
-            case side, _, "moments":
-                gradients = get_method(config.weighting.method).needs.gradients
-                return (learning if gradients else FORWARD) * self._measured(side)
-            case "rounds", _, _:
-                # Half of the rows each time, and a search.
-                halves = sum(0.5**place for place in range(1, config.rounds or 1))
-                searches = _STRENGTHS * (config.rounds or 1)
-                return (learning * config.tune.epochs * halves + searches) * forget
-            case "strength", _, _:
-                return _STRENGTHS * (forget + min(self._tokens("retain"), 4 * forget))
-            case "train", _, _:
-                return self._training_passes()
-            case "evaluate", _, which:
-                return self._evaluation_passes(which)
-            case _:
-                return 1.0  # as little
+    def importance(self, examples: ExampleSet, orders: int) -> Load:
+        """Importance of some orders, in one pass."""
+        return Load(_LEARN * self.tokens(examples), 2 * self.weights, orders * self.weights)
 
-    def _training_passes(self) -> float:
-        method = self.training
-        assert method is not None, "no other method trains"
-        forget, retain = self._tokens("forget"), self._tokens("retain")
-        beside = min(forget, retain) if method.retain else 0.0
-        seen = forget + beside if method.sees_forget_set else retain
-        return (FORWARD + BACKWARD) * (self.config.training.epochs or method.epochs) * seen
-
-    def _evaluation_passes(self, which: str) -> float:
-        scoring = self.config.scoring
-        names = ["forget"] if which == "base" else ["forget", "judged", "holdout"]
-        read = sum(map(self._tokens, names))
-        if not scoring.generate or which == "base":
-            return read
-        rows = sum(len(self.sets[name]) for name in names if name in self.sets)
-        # Answers end by themselves, as a rule at about their own length.
-        return 2 * read + min(rows * scoring.max_new_tokens, read)
-
-    def _memory(self, name: str) -> float:
-        model = _FLOAT * float(self._parameters)
-        edited = _FLOAT * float(sum(m * n for m, n in self._edited_shapes))
-        is_adapter = self.config.tune.lora_rank > 0
-        tuned = model * (1 if is_adapter else _TUNED)
-        match name.partition("_"):
-            case ("finetune", _, _) | ("retain", _, "finetune"):
-                return tuned
-            case "train", _, _:
-                whole = self.config.training.lora_rank == 0
-                return model * (1 + _TUNED if whole else 2)
-            case "rounds", _, _:
-                return 2 * model + max(tuned, 2 * edited)
-            case "strength", _, _:
-                return model + 2 * edited
-            case _, _, "importance":
-                return 3 * model
-            case _, _, "moments":
-                most = self.config.moments.moment_memory * 2**30
-                return model + min(self._moment_bytes(math.inf), most)
-            case _:
-                return model
-
-    def _disk(self, name: str) -> float:
-        model = _FLOAT * float(self._parameters)
-        match name.partition("_"):
-            case ("finetune", _, _) | ("retain", _, "finetune") | ("rounds", _, _):
-                return model
-            case _, _, "importance":
-                return model
-            case "merge", _, _:
-                return self._moment_bytes(math.inf)
-            case side, _, "moments":
-                return self._moment_bytes(self._measured(side))
-            case "direction", _, _:
-                return _FLOAT * float(sum(m * n for m, n in self._edited_shapes))
-            case _:
-                return 0.0
-
-    def _measured(self, side: str) -> float:
-        """Tokens of a set that moments are measured on."""
-        wanted, tokens = self.config.moments.moment_samples, self._tokens(side)
-        if side != "retain" or wanted in (None, "all"):
-            return tokens
+    def moments(self, examples: ExampleSet, gradients: bool, options: MomentOptions) -> Load:
+        """Second moments."""
+        wanted, tokens, rows = options.moment_samples, self.tokens(examples), len(examples)
         if wanted == "enough":
             layers = filter(is_of_a_layer, self._index.tensors.values())
-            return min(tokens, float(ENOUGH * max(max(entry.shape) for entry in layers)))
-        rows = len(self.sets[side])
-        return tokens * sample_count(wanted, "retain-samples", rows) / rows
+            tokens = min(tokens, float(ENOUGH * max(max(entry.shape) for entry in layers)))
+        elif wanted not in (None, "all"):
+            tokens *= sample_count(wanted, "retain-samples", rows) / rows
+        memory = min(self.merged(gradients).disk, options.moment_memory * 2**30)
+        passes = (_LEARN if gradients else FORWARD) * tokens
+        return Load(passes, memory, self._moment_bytes(gradients, tokens))
 
-    def _moment_bytes(self, tokens: float) -> float:
-        """Moments of all linear layers, or what spans them where there are few tokens."""
-        method = None if self.training else get_method(self.config.weighting.method)
-        gradients = method is not None and method.needs.gradients
-        widths: dict[tuple[str, str], int] = {}
-        for entry in filter(is_of_a_layer, self._index.tensors.values()):
-            block = entry.name.rpartition(".")[0].rpartition(".")[0]
-            widths[block, f"in {entry.shape[-1]}"] = entry.shape[-1]  # layers that share an input
-            if gradients:
-                widths[entry.name, "out"] = entry.shape[0]
-        return sum(_FLOAT * min(tokens, n) * float(n) for n in widths.values())
+    def merged(self, gradients: bool) -> Load:
+        """Adding moments."""
+        return Load(disk=self._moment_bytes(gradients, math.inf))
 
-    def _stored_output(self) -> float:
-        """Bytes of a checkpoint like θ_full, in the type or format that is asked for."""
-        sizes = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
-        wanted = sizes.get(self.config.save_dtype)
-        if wanted:
-            return float(wanted * self._parameters)
-        stored = quantised_checkpoint(self.config.full) or self.full
-        return float(sum(entry.nbytes for entry in open_index(stored).tensors.values()))
+    def direction(self, weighting: WeightingConfig) -> Load:
+        """A factorisation of every input's moment, and a solve for every output."""
+        operations = sum(n**3 + 2.0 * m * n**2 for m, n in self._edited(weighting))
+        return Load(0.0, 0.0, self._step(weighting), operations)
 
-    def _tokens(self, name: str) -> float:
-        """About how many tokens a set has, prompts included; 0 without it."""
-        if name not in self._counted:
-            self._counted[name] = self._count(name) if name in self.sets else 0.0
-        return self._counted[name]
+    def edit(self, weighting: WeightingConfig) -> Load:
+        """An edit that has its direction made, where the method has one."""
+        is_structured = get_method(weighting.method).needs.moments
+        return self.direction(with_defaults(weighting)) if is_structured else self.small()
 
-    def _count(self, name: str) -> float:
-        examples = self.sets[name]
-        every = math.ceil(len(examples) / _SAMPLE)
-        some = ExampleSet(examples.source, examples.examples[::every], (), "")
-        rows = rows_config(self.config, name)
-        longest = longest_input(self.base)
-        encoded = encode_examples(some, self._tokenizer, rows, longest=longest).encoded
-        return sum(len(one.input_ids) for one in encoded) * len(examples) / len(some)
+    def calibrate(self, forget: ExampleSet, holdout: ExampleSet | None) -> Load:
+        """What unseen means."""
+        return Load(3 * self.tokens(forget) + 2 * self.tokens(holdout))
+
+    def rounds(
+        self, forget: ExampleSet, count: int, tune: TuneConfig, weighting: WeightingConfig
+    ) -> Load:
+        """Rounds of tuning on half of the rows each time, and a search after each."""
+        halves = sum(0.5**place for place in range(1, count))
+        passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
+        beside = max(self.weights + self._tuned(tune), 2 * self._step(weighting))
+        return Load(passes, self.weights + beside, self.weights)
+
+    def strength(self, forget: ExampleSet, retain: ExampleSet, weighting: WeightingConfig) -> Load:
+        """The search for the strength."""
+        tokens = self.tokens(forget)
+        passes = _STRENGTHS * (tokens + min(self.tokens(retain), 4 * tokens))
+        return Load(passes, 2 * self._step(weighting))
+
+    def training(
+        self, method: Training, run: TrainingRun, forget: ExampleSet, retain: ExampleSet | None
+    ) -> Load:
+        """Unlearning by training."""
+        seen, kept = self.tokens(forget), self.tokens(retain)
+        seen = seen + (min(seen, kept) if method.retain else 0.0)
+        passes = _LEARN * (run.epochs or method.epochs) * (seen if method.sees_forget_set else kept)
+        return Load(passes, self.weights * (1 if run.tunes_adapter else _TUNED))
+
+    def evaluation(self, scoring: ScoringConfig, sets: Iterable[ExampleSet]) -> Load:
+        """The quick evaluation; answers end by themselves, as a rule at about their own length."""
+        sets = list(sets)
+        read, rows = sum(map(self.tokens, sets)), sum(map(len, sets))
+        written = read + min(rows * scoring.max_new_tokens, read) if scoring.generate else 0.0
+        return Load(read + written)
+
+    def tokens(self, examples: ExampleSet | None) -> float:
+        """About how many tokens a set has, prompts included; 0 without one."""
+        if examples is None:
+            return 0.0
+        if examples.fingerprint not in self._counted:
+            every = math.ceil(len(examples) / _SAMPLE)
+            some = ExampleSet(examples.source, examples.examples[::every], (), "")
+            longest = longest_input(self.base)
+            encoded = encode_examples(some, self._tokenizer, self.data_config, longest=longest)
+            tokens = sum(len(one.input_ids) for one in encoded.encoded)
+            self._counted[examples.fingerprint] = tokens * len(examples) / len(some)
+        return self._counted[examples.fingerprint]
+
+    def operations(self, load: Load) -> float:
+        """Floating-point operations of a step."""
+        return load.operations or 2.0 * self.parameters * load.passes
+
+    @cached_property
+    def parameters(self) -> int:
+        """P."""
+        return sum(math.prod(entry.shape) for entry in self._index.tensors.values())
+
+    @property
+    def weights(self) -> float:
+        """Bytes of a float32 model."""
+        return _FLOAT * float(self.parameters)
 
     @cached_property
     def _counted(self) -> dict[str, float]:
@@ -211,17 +186,83 @@ class Sizes:
 
     @cached_property
     def _index(self) -> CheckpointIndex:
-        return open_index(self.full)
+        return open_index(self.model)
 
-    @cached_property
-    def _parameters(self) -> int:
-        return sum(math.prod(entry.shape) for entry in self._index.tensors.values())
+    def _tuned(self, tune: TuneConfig) -> float:
+        """Bytes beside the model that is tuned."""
+        return 0.0 if tune.lora_rank else (_TUNED - 1) * self.weights
 
-    @cached_property
-    def _edited_shapes(self) -> list[tuple[int, int]]:
+    def _edited(self, weighting: WeightingConfig) -> list[tuple[int, int]]:
         """Shapes of the matrices that are edited."""
+        sources = {BASE: self._index, FORGET: self._index}
         return [
             (target.full.shape[0], target.full.shape[-1])
-            for target in self.targets
+            for target in plan_edit(self._index, sources, weighting)
             if target.sources and is_of_a_layer(target.full)
         ]
+
+    def _step(self, weighting: WeightingConfig) -> float:
+        """Bytes of Δ."""
+        return _FLOAT * float(sum(m * n for m, n in self._edited(weighting)))
+
+    def _moment_bytes(self, gradients: bool, tokens: float) -> float:
+        """Moments of all linear layers, or what spans them where there are few tokens."""
+        widths: dict[tuple[str, str], int] = {}
+        for entry in filter(is_of_a_layer, self._index.tensors.values()):
+            block = entry.name.rpartition(".")[0].rpartition(".")[0]
+            widths[block, f"in {entry.shape[-1]}"] = entry.shape[-1]  # layers that share an input
+            if gradients:
+                widths[entry.name, "out"] = entry.shape[0]
+        return sum(_FLOAT * min(tokens, n) * float(n) for n in widths.values())
+
+
+@dataclass
+class Asked:
+    """A run of which only the plan is asked for: its steps so far, and what they take.
+
+    Attributes:
+        looks: whether to look for what is there already.
+        part: what to add to the names of steps, in a run that has some of them several times.
+    """
+
+    sizes: Sizes
+    looks: bool = True
+    part: str = ""
+    _steps: list[Step] = field(default_factory=list)
+    _memory: float = 0.0
+    _disk: float = 0.0
+    _places: dict[Path, Path] = field(default_factory=dict)
+
+    def note(self, name: str, load: Load, *, reused: bool = False) -> None:
+        """Add a step."""
+        operations = 0.0 if reused else self.sizes.operations(load)
+        self._steps.append(Step(name + self.part, title_of(name) + self.part, operations, reused))
+        self._disk += load.disk
+        if not reused:
+            self._memory = max(self._memory, self.sizes.weights + load.memory)
+
+    def look(
+        self,
+        name: str,
+        run: Callable[[P], object],
+        config: P,
+        load: Callable[[Sizes], Load],
+        *,
+        looks: bool = True,
+    ) -> Path:
+        """Add a step once, and say where its output lies or will lie."""
+        output = config.output
+        if output not in self._places:
+            reused = False
+            # A stage that stands on one that is not there finds nothing to read.
+            with only_asking() as found, suppress(NotMadeError, CheckpointError):
+                if self.looks and looks:
+                    run(config)
+                    reused = True
+            self.note(name, load(self.sizes), reused=reused)
+            self._places[output] = found.get(output, output)
+        return self._places[output]
+
+    def plan(self, work: Path, output: Path, stored: float = 0.0) -> Plan:
+        """The plan of the run; `stored` are the bytes of its output."""
+        return Plan(tuple(self._steps), self._memory, self._disk, stored, work, output)

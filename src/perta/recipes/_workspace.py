@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perta.data.examples import general_config
-from perta.errors import CheckpointError, NotLearnedError
+from perta.data.examples import ExampleSet, general_config, load_examples
+from perta.errors import NotLearnedError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
 from perta.options import (
@@ -28,6 +27,7 @@ from perta.options import (
     TunedType,
 )
 from perta.progress import step
+from perta.recipes._plan import Asked, Load, Sizes
 from perta.stages.edit import checkpoint_name
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
@@ -41,11 +41,12 @@ from perta.stages.settings import (
     MergeMomentsConfig,
     MomentsConfig,
 )
-from perta.stages.stage import NotMadeError, only_asking
+from perta.stages.stage import Place
 from perta.store.costs import passes_of, seconds_of, title_of
 from perta.store.record import check_separate, read_manifest
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,7 @@ class Workspace:
         seconds: stage -> duration.
         passes: stage -> operations, see `store.costs`, where its output's record tells.
         made: stage -> output, as far as this run has asked for it.
-        asked: where nothing is to be made: stage -> whether it is there already.
-        looks: whether that is looked for.
+        asked: where nothing is to be made: what would be.
     """
 
     folder: Path
@@ -84,8 +84,7 @@ class Workspace:
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, float] = field(default_factory=dict)
     made: dict[str, Path] = field(default_factory=dict)
-    asked: dict[str, bool] | None = None
-    looks: bool = True
+    asked: Asked | None = None
 
     def make(
         self,
@@ -124,7 +123,7 @@ class Workspace:
             parts = protected if side == "retain" else (side,)
             folders = [self._moments(part, wanted.gradients) for part in parts]
             added = [saved, *folders] if saved and side == "retain" else folders
-            given[f"{side}_moments"] = self._merged(added)
+            given[f"{side}_moments"] = self._merged(added, wanted.gradients)
         return given
 
     def tuned(
@@ -140,7 +139,10 @@ class Workspace:
             tune=tune,
             **self._common(output),
         )
-        return self._once(stage, output, lambda: finetune_checkpoint(config))
+        return self.once(
+            *(stage, finetune_checkpoint, config),
+            lambda sizes: sizes.tuning(self._examples(data), samples, tune),
+        )
 
     def _forget(self, place: int, seed: int, loss_on: LossOn | None) -> Path:
         number = checkpoint_name(place).removeprefix(checkpoint_name(0))
@@ -165,32 +167,36 @@ class Workspace:
             estimator=self.estimator,
             **self._common(output),
         )
-        return self._once(f"{side}_importance", output, lambda: compute_importance(config))
+        return self.once(
+            *(f"{side}_importance", compute_importance, config),
+            lambda sizes: sizes.importance(self._examples(side), len(orders)),
+        )
 
     def _moments(self, part: str, gradients: bool) -> Path:
-        output, data = self.place(f"{part}_moments"), self.sets[part]
-        common = self._common(output)
-        if part == "general":
-            common["data_config"] = general_config(data, self.data_config)
+        output, options = self.place(f"{part}_moments"), self.moments
+        options = options if part == "retain" else replace(options, moment_samples=None)
         config = MomentsConfig(
             checkpoint=str(self.measured),
-            data=data,
+            data=self.sets[part],
             gradients=gradients,
-            options=self.moments
-            if part == "retain"
-            else replace(self.moments, moment_samples=None),
-            **common,
+            options=options,
+            **{**self._common(output), "data_config": self._rows(part)},
         )
-        return self._once(f"{part}_moments", output, lambda: compute_moments(config))
+        return self.once(
+            *(f"{part}_moments", compute_moments, config),
+            lambda sizes: sizes.moments(self._examples(part), gradients, options),
+        )
 
-    def _merged(self, folders: Sequence[Path]) -> Path:
+    def _merged(self, folders: Sequence[Path], gradients: bool) -> Path:
         if len(folders) == 1:
             return folders[0]
         output = self.place("protected_moments")
         config = MergeMomentsConfig(
             folders=tuple(folders), output=output, overwrite=self.replaces(output)
         )
-        return self._once("merge_moments", output, lambda: merge_moments(config))
+        return self.once(
+            "merge_moments", merge_moments, config, lambda sizes: sizes.merged(gradients)
+        )
 
     def edit_config(self, **given: Any) -> EditConfig:
         """An edit of what was made; `given` are its fields but for the base and the computer."""
@@ -208,24 +214,41 @@ class Workspace:
         given = {**self._common(output), **sets}
         config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
         stage = f"evaluate_{name}"
-        if self.asked is not None:
-            self.ask(stage, output, lambda: evaluate_checkpoint(config))
-            return {}
-        return self.timed(stage, lambda: evaluate_checkpoint(config))
+        if self.asked is None:
+            return self.made_by(stage, lambda: evaluate_checkpoint(config))
+        rows = [load_examples(s, self.data_config) for n, s in sets.items() if s and n != "base"]
+        self.asked.look(
+            stage, evaluate_checkpoint, config, lambda sizes: sizes.evaluation(scoring, rows)
+        )
+        return {}
 
-    def ask(self, stage: str, output: Path, run: Callable[[], object]) -> Path:
-        """Note whether a stage's output is there already, and where."""
-        assert self.asked is not None, "this workspace makes things"
-        self.asked[stage] = False
-        if not self.looks:
-            return output
-        # A stage that stands on one that is not there finds nothing to read.
-        with only_asking() as found, suppress(NotMadeError, CheckpointError):
-            run()
-            self.asked[stage] = True
-        return found.get(output, output)
+    def once(
+        self,
+        stage: str,
+        run: Callable[[P], Path],
+        config: P,
+        load: Callable[[Sizes], Load],
+        *,
+        looks: bool = True,
+    ) -> Path:
+        """The output of a stage, made or reused, or asked for: see `Asked.look`."""
+        if stage not in self.made:
+            if self.asked is None:
+                self.made[stage] = self.made_by(stage, lambda: run(config))
+            else:
+                self.made[stage] = self.asked.look(stage, run, config, load, looks=looks)
+        return self.made[stage]
 
-    def timed(self, stage: str, run: Callable[[], T]) -> T:
+    def timed(
+        self, stage: str, run: Callable[[], T], load: Callable[[Sizes], Load] = Sizes.small
+    ) -> T | None:
+        """`made_by` for what is in no folder; None where steps are only asked for."""
+        if self.asked is None:
+            return self.made_by(stage, run)
+        self.asked.note(stage, load(self.asked.sizes))
+        return None
+
+    def made_by(self, stage: str, run: Callable[[], T]) -> T:
         """Run a stage and note its duration, by its output's own record where that has one."""
         started = time.perf_counter()
         with step(stage, title_of(stage)):
@@ -234,7 +257,8 @@ class Workspace:
         if isinstance(result, dict):
             made = result.get("perta")
         self.seconds[stage] = seconds_of(made) if made else time.perf_counter() - started
-        if made and (passes := passes_of(made)):
+        passes = passes_of(made) if made else getattr(result, "tokens", 0)
+        if passes:
             self.passes[stage] = passes
         return result
 
@@ -256,13 +280,13 @@ class Workspace:
             "compute": self.compute,
         }
 
-    def _once(self, stage: str, output: Path, run: Callable[[], Path]) -> Path:
-        if stage not in self.made:
-            if self.asked is None:
-                self.made[stage] = self.timed(stage, run)
-            else:
-                self.made[stage] = self.ask(stage, output, run)
-        return self.made[stage]
+    def _rows(self, name: str) -> DataConfig:
+        """How the rows of a set are read; general text may have columns of its own."""
+        usual = self.data_config
+        return general_config(self.sets[name], usual) if name == "general" else usual
+
+    def _examples(self, name: str) -> ExampleSet:
+        return load_examples(self.sets[name], self._rows(name))
 
     def replaces(self, output: Path) -> bool:
         """Whether what lies there may be replaced."""

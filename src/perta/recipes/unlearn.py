@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from perta.data.examples import ExampleSet
 from perta.data.rows import as_source
-from perta.engine.edit.plan import BASE, FORGET, RETAIN, Target, check_linear, plan_edit
+from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
 from perta.evidence.audit.document import told_in_short
 from perta.evidence.audit.probe import Role
@@ -37,7 +37,7 @@ from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
-from perta.recipes._plan import Sizes
+from perta.recipes._plan import Asked, Sizes
 from perta.recipes._workspace import Workspace
 from perta.recipes.request import (
     check_options,
@@ -69,7 +69,7 @@ from perta.stages.audit import AUDIT, quick_audit
 from perta.stages.edit import edit_checkpoint, find_inputs, with_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
-from perta.stages.stage import taking_over
+from perta.stages.stage import At, taking_over
 from perta.stages.train import needed_sets, train_checkpoint
 from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
@@ -140,8 +140,7 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
             say(f"unlearn: {output} is up to date, reused")
         else:
             run.write_split()
-            found = run.edit() if run.training is None else run.train()
-            run.record.write({}, **found)
+            run.record.write({}, **run.made())
         return run.evaluated()
 
 
@@ -208,7 +207,6 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     full = resolve_checkpoint(config.full, base=config.base)
     check_places(config, read_by(config, base, full), work_folder(config))
     gguf_plan(config.output_format, config.full, full, config.save_dtype)
-    targets: Sequence[Target] = ()
     if training is None:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
         if config.retain_checkpoint is not None:
@@ -239,7 +237,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
         seconds=record.seconds,
         passes=record.passes,
     )
-    run = _Run(config, training, targets, full, sets, split, judged, work, record)
+    run = _Run(config, training, full, sets, split, judged, work, record)
     if training is None:
         check_options(config, run.used)
         check_retain_moments(config, work.measured, sets)
@@ -252,7 +250,6 @@ class _Run:
 
     config: UnlearnConfig
     training: Training | None
-    targets: Sequence[Target] = field(repr=False)
     full: Path
     sets: Mapping[str, ExampleSet]
     split: Split | None
@@ -267,51 +264,33 @@ class _Run:
 
     def plan(self, *, looks: bool) -> Plan:
         """What the run would do; `looks` says whether to look for what is there already."""
-        sets, split = dict(self.used), self.split
-        if "retain" in sets:
-            held = split.held_back if split else None
-            sets["judged"] = held or self.sets["retain"]
-        sizes = Sizes(self.config, self.training, self.full, self.work.base, self.targets, sets)
-        return sizes.plan(self._asked(looks), self.work.folder)
-
-    def _asked(self, looks: bool) -> dict[str, bool]:
-        """Every step in order, and whether its result is there already."""
-        steps: dict[str, bool] = {}
-        config, work, judged = self.config, self.work, self.judged
+        work, judged = self.work, self.judged
         if self.split and self.split.held_back:  # nothing is written here for stages to read
             parts = {"retain": self.split.protected, "judged": self.split.held_back}
             kept, judged = (
                 as_source([e.fields for e in part.examples], name) for name, part in parts.items()
             )
             work = replace(work, sets={**work.sets, "retain": kept})
-        work = replace(work, asked=steps, looks=looks, made={})
-        run = replace(self, work=work, judged=judged)
+        sizes = Sizes(self.full, work.base, self.config.data_config)
+        asked = Asked(sizes, looks)
+        run = replace(self, work=replace(work, asked=asked, made={}), judged=judged)
         if not self.record.is_finished():
-            if self.training:
-                steps["train"] = False
-            else:
-                run._ask_edit(steps)
-        if config.evaluate:
+            run.made()
+        if self.config.evaluate:
             run._evaluations()
-        return steps
+        return asked.plan(self.work.folder, self.config.output, self._stored(sizes))
 
-    def _ask_edit(self, steps: dict[str, bool]) -> None:
-        config, work = self.config, self.work
-        needed = get_method(config.weighting.method).needs
-        is_auto = config.weighting.scaling_coef == "auto"
-        if is_auto:
-            steps["calibrate"] = False
-        edit = self._edit_config()
-        if in_rounds := is_auto and (config.rounds or 1) > 1:
-            steps["rounds"] = False
-        if needed.moments and in_rounds:
-            steps["direction"] = False
-        elif needed.moments:
-            place = work.place("direction")
-            work.ask("direction", place, lambda: with_direction(edit, find_inputs(edit)))
-        if is_auto:
-            steps["strength"] = False
-        steps["edit"] = False
+    def _stored(self, sizes: Sizes) -> float:
+        """Bytes of a checkpoint like θ_full, in the type or format that is asked for."""
+        wanted = {"float32": 4, "bfloat16": 2, "float16": 2, "q8_0": 34 / 32}
+        if self.config.save_dtype in wanted:
+            return float(wanted[self.config.save_dtype] * sizes.parameters)
+        stored = quantised_checkpoint(self.config.full) or self.full
+        return float(sum(entry.nbytes for entry in open_index(stored).tensors.values()))
+
+    def made(self) -> dict[str, Any]:
+        """Edit or train; what the search for the strength found."""
+        return self._train() if self.training else self._edit()
 
     def write_split(self) -> None:
         """Write the parts of the retain set where the stages read them, in a private folder."""
@@ -319,30 +298,42 @@ class _Run:
         if self.split is not None:
             self.split.write(self.work.folder)
 
-    def edit(self) -> dict[str, Any]:
-        """Make what the method needs and edit; what the search for the strength found."""
-        started, work = time.perf_counter(), self.work
-        method = get_method(self.config.weighting.method)
-        is_auto = self.config.weighting.scaling_coef == "auto"
-        unseen = self._calibrated() if is_auto else None
+    def _edit(self) -> dict[str, Any]:
+        """Make what the method needs and edit."""
+        started, config, work = time.perf_counter(), self.config, self.work
+        is_auto, used = config.weighting.scaling_coef == "auto", self.used
+        unseen: Unseen | None = None
+        if is_auto:  # before the first long step
+            unseen = work.timed(
+                "calibrate",
+                lambda: calibrate(self.full, work.base, used, config.data_config, config.compute),
+                lambda sizes: sizes.calibrate(used["forget"], used.get("holdout")),
+            )
         edit = self._edit_config()
-        if unseen is not None and (self.config.rounds or 1) > 1:
+        if in_rounds := is_auto and (config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
-        if method.needs.moments:
-            # Search and edit share it.
-            work.timed("direction", lambda: with_direction(edit, find_inputs(edit))["direction"])
+        if get_method(config.weighting.method).needs.moments:  # search and edit share it
+            work.once(
+                "direction",
+                lambda _: with_direction(edit, find_inputs(edit))["direction"],
+                At(work.place("direction")),
+                lambda sizes: sizes.direction(edit.weighting),
+                looks=not in_rounds,
+            )
         found: dict[str, Any] = {}
-        if unseen is not None:
-            strength = self._strength(edit, unseen)
+        if is_auto and (strength := self._strength(edit, unseen)):
             found = {"strength": asdict(strength)}
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
-        rows = self.sets["forget"].fingerprint
-        self.record.check(work.made.values())
-        key = self.record.key
-        work.timed("edit", lambda: edit_checkpoint(edit, forget_rows=rows, part_of=key))
-        self.record.check([edit.output])
+        work.timed("edit", lambda: self._edited(edit))
         self.record.seconds["total"] = time.perf_counter() - started
         return found
+
+    def _edited(self, edit: EditConfig) -> Path:
+        self.record.check(self.work.made.values())
+        rows = self.sets["forget"].fingerprint
+        edit_checkpoint(edit, forget_rows=rows, part_of=self.record.key)
+        self.record.check([edit.output])
+        return edit.output
 
     def _edit_config(self) -> EditConfig:
         """The edit, with what it reads made or reused."""
@@ -389,49 +380,38 @@ class _Run:
         asked = self.config.tune.loss_on
         return learned_by_forgetting(asked, self.sets["forget"], structured=structured)
 
-    def _rounds(self, edit: EditConfig, unseen: Unseen) -> EditConfig:
+    def _rounds(self, edit: EditConfig, unseen: Unseen | None) -> EditConfig:
         """The edit with a forget checkpoint of several rounds."""
-        config, output = self.config, self.work.place("forget_rounds")
+        config, work = self.config, self.work
+        output, most = work.place("forget_rounds"), config.rounds or 1
         learned = read_manifest(Path(str(edit.forget_checkpoint)))
         rate = config.tune.learning_rate or (learned or {}).get("learning_rate")
         tune = replace(config.tune, loss_on=self._loss_on, learning_rate=rate)
-        overwrite = self.work.replaces(output)
-        most = config.rounds or 1
-        made = self.work.timed(
+        made = work.once(
             "rounds",
-            lambda: write_rounds(
-                output, edit, unseen, tune, config.compute, most=most, overwrite=overwrite
-            ),
+            lambda at: write_rounds(at, edit, cast(Unseen, unseen), tune, config.compute, most),
+            At(output, work.replaces(output)),
+            lambda sizes: sizes.rounds(self.used["forget"], most, config.tune, config.weighting),
+            looks=False,
         )
-        self.work.made["rounds"] = made
         return replace(edit, forget_checkpoint=str(made))
 
-    def _calibrated(self) -> Unseen:
-        """Measure what unseen means, before the first long step."""
-        config, work = self.config, self.work
-        unseen = work.timed(
-            "calibrate",
-            lambda: calibrate(self.full, work.base, self.used, config.data_config, config.compute),
-        )
-        self.record.passes["calibrate"] = unseen.tokens
-        return unseen
-
-    def _strength(self, edit: EditConfig, unseen: Unseen) -> Strength:
+    def _strength(self, edit: EditConfig, unseen: Unseen | None) -> Strength | None:
         """Search for the strength and save every point of it as `strength.json`."""
-        config, work = self.config, self.work
+        config, work, used = self.config, self.work, self.used
         settings = StrengthSettings(config.retain_budget, config.strength_seed, work.folder)
         found = work.timed(
             "strength",
             lambda: choose_strength(
-                edit, self.used, unseen, settings, config.data_config, config.compute
+                edit, used, cast(Unseen, unseen), settings, config.data_config, config.compute
             ),
+            lambda sizes: sizes.strength(used["forget"], used["retain"], config.weighting),
         )
-        self.record.passes["strength"] = found.tokens
-        text = json.dumps(asdict(found), indent=1) + "\n"
-        write_text(work.place(STRENGTH), text)
+        if found:
+            write_text(work.place(STRENGTH), json.dumps(asdict(found), indent=1) + "\n")
         return found
 
-    def train(self) -> dict[str, Any]:
+    def _train(self) -> dict[str, Any]:
         """Train in place of an edit."""
         config = self.config
         every = config.tune.save_every
@@ -450,9 +430,17 @@ class _Run:
             data_config=config.data_config,
             compute=config.compute,
         )
-        self.work.timed("train", lambda: train_checkpoint(stage, part_of=self.record.key))
-        self.record.check([stage.output])
-        self.record.seconds["total"] = self.record.seconds["train"]
+        method, sets = cast(Training, self.training), self.used
+        self.work.timed(
+            "train",
+            lambda: train_checkpoint(stage, part_of=self.record.key),
+            lambda sizes: sizes.training(
+                method, config.training, sets["forget"], sets.get("retain")
+            ),
+        )
+        if self.work.asked is None:
+            self.record.check([stage.output])
+            self.record.seconds["total"] = self.record.seconds["train"]
         return {}
 
     def evaluated(self) -> Unlearned:

@@ -79,7 +79,7 @@ def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdi
             weighting=spec.weighting,
             **given,
         )
-        changes = work.timed("direction", lambda: load_changes(scratch, edit, config.compute))
+        changes = work.made_by("direction", lambda: load_changes(scratch, edit, config.compute))
     first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
     return WeightEdit(default, changes, work.seconds, work.passes)

@@ -45,7 +45,7 @@ from perta.recipes.strength._search import search_coarsely
 from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
 from perta.recipes.strength.edited_model import load_changes
 from perta.stages.settings import EditConfig
-from perta.stages.stage import At, run_stage
+from perta.stages.stage import Place, run_stage
 from perta.store.atomic import scratch_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
@@ -67,26 +67,22 @@ class Round:
 
 
 def write_rounds(
-    output: Path,
+    place: Place,
     edit: EditConfig,
     unseen: Unseen,
     config: TuneConfig,
     compute: ComputeConfig,
-    *,
     most: int,
-    overwrite: bool,
 ) -> Path:
     """Write the forget checkpoint of all rounds.
 
     Args:
-        output: its folder.
         edit: the edit of the first round, its checkpoints being local folders: the forget
             checkpoint is θ₀ tuned on all forget rows.
         unseen: from `calibrate`.
         config: how the base is tuned on the rows that are left.
         compute: device, and type of the products of tuning; weights are float32.
         most: most rounds, the first included.
-        overwrite: replace an output that is there.
 
     Returns:
         The folder; what the rounds did is under `rounds` in its `perta.json`.
@@ -110,7 +106,7 @@ def write_rounds(
     settings |= judged | picked(compute)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        with scratch_folder(output.with_name(f"{output.name}.rounds")) as scratch:
+        with scratch_folder(place.output.with_name(f"{place.output.name}.rounds")) as scratch:
             run = _Run(edit, unseen, config, compute, scratch)
             with counting_tokens(run.model) as tokens:
                 rounds = run.all(most)
@@ -118,8 +114,8 @@ def write_rounds(
         passes = 3 * run.tuned + tokens()
         return {"rounds": [asdict(made) for made in rounds], "passes": passes}
 
-    run_stage("rounds", At(output, overwrite), settings, look(), make, look=look)
-    return output
+    run_stage("rounds", place, settings, look(), make, look=look)
+    return place.output
 
 
 class _Run:
