@@ -341,8 +341,23 @@ def test_people_are_written_and_repeatable(perta: Run, tmp_path: Path) -> None:
 
 
 def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
-    shown = perta("demo", "--tiny", "--output", tmp_path / "demo")
+    asked = ("demo", "--tiny", "--output", tmp_path / "demo")
+    plan = json.loads(perta(*asked, "--dry-run", "--json").out)
+    assert list(tmp_path.iterdir()) == []
+    assert not any(step["reused"] for step in plan["steps"])
+    assert all(step["operations"] > 0 for step in plan["steps"])
+    shown = perta(*asked)
     assert shown.status == 0, shown.err
+    made = {p.parent.name for p in (tmp_path / "demo").glob("*/perta.json")}
+    made |= {f"evaluate_{p.stem}" for p in (tmp_path / "demo" / "results").iterdir()}
+    named = {step["name"].removeprefix("edit_") for step in plan["steps"]}
+    named = {*named, "forget_checkpoint"} - {"finetune"}
+    assert named == made - {"data", "others", "random", "perta-project_direction"}
+    work = sum(p.stat().st_size for p in (tmp_path / "demo").rglob("*.safetensors"))
+    assert plan["work"] == pytest.approx(work, rel=0.25)
+    again = json.loads(perta(*asked, "--dry-run", "--json").out)
+    assert [step["name"] for step in again["steps"]] == [step["name"] for step in plan["steps"]]
+    assert all(step["reused"] for step in again["steps"])
     again = json.loads(perta("demo", "--tiny", "--output", tmp_path / "demo", "--json").out)
     assert again["evaluation"]["full"]["forget_probability"]["agg_value"] > 0.8
     for name in ("base", "full", "retrained", "tv", "perta-grad", "perta-fisher"):

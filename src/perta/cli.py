@@ -59,7 +59,14 @@ app.meta.suppress_keyboard_interrupt = False
 app.register_install_completion_command()
 app.meta.group_parameters = cyclopts.Group("Session", sort_key=0)
 
-_SWITCH = Parameter(negative="", group=MAIN)
+_DryRun = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        group=MAIN,
+        help="print what would be done, what is reused, and about what it takes, and end.",
+    ),
+]
 _AsJson = Annotated[
     bool,
     Parameter(negative="", group=MAIN, help="Print results as one JSON object in place of tables."),
@@ -67,17 +74,10 @@ _AsJson = Annotated[
 
 
 @app.command
-def unlearn(
-    config: UnlearnConfig, *, dry_run: Annotated[bool, _SWITCH] = False, json: _AsJson = False
-) -> None:
+def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = False) -> None:
     """Remove a forget set: fine-tune, importance, edit (or training) and evaluation in one run.
 
     Finished stages are reused when their inputs and settings are unchanged.
-
-    Args:
-        config: inputs, output and settings.
-        dry_run: print what would be done, what is reused, and about what it takes, and end.
-        json: print the result, or the plan, as one JSON object in place of tables.
     """
     from perta.recipes.run_record import work_folder
     from perta.recipes.unlearn import plan_unlearn, unlearn
@@ -86,8 +86,7 @@ def unlearn(
     from perta.terminal import print_comparison, print_json, print_plan, print_samples, without_rows
 
     if dry_run:
-        plan = plan_unlearn(config)
-        print_json({**asdict(plan), "operations": plan.operations}) if json else print_plan(plan)
+        print_plan(plan_unlearn(config), json=json)
         return
     result = unlearn(config)
     work = work_folder(config)
@@ -491,12 +490,17 @@ def people(config: PeopleConfig, *, json: _AsJson = False) -> None:
 
 
 @app.command
-def demo(config: DemoConfig | None = None, *, json: _AsJson = False) -> None:
+def demo(
+    config: DemoConfig | None = None, *, dry_run: _DryRun = False, json: _AsJson = False
+) -> None:
     """Show the whole method on a real 135M-parameter model, from nothing, in minutes."""
-    from perta.recipes.demo import run_demo
-    from perta.terminal import print_json, without_rows
+    from perta.recipes.demo import plan_demo, run_demo
+    from perta.terminal import print_json, print_plan, without_rows
 
     config = config or DemoConfig()
+    if dry_run:
+        print_plan(plan_demo(config), json=json)
+        return
     results = run_demo(config, shows=not json)
     if json:
         models = {name: without_rows(found) for name, found in results.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -96,8 +97,11 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
     console().print(table)
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, *, json: bool) -> None:
     """The steps of a run, what is reused, and what it takes."""
+    if json:
+        print_json({**asdict(plan), "operations": plan.operations})
+        return
     table = Table(title="plan", title_justify="left")
     for column in ("step", "operations, at most", "what it is"):
         table.add_column(column, justify="left" if column == "what it is" else "right")
@@ -108,8 +112,8 @@ def print_plan(plan: Plan) -> None:
     console().print(
         f"Operations: at most about {operations(plan.operations)}\n"
         f"Memory: about {size(plan.memory)} for weights and sums, activations apart\n"
-        f"Disk: about {size(plan.work)} in {plan.work_folder}, "
-        f"{size(plan.output)} in {plan.output_folder}\n"
+        f"Disk: about {size(plan.work)} in {plan.work_folder}"
+        f"{f', {size(plan.output)} in {plan.output_folder}' if plan.output else ''}\n"
         "Nothing was written.",
         markup=False,
         soft_wrap=True,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,9 +110,10 @@ class Sizes:
         return Load(0.0, 0.0, self._step(weighting), operations)
 
     def edit(self, weighting: WeightingConfig) -> Load:
-        """An edit that has its direction made, where the method has one."""
+        """An edit that has its direction made, where the method has one, and its output."""
         is_structured = get_method(weighting.method).needs.moments
-        return self.direction(with_defaults(weighting)) if is_structured else self.small()
+        load = self.direction(with_defaults(weighting)) if is_structured else self.small()
+        return replace(load, disk=load.disk + self.weights)
 
     def calibrate(self, forget: ExampleSet, holdout: ExampleSet | None) -> Load:
         """What unseen means."""

@@ -29,7 +29,10 @@ STAGES: Mapping[str, str] = {
     "edit": "edit",
 }
 """Stage, as records name it -> what it is, in the order in which stages run."""
-_EVALUATIONS = {
+_OTHERS = {
+    "base": "tuning of a tiny base model",
+    "full": "tuning on all rows",
+    "retrained": "tuning without the forget set",
     "evaluate_before": "evaluation of the full model",
     "evaluate_after": "evaluation of the result",
     "evaluate_base": "evaluation of the base model",
@@ -110,7 +113,9 @@ def title_of(name: str) -> str:
     """What a stage is, by the name under which a run notes it."""
     stage = _stage(name)
     number = f" ({name.removeprefix(stage + '_')})" if stage != name else ""
-    return {**STAGES, **_EVALUATIONS}.get(stage, name.replace("_", " ")) + number
+    kind, _, of = name.partition("_")
+    other = f"evaluation of {of}" if kind == "evaluate" else name.replace("_", " ")
+    return {**STAGES, **_OTHERS}.get(stage, other) + number
 
 
 def seconds_of(record: Record) -> float:
