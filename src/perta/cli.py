@@ -288,13 +288,17 @@ def _add_own_benchmark(tokens: Sequence[str]) -> None:
 
 
 @bench.command
-def compare(config: CompareConfig, *, json: _AsJson = False) -> None:
+def compare(config: CompareConfig, *, dry_run: _DryRun = False, json: _AsJson = False) -> None:
     """Methods side by side: tune, edit and evaluate over seeds, at equal forgetting too.
 
     Finished runs are reused, so a comparison can be stopped, continued and extended.
     """
-    from perta.recipes.compare.study import bench_compare
+    from perta.recipes.compare.study import bench_compare, plan_compare
+    from perta.terminal import print_plan
 
+    if dry_run:
+        print_plan(plan_compare(config), json=json)
+        return
     records = bench_compare(config, shows=not json)
     message = f"Tables, results and report.html: {config.output}"
     _tell(json, message, output=config.output, runs=records)

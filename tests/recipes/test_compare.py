@@ -39,7 +39,7 @@ from perta.recipes.compare._search import nearest, search_equal
 from perta.recipes.compare._spec import EditSpec, TrainingSpec, parse_spec
 from perta.recipes.compare._summary import summarise, write_summary
 from perta.recipes.compare.settings import CompareConfig, CompareTune
-from perta.recipes.compare.study import bench_compare
+from perta.recipes.compare.study import bench_compare, plan_compare
 from perta.report.write import companion_folder
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.fingerprint import fingerprint
@@ -431,6 +431,25 @@ def test_a_path_that_passes_the_target_is_better_than_one_that_comes_nearer(
     )
     assert passing.rank(0.1) < near.rank(0.1)
     assert near.rank(0.12) < passing.rank(0.12)  # both pass
+
+
+def test_a_comparison_is_planned_as_it_is_run(
+    compared: tuple[CompareConfig, list[Any]], tmp_path: Path
+) -> None:
+    config, _ = compared
+    before = {p: p.stat().st_mtime_ns for p in config.output.rglob("*")}
+    done = plan_compare(config)
+    assert all(step.reused for step in done.steps)
+    new = plan_compare(replace(config, methods=("tv", "ssd"), general=None))
+    assert {p: p.stat().st_mtime_ns for p in config.output.rglob("*")} == before
+    names = [step.name.removesuffix(" (seed 0)") for step in new.steps if not step.reused]
+    assert names == ["forget_importance", "retain_importance", "direction", "measures of ssd"]
+    fresh = plan_compare(replace(config, output=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+    assert not any(step.reused for step in fresh.steps)
+    assert all(step.operations > 0 for step in fresh.steps)
+    made = sum(p.stat().st_size for p in config.output.rglob("*.safetensors"))
+    assert fresh.work == pytest.approx(made, rel=0.25)
 
 
 def test_finished_runs_are_reused_and_new_ones_added(

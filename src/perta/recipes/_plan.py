@@ -109,11 +109,11 @@ class Sizes:
         operations = sum(n**3 + 2.0 * m * n**2 for m, n in self._edited(weighting))
         return Load(0.0, 0.0, self._step(weighting), operations)
 
-    def edit(self, weighting: WeightingConfig) -> Load:
-        """An edit that has its direction made, where the method has one, and its output."""
+    def edit(self, weighting: WeightingConfig, *, disk: bool = True) -> Load:
+        """An edit and the direction of a structured method; `disk`: both are written."""
         is_structured = get_method(weighting.method).needs.moments
         load = self.direction(with_defaults(weighting)) if is_structured else self.small()
-        return replace(load, disk=load.disk + self.weights)
+        return replace(load, disk=disk * (load.disk + self.weights))
 
     def calibrate(self, forget: ExampleSet, holdout: ExampleSet | None) -> Load:
         """What unseen means."""

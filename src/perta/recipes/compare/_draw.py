@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perta.data.examples import check_apart, general_config, load_examples
+from perta.data.examples import check_apart, load_examples
 from perta.data.rows import jsonl
 from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.tofu import PEOPLE
 from perta.options import DataConfig
+from perta.recipes._plan import Asked
 from perta.recipes._workspace import Workspace
 from perta.recipes.compare.settings import CompareConfig
 from perta.stages.bench import divide_people
@@ -31,7 +32,8 @@ from perta.store.parse import parse_json
 Rows = Sequence[Mapping[str, Any]]
 
 PROMPT, ANSWER = "question", "answer"
-_ELSEWHERE = ("real_authors_perturbed.jsonl", "world_facts_perturbed.jsonl")
+_FACTS = "world_facts_perturbed.jsonl"
+_ELSEWHERE = ("real_authors_perturbed.jsonl", _FACTS)
 _SLICED = "forget10"
 
 
@@ -60,6 +62,7 @@ class Draw:
         suite: folder with the files of the TOFU evaluation, cut to this draw.
         retrained: θ₀ tuned on the retain set.
         forget_checkpoint: θ_f.
+        asked: where nothing is to be made: what would be.
     """
 
     seed: int
@@ -71,6 +74,7 @@ class Draw:
     full: Path
     retrained: Path
     forget_checkpoint: Path
+    asked: Asked | None = None
 
     def share_of_protected(self, share: float) -> Path:
         """The first protected rows, as a proxy of all of them."""
@@ -78,12 +82,25 @@ class Draw:
             return self.files["protected"]
         lines = self.files["protected"].read_text("utf-8").splitlines()
         kept = lines[: max(1, round(share * len(lines)))]
-        return _write(self.folder / "data" / f"protected_{share:g}.jsonl", kept)
+        file = self.files["protected"].with_name(f"protected_{share:g}.jsonl")
+        write_text(file, "".join(f"{line}\n" for line in kept))
+        return file
 
 
-def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
-    """Write the sets of a seed and tune the models on them; what is there is reused."""
+def make_draw(
+    config: CompareConfig,
+    base: Path,
+    seed: int,
+    *,
+    asked: Asked | None = None,
+    scratch: Path | None = None,
+) -> Draw:
+    """Write the sets of a seed and tune the models on them; what is there is reused.
+
+    Where the models are only asked for, the sets go to a scratch folder.
+    """
     folder = config.output / f"seed-{seed}"
+    home = (scratch or config.output) / folder.name
     sets = draw_sets(config, seed)
     if min(len(sets.forget), len(sets.retain)) < 2:
         raise ConfigError(
@@ -98,13 +115,17 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
         "protected": sets.retain[0::2],
         "unseen": _unseen(sets.retain),
     }
-    suite = folder / "suite"
-    files = {name: folder / "data" / f"{name}.jsonl" for name in parts}
-    written = {files[name]: rows for name, rows in parts.items()}
-    written |= {suite / name: rows for name, rows in sets.suite.items()}
-    _write_rows(written, overwrite=config.overwrite)
-    if "world_facts_perturbed.jsonl" in sets.suite:
-        files["facts"] = suite / "world_facts_perturbed.jsonl"
+    texts = {f"data/{name}.jsonl": jsonl(rows) for name, rows in parts.items()}
+    texts |= {f"suite/{name}": jsonl(rows) for name, rows in sets.suite.items()}
+    for name, text in texts.items():
+        there = folder / name
+        if there.is_file() and not config.overwrite and there.read_text("utf-8") != text:
+            raise exists_error(there, "holds other rows: this folder is of another comparison")
+    for name, text in texts.items():
+        write_text(home / name, text)
+    files = {name: home / "data" / f"{name}.jsonl" for name in parts}
+    if _FACTS in sets.suite:
+        files["facts"] = home / "suite" / _FACTS
 
     work = Workspace(
         folder=folder,
@@ -116,6 +137,7 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
         data_config=config.data_config,
         compute=config.compute,
         overwrite=config.overwrite,
+        asked=asked,
     )
     on_forget = replace(work.tune, loss_on=config.tune.loss_on or "answer")
     models = {
@@ -123,7 +145,7 @@ def make_draw(config: CompareConfig, base: Path, seed: int) -> Draw:
         "retrained": work.tuned("retrained", "retain", work.tune, "retrained"),
         "forget_checkpoint": work.tuned("forget_checkpoint", "forget", on_forget, "finetune"),
     }
-    return Draw(seed, folder, files, suite, sets.split, base, **models)
+    return Draw(seed, folder, files, home / "suite", sets.split, base, **models, asked=asked)
 
 
 def draw_sets(config: CompareConfig, seed: int) -> Sets:
@@ -140,13 +162,6 @@ def draw_sets(config: CompareConfig, seed: int) -> Sets:
     if config.tofu_split:
         return _whole_split(config.tofu, config.tofu_split, elsewhere)
     return _slices(config.tofu, config, seed, elsewhere)
-
-
-def rows_config(config: CompareConfig, file: str) -> DataConfig:
-    """How the rows of a file are read; general text may have columns of its own."""
-    return (
-        general_config(file, config.data_config) if file == config.general else config.data_config
-    )
 
 
 def _own(forget: str, retain: str, data_config: DataConfig) -> Sets:
@@ -246,18 +261,3 @@ def _slice(rows: Rows, first: int, count: int, name: str) -> Rows:
             "rows with --forget-rows and --retain-rows."
         )
     return rows[start : start + count]
-
-
-def _write_rows(files: Mapping[Path, Rows], *, overwrite: bool) -> None:
-    """Write the sets, unless others are there on which finished runs stand."""
-    texts = {file: jsonl(rows) for file, rows in files.items()}
-    for file, text in texts.items():
-        if file.is_file() and not overwrite and file.read_text("utf-8") != text:
-            raise exists_error(file, "holds other rows: this folder is of another comparison")
-    for file, text in texts.items():
-        write_text(file, text)
-
-
-def _write(file: Path, lines: Sequence[str]) -> Path:
-    write_text(file, "".join(f"{line}\n" for line in lines))
-    return file

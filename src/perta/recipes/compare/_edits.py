@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -59,18 +60,7 @@ class WeightEdit:
 
 def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdit:
     """Run the stages that a weight-space method stands on, and read its direction."""
-    work = _workspace(config, draw, spec)
-    count = spec.forget_seeds or spec.method.needs.tuned
-    parts = ("retain", "general") if spec.share else ("general",)
-    given = work.make(
-        spec.method,
-        orders=_orders(spec),
-        loss_on=forget_loss(config, draw, spec),
-        seeds=[draw.seed + 1000 * place for place in range(count)],
-        # As many rows as there are to forget.
-        samples=str(draw.files["forget"].read_text("utf-8").count("\n")),
-        protected=parts if spec.general else ("retain",),
-    )
+    work, given = _stands_on(config, draw, spec)
     with scratch_folder(draw.folder / "changes") as scratch:
         edit = work.edit_config(
             full=str(draw.full),
@@ -83,6 +73,29 @@ def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdi
     first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
     return WeightEdit(default, changes, work.seconds, work.passes)
+
+
+def ask_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> None:
+    """Note what `prepare_edit` would do."""
+    work, _ = _stands_on(config, draw, spec)
+    work.timed("direction", lambda: None, lambda sizes: sizes.edit(spec.weighting, disk=False))
+
+
+def _stands_on(
+    config: CompareConfig, draw: Draw, spec: EditSpec
+) -> tuple[Workspace, dict[str, Any]]:
+    work = _workspace(config, draw, spec)
+    count = spec.forget_seeds or spec.method.needs.tuned
+    parts = ("retain", "general") if spec.share else ("general",)
+    return work, work.make(
+        spec.method,
+        orders=_orders(spec),
+        loss_on=forget_loss(config, draw, spec),
+        seeds=[draw.seed + 1000 * place for place in range(count)],
+        # As many rows as there are to forget.
+        samples=str(draw.files["forget"].read_text("utf-8").count("\n")),
+        protected=parts if spec.general else ("retain",),
+    )
 
 
 def _orders(spec: EditSpec) -> tuple[float, ...]:
@@ -132,4 +145,5 @@ def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
         data_config=config.data_config,
         compute=config.compute,
         names=names,
+        asked=draw.asked,
     )

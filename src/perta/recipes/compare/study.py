@@ -14,20 +14,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from torch import Tensor
 
-from perta.data.examples import load_examples
-from perta.errors import CheckpointMismatchError, ConfigError, DataError
+from perta.data.examples import general_config, load_examples
+from perta.engine.train.relearn import SHOWN
+from perta.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
 from perta.evidence.metrics import mean
 from perta.evidence.results import Results, read_results, results_json
 from perta.models.facts import SAMPLES
 from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say, telling_once
-from perta.recipes.compare._draw import Draw, make_draw, rows_config
-from perta.recipes.compare._edits import WeightEdit, forget_loss, prepare_edit
+from perta.recipes._plan import Asked, Load, Sizes
+from perta.recipes.compare._draw import Draw, make_draw
+from perta.recipes.compare._edits import WeightEdit, ask_edit, forget_loss, prepare_edit
 from perta.recipes.compare._model import Bench, Knowledge, means
 from perta.recipes.compare._paths import TrainingPath, prepare_path
 from perta.recipes.compare._search import nearest
@@ -43,7 +46,7 @@ from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 from perta.store.atomic import write_text
-from perta.store.costs import passes_of, seconds_of
+from perta.store.costs import BACKWARD, FORWARD, Plan, passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.parse import read_json
 from perta.store.record import (
@@ -71,6 +74,9 @@ _IN_KEY = (
 
 _EQUAL_BY = {"facts": f"hit_{SAMPLES}", "answers": "probability"}
 """Column of what `--equal-by` names."""
+
+_SUITE = 5
+"""About how often the TOFU evaluation reads a row: with paraphrases, wrong answers and its own."""
 
 Record = Mapping[str, Any]
 _AnySpec = EditSpec | TrainingSpec | GivenSpec
@@ -100,6 +106,39 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     Raises:
         PertaError: input that cannot be used; finished runs stay.
     """
+    specs, base = _checked(config)
+    records = Compared()
+    for seed in config.seeds:
+        records += _Seed(config, make_draw(config, base, seed)).run(specs)
+        write_summary(records, config.output, shows=shows)
+    # These runs alone: the folder may hold others that were not asked for this time.
+    files = [
+        config.output / "results" / f"{name}_seed-{seed}.json"
+        for seed in config.seeds
+        for name in (*_REFERENCES, *(spec.slug for spec in specs))
+    ]
+    write_report(
+        ReportConfig(
+            results=tuple(map(str, files)), output=config.output / "report.html", title=config.title
+        )
+    )
+    return records
+
+
+def plan_compare(config: CompareConfig) -> Plan:
+    """What `bench_compare` would do; nothing is written but to the cache."""
+    specs, base = _checked(config)
+    asked = Asked(Sizes(base, base, config.data_config))
+    with TemporaryDirectory() as scratch:
+        for seed in config.seeds:
+            asked.part = f" (seed {seed})"
+            draw = make_draw(config, base, seed, asked=asked, scratch=Path(scratch))
+            _Seed(config, draw).ask(specs, asked)
+    return asked.plan(config.output, config.output)
+
+
+def _checked(config: CompareConfig) -> tuple[list[_AnySpec], Path]:
+    """Who is compared and the base model, after every check that needs no long step."""
     specs: list[_AnySpec] = [parse_spec(text, config.tune.batch_size) for text in config.methods]
     given = [parse_checkpoint(text, len(config.seeds)) for text in config.checkpoint]
     specs += given
@@ -116,7 +155,7 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
         if not users:
             raise ConfigError("--general is for methods with general=true, and there is none.")
         # Raises now what would stop it later.
-        load_examples(config.general, rows_config(config, config.general))
+        load_examples(config.general, general_config(config.general, config.data_config))
     base = resolve_checkpoint(config.base)
     sets = (config.forget, config.retain, config.general, config.tofu, config.ability_path)
     theirs = [resolve_checkpoint(one.at(seed)) for one in given for seed in config.seeds]
@@ -124,22 +163,7 @@ def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     for seed in config.seeds:
         check_separate(config.output / f"seed-{seed}", reads)
     check_output(config.output, overwrite=True, ours=_is_comparison)
-    records = Compared()
-    for seed in config.seeds:
-        records += _Seed(config, base, seed).run(specs)
-        write_summary(records, config.output, shows=shows)
-    # These runs alone: the folder may hold others that were not asked for this time.
-    files = [
-        config.output / "results" / f"{name}_seed-{seed}.json"
-        for seed in config.seeds
-        for name in (*_REFERENCES, *slugs)
-    ]
-    write_report(
-        ReportConfig(
-            results=tuple(map(str, files)), output=config.output / "report.html", title=config.title
-        )
-    )
-    return records
+    return specs, base
 
 
 def _is_comparison(folder: Path) -> bool:
@@ -155,9 +179,8 @@ def _uses_general(spec: _AnySpec | None) -> bool:
 class _Seed:
     """All runs of one seed; the model is loaded when the first of them is not finished."""
 
-    def __init__(self, config: CompareConfig, base: Path, seed: int) -> None:
-        self._config = config
-        self._draw: Draw = make_draw(config, base, seed)
+    def __init__(self, config: CompareConfig, draw: Draw) -> None:
+        self._config, self._draw = config, draw
         self._bench: Bench | None = None
         self._full: list[Tensor] = []
         self._prepared: tuple[str, _Contender] | None = None
@@ -179,6 +202,39 @@ class _Seed:
                 record = made or self._contender(spec)
             records.append(self._extended(spec, record))
         return records
+
+    def ask(self, specs: Sequence[_AnySpec], asked: Asked) -> None:
+        """Note what `run` would do."""
+        for name in ("retrained", "base", "full"):
+            asked.note(f"measures of {name}", self._load(None, asked), reused=self._is_there(name))
+        for spec in specs:
+            is_there = self._is_there(spec.slug, spec)
+            if isinstance(spec, EditSpec) and not is_there:
+                ask_edit(self._config, self._draw, spec)
+            asked.note(f"measures of {spec.name}", self._load(spec, asked), reused=is_there)
+
+    def _is_there(self, name: str, spec: _AnySpec | None = None) -> bool:
+        try:
+            return self._finished(name, spec) is not None
+        except CheckpointError:
+            return False  # a model that it stands on is not there
+
+    def _load(self, spec: _AnySpec | None, asked: Asked) -> Load:
+        """What measuring one contender takes, at most, general ability left out."""
+        config, learn = self._config, FORWARD + BACKWARD
+        forget, *others = (
+            asked.sizes.tokens(load_examples(self._draw.files[name], config.data_config))
+            for name in ("forget", "protected", "unseen")
+        )
+        measured = 2 * (forget + sum(others))  # answers and facts
+        relearned = (learn * config.relearn_steps / SHOWN + 1) * forget
+        passes = measured + relearned + config.suite * _SUITE * measured
+        if isinstance(spec, EditSpec | TrainingSpec):
+            passes += 2 * measured + config.tries * forget + config.relearn_tries * relearned
+        if isinstance(spec, TrainingSpec):
+            epochs = config.rate_tries * (spec.training.epochs or spec.method.epochs)
+            passes += epochs * (2 * learn + 1) * forget
+        return Load(passes)
 
     def _open(self) -> Bench:
         if self._bench is None:
@@ -408,7 +464,8 @@ class _Seed:
             inputs["checkpoint"] = fingerprint(resolve_checkpoint(spec.at(draw.seed)))
         if _uses_general(spec):
             general = cast(str, config.general)
-            inputs["general"] = load_examples(general, rows_config(config, general)).fingerprint
+            rows = general_config(general, config.data_config)
+            inputs["general"] = load_examples(general, rows).fingerprint
         return stage_key("bench compare", settings, inputs)
 
     def _finished(self, name: str, spec: _AnySpec | None = None) -> Record | None:
