@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -46,6 +46,16 @@ _SHORT_NAMES = {
 """Modules in the order of a layer, and what stands over their columns."""
 
 
+_AXES = {
+    "probability": "answer probability",
+    "rouge": "ROUGE-L recall",
+    "strength": "extraction strength",
+    "knowmem": "knowledge, ROUGE-L F1",
+    "verbmem": "verbatim recall, ROUGE-L F1",
+}
+"""Measures as an axis names them."""
+
+
 @dataclass(frozen=True)
 class EditMap:
     """Where one edit happened; `outside` has (tensor, mean W, size of the change)."""
@@ -65,50 +75,39 @@ def trade_offs(collection: Collection, looks: Mapping[str, Style]) -> list[Scatt
             for run in collection.runs
             if forget in run.measures and retain in run.measures and run.role != "forget checkpoint"
         ]
-        if not any(run.role == "edited" for run in runs):
-            continue
-        x, y = _axis(forget, runs), _axis(retain, runs)
         edited = [run for run in runs if run.role == "edited"]
-        points = [_point(run, forget, retain, looks, edited) for run in runs]
+        if not edited:
+            continue
+        points = tuple(_point(run, forget, retain, looks, edited) for run in runs)
         crosses = [p for p, run in zip(points, runs, strict=True) if run.role == "retrained"]
         panels.append(
             Scatter(
                 name=f"trade_off_{forget}_{retain}",
                 label=label,
                 title=f"{label} of every model: removed examples against examples to keep",
-                caption=_pair_note(forget),
-                points=tuple(points),
-                x=x,
-                y=y,
+                caption=(
+                    "Right is more like the retrained model, up is more useful. The horizontal "
+                    "axis is the base-10 logarithm of a p-value."
+                    if forget == "forget_quality"
+                    else "Left is more forgotten, up is more kept. Bars are 95% intervals over "
+                    "examples."
+                ),
+                points=points,
+                x=_axis(forget, runs),
+                y=_axis(retain, runs),
                 cross=crosses[0] if len(crosses) == 1 else None,
             )
         )
     return panels
 
 
-def _pair_note(forget: str) -> str:
-    if forget == "forget_quality":
-        return (
-            "Right is more like the retrained model, up is more useful. The horizontal axis is "
-            "the base-10 logarithm of a p-value."
-        )
-    return "Left is more forgotten, up is more kept. Bars are 95% intervals over examples."
-
-
 def _axis(key: str, runs: Sequence[Run]) -> Axis:
     measure = measure_of(key)
-    where = {"forget": "removed examples", "retain": "examples to keep"}.get(measure.group, "")
-    names = {
-        "probability": "answer probability",
-        "rouge": "ROUGE-L recall",
-        "strength": "extraction strength",
-        "knowmem": "knowledge, ROUGE-L F1",
-        "verbmem": "verbatim recall, ROUGE-L F1",
-    }
     if key == "forget_quality":
         values = [_coordinate(key, run.measures[key].value) for run in runs]
         return fitted_axis("forget quality, log10 p", [*values, 0.0], measure.better)
-    name = names.get(key.partition("_")[2], measure.label.lower())
+    name = _AXES.get(key.partition("_")[2], measure.label.lower())
+    where = {"forget": "removed examples", "retain": "examples to keep"}.get(measure.group)
     return unit_axis(f"{name}, {where}" if where else name, measure.better)
 
 
@@ -159,13 +158,18 @@ def _range(reading: Reading) -> tuple[float, float] | None:
     return (reading.interval.low, reading.interval.high) if reading.interval else None
 
 
-def _curve_runs(runs: Sequence[Run], ranked: Sequence[Run]) -> list[Run]:
+def _curve_runs(
+    runs: Sequence[Run], ranked: Sequence[Run], values: Callable[[Run], Sequence[float]]
+) -> list[Run]:
     """The models to draw as curves: references, then edited ones in order of rank.
 
     Where they are too many to tell apart, the best of each method stands for it.
     """
-    edited = [run for run in ranked if run in runs]
-    references = [run for run in runs if run.role in ("base", "full", "retrained")]
+    usable = [
+        run for run in runs if values(run) and (not ranked or run.same_set(ranked[0], "forget"))
+    ]
+    edited = [run for run in ranked if run in usable]
+    references = [run for run in usable if run.role in ("base", "full", "retrained")]
     if len(references) + len(edited) > _MOST_CURVES:
         first: dict[str | None, Run] = {}
         for run in edited:
@@ -178,50 +182,42 @@ def probability_curves(
     runs: Sequence[Run], ranked: Sequence[Run], looks: Mapping[str, Style]
 ) -> Ecdf | None:
     """Every removed example's answer probability, one curve per model; None without values."""
-    usable = [
-        run
-        for run in runs
-        if "forget_probability" in run.measures and run.measures["forget_probability"].examples
-        if not ranked or run.same_set(ranked[0], "forget")
-    ]
-    if not usable:
-        return None
-    curves = []
-    for run in _curve_runs(usable, ranked):
-        values = tuple(run.measures["forget_probability"].examples.values())
-        tip = (
-            f"{_full_name(run)}\nn = {len(values)}, median {number(median(values))}, "
-            f"highest {number(max(values))}"
+
+    def values(run: Run) -> tuple[float, ...]:
+        reading = run.measures.get("forget_probability")
+        return tuple(reading.examples.values()) if reading else ()
+
+    curves = [
+        Curve(
+            values(run),
+            run.label,
+            f"{_full_name(run)}\nn = {len(values(run))}, median {number(median(values(run)))}, "
+            f"highest {number(max(values(run)))}",
+            looks[run.label],
         )
-        curves.append(Curve(values, run.label, tip, looks[run.label]))
+        for run in _curve_runs(runs, ranked, values)
+    ]
     axis = unit_axis("answer probability of a removed example")
     title = "Distribution of answer probability on the removed examples"
-    return Ecdf("answer_probability", title, tuple(curves), axis)
+    return Ecdf("answer_probability", title, tuple(curves), axis) if curves else None
 
 
 def truth_ratio_curves(
     collection: Collection, ranked: Sequence[Run], looks: Mapping[str, Style]
 ) -> tuple[Ecdf, list[tuple[str, int, str, str]]] | None:
     """Truth ratios behind forget quality, and rows of (model, n, KS distance, p-value)."""
-    usable = [
-        run
-        for run in collection.runs
-        if truth_ratios(run.results) and run.role != "forget checkpoint"
-        if not ranked or run.same_set(ranked[0], "forget")
-    ]
-    if not usable:
-        return None
     curves, rows = [], []
-    for run in _curve_runs(usable, ranked):
+    for run in _curve_runs(collection.runs, ranked, lambda run: truth_ratios(run.results)):
         values = tuple(truth_ratios(run.results))
         test = reference_quality(run, collection)
-        distance = "–" if test is None else number(test[0], 3)
-        p = "–" if test is None else number(test[1], 3)
+        distance, p = ("–", "–") if test is None else (number(value, 3) for value in test)
         tip = f"{_full_name(run)}\nn = {len(values)}, median {number(median(values))}"
         if test is not None:
             tip += f"\nKS distance {distance}, p = {p}"
         curves.append(Curve(values, run.label, tip, looks[run.label]))
         rows.append((run.label, len(values), distance, p))
+    if not curves:
+        return None
     logs = [math.log10(max(value, SMALLEST)) for curve in curves for value in curve.values]
     axis = log_axis("truth ratio (wrong answers against the right one)", logs)
     title = "Distribution of truth ratios on the removed examples"
@@ -255,65 +251,59 @@ def edit_map(run: Run) -> EditMap:
     """Per-layer and per-module map of W and of the size of the change."""
     tensors: list[Record] = list(run.edit["tensors"])
     layers, outside = split_layers(tensors)
-    rows = sorted({layer for layer, _ in layers})
-    columns = _module_order({module for _, module in layers})
-    relative = all(place.norm for place in layers.values()) and bool(layers)
     total = _norm(tensors) or 1.0
-    figures: list[HeatMap] = []
-    for what in ("weighting", "change") if layers else ():
-        known = [place.weighting for place in layers.values()]
-        same = len({None if value is None else round(value, 6) for value in known}) == 1
-        if what == "weighting" and (same or None in known):
-            continue  # the same everywhere, which a sentence says better, or not recorded
-        cells = tuple(
-            Cell(
-                rows.index(layer),
-                columns.index(module),
-                _value(place, what, relative),
-                _cell_tip(layer, module, place, total, relative),
-            )
-            for (layer, module), place in sorted(layers.items())
-        )
-        title, caption, css, legend = _map_texts(what, run.label, relative)
-        names = tuple(_SHORT_NAMES.get(column, _shorten(column)) for column in columns)
-        figures.append(
-            HeatMap(
-                f"{what}_{file_name(run.label)}",
-                title,
-                caption,
-                tuple(sorted(cells, key=lambda cell: (cell.row, cell.column))),
-                tuple(str(row) for row in rows),
-                names,
-                css,
-                legend,
-            )
-        )
-    return EditMap(
-        run.label,
-        tuple(figures),
-        tuple(
-            (name, number(place.weighting), f"{_value(place, 'change', relative):.2g}")
-            for name, place in outside.items()
-        ),
-        tuple(_map_sentences(tensors, total)),
-    )
+    known = [place.weighting for place in layers.values()]
+    relative = bool(layers) and all(place.norm for place in layers.values())
+    figures = [_heat_map("change", run.label, layers, total, relative)] if layers else []
+    # Where W is the same everywhere a sentence says it better.
+    if None not in known and len({round(value or 0.0, 6) for value in known}) > 1:
+        figures.insert(0, _heat_map("weighting", run.label, layers, total, relative))
+    rows = [
+        (name, number(place.weighting), f"{_value(place, 'change', relative):.2g}")
+        for name, place in outside.items()
+    ]
+    return EditMap(run.label, tuple(figures), tuple(rows), tuple(_map_sentences(tensors, total)))
 
 
-def _map_texts(what: str, label: str, relative: bool) -> tuple[str, str, str, str]:
-    """Title, caption, class and legend of a map."""
-    if what == "weighting":
-        return (
-            f"Mean weighting of {label} by layer and module",
-            "Share of each weight that belongs to forgetting, from 0 to 1.",
-            "hue-w",
-            "mean W, by layer ↓",
+def _heat_map(
+    what: str,
+    label: str,
+    layers: Mapping[tuple[int, str], _Place],
+    total: float,
+    relative: bool,
+) -> HeatMap:
+    rows = sorted({layer for layer, _ in layers})
+    modules = {module for _, module in layers}
+    columns = [m for m in _SHORT_NAMES if m in modules] + sorted(modules - _SHORT_NAMES.keys())
+    cells = [
+        Cell(
+            rows.index(layer),
+            columns.index(module),
+            _value(place, what, relative),
+            _cell_tip(layer, module, place, total, relative),
         )
+        for (layer, module), place in layers.items()
+    ]
     title = f"Size of the change by {label}, by layer and module"
+    css, caption = "hue-d", "Root mean square of the change of a weight."
+    legend = "RMS change per weight, by layer ↓"
     if relative:
         caption = "Norm of the change relative to the norm of the weights."
-        return title, caption, "hue-d", "‖ΔW‖ / ‖W‖, by layer ↓"
-    caption = "Root mean square of the change of a weight."
-    return title, caption, "hue-d", "RMS change per weight, by layer ↓"
+        legend = "‖ΔW‖ / ‖W‖, by layer ↓"
+    if what == "weighting":
+        title = f"Mean weighting of {label} by layer and module"
+        css, caption = "hue-w", "Share of each weight that belongs to forgetting, from 0 to 1."
+        legend = "mean W, by layer ↓"
+    return HeatMap(
+        f"{what}_{file_name(label)}",
+        title,
+        caption,
+        tuple(sorted(cells, key=lambda cell: (cell.row, cell.column))),
+        tuple(map(str, rows)),
+        tuple(_SHORT_NAMES.get(column, _shorten(column)) for column in columns),
+        css,
+        legend,
+    )
 
 
 def split_layers(
@@ -326,11 +316,9 @@ def split_layers(
         name = str(tensor["name"])
         match = re.search(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.(.+)$", name)
         if match:
-            module = re.sub(r"\.(weight|bias)$", "", match[2])
-            if match[2].endswith(".bias"):
-                module += " bias"
-            module = re.sub(r"\.\d+\.", ".*.", module)
-            layers.setdefault((int(match[1]), module), []).append(tensor)
+            module = re.sub(r"\.weight$", "", re.sub(r"\.bias$", " bias", match[2]))
+            place = int(match[1]), re.sub(r"\.\d+\.", ".*.", module)
+            layers.setdefault(place, []).append(tensor)
         else:
             outside.setdefault(name, []).append(tensor)
     merged = {key: _merge(group) for key, group in layers.items()}
@@ -343,7 +331,7 @@ def _merge(tensors: Sequence[Record]) -> _Place:
         sum(int(t["elements"]) for t in tensors),
         _mean_weighting(tensors),
         _norm(tensors),
-        math.sqrt(math.fsum(n * n for n in known)) if len(known) == len(tensors) else None,
+        math.hypot(*known) if len(known) == len(tensors) else None,
     )
 
 
@@ -378,10 +366,6 @@ def _cell_tip(layer: int, module: str, place: _Place, total: float, relative: bo
         f"layer {layer}, {module}\n{weighting}{unit} {size:.2g}\n"
         f"{(place.change / total) ** 2:.1%} of the whole edit"
     )
-
-
-def _module_order(modules: set[str]) -> list[str]:
-    return [m for m in _SHORT_NAMES if m in modules] + sorted(modules - _SHORT_NAMES.keys())
 
 
 def _shorten(module: str) -> str:
