@@ -87,22 +87,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Models as points; those of one method and seed are joined in order of strength.
+    """Models as points; those of one method and seed are joined in order of strength."""
 
-    Attributes:
-        name: stem of its files.
-        title: what it shows, for readers who cannot see it.
-        cross: point to mark with lines across the plot, the retrained reference.
-    """
-
-    name: str
+    name: str  # stem of its files
     label: str
-    title: str
+    title: str  # what it shows, for readers who cannot see it
     caption: str
     points: tuple[Point, ...]
     x: Axis
     y: Axis
-    cross: Point | None = None
+    cross: Point | None = None  # marked with lines across the plot: the retrained reference
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ _ECDF_WIDE, _ECDF_NARROW = _Frame(800, 410, 58, 784, 14, 360), _Frame(360, 330, 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
     """An axis from 0 to 1."""
-    ticks = tuple((i / 5, f"{i / 5:.1f}".replace("1.0", "1").replace("0.0", "0")) for i in range(6))
+    ticks = tuple((i / 5, f"{i / 5:g}") for i in range(6))
     return Axis(label, 0.0, 1.0, ticks, better)
 
 
@@ -214,9 +208,9 @@ def drawing(figure: Figure) -> str:
 
 def _heat_map(data: HeatMap) -> str:
     values = [cell.value for cell in data.cells]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    height = max(6.0, min(24.0, 560 / max(1, len(data.rows))))
-    width = max(18.0, min(44.0, 330 / max(1, len(data.columns))))
+    low, high = min(values), max(values)
+    height = max(6.0, min(24.0, 560 / len(data.rows)))
+    width = max(18.0, min(44.0, 330 / len(data.columns)))
     left, top = 40.0, 46.0
     bottom = top + height * len(data.rows)
     full_width = max(left + width * len(data.columns) + 6, 250)
@@ -289,10 +283,8 @@ def _scatter(data: Scatter, frame: _Frame, names: _Names = ()) -> str:
     parts = [_open(frame.width, frame.height + more, data.title, "scatter"), _axes(x, y, frame)]
     if cross is not None:
         cx, cy = at(cross.x, cross.y)
-        parts.append(
-            f'<line class="cross" x1="{cx:.1f}" y1="{frame.y0}" x2="{cx:.1f}" y2="{frame.y1}"/>'
-            f'<line class="cross" x1="{frame.x0}" y1="{cy:.1f}" x2="{frame.x1}" y2="{cy:.1f}"/>'
-        )
+        parts.append(_line(cx, frame.y0, cx, frame.y1, "cross"))
+        parts.append(_line(frame.x0, cy, frame.x1, cy, "cross"))
     parts.append(_better(x, y, frame))
     for name in dict.fromkeys(point.path for point in points if point.path):
         group = [point for point in points if point.path == name]
@@ -314,12 +306,25 @@ def _scatter(data: Scatter, frame: _Frame, names: _Names = ()) -> str:
 def _bars(point: Point, at: Callable[[float, float], tuple[float, float]]) -> str:
     lines = []
     if point.x_range:
-        (x1, y1), (x2, _) = at(point.x_range[0], point.y), at(point.x_range[1], point.y)
-        lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y1:.1f}"/>')
+        lines.append(_line(*at(point.x_range[0], point.y), *at(point.x_range[1], point.y)))
     if point.y_range:
-        (x1, y1), (_, y2) = at(point.x, point.y_range[0]), at(point.x, point.y_range[1])
-        lines.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x1:.1f}" y2="{y2:.1f}"/>')
+        lines.append(_line(*at(point.x, point.y_range[0]), *at(point.x, point.y_range[1])))
     return f'<g class="bar {_classes(point.style)}">{"".join(lines)}</g>' if lines else ""
+
+
+_BESIDE = (
+    (11, 4, "start"),
+    (-11, 4, "end"),
+    (0, -13, "middle"),
+    (0, 22, "middle"),
+    (11, -10, "start"),
+    (11, 18, "start"),
+    (-11, -10, "end"),
+    (-11, 18, "end"),
+    (11, -24, "start"),
+    (11, 32, "start"),
+)
+"""Places of a name from its mark, the best first."""
 
 
 def _labels(
@@ -331,20 +336,8 @@ def _labels(
     for point, (px, py) in zip(points, placed, strict=True):
         if not point.named:
             continue
-        width = _TEXT_WIDTH * len(point.label)
-        options = (
-            (px + 11, py + 4, "start"),
-            (px - 11, py + 4, "end"),
-            (px, py - 13, "middle"),
-            (px, py + 22, "middle"),
-            (px + 11, py - 10, "start"),
-            (px + 11, py + 18, "start"),
-            (px - 11, py - 10, "end"),
-            (px - 11, py + 18, "end"),
-            (px + 11, py - 24, "start"),
-            (px + 11, py + 32, "start"),
-        )
-        boxes = [_box(option, width) for option in options]
+        options = [(px + dx, py + dy, anchor) for dx, dy, anchor in _BESIDE]
+        boxes = [_box(option, point.label) for option in options]
         costs = [_cost(box, taken, frame) + 0.01 * i for i, box in enumerate(boxes)]
         best = costs.index(min(costs))
         tx, ty, anchor = options[best]
@@ -353,11 +346,11 @@ def _labels(
         parts.append(_text(tx, ty, point.label, css, anchor))
     for point, (px, py) in zip(points, placed, strict=True):
         # Strengths are written only where there is room: the tooltip has them all.
-        for tx, ty, anchor in ((px, py + 20, "middle"), (px, py - 11, "middle")):
-            box = _box((tx, ty, anchor), _TEXT_WIDTH * len(point.note))
-            if point.note and _cost(box, taken, frame) == 0:
+        for ty in (py + 20, py - 11) if point.note else ():
+            box = _box((px, ty, "middle"), point.note)
+            if _cost(box, taken, frame) == 0:
                 taken.append(box)
-                parts.append(_text(tx, ty, point.note, f"hint {point.style.toggle}", anchor))
+                parts.append(_text(px, ty, point.note, f"hint {point.style.toggle}", "middle"))
                 break
     return parts
 
@@ -365,8 +358,9 @@ def _labels(
 _Box = tuple[float, float, float, float]
 
 
-def _box(option: tuple[float, float, str], width: float) -> _Box:
+def _box(option: tuple[float, float, str], text: str) -> _Box:
     x, y, anchor = option
+    width = _TEXT_WIDTH * len(text)
     left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
     return left, y - 11, left + width, y + 4
 
@@ -389,10 +383,9 @@ def _better(x: Axis, y: Axis, frame: _Frame) -> str:
         return ""
     left, up = x.better == "low", y.better == "high"
     # In the margin, because the best models crowd the corner itself.
-    arrow = {(True, True): "↖ ", (True, False): "↙ "}.get((left, up), "")
-    end = {(False, True): " ↗", (False, False): " ↘"}.get((left, up), "")
-    place = (frame.x0, "start") if left else (frame.x1, "end")
-    return _text(place[0], frame.y0 - 14, f"{arrow}better{end}", "hint", place[1])
+    if left:
+        return _text(frame.x0, frame.y0 - 14, f"{'↖' if up else '↙'} better", "hint", "start")
+    return _text(frame.x1, frame.y0 - 14, f"better {'↗' if up else '↘'}", "hint", "end")
 
 
 def _ecdf(data: Ecdf, frame: _Frame, names: _Names = ()) -> str:
@@ -402,54 +395,34 @@ def _ecdf(data: Ecdf, frame: _Frame, names: _Names = ()) -> str:
     for curve in data.curves:
         values = sorted(math.log10(max(v, SMALLEST)) if data.log else v for v in curve.values)
         n = len(values)
-        path = [f"M{x.place(values[0], frame.x0, frame.x1):.1f} {frame.y1:.1f}"]
-        for i, value in enumerate(values):
-            px = x.place(value, frame.x0, frame.x1)
-            py = y.place((i + 1) / n, frame.y1, frame.y0)
-            path.append(f"H{px:.1f}V{py:.1f}")
-        line = "".join(path)
+        places = [
+            (x.place(value, frame.x0, frame.x1), y.place((i + 1) / n, frame.y1, frame.y0))
+            for i, value in enumerate(values)
+        ]
+        steps = "".join(f"H{px:.1f}V{py:.1f}" for px, py in places)
+        line = f"M{places[0][0]:.1f} {frame.y1:.1f}{steps}"
+        # A few of the model's marks, so that curves differ in more than colour.
+        beads = sorted({min(n - 1, int(n * share)) for share in (0.2, 0.5, 0.8)})
         parts.append(
             f'<g class="mark {curve.style.toggle}"{_tip(curve.tip)}'
             f'<path class="hit-line" d="{line}"/>'
             f'<path class="step {curve.style.css}" d="{line}"/>'
-            f"{_beads(values, x, y, curve, frame)}</g>"
+            f"{''.join(_mark(*places[i], curve.style, 4.5) for i in beads)}</g>"
         )
     return "".join([*parts, legend, "</svg>"])
-
-
-def _beads(values: Sequence[float], x: Axis, y: Axis, curve: Curve, frame: _Frame) -> str:
-    """A few of the model's marks on its curve, so that curves differ in more than colour."""
-    n = len(values)
-    places = sorted({min(n - 1, int(n * share)) for share in (0.2, 0.5, 0.8)})
-    return "".join(
-        _mark(
-            x.place(values[i], frame.x0, frame.x1),
-            y.place((i + 1) / n, frame.y1, frame.y0),
-            curve.style,
-            4.5,
-        )
-        for i in places
-    )
 
 
 def _axes(x: Axis, y: Axis, frame: _Frame) -> str:
     parts = ['<g class="axes" aria-hidden="true">']
     for value, name in y.ticks:
         py = y.place(value, frame.y1, frame.y0)
-        parts.append(
-            f'<line class="grid" x1="{frame.x0}" y1="{py:.1f}" x2="{frame.x1}" y2="{py:.1f}"/>'
-        )
+        parts.append(_line(frame.x0, py, frame.x1, py, "grid"))
         parts.append(_text(frame.x0 - 8, py + 4, name, "tick", "end"))
     for value, name in x.ticks:
         px = x.place(value, frame.x0, frame.x1)
-        end = frame.y1 + 5
-        parts.append(
-            f'<line class="tickline" x1="{px:.1f}" y1="{frame.y1}" x2="{px:.1f}" y2="{end}"/>'
-        )
+        parts.append(_line(px, frame.y1, px, frame.y1 + 5, "tickline"))
         parts.append(_text(px, frame.y1 + 19, name, "tick", "middle"))
-    parts.append(
-        f'<line class="axis" x1="{frame.x0}" y1="{frame.y1}" x2="{frame.x1}" y2="{frame.y1}"/>'
-    )
+    parts.append(_line(frame.x0, frame.y1, frame.x1, frame.y1, "axis"))
     middle = (frame.x0 + frame.x1) / 2
     parts.append(_text(middle, frame.height - 8, x.label, "name", "middle"))
     side = (frame.y0 + frame.y1) / 2
@@ -459,16 +432,15 @@ def _axes(x: Axis, y: Axis, frame: _Frame) -> str:
 
 
 def _ramp(x: float, y: float, low: str, high: str, legend: str) -> str:
-    steps = 24
-    width = 120.0
+    steps, width = 24, 120.0
     parts = [
         f'<rect class="cell" x="{x + i * width / steps:.1f}" y="{y:.1f}" '
         f'width="{width / steps + 0.3:.1f}" height="8" '
         f'fill-opacity="{_opacity(i / (steps - 1)):.3f}"/>'
         for i in range(steps)
     ]
-    parts.append(_text(x + width + 8, y + 8, f"{low} to {high}", "tick", "start"))
-    parts.append(_text(x, y + 24, legend, "tick", "start"))
+    parts.append(_text(x + width + 8, y + 8, f"{low} to {high}", "tick"))
+    parts.append(_text(x, y + 24, legend, "tick"))
     return f'<g aria-hidden="true">{"".join(parts)}</g>'
 
 
@@ -514,6 +486,12 @@ def _text(x: float, y: float, text: str, css: str, anchor: str = "start", more: 
         f'<text class="{css.strip()}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>'
         f"{escape(text)}</text>"
     )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, css: str = "") -> str:
+    places = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}.items()
+    ends = " ".join(f'{n}="{v if isinstance(v, int) else f"{v:.1f}"}"' for n, v in places)
+    return f'<line class="{css}" {ends}/>' if css else f"<line {ends}/>"
 
 
 def _tip(text: str) -> str:
