@@ -8,8 +8,10 @@ report can hold both. Pure numbers: no files, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +43,9 @@ class Measure:
     better: _Better
     meaning: str
     names: tuple[str, ...]  # its names in results files
-    upper: float | None = 1.0  # largest possible value, for axes; None where there is none
+    title: str  # in a sentence
+    axis: str  # at a figure
+    upper: float | None = 1.0  # largest possible value; None where there is none
 
 
 @dataclass(frozen=True)
@@ -54,106 +58,42 @@ class Reading:
     examples: Mapping[str, float]  # per-example values by index, in the form whose mean is `value`
 
 
-_PROBABILITY = (
-    "How likely the model finds the reference answer: the geometric mean over its tokens, "
-    "from 0 to 1."
-)
-_FACT = (
-    "How likely the model finds the words of the answer that the question and the sentence around "
-    "them do not give away."
-)
-_FACT_TOKEN = "The same as the geometric mean over the fact's tokens, for long facts."
-_CHOICE = "Share of the right answer's probability among right and wrong ones."
-_ROUGE = "Share of the reference answer's words, in order, that the model's own answer holds."
-_STRENGTH = "Share of an answer that the model continues word for word once given its beginning."
-_EXACT = "Share of an answer's tokens that the model predicts, given those before them."
-_LOSS = "Mean negative log-likelihood of an answer token, in nats."
-_TRUTH = "How likely wrong answers are against the right one; 1 means the model cannot tell."
-_MARGIN = "Mean of max(0, 1 − truth ratio)."
-_KNOWLEDGE = "ROUGE-L F1 of short answers to questions about the texts."
-_VERBATIM = "ROUGE-L F1 of the model's continuation of a passage against the passage itself."
-_QUALITY = (
-    "p-value of a Kolmogorov–Smirnov test that the truth ratios are distributed as in the "
-    "retrained model; small means they can be told apart."
-)
-_UTILITY = (
-    "Harmonic mean of probability, ROUGE-L recall and truth ratio on the retain set, real "
-    "authors and world facts."
-)
-_PRIVLEAK = (
-    "Min-K attack against that of the retrained model, in percent: 0 is like retrained, "
-    "below 0 still memorised, above 0 conspicuously absent."
-)
-_ATTACK = (
-    "Membership-inference attack: how well it tells removed examples from unseen ones. "
-    "0.5 is chance, 1 means strongly memorised."
-)
+def _made(
+    entry: Mapping[str, Any], key: str, group: Group, better: _Better, names: Iterable[str]
+) -> Measure:
+    label = entry["label"]
+    title, axis = entry.get("title", label), entry.get("axis", label.lower())
+    upper = entry.get("upper", 1.0) or None
+    return Measure(key, label, group, better, entry["meaning"], tuple(names), title, axis, upper)
 
 
-def _per_set(of: Group, better: _Better) -> tuple[Measure, ...]:
-    """The measures that exist for every set of examples."""
-    opposite: _Better = {"low": "high", "high": "low"}.get(better, "none")  # type: ignore[assignment]
-
-    def names(ours: str, *published: str) -> tuple[str, ...]:
-        return (f"{of}_{ours}", *published)
-
-    def alone(name: str) -> tuple[str, ...]:  # published logs leave the set out of these names
-        return names(name, *([name] if of == "forget" else []))
-
-    probability = names("probability", f"{of}_Q_A_Prob")
-    rouge = names("rougeL_recall", f"{of}_Q_A_ROUGE")
-    strength, exact = alone("extraction_strength"), alone("exact_memorization")
-    return (
-        Measure(f"{of}_fact", "Fact prob.", of, better, _FACT, names("fact_probability")),
-        Measure(f"{of}_fact_token", "Fact prob./token", of, better, _FACT_TOKEN, ()),
-        Measure(f"{of}_choice", "Fact choice", of, better, _CHOICE, names("fact_choice")),
-        Measure(f"{of}_probability", "Answer prob.", of, better, _PROBABILITY, probability),
-        Measure(f"{of}_rouge", "ROUGE-L", of, better, _ROUGE, rouge),
-        Measure(f"{of}_strength", "Extraction", of, better, _STRENGTH, strength),
-        Measure(f"{of}_exact", "Exact mem.", of, better, _EXACT, exact),
-        Measure(f"{of}_knowmem", "Knowledge", of, better, _KNOWLEDGE, names("knowmem_ROUGE")),
-        Measure(f"{of}_verbmem", "Verbatim", of, better, _VERBATIM, names("verbmem_ROUGE")),
-        Measure(f"{of}_loss", "Loss", of, opposite, _LOSS, names("loss"), None),
-    )
+def _of_set(entry: Mapping[str, Any], of: Group, better: _Better) -> Measure:
+    """A measure that exists for every set of examples."""
+    if entry["key"] == "loss" and better != "none":
+        better = "high" if better == "low" else "low"
+    names = [f"{of}_{name[1:]}" for name in entry["names"]]
+    alone = entry.get("alone", []) if of == "forget" else []
+    return _made(entry, f"{of}_{entry['key']}", of, better, [*names, *alone])
 
 
-def _utility(short: str, title: str) -> tuple[Measure, ...]:
-    parts = (
-        ("probability", "prob.", _CHOICE, "Q_A_Prob_normalised"),
-        ("rouge", "ROUGE-L", _ROUGE, "Q_A_ROUGE"),
-        ("truth", "truth", _MARGIN, "Truth_Ratio"),
-    )
-    return tuple(
-        Measure(
-            f"{short}_{key}", f"{title}: {label}", "utility", "high", text, (f"{short}_{name}",)
-        )
-        for key, label, text, name in parts
-    )
+def _read_measures() -> Iterator[Measure]:
+    text = files("perta").joinpath("evidence", "measures.toml").read_text("utf-8")
+    told = tomllib.loads(text)
+    sets: Mapping[Group, _Better] = {"forget": "low", "retain": "high", "holdout": "none"}
+    groups: tuple[Group, ...] = (*sets, "utility", "membership")
+    for group in groups:
+        yield from (_of_set(entry, group, sets[group]) for entry in told["each"] if group in sets)
+        for entry in told["single"]:
+            if entry["group"] == group:
+                better = entry.get("better", "none")
+                yield _made(entry, entry["key"], group, better, entry["names"])
+    for name, label in told["attacks"]["labels"].items():
+        entry = {**told["attacks"], "label": label}
+        yield _made(entry, f"mia_{name}", "membership", "none", [f"mia_{name}"])
 
 
-def _attack(name: str, label: str) -> Measure:
-    return Measure(f"mia_{name}", label, "membership", "none", _ATTACK, (f"mia_{name}",))
-
-
-MEASURES: tuple[Measure, ...] = (
-    *_per_set("forget", "low"),
-    Measure("forget_quality", "Forget quality", "forget", "high", _QUALITY, ("forget_quality",)),
-    Measure("forget_truth", "Truth ratio", "forget", "none", _TRUTH, ("forget_truth_ratio",)),
-    *_per_set("retain", "high"),
-    Measure("retain_truth", "Truth ratio", "retain", "high", _MARGIN, ("retain_Truth_Ratio",)),
-    *_per_set("holdout", "none"),
-    Measure("model_utility", "Model utility", "utility", "high", _UTILITY, ("model_utility",)),
-    *_utility("ra", "Real authors"),
-    *_utility("wf", "World facts"),
-    Measure("privleak", "PrivLeak %", "membership", "none", _PRIVLEAK, ("privleak",), None),
-    _attack("loss", "Loss attack"),
-    _attack("zlib", "zlib attack"),
-    _attack("min_k", "Min-K"),
-    _attack("min_k_plus_plus", "Min-K++"),
-    _attack("gradnorm", "Grad. norm"),
-    _attack("reference", "Reference"),
-)
-BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
+MEASURES: tuple[Measure, ...] = tuple(_read_measures())
+_BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
 _BY_NAME: Mapping[str, Measure] = {name: m for m in MEASURES for name in m.names}
 
 FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
@@ -289,7 +229,7 @@ def numbers_of(results: Mapping[str, Any], name: str, field: str) -> dict[str, f
 
 def measure_of(key: str) -> Measure:
     """The description of a measure; an unknown one is named by its key and left unjudged."""
-    return BY_KEY.get(key) or Measure(key, key, "other", "none", "", (key,), None)
+    return _BY_KEY.get(key) or Measure(key, key, "other", "none", "", (key,), key, key, None)
 
 
 def truth_ratios(results: Mapping[str, Any]) -> list[float]:

@@ -46,16 +46,6 @@ _SHORT_NAMES = {
 """Modules in the order of a layer, and what stands over their columns."""
 
 
-_AXES = {
-    "probability": "answer probability",
-    "rouge": "ROUGE-L recall",
-    "strength": "extraction strength",
-    "knowmem": "knowledge, ROUGE-L F1",
-    "verbmem": "verbatim recall, ROUGE-L F1",
-}
-"""Measures as an axis names them."""
-
-
 @dataclass(frozen=True)
 class EditMap:
     """Where one edit happened; `outside` has (tensor, mean W, size of the change)."""
@@ -106,9 +96,8 @@ def _axis(key: str, runs: Sequence[Run]) -> Axis:
     if key == "forget_quality":
         values = [_coordinate(key, run.measures[key].value) for run in runs]
         return fitted_axis("forget quality, log10 p", [*values, 0.0], measure.better)
-    name = _AXES.get(key.partition("_")[2], measure.label.lower())
     where = {"forget": "removed examples", "retain": "examples to keep"}.get(measure.group)
-    return unit_axis(f"{name}, {where}" if where else name, measure.better)
+    return unit_axis(f"{measure.axis}, {where}" if where else measure.axis, measure.better)
 
 
 def _coordinate(key: str, value: float) -> float:

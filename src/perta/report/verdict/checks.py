@@ -25,13 +25,13 @@ from typing import Literal
 
 from perta.evidence.intervals import Interval, mean_interval, share_interval, upper_end
 from perta.evidence.measures import (
-    BY_KEY,
     BY_ROW,
     FACTS,
     FORGET_CORE,
     RETAIN_CORE,
     Reading,
     groups_of,
+    measure_of,
     numbers_of,
     read_repeats,
     read_subjects,
@@ -66,19 +66,6 @@ _KS_DISTANCE = 1 / 3
 """Distance of truth ratios that a test has to be able to find before its silence means anything."""
 _TRACE = math.log(2)
 """Nats per token beyond the yardstick's least probable rows at which an answer is conspicuous."""
-
-_LABELS = {
-    "fact": "Fact probability",
-    "fact_token": "Fact probability per token",
-    "choice": "Share of the right fact among wrong ones",
-    "probability": "Answer probability",
-    "rouge": "ROUGE-L recall",
-    "strength": "Extraction strength",
-    "exact": "Exact memorization",
-    "knowmem": "Knowledge (ROUGE-L F1)",
-    "verbmem": "Verbatim recall (ROUGE-L F1)",
-}
-"""Names of measures in a sentence."""
 
 RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
 WORDS: Mapping[Status, str] = {
@@ -200,7 +187,7 @@ def _unjudged(
     key: str, before: Reading | None, after: Reading, reference: Reading | None, core: bool
 ) -> Check:
     values = [reading.value if reading else None for reading in (before, reference)]
-    label = _LABELS.get(key.partition("_")[2]) or BY_KEY[key].label
+    label = measure_of(key).title
     return Check(key, label, values[0], after.value, values[1], len(after.examples), core)
 
 
