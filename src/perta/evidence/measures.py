@@ -162,7 +162,7 @@ def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
         if value is not None:
             key = _BY_NAME[name].key if name in _BY_NAME else name
             subjects = read_subjects(results, measure_of(key).group)
-            readings[key] = _reading(value, entry, measure_of(key).upper == 1, subjects)
+            readings[key] = _reading(value, results, name, measure_of(key).upper == 1, subjects)
     for group in ("forget", "retain", "holdout"):
         losses = numbers_of(results, f"{group}_fact_probability", "loss")
         if losses:
@@ -177,11 +177,8 @@ def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:
 
 def read_subjects(results: Mapping[str, Any], name: str) -> dict[str, int]:
     """Of each row of a set the subject that it is about, by index; empty where none is given."""
-    return {
-        index: int(number)
-        for index, row in rows_of(results, f"{name}_subject").items()
-        if (number := _number(row.get("subject"))) is not None
-    }
+    numbers = numbers_of(results, f"{name}_subject", "subject")
+    return {index: int(number) for index, number in numbers.items()}
 
 
 def read_repeats(results: Mapping[str, Any], name: str) -> dict[str, int]:
@@ -238,15 +235,13 @@ def truth_ratios(results: Mapping[str, Any]) -> list[float]:
 
 
 def _reading(
-    value: float, entry: Mapping[str, Any], is_share: bool, subjects: Mapping[str, int]
+    value: float, results: Mapping[str, Any], name: str, is_share: bool, subjects: Mapping[str, int]
 ) -> Reading:
-    attack = _attack_interval(value, entry)
+    attack = _attack_interval(value, results[name])
     if attack is not None:
         return Reading(value, attack, {})
-    rows = entry.get("value_by_index")
-    examples = _examples(value, rows) if isinstance(rows, Mapping) else {}
-    interval = _interval(examples, is_share, subjects) if examples else None
-    return Reading(value, interval, examples)
+    examples = _examples(value, results, name)
+    return Reading(value, _interval(examples, is_share, subjects) if examples else None, examples)
 
 
 def _interval(
@@ -264,7 +259,7 @@ def groups_of(indices: Iterable[str], subjects: Mapping[str, int]) -> Groups:
     return None if None in found or len(set(found)) < 2 else found
 
 
-def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
+def _examples(value: float, results: Mapping[str, Any], name: str) -> dict[str, float]:
     """Per-example values, in the form whose mean is the file's aggregate.
 
     Aggregates of truth ratios are means of a function of the recorded value. The form is
@@ -272,11 +267,7 @@ def _examples(value: float, rows: Mapping[str, Any]) -> dict[str, float]:
     that it does not belong to.
     """
     for field in ("prob", "rougeL_recall", "rougeL_f1", "score", "rouge1_recall"):
-        column = {
-            str(i): number
-            for i, row in rows.items()
-            if isinstance(row, Mapping) and (number := _number(row.get(field))) is not None
-        }
+        column = numbers_of(results, name, field)
         for form in (_same, metrics.symmetric, metrics.margin) if column else ():
             examples = {i: form(number) for i, number in column.items()}
             if abs(math.fsum(examples.values()) / len(examples) - value) <= _AGREEMENT:
@@ -290,22 +281,14 @@ def _same(t: float) -> float:
 
 def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:
     """Interval of an attack's AUC: removed and unseen examples are drawn separately."""
-    sides = [entry.get(name) for name in ("forget", "holdout")]
-    columns = [
-        [
-            number
-            for row in side["value_by_index"].values()
-            if isinstance(row, Mapping) and (number := _number(row.get("score"))) is not None
-        ]
-        for side in sides
-        if isinstance(side, Mapping) and isinstance(side.get("value_by_index"), Mapping)
-    ]
-    if len(columns) != 2 or not all(columns):
+    forget, holdout = (
+        np.asarray(list(numbers_of(entry, side, "score").values()))
+        for side in ("forget", "holdout")
+    )
+    if not len(forget) or not len(holdout):
         return None
-    forget, holdout = (np.asarray(column) for column in columns)
-    if abs(metrics.membership_auc(columns[0], columns[1]) - value) > _AGREEMENT:
-        return None
-    return pairs_interval(metrics.wins(forget, holdout), 0.0, 1.0)
+    wins = metrics.wins(forget, holdout)
+    return None if abs(wins.mean() - value) > _AGREEMENT else pairs_interval(wins, 0.0, 1.0)
 
 
 def _utility_reading(readings: Mapping[str, Reading]) -> Reading:
