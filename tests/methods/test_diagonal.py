@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from perta.errors import ConfigError
-from perta.methods.diagonal import ClippedRatio, Grad, ratio, share, shuffle
+from perta.methods.diagonal import ClippedRatio, Grad, Random, Ratio, share
 from perta.methods.method import Block, Edit, block_seed
 from perta.methods.registry import get_method, known
 
@@ -30,10 +30,12 @@ IMPORTANCE = st.one_of(
 RHO = st.sampled_from([0.0, 1e-6, 0.3, 1.0, 10.0, 1e6])
 
 
+def ratio(forget: torch.Tensor, retain: torch.Tensor, rho: float) -> torch.Tensor:
+    return Ratio(rho=rho).weigh(Block(forget, retain))
+
+
 def clipped_ratio(forget: torch.Tensor, retain: torch.Tensor, rho: float) -> torch.Tensor:
-    weighting = ClippedRatio(rho=rho).weigh(Block(forget=forget, retain=retain))
-    assert isinstance(weighting, torch.Tensor)
-    return weighting
+    return ClippedRatio(rho=rho).weigh(Block(forget, retain))
 
 
 def oracle(
@@ -121,8 +123,10 @@ def test_order_zero_and_infinity_are_a_half_and_a_mask() -> None:
 
 
 def test_shuffle_keeps_the_distribution_and_the_seed_decides() -> None:
-    values = torch.rand(50, 4)
-    one, again, other = shuffle(values, 1), shuffle(values, 1), shuffle(values, 2)
+    forget, retain = torch.rand(2, 50, 4)
+    values = share(forget, retain, 1.0)
+    places = [(seed, "a", 0) for seed in (1, 1, 2)]
+    one, again, other = (Random().weigh(Block(forget, retain, place=p)) for p in places)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert not torch.equal(one, values)

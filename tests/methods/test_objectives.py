@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,11 +19,7 @@ from perta.methods.objectives import (
     distance,
     divergence,
     labelled_positions,
-    lowered_logit_distillation,
-    negative_preference,
-    preference,
     steered_layer,
-    weighted_ascent,
 )
 from perta.methods.registry import known, parse
 from perta.models.loss import AnswerLogits, mean_by_example
@@ -181,68 +178,60 @@ def test_the_distance_is_the_mean_square_over_components() -> None:
     assert found.tolist() == [2.0, 9.0]
 
 
-def gradient(term: Callable[[Tensor], Tensor], logits: Sequence[Sequence[float]]) -> Tensor:
-    values = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(term(values), values)
+def gradient(
+    method: str, logits: Sequence[Sequence[float]] = LOGITS, reference: Tensor | None = None
+) -> Tensor:
+    """Of a method's forget term, by the logits; `reference` are log-probabilities of θ_full."""
+    given = scene()
+    given = replace(
+        given,
+        answers=answers(logits, TARGETS, EXAMPLE),
+        reference_log_probs=given.reference_log_probs if reference is None else reference,
+    )
+    term = parse(method, Training).forget(given).sum()
+    (found,) = torch.autograd.grad(term, given.answers.logits)
     return found
 
 
-def summed_log_prob(logits: Tensor) -> Tensor:
-    given = AnswerLogits(logits, torch.tensor(TARGETS), torch.tensor(EXAMPLE))
-    return answer_log_probs(given, 2).sum()
+def log_probs(logits: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor([sum(forget_tokens(i, logits)) for i in range(2)], dtype=torch.float64)
 
 
-def npo(beta: float, reference: Tensor) -> Callable[[Tensor], Tensor]:
-    def term(logits: Tensor) -> Tensor:
-        given = AnswerLogits(logits, torch.tensor(TARGETS), torch.tensor(EXAMPLE))
-        return negative_preference(answer_log_probs(given, 2) - reference, beta).sum()
-
-    return term
+def ascent() -> Tensor:
+    """Gradient of the log-probabilities of the answers."""
+    given = answers(LOGITS, TARGETS, EXAMPLE)
+    (found,) = torch.autograd.grad(answer_log_probs(given, 2).sum(), given.logits)
+    return found
 
 
 def test_npo_at_the_full_model_is_ascent_whatever_beta() -> None:
-    ratio = torch.zeros(1, dtype=torch.float64)
     for beta in (0.05, 0.1, 1.0, 4.0):
-        assert negative_preference(ratio, beta).item() == pytest.approx(2 / beta * math.log(2))
-    at = torch.tensor([sum(forget_tokens(i)) for i in range(2)], dtype=torch.float64)
-    for beta in (0.1, 2.0):
-        torch.testing.assert_close(
-            gradient(npo(beta, at), LOGITS), gradient(summed_log_prob, LOGITS)
-        )
+        given = replace(scene(), reference_log_probs=log_probs(LOGITS))
+        terms = parse(f"npo:beta={beta}", Training).forget(given)
+        assert terms.tolist() == pytest.approx([2 / beta * math.log(2)] * 2)
+        found = gradient(f"npo:beta={beta}", reference=log_probs(LOGITS))
+        torch.testing.assert_close(found, ascent())
 
 
 def test_npo_tends_to_ascent_for_small_beta_and_fades_for_large() -> None:
-    away = torch.tensor([sum(forget_tokens(i, REFERENCE)) for i in range(2)], dtype=torch.float64)
-    ascent = gradient(summed_log_prob, LOGITS)
-    torch.testing.assert_close(gradient(npo(1e-6, away), LOGITS), ascent, rtol=1e-5, atol=1e-8)
-    forgotten = away + 50  # far less likely than under the full model
-    assert gradient(npo(1.0, forgotten), LOGITS).abs().max() < 1e-9
-
-
-def test_dpo_at_the_full_model_is_log_two() -> None:
-    same = torch.tensor([-3.0, -7.5], dtype=torch.float64)
-    assert preference(same, same, 0.4).tolist() == pytest.approx([math.log(2)] * 2)
-    assert preference(same + 9, same, 1.0)[0] < 1e-3 < preference(same, same + 9, 1.0)[0]
+    torch.testing.assert_close(gradient("npo:beta=1e-6"), ascent(), rtol=1e-5, atol=1e-8)
+    forgotten = log_probs(REFERENCE) + 50  # far less likely than under the full model
+    assert gradient("npo:beta=1", reference=forgotten).abs().max() < 1e-9
 
 
 def test_weights_of_tokens_are_constant_in_the_gradient() -> None:
-    losses = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(weighted_ascent(losses, 2.0, 1.0).sum(), losses)
-    wanted = [-(math.exp(-v) ** 2) * (1 - math.exp(-v)) for v in losses.tolist()]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-12)
-    plain = weighted_ascent(losses, 0.0)
-    torch.testing.assert_close(plain, -losses)
+    """The gradient of a token's loss is its weight times that of its log-probability."""
+    found = gradient("satimp:beta=2,beta2=1")
+    for i, (row, target, of) in enumerate(zip(LOGITS, TARGETS, EXAMPLE, strict=True)):
+        p = softmax(row)
+        weight = p[target] ** 2 * (1 - p[target]) / EXAMPLE.count(of)
+        wanted = [weight * ((k == target) - q) for k, q in enumerate(p)]
+        assert found[i].tolist() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_distillation_with_nothing_lowered_asks_for_nothing() -> None:
-    old = torch.tensor(REFERENCE, dtype=torch.float64)
-    targets = torch.tensor(TARGETS)
-
-    def term(beta: float) -> Callable[[Tensor], Tensor]:
-        return lambda logits: lowered_logit_distillation(logits, old, targets, beta).sum()
-
-    assert gradient(term(0.0), REFERENCE).abs().max() < 1e-12
-    pulled = gradient(term(3.0), REFERENCE)
+    assert gradient("undial:beta=1e-13", REFERENCE).abs().max() < 1e-12
+    pulled = gradient("undial:beta=3", REFERENCE)
     assert all(pulled[i, target] > 0 for i, target in enumerate(TARGETS))
 
 

@@ -1,8 +1,6 @@
-"""The share W of each weight that belongs to forgetting: one function and one table row a method.
+"""Methods that weigh: the share W of each weight that belongs to forgetting.
 
-The edit is θ_full − α · W ⊙ τ, with τ = θ_f − θ₀ or another direction, for one method plus
-β · (θ_r − θ₀). A method says what W is, what the direction is and how several task vectors become
-one. Functions take float32 tensors of any shape, elementwise aligned, and return a new tensor of
+W comes from importance, float32 tensors of one shape, elementwise aligned, and is a new tensor of
 that shape.
 
 Source: Cai et al., "Per-parameter Task Arithmetic for Unlearning in Large Language Models",
@@ -18,15 +16,12 @@ import torch
 from torch import Tensor
 
 from perta.errors import ConfigError
-from perta.methods.method import Block, Needs, Side, Weighting, block_seed, mean, option
+from perta.methods.method import MOVED, Block, Needs, Side, Weighting, block_seed, mean, option
 
 _PERTA = "Cai et al., arXiv 2601.22030"
 _BOTH: tuple[Side, ...] = ("forget", "retain")
-_MOVED = (
-    "Every edited weight was moved back along what learning the removed examples alone does to it, "
-)
 _IN_PROPORTION = (
-    _MOVED + "in proportion to how much it matters for them rather than for the examples to keep. "
+    MOVED + "in proportion to how much it matters for them rather than for the examples to keep. "
     "How much a weight matters is the mean "
 )
 
@@ -50,53 +45,6 @@ def share(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
     return weighting.nan_to_num_(nan=0.0) if math.isnan(weighting.sum()) else weighting
 
 
-def ratio(forget: Tensor, retain: Tensor, rho: float) -> Tensor:
-    """Forget importance in units of retain importance, unbounded.
-
-    W = I_f / (ρ I_r), Inf where that exceeds float32. Where ρ I_r is 0 there is no such unit: W is
-    1 there if I_f > 0, the plain task vector on weights that the retain set does not use, and 0 if
-    I_f is 0.
-    """
-    weighting = torch.div(forget, retain).div_(rho) if rho else torch.zeros_like(forget)
-    unused = retain == 0 if rho else torch.ones_like(retain, dtype=torch.bool)
-    return torch.where(unused, (forget > 0).to(forget.dtype), weighting)
-
-
-def saliency(gradient: Tensor, task_vector: Tensor) -> Tensor:
-    """First-order change of the forget loss that each weight's step makes: |g_f ⊙ τ|."""
-    return (gradient * task_vector).abs_()
-
-
-def dampened(
-    forget: Tensor, retain: Tensor, forget_share: float, selection: float, dampening: float
-) -> Tensor:
-    """Share to take off weights that matter far more to the forget set than to all data.
-
-    With the importance on all data I = s I_f + (1 − s) I_r, s being the forget set's share of all
-    examples, α = `selection` > 0 and λ = `dampening` >= 0,
-
-        W = 1 − min(λ I / I_f, 1)  where I_f > α I,  otherwise 0.
-
-    Quotients first, so that importance near the ends of the float32 range loses no digits.
-
-    Source: Foster et al., arXiv 2308.07707, equations 3 to 5.
-    """
-    quotient = torch.div(retain, forget).mul_(1 - forget_share).add_(forget_share)
-    # 0/0 is NaN, compares as false, and is left alone like all that is not selected.
-    selected = quotient * selection < 1
-    return torch.where(selected, 1 - (quotient * dampening).clamp_(max=1), 0.0)
-
-
-def shuffle(weighting: Tensor, seed: int) -> Tensor:
-    """Permute values at random: same distribution, no relation to the weights they fall on."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(weighting.numel(), generator=generator)
-    return weighting.reshape(-1)[order].reshape(weighting.shape)
-
-
-# --- the methods ----------------------------------------------------------------------------------
-
-
 class _Share(Weighting):
     """Weightings by importance on both sets, with ρ."""
 
@@ -114,20 +62,18 @@ class _Share(Weighting):
 
 
 class Grad(_Share):
-    """The share of the gradient magnitude."""
+    """Share of the gradient magnitude that belongs to forgetting."""
 
     name = "perta-grad"
-    summary = "share of the gradient magnitude that belongs to forgetting"
     done = _IN_PROPORTION + "absolute gradient over examples."
     formula = "W = I_f / (I_f + rho I_r), order 1"
     source = _PERTA
 
 
 class Fisher(_Share):
-    """The share of the diagonal Fisher information."""
+    """Share of the diagonal Fisher information that belongs to forgetting."""
 
     name = "perta-fisher"
-    summary = "share of the diagonal Fisher information that belongs to forgetting"
     done = _IN_PROPORTION + "squared gradient over examples (diagonal Fisher information)."
     formula = "W = I_f / (I_f + rho I_r), order 2"
     source = _PERTA
@@ -139,39 +85,43 @@ class _AnyOrder(_Share):
 
 
 class Perta(_AnyOrder):
-    """The share at any order."""
+    """The general form: the share at any order; near 0 it is 1/2, far up a hard mask."""
 
     name = "perta"
-    summary = "the general form: the share at any order; near 0 it is 1/2, far up a hard mask"
     done = _IN_PROPORTION + "over examples of the absolute gradient to the power p."
     formula = "W = I_f / (I_f + rho I_r), order p"
     source = _PERTA
 
 
 class Ratio(_AnyOrder):
-    """The quotient of both importances."""
+    """Forget importance over retain importance, unbounded."""
 
     name = "ratio"
-    summary = "forget importance over retain importance, unbounded"
     done = (
-        _MOVED + "multiplied by how much it matters for them over how much it matters for the "
+        MOVED + "multiplied by how much it matters for them over how much it matters for the "
         "examples to keep, without a bound."
     )
     formula = "W = I_f / (rho I_r)"
     source = f"another reading of {_PERTA}"
 
     def weigh(self, block: Block) -> Tensor:
-        """W = I_f / (ρ I_r)."""
-        return ratio(block.forget, block.retain, self.rho)
+        """W = I_f / (ρ I_r), Inf where that exceeds float32.
+
+        Where ρ I_r is 0 it is 1 if I_f > 0, the plain task vector on weights that the retain set
+        does not use, and 0 if I_f is 0.
+        """
+        forget, retain, rho = block.forget, block.retain, self.rho
+        weighting = torch.div(forget, retain).div_(rho) if rho else torch.zeros_like(forget)
+        unused = retain == 0 if rho else torch.ones_like(retain, dtype=torch.bool)
+        return torch.where(unused, (forget > 0).to(forget.dtype), weighting)
 
 
 class ClippedRatio(Ratio):
-    """The quotient of both importances, at most 1."""
+    """Forget importance over retain importance, at most 1."""
 
     name = "clipped-ratio"
-    summary = "forget importance over retain importance, at most 1"
     done = (
-        _MOVED + "multiplied by how much it matters for them over how much it matters for the "
+        MOVED + "multiplied by how much it matters for them over how much it matters for the "
         "examples to keep, at most by 1."
     )
     formula = "W = min(1, I_f / (rho I_r))"
@@ -182,25 +132,26 @@ class ClippedRatio(Ratio):
 
 
 class Random(_AnyOrder):
-    """The share, shuffled."""
+    """The values of `perta`, shuffled within blocks of each tensor (ablation)."""
 
     name = "random"
-    summary = "the values of `perta`, shuffled within blocks of each tensor (ablation)"
-    done = _MOVED + "by shares that were shuffled at random within each tensor (an ablation)."
+    done = MOVED + "by shares that were shuffled at random within each tensor (an ablation)."
     formula = "W = shuffle(I_f / (I_f + rho I_r)), order p"
     source = f"ablation, {_PERTA}"
     draws = True
 
     def weigh(self, block: Block) -> Tensor:
-        """W = shuffle(I_f / (I_f + ρ I_r))."""
-        return shuffle(super().weigh(block), block_seed(*block.place))
+        """Those values permuted: same distribution, no relation to the weights they fall on."""
+        weighting = super().weigh(block)
+        generator = torch.Generator().manual_seed(block_seed(*block.place))
+        order = torch.randperm(weighting.numel(), generator=generator)
+        return weighting.reshape(-1)[order].reshape(weighting.shape)
 
 
 class Selective(Weighting):
-    """A mask of the largest saliencies."""
+    """Only the weights whose step changes the forget loss most."""
 
     name = "selective"
-    summary = "only the weights whose step changes the forget loss most"
     done = (
         "The weights whose step changes the loss on the removed examples most were moved back "
         "along what learning those examples alone does to them; all others stayed as they were."
@@ -212,19 +163,18 @@ class Selective(Weighting):
     keep: float = option(default=0.1, help="kept share", within="(0, 1]")
 
     def scores(self, vectors: Sequence[Tensor], block: Block) -> Sequence[Tensor]:
-        """|g_f ⊙ τ|."""
-        return [saliency(block.forget, mean(vectors))]
+        """|g_f ⊙ τ|: first-order change of the forget loss that each weight's step makes."""
+        return [(block.forget * mean(vectors)).abs_()]
 
     def weigh(self, block: Block) -> Tensor:
-        """1 where the saliency is among the largest."""
-        return (saliency(block.forget, block.task_vector) >= block.cuts[0]).float()
+        """1 where the score is among the largest."""
+        return (self.scores([block.task_vector], block)[0] >= block.cuts[0]).float()
 
 
 class Ssd(Weighting):
-    """Selective synaptic dampening."""
+    """Selective synaptic dampening: shrink weights that matter to the forget set."""
 
     name = "ssd"
-    summary = "selective synaptic dampening: shrink weights that matter to the forget set"
     done = (
         "The weights that matter much more for the removed examples than for all examples were "
         "shrunk towards zero; all others stayed as they were. No model was tuned."
@@ -242,10 +192,16 @@ class Ssd(Weighting):
     dampening: float = option(default=1.0, help="dampening λ", within="[0, inf)")
 
     def weigh(self, block: Block) -> Tensor:
-        """W = 1 − min(λ I / I_f, 1) where I_f > selection · I."""
-        return dampened(
-            block.forget, block.retain, block.forget_share, self.selection, self.dampening
-        )
+        """W = 1 − min(λ I / I_f, 1) where I_f > selection · I, otherwise 0: equations 3 to 5.
+
+        I = s I_f + (1 − s) I_r is the importance on all data, s the forget set's share of it.
+        Quotients first, so that importance near the ends of the float32 range loses no digits.
+        """
+        part = block.forget_share
+        quotient = torch.div(block.retain, block.forget).mul_(1 - part).add_(part)
+        # 0/0 is NaN, compares as false, and is left alone like all that is not selected.
+        selected = quotient * self.selection < 1
+        return torch.where(selected, 1 - (quotient * self.dampening).clamp_(max=1), 0.0)
 
     def check_share(self, share: float) -> None:
         """I >= share · I_f, so no weight exceeds it more often than 1 / share."""

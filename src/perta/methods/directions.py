@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -268,16 +268,19 @@ _MOVED = (
 )
 
 
-def _split(whole: Direction, vectors: Sequence[Tensor]) -> list[Direction]:
-    parts = whole.delta.split([len(vector) for vector in vectors])
-    return [Direction(part, whole.condition, whole.damping) for part in parts]
+def _together(
+    solve: Callable[[Tensor], Direction], vectors: Sequence[Tensor]
+) -> Iterator[Direction]:
+    """Layers that read the same input, solved as one."""
+    whole = solve(torch.cat(list(vectors)))
+    for part in whole.delta.split([len(vector) for vector in vectors]):
+        yield replace(whole, delta=part)
 
 
 class Project(Directions):
-    """The task vector without what retained inputs see."""
+    """What layer inputs of the retain set do not see of tau; edits the MLPs' layers."""
 
     name = "perta-project"
-    summary = "what layer inputs of the retain set do not see of tau; edits the MLPs' layers"
     done = _MOVED + (
         "except in the directions of the layers' inputs that the examples to keep use."
     )
@@ -294,15 +297,13 @@ class Project(Directions):
     ) -> Iterable[Direction]:
         """`projected_direction`."""
         del outputs
-        stacked = torch.cat(list(vectors))
-        return _split(projected_direction(stacked, inputs["retain"], self.rho), vectors)
+        return _together(lambda v: projected_direction(v, inputs["retain"], self.rho), vectors)
 
 
 class Input(Directions):
-    """The share in directions of layer inputs."""
+    """The share in directions of layer inputs; edits linear layers only."""
 
     name = "perta-input"
-    summary = "the share in directions of layer inputs; edits linear layers only"
     done = _MOVED + (
         "most in the directions of the layers' inputs that the removed examples use and the "
         "examples to keep do not."
@@ -329,19 +330,14 @@ class Input(Directions):
     ) -> Iterable[Direction]:
         """`input_direction`."""
         del outputs
-        forget, retain = inputs["forget"], inputs["retain"]
-        stacked = torch.cat(list(vectors))
-        whole = input_direction(
-            stacked, forget, retain, self.rho, self.damping, self.forget_damping
-        )
-        return _split(whole, vectors)
+        moments, settings = (inputs["forget"], inputs["retain"]), self.settings
+        return _together(lambda v: input_direction(v, *moments, **settings), vectors)
 
 
 class Kron(Directions):
-    """The share where input and gradient moments are diagonal."""
+    """The share in the basis where input and gradient moments are diagonal."""
 
     name = "perta-kron"
-    summary = "the share in the basis where input and gradient moments are diagonal"
     done = _MOVED + (
         "most in the directions of the layers' inputs and output gradients that matter for the "
         "removed examples and not for those to keep."

@@ -1,11 +1,12 @@
 """What a method is: a class with its settings, what it needs and what it computes.
 
 A subclass with a `name` is known by it at once. It needs no decorator: its annotated fields,
-each made with `option`, are its settings.
+each made with `option`, are its settings, and its docstring is its summary.
 
     class Root(Weighting):
+        "The square root of the share of the gradient magnitude."
+
         name = "root"
-        summary = "the square root of the share of the gradient magnitude"
         formula = "W = sqrt(I_f / (I_f + rho I_r))"
         source = "this file"
         done = "Every edited weight was moved back by the root of its share."
@@ -40,6 +41,9 @@ Side = Literal["forget", "retain"]
 SideMoments = Mapping[Side, Tensor]  # second moment on every set that is needed
 _STEPS = {"forget - base": "(θ_f − θ₀)", "full - base": "(θ_full − θ₀)", "full": "θ_full"}
 _NOTHING = torch.empty(0)
+MOVED = (
+    "Every edited weight was moved back along what learning the removed examples alone does to it, "
+)
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
@@ -122,7 +126,7 @@ class Method:
     """A way to forget."""
 
     name: ClassVar[str]  # what users type
-    summary: ClassVar[str]  # one line on what it does
+    summary: ClassVar[str]  # one line on what it does; the docstring says it
     # What was done, a sentence or two for people who have not heard of any method.
     done: ClassVar[str]
     # What it computes, with I_f and I_r the importance on the forget and the retain set.
@@ -131,6 +135,9 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         """Make the settings fields, and the method known."""
+        if "summary" not in vars(cls) and (doc := vars(cls).get("__doc__")):
+            first = " ".join(doc.partition("\n\n")[0].split()).removesuffix(".")
+            cls.summary = first[:1].lower() + first[1:]
         dataclass(frozen=True, kw_only=True)(cls)
         for item in dataclasses.fields(cast(Any, cls)):
             if "help" not in item.metadata:

@@ -107,68 +107,16 @@ class Training(Method):
 # --- terms: tensors in, tensors out -----------------------------------------------------------
 
 
-def _sum_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
-    """Sum of token values within each example: (N,), (N,) -> (B,)."""
-    sums = torch.zeros(examples, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, example, values)
-
-
 def answer_log_probs(answers: AnswerLogits, examples: int) -> Tensor:
     """Log-probability of each example's whole answer, log π(y|x) = Σ_t log π(y_t|…), (B,)."""
-    return -_sum_by_example(token_losses(answers), answers.example, examples)
+    losses = token_losses(answers)
+    sums = torch.zeros(examples, dtype=losses.dtype, device=losses.device)
+    return -sums.index_add(0, answers.example, losses)
 
 
 def answer_losses(answers: AnswerLogits, examples: int) -> Tensor:
     """Mean answer loss ℓ of each example, (B,) in nats per token."""
     return mean_by_example(token_losses(answers), answers.example, examples)
-
-
-def negative_preference(log_ratio: Tensor, beta: float) -> Tensor:
-    """Negative preference optimisation of log r, summed over each answer's tokens, (B,) -> (B,).
-
-    (2/β) log(1 + r^β) with r = π_θ(y|x) / π_full(y|x) and β > 0. At θ_full it is (2/β) log 2 and
-    its gradient is that of gradient ascent on the summed loss; so it is in the limit β -> 0.
-
-    Source: Zhang et al., arXiv 2404.05868, equation 3.
-    """
-    return 2 / beta * F.softplus(beta * log_ratio)
-
-
-def preference(preferred: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """Direct preference optimisation: -log σ(β (preferred - rejected)), (B,); log 2 at θ_full.
-
-    Both are log π_θ/π_full of an answer, summed over its tokens, and β > 0.
-
-    Source: Rafailov et al., arXiv 2305.18290, equation 7.
-    """
-    return -F.logsigmoid(beta * (preferred - rejected))
-
-
-def weighted_ascent(losses: Tensor, beta: float, beta2: float = 0.0) -> Tensor:
-    """Gradient ascent on -log p, (N,), in which each token counts by its own probability p.
-
-    -p^β (1 - p)^β₂ · loss, the weight held constant in the gradient. With β₂ = 0 it is WGA:
-    p^β fades tokens that are forgotten already. β₂ > 0 is SatImp, which fades tokens that
-    are predicted almost surely as well.
-
-    Source: Wang et al., arXiv 2502.19301 (WGA); Yang et al., arXiv 2505.11953 (SatImp).
-    """
-    p = (-losses.detach()).exp()
-    return -(p**beta * (1 - p) ** beta2) * losses
-
-
-def lowered_logit_distillation(
-    logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float
-) -> Tensor:
-    """Cross-entropy to θ_full's own prediction with the target's logit lowered by β nats, (N,).
-
-    Logits are (N, V), the tokens to unlearn, `targets`, (N,).
-
-    Source: Dong et al., arXiv 2402.10052, the self-distillation loss.
-    """
-    target = F.one_hot(targets, logits.shape[-1]).to(reference_logits.dtype)
-    lowered = reference_logits - beta * target
-    return F.cross_entropy(logits, lowered.softmax(-1), reduction="none")
 
 
 def divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -226,10 +174,9 @@ class _Retaining(Training):
 
 
 class Ga(_Forgetting):
-    """Gradient ascent."""
+    """Gradient ascent on the forget set; ruins the model if run long."""
 
     name = "ga"
-    summary = "gradient ascent on the forget set; ruins the model if run long"
     done = _LESS + " (gradient ascent)." + _NO_PART
     formula = "-l_f"
     source = f"Jang et al., arXiv 2210.01504; {_TOFU}"
@@ -240,20 +187,18 @@ class Ga(_Forgetting):
 
 
 class GradDiff(_Retaining, Ga):
-    """Gradient difference."""
+    """Gradient difference: ascent on the forget set, descent on the retain set."""
 
     name = "graddiff"
-    summary = "gradient difference: ascent on the forget set, descent on the retain set"
     done = _LESS + " and, at the same time, those of the examples to keep more probable."
     formula = "-l_f + l_r"
     source = f"Liu et al., arXiv 2203.12817; {_TOFU}"
 
 
 class Kl(_Retaining, Ga):
-    """Ascent with predictions held."""
+    """Gradient ascent, predictions on the retain set held to the full model's."""
 
     name = "kl"
-    summary = "gradient ascent, predictions on the retain set held to the full model's"
     done = _LESS + (
         ", while its predictions on the examples to keep were held to those it made before."
     )
@@ -263,10 +208,9 @@ class Kl(_Retaining, Ga):
 
 
 class Npo(_Forgetting):
-    """Negative preference optimisation."""
+    """Negative preference optimisation: ascent that fades with what is forgotten."""
 
     name = "npo"
-    summary = "negative preference optimisation: ascent that fades with what is forgotten"
     done = _FADING + " (negative preference optimisation)." + _NO_PART
     formula = "2/b log(1 + (p/p_full)^b), p of the whole answer"
     source = _NPO
@@ -274,26 +218,29 @@ class Npo(_Forgetting):
     beta: float = option(default=0.1, help="exponent b of the formula", within="(0, inf)")
 
     def forget(self, scene: Scene) -> Tensor:
-        """`negative_preference`."""
+        """(2/β) log(1 + r^β), r = π_θ(y|x) / π_full(y|x) of the whole answer: equation 3.
+
+        At θ_full it is (2/β) log 2 and its gradient is that of gradient ascent on the summed loss;
+        so it is in the limit β -> 0.
+        """
         new = answer_log_probs(scene.answers, scene.examples)
-        return negative_preference(new - _present(scene.reference_log_probs), self.beta)
+        log_ratio = new - _present(scene.reference_log_probs)
+        return 2 / self.beta * F.softplus(self.beta * log_ratio)
 
 
 class NpoRetain(_Retaining, Npo):
-    """Negative preference optimisation with descent."""
+    """Negative preference optimisation with descent on the retain set."""
 
     name = "npo-retain"
-    summary = "negative preference optimisation with descent on the retain set"
     done = f"{_FADING}, and {_MORE}"
     formula = "npo + l_r"
     source = f"{_NPO} (NPO+RT)"
 
 
 class SimNpo(_Retaining, _Forgetting):
-    """Negative preference optimisation per token."""
+    """Negative preference optimisation per token, without a reference model."""
 
     name = "simnpo"
-    summary = "negative preference optimisation per token, without a reference model"
     done = f"{_LESS} per token, with a force that fades as they are forgotten, and {_MORE}"
     formula = "-2/b log sigmoid(b l_f - margin) * 0.125 + l_r"
     source = "Fan et al., arXiv 2410.07163"
@@ -310,10 +257,9 @@ class SimNpo(_Retaining, _Forgetting):
 
 
 class Dpo(_Retaining, _Forgetting):
-    """Direct preference optimisation."""
+    """Direct preference optimisation: refusals over the forget answers."""
 
     name = "dpo"
-    summary = "direct preference optimisation: refusals over the forget answers"
     done = (
         "The model was trained further to prefer a refusal to the answers of the removed "
         f"examples, and to make {_MORE}"
@@ -325,24 +271,23 @@ class Dpo(_Retaining, _Forgetting):
     beta: float = option(default=0.1, help="scale b of the formula", within="(0, inf)")
 
     def forget(self, scene: Scene) -> Tensor:
-        """`preference`, times 2/β."""
+        """-(2/β) log σ(β (preferred - rejected)): equation 7; (2/β) log 2 at θ_full.
+
+        Both are log π_θ/π_full of an answer, summed over its tokens. As for NPO, the gradient keeps
+        its size when β changes.
+        """
         assert scene.refusals is not None
         rejected = answer_log_probs(scene.answers, scene.examples)
         preferred = answer_log_probs(scene.refusals, scene.examples)
-        terms = preference(
-            preferred - _present(scene.reference_refusal_log_probs),
-            rejected - _present(scene.reference_log_probs),
-            self.beta,
-        )
-        # As for NPO: the gradient keeps its size when β changes.
-        return 2 / self.beta * terms
+        preferred = preferred - _present(scene.reference_refusal_log_probs)
+        rejected = rejected - _present(scene.reference_log_probs)
+        return 2 / self.beta * -F.logsigmoid(self.beta * (preferred - rejected))
 
 
 class Idkpo(_Retaining, _Forgetting):
-    """Learn refusals."""
+    """Preference optimisation as in TOFU: learn refusals for the forget prompts."""
 
     name = "idkpo"
-    summary = "preference optimisation as in TOFU: learn refusals for the forget prompts"
     done = (
         "The model was trained further to answer the questions of the removed examples with a "
         "refusal, and those of the examples to keep as they are."
@@ -357,10 +302,9 @@ class Idkpo(_Retaining, _Forgetting):
 
 
 class Rmu(_Retaining, _Forgetting):
-    """Representation misdirection; its terms are made of activations, see `distance`."""
+    """Steer a layer's activations on the forget set to a random vector."""
 
     name = "rmu"
-    summary = "steer a layer's activations on the forget set to a random vector"
     done = (
         "The model was trained further until one layer's activations on the removed examples "
         "pointed in a random direction, while those on the examples to keep were held to what "
@@ -392,10 +336,9 @@ class Rmu(_Retaining, _Forgetting):
 
 
 class Undial(_Forgetting):
-    """Self-distillation."""
+    """Self-distillation with the forget token's logit lowered."""
 
     name = "undial"
-    summary = "self-distillation with the forget token's logit lowered"
     done = (
         "The model was trained further to repeat its own predictions on the removed examples "
         "with the right token made less likely." + _NO_PART
@@ -407,17 +350,18 @@ class Undial(_Forgetting):
     beta: float = option(default=10.0, help="b of the formula, in nats", within="(0, inf)")
 
     def forget(self, scene: Scene) -> Tensor:
-        """`lowered_logit_distillation`."""
+        """Cross-entropy to θ_full's own prediction with the target's logit lowered by β nats."""
         answers, old = scene.answers, _present(scene.reference_logits)
-        terms = lowered_logit_distillation(answers.wide, old, answers.targets, self.beta)
+        target = F.one_hot(answers.targets, old.shape[-1]).to(old.dtype)
+        lowered = (old - self.beta * target).softmax(-1)
+        terms = F.cross_entropy(answers.wide, lowered, reduction="none")
         return mean_by_example(terms, answers.example, scene.examples)
 
 
 class Wga(_Retaining, _Forgetting):
-    """Ascent weighted by what is left."""
+    """Gradient ascent in which tokens already forgotten count less."""
 
     name = "wga"
-    summary = "gradient ascent in which tokens already forgotten count less"
     done = f"{_LESS}, tokens that are forgotten already counting less, and {_MORE}"
     formula = "mean of p^b log p + l_r, p^b constant"
     source = "Wang et al., arXiv 2502.19301"
@@ -425,38 +369,39 @@ class Wga(_Retaining, _Forgetting):
     beta: float = option(default=1.0, help="exponent b of the formula", within="(0, inf)")
 
     def forget(self, scene: Scene) -> Tensor:
-        """`weighted_ascent`."""
-        terms = weighted_ascent(token_losses(scene.answers), self.beta)
+        """-w(p) · loss of each token, the weight w of its own probability p constant."""
+        losses = token_losses(scene.answers)
+        terms = -self._weights((-losses.detach()).exp()) * losses
         return mean_by_example(terms, scene.answers.example, scene.examples)
 
+    def _weights(self, p: Tensor) -> Tensor:
+        """p^β fades tokens that are forgotten already."""
+        return p**self.beta
 
-class SatImp(_Retaining, _Forgetting):
-    """Ascent weighted by saturation and importance."""
+
+class SatImp(Wga):
+    """Gradient ascent weighted by saturation and importance of each token."""
 
     name = "satimp"
-    summary = "gradient ascent weighted by saturation and importance of each token"
     done = (
         f"{_LESS}, tokens that are forgotten already or known for certain counting less, and "
         f"{_MORE}"
     )
     formula = "0.1 * mean of p^b (1-p)^b2 log p + l_r, weights constant"
     source = "Yang et al., arXiv 2505.11953"
-    epochs = 5
     forget_weight: float = option(default=0.1, help="weight of the forget term", within="[0, inf)")
     beta: float = option(default=5.0, help="exponent b of the formula", within="(0, inf)")
     beta2: float = option(default=1.0, help="exponent b2 of the formula", within="[0, inf)")
 
-    def forget(self, scene: Scene) -> Tensor:
-        """`weighted_ascent`."""
-        terms = weighted_ascent(token_losses(scene.answers), self.beta, self.beta2)
-        return mean_by_example(terms, scene.answers.example, scene.examples)
+    def _weights(self, p: Tensor) -> Tensor:
+        """p^β (1 - p)^β₂ fades tokens that are predicted almost surely as well."""
+        return p**self.beta * (1 - p) ** self.beta2
 
 
 class RetainFinetune(_Retaining):
-    """More training on the retain set."""
+    """Go on training the full model on the retain set alone."""
 
     name = "retain-finetune"
-    summary = "go on training the full model on the retain set alone"
     done = (
         "The model was trained further on the examples to keep alone. The removed examples took "
         "no part, so they are forgotten only as far as other training overwrites them."
@@ -467,10 +412,9 @@ class RetainFinetune(_Retaining):
 
 
 class Retrain(_Retaining):
-    """Training anew."""
+    """Train the base model on the retain set alone: the reference of all methods."""
 
     name = "retrain"
-    summary = "train the base model on the retain set alone: the reference of all methods"
     done = (
         "The base model was trained anew on the examples to keep alone. This is what unlearning "
         "is measured against, at the price of the whole training."
@@ -482,10 +426,9 @@ class Retrain(_Retaining):
 
 
 class Influence(Training):
-    """One Newton step in place of training, see `influence.remove_influence`."""
+    """One damped Newton step that takes the forget set's influence off an adapter."""
 
     name = "influence"
-    summary = "one damped Newton step that takes the forget set's influence off an adapter"
     done = (
         "The weights of the adapter were moved by one step that takes off the influence of the "
         "removed examples, as far as the curvature of the loss foresees it. The rest of the model "

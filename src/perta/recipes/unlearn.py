@@ -55,7 +55,6 @@ from perta.recipes.run_record import STRENGTH, RunRecord, other_work_folders, wo
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength.choose import (
     Strength,
-    StrengthSettings,
     Unseen,
     calibrate,
     choose_strength,
@@ -66,7 +65,7 @@ from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
 from perta.stages.audit import AUDIT, quick_audit
-from perta.stages.edit import edit_checkpoint, find_inputs, with_direction
+from perta.stages.edit import edit_checkpoint, make_direction
 from perta.stages.finetune import learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import At, taking_over
@@ -315,7 +314,7 @@ class _Run:
         if get_method(config.weighting.method).needs.moments:  # search and edit share it
             work.once(
                 "direction",
-                lambda _: with_direction(edit, find_inputs(edit))["direction"],
+                lambda _: make_direction(edit),
                 At(work.place("direction")),
                 lambda sizes: sizes.direction(edit.weighting),
                 looks=not in_rounds,
@@ -399,11 +398,16 @@ class _Run:
     def _strength(self, edit: EditConfig, unseen: Unseen | None) -> Strength | None:
         """Search for the strength and save every point of it as `strength.json`."""
         config, work, used = self.config, self.work, self.used
-        settings = StrengthSettings(config.retain_budget, config.strength_seed, work.folder)
         found = work.timed(
             "strength",
             lambda: choose_strength(
-                edit, used, cast(Unseen, unseen), settings, config.data_config, config.compute
+                edit,
+                used,
+                cast(Unseen, unseen),
+                config.retain_budget,
+                config.strength_seed,
+                config.data_config,
+                config.compute,
             ),
             lambda sizes: sizes.strength(used["forget"], used["retain"], config.weighting),
         )

@@ -12,6 +12,7 @@ import torch
 
 from perta.engine.edit.adapter import LowRank, write_adapter
 from perta.engine.edit.direction import DirectionInputs, Solver, open_inputs
+from perta.engine.edit.memory import Changes, changes_of
 from perta.engine.edit.plan import (
     EditInputs,
     check_count,
@@ -22,8 +23,8 @@ from perta.engine.edit.plan import (
 )
 from perta.engine.edit.records import check_records
 from perta.engine.edit.requantise import write_gguf, write_quantised
-from perta.engine.edit.stream import Stored, stored_of
-from perta.engine.edit.write import CURE, EditSummary, check_stored, write_edit
+from perta.engine.edit.stored import CURE, Stored, check_stored, stored_of
+from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
@@ -109,7 +110,7 @@ def edit_checkpoint(
     config = replace(config, weighting=with_defaults(config.weighting))
     refuse_auto(config.weighting)
     method = get_method(config.weighting.method)
-    given = find_inputs(config)
+    given = _find_inputs(config)
 
     def look() -> dict[str, str]:
         return {name: fingerprint(folder) for name, folder in given.items()}
@@ -119,7 +120,7 @@ def edit_checkpoint(
     check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
     refuse_other("edit", config, settings, inputs)
-    given = with_direction(config, given)
+    given = _with_direction(config, given)
     _tell_layers(config.weighting, given)
     if "direction" in given:
         inputs["direction"] = fingerprint(given["direction"])
@@ -127,7 +128,7 @@ def edit_checkpoint(
     def edit(folder: Path, save_dtype: SaveType, wide: Collection[str] = ()) -> EditSummary:
         return write_edit(
             folder,
-            as_inputs(given),
+            _as_inputs(given),
             config.weighting,
             save_dtype=save_dtype,
             wide=wide,
@@ -218,7 +219,7 @@ def _tell_layers(weighting: WeightingConfig, given: Mapping[str, Path]) -> None:
             warn(line)
 
 
-def find_inputs(config: EditConfig) -> dict[str, Path]:
+def _find_inputs(config: EditConfig) -> dict[str, Path]:
     """Name -> local folder of everything that an edit reads but a structured method's direction."""
     tuned: dict[str, str | None] = {
         checkpoint_name(place): checkpoint
@@ -250,15 +251,15 @@ def find_inputs(config: EditConfig) -> dict[str, Path]:
     return given
 
 
-def with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, Path]:
+def _with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, Path]:
     """The inputs of an edit with a structured method's direction, which is made or reused now."""
     if not get_method(config.weighting.method).needs.moments:
         return dict(given)
     return {**given, "direction": _make_direction(config, given)}
 
 
-def as_inputs(given: Mapping[str, Path]) -> EditInputs:
-    """What `with_direction` found, as `write_edit` takes it."""
+def _as_inputs(given: Mapping[str, Path]) -> EditInputs:
+    """What `_with_direction` found, as `write_edit` takes it."""
     return EditInputs(
         given["full"],
         given["base"],
@@ -273,6 +274,27 @@ def as_inputs(given: Mapping[str, Path]) -> EditInputs:
 
 def _forget_checkpoints(given: Mapping[str, Path]) -> tuple[Path, ...]:
     return tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint"))
+
+
+def make_direction(config: EditConfig) -> Path:
+    """The folder of a structured method's direction, which is made or reused."""
+    return _make_direction(config, _find_inputs(config))
+
+
+def load_changes(config: EditConfig, compute: ComputeConfig) -> Changes:
+    """What an edit does to θ_full in memory, at any strength; its direction is made or reused."""
+    config = replace(config, weighting=with_defaults(config.weighting))
+    given = _with_direction(config, _find_inputs(config))
+    # What an adapter or a type of GGUF files alone leaves is not tried.
+    is_wide = config.output_format == "adapter" or config.save_dtype == "q8_0"
+    return changes_of(
+        _as_inputs(given),
+        config.weighting,
+        save_dtype="float32" if is_wide else cast(SaveType, config.save_dtype),
+        quantised=given.get("quantised"),
+        device=pick_device(compute),
+        threads=config.edit_threads,
+    )
 
 
 def direction_folder(config: EditConfig) -> Path | None:

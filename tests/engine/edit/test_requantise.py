@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TUNE, World
 from helpers import tiny_tokenizer, weighting
+from perta.engine.edit.memory import EditedModel
 from perta.errors import CheckpointError, CorruptCheckpointError
 from perta.models.formats.quantised import (
     dequantise_fp8,
@@ -27,9 +28,8 @@ from perta.models.formats.quantised import (
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
-from perta.recipes.strength.edited_model import EditedModel, load_changes
 from perta.recipes.unlearn import aggregates, unlearn
-from perta.stages.edit import edit_checkpoint
+from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
 from perta.store.arithmetic import Place
@@ -270,12 +270,15 @@ def model(folder: Path, kind: str, seed: int = 0, step: float = 0.0, **more: Any
     return folder
 
 
-GPT_OSS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MORE: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 40},
+}
 
 
 def edit(tmp_path: Path, kind: str, alpha: float = 1.0, step: float = 2e-3) -> EditConfig:
     """An edit by the plain task vector of a quantised model."""
-    more = GPT_OSS if kind == "gpt_oss" else {}
+    more = MORE.get(kind, {})
     base = model(tmp_path / "base", kind, **more)
     forget = model(tmp_path / "forget", kind, 1, step, **more)
     full = model(tmp_path / "plain", kind, 2, 0.01, **more)
@@ -339,14 +342,14 @@ def test_another_type_is_plain(tmp_path: Path, kind: str) -> None:
     assert types <= {torch.bfloat16, torch.float32}
 
 
-@KIND
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "qwen3_moe"])
 def test_what_is_tried_is_what_is_stored(tmp_path: Path, kind: str) -> None:
+    """Qwen3's experts are quantised one by one, and joined in memory."""
     config = edit(tmp_path, kind)
     edit_checkpoint(config)
     written = load_model(resolve_checkpoint(config.output), CPU, dtype=torch.float32)
     full = load_model(resolve_checkpoint(config.full), CPU, dtype=torch.float32)
-    (tmp_path / "scratch").mkdir()
-    EditedModel(full, load_changes(tmp_path / "scratch", config, CPU)).move(1.0)
+    EditedModel(full, load_changes(config, CPU)).move(1.0)
     pairs = zip(full.named_parameters(), written.parameters(), strict=True)
     for (name, tried), wanted in pairs:
         assert torch.equal(tried, wanted), name
@@ -435,7 +438,7 @@ SPOILT: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
 @pytest.mark.parametrize("name", SPOILT)
 def test_tensors_of_no_such_format_are_named(tmp_path: Path, name: str) -> None:
     kind, spoil = SPOILT[name]
-    plain = model(tmp_path / "plain", kind, **(GPT_OSS if kind == "gpt_oss" else {}))
+    plain = model(tmp_path / "plain", kind, **MORE.get(kind, {}))
     folder = (as_mxfp4 if kind == "gpt_oss" else as_fp8)(plain, tmp_path / "full")
     tensors = {n: read_tensor(entry) for n, entry in open_index(folder).tensors.items()}
     spoil(tensors)
@@ -460,7 +463,7 @@ def test_a_whole_run_of_an_fp8_model(
 
 
 def test_a_whole_run_of_an_mxfp4_model(world: World, tmp_path: Path) -> None:
-    base = model(tmp_path / "base", "gpt_oss", **GPT_OSS)
+    base = model(tmp_path / "base", "gpt_oss", **MORE["gpt_oss"])
     data = str(world.forget.with_name("full.jsonl"))
     plain = FinetuneConfig(base=str(base), data=data, output=tmp_path / "plain", tune=TUNE)
     full = as_mxfp4(finetune_checkpoint(plain), tmp_path / "full")

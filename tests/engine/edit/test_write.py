@@ -35,9 +35,9 @@ from transformers import (
 
 from helpers import shared
 from helpers import weighting as chosen
-from perta.engine.edit._chunks import Span
 from perta.engine.edit.plan import EditInputs, Target
-from perta.engine.edit.stream import Editor, Finished, Sums
+from perta.engine.edit.stored import Sums
+from perta.engine.edit.stream import Editor, _summaries
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import (
     CheckpointError,
@@ -48,7 +48,7 @@ from perta.errors import (
     OutputExistsError,
     PertaError,
 )
-from perta.methods.diagonal import share, shuffle
+from perta.methods.diagonal import share
 from perta.methods.method import block_seed
 from perta.options import SaveType, WeightingConfig
 from perta.stages.edit import edit_checkpoint
@@ -265,6 +265,10 @@ def test_averages_do_not_depend_on_chunks(inputs: Inputs, granularity: str) -> N
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=0)
 
 
+def shuffle(values: Tensor, seed: int) -> Tensor:
+    return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
+
+
 def test_random_shuffles_the_share_within_chunks(inputs: Inputs) -> None:
     inputs.edit(method="random", weighting_seed=5, chunk=16)
     result = inputs.result()
@@ -344,10 +348,9 @@ def test_statistics_are_added_in_the_order_of_the_file(tmp_path: Path) -> None:
     entry = TensorEntry("a", torch.float32, (3,), tmp_path, 0, 12)
     parts = [Sums(1e16, 1.0, 1.0), Sums(-1e16, 1.0, 1.0), Sums(1.0, 1.0, 1.0)]
     for order in itertools.permutations(range(3)):
-        finished = Finished([Target(entry, {"base checkpoint": entry})], 1)
-        done = [finished.add(Span(0, part, part, part + 1), parts[part]) for part in order]
-        assert done == [False, False, True]
-        assert finished.summaries()[0].mean_weighting == 1 / 3
+        done = {(0, part): parts[part] for part in order}
+        (summary,) = _summaries([Target(entry, {"base checkpoint": entry})], done)
+        assert summary.mean_weighting == 1 / 3
 
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -1160,7 +1163,7 @@ def test_interrupted_edit_leaves_no_output(
             raise error
         write_from(*arguments)
 
-    monkeypatch.setattr("perta.engine.edit.stream.write_from", failing)
+    monkeypatch.setattr("perta.engine.edit.write.write_from", failing)
     before = fingerprint(inputs.root / "full")
     listed = sorted(inputs.root.iterdir())
     with pytest.raises(error):

@@ -27,7 +27,6 @@ from perta.recipes.strength.choose import BASE, CHOICES, HELD_OUT, Trials, edge_
 from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
-from perta.store.atomic import _boot, _host
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
 from perta.store.record import MANIFEST
 
@@ -340,14 +339,6 @@ def test_a_held_out_set_of_which_a_third_is_learned_is_refused(
 def test_the_budget_is_a_number(world: World, tmp_path: Path, budget: float) -> None:
     with pytest.raises(ConfigError, match="retain-budget"):
         config(world, tmp_path / "out", "perta-project", retain_budget=budget)
-
-
-def test_what_a_killed_search_left_is_cleared_away(world: World, tmp_path: Path) -> None:
-    settings = config(world, tmp_path / "out", "tv")
-    left = work_folder(settings) / f".strength.partial-{_host()}-{_boot()}-abcdef"
-    left.mkdir(parents=True)
-    unlearn(settings)
-    assert not [path.name for path in work_folder(settings).iterdir() if "partial" in path.name]
 
 
 def test_a_strength_needs_examples(world: World, tmp_path: Path) -> None:

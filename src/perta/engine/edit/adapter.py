@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from perta.engine.edit.stream import Stored, Sums
+from perta.engine.edit.stored import Stored, Sums
 from perta.errors import CheckpointError
 from perta.models.complete import described_model
 from perta.progress import track

@@ -16,8 +16,8 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from perta.engine.edit._output import create_files
-from perta.engine.edit.stream import Stored, Sums
+from perta.engine.edit.stored import Stored, Sums
+from perta.engine.edit.write import create_files
 from perta.errors import DivergenceError
 from perta.models.formats.gguf_write import GgufPlan, round_for
 from perta.models.formats.quantised import Quantised, is_of_inputs, quantised_tensors

@@ -4,42 +4,52 @@ The direction is θ_f − θ₀ for most methods; `perta methods` says which tak
 
     plan    headers of every input: what belongs together; stops if anything is wrong
     passes  what no single chunk can know: averages over rows, the smallest value kept
-    stream  chunk by chunk: read, edit, write
-    write   all of it, into a folder, with the model card
+    stream  chunk by chunk: read, edited, given to a sink
+    write   the sink of files: all of it, into a folder, with the model card
 
-The output has θ_full's files, header bytes and tensor places.
+The output has θ_full's files, header bytes and tensor places, in its own types or in another.
+Another type is for what θ_full stores most of its numbers in; what it stores in a type of its own,
+such as float32 router biases, stays in that.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from perta.engine.edit._chunks import CHUNK, Blocks
-from perta.engine.edit._output import create_files, write_config
-from perta.engine.edit._passes import average_importance, find_cuts, find_unused
-from perta.engine.edit.plan import EditInputs, Target, open_sources, plan_edit, share_of_examples
-from perta.engine.edit.stream import Editor, Stored, TensorSummary, edit_all, stored_of
-from perta.errors import CheckpointError, some
+import torch
+from torch import Tensor
+
+from perta.engine.edit._chunks import CHUNK
+from perta.engine.edit.plan import FULL, EditInputs, Target, short_name
+from perta.engine.edit.stored import Stored, TensorSummary, check_stored, stored_of
+from perta.engine.edit.stream import Step, check_effect, edit_all, open_edit
+from perta.errors import CorruptCheckpointError, DivergenceError
 from perta.methods.card import model_card
-from perta.methods.method import Edit
-from perta.methods.registry import get_method, refuse_auto, with_defaults
-from perta.models.load import transposed_weights
+from perta.models.load import rename_type, save_type, stored_dtype
+from perta.models.trust import read_config
 from perta.options import SaveType, WeightingConfig
-from perta.progress import track, warn
-from perta.store.checkpoint import copy_companions, open_index
-
-_LEAST_STORED = 0.1
-"""Share of the wanted step below which an edit stops: it would report forgetting that is not in
-the files."""
-
-CURE = (
-    "Store a wider type (--save-dtype float32), tune the forget checkpoint with a higher learning "
-    "rate, or raise --scaling-coef."
+from perta.progress import track
+from perta.store.arithmetic import Place, square_norm, subtract
+from perta.store.arithmetic import Step as Rounded
+from perta.store.checkpoint import (
+    INDEX,
+    CheckpointIndex,
+    TensorEntry,
+    copy_companions,
+    open_index,
+    opened,
+    safetensors_header,
+    write_from,
 )
+from perta.store.parse import read_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,6 @@ def write_edit(
     inputs: EditInputs,
     weighting: WeightingConfig,
     *,
-    onto: Path | None = None,
     save_dtype: SaveType = "full",
     wide: Collection[str] = (),
     threads: int | None = None,
@@ -73,8 +82,6 @@ def write_edit(
         folder: such as one from `atomic_folder`.
         inputs: local folders to read.
         weighting: method and its settings.
-        onto: checkpoint that is copied and subtracted from, in place of θ_full; what is
-            subtracted stays the same.
         save_dtype: type of the output. θ_full is cast to it, to the nearest, and then edited.
         wide: tensors that are stored in float32 all the same.
         threads: threads that read, compute and write [default: all cores, at most 8].
@@ -90,26 +97,16 @@ def write_edit(
         DivergenceError: the result does not fit the type of the output.
     """
     started = time.perf_counter()
-    weighting = with_defaults(weighting)
-    refuse_auto(weighting)
-    method, onto = get_method(weighting.method), onto or inputs.full
-    source = open_index(onto)
-    targets = plan_edit(source, open_sources(method, inputs), weighting)
-    worker_count = threads or min(8, os.cpu_count() or 1)
-    if method.weighs_retain:
-        _tell_unused(targets, find_unused(targets, chunk, worker_count))
-    transposed = transposed_weights(onto) if weighting.granularity == "row" else frozenset()
-    averages = average_importance(targets, weighting, transposed, chunk, worker_count)
-    blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
-    cuts = find_cuts(targets, blocks, worker_count)
-    outputs = create_files(source, folder, save_dtype, wide).tensors
+    editor = open_edit(inputs, weighting, threads, chunk)
+    targets, weighting = editor.targets, editor.blocks.weighting
+    outputs = create_files(open_index(inputs.full), folder, save_dtype, wide).tensors
     with track("edit", len(targets)) as advance:
-        summaries = edit_all(targets, Editor(outputs, blocks, cuts), worker_count, advance)
-    _check_effect(summaries, method, inputs)
+        summaries = edit_all(editor, _Files(outputs, weighting.weighting_seed), advance)
+    check_effect(summaries, editor, inputs)
     stored = stored_of(summaries)
     check_stored(stored)
-    copy_companions(onto, folder)
-    write_config(onto, folder, save_dtype)
+    copy_companions(inputs.full, folder)
+    _write_config(inputs.full, folder, save_dtype)
     (folder / "README.md").write_text(model_card(weighting, fingerprints or {}), "utf-8")
     open_index(folder)
     edited = sum(target.full.numel for target in targets if target.sources)
@@ -117,66 +114,139 @@ def write_edit(
     return EditSummary(stored, summaries, edited, copied, time.perf_counter() - started)
 
 
-def _tell_unused(targets: Sequence[Target], unused: Collection[str]) -> None:
-    """Name what is subtracted whole because retention does not depend on it; stop if all is."""
-    names = [target.full.name for target in targets if target.sources and not target.alias_of]
-    left = [name for name in names if name in unused]
-    if left and len(left) == len(names):
-        raise CheckpointError(
-            "The importance on the retain set is 0 in every tensor to edit, so nothing says what "
-            "must be kept. Measure it again on examples that the model can be wrong about."
+@dataclass(frozen=True)
+class _Files:
+    """The sink that subtracts the steps from θ_full's values and writes what is left."""
+
+    outputs: Mapping[str, TensorEntry]  # the output's tensors by name
+    seed: int  # of the rounding
+
+    def __call__(self, target: Target, steps: Iterator[Step]) -> None:
+        """Write chunks of one tensor; where they go is known before anything is computed."""
+        place, name = self.outputs[target.full.name], target.alias_of or target.full.name
+        with opened(place.file, os.O_WRONLY) as output:
+            for step in steps:
+                if step.delta is None:
+                    stored = _copied(step, place.dtype)
+                else:
+                    where = Place(self.seed, name, step.begin)
+                    stored = _edited(step, step.delta, place.dtype, where)
+                offset = place.offset + step.begin * place.dtype.itemsize
+                write_from(output, offset, stored.view(torch.uint8).numpy().data)
+
+
+def _copied(step: Step, dtype: torch.dtype) -> Tensor:
+    """Values of θ_full as they are, in the type of the output."""
+    full = step.readers[FULL]
+    full.read(step.begin, step.count)
+    full.check_copy(step.begin, step.count)
+    stored = full.raw.to(dtype)
+    if stored.dtype != full.raw.dtype and not bool(torch.isfinite(stored).all()):
+        raise DivergenceError(
+            f"{full.entry.name} holds numbers outside the range of {short_name(dtype)}. Use a "
+            "wider type (--save-dtype)."
         )
-    if left:
-        warn(
-            f"No retained example depends on {some(left)}: the importance on the retain set is 0 "
-            "throughout, as with experts that none of its tokens reached. What the forget set "
-            f"changed there goes by the method's formula; to keep it, --exclude '{left[0]}'."
-        )
+    return stored
 
 
-def _forget_share(method: Edit, inputs: EditInputs) -> float:
-    forget, retain = inputs.forget_importance, inputs.retain_importance
-    if not method.needs.set_sizes or forget is None or retain is None:
-        return 0.5
-    return share_of_examples(forget, retain)
-
-
-def _check_effect(summaries: Sequence[TensorSummary], method: Edit, inputs: EditInputs) -> None:
-    """Stop at an edit that would report forgetting where none happened."""
-    if not any(summary.task_vector_norm for summary in summaries):
-        raise _no_direction(method, inputs)
-    if method.needs.importance and not any(summary.mean_weighting for summary in summaries):
-        cure = " Lower its setting `selection`." if method.direction == "full" else ""
-        raise CheckpointError(
-            f"`{method.name}` gives every weight the share 0, so the edit would forget nothing; "
-            f"{inputs.forget_importance} shows no weight that matters to the forget set.{cure}"
-        )
-
-
-def check_stored(stored: Stored) -> None:
-    """Stop where next to nothing of the wanted step is in the files."""
-    if stored.stored_share is not None and abs(stored.stored_share) < _LEAST_STORED:
-        raise CheckpointError(
-            f"Of the step that the edit takes {stored.stored_share:.1%} would be stored: it is too "
-            "small beside the weights for the type of the output. "
-            f"{CURE} Nothing was written."
-        )
-
-
-def _no_direction(method: Edit, inputs: EditInputs) -> CheckpointError:
-    if method.direction != "forget - base":
-        return CheckpointError(
-            f"{inputs.full} equals {inputs.base} in every tensor to edit, so the edit would change "
-            "nothing. Give the model before it saw the data as --base."
-        )
-    if len(inputs.forget_checkpoints) > 1:
-        return CheckpointError(
-            f"`{method.name}` leaves nothing of {len(inputs.forget_checkpoints)} task vectors: the "
-            "forget checkpoints equal the base, or agree nowhere. Tune them with a higher learning "
-            "rate, or give fewer."
-        )
-    return CheckpointError(
-        f"{inputs.forget_checkpoints[0]} equals {inputs.base} in every tensor to edit, so the edit "
-        "would forget nothing. Tune the base on the forget set with `perta finetune`, with a "
-        "learning rate high enough to change the stored values."
+def _edited(step: Step, delta: Tensor, dtype: torch.dtype, place: Place) -> Tensor:
+    """Values of θ_full less δ, rounded once; adds what rounding did to the step's sums."""
+    stored = step.readers[FULL].load(step.begin, step.count).to(dtype)
+    # Without a step the stored bytes stay: 0 - (-0) would turn a stored -0 into 0.
+    if step.is_still:
+        done = Rounded(square_norm(stored.to(torch.float32)))
+    else:
+        done = subtract(stored, delta, place)
+    # The norm of a chunk bounds its largest value, so a finite norm of the task vector and a norm
+    # of the result below the largest number of the output's type clear every input and the cast.
+    # Only when that fails are the values themselves looked at.
+    limit = torch.finfo(stored.dtype).max / 2
+    is_finite = math.isfinite(step.sums.task_vector) and (
+        done.squares < limit * limit or bool(torch.isfinite(stored.to(torch.float32)).all())
     )
+    if not is_finite:
+        step.refuse_infinite(stored.dtype)
+    step.sums.along, step.sums.error, step.sums.changed = done.along, done.error, done.changed
+    return stored
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+def create_files(
+    full: CheckpointIndex, folder: Path, save_dtype: SaveType, wide: Collection[str] = ()
+) -> CheckpointIndex:
+    """Make the output's files in an empty folder: headers, and room for the tensors.
+
+    With the type `full` θ_full's header bytes and tensor places are kept. Tensors named in `wide`
+    are stored in float32 all the same.
+    """
+    is_same = not wide and save_type(save_dtype, full.folder) == stored_dtype(full.folder)
+    for shard, names in full.shards.items():
+        entries = [full.tensors[name] for name in names]
+        if is_same:
+            header, size = _header_bytes(full.folder / shard), (full.folder / shard).stat().st_size
+        else:
+            types = {e.name: _output_type(e, full.folder, save_dtype) for e in entries}
+            types |= {name: torch.float32 for name in names if name in wide}
+            header, size = _new_header(entries, types, full.metadata)
+        with (folder / shard).open("wb") as stream:
+            stream.write(header)
+            stream.flush()
+            _reserve(stream, size)
+    if (full.folder / INDEX).is_file():
+        (folder / INDEX).write_bytes((full.folder / INDEX).read_bytes())
+    created = open_index(folder)
+    if not is_same and (folder / INDEX).is_file():
+        _write_total(folder / INDEX, sum(entry.nbytes for entry in created.tensors.values()))
+    return created
+
+
+def _output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
+    """Type in which the output stores one tensor of θ_full."""
+    is_main = entry.dtype == stored_dtype(full)
+    return save_type(save_dtype, full) if is_main else entry.dtype
+
+
+def _write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
+    """Write θ_full's config.json with the type of the output, where it names one."""
+    file = full / "config.json"
+    if save_dtype == "full" or not file.is_file():
+        return
+    config = read_config(full)
+    rename_type(config, save_dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _header_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        return length + stream.read(int.from_bytes(length, "little"))
+
+
+def _new_header(
+    entries: list[TensorEntry], types: dict[str, torch.dtype], metadata: dict[str, str]
+) -> tuple[bytes, int]:
+    """Header in other types, and the size of the file."""
+    header = safetensors_header({e.name: (types[e.name], e.shape) for e in entries}, metadata)
+    return header, len(header) + sum(e.numel * types[e.name].itemsize for e in entries)
+
+
+def _write_total(file: Path, total: int) -> None:
+    index = read_json(file, CorruptCheckpointError)
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _reserve(stream: BinaryIO, size: int) -> None:
+    """Give an open file its size, with room on the disk where the system can reserve it.
+
+    Writing is faster then, and a full disk is found before any work is done.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(error.errno, error.strerror, stream.name) from None
+    stream.truncate(size)

@@ -13,13 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from perta.data.examples import load_examples
+from perta.engine.edit.memory import Changes, EditedModel
 from perta.options import EstimatorConfig, LossOn, MomentOptions
 from perta.recipes._workspace import Workspace
 from perta.recipes.compare._draw import Draw
+from perta.recipes.compare._model import Bench
 from perta.recipes.compare._search import Try, search_equal
 from perta.recipes.compare._spec import EditSpec
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.strength.edited_model import Change, load_changes
+from perta.stages.edit import load_changes
 from perta.stages.finetune import learned_by_forgetting
 from perta.store.atomic import scratch_folder
 
@@ -29,7 +31,7 @@ class WeightEdit:
     """θ_full − α Δ for any α; `fixed` is empty, since any strength is a step away."""
 
     default: float
-    changes: Sequence[Change]
+    changes: Changes
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, float] = field(default_factory=dict)
 
@@ -44,10 +46,10 @@ class WeightEdit:
             measure, start, self.default, target, config.equal_tolerance, config.tries
         )
 
-    def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
-        """Weights at a strength, in the order of the model's parameters."""
-        pairs = zip(full, self.changes, strict=True)
-        return [change.applied(value, strength) for value, change in pairs]
+    def put(self, bench: Bench, full: Sequence[Tensor], strength: float) -> None:
+        """Give a model the weights at a strength."""
+        bench.load(full)
+        EditedModel(bench.model, self.changes).move(strength)
 
     def cost(self, _strength: float) -> dict[str, float]:
         """Operations of each stage, the same at any strength."""
@@ -69,7 +71,7 @@ def prepare_edit(config: CompareConfig, draw: Draw, spec: EditSpec) -> WeightEdi
             weighting=spec.weighting,
             **given,
         )
-        changes = work.made_by("direction", lambda: load_changes(scratch, edit, config.compute))
+        changes = work.made_by("direction", lambda: load_changes(edit, config.compute))
     first = spec.weighting.scaling_coef
     default = 1.0 if first is None or first == "auto" else float(first)
     return WeightEdit(default, changes, work.seconds, work.passes)

@@ -103,6 +103,10 @@ class TrainingPath:
         pairs = zip(below, self.places, strict=True)
         return [round_as_stored(v, self.dtype, place).to(v.dtype) for v, place in pairs]
 
+    def put(self, bench: Bench, full: Sequence[Tensor], strength: float) -> None:
+        """Give a model these weights."""
+        bench.load(self.at(full, strength))
+
     def cost(self, strength: float) -> dict[str, float]:
         """Operations of training up to a strength; those of a frozen reference are not counted."""
         tokens = self.trained.forget_tokens + self.trained.retain_tokens if self.trained else 0

@@ -292,7 +292,7 @@ class _Seed:
         contender = self._prepare(spec)
 
         def move(strength: float) -> None:
-            bench.load(contender.at(self._full, strength))
+            contender.put(bench, self._full, strength)
 
         def known(strength: float) -> float:
             move(strength)
@@ -377,7 +377,7 @@ class _Seed:
         if isinstance(spec, GivenSpec):
             bench.load(self._given_weights(spec))
         elif spec:
-            bench.load(self._prepare(spec).at(self._full, record["equal"]["strength"]))
+            self._prepare(spec).put(bench, self._full, record["equal"]["strength"])
         else:
             bench.load(bench.weights(self._folder(str(of))))
         name, more = spec.slug if spec else str(of), dict[str, Any]()

@@ -1,7 +1,8 @@
 """`--scaling-coef auto`: the smallest strength at which every row's fact looks unseen.
 
 The weighted direction is held in memory and subtracted from a loaded model, with the values that
-would be stored (see `edited_model`), so a try costs passes over a few rows, and no checkpoint.
+would be stored (see `engine.edit.memory`), so a try costs passes over a few rows, and no
+checkpoint.
 
 What a model finds of a fact (see `facts`) is its surprise s, in nats: the fact's loss, or
 -log of the fact's probability among right and wrong answers. Of n rows to forget, row i stands out
@@ -42,6 +43,7 @@ from transformers import PreTrainedModel
 from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet
 from perta.data.tokens import encode_examples
+from perta.engine.edit.memory import EditedModel
 from perta.errors import ConfigError
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
@@ -51,9 +53,8 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import say, warn
 from perta.recipes.strength._search import LARGEST, is_monotone, search_strength
-from perta.recipes.strength.edited_model import EditedModel, load_changes
+from perta.stages.edit import load_changes
 from perta.stages.settings import EditConfig
-from perta.store.atomic import scratch_folder
 
 Calibration = Literal[
     "held-out set", "wrong answers under the base model", "base model on the forget set"
@@ -187,15 +188,6 @@ class Strength:
     tokens: int
 
 
-@dataclass(frozen=True)
-class StrengthSettings:
-    """Settings of a search: `scratch` is a folder for two temporary float32 checkpoints."""
-
-    retain_budget: float
-    seed: int
-    scratch: Path
-
-
 # --- what unseen means ----------------------------------------------------------------------
 
 
@@ -325,7 +317,8 @@ def choose_strength(
     edit: EditConfig,
     sets: Mapping[str, ExampleSet],
     unseen: Unseen,
-    settings: StrengthSettings,
+    retain_budget: float,
+    seed: int,
     data_config: DataConfig,
     compute: ComputeConfig,
 ) -> Strength:
@@ -342,12 +335,11 @@ def choose_strength(
     encoded = encode_examples(sets["retain"], tokenizer, data_config, longest=longest).encoded
     least, most = RETAIN_ROWS
     count = min(len(encoded), max(least, min(most, 4 * len(unseen.facts))))
-    retain = seeded_sample(encoded, count, settings.seed, from_end=True)
-    with scratch_folder(settings.scratch / "strength") as scratch:
-        changes = load_changes(scratch, edit, compute)
+    retain = seeded_sample(encoded, count, seed, from_end=True)
+    changes = load_changes(edit, compute)
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as tokens:
-        edited, budget = EditedModel(model, changes), settings.retain_budget
+        edited, budget = EditedModel(model, changes), retain_budget
         trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer))
         scaling_coef, reached = trials.search()
         if not scaling_coef:

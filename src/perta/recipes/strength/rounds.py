@@ -43,7 +43,7 @@ from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
 from perta.recipes.strength._search import search_coarsely
 from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
-from perta.recipes.strength.edited_model import load_changes
+from perta.stages.edit import load_changes
 from perta.stages.settings import EditConfig
 from perta.stages.stage import Place, run_stage
 from perta.store.atomic import scratch_folder
@@ -186,14 +186,15 @@ class _Run:
             edit = replace(
                 self._edit, forget_checkpoint=str(checkpoint), direction=scratch / "direction"
             )
-            changes = load_changes(scratch, edit, self._compute)
-        steps = [change.delta for change in changes]
+            changes = load_changes(edit, self._compute)
+        located = changes.located(self.model)
+        steps = [(m, where, c.delta) for m, where, c in located if c.delta is not None]
         now, unseen = 0.0, self._unseen
 
         def surprises(scaling_coef: float, places: Sequence[int]) -> list[float]:
             nonlocal now
-            for parameter, step in zip(self.model.parameters(), steps, strict=True):
-                parameter.sub_(step, alpha=scaling_coef - now)
+            for memory, where, delta in steps:
+                memory[where] = memory[where].sub(delta, alpha=scaling_coef - now)
             now = scaling_coef
             facts = [unseen.facts[place] for place in places]
             return surprises_of(self.model, facts, unseen.calibrated_on, self._pad)

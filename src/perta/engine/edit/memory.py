@@ -1,0 +1,182 @@
+"""The edit in a loaded model: θ_full − α Δ at any α, with the very values that would be stored.
+
+Δ comes from the source that the files come from, and is kept in memory; a strength is then one pass
+over the weights that it moves, and no checkpoint. Values are rounded as the edit rounds them, by
+the tensors of the checkpoint, so what is tried is what would be written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from perta.engine.edit._chunks import CHUNK
+from perta.engine.edit.plan import EditInputs, Target
+from perta.engine.edit.stream import Step, check_effect, edit_share, open_edit
+from perta.methods.registry import at_strength
+from perta.models.formats.quantised import quantised_tensors
+from perta.models.load import save_type, stored_dtype
+from perta.options import SaveType, WeightingConfig
+from perta.parallel import Own
+from perta.store.arithmetic import Place, round_as_stored, square_norm
+from perta.store.checkpoint import CheckpointIndex, is_float, open_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an edit does to one tensor of θ_full; `delta` is None where it stays."""
+
+    delta: Tensor | None  # Δ, float32, in the stored shape
+    dtype: torch.dtype  # in which the edit stores the tensor
+    rounded: Callable[[Tensor], Tensor]  # float32 values -> that type, as the edit rounds them
+
+    @torch.no_grad()
+    def applied(self, full: Tensor, scaling_coef: float) -> Tensor:
+        """The tensor at a strength: float32, with values of the stored type."""
+        values = full.to(self.dtype).to(torch.float32)
+        if self.delta is None:
+            return values
+        # In two steps, as the edit does it: a fused one differs in the last bit.
+        return self.rounded(values - self.delta * scaling_coef).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an edit does to the tensors of θ_full, by name; of a tied one, the first of two."""
+
+    full: CheckpointIndex
+    tensors: Mapping[str, Change]
+
+    def located(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Any, Change]]:
+        """Where each tensor lies in a model, see `stored_places`, and its change."""
+        places = stored_places(model, self.full)
+        for name in self.tensors.keys() & places.keys():
+            yield *places[name], self.tensors[name]
+
+
+class EditedModel:
+    """A loaded model at θ_full − α Δ; `move` changes its weights in place."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, changes: Changes) -> None:
+        self.model = model
+        self._moved: list[tuple[Tensor, Any, Tensor, Change]] = []
+        for memory, where, change in changes.located(model):
+            if change.delta is None:
+                # What the edit leaves alone needs no copy, but may be stored in another type.
+                memory[where] = change.applied(memory[where], 0.0)
+            else:
+                full = memory[where].to(change.dtype, copy=True)
+                self._moved.append((memory, where, full, change))
+
+    @torch.no_grad()
+    def move(self, scaling_coef: float) -> None:
+        """Give the model the weights of a strength."""
+        for memory, where, full, change in self._moved:
+            memory[where] = change.applied(full, scaling_coef)
+
+
+def changes_of(
+    inputs: EditInputs,
+    weighting: WeightingConfig,
+    *,
+    save_dtype: SaveType = "full",
+    quantised: Path | None = None,
+    device: torch.device | None = None,
+    threads: int | None = None,
+    chunk: int = CHUNK,
+) -> Changes:
+    """What an edit of any method does to θ_full, at any strength; see `write_edit`.
+
+    A retain vector is part of it in its configured proportion: Δ = W ⊙ τ − (β/α) (θ_r − θ₀).
+
+    Args:
+        quantised: the checkpoint that θ_full was before, if the edit stores it as that again.
+        device: where Δ is kept.
+    """
+    editor = open_edit(inputs, at_strength(weighting, 1.0), threads, chunk)
+    targets = [target for target in editor.targets if target.alias_of is None]
+    edited = replace(editor, targets=[target for target in targets if target.sources])
+    kept = {t.full.name: torch.empty(t.full.shape) for t in edited.targets}
+
+    def keep(target: Target, steps: Iterator[Step]) -> None:
+        values = kept[target.full.name].view(-1)
+        for step in steps:
+            delta = cast(Tensor, step.delta)
+            if not math.isfinite(square_norm(delta)):
+                step.refuse_infinite(torch.float32)
+            values[step.begin : step.begin + step.count] = delta
+
+    check_effect(edit_share(edited, keep, Own(None)), edited, inputs)
+    full, seed = open_index(inputs.full), weighting.weighting_seed
+    main, saved = stored_dtype(full.folder), save_type(save_dtype, full.folder)
+    codes = quantised_tensors(open_index(quantised)) if quantised else {}
+    found = {}
+    for target in targets:
+        name, dtype = target.full.name, target.full.dtype
+        if not is_float(target.full):
+            continue
+        dtype = saved if dtype == main else dtype
+        rounded: Callable[[Tensor], Tensor]
+        rounded = partial(round_as_stored, dtype=dtype, place=Place(seed, name))
+        if name in codes:
+            dtype, rounded = torch.float32, partial(codes[name].rounded, seed=seed)
+        delta = kept.pop(name).to(device) if name in kept else None
+        found[name] = Change(delta, dtype, rounded)
+    return Changes(full, found)
+
+
+# --- stored tensors in a model's memory -----------------------------------------------------------
+
+
+class _View(Tensor):
+    """A tensor that is not copied where a copy is asked for to have it in one piece."""
+
+    def contiguous(self, *_args: Any, **_named: Any) -> Tensor:
+        """Itself, so that it stays a view of the model's memory."""
+        return self
+
+
+def stored_places(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, tuple[Tensor, Any]]:
+    """Where the tensors of a checkpoint lie in the model that was loaded from it.
+
+    transformers fuses in memory what checkpoints store apart, or parts it. Its own rules, by which
+    it saves, are applied to views of the memory; where they mix the elements of several tensors,
+    these are moved together first, and their places sent through the rules.
+
+    Returns:
+        Stored name -> a tensor `t` and an index `i`: `t[i]` has the stored shape, and what is
+        assigned to it is in the model.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    held = model.state_dict()
+    views = revert_weight_conversion(model, {n: t.as_subclass(_View) for n, t in held.items()})
+    own = {tensor.data_ptr(): name for name, tensor in held.items()}
+    memory = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
+    seen = {view.untyped_storage().data_ptr() for view in views.values()}
+    places = {
+        name: (view.as_subclass(Tensor), ...)
+        for name, view in views.items()
+        if view.untyped_storage().data_ptr() in memory
+    }
+    mixed = [n for n in own.values() if held[n].untyped_storage().data_ptr() not in seen]
+    if mixed:
+        flat = torch.cat([held[name].flatten() for name in mixed])
+        parts = flat.split([held[name].numel() for name in mixed])
+        numbers = torch.arange(len(flat), device=flat.device).split([len(part) for part in parts])
+        for name, part in zip(mixed, parts, strict=True):
+            model.get_parameter(name).data = part.view(held[name].shape)
+        shaped = {n: k.view(held[n].shape) for n, k in zip(mixed, numbers, strict=True)}
+        places |= {n: (flat, k) for n, k in revert_weight_conversion(model, shaped).items()}
+    return {entry.name: place for n, place in places.items() if (entry := index.find(n))}
