@@ -372,7 +372,7 @@ def test_a_sidecar_must_be_whole(parts: Parts, tmp_path: Path, key: str) -> None
 def test_a_failed_solve_names_the_layer(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise DivergenceError("not positive definite")
 
     monkeypatch.setattr("perta.methods.directions.input_direction", fail)
