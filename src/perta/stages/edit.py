@@ -139,7 +139,7 @@ def edit_checkpoint(
     def make(folder: Path) -> Mapping[str, Any]:
         made: dict[str, Any] = {"done": method.done, "equation": method.equation}
         made |= as_part(part_of)
-        original = given.get("quantised")
+        original, seed = given.get("quantised"), config.weighting.weighting_seed
         if config.output_format == "checkpoint" and original is None:
             summary = edit(folder, cast(SaveType, config.save_dtype))
             _report_stored(summary.stored)
@@ -147,16 +147,14 @@ def edit_checkpoint(
         with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
             if original is not None:
                 summary = edit(whole, "full", quantised_tensors(open_index(original)))
-                stored = write_quantised(folder, original, whole, config.weighting.weighting_seed)
-                summary = _as_stored(folder, whole, summary, stored)
-                return {"edit": asdict(summary), **made}
-            summary = edit(whole, "float32")
-            if plan is not None:
-                stored = write_gguf(folder, plan, whole, config.weighting.weighting_seed)
-                summary = _as_stored(folder, whole, summary, stored)
-                return {"edit": asdict(summary), **made}
-            adapter = _write_adapter(config, folder, whole, given["full"])
-        return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
+                stored = write_quantised(folder, original, whole, seed)
+            else:
+                summary = edit(whole, "float32")
+                if plan is None:
+                    adapter = _write_adapter(config, folder, whole, given["full"])
+                    return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
+                stored = write_gguf(folder, plan, whole, seed)
+            return {"edit": asdict(_as_stored(folder, whole, summary, stored)), **made}
 
     run_stage("edit", config, settings, inputs, make, look=look)
     return config.output

@@ -16,28 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perta.data.batch import Encoded, seeded_sample
-from perta.data.examples import ExampleSet, load_examples
-from perta.data.tokens import EncodedSet, encode_examples
+from perta.data.examples import ExampleSet
+from perta.data.tokens import EncodedSet
 from perta.engine.train.optimizer import resumable
 from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
 from perta.models.facts import find_facts
 from perta.models.load import (
     load_model,
-    load_tokenizer,
     longest_input,
-    pad_id,
-    picked,
     round_weights,
     save_model,
     stored_dtype,
 )
-from perta.models.resolve import resolve_checkpoint
 from perta.options import LossOn, sample_count
 from perta.progress import warn
 from perta.stages.settings import FinetuneConfig
-from perta.stages.stage import run_stage
-from perta.store.fingerprint import fingerprint
-from perta.store.record import settings_of, stage_key
+from perta.stages.stage import read_subject
+from perta.store.record import stage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,18 +49,10 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     """
     loss_on = config.tune.loss_on or "answer"
     config = replace(config, tune=replace(config.tune, loss_on=loss_on))
-    base = resolve_checkpoint(config.base)
-    examples = load_examples(config.data, config.data_config)
-    tokenizer, longest = load_tokenizer(base), longest_input(base)
-    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
+    subject = read_subject("base", config)
+    base, encoded = subject.checkpoint, subject.encoded
     count = sample_count(config.samples, "samples", len(encoded))
-    settings = {**settings_of(config), **picked(config.compute)}
-
-    def look() -> dict[str, str]:
-        return {"base": fingerprint(base), "data": examples.fingerprint}
-
-    inputs = look()
-    key = stage_key("finetune", settings, inputs)
+    key = stage_key("finetune", subject.settings, subject.inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
         # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
@@ -76,9 +63,8 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
 
         learned, sources = encoded.encoded, None
         if config.tune.loss_on == "facts":
-            facts = find_facts(
-                examples, tokenizer, config.data_config, base=fresh[0], longest=longest
-            )
+            read = (subject.examples, subject.tokenizer, config.data_config)
+            facts = find_facts(*read, base=fresh[0], longest=longest_input(base))
             learned = tuple(fact.encoded for fact in facts)
             sources = Counter(fact.source for fact in facts)
         chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
@@ -86,20 +72,18 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             load,
             chosen.encoded,
             config.tune,
-            pad=pad_id(tokenizer),
+            pad=subject.pad,
             dtype=config.compute.dtype,
             resume=resume,
         )
         _warn_if_not_learned(tuned, chosen.encoded, config.data)
         if config.save_dtype == "base":
             round_weights(model, stored_dtype(base), config.tune.seed)
-        save_model(model, tokenizer, folder, base)
+        save_model(model, subject.tokenizer, folder, base)
         return _told(chosen, tuned, sources)
 
     with resumable(config.output, key, config.tune.save_every or 0) as resume:
-        run_stage(
-            "finetune", config, settings, inputs, make, look=look, reads=[base, examples.source]
-        )
+        subject.run("finetune", config, make)
     return config.output
 
 

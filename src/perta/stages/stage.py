@@ -19,13 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from perta.data.examples import load_examples
+from perta.data.examples import ExampleSet, load_examples
 from perta.data.tokens import EncodedSet, encode_examples
 from perta.errors import CheckpointError, OutputExistsError
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import reused, say
-from perta.stages.settings import ImportanceConfig, MomentsConfig
+from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import ADAPTER_CONFIG, matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
@@ -43,7 +43,7 @@ from perta.store.record import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _FileResults(dict[str, Any]):
@@ -150,22 +150,11 @@ def run_stage(
         OutputExistsError: the output is there, does not match, and must not be replaced.
     """
     wanted = _Wanted(stage, place, settings, inputs)
-    output, overwrite = place.output, place.overwrite
-    reads = [*reads, *wanted.named()]
-    check_separate(output, reads)
-    if _asking.get() is None:
-        recover(output)
-    if (finished := wanted.finished(output)) is not None:
-        _tell_reused(f"{stage}: {output} is up to date, reused")
+    if (finished := wanted.there(reads)) is not None:
         return finished
-    check_output(output, reads, overwrite=overwrite)
-    wanted.refuse_foreign()
-    if (finished := _taken_over(wanted)) is not None:
-        return finished
-    if _asking.get() is not None:
-        raise NotMadeError
     started = time.perf_counter()
-    with atomic_folder(output, overwrite=overwrite, private=stage in _PRIVATE) as partial:
+    is_private = stage in _PRIVATE
+    with atomic_folder(place.output, place.overwrite, private=is_private) as partial:
         more = dict(make(partial))
         wanted.check_unchanged(look)
         taken = time.perf_counter() - started
@@ -199,35 +188,17 @@ def run_file_stage(
     reads: Iterable[str | Path] = (),
 ) -> dict[str, Any]:
     """The same for a stage whose output is one JSON file with its manifest under `perta`."""
-    wanted = _Wanted(stage, place, settings, inputs)
-    output, overwrite = place.output, place.overwrite
-    reads = [*reads, *wanted.named()]
-    # A new file beside the weights is welcome, unless it would be read as a part of them.
-    check_separate(output, reads, within=not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl")))
-    if _asking.get() is None:
-        recover(output)
-    if wanted.is_file(output):
-        _tell_reused(f"{stage}: {output} is up to date, reused")
-        return _FileResults(json.loads(output.read_text("utf-8")))
-    check_output(output, reads, overwrite=overwrite, within=True)
-    wanted.refuse_foreign()
-    for other in _entries(f"*{output.suffix}"):
-        if wanted.is_file(other):
-            if _asking.get() is None:
-                with atomic_file(output, overwrite=overwrite, private=True) as partial:
-                    shutil.copyfile(other, partial)
-            _tell_reused(f"{stage}: {other} is what is needed, reused")
-            return _FileResults(json.loads(other.read_text("utf-8")))
-    if _asking.get() is not None:
-        raise NotMadeError
-    check_writable(output)
+    wanted = _Wanted(stage, place, settings, inputs, is_file=True)
+    if (finished := wanted.there(reads)) is not None:
+        return finished
+    check_writable(place.output)
     started = time.perf_counter()
     results = _FileResults(make())
     wanted.check_unchanged(look)
     taken = time.perf_counter() - started
     results["perta"] = wanted.manifest(taken, content=content_of_results(results))
     # The answers in it may be those that were to be forgotten.
-    with atomic_file(output, overwrite=overwrite, private=True) as partial:
+    with atomic_file(place.output, place.overwrite, private=True) as partial:
         # Strict JSON: a NaN would make the file unreadable to everyone else.
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False, default=str)
         partial.write_text(text + "\n", "utf-8")
@@ -243,31 +214,76 @@ class _Wanted:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
 
+    is_file: bool = False
+
     @cached_property
     def _key(self) -> str:
         return stage_key(self.stage, self.settings, self.inputs)
 
-    def named(self) -> Iterator[str]:
+    def there(self, reads: Iterable[str | Path]) -> dict[str, Any] | None:
+        """The finished output, one from elsewhere put in its place included; None without one."""
+        output, asked = self.place.output, _asking.get()
+        reads = [*reads, *self._named()]
+        # A new file beside the weights is welcome, unless it would be read as a part of them.
+        within = self.is_file and not matches(output.name, (*COUNTED, MANIFEST, "*.jsonl"))
+        check_separate(output, reads, within=within)
+        if asked is None:
+            recover(output)
+        if (finished := self._finished(output)) is not None:
+            _tell_reused(f"{self.stage}: {output} is up to date, reused")
+            return finished
+        check_output(output, reads, overwrite=self.place.overwrite, within=self.is_file)
+        self._refuse_foreign()
+        for other in self._others():
+            try:
+                if (finished := self._finished(other)) is None:
+                    continue
+                if asked is None:
+                    self._take(other)
+                else:
+                    asked[output] = other
+            except OSError:
+                continue  # it went while it was read, or is not ours to read
+            _tell_reused(f"{self.stage}: {other} is what is needed, reused")
+            return finished
+        if asked is not None:
+            raise NotMadeError
+        return None
+
+    def _named(self) -> Iterator[str]:
         """What the user gave as inputs: an adapter, where the stage reads what was made of it."""
         for name in self.inputs.keys() & self.settings.keys():
             given = self.settings[name]
             yield from map(str, given if isinstance(given, tuple | list) else [given])
 
-    def finished(self, folder: Path) -> dict[str, Any] | None:
-        """The manifest of an output made from these inputs and settings, its files untouched."""
-        manifest = read_manifest(folder) if folder.is_dir() else None
+    def _finished(self, place: Path) -> dict[str, Any] | None:
+        """Manifest or results of what was made from these inputs and settings, and not changed."""
+        is_there = place.is_file() if self.is_file else place.is_dir()
+        manifest = read_manifest(place) if is_there else None
         if manifest is None or manifest.get("key") != self._key:
             return None
-        return manifest if is_as_written(folder) else None
+        if not self.is_file:
+            return manifest if is_as_written(place) else None
+        results = _FileResults(json.loads(place.read_text("utf-8")))
+        return results if manifest.get("content") == content_of_results(results) else None
 
-    def is_file(self, file: Path) -> bool:
-        """Whether a file has the results of these inputs and settings, as they were written."""
-        record = read_manifest(file) if file.is_file() else None
-        if record is None or record.get("key") != self._key:
-            return False
-        return record.get("content") == content_of_results(json.loads(file.read_text("utf-8")))
+    def _others(self) -> Iterator[Path]:
+        """What lies in other folders and may be the same."""
+        pattern = f"*{self.place.output.suffix}" if self.is_file else f"*/{MANIFEST}"
+        for path in (p for folder in _beside.get() for p in sorted(folder.glob(pattern))):
+            yield path if self.is_file else path.parent
 
-    def refuse_foreign(self) -> None:
+    def _take(self, other: Path) -> None:
+        """Link a finished output to its place here, or copy it."""
+        output, overwrite = self.place.output, self.place.overwrite
+        if self.is_file:
+            with atomic_file(output, overwrite, private=True) as partial:
+                shutil.copyfile(other, partial)
+            return
+        with atomic_folder(output, overwrite) as partial:
+            shutil.copytree(other, partial, copy_function=_link, dirs_exist_ok=True)
+
+    def _refuse_foreign(self) -> None:
         """Stop before any work when the output is there and is not what would be made."""
         refuse_other(self.stage, self.place, self.settings, self.inputs)
         if self.place.output.exists() and not self.place.overwrite:
@@ -294,30 +310,6 @@ def _tell_reused(message: str) -> None:
     reused()
     if _asking.get() is None:
         say(message)
-
-
-def _entries(pattern: str) -> Iterator[Path]:
-    return (path for folder in _beside.get() for path in sorted(folder.glob(pattern)))
-
-
-def _taken_over(wanted: _Wanted) -> dict[str, Any] | None:
-    """Link a finished output from elsewhere to its place here; None where there is none."""
-    output = wanted.place.output
-    for record in _entries(f"*/{MANIFEST}"):
-        folder = record.parent
-        try:
-            if (finished := wanted.finished(folder)) is None:
-                continue
-            if (asked := _asking.get()) is not None:
-                asked[output] = folder
-            else:
-                with atomic_folder(output, overwrite=wanted.place.overwrite) as partial:
-                    shutil.copytree(folder, partial, copy_function=_link, dirs_exist_ok=True)
-        except OSError:
-            continue  # it went while it was read, or is not ours to read
-        _tell_reused(f"{wanted.stage}: {folder} is what is needed, reused")
-        return finished
-    return None
 
 
 def _link(source: str, target: str) -> None:
@@ -376,10 +368,36 @@ class Subject:
     """What is measured on what; `settings` has the device and type that were picked."""
 
     checkpoint: Path
+    examples: ExampleSet
+    tokenizer: PreTrainedTokenizerBase
     encoded: EncodedSet
-    pad: int
     settings: Mapping[str, Any]
     inputs: Mapping[str, str]
+    look: Callable[[], Mapping[str, str]]
+
+    @property
+    def pad(self) -> int:
+        """Padding token."""
+        return pad_id(self.tokenizer)
+
+    def run(self, stage: str, place: Place, make: Make) -> None:
+        """`run_stage` of it."""
+        reads: tuple[str | Path, ...] = (self.checkpoint, self.examples.source)
+        run_stage(stage, place, self.settings, self.inputs, make, look=self.look, reads=reads)
+
+
+def read_subject(name: str, config: ImportanceConfig | MomentsConfig | FinetuneConfig) -> Subject:
+    """Check the checkpoint, the option `name`, and the data that a stage works on."""
+    checkpoint = resolve_checkpoint(getattr(config, name))
+    examples = load_examples(config.data, config.data_config)
+    tokenizer, longest = load_tokenizer(checkpoint), longest_input(checkpoint)
+    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
+
+    def look() -> dict[str, str]:
+        return {name: fingerprint(checkpoint), "data": examples.fingerprint}
+
+    settings = {**settings_of(config), **picked(config.compute)}
+    return Subject(checkpoint, examples, tokenizer, encoded, settings, look(), look)
 
 
 def run_measurement(
@@ -391,22 +409,11 @@ def run_measurement(
 
     The model is loaded for `measure` alone: a reused output costs no model.
     """
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    examples = load_examples(config.data, config.data_config)
-    tokenizer = load_tokenizer(checkpoint)
-    longest = longest_input(checkpoint)
-    encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
-    settings = {**settings_of(config), **picked(config.compute)}
-
-    def look() -> dict[str, str]:
-        return {"checkpoint": fingerprint(checkpoint), "data": examples.fingerprint}
-
-    inputs = look()
-    subject = Subject(checkpoint, encoded, pad_id(tokenizer), settings, inputs)
+    subject = read_subject("checkpoint", config)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        results = measure(load_model(checkpoint, config.compute), subject, folder)
-        return {**results, "skipped_rows": list(encoded.skipped)}
+        results = measure(load_model(subject.checkpoint, config.compute), subject, folder)
+        return {**results, "skipped_rows": list(subject.encoded.skipped)}
 
-    run_stage(stage, config, settings, inputs, make, look=look, reads=[checkpoint, examples.source])
+    subject.run(stage, config, make)
     return config.output
