@@ -198,10 +198,9 @@ def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[s
     forget_file, retain_file = f"{_SLICED}_perturbed.jsonl", "retain_perturbed.jsonl"
     count = config.forget_rows
     rows = _rows(folder / forget_file)
+    kept, first = _rows(folder / retain_file), config.retain_rows * seed
     forget = _slice(rows, -count * (seed + 1), count, forget_file)
-    retain = _slice(
-        _rows(folder / retain_file), config.retain_rows * seed, config.retain_rows, retain_file
-    )
+    retain = _slice(kept, first, config.retain_rows, retain_file)
     suite = {
         forget_file: forget,
         retain_file: _unseen(retain),

@@ -64,7 +64,10 @@ class Bench:
         )
         # What the search asks for again and again: without the wrong answers.
         self._bare_facts = [replace(fact, wrong=()) for fact in self._facts["forget"]]
-        self._general = self.encode(_general_text(draw.folder), _plain())
+        plain = DataConfig(format="text", max_length=TEXT_TOKENS)
+        texts = ({"text": text} for text in general_texts())
+        file = write_jsonl(texts, draw.folder / "data" / "general.jsonl")
+        self._general = self.encode(load_examples(file, plain), plain)
 
     def encode(
         self, examples: ExampleSet, data_config: DataConfig | None = None
@@ -104,7 +107,7 @@ class Bench:
             self.model,
             self._tokenizer,
             wanted,
-            self._scoring,
+            ScoringConfig(generate=False),
             self._config.data_config,
             facts=self._facts,
             batch_size=self._batch,
@@ -176,10 +179,6 @@ class Bench:
     def _batch(self) -> int:
         return self._config.compute.batch(16)
 
-    @property
-    def _scoring(self) -> ScoringConfig:
-        return ScoringConfig(generate=False)
-
 
 def relearning_rate(config: CompareConfig) -> float:
     """Learning rate at which a model is shown some forget rows again."""
@@ -196,15 +195,6 @@ def means(results: Mapping[str, Any]) -> dict[str, float]:
         for name, value in results.items()
         if name.partition("_")[2] in MEASURES
     }
-
-
-def _plain() -> DataConfig:
-    return DataConfig(format="text", max_length=TEXT_TOKENS)
-
-
-def _general_text(folder: Path) -> ExampleSet:
-    rows = ({"text": text} for text in general_texts())
-    return load_examples(write_jsonl(rows, folder / "data" / "general.jsonl"), _plain())
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def prepare_path(
         path = TrainingPath(rate, [start], folder, stack.close, dtype, places)
         # The first path runs to its end, which is what the method does by default.
         stop_at = target if attempt > 1 else 0.0
-        is_too_fast = not _train(path, draw, _replace_rate(spec, rate), bench, stop_at)
+        is_too_fast = not _train(path, draw, spec, bench, stop_at)
         if attempt == 1 and not is_too_fast:
             fixed = {"strength": path.default, **means(bench.measure())}
         if not is_too_fast and (best is None or path.rank(target) < best.rank(target)):
@@ -202,7 +202,7 @@ def _train(
             bench.model,
             bench.encode(bench.sets["forget"]),
             bench.encode(bench.sets["protected"]),
-            replace(spec.training, seed=draw.seed),
+            replace(spec.training, seed=draw.seed, learning_rate=path.learning_rate),
             method=spec.method,
             pad=bench.pad,
             dtype=bench.dtype,
@@ -215,8 +215,3 @@ def _train(
     finally:
         path.seconds["train"] = time.perf_counter() - started
     return True
-
-
-def _replace_rate(spec: TrainingSpec, rate: float) -> TrainingSpec:
-    """The same contender with another learning rate."""
-    return replace(spec, training=replace(spec.training, learning_rate=rate))

@@ -150,24 +150,20 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
             edit[key] = tuple(str(edit[key]).split("|"))
     given = WeightingConfig(method=str(method), **edit)
     refuse_unused(given)
-    weighting = with_defaults(given)
-    share = float(settings.get("share", 1.0))
-    tokens, at = settings.get("tokens", MomentOptions.tokens), settings.get("at")
-    for key, choice, literal in (("tokens", tokens, Tokens), ("at", at, At)):
-        if choice not in get_args(literal) and (key in settings or choice is not None):
-            wanted = " or ".join(get_args(literal))
-            raise ConfigError(f"`{text}`: {key} is {choice}; it must be {wanted}.")
-    get_method(name).check_place(at)
-    general = settings.get("general", False)
-    if not isinstance(general, bool):
-        raise ConfigError(f"`{text}`: general is {general}; it must be true or false.")
-    if general and not method.needs.moments:
+    method.check_place(at := settings.get("at"))
+    tokens, general = settings.get("tokens", MomentOptions.tokens), settings.get("general", False)
+    share, seeds = float(settings.get("share", 1.0)), int(settings.get("forget_seeds", 0))
+    adds = general is True
+    is_share = 0 <= share <= 1 and (share > 0 or adds)
+    for key, value, fits, wanted in (
+        ("tokens", tokens, tokens in get_args(Tokens), "all or answer"),
+        ("at", at, at in get_args(At), "base or full"),
+        ("general", general, isinstance(general, bool), "true or false"),
+        ("forget_seeds", seeds, seeds >= 1, "at least 1"),
+        ("share", f"{share:g}", is_share, "in (0, 1], or 0 with general=true"),
+    ):
+        if key in settings and not fits:
+            raise ConfigError(f"`{text}`: {key} is {value}; it must be {wanted}.")
+    if adds and not method.needs.moments:
         raise ConfigError(f"`{text}`: general adds moments, and `{name}` uses none.")
-    seeds = int(settings.get("forget_seeds", 0))
-    if "forget_seeds" in settings and seeds < 1:
-        raise ConfigError(f"`{text}`: forget_seeds is {seeds}; it must be at least 1.")
-    if not 0 <= share <= 1 or (share == 0 and not general):
-        raise ConfigError(
-            f"`{text}`: share is {share:g}; it must be in (0, 1], or 0 with general=true."
-        )
-    return EditSpec(text, weighting, tokens, at, share, general, seeds)
+    return EditSpec(text, with_defaults(given), tokens, at, share, adds, seeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
 
     `seeds` is how many reached the view's condition, out of how many.
     """
-    rows = []
-    for method, found in _by_method(seed_rows(records, view)).items():
-        row = {"method": method, "seeds": "/".join(map(str, _reached(records, method, view)))}
-        rows.append(row | {name: spread(values) for name, values in _collected(found).items()})
-    return rows
+    return [
+        {"method": method, "seeds": f"{reached}/{seeds}"}
+        | {name: spread(values) for name, values in found.items()}
+        for method, reached, seeds, found in _by_method(records, view)
+    ]
 
 
 def seed_rows(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
@@ -93,47 +93,37 @@ def seed_rows(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
         for record in records
         if record["method"] == "retrained"
     }
+    methods = list(dict.fromkeys(record["method"] for record in records))
     return [
         {"method": r["method"], "seed": r["seed"], **_values(r, view, retraining)}
-        for r in sorted(records, key=_order(records))
+        for r in sorted(records, key=lambda record: methods.index(record["method"]))
         if view in r
     ]
 
 
-def _order(records: Sequence[Record]) -> Callable[[Record], int]:
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    return lambda record: methods.index(record["method"])
+def _by_method(
+    records: Sequence[Record], view: str
+) -> Iterator[tuple[str, int, int, dict[str, list[float]]]]:
+    """Of each method how many seeds reached the view, of how many, and of each column its values.
 
-
-def _reached(records: Sequence[Record], method: str, view: str) -> tuple[int, int]:
-    """How many seeds reached the view's condition, and out of how many."""
-    mine = [record for record in records if record["method"] == method]
-    reached = sum(view in r and (view != "equal" or r.get("reached", False)) for r in mine)
-    return reached, len(mine)
-
-
-def _by_method(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    Columns without any are left out.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in seed_rows(records, view):
         found.setdefault(row["method"], []).append(row)
-    return found
-
-
-def _collected(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Of each column that has any, its values over seeds."""
-    columns = {
-        name: [row[name] for row in rows if row.get(name) is not None] for name in _columns(rows)
-    }
-    return {name: values for name, values in columns.items() if values}
+    for method, rows in found.items():
+        mine = [record for record in records if record["method"] == method]
+        reached = sum(view in r and (view != "equal" or r.get("reached", False)) for r in mine)
+        columns = {n: [row[n] for row in rows if row.get(n) is not None] for n in _columns(rows)}
+        yield method, reached, len(mine), {n: values for n, values in columns.items() if values}
 
 
 def _numbers(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
     """One row per method with the mean, standard deviation and number of seeds of each column."""
     rows = []
-    for method, found in _by_method(seed_rows(records, view)).items():
-        reached, seeds = _reached(records, method, view)
+    for method, reached, seeds, found in _by_method(records, view):
         row: dict[str, Any] = {"method": method, "reached": reached, "seeds": seeds}
-        for name, values in _collected(found).items():
+        for name, values in found.items():
             row[name] = statistics.fmean(values)
             row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
             row[f"{name}_n"] = len(values)
@@ -187,18 +177,19 @@ def write_summary(records: Sequence[Record], folder: Path, *, shows: bool = True
 def _values(
     record: Record, view: str, retraining: Mapping[int, float]
 ) -> Mapping[str, float | None]:
-    whole = retraining.get(record["seed"])
-    cost = costs_of(record, {})
-    passes = cost.operations
-    suite = record.get("suite", {}) if view == "equal" else {}
-    ability = record.get("ability", {}) if view == "equal" else {}
+    whole, cost = retraining.get(record["seed"]), costs_of(record, {})
+    apart = {
+        f"{part}_{name}": value
+        for part in ("suite", "ability")
+        if view == "equal"
+        for name, value in record.get(part, {}).items()
+    }
     return {
         **record[view],
-        **{f"suite_{name}": value for name, value in suite.items()},
-        **{f"{_ABILITY}{name}": value for name, value in ability.items()},
+        **apart,
         "seconds": cost.total or None,
-        "passes": passes or None,
-        "share": passes / whole if whole and passes else None,
+        "passes": cost.operations or None,
+        "share": cost.operations / whole if whole and cost.operations else None,
         "tries": len(record["tries"]) if "tries" in record else None,
         "attempts": record.get("attempts"),
         "learning_rate": record.get("learning_rate"),

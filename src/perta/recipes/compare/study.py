@@ -188,19 +188,17 @@ class _Seed:
 
     def run(self, specs: Sequence[_AnySpec]) -> list[Record]:
         # The retrained model first: it is what the others are measured against.
-        for name in ("retrained", "base", "full"):
-            self._references[name] = self._finished(name) or self._reference(name)
         references = self._references
+        for name in ("retrained", "base", "full"):
+            references[name] = self._finished(name) or self._reference(name)
         for name in references:
-            references[name] = self._extended(name, references[name])
+            references[name] = self._extended(name, None, references[name])
         records = [references[name] for name in _REFERENCES]
         for spec in specs:
-            made = self._finished(spec.slug, spec)
-            if isinstance(spec, GivenSpec):
-                record = made or self._given(spec)
-            else:
-                record = made or self._contender(spec)
-            records.append(self._extended(spec, record))
+            record = self._finished(spec.slug, spec)
+            if record is None:
+                record = self._given(spec) if isinstance(spec, GivenSpec) else self._contender(spec)
+            records.append(self._extended(spec.slug, spec, record))
         return records
 
     def ask(self, specs: Sequence[_AnySpec], asked: Asked) -> None:
@@ -215,7 +213,8 @@ class _Seed:
 
     def _is_there(self, name: str, spec: _AnySpec | None = None) -> bool:
         try:
-            return self._finished(name, spec) is not None
+            record = self._finished(name, spec)
+            return record is not None and not self._lacking(name, record)
         except CheckpointError:
             return False  # a model that it stands on is not there
 
@@ -243,21 +242,15 @@ class _Seed:
         return self._bench
 
     def _reference(self, name: str) -> Record:
-        bench, folder = self._open(), self._folder(name)
-        bench.load(bench.weights(folder))
-        made = read_manifest(folder) if name != "base" else None
+        self._open().load(self._open().weights(self._folder(name)))
+        made = read_manifest(self._folder(name)) if name != "base" else None
         cost = {
             "seconds": {"finetune": seconds_of(made)} if made else {},
             "passes": {"finetune": passes_of(made)} if made else {},
         }
-        results = bench.measure()
-        self._write_results(name, results, cost, role=name)
-        at = {**self._measures(results), **bench.elsewhere()}
-        relearned = None
-        if self._config.relearn_steps:
-            relearned = bench.relearned()
-            at |= self._after(relearned)
-        rows = {"relearned_facts": list(relearned.fact)} if relearned else {}
+        measured, after = self._as_it_is(name, cost, role=name)
+        rows = {"relearned_facts": list(after.fact)} if after else {}
+        at = measured | (self._after(after) if after else {})
         return self._save(name, None, {"equal": at, "reached": True, **rows, **cost})
 
     def _given(self, spec: GivenSpec) -> Record:
@@ -265,15 +258,20 @@ class _Seed:
         say(f"── {spec.name}, seed {self._draw.seed}")
         bench = self._open()
         bench.load(self._given_weights(spec))
-        distance = abs(bench.known() - self._known()[1])
-        results = bench.measure()
-        self._write_results(spec.slug, results, {}, role="edited", method=spec.name)
-        measured = {**self._measures(results), **bench.elsewhere()}
-        at = dict(measured)
-        if self._config.relearn_steps:
-            at |= self._after(bench.relearned())
-        reached = distance <= self._config.equal_tolerance
+        reached = abs(bench.known() - self._known()[1]) <= self._config.equal_tolerance
+        measured, after = self._as_it_is(spec.slug, {}, role="edited", method=spec.name)
+        at = measured | (self._after(after) if after else {})
         return self._save(spec.slug, spec, {"equal": at, "fixed": measured, "reached": reached})
+
+    def _as_it_is(
+        self, name: str, cost: Mapping[str, Any], **settings: Any
+    ) -> tuple[dict[str, float], Knowledge | None]:
+        """Columns of the loaded model, and what it knows once it was shown rows again."""
+        bench = self._open()
+        results = bench.measure()
+        self._write_results(name, results, cost, **settings)
+        measured = {**self._measures(results), **bench.elsewhere()}
+        return measured, bench.relearned() if self._config.relearn_steps else None
 
     def _given_weights(self, spec: GivenSpec) -> list[Tensor]:
         folder = resolve_checkpoint(spec.at(self._draw.seed))
@@ -364,27 +362,36 @@ class _Seed:
         gold = self._references.get("retrained", {}).get("relearned_facts", relearned.fact)
         return {"relearned": mean(relearned.answer), **relearned.columns("relearned", gold)}
 
-    def _extended(self, of: str | _AnySpec, record: Record) -> Record:
+    def _lacking(self, name: str, record: Record) -> dict[str, Any]:
+        """What was asked for beyond the quick measures and is not there: how it is asked for."""
+        config, reference = self._config, self._results_file("suite", "retrained")
+        has_reference = name != "retrained" and reference.is_file()
+        wanted: dict[str, Any] = {}
+        if config.suite:  # the others' depend on the retrained model's
+            read = fingerprint(reference) if has_reference else None
+            wanted["suite_of"] = {"limit": config.suite_limit, "reference": read}
+        if config.ability_tasks:
+            how = [str(config.ability_path), config.ability_limit]
+            wanted["ability_of"] = [*how, *sorted(config.ability_tasks)]
+        return {of: asked for of, asked in wanted.items() if record.get(of) != asked}
+
+    def _extended(self, name: str, spec: _AnySpec | None, record: Record) -> Record:
         """Add what was asked for beyond the quick measures, at equal forgetting, once."""
-        config = self._config
-        wanted = {"limit": config.suite_limit, "reference": self._suite_reference(of)}
-        wants_suite = config.suite and record.get("suite_of") != wanted
-        asked = [str(config.ability_path), config.ability_limit, *sorted(config.ability_tasks)]
-        wants_ability = bool(config.ability_tasks) and record.get("ability_of") != asked
-        if not wants_suite and not wants_ability:
+        lacking, more = self._lacking(name, record), dict[str, Any]()
+        if not lacking:
             return record
-        bench, spec = self._open(), None if isinstance(of, str) else of
+        bench = self._open()
         if isinstance(spec, GivenSpec):
             bench.load(self._given_weights(spec))
         elif spec:
             self._prepare(spec).put(bench, self._full, record["equal"]["strength"])
         else:
-            bench.load(bench.weights(self._folder(str(of))))
-        name, more = spec.slug if spec else str(of), dict[str, Any]()
-        if wants_suite:
-            more |= {"suite": self._suite(name, bench), "suite_of": wanted}
-        if wants_ability:
-            more |= {"ability": bench.ability(config.ability_tasks), "ability_of": asked}
+            bench.load(bench.weights(self._folder(name)))
+        for of, asked in lacking.items():
+            if of == "suite_of":
+                more |= {"suite": self._suite(name, bench), of: asked}
+            else:
+                more |= {"ability": bench.ability(self._config.ability_tasks), of: asked}
         return self._save(name, spec, {**record, **more})
 
     def _suite(self, name: str, bench: Bench) -> dict[str, float | None]:
@@ -394,11 +401,6 @@ class _Seed:
         results = bench.suite(read_results(reference) if name != "retrained" else None)
         write_text(self._results_file("suite", name), results_json(results))
         return {key: value["agg_value"] for key, value in results.items()}
-
-    def _suite_reference(self, of: str | _AnySpec) -> str | None:
-        """Content of the retrained model's results, which the others' depend on."""
-        file = self._results_file("suite", "retrained")
-        return None if of == "retrained" or not file.is_file() else fingerprint(file)
 
     def _prepare(self, spec: EditSpec | TrainingSpec) -> _Contender:
         """What a method needs to be at any strength; kept until another method's turn."""
