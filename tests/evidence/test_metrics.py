@@ -79,8 +79,8 @@ def test_golden_truth_ratio(model: str) -> None:
         ratios = [metrics.truth_ratio([a], b) for a, b in zip(correct, wrong, strict=True)]
         for ratio, published in zip(ratios, column(log[key]), strict=True):
             assert close(ratio, published)
-        aggregate = metrics.forget_truth_ratio if group == "forget" else metrics.utility_truth_ratio
-        assert close(aggregate(ratios), log[key]["agg_value"])
+        form = metrics.symmetric if group == "forget" else metrics.margin
+        assert close(metrics.mean([form(t) for t in ratios]), log[key]["agg_value"])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -124,14 +124,13 @@ def test_golden_rouge(model: str) -> None:
         for row in log[f"{group}_Q_A_ROUGE"]["value_by_index"].values():
             scores = metrics.rouge(row["ground_truth"], row["generation"])
             for key in ("rouge1_recall", "rougeL_f1", "rougeL_recall"):
-                assert close(getattr(scores, key), row[key])
+                assert close(scores[key], row[key])
 
 
 # --- hand-worked values ---------------------------------------------------------------------
 
 
-def test_probability() -> None:
-    assert metrics.probability(math.log(4)) == pytest.approx(0.25)
+def test_normalised_probability() -> None:
     assert metrics.normalised_probability(0.2, [0.1, 0.1]) == pytest.approx(0.5, abs=1e-9)
 
 
@@ -142,17 +141,17 @@ def test_truth_ratio_averages_losses_before_exp() -> None:
 
 
 def test_truth_ratio_aggregates() -> None:
-    assert metrics.forget_truth_ratio([0.5, 2.0, 1.0]) == pytest.approx(2 / 3, abs=1e-9)
-    assert metrics.utility_truth_ratio([0.5, 2.0, 1.0]) == pytest.approx(0.5 / 3)
+    assert [metrics.symmetric(t) for t in (0.5, 2.0, 1.0)] == pytest.approx([0.5, 0.5, 1.0])
+    assert [metrics.margin(t) for t in (0.5, 2.0, 1.0)] == [0.5, 0.0, 0.0]
 
 
 def test_rouge_recall_stems_and_follows_order() -> None:
     # Longest common subsequence "the cat sat": 3 of 4 reference words, 3 of 5 generated.
     scores = metrics.rouge("the cats sat down", "sat the cat sat there")
-    assert scores.rougeL_recall == pytest.approx(3 / 4)
-    assert scores.rougeL_f1 == pytest.approx(2 * 0.75 * 0.6 / 1.35)
-    assert scores.rouge1_recall == pytest.approx(3 / 4)
-    assert metrics.rouge("word", "").rougeL_recall == 0
+    assert scores["rougeL_recall"] == pytest.approx(3 / 4)
+    assert scores["rougeL_f1"] == pytest.approx(2 * 0.75 * 0.6 / 1.35)
+    assert scores["rouge1_recall"] == pytest.approx(3 / 4)
+    assert metrics.rouge("word", "")["rougeL_recall"] == 0
 
 
 @pytest.mark.parametrize(
@@ -167,16 +166,16 @@ def test_rouge_recall_stems_and_follows_order() -> None:
     ],
 )
 def test_rouge_of_any_script(text: str) -> None:
-    same = metrics.rouge(text, text, any_script=True)
-    assert (same.rougeL_recall, same.rougeL_f1, same.rouge1_recall) == (1, 1, 1)
-    assert metrics.rouge(text, "somewhere else", any_script=True).rougeL_recall == 0
-    assert metrics.rouge(text, text).rougeL_recall == 0  # the published tokenizer
+    same = {"rougeL_recall": 1, "rougeL_f1": 1, "rouge1_recall": 1}
+    assert metrics.rouge(text, text, any_script=True) == same
+    assert metrics.rouge(text, "somewhere else", any_script=True)["rougeL_recall"] == 0
+    assert metrics.rouge(text, text)["rougeL_recall"] == 0  # the published tokenizer
 
 
 def test_rouge_of_any_script_by_hand() -> None:
     # Three of four words in order; four of five characters.
-    assert metrics.rouge("Боб живёт в Риме", "Боб в РИМЕ", any_script=True).rougeL_recall == 0.75
-    assert metrics.rouge("安娜是厨师", "安娜厨师", any_script=True).rougeL_recall == 0.8
+    assert metrics.rouge("Боб живёт в Риме", "Боб в РИМЕ", any_script=True)["rougeL_recall"] == 0.75
+    assert metrics.rouge("安娜是厨师", "安娜厨师", any_script=True)["rougeL_recall"] == 0.8
     # Where the published tokenizer knows every letter the two agree.
     texts = ("The bakers' 2 cats-and-dogs sat, running.", "A baker sat: 2 cats run and dogs")
     assert metrics.rouge(*texts, any_script=True) == metrics.rouge(*texts)

@@ -122,7 +122,7 @@ def test_generated_answers_are_the_librarys(tmp_path: Path) -> None:
         text = decode(tokenizer, tokens)
         row = results["retain_Q_A_ROUGE"]["value_by_index"][str(i)]
         assert row["generation"] == text
-        assert row["rougeL_recall"] == metrics.rouge(example.answer, text).rougeL_recall
+        assert row["rougeL_recall"] == metrics.rouge(example.answer, text)["rougeL_recall"]
 
 
 def test_gradient_norms_equal_a_backward_pass(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Generic, Self, TypeVar, get_type_hints
 
@@ -278,7 +278,7 @@ def run_with_journal(
         def done(place: int, outcome: Outcome) -> None:
             for score in outcome.scores:
                 require_finite(score, names[place])
-            journal.put(names[place], outcome.as_json())
+            journal.put(names[place], asdict(outcome))
             advance(1)
 
         run_in_modes(model, [items[name] for name in names], options, done)

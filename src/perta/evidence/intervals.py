@@ -63,7 +63,9 @@ def mean_interval(
     values: Sequence[float], lowest: float = 0.0, highest: float = 1.0, groups: Groups = None
 ) -> Interval:
     """Mean of bounded values with its interval; without groups they are independent."""
-    found = _interval_of_draws(np.asarray(values, dtype=np.float64), lowest, highest)
+    array = np.asarray(values, dtype=np.float64)
+    low, high = bounded_means(array, lowest, highest)
+    found = quantile_interval(float(array.mean()), low, high, len(array))
     return _widened(found, student_interval(values, groups) if groups is not None else None)
 
 
@@ -80,13 +82,7 @@ def difference_interval(
     value = float(np.mean(values)) - float(np.mean(others))
     n = min(len(values), len(others))
     found = quantile_interval(value, low - other_high, high - other_low, n)
-    sides = [
-        student_interval(side, group)
-        for side, group in zip((values, others), groups, strict=True)
-        if group is not None
-    ]
-    parts = [(side.high - side.low) / 2 for side in sides if side is not None]
-    half = math.hypot(*parts) if parts else 0.0
+    half = _half_width((values, others), groups)
     return _widened(found, Interval(value, value - half, value + half, n))
 
 
@@ -99,24 +95,16 @@ def pairs_interval(
     to Student's from the means of each side (DeLong's variance, by group).
 
     Args:
-        pairs: (n, m) values, n of the one set and m of the other.
-        lowest: the smallest that a value can be.
-        highest: the largest.
+        pairs: (n, m) values from `lowest` to `highest`, n of the one set and m of the other.
         groups: group of each of the n, and of each of the m.
     """
     n, m = pairs.shape
-    left, right = random_weights(n, 0)[:, :-1], random_weights(m, 1)[:, :-1]
+    left, right = _random_weights(n, 0)[:, :-1], _random_weights(m, 1)[:, :-1]
     draws = np.einsum("bi,ij,bj->b", left, pairs, right, optimize=True)
     rest = 1 - left.sum(axis=1) * right.sum(axis=1)
     value = float(pairs.mean())
     found = quantile_interval(value, draws + rest * lowest, draws + rest * highest, min(n, m))
-    means = (pairs.mean(axis=1), pairs.mean(axis=0))
-    sides = [
-        student_interval(side.tolist(), group)
-        for side, group in zip(means, groups, strict=True)
-        if group is not None
-    ]
-    half = math.hypot(*((side.high - side.low) / 2 for side in sides if side is not None), 0.0)
+    half = _half_width((pairs.mean(axis=1).tolist(), pairs.mean(axis=0).tolist()), groups)
     low, high = max(lowest, value - half), min(highest, value + half)
     return _widened(found, Interval(value, low, high, min(n, m)))
 
@@ -139,10 +127,16 @@ def student_interval(values: Sequence[float], groups: Groups = None) -> Interval
     return Interval(mean, mean - half, mean + half, len(array))
 
 
-def _interval_of_draws(values: Array, lowest: float, highest: float) -> Interval:
-    """Mean of independent bounded values with its interval."""
-    low, high = bounded_means(values, lowest, highest)
-    return quantile_interval(float(values.mean()), low, high, len(values))
+def _half_width(
+    columns: tuple[Sequence[float], Sequence[float]], groups: tuple[Groups, Groups]
+) -> float:
+    """Half of Student's interval of a sum of two separate means, of those that have groups."""
+    sides = [
+        student_interval(column, group)
+        for column, group in zip(columns, groups, strict=True)
+        if group is not None
+    ]
+    return math.hypot(*((side.high - side.low) / 2 for side in sides if side), 0.0)
 
 
 def quantile_interval(value: float, low: Array, high: Array, n: int) -> Interval:
@@ -162,7 +156,7 @@ def bounded_means(
     """Means of (n,) values under random weights, with one more at either bound: two (DRAWS,)."""
     n = len(values)
     if _DRAWS * (n + 1) <= _CACHED:
-        weights = random_weights(n, seed)
+        weights = _random_weights(n, seed)
         means, rest = weights[:, :n] @ values, weights[:, n]
     else:
         generator = np.random.default_rng(seed)
@@ -177,7 +171,7 @@ def bounded_means(
 
 
 @lru_cache(maxsize=8)
-def random_weights(n: int, seed: int) -> Array:
+def _random_weights(n: int, seed: int) -> Array:
     """Weights of n values and of the one at the bound, (DRAWS, n + 1); rows add up to 1."""
     weights = np.random.default_rng(seed).standard_exponential((_DRAWS, n + 1))
     weights /= weights.sum(axis=1, keepdims=True)

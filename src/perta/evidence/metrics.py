@@ -13,7 +13,6 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,20 +27,6 @@ if TYPE_CHECKING:
 _EPSILON = 1e-10  # added to denominators by the published definitions; kept for equal numbers
 _DEPTH_GAP = 0.05  # nats by which a layer's states have to matter, to count in the depth score
 _MIN_K_SHARE = 0.4  # share of the least likely tokens that Min-K and Min-K++ average
-
-
-@dataclass(frozen=True)
-class _Rouge:
-    """Word overlap of a generated text with its reference, each in [0, 1]."""
-
-    rouge1_recall: float
-    rougeL_f1: float  # noqa: N815 - the key of published logs
-    rougeL_recall: float  # noqa: N815
-
-
-def probability(loss: float) -> float:
-    """Answer probability, the geometric mean over its tokens; loss in nats: exp(-loss)."""
-    return math.exp(-loss)
 
 
 def normalised_probability(correct: float, wrong: Sequence[float]) -> float:
@@ -59,35 +44,29 @@ def truth_ratio(correct_losses: Sequence[float], wrong_losses: Sequence[float]) 
     return math.exp(-mean(wrong_losses)) / (math.exp(-mean(correct_losses)) + _EPSILON)
 
 
-def forget_truth_ratio(ratios: Sequence[float]) -> float:
-    """Mean of min(t, 1/t): 1 when right and wrong answers are equally likely."""
-    return mean([symmetric(t) for t in ratios])
-
-
-def utility_truth_ratio(ratios: Sequence[float]) -> float:
-    """Mean of max(0, 1 - t): 1 when wrong answers are never likely."""
-    return mean([margin(t) for t in ratios])
-
-
 def symmetric(ratio: float) -> float:
-    """min(t, 1/t) of a truth ratio."""
+    """min(t, 1/t) of a truth ratio: 1 when right and wrong answers are equally likely."""
     return min(ratio, 1 / (ratio + _EPSILON))
 
 
 def margin(ratio: float) -> float:
-    """max(0, 1 - t) of a truth ratio."""
+    """max(0, 1 - t) of a truth ratio: 1 when wrong answers are never likely."""
     return max(0.0, 1 - ratio)
 
 
-def rouge(reference: str, generation: str, *, any_script: bool = False) -> _Rouge:
-    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter).
+def rouge(reference: str, generation: str, *, any_script: bool = False) -> dict[str, float]:
+    """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter), as logs name them.
 
     Args:
         any_script: take words as `data.words.stems` does, by which English scores as published. The
             published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
     """
     scores = _rouge_scorer(any_script).score(reference, generation)
-    return _Rouge(scores["rouge1"].recall, scores["rougeL"].fmeasure, scores["rougeL"].recall)
+    return {
+        "rouge1_recall": scores["rouge1"].recall,
+        "rougeL_f1": scores["rougeL"].fmeasure,
+        "rougeL_recall": scores["rougeL"].recall,
+    }
 
 
 def exact_memorization(correct: Sequence[bool]) -> float | None:
@@ -174,12 +153,7 @@ def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
 
     1 means the forget set is strongly memorised, 0.5 that it looks like unseen data.
     """
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.concatenate([np.asarray(holdout), np.asarray(forget)]))
-    n = len(holdout)
-    above = float(ranks[:n].sum()) - n * (n + 1) / 2
-    return above / (n * len(forget))
+    return float(wins(np.asarray(forget), np.asarray(holdout)).mean())
 
 
 def wins(forget: NDArray[np.float64], holdout: NDArray[np.float64]) -> NDArray[np.float64]:

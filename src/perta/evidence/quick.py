@@ -8,7 +8,7 @@ of every example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,12 +18,17 @@ from perta.data.tokens import encode_examples, encode_prompt
 from perta.evidence.results import Results, decode, require_finite, rouge_row, table
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, end_tokens, run_items
+from perta.evidence.scoring.items import (
+    Done,
+    Item,
+    Outcome,
+    ScoringOptions,
+    end_tokens,
+    run_items,
+)
 from perta.models.facts import SAMPLES, Fact, fact_score, find_facts, hit_probability, subjects
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig, ScoringConfig
-
-Progress = Callable[[], object]  # called once per finished example
 
 
 def quick_evaluation(
@@ -32,7 +37,7 @@ def quick_evaluation(
     sets: Mapping[str, ExampleSet],
     scoring: ScoringConfig | None = None,
     data_config: DataConfig | None = None,
-    progress: Progress | None = None,
+    done: Done | None = None,
     *,
     facts: Mapping[str, Sequence[Fact]] | None = None,
     batch_size: int = 16,
@@ -40,6 +45,7 @@ def quick_evaluation(
     """Evaluate a model on named sets.
 
     Args:
+        done: called with every finished row, see `run_items`.
         facts: name -> facts of the set; without it what the rows tell.
 
     Returns:
@@ -66,7 +72,7 @@ def quick_evaluation(
     # One run for all sets: what all prompts start with is computed once, batches are fuller.
     everything = [item for group in items.values() for item in group]
     options = scoring_options(model, tokenizer, everything, batch_size, scoring.max_new_tokens)
-    outcomes = iter(run_items(model, everything, options, _each(progress)))
+    outcomes = iter(run_items(model, everything, options, done))
     found = {name: [next(outcomes) for _ in group] for name, group in items.items()}
     return summarise(sets, items, found, facts, tokenizer, data_config.subject_column)
 
@@ -84,7 +90,10 @@ def fact_items(
     items = {}
     for name, examples in sets.items():
         made = _make_items(model, tokenizer, examples, data_config, generate=generate)
-        items[name] = _with_facts(made, facts[name])
+        items[name] = [
+            replace(item, answers=(*item.answers, *fact.sequences))
+            for item, fact in zip(made, facts[name], strict=True)
+        ]
     return items
 
 
@@ -245,21 +254,3 @@ def scoring_options(
         max_new_tokens,
         longest_input(model),
     )
-
-
-def _with_facts(items: Iterable[Item], facts: Sequence[Fact]) -> list[Item]:
-    """Items that are scored on their facts' sequences as well."""
-    return [
-        replace(item, answers=(*item.answers, *fact.sequences))
-        for item, fact in zip(items, facts, strict=True)
-    ]
-
-
-def _each(progress: Progress | None) -> Callable[[int, Outcome], None] | None:
-    if progress is None:
-        return None
-
-    def advance(_place: int, _outcome: Outcome) -> None:
-        progress()
-
-    return advance

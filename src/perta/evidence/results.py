@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def rouge_row(
     reference: str, generation: str, prompt: str, *, any_script: bool = False
 ) -> dict[str, Any]:
     """Scores of one generated answer, with its texts; `any_script` as for `rouge`."""
-    scores = asdict(metrics.rouge(reference, generation, any_script=any_script))
+    scores = metrics.rouge(reference, generation, any_script=any_script)
     return {**scores, "input": prompt, "ground_truth": reference, "generation": generation}
 
 

@@ -517,9 +517,9 @@ def _part_results(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Res
         metrics.truth_ratio([s.loss], [w.loss for w in row])
         for s, row in zip(right, wrong, strict=True)
     ]
-    aggregate = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
+    form = metrics.symmetric if name == "forget" else metrics.margin
     scored = table([{"score": ratio} for ratio in ratios], "score")
-    results[_ratio_key(name)] = {**scored, "agg_value": aggregate(ratios)}
+    results[_ratio_key(name)] = {**scored, "agg_value": metrics.mean([form(t) for t in ratios])}
     return results
 
 

@@ -54,7 +54,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         total = sum(len(examples) for examples in sets.values())
         with track("Evaluation", total) as advance:
             return quick_evaluation(
-                *(model, tokenizer, sets, config.scoring, config.data_config, advance),
+                *(model, tokenizer, sets, config.scoring, config.data_config),
+                lambda *_: advance(1),
                 facts=facts,
                 batch_size=config.compute.batch(16),
             )

@@ -283,7 +283,7 @@ def test_compatibility_reproduces_published_masking() -> None:
 def test_outcome_survives_json() -> None:
     items = make_items(chat=True, people=1)
     outcome = run_items(architecture("llama"), items, OPTIONS)[0]
-    assert Outcome.from_json(outcome.as_json()) == outcome
+    assert Outcome.from_json(dataclasses.asdict(outcome)) == outcome
 
 
 def test_training_mode_is_restored() -> None:

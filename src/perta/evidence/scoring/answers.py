@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ class Score:
 
     @property
     def probability(self) -> float:
-        """exp(-loss)."""
-        return metrics.probability(self.loss)
+        """Geometric mean over its tokens: exp(-loss)."""
+        return math.exp(-self.loss)
 
 
 def score_logits(logits: Tensor, targets: Tensor, moments: bool) -> Score:

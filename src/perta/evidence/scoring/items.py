@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,14 +57,9 @@ class Outcome:
     scores: tuple[Score, ...]
     generated: tuple[int, ...] | None = field(repr=False)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, from which `from_json` makes an equal outcome."""
-        generated = None if self.generated is None else list(self.generated)
-        return {"scores": [asdict(score) for score in self.scores], "generated": generated}
-
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Outcome:
-        """Inverse of `as_json`."""
+        """Inverse of `asdict`, also by way of JSON."""
         generated = value["generated"]
         scores = tuple(Score(**score) for score in value["scores"])
         return Outcome(scores, None if generated is None else tuple(generated))
