@@ -71,23 +71,20 @@ class Identity:
 
 def scale(statement: Statement, reference: str) -> tuple[Pin, ...]:
     """The lead measure of a statement as pins on a line from 0 to 1."""
-    status = statement.status
-    check = next((c for c in statement.checks if c.core and c.status == status), statement.lead)
+    check = statement.decisive
     if check is None or not 0 <= check.after <= 1:
         return ()
     values = [("before", "before", check.before), ("reference", reference, check.reference)]
     pins = [_pin("after", "after", check.after)]
-    taken: list[tuple[float, float]] = []
+    taken: list[float] = []
     for role, name, value in values:
-        if value is None:
-            continue
-        pin = _pin(role, name, value)
-        # On a phone a label takes about two fifths of the line.
-        start = pin.percent - {"left": 0, "middle": 20, "right": 40}[pin.side]
-        stop = start + 40
-        level = int(any(start < end and begin < stop for begin, end in taken))
-        pins.append(replace(pin, level=level))
-        taken.append((start, stop))
+        if value is not None:
+            pin = _pin(role, name, value)
+            # On a phone a label takes about two fifths of the line.
+            start = pin.percent - {"left": 0, "middle": 20, "right": 40}[pin.side]
+            level = int(any(abs(start - other) < 40 for other in taken))
+            pins.append(replace(pin, level=level))
+            taken.append(start)
     return tuple(pins)
 
 
@@ -186,6 +183,7 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
             (f"{title}: {name}", value)
             for title, record in parts
             for name, value in _recorded(run, record)
+            if value
         ]
         if lines:
             found.append((run.label, lines))
@@ -194,17 +192,15 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _recorded(run: Run, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in record.get("settings", {}).items():
-        if value not in (None, [], ""):
+        if value not in (None, []):
             yield name, _plain(value)
     for name, value in record.get("inputs", {}).items():
-        shown = _shown(name, value, record.get("examples", run.set_size(name)))
-        if shown:
-            yield f"fingerprint of {name}", shown
+        size = record.get("examples", run.set_size(name))
+        yield f"fingerprint of {name}", _shown(name, value, size)
     for name, value in record.get("versions", {}).items():
         yield f"version of {name}", str(value)
-    for name, title in (("content", "fingerprint"), ("created", "made")):
-        if record.get(name):
-            yield title, str(record[name])
+    yield "fingerprint", record.get("content", "")
+    yield "made", record.get("created", "")
 
 
 def _shown(name: str, fingerprint: Any, rows: int | None) -> str:
@@ -215,13 +211,8 @@ def _shown(name: str, fingerprint: Any, rows: int | None) -> str:
 
 def newest(runs: Sequence[Run]) -> str | None:
     """When the newest of the results was made."""
-    times = [
-        str(record["created"])
-        for run in runs
-        for record in (run.record, run.made)
-        if record.get("created")
-    ]
-    return max(times) if times else None
+    records = [record for run in runs for record in (run.record, run.made)]
+    return max((str(r["created"]) for r in records if r.get("created")), default=None)
 
 
 def not_measured(run: Run | None) -> list[tuple[str, str]]:

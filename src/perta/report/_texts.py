@@ -9,11 +9,11 @@ as an account number, could check the guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from perta.evidence.measures import row_number
+from perta.evidence.measures import row_number, rows_of
 from perta.report.collect import Run
 
 _TEXT_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -59,17 +59,14 @@ class _Sample:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples of one set: the `first` ones, and the most exposed one if it is not among them.
-
-    `withheld` says whether its texts are.
-    """
+    """Samples of one set: the `first` ones, and the most exposed one if it is not among them."""
 
     name: str
     samples: tuple[_Sample, ...]
     first: int
     total: int
     measure: str
-    withheld: bool
+    withheld: bool  # whether its texts are
 
 
 def quote(text: str, *, show: bool) -> Quote:
@@ -87,76 +84,54 @@ def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) 
     the worst.
     """
     sets = []
-    for name in _TEXT_KEYS:
-        found = _rows(subject, name)
-        if found is None or count == 0:
+    for name, keys in _TEXT_KEYS.items() if count else ():
+        key = next((key for key in keys if _rows_of(subject, key)), None)
+        if key is None:
             continue
-        key, rows = found
-        models = [
-            (run, _rows_of(run, key)) for run in (*others, subject) if _same(run, subject, name)
-        ]
+        rows = _rows_of(subject, key)
+        same = [run for run in others if run.same_set(subject, name)]
+        models = [(run, _rows_of(run, key)) for run in (*same, subject)]
         indices = list(rows)[:count]
         exposed = _most_exposed(subject, rows) if name == "forget" else None
         if exposed is not None and exposed not in indices:
             indices.append(exposed)
-        prefix, suffix = _shared_ends([_text(row, "input") for row in rows.values()])
-        short = key.endswith("mem_ROUGE")
-        scored = "rougeL_f1" if short else "rougeL_recall"
-        ends = (prefix, suffix)
-        samples = tuple(
-            replace(
-                _sample(i, models, rows[i], ends, show, i == exposed, scored),
-                number=row_number(subject.results, name, i),
+        ends = _shared_ends([_text(row, "input") for row in rows.values()])
+        scored, measure = "rougeL_recall", "ROUGE-L recall"
+        if key.endswith("mem_ROUGE"):
+            scored, measure = "rougeL_f1", "ROUGE-L F1"
+        samples = [
+            _Sample(
+                row_number(subject.results, name, i),
+                quote(
+                    _text(rows[i], "input").removeprefix(ends[0]).removesuffix(ends[1]), show=show
+                ),
+                quote(_text(rows[i], "ground_truth"), show=show),
+                tuple(
+                    _answer(run, found[i], rows[i], scored, show=show)
+                    for run, found in models
+                    if i in found
+                ),
+                i == exposed,
             )
             for i in indices
-        )
-        measure = "ROUGE-L F1" if short else "ROUGE-L recall"
-        sets.append(SampleSet(name, samples, min(count, len(rows)), len(rows), measure, not show))
+        ]
+        first = min(count, len(rows))
+        sets.append(SampleSet(name, tuple(samples), first, len(rows), measure, not show))
     return sets
 
 
-def _rows(run: Run, name: str) -> tuple[str, Mapping[str, Any]] | None:
-    for key in _TEXT_KEYS[name]:
-        rows = _rows_of(run, key)
-        if rows:
-            return key, rows
-    return None
-
-
 def _rows_of(run: Run, key: str) -> Mapping[str, Any]:
-    rows = run.results.get(key, {}).get("value_by_index", {})
-    return {
-        str(index): row
-        for index, row in rows.items()
-        if isinstance(row, Mapping) and isinstance(row.get("generation"), str)
-    }
+    rows = rows_of(run.results, key)
+    return {i: row for i, row in rows.items() if isinstance(row.get("generation"), str)}
 
 
-def _same(run: Run, subject: Run, name: str) -> bool:
-    return run is subject or run.same_set(subject, name)
-
-
-def _sample(
-    index: str,
-    models: Iterable[tuple[Run, Mapping[str, Any]]],
-    row: Mapping[str, Any],
-    ends: tuple[str, str],
-    show: bool,
-    exposed: bool,
-    scored: str,
-) -> _Sample:
-    def shown(text: str) -> Quote:
-        return quote(text, show=show)
-
-    reference = _text(row, "ground_truth")
-    question = _text(row, "input").removeprefix(ends[0]).removesuffix(ends[1])
-    answers = []
-    for run, rows in models:
-        if index in rows:
-            text = _text(rows[index], "generation")
-            same = _plain(text) == _plain(reference)
-            answers.append(Answer(run.label, shown(text), _score(rows[index], scored), same))
-    return _Sample(index, shown(question), shown(reference), tuple(answers), exposed)
+def _answer(
+    run: Run, row: Mapping[str, Any], asked: Mapping[str, Any], scored: str, *, show: bool
+) -> Answer:
+    text, score = _text(row, "generation"), row.get(scored)
+    same = _plain(text) == _plain(_text(asked, "ground_truth"))
+    known = float(score) if isinstance(score, int | float) else None
+    return Answer(run.label, quote(text, show=show), known, same)
 
 
 def _most_exposed(run: Run, rows: Mapping[str, Any]) -> str | None:
@@ -192,8 +167,3 @@ def _common_start(texts: Sequence[str]) -> str:
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     return value if isinstance(value, str) else ""
-
-
-def _score(row: Mapping[str, Any], name: str) -> float | None:
-    value = row.get(name)
-    return float(value) if isinstance(value, int | float) else None

@@ -48,19 +48,28 @@ class Segment:
 
 
 def grow_tree(
-    item: int, sequences: Sequence[tuple[int, Sequence[int]]], start: int
+    item: int,
+    sequences: Sequence[tuple[int, tuple[int, ...]]],
+    start: int,
+    parent: Segment | None = None,
 ) -> list[Segment]:
-    """Segments that begin `sequences`, with everything that follows them.
+    """Segments that begin `sequences`, one for each way to begin, with everything that follows.
 
     Args:
         item: place of the item.
         sequences: (answer, its tokens from position `start` on), none empty.
         start: position of the first token.
-
-    Returns:
-        One segment for each way to begin.
+        parent: what comes before.
     """
-    return _grow(item, [(k, tuple(tokens)) for k, tokens in sequences], start, None)
+    segments = []
+    for group in _groups(sequences):
+        shared = common_length([tokens for _, tokens in group])
+        answers = tuple(k for k, _ in group)
+        segment = Segment(item, start, group[0][1][:shared], answers, parent)
+        rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
+        segment.children = grow_tree(item, rest, start + shared, segment)
+        segments.append(segment)
+    return segments
 
 
 def path_of(tops: Sequence[Segment], answer: int) -> list[Segment]:
@@ -73,23 +82,6 @@ def path_of(tops: Sequence[Segment], answer: int) -> list[Segment]:
     return path
 
 
-def _grow(
-    item: int,
-    sequences: Sequence[tuple[int, tuple[int, ...]]],
-    start: int,
-    parent: Segment | None,
-) -> list[Segment]:
-    segments = []
-    for group in _groups(sequences):
-        shared = _common_length([tokens for _, tokens in group])
-        answers = tuple(k for k, _ in group)
-        segment = Segment(item, start, group[0][1][:shared], answers, parent)
-        rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
-        segment.children = _grow(item, rest, start + shared, segment)
-        segments.append(segment)
-    return segments
-
-
 def _groups(
     sequences: Sequence[tuple[int, tuple[int, ...]]],
 ) -> list[list[tuple[int, tuple[int, ...]]]]:
@@ -99,15 +91,12 @@ def _groups(
         alike.setdefault(tokens[0], []).append((answer, tokens))
     groups = []
     for group in alike.values():
-        saved = _common_length([tokens for _, tokens in group]) * (len(group) - 1)
+        saved = common_length([tokens for _, tokens in group]) * (len(group) - 1)
         groups += [group] if saved >= _WORTH_A_NODE else [[entry] for entry in group]
     return groups
 
 
-def _common_length(sequences: Sequence[Sequence[int]]) -> int:
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
     """Leading tokens that all sequences share."""
-    return sum(1 for _ in itertools.takewhile(_all_equal, zip(*sequences, strict=False)))
-
-
-def _all_equal(tokens: tuple[int, ...]) -> bool:
-    return len(set(tokens)) == 1
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))

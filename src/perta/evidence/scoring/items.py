@@ -12,6 +12,7 @@ causal attention gives a token the same keys and values whatever comes after it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.errors import ConfigError
 from perta.evidence import metrics
-from perta.evidence.scoring._tree import Segment, grow_tree, path_of
+from perta.evidence.scoring._tree import Segment, common_length, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.loss import answer_logits, token_losses
@@ -108,7 +109,7 @@ def _run_share(
 ) -> dict[int, Outcome]:
     """This process's share of the items, and on process 0 what the others found."""
     # Neighbours by length go to different processes, so that all have about as much to do.
-    places = share(sorted(range(len(items)), key=lambda i: -_expected_length(items[i])))
+    places = share(sorted(range(len(items)), key=lambda i: -len(items[i].answers[0].input_ids)))
     outcomes: dict[int, Outcome] = {}
 
     def finish(place: int, outcome: Outcome) -> None:
@@ -116,15 +117,13 @@ def _run_share(
         if done.value:
             done.value(place, outcome)
 
-    def finish_own(k: int, outcome: Outcome) -> None:
-        finish(places[k], outcome)
-
     with alone(), _evaluating(model):
         own = [items[i] for i in places]
+        todo = (model, own, options, lambda k, outcome: finish(places[k], outcome))
         if supports_prefixes(model):
-            _Run(model, own, options, finish_own).all()
+            _Run(*todo).all()
         else:
-            _run_plainly(model, own, options, finish_own)
+            _run_plainly(*todo)
     for found in gathered(outcomes)[1:]:
         for place, outcome in found.items():
             finish(place, outcome)
@@ -185,7 +184,7 @@ class _Run:
         self.root_length = 0
 
     def all(self) -> None:
-        """Score and generate everything, longest expected answers first.
+        """Score and generate everything in the order of the items, the longest of which come first.
 
         A step with few rows costs nearly as much as one with many. So more answers are begun
         until over a batch of them is growing, and long ones are not left to the end.
@@ -193,7 +192,7 @@ class _Run:
         if not self.items:
             return
         self._share_root()
-        order = sorted(range(len(self.items)), key=lambda i: -_expected_length(self.items[i]))
+        order = list(range(len(self.items)))
         size = self.options.batch_size
         while order or self.growing:
             if order and len(self.growing) <= size:
@@ -211,7 +210,13 @@ class _Run:
 
     def _begin(self, batch: Sequence[int]) -> None:
         """Score every answer of some items and start generating."""
-        trees = {i: self._tree(i) for i in batch}
+        trees = {}
+        for i in batch:
+            sequences = [
+                (k, encoded.input_ids[self.root_length : _last_label(encoded) + 1])
+                for k, encoded in enumerate(self.items[i].answers)
+            ]
+            trees[i] = grow_tree(i, sequences, self.root_length)
         level = [segment for tops in trees.values() for segment in tops]
         while level:
             for part in _rows_that_fit(level, self.options.batch_size, self.pass_cost):
@@ -223,13 +228,6 @@ class _Run:
             if self.items[i].prompt is None:
                 self._complete(i, None)
         self._start_answers(trees)
-
-    def _tree(self, i: int) -> list[Segment]:
-        sequences = [
-            (k, encoded.input_ids[self.root_length : _last_label(encoded) + 1])
-            for k, encoded in enumerate(self.items[i].answers)
-        ]
-        return grow_tree(i, sequences, self.root_length)
 
     def _feed(self, segments: Sequence[Segment]) -> None:
         """Forward pass over segments whose parents have been fed."""
@@ -334,10 +332,7 @@ class _Run:
         self, fed: Extended, begun: Sequence[_Growing], rows: Sequence[int], kept: Sequence[int]
     ) -> None:
         """Take unfinished answers into the growing batch; `kept` counts new tokens in cache."""
-        going = [j for j, answer in enumerate(begun) if not self._ended(answer)]
-        for answer in begun:
-            if self._ended(answer):
-                self._complete(answer.place, answer.tokens)
+        going = self._going(begun)
         if going:
             state = fed.keep([rows[j] for j in going], [kept[j] for j in going])
             self.state = self.state.join(state) if self.state else state
@@ -354,10 +349,7 @@ class _Run:
         fed = extend(self.model, self.state, tokens, everywhere, masking)
         for answer, token in zip(self.growing, fed.logits.argmax(-1).tolist(), strict=True):
             answer.tokens.append(int(token))
-        going = [row for row, answer in enumerate(self.growing) if not self._ended(answer)]
-        for answer in self.growing:
-            if self._ended(answer):
-                self._complete(answer.place, answer.tokens)
+        going = self._going(self.growing)
         self.growing = [self.growing[row] for row in going]
         grown = Prefixes(
             fed.cache,
@@ -366,6 +358,13 @@ class _Run:
             tuple(n + 1 for n in self.state.positions),
         )
         self.state = grown.take(going) if going else None
+
+    def _going(self, answers: Sequence[_Growing]) -> list[int]:
+        """Places of those that go on; the others are finished."""
+        ended = [self._ended(answer) for answer in answers]
+        for answer in itertools.compress(answers, ended):
+            self._complete(answer.place, answer.tokens)
+        return [place for place, over in enumerate(ended) if not over]
 
     def _cut(self, draft: Sequence[int]) -> list[int]:
         ends = [j for j, token in enumerate(draft) if token in self.options.end_ids]
@@ -533,23 +532,14 @@ def _last_label(encoded: Encoded) -> int:
 
 def _root_length(items: Sequence[Item]) -> int:
     """Leading tokens that everything shares; at least one more follows in each sequence."""
+    # One item shares nothing with others; its answers share their prefix anyway.
+    if len(items) < 2:
+        return 0
     answers = [encoded for item in items for encoded in item.answers]
     prompts = [item.prompt for item in items if item.prompt is not None]
     limits = [_first_label(encoded) - 1 for encoded in answers]
     limits += [len(prompt) - 1 for prompt in prompts]
-    # One item shares nothing with others; its answers share their prefix anyway.
-    if len(items) < 2:
-        return 0
-    return _common_length([*(e.input_ids for e in answers), *prompts], min(limits))
-
-
-def _common_length(sequences: Sequence[Sequence[int]], limit: int) -> int:
-    first = list(sequences[0])
-    length = max(0, limit)
-    for sequence in sequences[1:]:
-        while list(sequence[:length]) != first[:length]:
-            length -= 1
-    return length
+    return min(*limits, common_length([*(e.input_ids for e in answers), *prompts]))
 
 
 def _draft(encoded: Encoded, prompt: tuple[int, ...]) -> tuple[int, ...]:
@@ -567,7 +557,3 @@ def _followed(draft: Sequence[int], predicted: Sequence[int]) -> list[int]:
         if token != guess:
             return [*draft[:j], int(guess)]
     return list(draft)
-
-
-def _expected_length(item: Item) -> int:
-    return len(item.answers[0].input_ids)
