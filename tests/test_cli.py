@@ -67,7 +67,7 @@ def perta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_help_lists_every_command_and_its_options(perta: Run) -> None:
     commands = (
         "unlearn", "finetune", "importance", "edit", "train", "evaluate", "methods", "people",
-        "demo", "moments", "merge-moments", "clean", "report", "bench",
+        "demo", "moments", "merge-moments", "repair", "clean", "report", "bench",
     )  # fmt: skip
     top = perta("--help").out
     for command in commands:

@@ -25,7 +25,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # In this order each goes on where the one before ended.
 TUTORIALS = ("first-request", "strength", "second-request", "own-method", "comparing")
 COMMANDS = (
-    "", "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "train",
+    "", "unlearn", "finetune", "importance", "moments", "merge-moments", "edit", "repair", "train",
     "evaluate", "audit", "bench tofu", "bench muse", "bench people", "bench ability",
     "bench compare", "people", "demo", "methods", "report", "clean",
     "requests init", "requests add", "requests apply", "requests status", "requests recheck",

@@ -326,7 +326,7 @@ PLACES = {
     "tuning": (STEP, 7),
     "moments": ("perta.engine.moments:_Collector.run", 1),
     "direction": ("perta.engine.edit.direction:Solver._solved", 2),
-    "edit": ("perta.engine.edit.stream:Editor.run", 3),
+    "edit": ("perta.engine.edit._stream:Editor.run", 3),
     "evaluation": ("perta.evidence.scoring.items:_Run.all", 2),
 }
 

@@ -15,6 +15,8 @@ from perta.options import TuneConfig as TuneConfig
 from perta.options import WeightingConfig as WeightingConfig
 from perta.recipes.compare.settings import CompareConfig as CompareConfig
 from perta.recipes.compare.study import bench_compare as bench_compare
+from perta.recipes.repair import repair_checkpoint as repair_checkpoint
+from perta.recipes.settings import RepairConfig as RepairConfig
 from perta.recipes.settings import UnlearnConfig as UnlearnConfig
 from perta.recipes.unlearn import Unlearned as Unlearned
 from perta.recipes.unlearn import unlearn as unlearn

@@ -27,6 +27,7 @@ from perta.recipes.compare.settings import CompareConfig
 from perta.recipes.settings import (
     DemoConfig,
     LedgerConfig,
+    RepairConfig,
     RequestsAddConfig,
     RequestsApplyConfig,
     RequestsInitConfig,
@@ -182,6 +183,15 @@ def edit(config: EditConfig, *, json: _AsJson = False) -> None:
     if direction is not None:
         message += f"\nDirection: {direction} (holds what was removed; delete it when you are done)"
     _tell(json, message, output=output, direction=direction)
+
+
+@app.command
+def repair(config: RepairConfig, *, json: _AsJson = False) -> None:
+    """Give back what an unlearning run by any method took from the examples to keep."""
+    from perta.recipes.repair import repair_checkpoint
+
+    output = repair_checkpoint(config)
+    _tell(json, f"Repaired checkpoint: {output}", output=output)
 
 
 @app.command

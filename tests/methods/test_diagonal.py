@@ -157,7 +157,7 @@ def test_every_method(name: str) -> None:
         "ssd": [0.0, 0.0, 1 - 0.5 * 1.6 / 4],
     }
     # What they subtract is weighted or combined before.
-    structured = ("perta-input", "perta-project", "perta-kron")
+    structured = ("perta-input", "perta-project", "perta-kron", "sage")
     combining = ("msa", "ties", "dare", "negmerge", "interpolate", *structured)
     expected |= {name: [1.0, 1.0, 1.0] for name in combining}
     share_values = [1 / 7, 0.0, 4 / 6]

@@ -20,11 +20,10 @@ from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.influence import (
-    conjugate_gradients,
-    hessian_product,
-    mean_gradient,
+    _conjugate_gradients,
+    _derivative,
+    _twice_differentiable,
     remove_influence,
-    twice_differentiable,
 )
 from perta.methods.objectives import Influence
 from perta.models.load import load_model, load_tokenizer
@@ -94,7 +93,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-3) -> bool:
 def hessian() -> Tensor:
     """Of the mean loss at the adapter, (P, P), one row after the other."""
     model = adapted()
-    with twice_differentiable(model):
+    with _twice_differentiable(model):
         gradient = gradient_by_hand(model, (*FORGET, *RETAIN), create=True)
         rows = [
             flat(torch.autograd.grad(value, trained(model), retain_graph=True))
@@ -114,12 +113,12 @@ def spd(size: int, seed: int = 0) -> Tensor:
 
 def test_a_system_is_solved_in_at_most_as_many_steps_as_unknowns() -> None:
     matrix, wanted = spd(12), torch.linspace(-1, 2, 12, dtype=torch.float64)
-    found = conjugate_gradients(lambda v: matrix @ v, wanted, tolerance=1e-10, iterations=30)
+    found = _conjugate_gradients(lambda v: matrix @ v, wanted, tolerance=1e-10, iterations=30)
     torch.testing.assert_close(found.x, torch.linalg.solve(matrix, wanted), rtol=1e-7, atol=1e-9)
     assert found.iterations <= 14
     measured = ((matrix @ found.x - wanted).norm() / wanted.norm()).item()
     assert found.residual == pytest.approx(measured, rel=1e-3, abs=1e-13)
-    again = conjugate_gradients(lambda v: matrix @ v, 0 * wanted, tolerance=1e-6, iterations=3)
+    again = _conjugate_gradients(lambda v: matrix @ v, 0 * wanted, tolerance=1e-6, iterations=3)
     assert not again.x.any()
 
 
@@ -128,10 +127,10 @@ def test_what_cannot_be_solved_is_refused_with_a_cure() -> None:
     with pytest.raises(
         DivergenceError, match=r"did not converge.*after 3.*iterations or tolerance"
     ):
-        conjugate_gradients(lambda v: spd(12) @ v, wanted, tolerance=1e-8, iterations=3)
+        _conjugate_gradients(lambda v: spd(12) @ v, wanted, tolerance=1e-8, iterations=3)
     indefinite = torch.diag(torch.linspace(-2, 1, 12, dtype=torch.float64))
     with pytest.raises(DivergenceError, match=r"curvature -0\.5.*influence:damping"):
-        conjugate_gradients(lambda v: indefinite @ v, wanted, tolerance=1e-8, iterations=30)
+        _conjugate_gradients(lambda v: indefinite @ v, wanted, tolerance=1e-8, iterations=30)
 
 
 def test_removal_is_exact_where_the_forgotten_loss_is_linear() -> None:
@@ -140,7 +139,7 @@ def test_removal_is_exact_where_the_forgotten_loss_is_linear() -> None:
     c = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0], dtype=torch.float64)
     full, retrained = torch.linalg.solve(a, b - c), torch.linalg.solve(a, b)
     # n = 2: the Hessian of the mean loss is A/2, the forget gradient over n is c/2.
-    step = conjugate_gradients(lambda v: a @ v / 2, c / 2, tolerance=1e-12, iterations=50).x
+    step = _conjugate_gradients(lambda v: a @ v / 2, c / 2, tolerance=1e-12, iterations=50).x
     torch.testing.assert_close(full + step, retrained, rtol=1e-8, atol=1e-8)
 
 
@@ -152,10 +151,10 @@ def test_gradient_and_hessian_products_are_those_of_the_loss(hessian: Tensor) ->
     assert close(hessian, hessian.T)
     vector = torch.randn(len(hessian), dtype=torch.float64)
     for size in (1, 5):
-        with twice_differentiable(model):
+        with _twice_differentiable(model):
             everything = iter(bucketed((*FORGET, *RETAIN), size, 0))
-            found = hessian_product(model, trained(model), everything, 5, vector)
-            gradient = mean_gradient(model, trained(model), iter(bucketed(FORGET, size, 0)), 5)
+            found = _derivative(model, trained(model), everything, 5, vector)
+            gradient = _derivative(model, trained(model), iter(bucketed(FORGET, size, 0)), 5)
         assert close(found, hessian @ vector)
         assert close(gradient, gradient_by_hand(model, FORGET))
 

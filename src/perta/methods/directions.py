@@ -300,6 +300,24 @@ class Project(Directions):
         return _together(lambda v: projected_direction(v, inputs["retain"], self.rho), vectors)
 
 
+class Sage(Project):
+    """The step to another model (--base), without what retained layer inputs see of it."""
+
+    name = "sage"
+    done = (
+        "The weights of linear layers were moved to those of another model, such as one that was "
+        "unlearned by other means, except in the directions of the layers' inputs that the "
+        "examples to keep use. No model was tuned."
+    )
+    formula = "direction (theta_full - theta_0) (I + rho C_r / c)^-1"
+    source = "SAGE, arXiv 2606.18309, up to its spectral cut"
+    needs = Needs(tuned=0, moments=("retain",))
+    direction = "full - base"
+    strength = 1.0
+    layers = "all"
+    searched = False
+
+
 class Input(Directions):
     """The share in directions of layer inputs; edits linear layers only."""
 

@@ -55,7 +55,7 @@ class Removed:
     loss_after: float  # the same after the step
 
 
-def conjugate_gradients(
+def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], wanted: Tensor, *, tolerance: float, iterations: int
 ) -> _Solution:
     """Solve A x = b, (P,), for a symmetric positive definite A known by its products v -> A v.
@@ -130,13 +130,13 @@ def remove_influence(
 
     def product(vector: Tensor) -> Tensor:
         batched, count = batches(everything), len(everything)
-        curved = hessian_product(model, parameters, batched, count, vector)
+        curved = _derivative(model, parameters, batched, count, vector)
         return curved.add_(vector, alpha=damping)
 
     before = losses_of(model, forget, batch_size=batch_size, pad=pad)
-    with twice_differentiable(model):
-        gradient = mean_gradient(model, parameters, batches(forget), len(everything))
-        solution = conjugate_gradients(
+    with _twice_differentiable(model):
+        gradient = _derivative(model, parameters, batches(forget), len(everything))
+        solution = _conjugate_gradients(
             product, gradient, tolerance=tolerance, iterations=iterations
         )
     _move(parameters, solution.x)
@@ -154,37 +154,28 @@ def _move(parameters: Sequence[Tensor], step: Tensor) -> None:
         parameter.add_(part)
 
 
-def mean_gradient(
-    model: nn.Module, parameters: Sequence[Tensor], batches: Iterator[Batch], examples: int
-) -> Tensor:
-    """(1/n) Σ ∇ℓ over the batches' examples, flat, with n given: (P,)."""
-    total = torch.zeros_like(_flat(parameters))
-    for batch in batches:
-        loss = weighted_losses(model, batch).sum() / examples
-        total += _flat(torch.autograd.grad(loss, list(parameters)))
-    return total
-
-
-def hessian_product(
+def _derivative(
     model: nn.Module,
     parameters: Sequence[Tensor],
     batches: Iterator[Batch],
     examples: int,
-    vector: Tensor,
+    vector: Tensor | None = None,
 ) -> Tensor:
-    """(1/n) Σ ∇²ℓ · v over the batches' examples, with n given: (P,) -> (P,)."""
-    total = torch.zeros_like(vector)
-    parts = _split(vector, parameters)
+    """(1/n) Σ ∇ℓ over the batches' examples, with n given, or (1/n) Σ ∇²ℓ · v: flat, (P,)."""
+    total = torch.zeros_like(_flat(parameters))
     for batch in batches:
         loss = weighted_losses(model, batch).sum() / examples
-        gradients = torch.autograd.grad(loss, list(parameters), create_graph=True)
-        along = torch.stack([(g * v).sum() for g, v in zip(gradients, parts, strict=True)]).sum()
-        total += _flat(torch.autograd.grad(along, list(parameters), materialize_grads=True))
+        found = torch.autograd.grad(loss, list(parameters), create_graph=vector is not None)
+        if vector is not None:
+            parts = zip(found, _split(vector, parameters), strict=True)
+            along = torch.stack([(g * v).sum() for g, v in parts]).sum()
+            found = torch.autograd.grad(along, list(parameters), materialize_grads=True)
+        total += _flat(found)
     return total
 
 
 @contextmanager
-def twice_differentiable(model: Any) -> Iterator[None]:
+def _twice_differentiable(model: Any) -> Iterator[None]:
     """Attention in plain operations: fused kernels have no second derivative."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")

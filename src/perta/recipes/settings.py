@@ -25,6 +25,7 @@ from perta.options import (
     OutputFormat,
     Paths,
     Repeated,
+    SaveType,
     ScoringConfig,
     TrainSettings,
     TuneConfig,
@@ -175,6 +176,37 @@ class DemoConfig(Paths):
     overwrite: bool = False
     """Replace what an earlier run with other settings left in the folder."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(Paths):
+    """Inputs and output of `perta repair`."""
+
+    full: str
+    """Checkpoint that the unlearning run began with."""
+    unlearned: str
+    """Checkpoint that it ended with, by whatever method."""
+    output: Path
+    """Folder of the repaired checkpoint."""
+    retain: str | None = None
+    """Examples to keep: JSONL, JSON, CSV or Parquet file, or `datasets` id."""
+    retain_moments: Path | None = None
+    """Second moments of the examples to keep at the full checkpoint, in place of the examples."""
+    rho: float = 3.0
+    """Weight ρ of the retain moments: the larger, the less is taken of what retained inputs see."""
+    save_dtype: SaveType = "full"
+    """Type of the repaired checkpoint [default: that of the full checkpoint]."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    moments: MomentOptions = field(default_factory=MomentOptions)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.retain is None) == (self.retain_moments is None):
+            raise ConfigError("Give the examples to keep, --retain, or their --retain-moments.")
 
 
 @Flat

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from perta.engine.edit.adapter import LowRank, write_adapter
-from perta.engine.edit.direction import DirectionInputs, Solver, open_inputs
+from perta.engine.edit.direction import Solver, open_solver
 from perta.engine.edit.memory import Changes, changes_of
 from perta.engine.edit.plan import (
     EditInputs,
@@ -47,26 +47,16 @@ SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""
 
 
-def _write_direction(
-    output: Path, inputs: DirectionInputs, method: Directions, device: torch.device
-) -> Path:
+def _write_direction(output: Path, solver: Solver, folders: Mapping[str, Path]) -> Path:
     """Compute a weighted direction and write it, or reuse the one that is there.
 
     Returns:
         The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
         and condition of every layer in its `perta.json`.
     """
-    folders = {
-        "base": inputs.base.folder,
-        **{checkpoint_name(i): c.folder for i, c in enumerate(inputs.forget_checkpoints)},
-        "retain_moments": inputs.retain.folder,
-    }
-    if inputs.forget is not None:
-        folders["forget_moments"] = inputs.forget.folder
-    settings = {**method.record(), "device": device.type, "names": inputs.names}
+    settings = {**solver.method.record(), "device": solver.device.type, "names": solver.names}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        solver = Solver(inputs, method, device)
         write_shards(folder, solver.run(), SHARD_BYTES)
         return {"layers": solver.layers}
 
@@ -306,6 +296,8 @@ def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """Compute a structured method's direction from the edit's inputs, or reuse it."""
     method, weighting = get_method(config.weighting.method), config.weighting
     needs, tuned = method.needs, _forget_checkpoints(folders)
+    if method.direction == "full - base":
+        tuned = (folders.get("exact", folders["full"]),)
     check_count(method, folders["base"], len(tuned))
     for name in needs.moments:
         if f"{name}_moments" not in folders:
@@ -317,19 +309,24 @@ def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     output = cast(Path, direction_folder(config))
     check_separate(output, folders.values())
     check_separate(config.output, [output])
-    inputs = open_inputs(
-        folders["base"],
-        tuned,
-        folders["forget_moments"] if "forget" in needs.moments else None,
-        folders["retain_moments"],
-        (folders["base"], folders["full"]),
-        needs.gradients,
-        lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
-    )
     device = pick_device(ComputeConfig(device=config.solve_device, threads=config.edit_threads))
     if device.type == "mps":
         device = torch.device("cpu")  # Apple's GPUs have no float64
-    return _write_direction(output, inputs, cast(Directions, method), device)
+    solver = open_solver(
+        cast(Directions, method),
+        folders["base"],
+        tuned,
+        {side: folders[f"{side}_moments"] for side in sorted(needs.moments, reverse=True)},
+        (folders["base"], folders["full"]),
+        lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
+        device,
+    )
+    read = {"base": folders["base"]}
+    read |= (
+        {checkpoint_name(i): f for i, f in enumerate(tuned)} if needs.tuned else {"full": tuned[0]}
+    )
+    read |= {f"{side}_moments": moments.folder for side, moments in solver.moments.items()}
+    return _write_direction(output, solver, read)
 
 
 def _report_stored(stored: Stored) -> None:

@@ -16,7 +16,7 @@ from conftest import World
 from helpers import shared, tiny_llama, tiny_tokenizer
 from helpers import weighting as chosen
 from perta.data.rows import write_jsonl
-from perta.engine.edit.memory import EditedModel, stored_places
+from perta.engine.edit.memory import EditedModel, _stored_places
 from perta.methods.method import Edit
 from perta.methods.registry import known
 from perta.models.load import load_model
@@ -188,7 +188,7 @@ def test_every_number_of_a_model_has_its_stored_place(tmp_path: Path, family: st
     write_models(tmp_path, FAMILIES[family](), torch.float32)
     index = open_index(tmp_path / "full")
     model = load_model(tmp_path / "full", CPU)
-    places = stored_places(model, index)
+    places = _stored_places(model, index)
     assert set(places) == set(index.tensors)
     for name, (memory, where) in places.items():
         assert torch.equal(memory[where], read_tensor(index.tensors[name])), name

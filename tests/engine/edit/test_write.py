@@ -35,9 +35,9 @@ from transformers import (
 
 from helpers import shared
 from helpers import weighting as chosen
+from perta.engine.edit._stream import Editor, _summaries
 from perta.engine.edit.plan import EditInputs, Target
 from perta.engine.edit.stored import Sums
-from perta.engine.edit.stream import Editor, _summaries
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import (
     CheckpointError,

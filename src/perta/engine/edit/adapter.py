@@ -9,7 +9,6 @@ checkpoint tuned with LoRA leaves such an edit. Norms and biases are held whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,26 +26,14 @@ _SPARE, _ITERATIONS = 8, 6
 _FEW = 4  # where more than this part of all directions is wanted, finding all of them costs no more
 
 
-@dataclass(frozen=True)
+@dataclass
 class LowRank:
     """What an adapter holds of an edit."""
 
-    ranks: Mapping[str, int]  # layer -> rank of its factors
-    truncated: tuple[str, ...]  # layers whose change has a higher rank
-    whole: tuple[str, ...]  # modules that are held as they are
-    stored: Stored  # what of the step is in the adapter
-
-
-@dataclass
-class _Adapter:
-    """The adapter so far."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    truncated: list[str] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-    has_biases: bool = False
-    turns: bool = False
+    ranks: dict[str, int] = field(default_factory=dict)  # layer -> rank of its factors
+    truncated: list[str] = field(default_factory=list)  # layers whose change has a higher rank
+    whole: list[str] = field(default_factory=list)  # modules that are held as they are
+    stored: Stored = field(default_factory=lambda: Sums().stored(0))  # what is held of the step
 
 
 def write_adapter(
@@ -65,7 +52,9 @@ def write_adapter(
     Raises:
         CheckpointError: weights changed that no adapter can hold.
     """
-    adapter, sums, elements = _Adapter(), Sums(), 0
+    from transformers.pytorch_utils import Conv1D
+
+    adapter, tensors, sums, elements = LowRank(), dict[str, Tensor](), Sums(), 0
     new, old, before = open_index(edited), open_index(full), open_index(reference)
     owners = _owners(reference, before)
     with track("adapter", len(new.tensors)) as advance:
@@ -74,7 +63,8 @@ def write_adapter(
             if bool(change.any()):
                 if name not in owners:
                     raise _has_no_place(name)
-                rest = _hold(adapter, *owners[name], change, read_tensor(new.tensors[name]), rank)
+                values = read_tensor(new.tensors[name])
+                rest = _hold(adapter, tensors, *owners[name], change, values, rank)
                 sums.add(
                     Sums(
                         delta=float(step.square().sum()),
@@ -85,10 +75,10 @@ def write_adapter(
                 )
                 elements += change.numel()
             advance()
-    _write(folder, adapter, named)
-    return LowRank(
-        adapter.ranks, tuple(adapter.truncated), tuple(adapter.whole), sums.stored(elements)
-    )
+    held = (module for place, module, _ in owners.values() if place in adapter.ranks)
+    _write(folder, adapter, tensors, named, turns=any(isinstance(m, Conv1D) for m in held))
+    adapter.stored = sums.stored(elements)
+    return adapter
 
 
 def _differences(
@@ -127,7 +117,8 @@ def _owners(folder: Path, index: CheckpointIndex) -> dict[str, tuple[str, nn.Mod
 
 
 def _hold(
-    adapter: _Adapter,
+    adapter: LowRank,
+    tensors: dict[str, Tensor],
     place: str,
     module: nn.Module,
     own: str,
@@ -148,27 +139,25 @@ def _hold(
             * float(values.double().norm())
             * sum(1 / math.sqrt(size) for size in values.shape)
         )
-        left, right, is_exact = factors(wanted, rank, noise)
+        left, right, is_exact = _factors(wanted, rank, noise)
         adapter.ranks[place] = len(right)
         adapter.truncated += [] if is_exact else [place]
-        adapter.turns |= isinstance(module, Conv1D)
         names = ("embedding_A", "embedding_B") if is_embedding else ("A.weight", "B.weight")
-        adapter.tensors[f"{key}.lora_{names[0]}"] = right.float().contiguous()
-        adapter.tensors[f"{key}.lora_{names[1]}"] = left.float().contiguous()
+        tensors[f"{key}.lora_{names[0]}"] = right.float().contiguous()
+        tensors[f"{key}.lora_{names[1]}"] = left.float().contiguous()
         rest = wanted - left.float().double() @ right.float().double()
         return rest.T if turned else rest
     if isinstance(module, (nn.Linear, Conv1D)):
-        adapter.has_biases = True
-        adapter.tensors[f"{key}.base_layer.{own}"] = values.float()
+        tensors[f"{key}.base_layer.{own}"] = values.float()
     elif change.dim() == 1:
         adapter.whole += [] if place in adapter.whole else [place]
-        adapter.tensors[f"{key}.{own}"] = values.float()
+        tensors[f"{key}.{own}"] = values.float()
     else:
         raise _has_no_place(f"{place}.{own}")
     return torch.zeros_like(change)
 
 
-def factors(matrix: Tensor, rank: int, noise: float) -> tuple[Tensor, Tensor, bool]:
+def _factors(matrix: Tensor, rank: int, noise: float) -> tuple[Tensor, Tensor, bool]:
     """The best product B A of two thin factors for a matrix M, (m, n) float64.
 
     It is the truncated singular value decomposition, B (m, r) and A (r, n) with r from 1 to `rank`.
@@ -190,7 +179,9 @@ def factors(matrix: Tensor, rank: int, noise: float) -> tuple[Tensor, Tensor, bo
     return u[:, :kept] * root, root[:, None] * vh[:kept], above <= kept
 
 
-def _write(folder: Path, adapter: _Adapter, named: str) -> None:
+def _write(
+    folder: Path, adapter: LowRank, tensors: dict[str, Tensor], named: str, *, turns: bool
+) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -206,7 +197,7 @@ def _write(folder: Path, adapter: _Adapter, named: str) -> None:
         rank_pattern=dict(adapter.ranks),
         alpha_pattern=dict(adapter.ranks),
         modules_to_save=adapter.whole or None,
-        bias="lora_only" if adapter.has_biases else "none",
-        fan_in_fan_out=adapter.turns,
+        bias="lora_only" if any(".base_layer." in key for key in tensors) else "none",
+        fan_in_fan_out=turns,
     ).save_pretrained(str(folder))
-    save_file(adapter.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

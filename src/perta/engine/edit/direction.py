@@ -9,7 +9,7 @@ Layers that read the same input are solved at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -24,68 +24,6 @@ from perta.progress import track
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments
-
-
-@dataclass(frozen=True)
-class DirectionInputs:
-    """What a direction is computed from: θ₀, one or several θ_f, and moments where they are used.
-
-    `names` are the layers to edit, as the moments name them.
-    """
-
-    base: CheckpointIndex
-    forget_checkpoints: tuple[CheckpointIndex, ...]
-    retain: MomentFolder
-    forget: MomentFolder | None
-    names: tuple[str, ...]
-
-
-def open_inputs(
-    base: Path,
-    forget_checkpoints: Sequence[Path],
-    forget_moments: Path | None,
-    retain_moments: Path,
-    models: Collection[Path],
-    gradients: bool,
-    choose: Callable[[MomentFolder], tuple[str, ...]],
-) -> DirectionInputs:
-    """Open everything a direction is computed from, and check that it belongs together.
-
-    Args:
-        base: θ₀.
-        forget_checkpoints: θ_f, at least one.
-        forget_moments: moment folder of the forget set, where the method uses it.
-        retain_moments: moment folder of the retain set.
-        models: checkpoints at which moments may have been measured: base and full.
-        gradients: whether moments of output gradients are needed.
-        choose: moments of the retain set -> layers to edit.
-
-    Raises:
-        CheckpointMismatchError: moments of different or other models or of different tokens,
-            or a checkpoint without a layer that has moments.
-        CheckpointNotFoundError: something is not there.
-    """
-    retain = check_moments(retain_moments, models, gradients)
-    forget = None if forget_moments is None else check_moments(forget_moments, models, gradients)
-    for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
-        if forget is not None and forget.facts.get(key) != retain.facts.get(key):
-            raise CheckpointMismatchError(
-                f"{forget_moments} and {retain_moments} cannot be compared: {key} differs. Make "
-                "both with the same `perta moments` settings and checkpoint."
-            )
-    names = choose(retain)
-    start, *tuned = (open_index(folder) for folder in (base, *forget_checkpoints))
-    for index in tuned:
-        for name in names:
-            entries = [i.find(name) for i in (start, index)]
-            shapes = [entry.shape if entry else None for entry in entries]
-            if shapes[0] is None or shapes[0] != shapes[1]:
-                raise CheckpointMismatchError(
-                    f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
-                    f"{shapes[1] or 'missing'} in {index.folder}. Both must share the model that "
-                    "the moments were measured at."
-                )
-    return DirectionInputs(start, tuple(tuned), retain, forget, names)
 
 
 def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> MomentFolder:
@@ -117,14 +55,17 @@ _Solved = tuple[str, Tensor, dict[str, float]]
 class Solver:
     """Walks over groups of layers with one input; `run` fills `layers` with what solves report."""
 
-    inputs: DirectionInputs
     method: Directions
+    base: CheckpointIndex
+    tuned: Sequence[CheckpointIndex]  # θ_f, one or several
+    moments: Mapping[Side, MomentFolder]  # of the sets that the method needs
+    names: tuple[str, ...]  # layers to edit, as the moments name them
     device: torch.device
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def run(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
-        with track("Direction", len(self.inputs.names)) as advance:
+        with track("Direction", len(self.names)) as advance:
             for name, delta, facts in stream(Solver._run, self):
                 self.layers[name] = facts
                 yield name, delta
@@ -132,8 +73,8 @@ class Solver:
 
     def _run(self) -> Iterator[_Solved]:
         groups: dict[str, list[str]] = {}
-        for name in self.inputs.names:
-            groups.setdefault(self.inputs.retain.facts["inputs"][name], []).append(name)
+        for name in self.names:
+            groups.setdefault(self.moments["retain"].facts["inputs"][name], []).append(name)
         todo = [*groups.values()]
         for first in range(0, len(todo), count()):
             own = [s for names in share(todo[first : first + count()]) for s in self._solved(names)]
@@ -168,9 +109,7 @@ class Solver:
     ) -> dict[Side, Tensor]:
         """Moments of a weight on every set there is."""
         found: dict[Side, Tensor] = {}
-        for side in self.method.needs.moments:
-            folder = self.inputs.retain if side == "retain" else self.inputs.forget
-            assert folder is not None, "what the method needs was opened"
+        for side, folder in self.moments.items():
             moment = read(folder, name)
             if moment.shape[1] != width or moment.shape[0] > width:
                 raise CheckpointMismatchError(
@@ -184,7 +123,7 @@ class Solver:
         """τ of one weight, (out, in) float64."""
         base, *tuned = (
             read_tensor(cast(TensorEntry, index.find(name))).to(self.device, torch.float64)
-            for index in (self.inputs.base, *self.inputs.forget_checkpoints)
+            for index in (self.base, *self.tuned)
         )
         return self._as_stored(name, mean(tuned).sub_(base))
 
@@ -194,4 +133,52 @@ class Solver:
 
     @property
     def _transposed(self) -> set[str]:
-        return set(self.inputs.retain.facts["transposed"])
+        return set(self.moments["retain"].facts["transposed"])
+
+
+def open_solver(
+    method: Directions,
+    base: Path,
+    tuned: Sequence[Path],
+    moments: Mapping[Side, Path],
+    models: Collection[Path],
+    choose: Callable[[MomentFolder], tuple[str, ...]],
+    device: torch.device,
+) -> Solver:
+    """Open everything a direction is computed from, and check that it belongs together.
+
+    Args:
+        tuned: θ_f, at least one.
+        moments: folders of the sets that the method needs.
+        models: checkpoints at which moments may have been measured: base and full.
+        choose: moments of the retain set -> layers to edit.
+
+    Raises:
+        CheckpointMismatchError: moments of different or other models or of different tokens,
+            or a checkpoint without a layer that has moments.
+        CheckpointNotFoundError: something is not there.
+    """
+    opened = {
+        side: check_moments(folder, models, method.needs.gradients)
+        for side, folder in moments.items()
+    }
+    retain = opened["retain"]
+    for key in ("model_fingerprint", "token_choice", "inputs", "transposed"):
+        for other in opened.values():
+            if other.facts.get(key) != retain.facts.get(key):
+                raise CheckpointMismatchError(
+                    f"{other.folder} and {retain.folder} cannot be compared: {key} differs. Make "
+                    "both with the same `perta moments` settings and checkpoint."
+                )
+    names = choose(retain)
+    start, *others = (open_index(folder) for folder in (base, *tuned))
+    for index in others:
+        for name in names:
+            shapes = [entry.shape if (entry := i.find(name)) else None for i in (start, index)]
+            if shapes[0] is None or shapes[0] != shapes[1]:
+                raise CheckpointMismatchError(
+                    f"{name} has moments and is {shapes[0] or 'missing'} in {base} and "
+                    f"{shapes[1] or 'missing'} in {index.folder}. Both must share the model that "
+                    "the moments were measured at."
+                )
+    return Solver(method, start, others, opened, names, device)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from perta.engine.edit._chunks import CHUNK
+from perta.engine.edit._stream import Step, check_effect, edit_share, open_edit
 from perta.engine.edit.plan import EditInputs, Target
-from perta.engine.edit.stream import Step, check_effect, edit_share, open_edit
 from perta.methods.registry import at_strength
 from perta.models.formats.quantised import quantised_tensors
 from perta.models.load import save_type, stored_dtype
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Change:
+class _Change:
     """What an edit does to one tensor of θ_full; `delta` is None where it stays."""
 
     delta: Tensor | None  # Δ, float32, in the stored shape
@@ -55,11 +55,11 @@ class Changes:
     """What an edit does to the tensors of θ_full, by name; of a tied one, the first of two."""
 
     full: CheckpointIndex
-    tensors: Mapping[str, Change]
+    tensors: Mapping[str, _Change]
 
-    def located(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Any, Change]]:
-        """Where each tensor lies in a model, see `stored_places`, and its change."""
-        places = stored_places(model, self.full)
+    def located(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Any, _Change]]:
+        """Where each tensor lies in a model, see `_stored_places`, and its change."""
+        places = _stored_places(model, self.full)
         for name in self.tensors.keys() & places.keys():
             yield *places[name], self.tensors[name]
 
@@ -70,7 +70,7 @@ class EditedModel:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, changes: Changes) -> None:
         self.model = model
-        self._moved: list[tuple[Tensor, Any, Tensor, Change]] = []
+        self._moved: list[tuple[Tensor, Any, Tensor, _Change]] = []
         for memory, where, change in changes.located(model):
             if change.delta is None:
                 # What the edit leaves alone needs no copy, but may be stored in another type.
@@ -132,7 +132,7 @@ def changes_of(
         if name in codes:
             dtype, rounded = torch.float32, partial(codes[name].rounded, seed=seed)
         delta = kept.pop(name).to(device) if name in kept else None
-        found[name] = Change(delta, dtype, rounded)
+        found[name] = _Change(delta, dtype, rounded)
     return Changes(full, found)
 
 
@@ -147,7 +147,7 @@ class _View(Tensor):
         return self
 
 
-def stored_places(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, tuple[Tensor, Any]]:
+def _stored_places(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, tuple[Tensor, Any]]:
     """Where the tensors of a checkpoint lie in the model that was loaded from it.
 
     transformers fuses in memory what checkpoints store apart, or parts it. Its own rules, by which

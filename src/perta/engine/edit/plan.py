@@ -106,7 +106,7 @@ def plan_edit(
     tied = _is_tied(full, [full, *(sources[role] for role in sources if role not in others)])
     # A tied parameter that θ_full stores twice has two names; `own` is the first stored.
     own: dict[str, str] = {}
-    names = {name: own.setdefault(_key(name, "", tied), name) for name in full.tensors}
+    names = {name: own.setdefault(_key(name, tied), name) for name in full.tensors}
     selected = _select(full, names, weighting)
     if DIRECTION not in sources and weighting.layers == "mlp":
         selected = _in_mlps(full, selected)
@@ -117,7 +117,7 @@ def plan_edit(
         if not found:
             raise _no_linear(selected)
         selected = found
-    selected -= _untrained(full, sources, selected, tied)
+    selected -= _untrained(sources, selected, tied)
     aligned = {
         role: _align(full, index, role, selected, tied, weighting)
         for role, index in sources.items()
@@ -236,24 +236,20 @@ def _no_layer(
     return _no_linear(name for name in full.tensors if _is_wanted(name, weighting))
 
 
-def _untrained(
-    full: CheckpointIndex, sources: Mapping[str, CheckpointIndex], selected: set[str], tied: bool
-) -> set[str]:
+def _untrained(sources: Mapping[str, CheckpointIndex], selected: set[str], tied: bool) -> set[str]:
     """What every importance folder lacks: the model computes with it but does not train it.
 
     Importance holds every parameter, so what is missing on all sides is a buffer that checkpoints
     store, such as a router's correction bias. What is missing on one side alone is an error, and
     so is a weight: the importance is of another model then.
     """
-    missing = {name for name in selected if not name.endswith("weight")}
-    for role in IMPORTANCE_ROLES.values():
-        index = sources.get(role)
-        if index is None:
-            continue
-        for prefix in ("", *{name.split(".")[0] + "." for name in (*full.tensors, *index.tensors)}):
-            held = {_key(name, prefix, tied) for name in index.tensors}
-            missing -= {name for name in missing if _key(name, prefix, tied) in held}
-    if not any(role in sources for role in IMPORTANCE_ROLES.values()) or not missing:
+    indices = [sources[role] for role in IMPORTANCE_ROLES.values() if role in sources]
+    missing = {
+        name
+        for name in selected
+        if not name.endswith("weight") and not any(_find(i, name, tied) for i in indices)
+    }
+    if not indices or not missing:
         return set()
     say(
         f"edit: {len(missing)} tensors that the importance does not know, such as {min(missing)}, "
@@ -448,11 +444,20 @@ def is_of_a_layer(entry: TensorEntry) -> bool:
     return len(entry.shape) > 1 and not name_ends_with(entry.name, ends)
 
 
-def _key(name: str, prefix: str, tied: bool) -> str:
-    """What a tensor is called when prefix and storage of tied weights are looked through."""
-    if tied and (name_ends_with(name, HEADS) or name_ends_with(name, _EMBEDDINGS)):
-        return "tied input embedding and output head"
-    return name.removeprefix(prefix)
+def _key(name: str, tied: bool) -> str:
+    """What a tensor is called when storage of tied weights is looked through."""
+    is_shared = tied and (name_ends_with(name, HEADS) or name_ends_with(name, _EMBEDDINGS))
+    return "tied input embedding and output head" if is_shared else name
+
+
+def _find(index: CheckpointIndex, name: str, tied: bool) -> TensorEntry | None:
+    """An input's tensor by another's name; of tied weights whichever is stored, the first of two.
+
+    Names may differ by the prefix of the base model (`transformer.h.0...` and `h.0...`).
+    """
+    if (key := _key(name, tied)) == name:
+        return index.find(name)
+    return next((entry for own, entry in index.tensors.items() if _key(own, tied) == key), None)
 
 
 def _is_tied(full: CheckpointIndex, checkpoints: Iterable[CheckpointIndex]) -> bool:
@@ -503,38 +508,23 @@ def _align(
     tied: bool,
     weighting: WeightingConfig,
 ) -> dict[str, TensorEntry]:
-    """Find an input's tensor for every parameter to edit, by θ_full's name.
-
-    Names may differ by the prefix of the base model (`transformer.h.0...` and `h.0...`).
-    """
-    firsts = {name.split(".")[0] + "." for name in (*full.tensors, *index.tensors)}
-    attempts = []
-    for prefix in ("", *sorted(firsts)):
-        theirs = _by_key(index, prefix, tied)
-        ours = {_key(name, prefix, tied) for name in full.tensors}
-        missing = sorted(name for name in selected if _key(name, prefix, tied) not in theirs)
-        extra = sorted(
-            entry.name
-            for key, entry in theirs.items()
-            if key not in ours and not is_constant(entry) and _is_wanted(entry.name, weighting)
-        )
-        attempts.append((len(missing) + len(extra), prefix, missing, extra))
-    _, prefix, missing, extra = min(attempts)
+    """Find an input's tensor for every parameter to edit, by θ_full's name."""
+    found = {name: _find(index, name, tied) for name in selected}
+    missing = sorted(name for name, entry in found.items() if entry is None)
+    extra = sorted(
+        entry.name
+        for entry in index.tensors.values()
+        if not is_constant(entry)
+        and _is_wanted(entry.name, weighting)
+        and _find(full, entry.name, tied) is None
+    )
     if missing or extra:
         raise _name_mismatch(full, index, role, missing, extra)
-    theirs = _by_key(index, prefix, tied)
-    aligned = {name: theirs[_key(name, prefix, tied)] for name in selected}
+    aligned = {name: entry for name, entry in found.items() if entry is not None}
     for name, entry in aligned.items():
         if entry.shape != full.tensors[name].shape:
             raise _shape_mismatch(full, index, full.tensors[name], entry)
     return aligned
-
-
-def _by_key(index: CheckpointIndex, prefix: str, tied: bool) -> dict[str, TensorEntry]:
-    found: dict[str, TensorEntry] = {}
-    for name, entry in index.tensors.items():
-        found.setdefault(_key(name, prefix, tied), entry)
-    return found
 
 
 def _is_wanted(name: str, weighting: WeightingConfig) -> bool:

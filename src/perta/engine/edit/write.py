@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from perta.engine.edit._chunks import CHUNK
+from perta.engine.edit._stream import Step, check_effect, edit_all, open_edit
 from perta.engine.edit.plan import FULL, EditInputs, Target, short_name
 from perta.engine.edit.stored import Stored, TensorSummary, check_stored, stored_of
-from perta.engine.edit.stream import Step, check_effect, edit_all, open_edit
 from perta.errors import CorruptCheckpointError, DivergenceError
 from perta.methods.card import model_card
 from perta.models.load import rename_type, save_type, stored_dtype

@@ -1,0 +1,68 @@
+"""`perta repair`: the step of a finished unlearning run, without what retained inputs see of it.
+
+    FULL − THEIRS ── moments of the retain set ── (FULL − THEIRS) (I + ρ C / c)⁻¹ ── off FULL
+
+Whatever made THEIRS, its weights are all that is needed. What is in no linear layer, or in one that
+no retained token reached, stays as it is in FULL.
+
+Source: SAGE, arXiv 2606.18309, up to its spectral cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perta.engine.edit.plan import BASE, plan_edit
+from perta.errors import ConfigError
+from perta.models.resolve import resolve_checkpoint
+from perta.options import WeightingConfig
+from perta.recipes.settings import RepairConfig
+from perta.stages.edit import edit_checkpoint
+from perta.stages.moments import compute_moments
+from perta.stages.settings import EditConfig, MomentsConfig
+from perta.store.checkpoint import open_index
+from perta.store.fingerprint import fingerprint
+
+
+def repair_checkpoint(config: RepairConfig) -> Path:
+    """Repair a checkpoint that was unlearned by any means (`perta repair`).
+
+    Returns:
+        The output folder: a complete checkpoint.
+
+    Raises:
+        PertaError: input that cannot be used; nothing is half-written.
+    """
+    weighting = WeightingConfig(method=f"sage:rho={config.rho!r}")
+    full, theirs = map(resolve_checkpoint, (config.full, config.unlearned))
+    if fingerprint(full) == fingerprint(theirs):
+        raise ConfigError(
+            f"{config.unlearned} holds the weights of {config.full}: no step was taken. Give what "
+            "an unlearning run ended with as --unlearned, and what it began with as --full."
+        )
+    plan_edit(open_index(full), {BASE: open_index(theirs)}, weighting)
+    edit = EditConfig(
+        full=config.full,
+        base=config.unlearned,
+        output=config.output,
+        retain_moments=config.retain_moments or _measured(config),
+        save_dtype=config.save_dtype,
+        overwrite=config.overwrite,
+        weighting=weighting,
+    )
+    return edit_checkpoint(edit)
+
+
+def _measured(config: RepairConfig) -> Path:
+    """Moments of the retain set at θ_full, made or reused."""
+    return compute_moments(
+        MomentsConfig(
+            checkpoint=config.full,
+            data=str(config.retain),
+            output=config.output.with_name(f"{config.output.name}.retain_moments"),
+            overwrite=True,
+            options=config.moments,
+            data_config=config.data_config,
+            compute=config.compute,
+        )
+    )

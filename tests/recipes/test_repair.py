@@ -1,0 +1,106 @@
+"""`perta repair` against the formula in float64, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import World
+from perta.errors import CheckpointMismatchError, ConfigError
+from perta.options import ComputeConfig
+from perta.recipes.repair import repair_checkpoint
+from perta.recipes.settings import RepairConfig
+from perta.stages.moments import compute_moments
+from perta.stages.settings import MomentsConfig
+from perta.store.checkpoint import copy_companions, open_index, read_tensor, write_tensors
+from perta.store.measured.moments import open_moments
+from perta.store.measured.second_moment import matrix
+from perta.store.record import read_manifest
+
+CPU = ComputeConfig(device="cpu", dtype="float32")
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: read_tensor(entry) for name, entry in open_index(folder).tensors.items()}
+
+
+@pytest.fixture
+def config(world: World, tmp_path: Path) -> RepairConfig:
+    """Of a run that moved every weight, at random."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    torch.manual_seed(0)
+    moved = {name: v + 0.01 * torch.randn_like(v) for name, v in tensors(world.full).items()}
+    write_tensors(theirs, moved)
+    copy_companions(world.full, theirs)
+    return RepairConfig(
+        full=str(world.full),
+        unlearned=str(theirs),
+        retain=str(world.retain),
+        output=tmp_path / "out",
+        compute=CPU,
+    )
+
+
+@pytest.mark.parametrize("rho", [0.0, 3.0, 50.0])
+def test_the_step_lacks_what_retained_inputs_see(
+    world: World, tmp_path: Path, config: RepairConfig, rho: float
+) -> None:
+    found = tensors(repair_checkpoint(replace(config, rho=rho)))
+    moments = open_moments(tmp_path / "out.retain_moments")
+    full, theirs = tensors(world.full), tensors(Path(config.unlearned))
+    for name, value in full.items():
+        if name not in moments.facts["inputs"]:
+            assert torch.equal(found[name], value), name
+            continue
+        step = (value.double() - theirs[name].double()).numpy()
+        c = matrix(moments.input_moment(name)).double()
+        # Solved by eigenvectors, along each of which the share 1 / (1 + rho s / c) is taken.
+        values, vectors = torch.linalg.eigh(c)
+        shares = 1 / (1 + rho * values / c.diagonal().mean())
+        wanted = torch.from_numpy(step) @ vectors @ shares.diag() @ vectors.T
+        torch.testing.assert_close(
+            value.double() - found[name].double(), wanted, rtol=1e-3, atol=2e-6
+        )
+    record: Any = read_manifest(config.output)
+    assert record["settings"]["method"] == "sage"
+    assert "unlearned by other means" in record["done"]
+
+
+def test_ready_moments_give_the_same_and_no_other_folder(
+    world: World, tmp_path: Path, config: RepairConfig
+) -> None:
+    moments = compute_moments(
+        MomentsConfig(
+            checkpoint=config.full, data=str(world.retain), output=tmp_path / "m", compute=CPU
+        )
+    )
+    ready = replace(config, retain=None, retain_moments=moments)
+    found = tensors(repair_checkpoint(ready))
+    assert not (tmp_path / "out.retain_moments").exists()
+    again = tensors(repair_checkpoint(replace(config, output=tmp_path / "again")))
+    assert all(torch.equal(found[name], value) for name, value in again.items())
+
+
+def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(
+    world: World, tmp_path: Path, config: RepairConfig
+) -> None:
+    with pytest.raises(ConfigError, match="no step was taken"):
+        repair_checkpoint(replace(config, unlearned=config.full))
+    other = tmp_path / "other"
+    other.mkdir()
+    lacking = tensors(world.full)
+    lacking.pop("model.layers.0.mlp.up_proj.weight")
+    write_tensors(other, lacking)
+    copy_companions(world.full, other)
+    with pytest.raises((CheckpointMismatchError, ConfigError)):
+        repair_checkpoint(replace(config, unlearned=str(other)))
+    for more in ({"retain": None}, {"retain_moments": tmp_path}):
+        with pytest.raises(ConfigError, match="--retain-moments"):
+            replace(config, **more)  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "theirs"]
