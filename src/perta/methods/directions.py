@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -288,7 +289,7 @@ class Project(Directions):
     source = "as SAGE, arXiv 2606.18309, up to its spectral cut; AlphaEdit, arXiv 2410.02355"
     needs = Needs(moments=("retain",))
     strength = 2.7
-    layers = "mlp"
+    layers: ClassVar[Literal["mlp", "all"]] = "mlp"
     searched = True
     rho: float = option(default=3.0, help="weight ρ of the retain moments", within="[0, inf)")
 
