@@ -205,6 +205,7 @@ class Blocks:
     # element by element.
     averages: Mapping[str, Mapping[str, Averages]] = field(default_factory=dict)
     forget_share: float = 0.5  # share of the examples of both sets that belongs to the forget set
+    cuts: tuple[float, ...] = ()  # smallest scores kept, for methods that rank weights
 
     @contextmanager
     def opened(self, target: Target, roles: Iterable[str], buffers: Buffers) -> Iterator[Readers]:
@@ -233,9 +234,7 @@ class Blocks:
                 vectors.append(reader.read_difference(base, begin, count))
         return vectors
 
-    def block(
-        self, target: Target, readers: Readers, begin: int, count: int, cuts: tuple[float, ...] = ()
-    ) -> Block:
+    def block(self, target: Target, readers: Readers, begin: int, count: int) -> Block:
         """Importance and settings of a chunk."""
         settings, name = self.weighting, target.alias_of or target.full.name
         importance: dict[Side, Tensor] = {}
@@ -249,7 +248,7 @@ class Blocks:
         return Block(
             **importance,
             place=(settings.weighting_seed, name, begin),
-            cuts=cuts,
+            cuts=self.cuts,
             forget_share=self.forget_share,
         )
 

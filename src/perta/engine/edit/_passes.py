@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,17 +51,15 @@ def average_importance(
         units of one element and stay as they are.
     """
     averages: dict[str, dict[str, Averages]] = {FORGET_IMPORTANCE: {}, RETAIN_IMPORTANCE: {}}
-    jobs = []
-    for target in targets:
-        is_tensor = weighting.granularity == "tensor"
-        by_column = not is_tensor and (target.alias_of or target.full.name) in transposed
-        for role in averages:
-            rows = target.full.shape[0] if len(target.full.shape) > 1 else target.full.numel
-            rows = 1 if is_tensor else rows
-            if role in target.sources and target.alias_of is None and rows < target.full.numel:
-                jobs.append((role, target, rows, by_column))
     if weighting.granularity == "element":
         return {}
+    jobs, is_tensor = [], weighting.granularity == "tensor"
+    for target in targets:
+        entry = target.full
+        rows = 1 if is_tensor else entry.shape[0] if len(entry.shape) > 1 else entry.numel
+        if target.alias_of is None and rows < entry.numel:
+            by_column = not is_tensor and entry.name in transposed
+            jobs += [(r, target, rows, by_column) for r in averages if r in target.sources]
 
     def work(job: tuple[str, Target, int, bool], buffers: Buffers) -> None:
         role, target, rows, by_column = job
@@ -76,7 +73,10 @@ def average_importance(
 
 
 def _average(reader: Reader, rows: int, by_column: bool, chunk: int) -> Tensor:
-    """Mean of every row or column, float32, summed in float64 in the order of the file."""
+    """Mean of every row or column, summed in float64 in the order of the file.
+
+    It is float64 where the importance is stored so, else float32.
+    """
     elements = reader.entry.numel
     length = elements // rows
     sums = torch.zeros(length if by_column else rows, dtype=torch.float64)
@@ -92,13 +92,8 @@ def _average(reader: Reader, rows: int, by_column: bool, chunk: int) -> Tensor:
         parts = values.sum(0 if by_column else 1, dtype=torch.float64)
         sums[first : first + len(parts)] += parts
         begin += count
-    return _as_stored(sums / (rows if by_column else length), reader)
-
-
-def _as_stored(averages: Tensor, reader: Reader) -> Tensor:
-    """Averages in float64 where the importance is stored so, else in float32."""
-    wide = reader.entry.dtype == torch.float64
-    return averages if wide else averages.to(torch.float32)
+    averages = sums / (rows if by_column else length)
+    return averages if reader.entry.dtype == torch.float64 else averages.to(torch.float32)
 
 
 def find_unused(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
@@ -161,55 +156,34 @@ def _from_the_top(counts: Tensor, wanted: int) -> tuple[int, int]:
     return len(counts) - 1 - place, above
 
 
-@dataclass
-class _Histograms:
-    """Counts half of the bits of every score; from all threads, whatever their order.
-
-    `halves` has, for each ranking, the upper half whose lower halves are counted; without it, upper
-    halves are. `counts` are 65536 bins each.
-    """
-
-    blocks: Blocks
-    halves: Sequence[int] | None = None
-    counts: list[Tensor] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, target: Target, span: Span, buffers: Buffers) -> None:
-        """Count the scores of one span."""
-        with self.blocks.opened(target, target.sources, buffers) as readers:
-            for begin in range(span.start, span.stop, self.blocks.chunk):
-                count = min(self.blocks.chunk, span.stop - begin)
-                vectors = self.blocks.task_vectors(readers, begin, count)
-                block = self.blocks.block(target, readers, begin, count)
-                self._add(self.blocks.method.scores(vectors, block))
-
-    def _add(self, scores: Sequence[Tensor]) -> None:
-        found = []
-        for place, values in enumerate(scores):
-            # The sign of a NaN, which the edit will find, must not become a negative bin.
-            bits = values.view(torch.int32) & 0x7FFFFFFF
-            if self.halves is not None:
-                bits = bits[bits >> 16 == self.halves[place]] & 0xFFFF
-            else:
-                bits >>= 16
-            found.append(torch.bincount(bits, minlength=1 << 16))
-        with self.lock:
-            if not self.counts:
-                self.counts = found
-            else:
-                for total, more in zip(self.counts, found, strict=True):
-                    total.add_(more)
-
-
 def _count(
     blocks: Blocks, halves: Sequence[int] | None, targets: list[Target], worker_count: int
 ) -> list[Tensor]:
-    histograms = _Histograms(blocks, halves)
+    """How often each half of the bits of a score occurs: 65536 counts for each ranking.
+
+    The upper halves; or of the scores whose upper half is the one given, the lower halves.
+    """
+    counts, lock, chunk = list[Tensor](), threading.Lock(), blocks.chunk
 
     def work(span: Span, buffers: Buffers) -> None:
-        histograms.run(targets[span.target], span, buffers)
+        target = targets[span.target]
+        with blocks.opened(target, target.sources, buffers) as readers:
+            for begin in range(span.start, span.stop, chunk):
+                count = min(chunk, span.stop - begin)
+                vectors = blocks.task_vectors(readers, begin, count)
+                scores = blocks.method.scores(vectors, blocks.block(target, readers, begin, count))
+                found = [_bins(s, halves and halves[place]) for place, s in enumerate(scores)]
+                with lock:
+                    # From all threads, whatever their order.
+                    counts[:] = map(torch.add, counts, found) if counts else found
 
-    own = share([*spans(targets, blocks.chunk * SPAN_CHUNKS)])
-    in_threads(own, work, blocks.chunk, worker_count)
-    found = [counts for counts in gathered(histograms.counts) if counts]
-    return [torch.stack(of_all).sum(0) for of_all in zip(*found, strict=True)]
+    in_threads(share([*spans(targets, chunk * SPAN_CHUNKS)]), work, chunk, worker_count)
+    gained = [theirs for theirs in gathered(counts) if theirs]
+    return [torch.stack(of_all).sum(0) for of_all in zip(*gained, strict=True)]
+
+
+def _bins(scores: Tensor, half: int | None) -> Tensor:
+    # The sign of a NaN, which the edit will find, must not become a negative bin.
+    bits = scores.view(torch.int32) & 0x7FFFFFFF
+    bits = bits >> 16 if half is None else bits[bits >> 16 == half] & 0xFFFF
+    return torch.bincount(bits, minlength=1 << 16)

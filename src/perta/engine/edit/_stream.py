@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -90,7 +90,6 @@ class Editor:
 
     targets: list[Target]
     blocks: Blocks  # the method, its settings, and what it looks at
-    cuts: tuple[float, ...]  # smallest scores kept, for methods that rank weights
     workers: int  # threads
 
     @property
@@ -119,7 +118,7 @@ class Editor:
         method, scaling_coef = self.blocks.method, self.scaling_coef
         readers, begin, count = step.readers, step.begin, step.count
         vectors = self.blocks.task_vectors(readers, begin, count)
-        block = self.blocks.block(target, readers, begin, count, self.cuts)
+        block = self.blocks.block(target, readers, begin, count)
         task_vector = block.task_vector = method.combine(vectors, block)
         weighting = method.weigh(block)
         norm = square_norm(task_vector)
@@ -153,7 +152,7 @@ def open_edit(
     transposed = transposed_weights(inputs.full) if weighting.granularity == "row" else frozenset()
     averages = average_importance(targets, weighting, transposed, chunk, workers)
     blocks = Blocks(method, weighting, chunk, averages, _forget_share(method, inputs))
-    return Editor(targets, blocks, find_cuts(targets, blocks, workers), workers)
+    return Editor(targets, replace(blocks, cuts=find_cuts(targets, blocks, workers)), workers)
 
 
 def _tell_unused(targets: Sequence[Target], unused: Collection[str]) -> None:
