@@ -95,7 +95,7 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(
         repair_checkpoint(replace(config, unlearned=config.full))
     other = tmp_path / "other"
     tiny_llama(intermediate_size=64).save_pretrained(other)
-    with pytest.raises(CheckpointMismatchError, match=r"full but \(16, 32\)"):
+    with pytest.raises(CheckpointMismatchError, match=r"embed_tokens.weight is .* but "):
         repair_checkpoint(replace(config, unlearned=str(other)))
     for more in ({"retain": None}, {"retain_moments": tmp_path}):
         with pytest.raises(ConfigError, match="--retain-moments"):

@@ -172,7 +172,7 @@ def _count(
                 count = min(chunk, span.stop - begin)
                 vectors = blocks.task_vectors(readers, begin, count)
                 scores = blocks.method.scores(vectors, blocks.block(target, readers, begin, count))
-                found = [_bins(s, halves and halves[place]) for place, s in enumerate(scores)]
+                found = [_bins(s, halves[i] if halves else None) for i, s in enumerate(scores)]
                 with lock:
                     # From all threads, whatever their order.
                     counts[:] = map(torch.add, counts, found) if counts else found

@@ -509,8 +509,8 @@ def _align(
     weighting: WeightingConfig,
 ) -> dict[str, TensorEntry]:
     """Find an input's tensor for every parameter to edit, by θ_full's name."""
-    found = {name: _find(index, name, tied) for name in selected}
-    missing = sorted(name for name, entry in found.items() if entry is None)
+    found = {name: _find(index, name, tied) for name in sorted(selected)}
+    missing = [name for name, entry in found.items() if entry is None]
     extra = sorted(
         entry.name
         for entry in index.tensors.values()
