@@ -2,7 +2,7 @@
 
 folder with safetensors ── as it is
 adapter folder ─────────── merged into its base, kept in the cache
-FP8 or MXFP4 folder ────── dequantised, kept in the cache
+quantised folder ───────── dequantised, kept in the cache
 GGUF file ──────────────── dequantised to float32, kept in the cache
 hub id ─────────────────── downloaded by huggingface_hub, into its own cache
 """
@@ -21,7 +21,7 @@ from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
 from perta.models.complete import check_checkpoint
 from perta.models.formats.adapters import adapter_settings, merge_adapter
 from perta.models.formats.gguf import read_gguf
-from perta.models.formats.quantised import can_dequantise, dequantise
+from perta.models.formats.quantised import WRITTEN, dequantise, stored_format
 from perta.models.load import plain_errors, save_model
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
@@ -66,7 +66,7 @@ def quantised_checkpoint(reference: str | Path) -> Path | None:
     if not path.exists():
         path = _from_hub(str(reference), None)
     is_plain = path.is_file() or (path / ADAPTER_CONFIG).exists()
-    return None if is_plain or not can_dequantise(path) else path
+    return None if is_plain or stored_format(path) not in WRITTEN else path
 
 
 def _resolve(
@@ -101,7 +101,7 @@ def _resolve(
 
 def _whole(folder: Path) -> Path:
     """The folder, or what is made of it where it is quantised, compared with its configuration."""
-    if can_dequantise(folder):
+    if stored_format(folder):
         made_by = f"{fingerprint(folder)} {__version__}"
         target = cache_folder() / "plain" / blake3(made_by.encode()).hexdigest()[:24]
         folder = _cached(target, f"Dequantising {folder.name}", partial(dequantise, folder))

@@ -18,12 +18,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from perta.errors import CorruptCheckpointError
+from perta.models.formats._bitsandbytes import packed_tensors
 from perta.models.trust import read_config
 from perta.store.arithmetic import Place, round_by, rounded_by, thresholds
 from perta.store.checkpoint import (
@@ -38,39 +40,48 @@ from perta.store.checkpoint import (
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4_LARGEST = 6.0
-_RECORD = "quantization_config"
+_RECORD, _BITSANDBYTES = "quantization_config", "bitsandbytes"
 
 
-def can_dequantise(folder: Path) -> bool:
-    """Whether a checkpoint is quantised in a format that is read here."""
+WRITTEN = ("fp8", "mxfp4")
+"""Formats that an edit is written in again."""
+
+
+def stored_format(folder: Path) -> str | None:
+    """Format that a checkpoint is quantised in, of those that are read here."""
     record = read_config(folder).get(_RECORD)
-    return isinstance(record, dict) and record.get("quant_method") in ("fp8", "mxfp4")
+    if not isinstance(record, dict):
+        return None
+    is_old = record.get("load_in_4bit") or record.get("load_in_8bit")
+    method = record.get("quant_method") or (_BITSANDBYTES if is_old else None)
+    return method if method in (*WRITTEN, _BITSANDBYTES) else None
 
 
 def dequantise(folder: Path, target: Path) -> None:
-    """Write a quantised checkpoint with plain numbers: float32 for FP8, bfloat16 for MXFP4.
+    """Write a quantised checkpoint with plain numbers.
 
-    The names are those of the checkpoint that was quantised; at most one tensor is in memory.
-    `target` is an existing empty folder.
+    float32 for FP8 and 8 bits of bitsandbytes, bfloat16 for MXFP4, and for 4 bits of bitsandbytes
+    the type that it computes from. The names are those of the checkpoint that was quantised; at
+    most one tensor is in memory. `target` is an existing empty folder.
 
     Raises:
         CorruptCheckpointError: a tensor without its scales, or scales of another shape.
     """
     index, config = open_index(folder), read_config(folder)
+    is_packed = stored_format(folder) == _BITSANDBYTES
     del config[_RECORD]
-    quantised = quantised_tensors(index)
-    plain = {name: entry for name, entry in index.tensors.items() if _is_plain(entry)}
-    for one in quantised.values():
-        plain.pop(one.scales.name, None)
+    made: dict[str, Any] = packed_tensors(index) if is_packed else {**quantised_tensors(index)}
+    plain_names = {one.codes.name: name for name, one in made.items()}
+    parts = {part.name for one in made.values() for part in one.parts}
+    sources: dict[str, Any] = {**index.tensors, **made}
     places = {}
     for shard, names in index.shards.items():
-        found = dict.fromkeys(map(_plain_name, names))
-        places[shard] = {n: _place(quantised[n]) for n in found if n in quantised} | {
-            n: (plain[n].dtype, plain[n].shape) for n in found if n in plain
-        }
+        kept = (n for n in names if n in plain_names or not (n in parts or is_of_inputs(n)))
+        found = [plain_names.get(name, name) for name in kept]
+        places[shard] = {name: (sources[name].dtype, sources[name].shape) for name in found}
 
     def value(name: str) -> Tensor:
-        return quantised[name].read() if name in quantised else read_tensor(plain[name])
+        return made[name].read() if name in made else read_tensor(index.tensors[name])
 
     stream_tensors(target, {shard: types for shard, types in places.items() if types}, value)
     copy_companions(folder, target)
@@ -99,6 +110,16 @@ class Quantised:
         return self.codes.dtype != torch.uint8
 
     @property
+    def parts(self) -> tuple[TensorEntry, ...]:
+        """The tensors that hold it."""
+        return self.codes, self.scales
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the plain tensor."""
+        return torch.float32 if self.is_fp8 else torch.bfloat16
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the plain tensor."""
         if self.is_fp8:
@@ -107,7 +128,7 @@ class Quantised:
         return (*experts, groups * size * 2, out)
 
     def read(self) -> Tensor:
-        """The plain tensor: float32 for FP8, bfloat16 for MXFP4."""
+        """The plain tensor."""
         return self.plain(read_tensor(self.codes), read_tensor(self.scales))
 
     def plain(self, codes: Tensor, scales: Tensor) -> Tensor:
@@ -153,11 +174,6 @@ def _plain_name(name: str) -> str:
     return name.removesuffix("_blocks")
 
 
-def _is_plain(entry: TensorEntry) -> bool:
-    is_code = entry.dtype in _FP8 or entry.name.endswith("_blocks")
-    return not is_code and not is_of_inputs(entry.name)
-
-
 def is_of_inputs(name: str) -> bool:
     """Whether a tensor belongs to the products of quantised models, and to no weight."""
     return name.endswith(("activation_scale", "input_scale"))
@@ -166,10 +182,6 @@ def is_of_inputs(name: str) -> bool:
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _POWERS = torch.float8_e8m0fnu
 _FACTORS = (torch.float32, torch.bfloat16, torch.float16, _POWERS)
-
-
-def _place(one: Quantised) -> tuple[torch.dtype, tuple[int, ...]]:
-    return torch.float32 if one.is_fp8 else torch.bfloat16, one.shape
 
 
 def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
