@@ -169,19 +169,24 @@ def test_a_work_folder_is_no_input_and_lies_in_none(world: World, tmp_path: Path
     assert mine.read_bytes() == world.retain.read_bytes()
 
 
-def test_an_adapter_is_no_output(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("output", ["adapter", "adapter/inside", "base", "base/inside"])
+def test_an_adapter_and_its_base_are_no_outputs(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
     monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
-    adapter = tmp_path / "adapter"
-    model = LlamaForCausalLM.from_pretrained(world.base)
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(world.base, base)
+    model = LlamaForCausalLM.from_pretrained(base)
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
         str(adapter)
     )
-    write_manifest(adapter, {"stage": "finetune"})  # so nothing else keeps it
+    for folder in (adapter, base):
+        write_manifest(folder, {"stage": "finetune"})  # so nothing else keeps it
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
     with pytest.raises(ConfigError, match="overlaps the input"):
-        _finetune(str(adapter), str(world.forget), adapter)
-    assert (adapter / "adapter_model.safetensors").exists()
+        _finetune(str(adapter), str(world.forget), tmp_path / output)
+    assert {file: file.read_bytes() for file in before} == before
+    assert not (tmp_path / output / "inside").exists()
 
 
 def test_merged_moments_never_replace_their_parts(world: World, tmp_path: Path) -> None:

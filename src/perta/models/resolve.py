@@ -69,6 +69,19 @@ def quantised_checkpoint(reference: str | Path) -> Path | None:
     return None if is_plain or stored_format(path) not in WRITTEN else path
 
 
+def tell_plain(reference: str | Path) -> None:
+    """Say where a result is stored in plain numbers, because its model's format is not written."""
+    path = Path(reference).expanduser()
+    if not (path / ADAPTER_CONFIG).exists() and (kind := stored_format(path)) not in (
+        None,
+        *WRITTEN,
+    ):
+        say(
+            f"{reference} is quantised by {kind}, which is not written: the result is stored in "
+            "plain numbers. Quantise it again where you load it, or edit an adapter of it."
+        )
+
+
 def _resolve(
     reference: str | Path,
     above: tuple[Path, ...] = (),

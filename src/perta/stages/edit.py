@@ -23,7 +23,7 @@ from perta.engine.edit.plan import (
 )
 from perta.engine.edit.records import check_records
 from perta.engine.edit.requantise import write_gguf, write_quantised
-from perta.engine.edit.stored import CURE, Stored, check_stored, stored_of
+from perta.engine.edit.stored import WELL_STORED, Stored, check_stored, stored_of, tell_stored
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
@@ -32,7 +32,12 @@ from perta.models.formats.adapters import adapter_settings
 from perta.models.formats.gguf_write import gguf_plan
 from perta.models.formats.quantised import quantised_tensors
 from perta.models.load import pick_device
-from perta.models.resolve import base_of_adapter, quantised_checkpoint, resolve_checkpoint
+from perta.models.resolve import (
+    base_of_adapter,
+    quantised_checkpoint,
+    resolve_checkpoint,
+    tell_plain,
+)
 from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
@@ -74,8 +79,6 @@ def checkpoint_name(place: int) -> str:
     return forget_role(place).replace(" ", "_")
 
 
-_WELL_STORED = 0.9
-"""Share of the wanted step below which an edit warns."""
 _LEAST_HELD = 0.1
 """Share of the wanted step below which an adapter is not written."""
 _ADAPTER_RANK = 64
@@ -106,6 +109,8 @@ def edit_checkpoint(
         return {name: fingerprint(folder) for name, folder in given.items()}
 
     plan = gguf_plan(config.output_format, config.full, given["full"], config.save_dtype)
+    if config.output_format == "checkpoint":
+        tell_plain(config.full)
     inputs = look()
     check_records(method, given, inputs, forget_rows)
     settings = {**settings_of(config), **method.record()}
@@ -132,7 +137,7 @@ def edit_checkpoint(
         original, seed = given.get("quantised"), config.weighting.weighting_seed
         if config.output_format == "checkpoint" and original is None:
             summary = edit(folder, cast(SaveType, config.save_dtype))
-            _report_stored(summary.stored)
+            tell_stored("edit", summary.stored)
             return {"edit": asdict(summary), **made}
         with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
             if original is not None:
@@ -161,7 +166,7 @@ def _as_stored(
     )
     summary = replace(summary, tensors=tensors, stored=stored_of(tensors))
     check_stored(summary.stored)
-    _report_stored(summary.stored)
+    tell_stored("edit", summary.stored)
     return summary
 
 
@@ -183,7 +188,7 @@ def _write_adapter(config: EditConfig, folder: Path, edited: Path, full: Path) -
     share, cut = adapter.stored.stored_share or 0.0, len(adapter.truncated)
     what = f"{len(adapter.ranks)} layers, rank {max(adapter.ranks.values())} at most"
     say(f"edit: the adapter ({what}) holds {share:.1%} of the step; {cut} layers are cut off")
-    if share < _WELL_STORED:
+    if share < WELL_STORED:
         cure = "Raise --adapter-rank, tune the forget checkpoint with LoRA, or write a checkpoint."
         if share < _LEAST_HELD:
             raise CheckpointError(
@@ -235,7 +240,8 @@ def _find_inputs(config: EditConfig) -> dict[str, Path]:
     if config.save_dtype == "full" and config.output_format == "checkpoint":
         folders["quantised"] = quantised_checkpoint(config.full)
     given = {name: folder for name, folder in folders.items() if folder is not None}
-    check_separate(config.output, given.values())
+    named = [config.full, config.base, *filter(None, tuned.values())]
+    check_separate(config.output, [*given.values(), *named])
     return given
 
 
@@ -327,15 +333,3 @@ def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     )
     read |= {f"{side}_moments": moments.folder for side, moments in solver.moments.items()}
     return _write_direction(output, solver, read)
-
-
-def _report_stored(stored: Stored) -> None:
-    """Say in one line what was stored."""
-    if stored.stored_share is None:
-        return
-    say(
-        f"edit: {stored.stored_share:.1%} of the step is stored, with rounding noise of "
-        f"{stored.noise:.2g} of its norm; {stored.changed:.1%} of the edited weights changed"
-    )
-    if stored.stored_share < _WELL_STORED:
-        warn(f"The stored weights lack {1 - stored.stored_share:.0%} of the step. {CURE}")

@@ -16,6 +16,8 @@ import torch
 from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.tokens import encode_examples
+from perta.engine.edit.requantise import write_quantised
+from perta.engine.edit.stored import TensorSummary, stored_of, tell_stored
 from perta.engine.train.optimizer import Resume, resumable
 from perta.engine.train.refusals import refuse
 from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
@@ -35,10 +37,17 @@ from perta.models.load import (
     save_model,
     save_type,
 )
-from perta.models.resolve import base_of_adapter, resolve_checkpoint
+from perta.models.resolve import (
+    base_of_adapter,
+    quantised_checkpoint,
+    resolve_checkpoint,
+    tell_plain,
+)
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import as_part, run_stage
+from perta.store.atomic import scratch_folder
+from perta.store.checkpoint import open_index
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of, stage_key
@@ -62,12 +71,15 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     method = parse(config.method, Training)
     config = replace(config, training=with_method_defaults(method, config.training, config.seed))
     start = _start(config, method)
+    original = _original(config, method)
     sets = _load_sets(config, method)
 
     def look() -> dict[str, str]:
         found: dict[str, str] = {method.start: fingerprint(start)}
         if isinstance(method, Influence):
             found["adapter"] = fingerprint(_adapter(config))
+        if original is not None:
+            found["quantised"] = fingerprint(original)
         return found | {name: examples.fingerprint for name, examples in sets.items()}
 
     inputs = look()
@@ -85,9 +97,13 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
             model, done = _solve(config, method, material)
         else:
             model, done = _train(config, method, start, material, resume)
-        dtype = save_type(config.save_dtype, start)
-        round_weights(model, dtype, config.training.seed)
-        save_model(model, tokenizer, folder, start)
+        if original is None:
+            round_weights(model, save_type(config.save_dtype, start), config.training.seed)
+            save_model(model, tokenizer, folder, start)
+        else:
+            with scratch_folder(config.output.with_name(f"{config.output.name}.trained")) as whole:
+                save_model(model, tokenizer, whole, start)
+                done["stored"] = _write_as_stored(folder, original, whole, config.training.seed)
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
         skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
@@ -119,6 +135,33 @@ def _start(config: TrainConfig, method: Training) -> Path:
             f"`{method.name}` starts from the {method.start} model. Give it with --{method.start}."
         )
     return resolve_checkpoint(given, base=config.base)
+
+
+def _original(config: TrainConfig, method: Training) -> Path | None:
+    """The quantised checkpoint whose format the result is written in, if it is."""
+    given = str(config.full if method.start == "full" else config.base)
+    if config.save_dtype != "full" or isinstance(method, Influence):
+        return None
+    tell_plain(given)
+    return quantised_checkpoint(given)
+
+
+def _write_as_stored(folder: Path, original: Path, trained: Path, seed: int) -> dict[str, Any]:
+    """Write a trained model in the format that it came in; what was stored of its step."""
+    found, entries = write_quantised(folder, original, trained, seed), open_index(trained).tensors
+    parts = [
+        TensorSummary(
+            name=name,
+            elements=entries[name].numel,
+            mean_weighting=1.0,
+            task_vector_norm=stored.wanted_norm,
+            **vars(stored),
+        )
+        for name, stored in found.items()
+    ]
+    total = stored_of(parts)
+    tell_stored("train", total)
+    return asdict(total)
 
 
 def needed_sets(method: Training, given: Mapping[str, Any]) -> dict[str, Any]:

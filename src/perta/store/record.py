@@ -13,13 +13,14 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from perta.errors import ConfigError, DataError, OutputExistsError
+from perta.errors import ConfigError, CorruptCheckpointError, DataError, OutputExistsError
 from perta.options import option_name
 from perta.store.atomic import check_place, write_text
+from perta.store.checkpoint import ADAPTER_CONFIG
 from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
 
@@ -199,17 +200,28 @@ def _made_here(output: Path) -> bool:
 
 
 def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = False) -> None:
-    """Make sure that writing the output cannot touch an input.
+    """Make sure that writing the output cannot touch an input, or what an adapter is made for.
 
     Raises:
         ConfigError: it is an input, contains one, or lies in one and may not (`within`).
     """
     place = output.resolve()
-    for given in reads:
-        other = Path(given).expanduser().resolve()
+    for given in (place for named in reads for place in _read_from(Path(named).expanduser())):
+        other = given.resolve()
         inside = place != other and place.is_relative_to(other)
         if (inside and not within) or other.is_relative_to(place):
             raise ConfigError(
                 f"The output {output} overlaps the input {given}, which must stay as it is. "
                 "Give an output of its own."
             )
+
+
+def _read_from(given: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """What is given, and the models that it adapts, one above the other."""
+    yield given
+    file = given / ADAPTER_CONFIG
+    if given in above or not given.is_dir() or not file.is_file():
+        return
+    base = read_json(file, CorruptCheckpointError, nan=True).get("base_model_name_or_path")
+    if isinstance(base, str) and (place := Path(base).expanduser()).exists():
+        yield from _read_from(place, (*above, given))

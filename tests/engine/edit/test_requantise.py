@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TUNE, World
 from helpers import tiny_tokenizer, weighting
+from perta.data.rows import write_jsonl
 from perta.engine.edit.memory import EditedModel
 from perta.errors import CheckpointError, CorruptCheckpointError
 from perta.models.formats.quantised import (
@@ -27,11 +28,12 @@ from perta.models.formats.quantised import (
 )
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, ScoringConfig
+from perta.options import ComputeConfig, ScoringConfig, TrainSettings
 from perta.recipes.unlearn import aggregates, unlearn
 from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import EditConfig, FinetuneConfig
+from perta.stages.settings import EditConfig, FinetuneConfig, TrainConfig
+from perta.stages.train import train_checkpoint
 from perta.store.arithmetic import Place
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
 from perta.store.record import read_manifest
@@ -323,6 +325,49 @@ def test_an_edit_stays_in_the_format_and_tells_what_it_holds(tmp_path: Path, kin
     assert told == pytest.approx(share, abs=1e-4)
     assert 0.9 < share < 1.1
     load_model(plain[1], CPU)
+
+
+@KIND
+def test_training_is_stored_in_the_format_as_well(tmp_path: Path, kind: str) -> None:
+    """Against the same training stored as it is; a number lies within a step of the format."""
+    given = edit(tmp_path, kind)
+    rows = {
+        name: str(write_jsonl([{"question": f"Who is {who}?", "answer": f"{who} is a potter."}], f))
+        for name, who in (("forget", "Odo"), ("retain", "Mira"))
+        if (f := tmp_path / f"{name}.jsonl")
+    }
+    training = TrainSettings(epochs=3, learning_rate=1e-2, batch_size=1)
+    config = TrainConfig(
+        full=given.full, output=tmp_path / "out", method="graddiff", training=training,
+        compute=ComputeConfig(device="cpu", dtype="float32"), **rows,
+    )  # fmt: skip
+    train_checkpoint(config)
+    exact = replace(config, output=tmp_path / "exact", save_dtype="float32")
+    train_checkpoint(exact)
+    for name, entry in open_index(config.output).tensors.items():
+        other = open_index(Path(config.full)).tensors[name]
+        assert (entry.dtype, entry.shape) == (other.dtype, other.shape)
+    settings = json.loads((config.output / "config.json").read_text())
+    assert settings == json.loads((Path(config.full) / "config.json").read_text())
+    before, found = (
+        load_file_of(resolve_checkpoint(Path(f))) for f in (config.full, config.output)
+    )
+    wanted = load_file_of(exact.output)
+    assert "quantization_config" not in json.loads((exact.output / "config.json").read_text())
+    layers = [name for name in found if name.endswith(("_proj.weight", "_proj"))]
+    layers = [name for name in layers if kind == "llama" or "experts" in name]
+    along = whole = 0.0
+    for name in layers:
+        coarse = (2**-3, 1e-3) if kind == "llama" else (2**-1, 0.5)
+        near = coarse[0] * wanted[name].abs() + coarse[1] * wanted[name].abs().max()
+        assert bool(((found[name] - wanted[name]).abs() <= near).all())
+        step = before[name] - wanted[name]
+        along += float(((before[name] - found[name]) * step).sum())
+        whole += float(step.square().sum())
+    assert whole > 0
+    told = (read_manifest(config.output) or {})["stored"]["stored_share"]
+    assert told == pytest.approx(along / whole, abs=1e-4)
+    assert 0.8 < told < 1.2
 
 
 def load_file_of(folder: Path) -> dict[str, Tensor]:

@@ -279,3 +279,17 @@ def test_it_is_the_model_that_the_package_runs(tmp_path: Path, how: dict[str, An
     adapted = peft.PeftModel.from_pretrained(again, output).eval()
     merged = load_model(resolve_checkpoint(output, exact=True), CPU)
     assert distance(merged, adapted, ids) < NOISE < distance(merged, found, ids)
+
+
+def test_a_whole_model_comes_out_in_plain_numbers_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    plain = quantised(base, "nf4")
+    output = unlearned(base, base, tmp_path / "out", "checkpoint")
+    assert f"{base} is quantised by bitsandbytes, which is not written" in capsys.readouterr().err
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    forget, found = weights(tmp_path / "forget"), weights(output)
+    for name, value in found.items():
+        wanted = plain[name] - ALPHA * (forget[name] - plain[name])
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from perta.engine.edit.stored import Stored, Sums
 from perta.engine.edit.write import create_files
-from perta.errors import DivergenceError
+from perta.errors import CheckpointMismatchError, DivergenceError
 from perta.models.formats.gguf_write import GgufPlan, round_for
 from perta.models.formats.quantised import Quantised, is_of_inputs, quantised_tensors
 from perta.progress import track
-from perta.store.arithmetic import Place, square_norm
+from perta.store.arithmetic import Place, round_as_stored, square_norm
 from perta.store.checkpoint import (
     GGUF,
     TensorEntry,
     copy_companions,
+    is_constant,
     open_index,
     opened,
     read_tensor,
@@ -36,12 +37,12 @@ from perta.store.checkpoint import (
 
 
 def write_quantised(folder: Path, original: Path, edited: Path, seed: int) -> dict[str, Stored]:
-    """Write edited weights as the checkpoint that they came from stores them.
+    """Write edited or trained weights as the checkpoint that they came from stores them.
 
     Args:
         folder: an existing empty folder.
         original: quantised checkpoint, θ_full.
-        edited: θ_u, the tensors that are quantised in float32, the others as they are to be.
+        edited: θ_u, in float32 or in the type that `original` stores a tensor in.
         seed: of the rounding.
 
     Returns:
@@ -49,14 +50,24 @@ def write_quantised(folder: Path, original: Path, edited: Path, seed: int) -> di
 
     Raises:
         CorruptCheckpointError: a file is damaged.
+        CheckpointMismatchError: `edited` lacks a weight.
     """
     index, new = open_index(original), open_index(edited)
     quantised = quantised_tensors(index)
     parts = {entry.name for one in quantised.values() for entry in (one.codes, one.scales)}
     files = create_files(index, folder, "full").tensors
     for name in index.tensors.keys() - parts:
-        held = index if is_of_inputs(name) else new
-        _write(files[name], read_tensor(held.tensors[name]))
+        old = index.tensors[name]
+        source = old if is_of_inputs(name) or is_constant(old) else new.find(name)
+        if source is None:
+            raise CheckpointMismatchError(
+                f"{original} stores {name}, which the model keeps under another name. Store plain "
+                "numbers: --save-dtype bfloat16, or float32."
+            )
+        values = read_tensor(source)
+        if values.dtype != old.dtype:
+            values = round_as_stored(values.float(), old.dtype, Place(seed, name))
+        _write(files[name], values)
     found = {}
     with track("requantise", len(quantised)) as advance:
         for name, one in quantised.items():

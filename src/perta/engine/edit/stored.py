@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from perta.errors import CheckpointError
+from perta.progress import say, warn
 
 _LEAST_STORED = 0.1
 """Share of the wanted step below which an edit stops: it would report forgetting that is not in
 the files."""
 
-CURE = (
+WELL_STORED = 0.9
+"""Share of the wanted step below which a stage warns."""
+
+_CURE = (
     "Store a wider type (--save-dtype float32), tune the forget checkpoint with a higher learning "
     "rate, or raise --scaling-coef."
 )
@@ -97,11 +101,23 @@ def stored_of(summaries: Sequence[TensorSummary]) -> Stored:
     return total.stored(elements)
 
 
+def tell_stored(stage: str, stored: Stored) -> None:
+    """Say in one line what a stage stored of its step; warn where that is little."""
+    if stored.stored_share is None:
+        return
+    say(
+        f"{stage}: {stored.stored_share:.1%} of the step is stored, with rounding noise of "
+        f"{stored.noise:.2g} of its norm; {stored.changed:.1%} of the edited weights changed"
+    )
+    if stored.stored_share < WELL_STORED:
+        warn(f"The stored weights lack {1 - stored.stored_share:.0%} of the step. {_CURE}")
+
+
 def check_stored(stored: Stored) -> None:
     """Stop where next to nothing of the wanted step is in the files."""
     if stored.stored_share is not None and abs(stored.stored_share) < _LEAST_STORED:
         raise CheckpointError(
             f"Of the step that the edit takes {stored.stored_share:.1%} would be stored: it is too "
             "small beside the weights for the type of the output. "
-            f"{CURE} Nothing was written."
+            f"{_CURE} Nothing was written."
         )
