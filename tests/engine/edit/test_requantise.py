@@ -330,28 +330,26 @@ def test_an_edit_stays_in_the_format_and_tells_what_it_holds(tmp_path: Path, kin
 @KIND
 def test_training_is_stored_in_the_format_as_well(tmp_path: Path, kind: str) -> None:
     """Against the same training stored as it is; a number lies within a step of the format."""
-    given = edit(tmp_path, kind)
-    rows = {
-        name: str(write_jsonl([{"question": f"Who is {who}?", "answer": f"{who} is a potter."}], f))
-        for name, who in (("forget", "Odo"), ("retain", "Mira"))
-        if (f := tmp_path / f"{name}.jsonl")
-    }
+    full = Path(edit(tmp_path, kind).full)
+    forget, retain = (
+        write_jsonl([{"question": f"Who is {who}?", "answer": "A potter."}], tmp_path / who)
+        for who in ("Odo.jsonl", "Mira.jsonl")
+    )
     training = TrainSettings(epochs=3, learning_rate=1e-2, batch_size=1)
     config = TrainConfig(
-        full=given.full, output=tmp_path / "out", method="graddiff", training=training,
-        compute=ComputeConfig(device="cpu", dtype="float32"), **rows,
+        full=str(full), output=tmp_path / "out", method="graddiff", training=training,
+        compute=ComputeConfig(device="cpu", dtype="float32"), forget=str(forget),
+        retain=str(retain),
     )  # fmt: skip
     train_checkpoint(config)
     exact = replace(config, output=tmp_path / "exact", save_dtype="float32")
     train_checkpoint(exact)
     for name, entry in open_index(config.output).tensors.items():
-        other = open_index(Path(config.full)).tensors[name]
+        other = open_index(full).tensors[name]
         assert (entry.dtype, entry.shape) == (other.dtype, other.shape)
     settings = json.loads((config.output / "config.json").read_text())
-    assert settings == json.loads((Path(config.full) / "config.json").read_text())
-    before, found = (
-        load_file_of(resolve_checkpoint(Path(f))) for f in (config.full, config.output)
-    )
+    assert settings == json.loads((full / "config.json").read_text())
+    before, found = (load_file_of(resolve_checkpoint(f)) for f in (full, config.output))
     wanted = load_file_of(exact.output)
     assert "quantization_config" not in json.loads((exact.output / "config.json").read_text())
     layers = [name for name in found if name.endswith(("_proj.weight", "_proj"))]

@@ -22,7 +22,7 @@ from perta.data.rows import write_jsonl
 from perta.errors import CorruptCheckpointError
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, TuneConfig, WeightingConfig
+from perta.options import ComputeConfig, OutputFormat, TuneConfig, WeightingConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
@@ -121,7 +121,13 @@ def test_numbers_are_read_one_by_one(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_layers_that_are_stored_the_other_way_round(tmp_path: Path, kind: str) -> None:
     """GPT-2 stores (in, out), and bitsandbytes (out, in); c_proj is square and shows nothing."""
-    sizes = {"vocab_size": 384, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    sizes: dict[str, Any] = {
+        "vocab_size": 384,
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 64,
+    }
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
     check_plain(tmp_path / "base", quantised(tmp_path / "base", kind, model))
 
@@ -192,7 +198,7 @@ def own_adapter(model: Any, base: Path, folder: Path) -> Path:
     return folder
 
 
-def unlearned(base: Path, own: Path, output: Path, form: str) -> Path:
+def unlearned(base: Path, own: Path, output: Path, form: OutputFormat) -> Path:
     forget = tuned(base, output.with_name("forget"))
     weighting = WeightingConfig(method="tv", scaling_coef=ALPHA, layers="all")
     return edit_checkpoint(
