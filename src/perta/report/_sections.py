@@ -15,7 +15,7 @@ from perta.evidence.measures import MEASURES
 from perta.report.collect import Collection, Run
 from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict
-from perta.report.verdict.sentences import number
+from perta.report.verdict.sentences import number, told
 
 _INPUT_NAMES: Mapping[str, str] = {
     "full": "model before the edit",
@@ -226,34 +226,19 @@ def not_measured(run: Run | None) -> list[tuple[str, str]]:
 
 def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
     """What this report does not show, the general before the particular."""
-    sentences = [
-        "An edit of the weights is not a proof of erasure. The report shows what was measured "
-        "on the named examples, no more; other questions about the same facts may be answered.",
-        "Nothing here speaks about copies of the data elsewhere: training files, backups, logs, "
-        "earlier checkpoints, and the intermediate model tuned on the forget set.",
-    ]
     keys = {key for run in collection.runs for key in run.measures}
-    if not any("relearn" in key for key in keys):
-        sentences.append(
-            "Whether a short fine-tuning brings the removed answers back was not measured."
-        )
-    if not any(key.startswith("mia_") or key == "privleak" for key in keys):
-        sentences.append("Membership-inference attacks were not run.")
-    if not any(key in keys for key in ("model_utility", "ra_rouge", "wf_rouge")):
-        sentences.append("General ability outside the retain set was not measured.")
-    sentences.append(
-        "Intervals treat examples as independent, and are widened by subject only where the "
-        "results say which subject a row is about; other rows may be answered otherwise."
-    )
     edited = [verdict.run for verdict in verdicts]
-    if len(edited) > 1:
-        sentences.append(
-            "Several edited models were compared on the same examples and the best is named "
-            "first; its figures are therefore slightly flattering."
-        )
-    if len({run.seed for run in edited if run.seed is not None}) <= 1:
-        sentences.append("All models come from one seed of tuning, so chance in it is not shown.")
-    return sentences
+    applies = {
+        "proof": True,
+        "copies": True,
+        "relearning": not any("relearn" in key for key in keys),
+        "membership": not any(key.startswith("mia_") or key == "privleak" for key in keys),
+        "ability": not keys & {"model_utility", "ra_rouge", "wf_rouge"},
+        "intervals": True,
+        "several": len(edited) > 1,
+        "seed": len({run.seed for run in edited if run.seed is not None}) <= 1,
+    }
+    return [told("limits", name) for name, does in applies.items() if does]
 
 
 def _file(path: Any) -> str:

@@ -31,16 +31,15 @@ from perta.report.verdict.checks import (
     worst,
 )
 from perta.report.verdict.sentences import (
-    calibrated_on,
     exposed_text,
     facts_text,
     forget_numbers,
     forget_text,
     headline,
     number,
-    quality_text,
     retain_numbers,
     retain_text,
+    told,
     trace_numbers,
     trace_text,
 )
@@ -90,7 +89,7 @@ class Verdict:
     @property
     def calibrated_on(self) -> str:
         """What forgetting is judged against, in words."""
-        return calibrated_on(self.calibration)
+        return told(self.calibration or "nothing", "what")
 
     @property
     def status(self) -> Status:
@@ -213,8 +212,7 @@ def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Stat
     status = worst(check.status for check in checks if check.core)
     found = Statement(status, "", "", checks)
     if found.lead is None or found.decisive is None:
-        text = "The answers about the removed examples were not measured."
-        return Statement("unknown", text, "", checks)
+        return Statement("unknown", told("forgetting", "unmeasured"), "", checks)
     calibration = yardstick.calibration if yardstick else None
     text = forget_text(found.lead, found.decisive, calibration)
     return replace(found, text=text, numbers=forget_numbers(found.decisive, calibration))
@@ -227,22 +225,15 @@ def _retention(run: Run, collection: Collection) -> tuple[Statement, list[str]]:
     found = Statement(worst(c.status for c in checks if c.core), "", "", checks)
     lead, decisive = found.lead, found.decisive
     if lead is None or decisive is None:
-        text = "How much of everything else was kept was not measured."
-        return Statement("unknown", text, "", checks), []
+        return Statement("unknown", told("retention", "unmeasured"), "", checks), []
     if full is None or lead.before is None:
-        text = (
-            "How much of everything else was kept cannot be judged: the model before the edit "
-            "was not evaluated on the same examples to keep."
-        )
-        return Statement("unknown", text, f"{lead.label}: {number(lead.after)}.", checks), []
+        text, numbers = told("retention", "no_before"), f"{lead.label}: {number(lead.after)}."
+        return Statement("unknown", text, numbers, checks), []
     text = retain_text(found.status, decisive)
     seen, note = _retained_rows(run, collection)
     if seen and found.status == "met":
         found = replace(found, status="unclear")
-        text = (
-            "The answers about everything else seem to be kept, but those measured may have taken "
-            "part in what made this model, so others may have lost more."
-        )
+        text = told("retention", "seen")
     return replace(found, text=text, numbers=retain_numbers(decisive)), [note] if note else []
 
 
@@ -254,26 +245,15 @@ def _retained_rows(run: Run, collection: Collection) -> tuple[bool, str]:
     seen = held.get("seen_by")
     if held.get("rows") and evaluated == held.get("fingerprint"):
         whole = ", all rows of some subjects," if held.get("by") == "subject" else ""
-        note = (
-            f"Retention is judged on {held['rows']} of {held['of']} examples to keep{whole} that "
-            "took no part in what made this model"
-        )
+        note = told("notes", "held_back", rows=held["rows"], of=held["of"], whole=whole)
         return bool(seen), note + (f", unless they did in {seen}." if seen else ".")
     if held and not held.get("used") and evaluated == made.get("inputs", {}).get("retain"):
-        return False, "Retention is judged on examples that took no part in what made this model."
+        return False, told("notes", "apart")
     used = held.get("used") or evaluated in _protected(run.record, collection)
     if not evaluated or not used:
         return False, ""
-    return True, " ".join(
-        part
-        for part in (
-            "Retention is judged on examples that took part in what made this model, which is "
-            "flattering: others may have lost more.",
-            held.get("reason", ""),
-            f"They may be in {seen}." if seen else "",
-        )
-        if part
-    )
+    where = f"They may be in {seen}." if seen else ""
+    return True, " ".join(filter(None, (told("notes", "took_part"), held.get("reason", ""), where)))
 
 
 def _protected(record: Record, collection: Collection) -> set[str]:
@@ -292,10 +272,7 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list
         return []
     record = run.record
     if record.get("stage") == "train":
-        return [
-            "Likely cause: training stopped too early. Raise --unlearn-epochs, "
-            "--unlearn-learning-rate or --forget-weight."
-        ]
+        return [told("causes", "training")]
     if not record:
         return []
     causes = []
@@ -305,37 +282,20 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list
         if name.startswith("forget_checkpoint")
         and (made := collection.input_record(record, name)).get("final_loss") is not None
     ]
-    unlearned = [made for made in tuned if not made.get("learned", True)]
-    if unlearned:
-        loss = max(float(made["final_loss"]) for made in unlearned)
-        causes.append(
-            "Likely cause: the forget fine-tune did not learn the removed examples (final loss "
-            f"{number(loss)} nats per token), and what it did not learn cannot be removed. Raise "
-            "--epochs or --learning-rate."
-        )
+    losses = [float(made["final_loss"]) for made in tuned if not made.get("learned", True)]
+    if losses:
+        causes.append(told("causes", "unlearned", loss=number(max(losses))))
     stored = record.get("edit", {}).get("stored", {}).get("stored_share")
     if isinstance(stored, int | float) and stored < _STORED:
-        causes.append(
-            f"Likely cause: rounding. Only {stored:.0%} of the step fits into the type that the "
-            "checkpoint is stored in. Store it as float32 with --save-dtype float32."
-        )
+        causes.append(told("causes", "rounding", stored=stored))
     strength = record.get("unlearn", {}).get("strength", {})
     if strength.get("reached") is False:
-        causes.append(
-            "Likely cause: the search for the strength ended at the retain budget "
-            f"({number(strength.get('retain_budget'))} nats per token). Raise --retain-budget."
-        )
+        causes.append(told("causes", "budget", budget=number(strength.get("retain_budget"))))
     if not causes and strength:
-        causes.append(
-            "Likely cause: by the rows that the search for the strength was calibrated on "
-            f"({strength.get('calibrated_on')}) every fact looks unseen already. Give other "
-            f"--holdout rows, or --scaling-coef a number above {run.alpha:.3g}."
-        )
+        rows = strength.get("calibrated_on")
+        causes.append(told("causes", "calibration", rows=rows, alpha=run.alpha))
     elif not causes and run.alpha is not None:
-        causes.append(
-            f"Likely cause: the strength {run.alpha:.3g} is too small. Raise --scaling-coef, or "
-            "let --scaling-coef auto find it."
-        )
+        causes.append(told("causes", "strength", alpha=run.alpha))
     return causes
 
 
@@ -353,22 +313,19 @@ def _notes(
 ) -> list[str]:
     notes = []
     if forgetting.status in ("met", "unclear") and retention.status == "not":
-        notes.append(
-            "A damaged model finds every answer improbable, so the low probability of the "
-            "removed ones is weak evidence of selective forgetting here."
-        )
+        notes.append(told("notes", "damaged"))
     keys = ("forget_fact", "forget_probability")
     exposed = [(key, value) for key in keys if (value := _highest(run.measures, key)) is not None]
     for key, value in exposed[:1]:
         other = _highest(yardstick.measures, key) if yardstick else None
         notes.append(exposed_text(value, other, yardstick.calibration if yardstick else None))
     notes += [
-        quality_text(check.after, check.status)
+        told("quality", check.status, p=number(check.after, 3))
         for check in forgetting.checks
         if check.key == "forget_quality"
     ]
     if full is None:
-        notes.append("The model before the edit was not evaluated on the same examples.")
+        notes.append(told("notes", "no_before"))
     return notes
 
 

@@ -1,9 +1,12 @@
-"""The verdict in plain words."""
+"""The verdict in plain words, which `words.toml` holds."""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
 from perta.report.verdict.checks import RANK, Calibration, Check, Status
 
@@ -20,94 +23,32 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
-class _Yardstick(NamedTuple):
-    """How what forgetting is judged against is called where."""
-
-    never_saw: str
-    against: str
-    than: str
-    highest: str
-    what: str
+def told(section: str, name: str, **values: Any) -> str:
+    """One text of `words.toml`, its gaps filled with the values."""
+    return _words()[section][name].format(**values)
 
 
-_YARDSTICKS: Mapping[Calibration | None, _Yardstick] = {
-    "retrained": _Yardstick(
-        "for a model that never saw them",
-        "for the retrained model",
-        "the retrained model finds any",
-        "the retrained model's highest",
-        "Forgetting is judged against the retrained reference: a model tuned in the same way on "
-        "everything but the removed examples.",
-    ),
-    "holdout": _Yardstick(
-        "answers that this model has never seen",
-        "on unseen examples",
-        "this model finds unseen ones",
-        "the highest on unseen examples",
-        "There is no retrained reference. Forgetting is judged against held-out examples that the "
-        "edited model has never seen, which is weaker: they may be easier or harder than the "
-        "removed ones.",
-    ),
-    "base": _Yardstick(
-        "for the base model, which never saw them",
-        "for the base model",
-        "the base model finds any",
-        "the base model's highest",
-        "There is no retrained reference and no held-out set. Forgetting is judged against the "
-        "base model, which is weaker: it saw none of the data, so it lacks the tone and the form "
-        "of the answers too, and a model retrained without the removed examples would commonly "
-        "find them more probable.",
-    ),
-    None: _Yardstick(
-        "",
-        "",
-        "",
-        "",
-        "There is neither a retrained reference nor a held-out set nor an evaluation of the base "
-        "model, so this report can say what changed, not whether it is enough.",
-    ),
-}
-
-
-def calibrated_on(calibration: Calibration | None) -> str:
-    """What forgetting is judged against."""
-    return _YARDSTICKS[calibration].what
+@cache
+def _words() -> dict[str, dict[str, str]]:
+    text = files("perta").joinpath("report", "verdict", "words.toml").read_text("utf-8")
+    return tomllib.loads(text)
 
 
 def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:
     """What became of the removed answers, by the first decisive measure and the deciding one."""
-    subject = "The answers about the removed examples"
     if calibration is None:
-        if lead.before is not None and lead.after < lead.before:
-            return (
-                f"{subject} became less probable, but there is no model that never saw them to "
-                "say whether that is enough."
-            )
-        return f"{subject} cannot be judged: there is nothing to compare them with."
+        less = lead.before is not None and lead.after < lead.before
+        return told("forgetting", "less" if less else "alone")
     if worst.rows or worst.subjects:
         return _still_there(worst)
-    never_saw = _YARDSTICKS[calibration].never_saw
+    never_saw = told(calibration, "never_saw")
     # Within the threshold and yet surely above the reference: then "as" would say too much.
     above = lead.share_low is not None and lead.share_low > 0
     like = f"{'nearly as' if above else 'as'} improbable as {never_saw}"
-    by_status: Mapping[Status, str] = {
-        "met": f"{subject} are now {like}.",
-        "unclear": f"{subject} look {like}, but there are too few examples to be sure.",
-        "partly": f"{subject} are much less probable than before, but more so than {never_saw}.",
-        "not": f"{subject} are still there: they are far more probable than {never_saw}.",
-        "unknown": (
-            f"{subject} cannot be judged: the model before the edit hardly knew them better "
-            "than the reference."
-        ),
-    }
-    if lead.status not in ("met", "unclear") or RANK[worst.status] <= RANK["unclear"]:
-        return by_status[worst.status]
-    if worst.status == "unknown":
-        return by_status[lead.status]
-    verb = "is not all gone" if worst.status == "partly" else "is still there"
-    return (
-        f"{subject} are now {like}, but by another measure, {worst.label}, what was learned {verb}."
-    )
+    name: str = worst.status
+    if lead.status in ("met", "unclear") and RANK[worst.status] > RANK["unclear"]:
+        name = lead.status if worst.status == "unknown" else f"other_{worst.status}"
+    return told("forgetting", name, like=like, never_saw=never_saw, other=worst.label)
 
 
 def _still_there(check: Check) -> str:
@@ -120,10 +61,13 @@ def _still_there(check: Check) -> str:
             f"({_row_list(check.rows)})"
         )
     if check.subjects:
-        noun = "one subject" if len(check.subjects) == 1 else f"{len(check.subjects)} subjects"
-        found.append(f"much of {noun} is left over all rows")
+        found.append(f"much of {_count(check.subjects)} is left over all rows")
     text = ", and ".join(found)
     return f"{text[0].upper()}{text[1:]}, whatever became of the others."
+
+
+def _count(subjects: Sequence[int]) -> str:
+    return "one subject" if len(subjects) == 1 else f"{len(subjects)} subjects"
 
 
 def _row_list(rows: Sequence[str]) -> str:
@@ -135,35 +79,32 @@ def _row_list(rows: Sequence[str]) -> str:
 
 def forget_numbers(check: Check, calibration: Calibration | None) -> str:
     """The figures behind it."""
-    parts = [f"{check.label}: {number(check.after)}"]
+    text = f"{check.label}: {number(check.after)}"
     if check.reference is not None and calibration is not None:
-        parts.append(f"against {number(check.reference)} {_YARDSTICKS[calibration].against}")
-    text = " ".join(parts)
+        text += f" against {number(check.reference)} {told(calibration, 'against')}"
     if check.before is not None:
         text += f"; before the edit it was {number(check.before)}"
-    if check.n:
-        text += f" (n\u00a0=\u00a0{check.n})"
-    return text + "."
+    return text + _of(check)
+
+
+def _of(check: Check) -> str:
+    return f" (n\u00a0=\u00a0{check.n})." if check.n else "."
 
 
 def trace_text(check: Check | None, calibration: Calibration | None) -> str:
     """Whether the removed answers stand out by their absence."""
     if check is None or calibration is None:
-        return "Whether the removed answers stand out by their absence was not measured."
-    than = _YARDSTICKS[calibration].than
-    if check.status == "not":
-        return (
-            f"{len(check.rows)} of the {check.n} removed answers are far less probable than {than}"
-            " of them. What is conspicuously absent shows that something was removed."
-        ).replace("unseen ones of them", "unseen ones")
-    if check.status == "met":
-        return f"No removed answer is far less probable than {than}."
-    if check.rows:
-        noun = "answer is" if len(check.rows) == 1 else "answers are"
-        return (
-            f"{len(check.rows)} removed {noun} far less probable than {than}; chance could do so."
-        )
-    return "No removed answer stands out by its absence, but there are too few to be sure."
+        return told("trace", "unmeasured")
+    count = len(check.rows)
+    return told(
+        "trace",
+        "rows" if check.rows and check.status == "unclear" else check.status,
+        count=count,
+        n=check.n,
+        than=told(calibration, "than"),
+        of_them="" if calibration == "holdout" else " of them",
+        answers="answer is" if count == 1 else "answers are",
+    )
 
 
 def trace_numbers(check: Check | None) -> str:
@@ -179,19 +120,8 @@ def trace_numbers(check: Check | None) -> str:
 
 def retain_text(status: Status, check: Check) -> str:
     """What became of everything else."""
-    if check.subjects:
-        noun = "one subject" if len(check.subjects) == 1 else f"{len(check.subjects)} subjects"
-        return f"Of {noun} to be kept, less than half is left."
-    return {
-        "met": "The answers about everything else are kept.",
-        "unclear": (
-            "The answers about everything else seem to be kept, but there are too few examples "
-            "to be sure."
-        ),
-        "partly": "Some of the answers about everything else are lost.",
-        "not": "Much of what should have been kept is lost.",
-        "unknown": "Whether everything else was kept cannot be judged.",
-    }[status]
+    name = "subjects" if check.subjects else status
+    return told("retention", name, subjects=_count(check.subjects))
 
 
 def retain_numbers(check: Check) -> str:
@@ -199,62 +129,30 @@ def retain_numbers(check: Check) -> str:
     text = f"{check.label}: {number(check.after)} against {number(check.before)} before the edit"
     if check.reference is not None:
         text += f"; the retrained model has {number(check.reference)}"
-    return text + (f" (n\u00a0=\u00a0{check.n})." if check.n else ".")
+    return text + _of(check)
 
 
 def headline(forgetting: Status, retention: Status, trace: Status = "unknown") -> str:
     """All outcomes in one short sentence; what was removed is named where it stands out."""
-    first = {
-        "met": "Forgotten as far as measured",
-        "unclear": "Probably forgotten",
-        "partly": "Only partly forgotten",
-        "not": "Not forgotten",
-        "unknown": "Forgetting cannot be judged",
-    }[forgetting]
-    good = forgetting in ("met", "unclear")
-    second = {
-        "met": ", and the rest is kept" if good else "; the rest is kept",
-        "unclear": ", and the rest seems kept" if good else "; the rest seems kept",
-        "partly": ", at some cost to the rest",
-        "not": ", but much else is lost with it" if good else ", and much else is lost",
-        "unknown": "; what else was lost is not known",
-    }[retention]
-    third = "; what was removed stands out by its absence" if trace == "not" else ""
-    return f"{first}{second}{third}."
+    good = "good" if forgetting in ("met", "unclear") else "bad"
+    first = told("headline", forgetting) + told(f"headline_after_{good}", retention)
+    return f"{first}{told('headline', 'trace') if trace == 'not' else ''}."
 
 
 def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
     """How facts were found, and whether the yardstick has them too, so that they decide."""
     if not sources or not decisive:
-        return (
-            "The results hold no facts of the removed answers, so whole answers are judged. Most "
-            "words of an answer are sentence around the fact, which other rows teach as well."
-        )
-    ways = {
-        "fact column": "given with the rows",
-        "wrong answers": "where the right answer differs from the wrong ones",
-        "surprise": "what the base model does not expect",
-        "answer": "the whole answer, for want of anything better",
-    }
-    found = [
-        f"{ways.get(way, way)} ({count} row{'s' if count > 1 else ''})"
+        return told("facts", "none")
+    ways = [
+        f"{_words()['ways'].get(way, way)} ({count} row{'s' if count > 1 else ''})"
         for way, count in sources.items()
     ]
-    return f"Facts are the words that the question does not give away: {'; '.join(found)}."
-
-
-def quality_text(p: float, status: Status) -> str:
-    """What a test of the truth ratios says, or that it cannot say anything."""
-    outcome = {"met": "cannot be told apart", "not": "can be told apart"}.get(
-        status, "are too few to be told apart by any but the coarsest difference"
-    )
-    whose = "edited and retrained model" if status in ("met", "not") else "the rows"
-    return f"By their truth ratios, {whose} {outcome} (forget quality: p = {number(p, 3)})."
+    return told("facts", "found", ways="; ".join(ways))
 
 
 def exposed_text(highest: float, other: float | None, calibration: Calibration | None) -> str:
     """The most exposed row: a mean can hide one that is still there."""
-    text = f"The most exposed removed example is answered with probability {number(highest)}"
+    text = told("notes", "exposed", highest=number(highest))
     if other is not None and calibration is not None:
-        text += f"; {_YARDSTICKS[calibration].highest} is {number(other)}"
+        text += f"; {told(calibration, 'highest')} is {number(other)}"
     return text + "."
