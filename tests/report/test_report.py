@@ -62,8 +62,8 @@ from perta.report.tables import (
     styles,
     table_lines,
 )
-from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict, judge
+from perta.report.verdict.words import Check
 from perta.report.write import (
     companion_folder,
     document,

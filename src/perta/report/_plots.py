@@ -26,7 +26,7 @@ from perta.report._svg import (
 from perta.report.collect import Collection, Run
 from perta.report.tables import file_name
 from perta.report.verdict.judge import reference_quality
-from perta.report.verdict.sentences import number
+from perta.report.verdict.words import number
 from perta.store.provenance import Record
 
 _MOST_CURVES = 9

@@ -13,9 +13,8 @@ from typing import Any
 
 from perta.evidence.measures import MEASURES
 from perta.report.collect import Collection, Run
-from perta.report.verdict.checks import Check
 from perta.report.verdict.judge import Statement, Verdict
-from perta.report.verdict.sentences import number, told
+from perta.report.verdict.words import Check, number, told
 
 _INPUT_NAMES: Mapping[str, str] = {
     "full": "model before the edit",

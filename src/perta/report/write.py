@@ -28,9 +28,8 @@ from perta.report._svg import Figure, drawing, on_page
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.tables import csv_text
-from perta.report.verdict.checks import WORDS
 from perta.report.verdict.judge import Verdict, as_record, judge
-from perta.report.verdict.sentences import number
+from perta.report.verdict.words import WORDS, number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
 from perta.store.costs import duration, percent
 from perta.store.record import check_output, check_separate

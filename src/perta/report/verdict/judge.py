@@ -2,7 +2,7 @@
 
 Forgetting is judged against a model that never saw the examples: the retrained one where there
 is one, else unseen examples, else the base model. Retention is judged against the model before
-the edit, on the same rows. Both need enough rows: see `checks`. It is computed here alone,
+the edit, on the same rows. Both need enough rows: see `_checks`. It is computed here alone,
 from records and results; page, terminal and `verdict.json` repeat it.
 """
 
@@ -18,11 +18,7 @@ from perta.evidence.measures import Reading, rows_of, truth_ratios
 from perta.evidence.metrics import ks_test
 from perta.report.collect import Collection, Run
 from perta.report.settings import Wanted
-from perta.report.verdict.checks import (
-    RANK,
-    Calibration,
-    Check,
-    Status,
+from perta.report.verdict._checks import (
     Yardstick,
     find_yardstick,
     forget_checks,
@@ -30,19 +26,18 @@ from perta.report.verdict.checks import (
     trace_check,
     worst,
 )
-from perta.report.verdict.sentences import (
+from perta.report.verdict._sentences import (
     exposed_text,
     facts_text,
     forget_numbers,
     forget_text,
     headline,
-    number,
     retain_numbers,
     retain_text,
-    told,
     trace_numbers,
     trace_text,
 )
+from perta.report.verdict.words import RANK, Calibration, Check, Status, number, told
 from perta.store.provenance import Record, Role
 
 _SCHEMA = 1

@@ -7,12 +7,9 @@ its mean), what is left is
 
     share = mean(a − y) / mean(b − y),        share_i = (a_i − y_i) / (b_i − y_i)
 
-Worst case decides. Low rows pay for no high one: a row is *still there* if more than half of it
-is left and its value lies beyond the yardstick's spread (`upper_end` of its rows), or if
-nine tenths are left; a subject is, if more than a quarter of it is left over all its rows and it
-lies beyond the spread of the yardstick's subjects. Few rows are no proof: among n rows none of
-which is still there, the share of such rows may be up to 1 − 0.025^(1/n) (exact binomial), and that
-has to be small as well. Thresholds are few, named here, and printed on the page.
+Worst case decides: low rows pay for no high one, and what counts as still there is for `remains` to
+say. Few rows are no proof: among n rows none of which is still there, the share of such rows may be
+up to 1 − 0.025^(1/n) (exact binomial), and that has to be small as well.
 """
 
 from __future__ import annotations
@@ -21,7 +18,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
 
 from perta.evidence.intervals import Interval, mean_interval, share_interval, upper_end
 from perta.evidence.measures import (
@@ -54,9 +50,7 @@ from perta.evidence.remains import (
     subjects_still_there,
 )
 from perta.report.collect import Run
-
-Status = Literal["met", "unclear", "partly", "not", "unknown"]
-Calibration = Literal["retrained", "holdout", "base"]
+from perta.report.verdict.words import RANK, Calibration, Check, Status
 
 _WHOLE = 0.5
 """Mean probability of whole facts from which those are judged, not their tokens."""
@@ -66,36 +60,6 @@ _KS_DISTANCE = 1 / 3
 """Distance of truth ratios that a test has to be able to find before its silence means anything."""
 _TRACE = math.log(2)
 """Nats per token beyond the yardstick's least probable rows at which an answer is conspicuous."""
-
-RANK: Mapping[Status, int] = {"met": 0, "unclear": 1, "partly": 2, "not": 3, "unknown": 4}
-WORDS: Mapping[Status, str] = {
-    "met": "met",
-    "unclear": "not sure",
-    "partly": "partly met",
-    "not": "not met",
-    "unknown": "cannot tell",
-}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measure of the verdict."""
-
-    key: str
-    label: str
-    before: float | None  # value of the full model
-    after: float  # value of the edited model
-    reference: float | None  # what it is judged against; None where there is nothing
-    n: int  # examples behind it; 0 where only a mean is known
-    core: bool  # whether it counts for the verdict
-    status: Status = "unknown"
-    # What remains (forgetting) or is kept (retention), as a share, and the ends of its interval.
-    share: float | None = None
-    share_low: float | None = None
-    share_high: float | None = None
-    # Numbers in the file of rows that are still there (forgetting) or conspicuous.
-    rows: tuple[str, ...] = ()
-    subjects: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

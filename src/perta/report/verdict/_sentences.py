@@ -1,37 +1,13 @@
-"""The verdict in plain words, which `words.toml` holds."""
+"""The verdict in plain words."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
-from perta.report.verdict.checks import RANK, Calibration, Check, Status
+from perta.report.verdict.words import RANK, Calibration, Check, Status, number, told, ways
 
 _LISTED = 5
 """Most rows or subjects that a sentence names."""
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A value for a sentence, small ones with as many digits as they need."""
-    if value is None:
-        return "–"
-    if value != 0 and abs(value) < 10**-digits:
-        return f"{value:.1g}" if abs(value) >= 1e-4 else f"{value:.0e}"
-    return f"{value:.{digits}f}"
-
-
-def told(section: str, name: str, **values: Any) -> str:
-    """One text of `words.toml`, its gaps filled with the values."""
-    return _words()[section][name].format(**values)
-
-
-@cache
-def _words() -> dict[str, dict[str, str]]:
-    text = files("perta").joinpath("report", "verdict", "words.toml").read_text("utf-8")
-    return tomllib.loads(text)
 
 
 def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:
@@ -143,11 +119,11 @@ def facts_text(sources: Mapping[str, int], *, decisive: bool) -> str:
     """How facts were found, and whether the yardstick has them too, so that they decide."""
     if not sources or not decisive:
         return told("facts", "none")
-    ways = [
-        f"{_words()['ways'].get(way, way)} ({count} row{'s' if count > 1 else ''})"
+    listed = [
+        f"{ways().get(way, way)} ({count} row{'s' if count > 1 else ''})"
         for way, count in sources.items()
     ]
-    return told("facts", "found", ways="; ".join(ways))
+    return told("facts", "found", ways="; ".join(listed))
 
 
 def exposed_text(highest: float, other: float | None, calibration: Calibration | None) -> str:
