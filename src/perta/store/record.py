@@ -20,7 +20,6 @@ from typing import Any
 from perta.errors import ConfigError, CorruptCheckpointError, DataError, OutputExistsError
 from perta.options import option_name
 from perta.store.atomic import check_place, write_text
-from perta.store.checkpoint import ADAPTER_CONFIG
 from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
 
@@ -218,6 +217,8 @@ def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = 
 
 def _read_from(given: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """What is given, and the models that it adapts, one above the other."""
+    from perta.store.checkpoint import ADAPTER_CONFIG  # it needs torch, and the report does not
+
     yield given
     file = given / ADAPTER_CONFIG
     if given in above or not given.is_dir() or not file.is_file():
