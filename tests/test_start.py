@@ -13,3 +13,11 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_methods_are_known_where_docstrings_are_left_out() -> None:
+    code = "import perta.methods.registry as r; print(r.get_method('perta-grad').summary)"
+    found = subprocess.run(
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "W = I_f / (I_f + rho I_r), order 1"

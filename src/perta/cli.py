@@ -178,8 +178,11 @@ def edit(config: EditConfig, *, json: _AsJson = False) -> None:
     """Edit a checkpoint: full - alpha * W * (forget checkpoint - base), tensor by tensor."""
     from perta.stages.edit import direction_folder, edit_checkpoint
 
-    output, direction = edit_checkpoint(config), direction_folder(config)
-    message = f"Unlearned checkpoint: {output}"
+    _tell_edit(json, "Unlearned", edit_checkpoint(config), direction_folder(config))
+
+
+def _tell_edit(json: bool, what: str, output: Path, direction: Path | None) -> None:
+    message = f"{what} checkpoint: {output}"
     if direction is not None:
         message += f"\nDirection: {direction} (holds what was removed; delete it when you are done)"
     _tell(json, message, output=output, direction=direction)
@@ -191,7 +194,7 @@ def repair(config: RepairConfig, *, json: _AsJson = False) -> None:
     from perta.recipes.repair import repair_checkpoint
 
     output = repair_checkpoint(config)
-    _tell(json, f"Repaired checkpoint: {output}", output=output)
+    _tell_edit(json, "Repaired", output, output.with_name(f"{output.name}.direction"))
 
 
 @app.command

@@ -179,6 +179,7 @@ def test_a_yaml_file_names_a_method_file(
         (PART.replace('    name = "part"\n', ""), "defines no method"),
         (PART.replace('name = "part"', 'name = "tv"'), "There is a method `tv` already"),
         (PART.replace("    done =", "    told ="), "The method `part` lacks done"),
+        (PART.replace("    summary =", "    told ="), "The method `part` lacks summary"),
         (PART.replace("def weigh(", "def wiegh("), "The method `part` lacks weigh"),
         (
             PART.replace("    part: float = option", "    part: float = 0.5  # "),

@@ -97,6 +97,8 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(
     tiny_llama(intermediate_size=64).save_pretrained(other)
     with pytest.raises(CheckpointMismatchError, match=r"embed_tokens.weight is .* but "):
         repair_checkpoint(replace(config, unlearned=str(other)))
+    with pytest.raises(ConfigError, match=r"rho is -1.* in \[0, inf\)"):
+        repair_checkpoint(replace(config, rho=-1.0))
     for more in ({"retain": None}, {"retain_moments": tmp_path}):
         with pytest.raises(ConfigError, match="--retain-moments"):
             replace(config, **more)

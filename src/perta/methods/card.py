@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from perta.methods.method import Edit, Method
 from perta.methods.objectives import Influence, Training
-from perta.methods.registry import get_method, with_defaults
+from perta.methods.registry import get_method
 from perta.options import TrainSettings, WeightingConfig
 
 
@@ -35,8 +35,10 @@ def _table(key: str, value: str, rows: Mapping[str, object]) -> list[str]:
 
 
 def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> str:
-    """README of an edit, in Markdown; `fingerprints` are those of the inputs, by name."""
-    weighting = with_defaults(weighting)
+    """README of an edit, in Markdown; `fingerprints` are those of the inputs, by name.
+
+    `weighting` has the method's defaults filled in.
+    """
     method = get_method(weighting.method)
     done = (
         "Part of this model's fine-tuning data was removed by one edit of its weights: "

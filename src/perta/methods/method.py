@@ -135,9 +135,8 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         """Make the settings fields, and the method known."""
-        if "summary" not in vars(cls) and (doc := vars(cls).get("__doc__")):
-            first = " ".join(doc.partition("\n\n")[0].split()).removesuffix(".")
-            cls.summary = first[:1].lower() + first[1:]
+        if "name" in vars(cls) and "summary" not in vars(cls):
+            _sum_up(cls)
         dataclass(frozen=True, kw_only=True)(cls)
         for item in dataclasses.fields(cast(Any, cls)):
             if "help" not in item.metadata:
@@ -308,6 +307,15 @@ class Directions(Edit):
         `vectors` are their τ, (out, in) float64; `inputs` has the input's second moment on every
         set needed, and `outputs` gives those of the output gradients by a layer's place.
         """
+
+
+def _sum_up(cls: type[Method]) -> None:
+    """Take the summary of a method from its docstring; from its formula where `-OO` left it out."""
+    if doc := vars(cls).get("__doc__"):
+        first = " ".join(doc.partition("\n\n")[0].split()).removesuffix(".")
+        cls.summary = first[:1].lower() + first[1:]
+    elif sys.flags.optimize > 1:
+        cls.summary = cls.formula
 
 
 def _lies(value: float, within: str) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from perta.engine.edit.plan import BASE, plan_edit
 from perta.errors import ConfigError
+from perta.methods.registry import get_method
 from perta.models.resolve import resolve_checkpoint
 from perta.options import WeightingConfig
 from perta.recipes.settings import RepairConfig
@@ -34,6 +35,7 @@ def repair_checkpoint(config: RepairConfig) -> Path:
         PertaError: input that cannot be used; nothing is half-written.
     """
     weighting = WeightingConfig(method=f"sage:rho={config.rho!r}")
+    get_method(weighting.method)  # its settings fit
     full, theirs = map(resolve_checkpoint, (config.full, config.unlearned))
     if fingerprint(full) == fingerprint(theirs):
         raise ConfigError(

@@ -17,6 +17,7 @@ from helpers import shared, tiny_llama, tiny_tokenizer
 from helpers import weighting as chosen
 from perta.data.rows import write_jsonl
 from perta.engine.edit.memory import EditedModel, _stored_places
+from perta.errors import CorruptCheckpointError
 from perta.methods.method import Edit
 from perta.methods.registry import known
 from perta.models.load import load_model
@@ -190,6 +191,8 @@ def test_every_number_of_a_model_has_its_stored_place(tmp_path: Path, family: st
     model = load_model(tmp_path / "full", CPU)
     places = _stored_places(model, index)
     assert set(places) == set(index.tensors)
+    # Numbers of places are for what no view shows: they take twice the memory of the weights.
+    assert any(where is not ... for _, where in places.values()) == (family == "hrm_text")
     for name, (memory, where) in places.items():
         assert torch.equal(memory[where], read_tensor(index.tensors[name])), name
         memory[where] = torch.full(index.tensors[name].shape, 7.0)
@@ -216,3 +219,12 @@ def test_a_change_is_the_weighted_task_vector(world: World, tmp_path: Path) -> N
             continue
         assert isinstance(change.delta, Tensor)
         torch.testing.assert_close(change.delta, 0.5 * (full[name] - base[name]))
+
+
+def test_what_is_not_finite_is_refused(tmp_path: Path) -> None:
+    edit = write_models(tmp_path, tiny_llama(), torch.float32)
+    tensors = {n: read_tensor(e) for n, e in open_index(tmp_path / "forget").tensors.items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    write_tensors(tmp_path / "forget", tensors)
+    with pytest.raises(CorruptCheckpointError, match=r"up_proj.weight holds NaN or Inf"):
+        load_changes(edit, CPU)

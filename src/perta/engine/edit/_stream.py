@@ -44,7 +44,7 @@ from perta.engine.edit.plan import (
 from perta.engine.edit.stored import Sums, TensorSummary
 from perta.errors import CheckpointError, DivergenceError, some
 from perta.methods.method import Edit
-from perta.methods.registry import get_method, refuse_auto, with_defaults
+from perta.methods.registry import get_method, with_defaults
 from perta.models.load import transposed_weights
 from perta.options import WeightingConfig
 from perta.parallel import Own, everywhere, gathered, share
@@ -143,7 +143,6 @@ def open_edit(
 ) -> Editor:
     """Plan an edit and look at its inputs, as far as no single chunk can tell; see `write_edit`."""
     weighting = with_defaults(weighting)
-    refuse_auto(weighting)
     method = get_method(weighting.method)
     targets = plan_edit(open_index(inputs.full), open_sources(method, inputs), weighting)
     workers = threads or min(8, os.cpu_count() or 1)

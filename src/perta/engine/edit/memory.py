@@ -60,8 +60,9 @@ class Changes:
     def located(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Any, _Change]]:
         """Where each tensor lies in a model, see `_stored_places`, and its change."""
         places = _stored_places(model, self.full)
-        for name in self.tensors.keys() & places.keys():
-            yield *places[name], self.tensors[name]
+        for name, change in self.tensors.items():
+            if name in places:
+                yield *places[name], change
 
 
 class EditedModel:
