@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -279,13 +280,17 @@ def load_changes(config: EditConfig, compute: ComputeConfig) -> Changes:
     """What an edit does to θ_full in memory, at any strength; its direction is made or reused."""
     config = replace(config, weighting=with_defaults(config.weighting))
     given = _with_direction(config, _find_inputs(config))
-    # What an adapter or a type of GGUF files alone leaves is not tried.
-    is_wide = config.output_format == "adapter" or config.save_dtype == "q8_0"
+    original, seed = given.get("quantised"), config.weighting.weighting_seed
+    plan = gguf_plan(config.output_format, config.full, given["full"], config.save_dtype)
+    codes = quantised_tensors(open_index(original)) if original else {}
+    # What an adapter's rank cuts off is not tried.
+    is_plain = config.output_format == "checkpoint"
     return changes_of(
         _as_inputs(given),
         config.weighting,
-        save_dtype="float32" if is_wide else cast(SaveType, config.save_dtype),
-        quantised=given.get("quantised"),
+        save_dtype=cast(SaveType, config.save_dtype) if is_plain else "float32",
+        formats={name: partial(one.rounded, seed=seed) for name, one in codes.items()}
+        | (plan.roundings(seed) if plan else {}),
         device=pick_device(compute),
         threads=config.edit_threads,
     )

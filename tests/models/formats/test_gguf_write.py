@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from conftest import TUNE, World
 from helpers import TEXTS, tiny_tokenizer, weighting
+from perta.engine.edit.memory import EditedModel
 from perta.errors import CheckpointError, ConfigError
 from perta.models.formats.gguf import read_gguf
 from perta.models.formats.gguf_write import GgufPlan, round_for
@@ -29,7 +31,7 @@ from perta.models.load import load_model, load_tokenizer
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
 from perta.recipes.unlearn import aggregates, unlearn
-from perta.stages.edit import edit_checkpoint
+from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
 from perta.store.arithmetic import Place
@@ -372,6 +374,25 @@ def test_what_no_file_holds_is_refused_at_once(
 def test_q8_0_is_of_gguf_files_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs --output-format gguf"):
         EditConfig(full="a", base="b", output=tmp_path, save_dtype="q8_0")
+
+
+@pytest.mark.parametrize("save", ["full", "q8_0", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3 experts"])
+def test_what_is_tried_is_what_the_file_holds(tmp_path: Path, save: Any, kind: str) -> None:
+    """Experts are apart in a checkpoint, together in memory, and in one tensor of the file."""
+    family, more = MODELS[kind]
+    full, base, forget = (
+        model(tmp_path / name, family, seed=seed, step=1e-2 * seed, **more)
+        for seed, name in ((2, "full"), (0, "b"), (1, "f"))
+    )
+    plain = edit(tmp_path, full, save_dtype=save)
+    config = replace(plain, base=str(base), forget_checkpoint=str(forget))
+    edit_checkpoint(config)
+    stored = load_model(resolve_checkpoint(config.output), CPU, dtype=torch.float32)
+    tried = load_model(resolve_checkpoint(full), CPU, dtype=torch.float32)
+    EditedModel(tried, load_changes(config, CPU)).move(1.0)
+    for (name, found), wanted in zip(tried.named_parameters(), stored.parameters(), strict=True):
+        assert torch.equal(found, wanted), name
 
 
 def test_a_whole_run_of_a_file(world: World, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +20,6 @@ from perta.engine.edit._chunks import CHUNK
 from perta.engine.edit._stream import Step, check_effect, edit_share, open_edit
 from perta.engine.edit.plan import EditInputs, Target
 from perta.methods.registry import at_strength
-from perta.models.formats.quantised import quantised_tensors
 from perta.models.load import save_type, stored_dtype
 from perta.options import SaveType, WeightingConfig
 from perta.parallel import Own
@@ -92,7 +90,7 @@ def changes_of(
     weighting: WeightingConfig,
     *,
     save_dtype: SaveType = "full",
-    quantised: Path | None = None,
+    formats: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     device: torch.device | None = None,
     threads: int | None = None,
     chunk: int = CHUNK,
@@ -102,7 +100,8 @@ def changes_of(
     A retain vector is part of it in its configured proportion: Δ = W ⊙ τ − (β/α) (θ_r − θ₀).
 
     Args:
-        quantised: the checkpoint that θ_full was before, if the edit stores it as that again.
+        formats: of tensors that are stored in a format of their own, as what float32 values are
+            read again.
         device: where Δ is kept.
     """
     editor = open_edit(inputs, at_strength(weighting, 1.0), threads, chunk)
@@ -121,7 +120,7 @@ def changes_of(
     check_effect(edit_share(edited, keep, Own(None)), edited, inputs)
     full, seed = open_index(inputs.full), weighting.weighting_seed
     main, saved = stored_dtype(full.folder), save_type(save_dtype, full.folder)
-    codes = quantised_tensors(open_index(quantised)) if quantised else {}
+    formats = formats or {}
     found = {}
     for target in targets:
         name, dtype = target.full.name, target.full.dtype
@@ -130,8 +129,8 @@ def changes_of(
         dtype = saved if dtype == main else dtype
         rounded: Callable[[Tensor], Tensor]
         rounded = partial(round_as_stored, dtype=dtype, place=Place(seed, name))
-        if name in codes:
-            dtype, rounded = torch.float32, partial(codes[name].rounded, seed=seed)
+        if name in formats:
+            dtype, rounded = torch.float32, formats[name]
         delta = kept.pop(name).to(device) if name in kept else None
         found[name] = _Change(delta, dtype, rounded)
     return Changes(full, found)

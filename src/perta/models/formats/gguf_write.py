@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,14 @@ class GgufPlan:
                 raise CheckpointError(f"{name} has no place in a GGUF file. {_CONVERT}")
             found.setdefault(place, []).append(name)
         return {place: sorted(names, key=_expert) for place, names in found.items()}
+
+    def roundings(self, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Stored name -> how its float32 values are rounded to their type in the file."""
+        tensors, found = open_index(self.folder).tensors, {}
+        for place, names in self.names.items():
+            kind = self.kind(place, tensors[names[0]].shape)
+            found |= {n: partial(round_for, kind, place=Place(seed, n)) for n in names}
+        return found
 
     def check(self) -> None:
         """Stop at what cannot be written, before any long step.
