@@ -45,7 +45,7 @@ from perta.store.measured.importance import order_folder, read_sidecar
 from perta.store.measured.moments import open_moments
 from perta.store.record import read_manifest
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("models", "report")]
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("models/formats", "report")]
 from report_cases import write_demo  # noqa: E402
 from test_gguf import write_gguf  # noqa: E402
 
