@@ -153,7 +153,7 @@ class GgufPlan:
 
     def roundings(self, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """Stored name -> how its float32 values are rounded to their type in the file."""
-        tensors, found = open_index(self.folder).tensors, {}
+        tensors, found = open_index(self.folder).tensors, dict[str, Callable[[Tensor], Tensor]]()
         for place, names in self.names.items():
             kind = self.kind(place, tensors[names[0]].shape)
             found |= {n: partial(round_for, kind, place=Place(seed, n)) for n in names}
