@@ -31,7 +31,8 @@ from perta.models.precision import product_type
 from perta.models.trust import LOCAL, read_config
 from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
-from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
+from perta.store.checkpoint import copy_companions, open_index
+from perta.store.record import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

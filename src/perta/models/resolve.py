@@ -25,9 +25,9 @@ from perta.models.formats.quantised import WRITTEN, dequantise, stored_format
 from perta.models.load import plain_errors, save_model
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
-from perta.store.checkpoint import ADAPTER_CONFIG, GGUF
+from perta.store.checkpoint import GGUF
 from perta.store.fingerprint import content_of, files_of, fingerprint, is_as_written
-from perta.store.record import make_manifest, write_manifest
+from perta.store.record import ADAPTER_CONFIG, make_manifest, write_manifest
 from perta.version import __version__
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")

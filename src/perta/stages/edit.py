@@ -44,10 +44,10 @@ from perta.progress import say, warn
 from perta.stages.settings import EditConfig
 from perta.stages.stage import At, as_part, refuse_other, run_stage
 from perta.store.atomic import scratch_folder
-from perta.store.checkpoint import ADAPTER_CONFIG, copy_companions, open_index
+from perta.store.checkpoint import copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments, write_shards
-from perta.store.record import check_separate, read_manifest, settings_of
+from perta.store.record import ADAPTER_CONFIG, check_separate, read_manifest, settings_of
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of the direction is written and the next one begun."""

@@ -27,9 +27,10 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import reused, say
 from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
-from perta.store.checkpoint import ADAPTER_CONFIG, matches
+from perta.store.checkpoint import matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
 from perta.store.record import (
+    ADAPTER_CONFIG,
     MANIFEST,
     NOT_IN_KEY,
     check_output,

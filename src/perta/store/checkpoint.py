@@ -63,7 +63,6 @@ _DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-ADAPTER_CONFIG = "adapter_config.json"  # how a LoRA adapter is scaled, and what it belongs to
 
 COMPANIONS = (
     "config.json",

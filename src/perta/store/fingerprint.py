@@ -19,7 +19,6 @@ from blake3 import blake3
 from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, first_line
 from perta.parallel import everywhere
 from perta.store.checkpoint import (
-    ADAPTER_CONFIG,
     COMPANIONS,
     IMPORTANCE_SIDECAR,
     MOMENTS_SIDECAR,
@@ -28,7 +27,7 @@ from perta.store.checkpoint import (
     matches,
     matching,
 )
-from perta.store.record import MANIFEST, read_manifest
+from perta.store.record import ADAPTER_CONFIG, MANIFEST, read_manifest
 
 # --- fingerprints --------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
 
 MANIFEST = "perta.json"
+ADAPTER_CONFIG = "adapter_config.json"  # how a LoRA adapter is scaled, and what it belongs to
 
 # They decide where and how fast a result appears, not what it is.
 NOT_IN_KEY = {
@@ -217,8 +218,6 @@ def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = 
 
 def _read_from(given: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """What is given, and the models that it adapts, one above the other."""
-    from perta.store.checkpoint import ADAPTER_CONFIG  # it needs torch, and the report does not
-
     yield given
     file = given / ADAPTER_CONFIG
     if given in above or not given.is_dir() or not file.is_file():

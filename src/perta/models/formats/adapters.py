@@ -32,7 +32,6 @@ from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns
 from perta.options import ComputeConfig
 from perta.progress import say
 from perta.store.checkpoint import (
-    ADAPTER_CONFIG,
     CheckpointIndex,
     TensorEntry,
     copy_companions,
@@ -42,6 +41,7 @@ from perta.store.checkpoint import (
     stream_tensors,
 )
 from perta.store.parse import read_json
+from perta.store.record import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import PeftConfig
