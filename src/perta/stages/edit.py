@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import torch
 
-from perta.engine.edit.adapter import LowRank, write_adapter
 from perta.engine.edit.direction import Solver, open_solver
+from perta.engine.edit.formats.adapter import LowRank, write_adapter
+from perta.engine.edit.formats.requantise import write_gguf, write_quantised
 from perta.engine.edit.memory import Changes, changes_of
 from perta.engine.edit.plan import (
     EditInputs,
@@ -23,7 +24,6 @@ from perta.engine.edit.plan import (
     mlps_are_known,
 )
 from perta.engine.edit.records import check_records
-from perta.engine.edit.requantise import write_gguf, write_quantised
 from perta.engine.edit.stored import WELL_STORED, Stored, check_stored, stored_of, tell_stored
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError

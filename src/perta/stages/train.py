@@ -16,7 +16,7 @@ import torch
 from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.tokens import encode_examples
-from perta.engine.edit.requantise import write_quantised
+from perta.engine.edit.formats.requantise import write_quantised
 from perta.engine.edit.stored import TensorSummary, stored_of, tell_stored
 from perta.engine.train.optimizer import Resume, resumable
 from perta.engine.train.refusals import refuse

@@ -102,15 +102,12 @@ class Reader:
         self.stored = self.raw.view(torch.uint8).numpy().data
         self._floats = self._float_room[:count]
 
-    def place(self, begin: int) -> int:
-        """Where an element lies in the file."""
-        return self.entry.offset + begin * self.entry.dtype.itemsize
-
     def load(self, begin: int, count: int) -> Tensor:
         """Read a chunk as stored."""
         if count != self._count:
             self._fit(count)
-        read_into(self._descriptor, self.place(begin), self.stored, self.entry)
+        offset = self.entry.offset + begin * self.entry.dtype.itemsize
+        read_into(self._descriptor, offset, self.stored, self.entry)
         return self.raw
 
     def read(self, begin: int, count: int) -> Tensor:

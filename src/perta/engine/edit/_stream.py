@@ -92,11 +92,6 @@ class Editor:
     blocks: Blocks  # the method, its settings, and what it looks at
     workers: int  # threads
 
-    @property
-    def scaling_coef(self) -> float:
-        """α, which `with_defaults` has filled in."""
-        return cast(float, self.blocks.weighting.scaling_coef)
-
     def run(self, sink: Sink, target: Target, start: int, stop: int, buffers: Buffers) -> Sums:
         """Give a sink the steps of the elements from `start` to `stop` of one tensor."""
         sums, chunk = Sums(), self.blocks.chunk
@@ -115,7 +110,8 @@ class Editor:
 
     def _make(self, step: Step, target: Target) -> None:
         """Fill in δ, and what it is made of."""
-        method, scaling_coef = self.blocks.method, self.scaling_coef
+        method = self.blocks.method
+        scaling_coef = cast(float, self.blocks.weighting.scaling_coef)  # by `with_defaults`
         readers, begin, count = step.readers, step.begin, step.count
         vectors = self.blocks.task_vectors(readers, begin, count)
         block = self.blocks.block(target, readers, begin, count)

@@ -1,0 +1,1 @@
+"""An edit stored as something else than a checkpoint of plain numbers."""
