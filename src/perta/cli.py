@@ -80,7 +80,6 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
 
     Finished stages are reused when their inputs and settings are unchanged.
     """
-    from perta.recipes.run_record import work_folder
     from perta.recipes.unlearn import plan_unlearn, unlearn
     from perta.report.verdict.judge import as_record, require_verdict
     from perta.store.costs import costs_of, details, duration
@@ -90,7 +89,7 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
         print_plan(plan_unlearn(config), json=json)
         return
     result = unlearn(config)
-    work = work_folder(config)
+    work = config.work_folder
     spent = costs_of(result.manifest, {})
     if json:
         models = {"full": result.before, "unlearned": result.after}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.console import JustifyMethod, OverflowMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -36,65 +37,46 @@ def print_comparison(models: Mapping[str, Results]) -> None:
     for name in SETS:
         known = {key for results in models.values() for key in results}
         present = [metric for metric in COLUMNS if f"{name}_{metric}" in known]
-        if not present:
-            continue
-        table = Table(title=f"{name} set", title_justify="left")
-        table.add_column("model")
-        for metric in present:
-            table.add_column(COLUMNS[metric], justify="right")
-        for model, results in models.items():
-            cells = [_cell(results.get(f"{name}_{metric}")) for metric in present]
-            table.add_row(escape(model), *cells)
-        console().print(table)
+        if present:
+            rows = (
+                (model, *(_cell(results.get(f"{name}_{metric}")) for metric in present))
+                for model, results in models.items()
+            )
+            columns = ("model", *(COLUMNS[metric] for metric in present))
+            _print_table(f"{name} set", columns, rows, right=range(1, len(columns)))
 
 
 def print_samples(models: Mapping[str, Results], count: int) -> None:
     """Generated answers side by side with the reference, for the first `count` forget rows."""
-    if count <= 0:
-        return
-    for name in ("forget", "retain"):
+    for name in ("forget", "retain") if count > 0 else ():
         key = f"{name}_rougeL_recall"
         rows: Mapping[str, Any] = next(
             (r[key]["value_by_index"] for r in models.values() if key in r), {}
         )
         for index in list(rows)[:count]:
-            table = Table(title=f"{name} example {int(index) + 1}", title_justify="left")
-            table.add_column("")
-            table.add_column("answer", overflow="fold")
-            table.add_row("question", escape(rows[index]["input"]))
-            table.add_row("reference", escape(rows[index]["ground_truth"]))
+            lines = [("question", rows[index]["input"]), ("reference", rows[index]["ground_truth"])]
             for model, results in models.items():
                 entry = results.get(key, {}).get("value_by_index", {}).get(index)
                 if entry is not None:
-                    table.add_row(escape(model), escape(entry["generation"].strip()))
-            console().print(table)
+                    lines.append((model, entry["generation"].strip()))
+            _print_table(f"{name} example {int(index) + 1}", ("", "answer"), lines)
 
 
 def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
     """What each way to forget took, against retraining where that is known."""
-    table = Table(title="cost", title_justify="left")
-    for column in ("way", "took", "share of retraining", "of its operations"):
-        right = column != "way"
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
-    table.add_column("of which", overflow="fold")
+    columns = ("way", "took", "share of retraining", "of its operations", "of which")
+    rows = []
     if retraining is not None:
-        table.add_row(
-            "retrained", duration(retraining), "100%", "100%", "tuning without the forget set"
-        )
+        whole = ("100%", "100%", "tuning without the forget set")
+        rows.append(("retrained", duration(retraining), *whole))
     for cost in found:
         share = "–" if cost.share is None else f"{cost.share:.0%}"
-        stages = details(cost.took.stages)
-        evaluation = cost.took.evaluation
+        stages, evaluation = details(cost.took.stages), cost.took.evaluation
         apart = f"; evaluation apart {duration(evaluation)}" if evaluation else ""
-        operations = "–" if cost.operations is None else percent(cost.operations)
-        table.add_row(
-            escape(cost.run.label),
-            duration(cost.took.total),
-            share,
-            operations,
-            escape(stages + apart),
-        )
-    console().print(table)
+        part = "–" if cost.operations is None else percent(cost.operations)
+        total = duration(cost.took.total)
+        rows.append((cost.run.label, total, share, part, stages + apart))
+    _print_table("cost", columns, rows, right=(1, 2, 3), whole=range(4))
 
 
 def print_plan(plan: Plan, *, json: bool) -> None:
@@ -102,13 +84,11 @@ def print_plan(plan: Plan, *, json: bool) -> None:
     if json:
         print_json({**asdict(plan), "operations": plan.operations})
         return
-    table = Table(title="plan", title_justify="left")
-    for column in ("step", "operations, at most", "what it is"):
-        table.add_column(column, justify="left" if column == "what it is" else "right")
-    for number, step in enumerate(plan.steps, start=1):
-        work = "reused" if step.reused else operations(step.operations)
-        table.add_row(str(number), work, step.title)
-    console().print(table)
+    rows = (
+        (str(number), "reused" if step.reused else operations(step.operations), step.title)
+        for number, step in enumerate(plan.steps, start=1)
+    )
+    _print_table("plan", ("step", "operations, at most", "what it is"), rows, right=(0, 1))
     console().print(
         f"Operations: at most about {operations(plan.operations)}\n"
         f"Memory: about {size(plan.memory)} for weights and sums, activations apart\n"
@@ -122,22 +102,18 @@ def print_plan(plan: Plan, *, json: bool) -> None:
 
 def print_metrics(results: Results) -> None:
     """Every metric of a benchmark, with the reason where one is missing."""
-    table = Table()
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+    rows = []
     for name, metric in results.items():
         if isinstance(metric, Mapping) and "agg_value" in metric:
             value = metric["agg_value"]
             reason = f"– ({metric.get('missing', 'no value')})"
-            table.add_row(escape(name), escape(reason) if value is None else f"{value:.4g}")
-    console().print(table)
+            rows.append((name, reason if value is None else f"{value:.4g}"))
+    _print_table(None, ("metric", "value"), rows, right=(1,))
 
 
 def print_audit(results: Results) -> None:
     """One line per probe of an audit, and what was not looked at."""
-    table = Table(title=f"Audit, level {results['level']}", title_justify="left")
-    for column in ("probe", "verdict", "cleaned", "yardstick", "full", "worst row", "why"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for probe in results["probes"]:
         value, yardstick, worst = probe["value"], probe["yardstick"], probe["worst_row"]
         cells = (
@@ -146,8 +122,9 @@ def print_audit(results: Results) -> None:
             "–" if probe["full"] is None else f"{probe['full']:.3f}",
             "–" if worst is None else f"{worst['value']:.3f} (row {worst['row']})",
         )
-        table.add_row(escape(probe["title"]), probe["verdict"], *cells, escape(probe["reason"]))
-    console().print(table)
+        rows.append((probe["title"], probe["verdict"], *cells, probe["reason"]))
+    columns = ("probe", "verdict", "cleaned", "yardstick", "full", "worst row", "why")
+    _print_table(f"Audit, level {results['level']}", columns, rows)
     left_out: dict[str, list[str]] = {}
     for entry in results["not_checked"]:
         left_out.setdefault(entry["why"], []).append(entry["name"])
@@ -195,18 +172,14 @@ def method_cards() -> dict[str, dict[str, Any]]:
 
 def print_methods() -> None:
     """The tables of methods."""
+    cards = method_cards().values()
     for kind, title, formula in (
         ("edit", "Edits of the weights", "W"),
         ("training", "Training from the full model", "loss"),
     ):
-        table = Table(title=title, title_justify="left")
-        for column in ("method", formula, "what it does", "source"):
-            table.add_column(column, overflow="fold")
-        for card in method_cards().values():
-            if card["kind"] == kind:
-                parts = ("name", "formula", "summary", "source")
-                table.add_row(*(escape(card[part]) for part in parts))
-        console().print(table)
+        parts = ("name", "formula", "summary", "source")
+        rows = (tuple(card[part] for part in parts) for card in cards if card["kind"] == kind)
+        _print_table(title, ("method", formula, "what it does", "source"), rows)
 
 
 def print_method(card: Mapping[str, Any]) -> None:
@@ -224,14 +197,32 @@ def print_method(card: Mapping[str, Any]) -> None:
 
 def print_requests(requests: Iterable[Mapping[str, Any]]) -> None:
     """One line per request of a ledger, given as plain values."""
-    table = Table()
-    for column in ("request", "received", "rows", "where it stands", "facts that stand out"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for request in requests:
         waits, left = request["applied"] is None, request["still_there"]
         stands = "waits" if waits else request["verdict"] or "applied"
         row = (request["name"], request["received"] or "", str(request["rows"]), stands)
-        table.add_row(*map(escape, row), "" if left is None else str(left))
+        rows.append((*row, "" if left is None else str(left)))
+    columns = ("request", "received", "rows", "where it stands", "facts that stand out")
+    _print_table(None, columns, rows)
+
+
+def _print_table(
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    whole: Collection[int] = (),
+) -> None:
+    """A table of plain texts; places of columns that are aligned right, and that are not folded."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        justify: JustifyMethod = "right" if place in right else "left"
+        overflow: OverflowMethod = "ellipsis" if place in right else "fold"
+        table.add_column(column, justify=justify, no_wrap=place in whole, overflow=overflow)
+    for row in rows:
+        table.add_row(*map(escape, row))
     console().print(table)
 
 

@@ -17,7 +17,6 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.errors import ConfigError, VerdictError
 from perta.options import ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes._held_back import Split, hold_back
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.report.verdict.judge import require_verdict
@@ -155,7 +154,7 @@ def test_what_makes_the_result_never_sees_the_rows_that_judge_it(
     run: tuple[UnlearnConfig, Unlearned], people: Path
 ) -> None:
     settings, result = run
-    work = work_folder(settings)
+    work = settings.work_folder
     held = result.manifest["unlearn"]["held_back"]
     assert (held["rows"], held["of"], held["by"]) == (8, 40, "subject")
     assert inputs_of(work / "retain_importance")["data"] == held["protected"]
@@ -172,7 +171,7 @@ def test_every_run_is_judged_though_nothing_unseen_was_given(
     run: tuple[UnlearnConfig, Unlearned],
 ) -> None:
     settings, result = run
-    base = json.loads((work_folder(settings) / "evaluation_base.json").read_text("utf-8"))
+    base = json.loads((settings.work_folder / "evaluation_base.json").read_text("utf-8"))
     assert "forget_probability" in base
     assert "retain_probability" not in base
     verdict = result.verdict

@@ -23,7 +23,6 @@ from perta.errors import (
     PertaError,
 )
 from perta.options import EstimatorConfig, ScoringConfig, WeightingConfig
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, aggregates, unlearn
 from perta.report.collect import collect
@@ -106,7 +105,7 @@ def test_the_manifest_traces_the_result(run: tuple[UnlearnConfig, Unlearned], wo
 
 def test_the_edit_is_the_formula(run: tuple[UnlearnConfig, Unlearned], world: World) -> None:
     settings, result = run
-    work = work_folder(settings)
+    work = settings.work_folder
     assert work.stat().st_mode & 0o777 == 0o700  # a model tuned on the forget set lies there
     folders = {
         "full": world.full,
@@ -176,7 +175,7 @@ def test_another_strength_reuses_everything_but_the_edit(
     run: tuple[UnlearnConfig, Unlearned],
 ) -> None:
     settings, _ = run
-    work = work_folder(settings)
+    work = settings.work_folder
     before = stamps(work)
     stronger = replace(
         settings,
@@ -203,7 +202,7 @@ def test_another_strength_finds_what_an_earlier_run_made(
 ) -> None:
     settings, result = run
     work = tmp_path / "first.work"
-    shutil.copytree(work_folder(settings), work)
+    shutil.copytree(settings.work_folder, work)
     with monkeypatch.context() as patch:
         patch.setattr("perta.stages.finetune.tune_until_learned", None)
         patch.setattr("perta.stages.importance.estimate", None)
@@ -229,7 +228,7 @@ def test_what_another_run_made_otherwise_is_not_taken_over(
 ) -> None:
     settings, _ = run
     work = tmp_path / "first.work"
-    shutil.copytree(work_folder(settings), work)
+    shutil.copytree(settings.work_folder, work)
     stronger = at_another_strength(settings, tmp_path / "second", evaluate=False)
     if fault == "changed weights":
         weights = work / "forget_checkpoint" / "model.safetensors"
@@ -247,7 +246,7 @@ def test_what_another_run_made_otherwise_is_not_taken_over(
                 file.unlink()
     unlearn(stronger)
     theirs, own = (
-        folder / "forget_checkpoint" / "perta.json" for folder in (work, work_folder(stronger))
+        folder / "forget_checkpoint" / "perta.json" for folder in (work, stronger.work_folder)
     )
     assert theirs.stat().st_ino != own.stat().st_ino
     assert json.loads(own.read_text("utf-8"))["content"] == fingerprint(own.parent)
@@ -276,7 +275,7 @@ def test_a_change_redoes_what_depends_on_it_and_no_more(
 ) -> None:
     settings, _ = run
     work = tmp_path / "work"
-    shutil.copytree(work_folder(settings), work, copy_function=shutil.copy2)
+    shutil.copytree(settings.work_folder, work, copy_function=shutil.copy2)
     before = stamps(work)
     unlearn(replace(settings, output=tmp_path / "out", work_dir=work, evaluate=False, **change))
     after = stamps(work)
@@ -291,7 +290,7 @@ def test_a_changed_forget_set_redoes_all_that_saw_it(
 ) -> None:
     settings, _ = run
     work = tmp_path / "work"
-    shutil.copytree(work_folder(settings), work, copy_function=shutil.copy2)
+    shutil.copytree(settings.work_folder, work, copy_function=shutil.copy2)
     before = stamps(work)
     fewer = tmp_path / "forget.jsonl"
     fewer.write_text(world.forget.read_text("utf-8").splitlines()[0] + "\n", "utf-8")
@@ -325,7 +324,7 @@ def test_an_edited_output_is_not_taken_for_finished(
     shutil.copytree(result.folder, copy)
     (copy / "config.json").write_text("{}", "utf-8")
     with pytest.raises(OutputExistsError, match="was changed since"):
-        unlearn(replace(settings, output=copy, work_dir=work_folder(settings)))
+        unlearn(replace(settings, output=copy, work_dir=settings.work_folder))
 
 
 def test_an_interrupted_run_leaves_no_output_and_resumes(
@@ -341,9 +340,9 @@ def test_an_interrupted_run_leaves_no_output_and_resumes(
         with pytest.raises(KeyboardInterrupt):
             unlearn(settings)
     assert {p.name for p in tmp_path.iterdir()} == {"out.work"}
-    before = stamps(work_folder(settings))
+    before = stamps(settings.work_folder)
     unlearn(settings)
-    assert stamps(work_folder(settings)) == before
+    assert stamps(settings.work_folder) == before
 
 
 def test_a_model_of_another_shape_stops_before_any_work(
@@ -388,7 +387,7 @@ def test_structured_methods_forget_facts_and_others_answers(world: World, tmp_pa
         weighting = WeightingConfig(method=method)
         settings = config(world, tmp_path / name, weighting=weighting, tune=tune, evaluate=False)
         unlearn(settings)
-        manifest = read_manifest(work_folder(settings) / "forget_checkpoint")
+        manifest = read_manifest(settings.work_folder / "forget_checkpoint")
         assert manifest is not None
         made[name] = manifest["settings"]["loss_on"], manifest["fact_sources"]
     found = ("facts", {"wrong answers": 2})

@@ -22,7 +22,6 @@ from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig
 from perta.recipes.compare._spec import parse_spec
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint, load_changes
@@ -54,14 +53,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def made(config: UnlearnConfig) -> set[str]:
-    return {path.name for path in work_folder(config).iterdir() if path.is_dir()}
+    return {path.name for path in config.work_folder.iterdir() if path.is_dir()}
 
 
 def test_msa_tunes_a_retain_checkpoint_on_a_sample(world: World, tmp_path: Path) -> None:
     settings = config(world, tmp_path / "out", "msa", retain_coef=0.5)
     unlearn(settings)
     assert made(settings) == {"forget_checkpoint", "retain_checkpoint"}
-    work = work_folder(settings)
+    work = settings.work_folder
     record = read_manifest(work / "retain_checkpoint") or {}
     forget_rows, retain_rows = (len(load_examples(p)) for p in (world.forget, world.retain))
     assert record["examples"] == forget_rows < retain_rows
@@ -93,7 +92,7 @@ def test_several_seeds_are_combined(
 ) -> None:
     settings = config(world, tmp_path / "out", "negmerge")
     unlearn(settings)
-    work = work_folder(settings)
+    work = settings.work_folder
     assert made(settings) == {"forget_checkpoint", "forget_checkpoint_2"}
     seeds = [
         (read_manifest(work / name) or {})["settings"]["seed"] for name in sorted(made(settings))
@@ -131,7 +130,7 @@ def test_ssd_measures_at_the_full_model_and_tunes_nothing(world: World, tmp_path
     settings = config(world, tmp_path / "out", "ssd", selection=1.2)
     result = unlearn(settings)
     assert made(settings) == {"forget_importance", "retain_importance"}
-    work = work_folder(settings)
+    work = settings.work_folder
     for name in made(settings):
         assert read_sidecar(work / name)["model_fingerprint"] == fingerprint(world.full)
     assert result.manifest["unlearn"]["settings"]["importance_at"] == "full"
@@ -188,7 +187,7 @@ def test_selective_measures_the_mean_gradient_of_the_forget_set(
     settings = config(world, tmp_path / "out", "selective", keep=0.2)
     unlearn(settings)
     assert made(settings) == {"forget_checkpoint", "forget_importance"}
-    sidecar = read_sidecar(work_folder(settings) / "forget_importance")
+    sidecar = read_sidecar(settings.work_folder / "forget_importance")
     assert sidecar["reduction"] == "abs_of_mean"
     full, result = tensors(world.full), tensors(settings.output)
     moved = sum(int((result[name] != full[name]).sum()) for name in full)

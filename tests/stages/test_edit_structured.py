@@ -31,7 +31,6 @@ from perta.errors import (
 )
 from perta.models.load import load_tokenizer
 from perta.options import DataConfig, MomentOptions
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import aggregates, unlearn
 from perta.stages.edit import edit_checkpoint
@@ -478,7 +477,7 @@ def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path:
     settings = whole(world, tmp_path / "out", weighting=weighting, general=str(general))
     manifest = unlearn(settings).manifest
     assert "general" in manifest["unlearn"]["inputs"]
-    work = work_folder(settings)
+    work = settings.work_folder
     retain, text, both = (
         open_moments(work / f"{name}_moments") for name in ("retain", "general", "protected")
     )
@@ -529,7 +528,7 @@ def test_general_text_may_have_columns_of_its_own(world: World, tmp_path: Path, 
     )
     forget, retain = (str(tmp_path / f"{name}.jsonl") for name in ("forget", "retain"))
     unlearn(replace(settings, forget=forget, retain=retain))
-    work = work_folder(settings)
+    work = settings.work_folder
     assert open_moments(work / "general_moments").facts["examples"] == 1
 
 
@@ -555,7 +554,7 @@ def test_a_run_without_a_retain_set(world: World, tmp_path: Path, method: str) -
             settings,
             output=tmp_path / "saved",
             general=None,
-            retain_moments=work_folder(settings) / "general_moments",
+            retain_moments=settings.work_folder / "general_moments",
             evaluate=False,
         )
         assert fingerprint(unlearn(saved).folder / "model.safetensors") == fingerprint(
@@ -668,7 +667,7 @@ def test_the_pipeline_forgets_and_reuses(world: World, tmp_path: Path) -> None:
     before, after = aggregates(result.before), aggregates(result.after)
     assert after["forget_probability"] < 0.5 * before["forget_probability"]
     assert after["retain_probability"] > after["forget_probability"]
-    work = work_folder(config)
+    work = config.work_folder
     assert {p.name for p in work.iterdir() if p.is_dir()} == {
         "forget_checkpoint",
         "forget_moments",
@@ -727,11 +726,11 @@ def test_the_projection_reads_the_retain_set_alone(
     config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
     monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
     result = unlearn(config)
-    assert {p.name for p in work_folder(config).iterdir() if p.is_dir()} == {
+    assert {p.name for p in config.work_folder.iterdir() if p.is_dir()} == {
         "forget_checkpoint",
         "direction",
     }
-    tuned = work_folder(config) / "forget_checkpoint"
+    tuned = config.work_folder / "forget_checkpoint"
     given = replace(parts, tuned=tuned).config(
         tmp_path / "staged", "perta-project", scaling_coef=2.0, forget_moments=None
     )

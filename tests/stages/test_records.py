@@ -118,7 +118,7 @@ def test_rows_that_change_between_two_stages_are_not_recorded(
 
 def killed_before_its_record(config: UnlearnConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("perta.recipes.run_record.make_manifest", None)
+        patch.setattr("perta.recipes._run_record.make_manifest", None)
         with pytest.raises(TypeError):
             unlearn(config)
 

@@ -28,6 +28,7 @@ from perta.options import (
 )
 from perta.progress import step
 from perta.recipes._plan import Asked, Load, Sizes
+from perta.recipes._request import read_set
 from perta.stages.edit import checkpoint_name
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
@@ -175,12 +176,15 @@ class Workspace:
     def _moments(self, part: str, gradients: bool) -> Path:
         output, options = self.place(f"{part}_moments"), self.moments
         options = options if part == "retain" else replace(options, moment_samples=None)
+        common = self._common(output)
+        if part == "general":
+            common["data_config"] = general_config(self.sets[part], self.data_config)
         config = MomentsConfig(
             checkpoint=str(self.measured),
             data=self.sets[part],
             gradients=gradients,
             options=options,
-            **{**self._common(output), "data_config": self._rows(part)},
+            **common,
         )
         return self.once(
             *(f"{part}_moments", compute_moments, config),
@@ -280,13 +284,8 @@ class Workspace:
             "compute": self.compute,
         }
 
-    def _rows(self, name: str) -> DataConfig:
-        """How the rows of a set are read; general text may have columns of its own."""
-        usual = self.data_config
-        return general_config(self.sets[name], usual) if name == "general" else usual
-
     def _examples(self, name: str) -> ExampleSet:
-        return load_examples(self.sets[name], self._rows(name))
+        return read_set(name, self.sets[name], self.data_config)
 
     def replaces(self, output: Path) -> bool:
         """Whether what lies there may be replaced."""

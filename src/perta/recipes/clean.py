@@ -20,7 +20,8 @@ from typing import Any
 from perta.errors import ConfigError, PertaError
 from perta.models.resolve import cache_folder
 from perta.recipes._held_back import HELD_BACK, PROTECTED
-from perta.recipes.run_record import STRENGTH, WORK
+from perta.recipes._run_record import STRENGTH
+from perta.recipes.settings import WORK
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import FORGET_CHECKPOINT, is_unlearned

@@ -41,6 +41,8 @@ _PATHS, _CHECKPOINTS = (
     ("output", "work_dir", "retain_moments"),
     ("base", "full", "retain_checkpoint"),
 )
+WORK = ".work"
+"""What follows an output's name in that of its work folder."""
 SETS = ("forget", "retain", "holdout", "general")
 """Options that name examples."""
 
@@ -158,6 +160,11 @@ class UnlearnConfig(Paths):
             sample_count(self.held_back, "held-back", 1)
         if self.fail_unless and not self.evaluate:
             raise ConfigError("--fail-unless needs the evaluation: leave --no-evaluate out.")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where intermediate results go."""
+        return self.work_dir or self.output.with_name(f"{self.output.name}{WORK}")
 
 
 @Flat

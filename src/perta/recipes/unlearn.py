@@ -38,8 +38,7 @@ from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._plan import Asked, Sizes
-from perta.recipes._workspace import Workspace
-from perta.recipes.request import (
+from perta.recipes._request import (
     check_options,
     check_places,
     check_retain_moments,
@@ -51,7 +50,8 @@ from perta.recipes.request import (
     split_retain,
     with_picked_rows,
 )
-from perta.recipes.run_record import STRENGTH, RunRecord, other_work_folders, work_folder
+from perta.recipes._run_record import STRENGTH, RunRecord, other_work_folders
+from perta.recipes._workspace import Workspace
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength.choose import (
     Strength,
@@ -160,18 +160,17 @@ def _request(config: UnlearnConfig) -> _Run:
     refuse_without_effect(config)
     method = parse(config.weighting.method, Method)
     training = method if isinstance(method, Training) else None
-    config = _for_training(config, training) if training else _for_an_edit(config)
+    if training is None:
+        config = _for_an_edit(config)
+    else:
+        refuse_moments(config)
+        needed_sets(training, {"forget": config.forget, "retain": config.retain})
+        loop = with_method_defaults(training, config.training, config.tune.seed)
+        config = replace(config, training=loop)
     run = _checked(config, training)
     if not run.record.is_finished():
         run.record.refuse_foreign()
     return run
-
-
-def _for_training(config: UnlearnConfig, method: Training) -> UnlearnConfig:
-    """The settings of a method that trains, with its own where the user gave none."""
-    refuse_moments(config)
-    needed_sets(method, {"forget": config.forget, "retain": config.retain})
-    return replace(config, training=with_method_defaults(method, config.training, config.tune.seed))
 
 
 def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
@@ -204,7 +203,8 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     """A run after every check that needs no long step; they raise what would stop it later."""
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    check_places(config, read_by(config, base, full), work_folder(config))
+    reads, folder = read_by(config, base, full), config.work_folder
+    check_places(config, reads)
     gguf_plan(config.output_format, config.full, full, config.save_dtype)
     if training is None:
         sources = {BASE: open_index(base), FORGET: open_index(base)}
@@ -217,13 +217,12 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     sets = load_sets(config)
     split, held_back = split_retain(config, sets)
     record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
-    reads = read_by(config, base, full)
     if split is not None and split.held_back is not None:
-        judged = str(work_folder(config) / HELD_BACK)
-        config = replace(config, retain=str(work_folder(config) / PROTECTED))
+        judged = str(folder / HELD_BACK)
+        config = replace(config, retain=str(folder / PROTECTED))
     given = {name: getattr(config, name) for name in ("forget", "retain", "general")}
     work = Workspace(
-        folder=work_folder(config),
+        folder=folder,
         base=base,
         measured=full if config.importance_at == "full" else base,
         sets={name: data for name, data in given.items() if data is not None},
@@ -455,7 +454,10 @@ class _Run:
         self.write_split()
         results = self._evaluations()
         self.record.write({name: aggregates(found) for name, found in results.items()})
-        audit = self._audit(results)
+        models: dict[Role, str] = {"cleaned": "after", "full": "before", "base": "base"}
+        place = self.work.place(AUDIT)  # the evaluations pay for it
+        audit = quick_audit({role: results[name] for role, name in models.items()}, place)
+        say(f"{told_in_short(audit)} ({place}); `perta audit` looks further")
         report = write_report(ReportConfig(results=(str(output),), output=page_of(output)))
         verdicts = judge(collect([str(output)]))
         return Unlearned(
@@ -468,32 +470,23 @@ class _Run:
             audit,
         )
 
-    def _audit(self, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The audit that the evaluations pay for, beside them."""
-        models: dict[Role, str] = {"cleaned": "after", "full": "before", "base": "base"}
-        place = self.work.place(AUDIT)
-        audit = quick_audit({role: results[name] for role, name in models.items()}, place)
-        say(f"{told_in_short(audit)} ({place}); `perta audit` looks further")
-        return audit
-
     def _evaluations(self) -> dict[str, dict[str, Any]]:
-        models = {"before": self.full, "after": self.config.output, "base": self.work.base}
-        return {name: self._evaluation(name, model) for name, model in models.items()}
-
-    def _evaluation(self, name: str, checkpoint: Path) -> dict[str, Any]:
         config, scoring = self.config, self.config.scoring
+        sets = {"forget": config.forget, "retain": self.judged, "holdout": config.holdout}
         # The base model is asked for what it would make of the removed rows, and that alone.
-        is_base = name == "base"
-        return self.work.evaluate(
-            name,
-            checkpoint,
-            self.work.place(f"evaluation_{name}.json"),
-            replace(scoring, generate=False) if is_base else scoring,
-            forget=config.forget,
-            retain=None if is_base else self.judged,
-            holdout=None if is_base else config.holdout,
-            base=config.base,
-        )
+        alone = {"forget": config.forget}
+        return {
+            name: self.work.evaluate(
+                *(name, model, self.work.place(f"evaluation_{name}.json"), how),
+                **asked,
+                base=config.base,
+            )
+            for name, model, how, asked in (
+                ("before", self.full, scoring, sets),
+                ("after", config.output, scoring, sets),
+                ("base", self.work.base, replace(scoring, generate=False), alone),
+            )
+        }
 
 
 def aggregates(results: Mapping[str, Any]) -> dict[str, float]:

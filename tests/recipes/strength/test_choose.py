@@ -21,7 +21,6 @@ from perta.errors import ConfigError
 from perta.models.facts import Fact, find_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength.choose import BASE, CHOICES, HELD_OUT, Trials, edge_of, judge_by
 from perta.recipes.unlearn import unlearn
@@ -215,7 +214,7 @@ def test_the_record_is_that_of_the_written_checkpoint(
     settings = replace(settings, full=str(full))
     result = unlearn(settings)
     record = result.manifest["unlearn"]["strength"]
-    assert json.loads((work_folder(settings) / "strength.json").read_text("utf-8")) == record
+    assert json.loads((settings.work_folder / "strength.json").read_text("utf-8")) == record
     assert record["calibrated_on"] == kind
     assert result.manifest["settings"]["scaling_coef"] == record["scaling_coef"] > 0
     assert result.manifest["unlearn"]["settings"]["scaling_coef"] == "auto"

@@ -16,7 +16,6 @@ from perta.errors import ConfigError
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
-from perta.recipes.run_record import work_folder
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.recipes.unlearn import Unlearned, unlearn
@@ -65,7 +64,7 @@ def run(request_of_rounds: UnlearnConfig) -> tuple[UnlearnConfig, Unlearned]:
 
 def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearned]) -> None:
     config, result = run
-    manifest = read_manifest(work_folder(config) / "forget_rounds")
+    manifest = read_manifest(config.work_folder / "forget_rounds")
     assert manifest is not None
     rounds: list[dict[str, Any]] = manifest["rounds"]
     assert rounds[0]["rows"] == 6
@@ -81,7 +80,7 @@ def test_all_rounds_are_one_edit_of_one_forget_checkpoint(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
 ) -> None:
     config, _ = run
-    work = work_folder(config)
+    work = config.work_folder
     manifest = read_manifest(work / "forget_rounds")
     assert manifest is not None
     rounds = manifest["rounds"]
@@ -113,12 +112,12 @@ def test_a_first_round_that_leaves_nothing_is_the_forget_checkpoint(
     config, _ = run
     once = replace(config, rounds=1, output=tmp_path / "once")
     unlearn(once)
-    assert not (work_folder(once) / "forget_rounds").exists()
+    assert not (once.work_folder / "forget_rounds").exists()
     first, more = (
         open_index(folder).tensors
         for folder in (
-            work_folder(once) / "forget_checkpoint",
-            work_folder(config) / "forget_checkpoint",
+            once.work_folder / "forget_checkpoint",
+            config.work_folder / "forget_checkpoint",
         )
     )
     assert all(torch.equal(read_tensor(first[name]), read_tensor(more[name])) for name in first)
@@ -145,4 +144,4 @@ def test_rounds_without_effect_are_refused(
     )
     with pytest.raises(ConfigError, match=message):
         unlearn(config)
-    assert not work_folder(config).exists()
+    assert not config.work_folder.exists()

@@ -59,19 +59,15 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
 
 
 def _refuse_without_retain(config: UnlearnConfig, method: Edit) -> None:
-    weighs = "retain" in method.needs.importance
-    adds = method.needs.retain_checkpoint and config.retain_checkpoint is None
-    protects = (
-        "retain" in method.needs.moments
-        and config.retain_moments is None
-        and config.general is None
-    )
+    needs = method.needs
+    adds = needs.retain_checkpoint and config.retain_checkpoint is None
+    given = config.retain_moments is not None or config.general is not None
     if config.weighting.scaling_coef == "auto":
         raise ConfigError(
             "--scaling-coef auto needs --retain: it stops where the loss on what is to be kept "
             "rises. Give examples to keep, or a number."
         )
-    if weighs or adds or protects:
+    if "retain" in needs.importance or adds or ("retain" in needs.moments and not given):
         instead = ", or --retain-moments or --general in its place" if method.needs.moments else ""
         raise ConfigError(
             f"`{method.name}` needs --retain, examples to keep{instead}. The method `tv` protects "
@@ -154,8 +150,9 @@ def read_by(config: UnlearnConfig, *folders: Path) -> tuple[str | Path, ...]:
     return (*folders, *(place for place in given if place is not None))
 
 
-def check_places(config: UnlearnConfig, reads: Iterable[str | Path], work: Path) -> None:
+def check_places(config: UnlearnConfig, reads: Iterable[str | Path]) -> None:
     """Stop before an output that cannot or must not be written, or a work folder likewise."""
+    work = config.work_folder
     for place in (config.output, work):
         check_writable(place / "file" if place.exists() else place)
     if config.evaluate:
@@ -209,16 +206,14 @@ def with_picked_rows(config: UnlearnConfig) -> UnlearnConfig:
     return replace(config, forget=forget, retain=retain, forget_where=None)
 
 
-def rows_config(config: UnlearnConfig, name: str) -> DataConfig:
-    """How the rows of a set are read; general text may have columns of its own."""
-    if name != "general" or config.general is None:
-        return config.data_config
-    return general_config(config.general, config.data_config)
+def read_set(name: str, source: str, data_config: DataConfig) -> ExampleSet:
+    """Read one of the sets; general text may have columns of its own."""
+    is_general = name == "general"
+    return load_examples(source, general_config(source, data_config) if is_general else data_config)
 
 
-def _uses_retain(config: UnlearnConfig) -> bool:
+def _uses_retain(config: UnlearnConfig, method: Method) -> bool:
     """Whether anything that makes the result reads the rows to keep."""
-    method = parse(config.weighting.method, Method)
     if isinstance(method, Training):
         return method.retain is not None
     needs = get_method(config.weighting.method).needs
@@ -251,7 +246,7 @@ def split_retain(
     if isinstance(method, Training) and method.start == "base":
         # Rows that retraining leaves out would not be retained at all.
         split = Split(retain, reason="Training again needs all of them.")
-    elif not _uses_retain(config):
+    elif not _uses_retain(config, method):
         split = Split(retain, reason="None took part in the edit.")
         return split, {**split.record(), **seen, "used": bool(saved)}
     else:
@@ -267,7 +262,7 @@ def split_retain(
 def load_sets(config: UnlearnConfig) -> dict[str, ExampleSet]:
     """Read the sets that were given; no two may be the same rows."""
     sets = {
-        name: load_examples(source, rows_config(config, name))
+        name: read_set(name, source, config.data_config)
         for name in SETS
         if (source := getattr(config, name)) is not None
     }

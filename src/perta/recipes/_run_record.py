@@ -13,7 +13,7 @@ from perta.methods.method import Method
 from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.models.resolve import resolve_checkpoint
-from perta.recipes.settings import UnlearnConfig
+from perta.recipes.settings import WORK, UnlearnConfig
 from perta.stages.stage import changes, exists_error
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
@@ -26,7 +26,6 @@ from perta.store.record import (
     write_manifest,
 )
 
-WORK = ".work"
 STRENGTH = "strength.json"
 
 
@@ -136,18 +135,13 @@ class RunRecord:
         write_manifest(self.config.output, manifest)
 
 
-def work_folder(config: UnlearnConfig) -> Path:
-    """Folder of a run's intermediate results."""
-    return config.work_dir or config.output.with_name(f"{config.output.name}{WORK}")
-
-
 def other_work_folders(config: UnlearnConfig) -> list[Path]:
     """Those of other runs, whose results may serve.
 
     They are the work folders beside the output and beside this run's own, and those that records
     of outputs beside this one name, wherever they lie.
     """
-    own = work_folder(config)
+    own = config.work_folder
     found = {p for place in (config.output, own) for p in place.parent.glob(f"*{WORK}")}
     for record in config.output.parent.glob(f"*/{MANIFEST}"):
         run = (read_manifest(record.parent) or {}).get("unlearn", {})
@@ -166,5 +160,5 @@ def _resolved(config: UnlearnConfig) -> dict[str, Any]:
         **settings,
         **picked(config.compute),
         **parse(config.weighting.method, Method).record(),
-        "work_dir": str(work_folder(config)),
+        "work_dir": str(config.work_folder),
     }
