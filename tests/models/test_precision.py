@@ -106,6 +106,33 @@ def test_attention_over_few_tokens_keeps_float32_where_it_is_learned_through() -
     assert linear.dtype == measured.dtype == torch.bfloat16
 
 
+def test_layers_of_one_input_share_its_narrow_copy_until_it_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(3, 3, generator=generator) for _ in range(2))
+    x.requires_grad_()
+    copies: list[Tensor] = []
+    weight.requires_grad_()
+
+    def keep(tensor: Tensor) -> Tensor:
+        copies.append(tensor)
+        return tensor
+
+    kept = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with kept, products_in(torch.bfloat16, CPU):
+        first, second = (F.linear(x, weight) for _ in range(2))
+        places = {t.data_ptr() for t in copies if torch.equal(t, x.bfloat16())}
+        with torch.no_grad():
+            x.mul_(2)
+        third = F.linear(x, weight)
+    assert len(places) == 1
+    assert torch.equal(first, second)
+    assert torch.equal(third, 2 * first)
+    (first + second).float().sum().backward()
+    exact = 2 * weight.detach().bfloat16().double().sum(0).expand(3, 3)
+    assert x.grad is not None
+    assert (x.grad - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -179,6 +206,18 @@ def test_moments_in_bfloat16_are_those_of_float32_but_for_rounding(world: World)
         assert found[1][name].dtype == torch.float32
         if len(exact) == exact.shape[1]:
             assert (found[1][name] - exact).norm() < 0.03 * exact.norm(), name
+
+
+def test_rows_that_wait_for_their_product_are_all_in_the_moment(world: World) -> None:
+    rows, found = rows_of(world) * 25, []
+    for compute in (ComputeConfig(device="cpu"), NARROW):
+        model = load_model(world.base, compute)
+        plan = plan_moments(model, rows, gradients=False, pad=0)
+        found.append(dict(sum_moments(model, rows, plan, MomentOptions(), pad=0)))
+    # More rows than are multiplied at once, and some that are left over.
+    assert sum(len(row.input_ids) for row in rows) > 1024
+    for name, exact in found[0].items():
+        assert found[1][name].trace() == pytest.approx(float(exact.trace()), rel=1e-2), name
 
 
 @pytest.mark.usefixtures("units")

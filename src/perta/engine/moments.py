@@ -42,6 +42,8 @@ ENOUGH = 4
 """Tokens for each input of the widest layer from which more change little."""
 
 _SEED = 0
+_TOGETHER = 1024
+"""Rows narrower than float32 that are multiplied at once."""
 
 
 @dataclass(frozen=True)
@@ -296,19 +298,32 @@ def _is_few(unit: _Unit, tokens: int) -> bool:
 
 
 class _Sum:
-    """The sum of x xᵀ: float32 products, a float64 sum."""
+    """The sum of x xᵀ: float32 products, a float64 sum.
+
+    Adding a product takes longer than a fast product of the rows of one batch: narrow rows wait.
+    """
 
     def __init__(self, width: int, device: torch.device) -> None:
         # Apple's GPUs have no float64.
         place = "cpu" if device.type == "mps" else device
         self._total = torch.zeros(width, width, dtype=torch.float64, device=place)
+        self._waiting: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
+        self._waiting.append(rows)
+        if rows.dtype.itemsize >= 4 or sum(map(len, self._waiting)) >= _TOGETHER:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        rows = torch.cat(self._waiting)
+        self._waiting.clear()
         wide = torch.promote_types(rows.dtype, torch.float32)
         product = wide_product(rows.t().unsqueeze(0), rows.unsqueeze(0), wide)[0]
         self._total.add_(product.to(self._total.device))
 
     def result(self) -> Tensor:
+        if self._waiting:
+            self._add_waiting()
         return summed(self._total)
 
 

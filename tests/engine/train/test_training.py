@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
+import platform
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers import tiny_llama
-from perta.data.batch import IGNORE, Encoded
+from perta.data.batch import IGNORE, Encoded, bucketed
 from perta.engine.train.optimizer import Resume
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
@@ -25,7 +28,7 @@ from perta.engine.train.unlearn import (
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import GradDiff, Training, control_vector
 from perta.methods.registry import known, parse
-from perta.models.loss import losses_of
+from perta.models.loss import example_losses, losses_of
 from perta.options import TrainSettings, TuneConfig
 
 TRAINED = [name for name in known(Training) if name != "influence"]  # it solves
@@ -396,3 +399,53 @@ def test_only_every_nth_state_is_kept(tmp_path: Path) -> None:
 
     run(model_of(), "ga", replace(QUICK, epochs=4), resume=resume, after_epoch=after)
     assert states == [False, False, True, True]
+
+
+# --- what a step costs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e3])
+def test_gradients_are_scaled_down_where_they_are_long_and_left_alone_elsewhere(
+    most: float,
+) -> None:
+    config = TuneConfig(
+        epochs=1, learning_rate=0.1, batch_size=5, stop_loss=0, warmup_ratio=0.0, max_grad_norm=most
+    )
+    tuned, _ = tune(model_of(), FORGET, config, pad=0)
+    own = model_of()
+    step = torch.optim.AdamW(own.parameters(), lr=0.1, weight_decay=0.0, fused=True)
+    for batch in bucketed(FORGET, 5, 0, torch.Generator().manual_seed(0)):
+        (example_losses(own, batch).sum() / len(FORGET)).backward()
+    torch.nn.utils.clip_grad_norm_(own.parameters(), most)
+    step.step()
+    for ours, theirs in zip(tuned.parameters(), own.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_freed_memory_is_kept_while_training_and_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[int, ...]] = []
+    library = SimpleNamespace(
+        mallopt=lambda *given: calls.append(given), malloc_trim=lambda pad: calls.append((pad,))
+    )
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    config = TuneConfig(epochs=2, learning_rate=1e-3, stop_loss=0)
+
+    def after(epoch: int) -> None:
+        calls.append((epoch, 0, 0))
+        if epoch == 2:
+            raise DivergenceError("no more")
+
+    with pytest.raises(DivergenceError):
+        tune(model_of(), FORGET, config, pad=0, after_epoch=after)
+    first, second = calls.index((1, 0, 0)), calls.index((2, 0, 0))
+    assert (-4, 0) in calls[:first]  # no block is a mapping of its own
+    assert second == first + 1
+    assert (-4, 65536) in calls[second:]
+    assert calls[-1] == (0,)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    calls.clear()
+    tune(model_of(), FORGET, config, pad=0)
+    assert not calls

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perta.data.batch import Batch, Encoded, bucketed
+from perta.engine.train._memory import memory_kept
 from perta.engine.train.optimizer import Resume, Trainer, step_groups
 from perta.models.precision import products_in
 from perta.parallel import count, place, summed, told
@@ -73,7 +74,7 @@ def train(
     if saved:
         done = saved[0]
         objective.restore(saved[1])
-    with track(title, (epochs - done) * len(examples)) as advance:
+    with memory_kept(), track(title, (epochs - done) * len(examples)) as advance:
         for epoch in range(done + 1, epochs + 1):
             trainer.model.train()
             batches = bucketed(examples, settings.batch_size, pad, trainer.generator)

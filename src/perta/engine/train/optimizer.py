@@ -6,7 +6,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def _set_checkpointing(model: Any, on: bool, products: torch.dtype) -> None:
     """Turn the recomputation of activations in the backward pass on or off."""
 
     def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), products_in(products, model.device)
+        return products_in(products, model.device), products_in(products, model.device)
 
     with warnings.catch_warnings():
         # transformers renames these methods between versions; both names work.
@@ -170,9 +170,12 @@ class Trainer:
 
     def step(self) -> None:
         """Apply the gradients that have gathered on all processes."""
-        _add_up_gradients([*_trained_parameters(self.model).values()])
-        if norm := self.settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(_trained_parameters(self.model).values(), norm)
+        parameters = [*_trained_parameters(self.model).values()]
+        _add_up_gradients(parameters)
+        if most := self.settings.max_grad_norm:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if not norm + 1e-6 <= most:  # below it PyTorch would multiply all by one
+                nn.utils.clip_grads_with_norm_(parameters, most, norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,34 @@
+"""Memory that a step frees stays at hand for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Parameters of `mallopt` of the GNU C library: what we set, and about what it sets by itself.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let the GNU C library keep what is freed, and give it to the system at the end.
+
+    Otherwise the gradients and copies of every step are new pages, each cleared by the system: a
+    tenth of the time of a step over few rows. Elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    for parameter, value in _KEEPING.items():
+        library.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in _USUAL.items():
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)
