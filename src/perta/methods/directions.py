@@ -319,7 +319,18 @@ class Sage(Project):
     searched = False
 
 
-class Input(Directions):
+class _OfBothSets(Directions):
+    source = _STRUCTURED
+    needs = Needs(moments=("forget", "retain"))
+    rho: float = option(default=10.0, help="weight ρ of the retain moments", within="[0, inf)")
+    damping: float = option(
+        default=0.01,
+        help="damping λ, relative to the mean diagonal of the moments",
+        within="[0, inf)",
+    )
+
+
+class Input(_OfBothSets):
     """The share in directions of layer inputs; edits linear layers only."""
 
     name = "perta-input"
@@ -328,15 +339,8 @@ class Input(Directions):
         "examples to keep do not."
     )
     formula = "direction tau (C_f + mu I) (C_f + rho C_r + (lambda + mu) I)^-1"
-    source = _STRUCTURED
-    needs = Needs(moments=("forget", "retain"))
     strength = 2.3
     rho: float = option(default=100.0, help="weight ρ of the retain moments", within="[0, inf)")
-    damping: float = option(
-        default=0.01,
-        help="damping λ, relative to the mean diagonal of the moments",
-        within="[0, inf)",
-    )
     forget_damping: float = option(
         default=30.0,
         help="damping μ of the forget side; the larger, the more goes wherever the retain set "
@@ -353,7 +357,7 @@ class Input(Directions):
         return _together(lambda v: input_direction(v, *moments, **settings), vectors)
 
 
-class Kron(Directions):
+class Kron(_OfBothSets):
     """The share in the basis where input and gradient moments are diagonal."""
 
     name = "perta-kron"
@@ -362,15 +366,8 @@ class Kron(Directions):
         "removed examples and not for those to keep."
     )
     formula = "W = b_f c_f / (b_f c_f + rho b_r c_r), rotated"
-    source = _STRUCTURED
     needs = Needs(moments=("forget", "retain"), gradients=True)
     strength = 1.5
-    rho: float = option(default=10.0, help="weight ρ of the retain moments", within="[0, inf)")
-    damping: float = option(
-        default=0.01,
-        help="damping λ, relative to the mean diagonal of the moments",
-        within="[0, inf)",
-    )
 
     def solve(
         self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
