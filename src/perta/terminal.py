@@ -15,7 +15,7 @@ from perta.progress import PlainConsole, visible
 from perta.store.costs import Plan, details, duration, operations, percent, size
 
 if TYPE_CHECKING:
-    from perta.report.tables import Cost
+    from perta.report.collect import Cost
 
 Results = Mapping[str, Any]
 

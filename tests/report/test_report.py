@@ -40,7 +40,7 @@ from report_cases import (
 
 from perta.data.batch import Encoded
 from perta.data.examples import load_examples
-from perta.data.rows import write_jsonl
+from perta.data.rows import csv_text, write_jsonl
 from perta.data.tokens import EncodedSet
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.evidence.measures import read_measures
@@ -51,17 +51,10 @@ from perta.report._page import Page
 from perta.report._plots import edit_map, split_layers, truth_ratio_curves
 from perta.report._sections import scale
 from perta.report._svg import Axis, Curve, Ecdf, Point, Scatter, Style
+from perta.report._tables import metric_tables, seed_table, styles, table_lines
 from perta.report._texts import sample_sets
-from perta.report.collect import Collection, Run, collect
+from perta.report.collect import Collection, Run, collect, costs
 from perta.report.settings import ReportConfig
-from perta.report.tables import (
-    costs,
-    csv_text,
-    metric_tables,
-    seed_table,
-    styles,
-    table_lines,
-)
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.verdict.words import Check
 from perta.report.write import (

@@ -22,9 +22,8 @@ from perta.models.load import load_tokenizer
 from perta.options import ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
-from perta.report.collect import collect
+from perta.report.collect import collect, costs
 from perta.report.settings import ReportConfig
-from perta.report.tables import costs
 from perta.report.write import companion_folder, write_report
 from perta.store.costs import STAGES, costs_of, duration
 from perta.store.record import read_manifest

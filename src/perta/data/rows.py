@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, DataError, first_line, nearest
-from perta.progress import warn
+from perta.progress import visible, warn
 from perta.store.atomic import write_text
 from perta.store.parse import parse_json
 
@@ -396,3 +396,18 @@ def _as_text(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, default=str)
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return unicodedata.normalize("NFC", text).strip()
+
+
+def csv_text(lines: Iterable[Iterable[Any]]) -> str:
+    """Lines of cells as CSV, texts such that no spreadsheet runs one as a formula."""
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerows([_inert(cell) for cell in line] for line in lines)
+    return target.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    line = visible(cell.replace("\r", "\n"))  # unquoted, it would end the row for many readers
+    return f"'{line}" if line.startswith(tuple("=+-@\t\n＝＋－＠")) else line

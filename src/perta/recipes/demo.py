@@ -25,9 +25,8 @@ from perta.progress import say, telling_once
 from perta.recipes._plan import Asked, Sizes
 from perta.recipes._workspace import Workspace
 from perta.recipes.settings import DemoConfig
-from perta.report.collect import collect
+from perta.report.collect import collect, costs
 from perta.report.settings import ReportConfig
-from perta.report.tables import costs
 from perta.report.write import write_report
 from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint

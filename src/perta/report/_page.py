@@ -11,11 +11,11 @@ from markupsafe import Markup
 
 from perta.errors import DataError
 from perta.report import _plots as plots
-from perta.report import tables as tabular
+from perta.report import _tables as tabular
 from perta.report._sections import Pin, scale
 from perta.report._svg import Ecdf, Figure, Scatter, Style, swatch
 from perta.report._texts import SampleSet, sample_sets
-from perta.report.collect import Collection, Run
+from perta.report.collect import Collection, Cost, Run, costs
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict
 
@@ -158,14 +158,14 @@ class Page:
         return sample_sets(subject, others, config.samples, show=config.show_texts)
 
     @cached_property
-    def costs(self) -> tuple[list[tabular.Cost], float | None]:
-        return tabular.costs(self.collection)
+    def costs(self) -> tuple[list[Cost], float | None]:
+        return costs(self.collection)
 
     @property
     def longest(self) -> float:
         """Seconds of the longest bar."""
-        costs, retraining = self.costs
-        return max([cost.took.total for cost in costs] + [retraining or 0.0]) or 1.0
+        found, retraining = self.costs
+        return max([cost.took.total for cost in found] + [retraining or 0.0]) or 1.0
 
     @property
     def files(self) -> dict[str, list[list[Any]]]:

@@ -23,8 +23,8 @@ from perta.report._svg import (
     log_axis,
     unit_axis,
 )
+from perta.report._tables import file_name
 from perta.report.collect import Collection, Run
-from perta.report.tables import file_name
 from perta.report.verdict.judge import reference_quality
 from perta.report.verdict.words import number
 from perta.store.provenance import Record

@@ -9,13 +9,14 @@ as in `retrained=results.json`; never from names of files or from where they lie
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perta.errors import DataError
 from perta.evidence.measures import Reading, read_measures
+from perta.store.costs import Costs, costs_of, passes_of, seconds_of
 from perta.store.parse import read_json
 from perta.store.provenance import (
     STATED,
@@ -513,3 +514,37 @@ def _relabel(runs: list[Run]) -> list[Run]:
         number = sum(other.label == label for other in named)
         named.append(replace(run, label=label if not number else f"{label} ({number + 1})"))
     return named
+
+
+# --- what it took -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way to forget took."""
+
+    run: Run
+    took: Costs
+    share: float | None  # of the seconds that retraining took, where it is known
+    operations: float | None  # share of the operations of retraining, where both are known
+
+
+def costs(collection: Collection) -> tuple[list[Cost], float | None]:
+    """What every edited model took whose stages are recorded, and retraining, in seconds."""
+    retrained = [run for run in collection.by_role("retrained") if seconds_of(run.spent)]
+    found = []
+    for run in collection.by_role("edited"):
+        apart = run.made if run.made is not run.spent else None
+        took = costs_of(run.spent, collection.records, apart)
+        if took.stages:
+            found.append(_cost(run, took, retrained))
+    return found, seconds_of(retrained[0].spent) if retrained else None
+
+
+def _cost(run: Run, took: Costs, retrained: Sequence[Run]) -> Cost:
+    """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
+    fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
+    whole = fitting[0].spent if fitting else {}
+    passes = passes_of(whole)
+    operations = took.operations / passes if passes and took.operations else None
+    return Cost(run, took, took.share(seconds_of(whole)), operations)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from perta.data.rows import csv_text
 from perta.errors import ConfigError, OutputExistsError
 from perta.evidence import remains
 from perta.progress import visible
@@ -27,7 +28,6 @@ from perta.report._page import Page, asset
 from perta.report._svg import Figure, drawing, on_page
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
-from perta.report.tables import csv_text
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.words import WORDS, number
 from perta.store.atomic import atomic_file, atomic_folder, check_place, recover

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from perta.report.tables import csv_text
+from perta.data.rows import csv_text
 from perta.store.atomic import write_text
 from perta.store.costs import costs_of
 from perta.terminal import console

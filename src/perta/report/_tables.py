@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from perta.evidence.measures import MEASURES, SUMMARY, Measure, Reading, measure_of
-from perta.progress import visible
 from perta.report._svg import Style
-from perta.report.collect import Collection, Run
-from perta.store.costs import STAGES, Costs, costs_of, passes_of, seconds_of
+from perta.report.collect import Cost, Run
+from perta.store.costs import STAGES
 
 _GROUPS: Mapping[str, tuple[str, str]] = {
     "forget": ("On the removed examples", "What the model still knows of what was to go."),
@@ -75,16 +72,6 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     minor: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one way to forget took."""
-
-    run: Run
-    took: Costs
-    share: float | None  # of the seconds that retraining took, where it is known
-    operations: float | None  # share of the operations of retraining, where both are known
 
 
 def metric_tables(runs: Sequence[Run], *, fold: bool = False) -> list[Table]:
@@ -211,27 +198,6 @@ def edit_lines(run: Run) -> list[list[Any]]:
     return [["tensor", *fields], *([t.get(f) for f in ("name", *fields)] for t in tensors)]
 
 
-def costs(collection: Collection) -> tuple[list[Cost], float | None]:
-    """What every edited model took whose stages are recorded, and retraining, in seconds."""
-    retrained = [run for run in collection.by_role("retrained") if seconds_of(run.spent)]
-    found = []
-    for run in collection.by_role("edited"):
-        apart = run.made if run.made is not run.spent else None
-        took = costs_of(run.spent, collection.records, apart)
-        if took.stages:
-            found.append(_cost(run, took, retrained))
-    return found, seconds_of(retrained[0].spent) if retrained else None
-
-
-def _cost(run: Run, took: Costs, retrained: Sequence[Run]) -> Cost:
-    """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
-    fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
-    whole = fitting[0].spent if fitting else {}
-    passes = passes_of(whole)
-    operations = took.operations / passes if passes and took.operations else None
-    return Cost(run, took, took.share(seconds_of(whole)), operations)
-
-
 def cost_lines(found: Sequence[Cost], retraining: float | None) -> list[list[Any]]:
     """Costs for the CSV file."""
     names = [name for name in STAGES.values() if any(name in c.took.stages for c in found)]
@@ -270,21 +236,6 @@ def _cells(entry: Entry, is_reading: bool) -> list[Any]:
     value = entry.raw.value if entry.raw else None
     interval = entry.raw.interval if entry.raw else None
     return [value, *((interval.low, interval.high, interval.n) if interval else [None] * 3)]
-
-
-def csv_text(lines: Iterable[Iterable[Any]]) -> str:
-    """Lines of cells as CSV, texts such that no spreadsheet runs one as a formula."""
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerows([_inert(cell) for cell in line] for line in lines)
-    return target.getvalue()
-
-
-def _inert(cell: Any) -> Any:
-    if not isinstance(cell, str):
-        return cell
-    line = visible(cell.replace("\r", "\n"))  # unquoted, it would end the row for many readers
-    return f"'{line}" if line.startswith(tuple("=+-@\t\n＝＋－＠")) else line
 
 
 def file_name(label: str) -> str:
