@@ -28,10 +28,10 @@ from transformers import (
 
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.evidence import metrics
+from perta.evidence.published.tofu import Measured, load_parts, make_item, run_tofu, tofu_results
 from perta.evidence.results import Results
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.items import Item, Outcome, end_tokens
-from perta.evidence.tofu import Measured, load_parts, make_item, run_tofu, tofu_results
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig

@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
         def killed(*_args: Any, **_more: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("perta.evidence.tofu.tofu_results", killed)
+        patch.setattr("perta.evidence.published.tofu.tofu_results", killed)
         with pytest.raises(KeyboardInterrupt):
             bench_tofu(settings)
     assert not settings.output.exists()

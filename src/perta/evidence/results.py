@@ -18,7 +18,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
-from perta.data.tokens import text_ids
 from perta.errors import DataError, DivergenceError
 from perta.evidence import metrics
 from perta.evidence.scoring.answers import Score
@@ -82,37 +81,6 @@ def read_results(path: str | Path) -> Results:
 def missing(reason: str) -> Results:
     """Entry of a metric that could not be computed, saying why."""
     return {"agg_value": None, "missing": reason}
-
-
-def attack_entry(forget: Sequence[float | None], holdout: Sequence[float | None]) -> Results:
-    """A membership attack: the scores of both sides and the AUC between those that have one."""
-    auc = metrics.membership_auc(
-        [value for value in forget if value is not None],
-        [value for value in holdout if value is not None],
-    )
-    return {
-        "forget": table([{"score": value} for value in forget], "score"),
-        "holdout": table([{"score": value} for value in holdout], "score"),
-        "auc": auc,
-        "agg_value": auc,
-    }
-
-
-def privleak_entry(min_k: Results, reference: Mapping[str, Any] | None) -> Results:
-    """Privacy leakage from the Min-K attack on this model, and on the retrained one if given."""
-    if min_k["agg_value"] is None:
-        return missing(min_k["missing"])
-    if reference is None:
-        return {"agg_value": metrics.privleak(min_k["agg_value"])}
-    retain_auc = (reference.get("mia_min_k") or {}).get("agg_value")
-    if retain_auc is None:
-        return missing("the reference results hold no mia_min_k")
-    return {"agg_value": metrics.privleak(min_k["agg_value"], retain_auc)}
-
-
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens of a text, with the special ones that the tokenizer puts around it."""
-    return tuple(text_ids(text, tokenizer))
 
 
 def labelled_text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,8 +17,9 @@ from perta.data.examples import rows_fingerprint
 from perta.data.rows import jsonl, write_jsonl
 from perta.errors import ConfigError, DataError, first_line
 from perta.evidence.benchmark import Benchmark, Given, is_journal
-from perta.evidence.muse import Muse
 from perta.evidence.people import generate_people, split_people
+from perta.evidence.published.muse import Muse
+from perta.evidence.published.tofu import People, Tofu
 from perta.evidence.results import Results, read_results
 from perta.evidence.settings import (
     AbilityConfig,
@@ -27,7 +28,6 @@ from perta.evidence.settings import (
     PeopleBenchConfig,
     TofuConfig,
 )
-from perta.evidence.tofu import People, Tofu
 from perta.models.load import load_model, load_tokenizer, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say

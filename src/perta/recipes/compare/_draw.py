@@ -18,7 +18,7 @@ from typing import Any
 from perta.data.examples import check_apart, load_examples
 from perta.data.rows import jsonl
 from perta.errors import ConfigError, DataError, first_line
-from perta.evidence.tofu import PEOPLE
+from perta.evidence.published.tofu import PEOPLE
 from perta.options import DataConfig
 from perta.recipes._plan import Asked
 from perta.recipes._workspace import Workspace

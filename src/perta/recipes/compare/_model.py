@@ -17,10 +17,10 @@ from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
 from perta.engine.train.relearn import LEARNING_RATE, SHOWN, TEXT_TOKENS, general_texts, relearn
 from perta.evidence.metrics import mean
+from perta.evidence.published.tofu import run_tofu
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
 from perta.evidence.settings import AbilityConfig
-from perta.evidence.tofu import run_tofu
 from perta.models.facts import SAMPLES, FactScore, hit_probability, score_facts, share_beyond
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of

@@ -19,14 +19,15 @@ from perta.errors import ConfigError, DataError, DivergenceError
 from perta.evidence import benchmark, metrics
 from perta.evidence.benchmark import Journal
 from perta.evidence.people import generate_people
+from perta.evidence.published import _shared
+from perta.evidence.published.tofu import encode, prompt_tokens, run_tofu
 from perta.evidence.results import Results, decode, read_results, results_json
 from perta.evidence.scoring import items as items_module
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import ScoringOptions, plain_generation
-from perta.evidence.tofu import encode, prompt_tokens, run_tofu
 from perta.options import DataConfig
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 EOS = 2
 NEW_TOKENS = 6
 
@@ -181,10 +182,10 @@ def test_published_log_serves_as_reference() -> None:
         pytest.skip(f"published logs and data are not at {SHARED}")
     reference = read_results(log)
     answers = [row["answer"] for row in rows_of(data.parent, data.name)]
-    theirs = benchmark.reference_scores(reference, "forget_truth_ratio", answers, cut=False)
+    theirs = _shared.reference_scores(reference, "forget_truth_ratio", answers, cut=False)
     assert theirs == scores(reference["forget_truth_ratio"])
     with pytest.raises(DataError, match="another split or benchmark"):
-        benchmark.reference_scores(reference, "forget_truth_ratio", ["no"] * 40, cut=False)
+        _shared.reference_scores(reference, "forget_truth_ratio", ["no"] * 40, cut=False)
 
 
 def test_forget_quality_and_privleak_against_a_reference(tmp_path: Path) -> None:

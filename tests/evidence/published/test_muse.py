@@ -13,10 +13,11 @@ from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE
 from perta.data.rows import write_jsonl
 from perta.errors import DataError
-from perta.evidence import metrics, muse
+from perta.evidence import metrics
 from perta.evidence.benchmark import Given, Journal
-from perta.evidence.muse import Muse, cut_answer
 from perta.evidence.people import generate_people
+from perta.evidence.published import muse
+from perta.evidence.published.muse import Muse, cut_answer
 from perta.evidence.results import Results, results_json
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import ScoringOptions, plain_generation

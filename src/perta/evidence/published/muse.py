@@ -28,22 +28,18 @@ from perta.evidence.benchmark import (
     Given,
     Journal,
     Reference,
-    hub_files,
-    load_file,
     open_journal,
-    published_options,
     run_with_journal,
 )
-from perta.evidence.results import (
-    Results,
+from perta.evidence.published._shared import (
     attack_entry,
-    decode,
-    missing,
+    hub_files,
+    load_file,
     privleak_entry,
-    rouge_row,
-    table,
+    published_options,
     token_ids,
 )
+from perta.evidence.results import Results, decode, missing, rouge_row, table
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions
 from perta.evidence.settings import MuseConfig
 from perta.models.load import longest_input

@@ -33,24 +33,19 @@ from perta.evidence.benchmark import (
     Given,
     Journal,
     Reference,
-    hub_files,
-    load_file,
     open_journal,
-    published_options,
-    reference_scores,
     run_with_journal,
 )
-from perta.evidence.results import (
-    Results,
+from perta.evidence.published._shared import (
     attack_entry,
-    decode,
-    labelled_text,
-    missing,
+    hub_files,
+    load_file,
     privleak_entry,
-    rouge_row,
-    table,
+    published_options,
+    reference_scores,
     token_ids,
 )
+from perta.evidence.results import Results, decode, labelled_text, missing, rouge_row, table
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, gradient_norm_score
