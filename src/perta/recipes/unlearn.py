@@ -335,13 +335,10 @@ class _Run:
 
     def _edit_config(self) -> EditConfig:
         """The edit, with what it reads made or reused."""
-        config, method = self.config, get_method(self.config.weighting.method)
-        # A difference from θ_full is of the adapter itself, not of what its base's type left, and
-        # what is quantised is written so.
-        is_exact = method.direction == "full - base" or config.output_format != "checkpoint"
-        is_exact = is_exact or quantised_checkpoint(config.full) is not None
-        return self.work.edit_config(
-            full=config.full if is_exact else str(self.full),
+        config = self.config
+        # As the user names them: in what format they lie there, and what an adapter is made for.
+        edit = self.work.edit_config(
+            full=config.full,
             output=config.output,
             direction=self.work.place("direction"),
             save_dtype=config.save_dtype,
@@ -351,6 +348,7 @@ class _Run:
             weighting=config.weighting,
             **self._needed(),
         )
+        return replace(edit, base=config.base)
 
     def _needed(self) -> dict[str, Any]:
         """Everything that the edit reads, made or reused."""

@@ -23,6 +23,7 @@ from perta.errors import CorruptCheckpointError
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, OutputFormat, TuneConfig, WeightingConfig
+from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
@@ -239,6 +240,29 @@ def test_ones_own_adapter_on_four_bits_is_unlearned_as_an_adapter(tmp_path: Path
         wanted = full[name] - ALPHA * (forget[name] - plain[name])
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
     assert (full[f"{UP}.weight"] - merged[f"{UP}.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["adapter", "checkpoint"])
+def test_a_whole_run_names_the_base_that_was_given(
+    tmp_path: Path, form: OutputFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    quantised(base, "double")
+    plain = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(base))
+    own = own_adapter(plain, base, tmp_path / "own") if form == "adapter" else base
+    forget, retain = (write_jsonl([row], tmp_path / f"{i}.jsonl") for i, row in enumerate(ROWS))
+    tune = TuneConfig(lora_rank=2, epochs=2, learning_rate=1e-2, batch_size=2)
+    done = unlearn(
+        base=str(base), full=str(own), forget=str(forget), retain=str(retain), alpha=ALPHA,
+        output=tmp_path / "out", method="tv", layers="all", output_format=form, tune=tune,
+        evaluate=False, compute=CPU,
+    )  # fmt: skip
+    told = capsys.readouterr().err
+    if form == "checkpoint":
+        assert f"{base} is quantised by bitsandbytes, which is not written" in told
+        return
+    settings = json.loads((done.folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base.resolve())
 
 
 @pytest.mark.parametrize(
