@@ -16,7 +16,7 @@ from perta.cli import main
 from perta.data.examples import ExampleSet, load_examples
 from perta.errors import ConfigError, VerdictError
 from perta.options import ScoringConfig, TrainSettings, WeightingConfig
-from perta.recipes._held_back import Split, hold_back
+from perta.recipes._request import Split, hold_back
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.report.verdict.judge import require_verdict

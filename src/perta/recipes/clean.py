@@ -12,14 +12,14 @@ importance of retained rows stay: they hold nothing of what was removed, and the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, PertaError
 from perta.models.resolve import cache_folder
-from perta.recipes._held_back import HELD_BACK, PROTECTED
+from perta.recipes._request import HELD_BACK, PROTECTED
 from perta.recipes._run_record import STRENGTH
 from perta.recipes.settings import WORK
 from perta.store.atomic import recover
@@ -64,7 +64,9 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
             f"{run} is no run that can be cleaned: it has no record (perta.json) of an edit or a "
             f"training, and there is no {output.name}{WORK} beside it with what a run left."
         )
-    _refuse_unfinished(output)
+    recover(output)
+    if any(output.parent.glob(f".{output.name}.partial-*")):
+        raise ConfigError(f"{output} is being written. Wait until that run has ended.")
     inputs = {**record.get("unlearn", {}).get("inputs", {}), **record.get("inputs", {})}
     found = [*_beside(output), *_named(record, inputs), *_cached(inputs)]
     kept: list[Path] = []
@@ -78,10 +80,19 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     deleted = tuple(dict.fromkeys(found))
     if not dry_run:
         for place in deleted:
-            _delete(place)
+            if place.is_dir():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
         if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
             work.rmdir()
-    return Cleaned(deleted, tuple(kept), (*_left(output, record, work, inputs), *_asides(foreign)))
+    left = (
+        *_left(output, record, work, inputs),
+        *(f"{place}: not known to be made by perta" for place in foreign),
+        "copies, backups and snapshots of the disk, logs, and caches of the hub",
+        "pages made with --show-texts, and results written to other places",
+    )
+    return Cleaned(deleted, tuple(kept), left)
 
 
 def _work(output: Path, record: _Record) -> Path:
@@ -100,12 +111,6 @@ def _records(folder: Path) -> list[_Record]:
 def _record_of(place: Path) -> _Record | None:
     is_own = not place.is_symlink() and (place.is_dir() or place.suffix == ".json")
     return read_manifest(place) if is_own else None
-
-
-def _refuse_unfinished(output: Path) -> None:
-    recover(output)
-    if any(output.parent.glob(f".{output.name}.partial-*")):
-        raise ConfigError(f"{output} is being written. Wait until that run has ended.")
 
 
 def _beside(output: Path) -> Iterator[Path]:
@@ -186,13 +191,6 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
     return stage == "direction"
 
 
-def _delete(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
-
-
 def _left(output: Path, record: _Record, work: Path, inputs: Mapping[str, str]) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})
@@ -204,9 +202,3 @@ def _left(output: Path, record: _Record, work: Path, inputs: Mapping[str, str]) 
         same = [made.get("inputs", {}).get("data") for made in _records(other)]
         if other != work and inputs.get("forget") in same:
             yield f"{other}: another run's, with what was made from the same forget set"
-
-
-def _asides(foreign: Iterable[Path]) -> Iterator[str]:
-    yield from (f"{place}: not known to be made by perta" for place in foreign)
-    yield "copies, backups and snapshots of the disk, logs, and caches of the hub"
-    yield "pages made with --show-texts, and results written to other places"

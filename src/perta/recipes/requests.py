@@ -34,7 +34,7 @@ from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import say
-from perta.recipes._held_back import write_rows
+from perta.recipes._request import write_rows
 from perta.recipes.settings import (
     LedgerConfig,
     RequestsAddConfig,

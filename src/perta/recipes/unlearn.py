@@ -36,9 +36,11 @@ from perta.models.formats.gguf_write import gguf_plan
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
-from perta.recipes._held_back import HELD_BACK, PROTECTED, Split
 from perta.recipes._plan import Asked, Sizes
 from perta.recipes._request import (
+    HELD_BACK,
+    PROTECTED,
+    Split,
     check_options,
     check_places,
     check_retain_moments,
