@@ -102,6 +102,11 @@ class Part:
     cut: bool = False  # only its first rows are looked at
 
     @property
+    def rows(self) -> tuple[Example, ...]:
+        """Its rows, none where the file is missing."""
+        return self.examples.examples if self.examples else ()
+
+    @property
     def generate(self) -> bool:
         """Whether answers are generated, and there are wrong ones."""
         return self.name != "holdout"
@@ -251,13 +256,8 @@ def run_tofu(
     _reference_ratios(parts, reference)  # refused before anything is measured
     options = published_options(model, tokenizer, batch_size, compat=compat)
     options = replace(options, max_new_tokens=max_new_tokens)
-    items = {
-        part.name: [make_item(row, part, tokenizer, compat) for row in part.examples.examples]
-        for part in parts
-        if part.examples
-    }
-    for part in parts:
-        _require_room(items.get(part.name, ()), part, options.longest)
+    there = [part for part in parts if part.examples]
+    items = {part.name: _items(part, tokenizer, compat, options.longest) for part in there}
     depends_on = {
         "benchmark": "tofu",
         "vocabulary": sorted(tokenizer.get_vocab().items()),
@@ -266,27 +266,15 @@ def run_tofu(
         "settings": (forget_split, compat, limit, max_new_tokens, str(model.dtype)),
     }
     models = {"model": model, "reference_model": reference_model}
-    attacked = {part.name: items[part.name] for part in parts if part.attacked and part.examples}
-    norms, losses = {}, {}
+    attacked = {part.name: items[part.name] for part in there if part.attacked}
     with open_journal(journal, depends_on, models) as kept:
         outcomes = _outcomes("TOFU", model, items, options, kept)
-        if gradient_norms:
-            norms = {
-                n: _norms(model, n, some, options.masking, kept) for n, some in attacked.items()
-            }
-        if reference_model is not None:
-            firsts = {
-                f"reference:{n}": [Item(item.answers[:1]) for item in some]
-                for n, some in attacked.items()
-            }
-            found = _outcomes("Reference model", reference_model, firsts, options, kept)
-            losses = {n: [o.scores[0].loss for o in found[f"reference:{n}"]] for n in attacked}
+        norms = _norms(model, attacked if gradient_norms else {}, options.masking, kept)
+        losses = _losses(reference_model, attacked, options, kept) if reference_model else {}
     measured = {
-        part.name: Measured(
-            part, items[part.name], outcomes[part.name], norms.get(part.name), losses.get(part.name)
-        )
-        for part in parts
-        if part.examples
+        name: Measured(part, items[name], outcomes[name], norms.get(name), losses.get(name))
+        for part in there
+        for name in [part.name]
     }
     return tofu_results(measured, parts, tokenizer, reference)
 
@@ -316,7 +304,7 @@ def _reference_ratios(parts: Sequence[Part], reference: Reference | None) -> lis
     (forget,) = [part for part in parts if part.name == "forget"]
     if reference is None or forget.examples is None:
         return None
-    answers = [row.answer for row in forget.examples.examples]
+    answers = [row.answer for row in forget.rows]
     return reference_scores(reference, "forget_truth_ratio", answers, cut=forget.cut)
 
 
@@ -343,14 +331,9 @@ def tofu_results(
     """Every metric, from what was measured."""
     results: Results = {}
     for part in parts:
-        if part.name in measured and part.name != "holdout":
-            results |= _part_results(measured[part.name], tokenizer)
-        else:
-            results |= {key: missing(f"{part.file} is not there") for key in _keys_of(part)}
-    if "forget" in measured:
-        scores = measured["forget"].answers
-        for key in ("exact_memorization", "extraction_strength"):
-            results[key] = table([{"score": getattr(s, key)} for s in scores], "score")
+        found = _part_results(measured.get(part.name) or Measured(part, (), ()), tokenizer)
+        absent = missing(f"{part.file} is not there")
+        results |= found if part.name in measured else dict.fromkeys(found, absent)
     results |= _attacks(measured, parts, tokenizer)
     results["forget_quality"] = _forget_quality(
         results["forget_truth_ratio"], _reference_ratios(parts, reference)
@@ -376,18 +359,55 @@ def _outcomes(
 
 
 def _norms(
-    model: PreTrainedModel, name: str, items: Sequence[Item], masking: Masking, journal: Journal
-) -> list[float | None]:
-    norms = []
-    with track(f"Gradient norms, {name}", len(items)) as advance:
-        for i, item in enumerate(items):
-            make = partial(gradient_norm_score, model, item.answers[0], masking)
-            norms.append(journal.kept(f"gradnorm:{name}:{i}", make))
-            advance(1)
+    model: PreTrainedModel,
+    groups: Mapping[str, Sequence[Item]],
+    masking: Masking,
+    journal: Journal,
+) -> dict[str, list[float | None]]:
+    norms: dict[str, list[float | None]] = {name: [] for name in groups}
+    for name, items in groups.items():
+        with track(f"Gradient norms, {name}", len(items)) as advance:
+            for i, item in enumerate(items):
+                make = partial(gradient_norm_score, model, item.answers[0], masking)
+                norms[name].append(journal.kept(f"gradnorm:{name}:{i}", make))
+                advance(1)
     return norms
 
 
+def _losses(
+    model: PreTrainedModel,
+    groups: Mapping[str, Sequence[Item]],
+    options: ScoringOptions,
+    journal: Journal,
+) -> dict[str, list[float]]:
+    """Losses of the right answers under the reference model."""
+    asked = {
+        f"reference:{name}": [Item(item.answers[:1]) for item in items]
+        for name, items in groups.items()
+    }
+    found = _outcomes("Reference model", model, asked, options, journal).values()
+    return {
+        name: [outcome.scores[0].loss for outcome in outcomes]
+        for name, outcomes in zip(groups, found, strict=True)
+    }
+
+
 # --- tokens ---------------------------------------------------------------------------------
+
+
+def _items(
+    part: Part, tokenizer: PreTrainedTokenizerBase, compat: bool, longest: int | None
+) -> list[Item]:
+    items = []
+    for number, row in enumerate(part.rows, start=1):
+        items.append(make_item(row, part, tokenizer, compat))
+        size = max(len(encoded.input_ids) for encoded in items[-1].answers)
+        if longest is not None and size > longest:
+            raise DataError(
+                f"{part.file}, row {number}: {size} tokens and the model takes {longest}. The "
+                "benchmark does not cut chat sequences; use a model with a longer context."
+            )
+    return items
 
 
 def make_item(
@@ -461,35 +481,14 @@ def _texts(example: Example, column: str, part: Part) -> list[str]:
     return texts
 
 
-def _require_room(items: Sequence[Item], part: Part, longest: int | None) -> None:
-    for row, item in enumerate(items, start=1):
-        size = max(len(encoded.input_ids) for encoded in item.answers)
-        if longest is not None and size > longest:
-            raise DataError(
-                f"{part.file}, row {row}: {size} tokens and the model takes {longest}. The "
-                "benchmark does not cut chat sequences; use a model with a longer context."
-            )
-
-
 # --- results --------------------------------------------------------------------------------
 
 
-def _ratio_key(name: str) -> str:
-    return "forget_truth_ratio" if name == "forget" else f"{name}_Truth_Ratio"
-
-
-def _keys_of(part: Part) -> list[str]:
-    """Metrics that need this part's file alone."""
-    if part.name == "holdout":
-        return []
-    keys = [f"{part.name}_Q_A_{kind}" for kind in ("Prob", "PERT_Prob", "ROUGE")]
-    keys.append(f"{part.name}_Q_A_{'PARA_Prob' if part.paraphrased else 'Prob_normalised'}")
-    keys.append(_ratio_key(part.name))
-    return keys + (["exact_memorization", "extraction_strength"] if part.name == "forget" else [])
-
-
 def _part_results(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Results:
+    """Metrics that need this part's file alone."""
     name, wrong = measured.part.name, measured.wrong
+    if name == "holdout":
+        return {}
     right = measured.paraphrases if measured.part.paraphrased else measured.answers
     perturbed = [
         {"prob": [s.probability for s in row], "avg_loss": [s.loss for s in row]} for row in wrong
@@ -514,8 +513,12 @@ def _part_results(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> Res
     ]
     form = metrics.symmetric if name == "forget" else metrics.margin
     scored = table([{"score": ratio} for ratio in ratios], "score")
-    results[_ratio_key(name)] = {**scored, "agg_value": metrics.mean([form(t) for t in ratios])}
-    return results
+    scored["agg_value"] = metrics.mean([form(t) for t in ratios]) if ratios else None
+    if name != "forget":
+        return {**results, f"{name}_Truth_Ratio": scored}
+    for key in ("exact_memorization", "extraction_strength"):
+        results[key] = table([{"score": getattr(s, key)} for s in measured.answers], "score")
+    return {**results, "forget_truth_ratio": scored}
 
 
 def _probability(score: Score) -> dict[str, float]:
@@ -523,14 +526,14 @@ def _probability(score: Score) -> dict[str, float]:
 
 
 def _rouge_rows(measured: Measured, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    rows = measured.part.examples.examples if measured.part.examples else ()
+    columns = (measured.part.rows, measured.items, measured.outcomes)
     return [
         rouge_row(
             row.answer.strip(),
             decode(tokenizer, outcome.generated or ()),
             decode(tokenizer, item.prompt or ()),
         )
-        for row, item, outcome in zip(rows, measured.items, measured.outcomes, strict=True)
+        for row, item, outcome in zip(*columns, strict=True)
     ]
 
 
