@@ -25,6 +25,7 @@ C = TypeVar("C", bound="DataclassInstance")
 Format = Literal["auto", "qa", "completion", "chat", "text"]
 Granularity = Literal["element", "row", "tensor"]
 Reduction = Literal["mean_of_power", "abs_of_mean"]
+SumsOn = Literal["device", "cpu"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
 MOST_ORDER = 32

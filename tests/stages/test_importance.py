@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from conftest import World
 from perta.data.batch import Encoded, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
+from perta.engine.gradients.engine import Moments, batched_moments
 from perta.errors import ConfigError, OutputExistsError
 from perta.models.load import load_model, load_tokenizer
 from perta.models.loss import example_losses
 from perta.options import ComputeConfig, DataConfig, EstimatorConfig
+from perta.stages import importance
 from perta.stages.importance import compute_importance, sample
 from perta.stages.settings import ImportanceConfig
 from perta.store.checkpoint import open_index, read_tensor
@@ -206,3 +209,35 @@ def test_verification_runs_before_the_pass(
 ) -> None:
     measured(world, tmp_path / "i", estimator=EstimatorConfig(verify=True))
     assert "verified against the example loop" in capsys.readouterr().err
+
+
+def test_options_that_save_memory_reach_the_engine_and_change_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = measured(world, tmp_path / "plain")
+    seen: list[dict[str, object]] = []
+
+    def noted(*args: Any, **how: Any) -> Moments:
+        seen.append(how)
+        return batched_moments(*args, **how)
+
+    monkeypatch.setattr(importance, "batched_moments", noted)
+    spared = measured(world, tmp_path / "spared", gradient_checkpointing=True, accumulate_on="cpu")
+    assert [(how["gradient_checkpointing"], how["accumulate_on"]) for how in seen] == [
+        (True, "cpu")
+    ]
+    for name, expected in read(plain, 1).items():
+        torch.testing.assert_close(read(spared, 1)[name], expected)
+    # Where the sums lie is no part of what they are.
+    measured(world, tmp_path / "plain", accumulate_on="cpu")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("more", [{"gradient_checkpointing": True}, {"accumulate_on": "cpu"}])
+def test_the_cheap_reduction_has_nothing_to_save(
+    world: World, tmp_path: Path, more: dict[str, object]
+) -> None:
+    cheap = EstimatorConfig(reduction="abs_of_mean")
+    with pytest.raises(ConfigError, match="--reduction is abs_of_mean"):
+        measured(world, tmp_path / "out", estimator=cheap, **more)
+    assert not (tmp_path / "out").exists()

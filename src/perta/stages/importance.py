@@ -32,7 +32,7 @@ from perta.engine.gradients.engine import (
     verify_engine,
 )
 from perta.models.load import exact_on_cpu
-from perta.options import EstimatorConfig
+from perta.options import EstimatorConfig, SumsOn
 from perta.parallel import Own, everywhere, portion
 from perta.progress import say, track
 from perta.stages.settings import ImportanceConfig
@@ -65,7 +65,14 @@ def compute_importance(config: ImportanceConfig) -> Path:
         chosen = sample(subject.encoded.encoded, config.estimator)
         size = config.compute.batch(8)
         moments = estimate(
-            model, chosen, config.orders, config.estimator, pad=subject.pad, batch_size=size
+            model,
+            chosen,
+            config.orders,
+            config.estimator,
+            pad=subject.pad,
+            batch_size=size,
+            gradient_checkpointing=config.gradient_checkpointing,
+            accumulate_on=config.accumulate_on,
         )
         index = open_index(subject.checkpoint)
         for order, tensors in moments.by_order.items():
@@ -99,8 +106,13 @@ def estimate(
     *,
     pad: int,
     batch_size: int = 8,
+    gradient_checkpointing: bool = False,
+    accumulate_on: SumsOn = "device",
 ) -> Moments:
     """Importance in memory: order -> parameter name -> float32 of the parameter's shape.
+
+    `gradient_checkpointing` and `accumulate_on`, the sums' place, save memory with the reduction
+    `mean_of_power`; `abs_of_mean` does without them.
 
     Raises:
         EngineMismatchError: `verify` found the batched engine and the loop to disagree.
@@ -110,7 +122,11 @@ def estimate(
         verify_engine(model, few, orders)
         say(f"Engine verified against the example loop on {len(few[0])} examples")
     with _progress(len(examples)) as progress:
-        how = (orders, config.reduction, pad, batch_size)
+        sparing = {
+            "gradient_checkpointing": gradient_checkpointing,
+            "accumulate_on": "cpu" if accumulate_on == "cpu" else None,
+        }
+        how = (orders, config.reduction, pad, batch_size, sparing)
         return everywhere(_measure, model, examples, *how, Own(progress))
 
 
@@ -121,11 +137,13 @@ def _measure(
     reduction: str,
     pad: int,
     batch_size: int,
+    sparing: Mapping[str, Any],
     progress: Own[Progress],
 ) -> Moments:
     batches = bucketed(examples, portion(batch_size, len(examples)), pad)
-    compute = batched_moments if reduction == "mean_of_power" else abs_of_mean
-    return compute(model, batches, orders, progress=progress.value)
+    if reduction == "abs_of_mean":
+        return abs_of_mean(model, batches, orders, progress=progress.value)
+    return batched_moments(model, batches, orders, progress=progress.value, **sparing)
 
 
 def _checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from perta.options import (  # noqa: F401
     Repeated,
     SaveType,
     ScoringConfig,
+    SumsOn,
     TrainSettings,
     TuneConfig,
     TunedType,
@@ -116,6 +117,10 @@ class ImportanceConfig(Paths):
     """Order p of the importance; give it several times for several orders in one pass."""
     overwrite: bool = False
     """Replace an output that is there already."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    accumulate_on: SumsOn = "device"
+    """Where the sums are kept; `cpu` spares a GPU one float32 copy of the model for each order."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -123,6 +128,10 @@ class ImportanceConfig(Paths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.orders) > 0, "order", self.orders, "given at least once")
+        if self.estimator.reduction == "abs_of_mean":
+            spares = self.gradient_checkpointing or self.accumulate_on == "cpu"
+            wanted = "mean_of_power with --gradient-checkpointing or --accumulate-on cpu"
+            require(not spares, "reduction", self.estimator.reduction, wanted)
         for order in self.orders:
             fits = 0 < order <= MOST_ORDER
             require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")

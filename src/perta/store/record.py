@@ -38,6 +38,7 @@ NOT_IN_KEY = {
     "direction",
     "solve_device",
     "save_every",
+    "accumulate_on",
 }
 
 
