@@ -209,13 +209,13 @@ def open_journal(
     """
     if path is None:
         return Journal(None, "")
-    hashes = {name: model and model_fingerprint(model) for name, model in models.items()}
+    hashes = {name: model and _model_fingerprint(model) for name, model in models.items()}
     record = {**settings, **hashes, "version": __version__}
     text = json.dumps(record, sort_keys=True, default=str)
     return Journal(path, hashlib.sha256(text.encode()).hexdigest())
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def _model_fingerprint(model: PreTrainedModel) -> str:
     """BLAKE3 of a model's configuration and parameters, names and values."""
     digest = blake3(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():

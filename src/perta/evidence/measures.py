@@ -28,7 +28,7 @@ from perta.evidence.intervals import (
 )
 
 _Better = Literal["low", "high", "none"]
-Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
+_Group = Literal["forget", "retain", "holdout", "utility", "membership", "other"]
 
 _AGREEMENT = 1e-6
 
@@ -39,7 +39,7 @@ class Measure:
 
     key: str  # our name; several names in results files may lead to it
     label: str
-    group: Group
+    group: _Group
     better: _Better
     meaning: str
     names: tuple[str, ...]  # its names in results files
@@ -59,7 +59,7 @@ class Reading:
 
 
 def _made(
-    entry: Mapping[str, Any], key: str, group: Group, better: _Better, names: Iterable[str]
+    entry: Mapping[str, Any], key: str, group: _Group, better: _Better, names: Iterable[str]
 ) -> Measure:
     label = entry["label"]
     title, axis = entry.get("title", label), entry.get("axis", label.lower())
@@ -67,7 +67,7 @@ def _made(
     return Measure(key, label, group, better, entry["meaning"], tuple(names), title, axis, upper)
 
 
-def _of_set(entry: Mapping[str, Any], of: Group, better: _Better) -> Measure:
+def _of_set(entry: Mapping[str, Any], of: _Group, better: _Better) -> Measure:
     """A measure that exists for every set of examples."""
     if entry["key"] == "loss" and better != "none":
         better = "high" if better == "low" else "low"
@@ -79,8 +79,8 @@ def _of_set(entry: Mapping[str, Any], of: Group, better: _Better) -> Measure:
 def _read_measures() -> Iterator[Measure]:
     text = files("perta").joinpath("evidence", "measures.toml").read_text("utf-8")
     told = tomllib.loads(text)
-    sets: Mapping[Group, _Better] = {"forget": "low", "retain": "high", "holdout": "none"}
-    groups: tuple[Group, ...] = (*sets, "utility", "membership")
+    sets: Mapping[_Group, _Better] = {"forget": "low", "retain": "high", "holdout": "none"}
+    groups: tuple[_Group, ...] = (*sets, "utility", "membership")
     for group in groups:
         yield from (_of_set(entry, group, sets[group]) for entry in told["each"] if group in sets)
         for entry in told["single"]:

@@ -159,9 +159,9 @@ def _summary(
 ) -> Results:
     scores = [outcome.scores[0] for outcome in outcomes]
     probabilities = [{"prob": score.probability, "avg_loss": score.loss} for score in scores]
-    memorization = [{"score": score.exact_memorization} for score in scores]
-    strength = [{"score": score.extraction_strength} for score in scores]
     weights = [item.answers[0].weight for item in items]
+    strength = [{"score": score.extraction_strength} for score in scores]
+    memorization = [{"score": score.exact_memorization} for score in scores]
     summary = {
         f"{name}_loss": table([{"score": score.loss} for score in scores], "score", weights),
         f"{name}_probability": table(probabilities, "prob", weights),
@@ -216,8 +216,7 @@ def _row_summary(name: str, facts: Sequence[Fact]) -> Results:
     rows = [fact.row for fact in facts]
     if rows == list(range(1, len(rows) + 1)):
         return {}
-    by_index = {str(i): {"row": row} for i, row in enumerate(rows)}
-    return {f"{name}_row": {"agg_value": len(set(rows)), "value_by_index": by_index}}
+    return {f"{name}_row": _numbered("row", rows)}
 
 
 def _subject_summary(
@@ -228,8 +227,11 @@ def _subject_summary(
     numbers = subjects([fields[fact.row] for fact in facts], column)
     if numbers is None:
         return {}
-    rows = {str(i): {"subject": number} for i, number in enumerate(numbers)}
-    return {f"{name}_subject": {"agg_value": len(set(numbers)), "value_by_index": rows}}
+    return {f"{name}_subject": _numbered("subject", numbers)}
+
+
+def _numbered(key: str, numbers: Sequence[int]) -> Results:
+    return {**table([{key: number} for number in numbers], key), "agg_value": len(set(numbers))}
 
 
 def _answer_tokens(item: Item) -> tuple[int, ...]:

@@ -122,7 +122,10 @@ class Muse(Benchmark[MuseConfig]):
             raise DataError(f"No MUSE metric can be computed from {given.data}: {reasons}.")
         depends_on = {
             "benchmark": "muse",
-            "items": [(s.name, [_identity(item) for item in s.items]) for s in subsets.values()],
+            "items": [
+                (s.name, [(item.answers[0].input_ids, item.prompt) for item in s.items])
+                for s in subsets.values()
+            ],
             "settings": (config.compat, str(model.dtype)),
         }
         batch_size = config.compute.batch(16)
@@ -258,10 +261,6 @@ def _continued(
         ids = (*prompt, ids[-1])
     ids = ids[: len(prompt) + most] if most else ids
     return Encoded(ids, (IGNORE,) * len(prompt) + ids[len(prompt) :], 0)
-
-
-def _identity(item: Item) -> tuple[object, ...]:
-    return item.answers[0].input_ids, item.prompt
 
 
 # --- running and results --------------------------------------------------------------------
