@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from perta.errors import DataError
+from perta.progress import visible
 from perta.report import _plots as plots
 from perta.report import _tables as tabular
 from perta.report._sections import Pin, scale
@@ -175,6 +176,16 @@ class Page:
             if run.edit.get("tensors"):
                 found[f"edit_{tabular.file_name(run.label)}"] = tabular.edit_lines(run)
         return {**found, "costs": tabular.cost_lines(*self.costs)} if self.costs[0] else found
+
+
+def filled(template: str, **values: Any) -> str:
+    """A page from its template; what is filled in is escaped, and holds no control characters."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return f"{visible(environment.from_string(asset(template)).render(values))}\n"
 
 
 def asset(name: str) -> str:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import DataError
-from perta.progress import visible
-from perta.report._page import asset
+from perta.report._page import filled
 from perta.report.settings import AuditPageConfig
 from perta.store.atomic import atomic_file, check_writable, write_text
 from perta.store.parse import read_json
@@ -100,16 +99,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     record = audit["perta"]
     settings = record["settings"]
     cleaned = read_manifest(Path(str(settings["checkpoint"]))) or {}
     probes = audit["probes"]
-    text = environment.from_string(asset("audit.html.jinja")).render(
+    return filled(
+        "audit.html.jinja",
         config=config,
         audit=audit,
         record=record,
@@ -132,7 +127,6 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
         command=_command(settings),
         version=__version__,
     )
-    return f"{visible(text)}\n"
 
 
 def _check(probe: Mapping[str, Any]) -> _Check:

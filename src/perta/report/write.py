@@ -22,9 +22,8 @@ from markupsafe import Markup
 from perta.data.rows import csv_text
 from perta.errors import ConfigError, OutputExistsError
 from perta.evidence import remains
-from perta.progress import visible
 from perta.report import _sections
-from perta.report._page import Page, asset
+from perta.report._page import Page, asset, filled
 from perta.report._svg import Figure, drawing, on_page
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
@@ -78,13 +77,9 @@ def page_for(config: ReportConfig) -> Page:
 
 def render(page: Page) -> str:
     """The page as text: HTML with everything in it."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     script = asset("report.js")
-    text = environment.from_string(asset("report.html.jinja")).render(
+    return filled(
+        "report.html.jinja",
         page=page,
         generator=_GENERATOR,
         version=__version__,
@@ -100,7 +95,6 @@ def render(page: Page) -> str:
         duration=duration,
         percent=percent,
     )
-    return f"{visible(text)}\n"
 
 
 def companion_folder(output: Path) -> Path:
