@@ -25,6 +25,7 @@ from perta.models.layers import (
     is_transposed,
     stored_weights,
     widths,
+    with_forward,
 )
 from perta.models.loss import weighted_losses
 from perta.models.precision import wide_product
@@ -411,7 +412,8 @@ class _Collector:
                 elif is_stacked_experts(module):
                     stacked = {name: names[getattr(module, name)] for name in expert_names(module)}
                     if wanted & set(stacked.values()):
-                        stack.enter_context(self._replaced_experts(module, stacked))
+                        forward = self._experts_forward(module, stacked)
+                        stack.enter_context(with_forward(module, forward))
             yield
 
     def _listener(self, slot: Slot) -> Callable[..., None]:
@@ -436,18 +438,6 @@ class _Collector:
         counted = _counted(values, kept)
         self.rows[key] += len(counted)
         self.sums[key].add(counted)
-
-    @contextmanager
-    def _replaced_experts(self, module: Any, names: Mapping[str, str]) -> Iterator[None]:
-        """Give stacked experts a forward pass that shows each expert's tokens."""
-        before = module.__dict__.get("forward")
-        module.forward = self._experts_forward(module, names)
-        try:
-            yield
-        finally:
-            del module.forward
-            if before is not None:
-                module.forward = before
 
     def _experts_forward(self, module: Any, names: Mapping[str, str]) -> Callable[..., Tensor]:
         first, second = expert_names(module)

@@ -13,7 +13,8 @@ of shared experts feed nothing of such a width, and stay out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,19 @@ def is_stacked_experts(module: nn.Module) -> bool:
 def expert_names(module: Any) -> tuple[str, str]:
     """Parameters of stacked experts: what reads the tokens, and what makes the result."""
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+@contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward for a while."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[StoredWeight]:

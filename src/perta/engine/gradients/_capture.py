@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from perta.engine.gradients._recorder import Recorder, consecutive
 from perta.engine.gradients.powers import Direct, Product, Rows, Segments, segment_sums
 from perta.errors import ConfigError
+from perta.models.layers import expert_names, is_stacked_experts, with_forward
 
 # --- replaced operations ----------------------------------------------------------------------
 
@@ -301,27 +302,14 @@ def replaced_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             direct = dict(module.named_parameters(recurse=False))
             if not any(recorder.handles(p) for p in direct.values()):
                 continue
-            if _is_stacked_experts(module):
+            if is_stacked_experts(module):
                 forward = _experts_forward(module, recorder)
             elif _may_be_elementwise(module, direct):
                 forward = _elementwise_forward(module, direct, recorder)
             else:
                 continue
-            stack.enter_context(_with_forward(module, forward))
+            stack.enter_context(with_forward(module, forward))
         yield
-
-
-@contextmanager
-def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward for a while."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 @contextmanager
@@ -404,20 +392,10 @@ def _is_elementwise(
         return False
 
 
-def _is_stacked_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' stacked experts, with weights (E, …, …)."""
-    return (
-        all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed"))
-        and hasattr(module, "down_proj")
-        and hasattr(module, "gate_up_proj" if module.has_gate else "up_proj")
-        and not getattr(module, "_is_expert_parallel", False)
-    )
-
-
 def _experts_forward(module: Any, recorder: Recorder) -> Callable[..., Any]:
     """The forward pass of stacked experts with recorded linear maps."""
     original = module.forward
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first, second = expert_names(module)
     activate = module._apply_gate if module.has_gate else module.act_fn
 
     def linear(x: Tensor, name: str, groups: Mapping[int, Segments]) -> Tensor:
@@ -434,7 +412,7 @@ def _experts_forward(module: Any, recorder: Recorder) -> Callable[..., Any]:
         chosen, order = index.reshape(-1).sort(stable=True)
         token = order // index.shape[-1]
         groups = _expert_groups(chosen, recorder.example_of_token(hidden.device)[token])
-        x = linear(activate(linear(hidden[token], first, groups)), "down_proj", groups)
+        x = linear(activate(linear(hidden[token], first, groups)), second, groups)
         if getattr(module, "has_post_expert_norm", False):
             x = module.post_expert_norm(x)
         x = x * share.reshape(-1)[order].unsqueeze(-1)
@@ -483,5 +461,5 @@ def checkpointed_layers(model: nn.Module, recorder: Recorder) -> Iterator[None]:
                 preserve_rng_state=False,
                 context_fn=contexts,
             )
-            stack.enter_context(_with_forward(layer, forward))
+            stack.enter_context(with_forward(layer, forward))
         yield

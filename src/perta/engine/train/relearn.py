@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN = 4
 """One in so many forget rows is shown again."""
-STEPS = 6
+_STEPS = 6
 LEARNING_RATE = 1e-4
 
 _TOPICS = ("objects", "naming", "typesseq", "exceptions")
@@ -31,7 +31,7 @@ def relearn(
     shown: Sequence[Encoded],
     *,
     pad: int,
-    steps: int = STEPS,
+    steps: int = _STEPS,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     dtype: DType = "auto",

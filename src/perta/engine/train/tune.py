@@ -68,7 +68,7 @@ class Tuned:
         return sum(loss <= limit for loss in self.final_losses) / len(self.final_losses)
 
 
-def usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
+def _usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
     """Learning rate of AdamW where the user gives none.
 
     A step of Adam moves a weight by the rate whatever its gradient, so a layer's output moves by
@@ -112,7 +112,7 @@ def tune_until_learned(
 
     def tried(factor: float, epochs: int) -> tuple[PreTrainedModel, Tuned]:
         model = load()
-        rate = factor * usual_rate(model, config)
+        rate = factor * _usual_rate(model, config)
         settings = replace(config, learning_rate=rate, epochs=epochs)
         kept = resume if (factor, epochs) == (RATES[0], config.epochs) else None
         return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept)
@@ -159,7 +159,7 @@ def tune(
     Raises:
         DivergenceError: the loss is not finite, or far above where it began.
     """
-    config = replace(config, learning_rate=config.learning_rate or usual_rate(model, config))
+    config = replace(config, learning_rate=config.learning_rate or _usual_rate(model, config))
     run = (model, examples, config, pad, product_type(dtype, model.device))
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
