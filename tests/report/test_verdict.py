@@ -12,7 +12,15 @@ import pytest
 from report_cases import PRINTS, Json, edit_record, metric, tuned, write
 
 from perta.report.collect import collect
+from perta.report.verdict._sentences import (
+    forget_numbers,
+    forget_text,
+    headline,
+    retain_text,
+    trace_text,
+)
 from perta.report.verdict.judge import Verdict, as_record, judge
+from perta.report.verdict.words import RANK, Calibration, Check, Status
 
 KEPT = [0.9] * 40
 
@@ -482,3 +490,24 @@ def test_rows_said_again_or_in_pieces_are_one(tmp_path: Path, kind: str) -> None
     )
     check = next(c for c in verdict.forgetting.checks if c.key == "forget_probability")
     assert check.status == ("met" if kind == "distinct" else "unclear")
+
+
+@pytest.mark.parametrize("status", RANK)
+@pytest.mark.parametrize("other", RANK)
+def test_every_pair_of_outcomes_is_told(status: Status, other: Status) -> None:
+    """No sentence is missing, and none keeps a gap."""
+    lead = Check("a", "Lead", 0.9, 0.1, 0.1, 20, core=True, status=status)
+    worse = Check("b", "Other", 0.9, 0.5, 0.1, 20, core=True, status=other)
+    calibrations: tuple[Calibration | None, ...] = ("retrained", "holdout", "base", None)
+    for calibration in calibrations:
+        texts = [
+            forget_text(lead, worse, calibration),
+            forget_numbers(worse, calibration),
+            retain_text(status, lead),
+            headline(status, other, "not"),
+        ]
+        if status in ("met", "unclear", "not"):
+            texts.append(trace_text(lead, calibration))
+        for text in texts:
+            assert text.endswith(".")
+            assert "{" not in text
