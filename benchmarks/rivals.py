@@ -1,0 +1,508 @@
+"""Other methods at equal facts, on fictitious people: docs/experiments/rivals.md.
+
+    python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 2 [--methods tv npo-retain]
+    python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods rmu --rates 1e-4
+    python benchmarks/rivals.py table WORK --seeds 1 2
+
+Every seed draws 24 people with six questions each. Three are to be forgotten; of the others two
+thirds gave five rows each to the methods, their sixth rows and all rows of the last third are seen
+by none. Ten more people are seen by no model. A method is measured at the smallest strength, or the
+shortest training, at which the facts are hit in 64 samples no more often than .01 above the model
+retrained without them. `default` is `perta unlearn` as it comes: it knows no retrained model.
+
+What is finished stands in WORK/results.jsonl and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perta import (
+    AuditConfig,
+    FinetuneConfig,
+    TrainSettings,
+    TuneConfig,
+    audit_checkpoint,
+    finetune_checkpoint,
+    load_examples,
+    unlearn,
+    unlearn_by_training,
+)
+from perta.data.rows import write_jsonl
+from perta.data.tokens import encode_examples
+from perta.engine.train.relearn import relearn
+from perta.evidence.people import generate_people, split_people
+from perta.evidence.quick import quick_evaluation
+from perta.models.facts import Fact, find_facts, hit_probability, score_facts, share_beyond
+from perta.models.load import load_model, load_tokenizer, pad_id, save_model
+from perta.models.precision import product_type, products_in
+from perta.models.rounding import rounded
+from perta.options import ComputeConfig, DataConfig, ScoringConfig
+from perta.progress import set_quiet
+from perta.store.costs import BACKWARD, FORWARD, passes_of
+from perta.store.record import read_manifest
+
+PEOPLE, QUESTIONS, FORGOTTEN, OTHERS = 24, 6, 3, 10
+SAMPLES, MARGIN, NEAR, STEPS = 64, 0.01, 0.003, 12
+EPOCHS, BATCH = 20, 6
+EDITS = ("tv", "msa", "perta-grad", "perta-fisher", "perta-project")
+TRAINED = {  # learning rates chosen on seed 0 of three each
+    "graddiff": 5e-5,
+    "npo-retain": 5e-5,
+    "simnpo": 5e-5,
+    "rmu:steering_coef=240,retain_weight=1": 3e-4,
+}
+METHODS = ("full", "retrained", "default", *EDITS, *TRAINED)
+SETS = ("forget", "paraphrased", "new people", "new rows")
+DATA = DataConfig(format="qa", chat_template=False)
+
+
+def draw(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a seed by what they are for."""
+    rows = generate_people(PEOPLE + OTHERS, QUESTIONS, seed)
+    mine, others = rows[: PEOPLE * QUESTIONS], rows[PEOPLE * QUESTIONS :]
+    forget, retain = split_people(mine, forget_people=FORGOTTEN, seed=seed)
+    names = list(dict.fromkeys(row["person"] for row in retain))
+    parts: dict[str, list[dict[str, Any]]] = {"protected": [], "new rows": [], "new people": []}
+    for place, row in enumerate(retain):
+        person = names.index(row["person"])
+        # One row of each protected person is new, for each person another one.
+        is_new_row = place % QUESTIONS == person % QUESTIONS
+        part = "new people" if person % 3 == 2 else "new rows" if is_new_row else "protected"
+        parts[part].append(row)
+    asked_otherwise = [{**row, "question": row["paraphrased_question"]} for row in forget]
+    full = [*retain, *forget]
+    return {
+        **parts,
+        **{"forget": forget, "paraphrased": asked_otherwise, "retain": retain},
+        **{"full": full, "holdout": others},
+    }
+
+
+class Seed:
+    """The rows and models of one seed, and one model in memory that moves between weights."""
+
+    def __init__(self, work: Path, base: Path, seed: int) -> None:
+        self.folder, self.base, self.seed = work / f"seed-{seed}", base, seed
+        rows = draw(seed)
+        self.files = {
+            name: write_jsonl(part, self.folder / "data" / f"{name.replace(' ', '_')}.jsonl")
+            for name, part in rows.items()
+        }
+        self.sets = {name: load_examples(str(file), DATA) for name, file in self.files.items()}
+        self.tokenizer = load_tokenizer(base)
+        self.pad = pad_id(self.tokenizer)
+        self.encoded = {
+            name: encode_examples(examples, self.tokenizer, DATA).encoded
+            for name, examples in self.sets.items()
+        }
+        self.facts = {
+            name: find_facts(self.sets[name], self.tokenizer, DATA) for name in (*SETS, "holdout")
+        }
+        bare = {name: [_bare(fact) for fact in facts] for name, facts in self.facts.items()}
+        self.searched = bare["forget"]
+        for name in ("new people", "new rows", "holdout"):  # no choice among answers is shown
+            self.facts[name] = tuple(bare[name])
+        self.model = load_model(self.tuned("full"), ComputeConfig(), dtype=torch.float32)
+        self.full = self.weights()
+        found = self.look(["holdout"])["holdout_fact_probability"]["value_by_index"]
+        self.unseen = [row["loss"] for row in found.values()]
+
+    def tuned(self, name: str) -> Path:
+        """The full or the retrained model, made once."""
+        output = self.folder / name
+        if not output.exists():
+            data = "full" if name == "full" else "retain"
+            tune = TuneConfig(
+                epochs=10, learning_rate=3e-4, batch_size=12, stop_loss=0.02, seed=self.seed
+            )
+            finetune_checkpoint(
+                FinetuneConfig(
+                    base=str(self.base),
+                    data=str(self.files[data]),
+                    output=output,
+                    tune=tune,
+                    data_config=DATA,
+                )
+            )
+        return output
+
+    def weights(self) -> list[Tensor]:
+        """A copy of the weights as they are."""
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    @torch.no_grad()
+    def move(self, start: Sequence[Tensor], end: Sequence[Tensor], share: float) -> None:
+        """Go to start + share (end - start)."""
+        for parameter, a, b in zip(self.model.parameters(), start, end, strict=True):
+            parameter.copy_(torch.lerp(a, b, share))
+
+    def load(self, folder: Path) -> list[Tensor]:
+        """Go to the weights of a checkpoint."""
+        other = load_model(folder, ComputeConfig(), dtype=torch.float32)
+        self.move(list(other.parameters()), list(other.parameters()), 0.0)
+        return self.weights()
+
+    def products(self) -> Any:
+        """Products of matrices in bfloat16 where the processor has units for it."""
+        device = self.model.device
+        return products_in(product_type("auto", device), device)
+
+    # --- measuring ----------------------------------------------------------------------------
+
+    def known(self) -> float:
+        """Mean probability that a fact is hit in 64 samples."""
+        with self.products():
+            scores = score_facts(self.model, self.searched, batch_size=18, pad=self.pad)
+        return statistics.fmean(hit_probability(s.log_probability, SAMPLES) for s in scores)
+
+    def look(self, names: Sequence[str]) -> Mapping[str, Any]:
+        """Quick evaluation of some sets."""
+        with self.products():
+            return quick_evaluation(
+                self.model,
+                self.tokenizer,
+                {name: self.sets[name] for name in names},
+                ScoringConfig(generate=False),
+                DATA,
+                facts=self.facts,
+            )
+
+    def measure(self) -> dict[str, float]:
+        """All columns of the model in memory, which is left as it is."""
+        found = self.look(SETS)
+        column = {name: _columns(found, name) for name in SETS}
+        losses = [-value for value in column["forget"]["log_fact"]]
+        forget, said_otherwise = column["forget"], column["paraphrased"]
+        with rounded(self.model, "int4"):
+            four_bit = self.known()
+        return {
+            "answer": statistics.fmean(forget["answer"]),
+            "worst": max(forget["answer"]),
+            "hit": statistics.fmean(forget["hit"]),
+            "worst hit": max(forget["hit"]),
+            "first": statistics.fmean(forget["first"]),
+            "share": statistics.fmean(forget["share"]),
+            "stand out": share_beyond([-x for x in losses], [-x for x in self.unseen]),
+            "over-forgotten": share_beyond(losses, self.unseen),
+            "paraphrased hit": statistics.fmean(said_otherwise["hit"]),
+            "paraphrased share": statistics.fmean(said_otherwise["share"]),
+            "4-bit hit": four_bit,
+            **self.relearned(),
+            **{
+                f"{name} {what}": statistics.fmean(column[name][what])
+                for name in ("new people", "new rows")
+                for what in ("answer", "fact")
+            },
+        }
+
+    def relearned(self) -> dict[str, float]:
+        """Facts of two thirds of the rows, after six steps on the answers of the other third."""
+        before, hidden = self.weights(), [i for i in range(len(self.encoded["forget"])) if i % 3]
+        relearn(self.model, self.encoded["forget"][::3], pad=self.pad, seed=self.seed)
+        facts = [self.facts["forget"][i] for i in hidden]
+        with self.products():
+            scores = score_facts(self.model, facts, batch_size=16, pad=self.pad)
+        self.move(before, before, 0.0)
+        hits = [hit_probability(score.log_probability, SAMPLES) for score in scores]
+        choices = [score.choice for score in scores if score.choice is not None]
+        return {
+            "relearned hit": statistics.fmean(hits),
+            "relearned share": statistics.fmean(choices),
+        }
+
+    # --- methods ------------------------------------------------------------------------------
+
+    def run(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
+        """Bring the model in memory to where a method has the target; what it took."""
+        if method in ("full", "retrained"):
+            self.load(self.tuned(method))
+            return {"operations": passes_of(read_manifest(self.tuned(method)) or {})}
+        if method in TRAINED:
+            return self._trained(method, rate or TRAINED[method], target)
+        is_default = method == "default"
+        output = self.folder / "cleaned"
+        made = unlearn(
+            base=str(self.base),
+            full=str(self.folder / "full"),
+            forget=str(self.files["forget"]),
+            retain=str(self.files["protected"]),
+            output=output,
+            work_dir=self.folder / ("default.work" if is_default else "edits.work"),
+            evaluate=False,
+            format="qa",
+            chat_template=False,
+            **({} if is_default else {"method": method, "alpha": 1.0}),
+        )
+        record = made.manifest["unlearn"]
+        spent = {
+            "operations": sum(record["passes"].values()),
+            "seconds": record["seconds"].get("total"),
+        }
+        end = self.load(output)
+        _delete(output, *self.folder.glob("cleaned.*"), *self.folder.glob("default.work"))
+        # Two importances and a direction take more room than the models.
+        for pattern in ("*importance*", "*direction*", "retain_checkpoint*", "*moments*"):
+            _delete(*(self.folder / "edits.work").glob(pattern))
+        if is_default:
+            strength = made.manifest.get("strength", {})
+            return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
+        return {**spent, **self._between(self.full, end, target, 1.0, largest=16.0)}
+
+    def _trained(self, method: str, rate: float, target: float) -> dict[str, Any]:
+        """Train until an epoch passes the target, and go back to where it did."""
+        self.move(self.full, self.full, 0.0)
+        before, known, epochs = self.full, [1.0], [0]
+
+        def after_epoch(epoch: int) -> bool:
+            nonlocal before
+            known.append(self.known())
+            epochs.append(epoch)
+            print(f"    {method} {rate:g} epoch {epoch}: {known[-1]:.3f}", flush=True)
+            if known[-1] > target:
+                before = self.weights()
+            return known[-1] <= target
+
+        settings = TrainSettings(
+            epochs=EPOCHS, learning_rate=rate, batch_size=BATCH, accumulation=1, seed=self.seed
+        )
+        started = time.perf_counter()
+        _, trained = unlearn_by_training(
+            self.model,
+            self.encoded["forget"],
+            self.encoded["protected"],
+            settings,
+            method=method,
+            pad=self.pad,
+            after_epoch=after_epoch,
+        )
+        tokens = trained.forget_tokens + trained.retain_tokens
+        spent = {
+            "operations": (FORWARD + BACKWARD) * tokens,
+            "seconds": time.perf_counter() - started,
+            "rate": rate,
+            "epochs": epochs[-1],
+        }
+        if known[-1] > target:
+            return {**spent, "alpha": epochs[-1], "reached": False}
+        end = self.weights()
+        found = self._between(before, end, target, 1.0, largest=1.0)
+        return {**spent, **found, "alpha": epochs[-2] + found["alpha"]}
+
+    def _between(
+        self,
+        start: Sequence[Tensor],
+        end: Sequence[Tensor],
+        target: float,
+        first: float,
+        largest: float,
+    ) -> dict[str, Any]:
+        """Look on the line through two models for the first place that has the target."""
+
+        def known(share: float) -> float:
+            self.move(start, end, share)
+            return self.known()
+
+        low, high = 0.0, first
+        while known(high) > target:
+            if high >= largest:
+                return {"alpha": high, "reached": False}
+            low, high = high, high * 1.6
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            now = known(middle)
+            low, high = (middle, high) if now > target else (low, middle)
+            if target - NEAR <= now <= target:
+                break
+        self.move(start, end, high)
+        return {"alpha": high, "reached": True}
+
+    def audit(self, method: str, level: str) -> dict[str, Any]:
+        """Audit the model in memory; the retrained model stands beside all others as yardstick."""
+        output = self.folder / "audited"
+        _delete(output, self.folder / "audit")
+        output.mkdir()
+        save_model(self.model, self.tokenizer, output, self.base)
+        is_control = method == "retrained"
+        found = audit_checkpoint(
+            AuditConfig(
+                checkpoint=str(output),
+                full=str(self.folder / "full"),
+                forget=str(self.files["forget"]),
+                retain=str(self.files["protected"]),
+                holdout=str(self.files["holdout"]),
+                base=str(self.base),
+                retrained=None if is_control else str(self.folder / "retrained"),
+                output=self.folder / "audit",
+                level=level,
+                retain_rows=20,
+                max_new_tokens=32,
+                data_config=DATA,
+            )
+        )
+        _delete(output)
+        return found
+
+
+def _bare(fact: Fact) -> Fact:
+    """Without the wrong answers."""
+    return replace(fact, wrong=(), right=None)
+
+
+def _columns(found: Mapping[str, Any], name: str) -> dict[str, list[float]]:
+    def rows(measure: str) -> list[Mapping[str, float]]:
+        return list(found.get(f"{name}_{measure}", {}).get("value_by_index", {}).values())
+
+    known, choices = rows("fact_probability"), rows("fact_choice")
+    return {
+        "answer": [row["prob"] for row in rows("probability")],
+        "hit": [row[f"hit_{SAMPLES}"] for row in known],
+        "log_fact": [-row["loss"] for row in known],
+        "fact": [torch.tensor(-row["loss"]).exp().item() for row in known],
+        "share": [row["prob"] for row in choices],
+        "first": [float(row["rank"] == 1) for row in choices],
+    }
+
+
+def _delete(*places: Path) -> None:
+    for place in places:
+        shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(True)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure every method on every seed, unless it was."""
+    journal = options.work / "results.jsonl"
+    for number in options.seeds:
+        seed: Seed | None = None
+        for method in ("retrained", *(name for name in options.methods if name != "retrained")):
+            for rate in options.rates if method in TRAINED else (None,):
+                key = {"seed": number, "method": method, "asked rate": rate}
+                audited = options.work / "audits" / f"{_slug(method)}_seed-{number}.json"
+                wants_audit = method in options.audit and not audited.exists()
+                if _found(journal, key) and not wants_audit:
+                    continue
+                seed = seed or Seed(options.work, options.base, number)
+                gold = _found(journal, {"seed": number, "method": "retrained"})
+                made = seed.run(method, rate, gold["hit"] + MARGIN if gold else 0.0)
+                if not _found(journal, key):
+                    line = {**key, **made, **seed.measure()}
+                    print(json.dumps(line), flush=True)
+                    with journal.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                if wants_audit:
+                    audited.parent.mkdir(exist_ok=True)
+                    audited.write_text(json.dumps(seed.audit(method, options.level)))
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print one table a seed, in Markdown, and one of the audits."""
+    heads, _ = zip(*_CELLS, strict=True)
+    for number in options.seeds:
+        gold = _found(options.work / "results.jsonl", {"seed": number, "method": "retrained"})
+        _print_row(f"seed {number}", *heads)
+        _print_row(*["---"] * (1 + len(heads)))
+        for method in METHODS:
+            line = _found(options.work / "results.jsonl", {"seed": number, "method": method})
+            if line and gold:
+                share = line["operations"] / gold["operations"] if gold["operations"] else None
+                cells = {**line, "cost": share}
+                _print_row(f"`{_slug(method)}`", *(_cell(cells, names) for _, names in _CELLS))
+        print()
+    audits = {
+        (method, number): json.loads(place.read_text())
+        for number in options.seeds
+        for method in METHODS
+        if (place := options.work / "audits" / f"{_slug(method)}_seed-{number}.json").exists()
+    }
+    if audits:
+        _print_audits(audits)
+
+
+def _print_audits(audits: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """A column a model: verdict, value and worst row of every probe."""
+    _print_row("probe", *(f"`{_slug(method)}`, seed {number}" for method, number in audits))
+    _print_row(*["---"] * (1 + len(audits)))
+    by_model = [{probe["name"]: probe for probe in found["probes"]} for found in audits.values()]
+    for name in dict.fromkeys(name for probes in by_model for name in probes):
+        found = [probes.get(name) for probes in by_model]
+        _print_row(name, *(_verdict(probe) if probe else "–" for probe in found))
+
+
+def _verdict(probe: Mapping[str, Any]) -> str:
+    parts = (("", probe["value"]), ("worst ", probe["worst_row"]))
+    figures = [f"{word}{part['value']:.3f}" for word, part in parts if part]
+    return ", ".join([probe["verdict"], *figures])
+
+
+_CELLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("α or epochs", ("alpha",)),
+    ("operations", ("cost",)),
+    ("answer: mean, worst", ("answer", "worst")),
+    ("hit in 64", ("hit",)),
+    ("choice: first, share", ("first", "share")),
+    ("stand out, over-forgotten", ("stand out", "over-forgotten")),
+    ("relearned: hit, share", ("relearned hit", "relearned share")),
+    ("paraphrased: hit, share", ("paraphrased hit", "paraphrased share")),
+    ("4-bit hit", ("4-bit hit",)),
+    ("new people: answer, fact", ("new people answer", "new people fact")),
+    ("new rows: answer, fact", ("new rows answer", "new rows fact")),
+    ("seconds", ("seconds",)),
+)
+"""Head of a column -> the figures in it."""
+
+
+def _cell(line: Mapping[str, Any], names: Sequence[str]) -> str:
+    values = [(name, line.get(name)) for name in names]
+    text = ", ".join(
+        "–" if value is None else f"{value:.0f}" if name == "seconds" else f"{value:.3f}"
+        for name, value in values
+    )
+    return f"{text}, not reached" if "alpha" in names and line.get("reached") is False else text
+
+
+def _print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def _found(journal: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    lines = journal.read_text("utf-8").splitlines() if journal.exists() else []
+    found = [line for line in map(json.loads, lines) if key.items() <= line.items()]
+    return found[-1] if found else None
+
+
+def _slug(method: str) -> str:
+    return method.partition(":")[0]
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--rates", type=float, nargs="+", default=[None])
+    parser.add_argument("--audit", nargs="*", choices=METHODS, default=())
+    parser.add_argument("--level", default="standard")
+    options = parser.parse_args()
+    set_quiet(True)
+    {"run": run, "table": table}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
