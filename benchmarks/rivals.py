@@ -3,6 +3,10 @@
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 2 [--methods tv npo-retain]
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods rmu --rates 1e-4
     python benchmarks/rivals.py table WORK --seeds 1 2
+    perta audit WORK/seed-1/kept/tv --full WORK/seed-1/full --retrained WORK/seed-1/retrained ... \
+        --output WORK/seed-1/audits/tv
+
+Models are kept with `--keep`, and the table has their audits.
 
 Every seed draws 24 people with six questions each. Three are to be forgotten; of the others two
 thirds gave five rows each to the methods, their sixth rows and all rows of the last third are seen
@@ -27,13 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from perta import (
-    AuditConfig,
     FinetuneConfig,
     TrainSettings,
     TuneConfig,
-    audit_checkpoint,
     finetune_checkpoint,
     load_examples,
     unlearn,
@@ -45,9 +48,9 @@ from perta.engine.train.relearn import relearn
 from perta.evidence.people import generate_people, split_people
 from perta.evidence.quick import quick_evaluation
 from perta.models.facts import Fact, find_facts, hit_probability, score_facts, share_beyond
+from perta.models.formats.rounding import rounded
 from perta.models.load import load_model, load_tokenizer, pad_id, save_model
 from perta.models.precision import product_type, products_in
-from perta.models.rounding import rounded
 from perta.options import ComputeConfig, DataConfig, ScoringConfig
 from perta.progress import set_quiet
 from perta.store.costs import BACKWARD, FORWARD, passes_of
@@ -114,10 +117,13 @@ class Seed:
         self.searched = bare["forget"]
         for name in ("new people", "new rows", "holdout"):  # no choice among answers is shown
             self.facts[name] = tuple(bare[name])
-        self.model = load_model(self.tuned("full"), ComputeConfig(), dtype=torch.float32)
-        self.full = self.weights()
+        self.model = self.read(self.tuned("full"))
         found = self.look(["holdout"])["holdout_fact_probability"]["value_by_index"]
         self.unseen = [row["loss"] for row in found.values()]
+
+    def read(self, folder: Path) -> PreTrainedModel:
+        """A checkpoint."""
+        return load_model(folder, ComputeConfig(), dtype=torch.float32)
 
     def tuned(self, name: str) -> Path:
         """The full or the retrained model, made once."""
@@ -147,12 +153,6 @@ class Seed:
         """Go to start + share (end - start)."""
         for parameter, a, b in zip(self.model.parameters(), start, end, strict=True):
             parameter.copy_(torch.lerp(a, b, share))
-
-    def load(self, folder: Path) -> list[Tensor]:
-        """Go to the weights of a checkpoint."""
-        other = load_model(folder, ComputeConfig(), dtype=torch.float32)
-        self.move(list(other.parameters()), list(other.parameters()), 0.0)
-        return self.weights()
 
     def products(self) -> Any:
         """Products of matrices in bfloat16 where the processor has units for it."""
@@ -227,12 +227,14 @@ class Seed:
     def run(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
         """Bring the model in memory to where a method has the target; what it took."""
         if method in ("full", "retrained"):
-            self.load(self.tuned(method))
+            self.model = self.read(self.tuned(method))
             return {"operations": passes_of(read_manifest(self.tuned(method)) or {})}
         if method in TRAINED:
             return self._trained(method, rate or TRAINED[method], target)
+        del self.model  # room for the stages
         is_default = method == "default"
         output = self.folder / "cleaned"
+        asked: dict[str, Any] = {} if is_default else {"method": method, "alpha": 1.0}
         made = unlearn(
             base=str(self.base),
             full=str(self.folder / "full"),
@@ -243,14 +245,14 @@ class Seed:
             evaluate=False,
             format="qa",
             chat_template=False,
-            **({} if is_default else {"method": method, "alpha": 1.0}),
+            **asked,
         )
         record = made.manifest["unlearn"]
         spent = {
             "operations": sum(record["passes"].values()),
             "seconds": record["seconds"].get("total"),
         }
-        end = self.load(output)
+        self.model = self.read(output)
         _delete(output, *self.folder.glob("cleaned.*"), *self.folder.glob("default.work"))
         # Two importances and a direction take more room than the models.
         for pattern in ("*importance*", "*direction*", "retain_checkpoint*", "*moments*"):
@@ -258,12 +260,13 @@ class Seed:
         if is_default:
             strength = made.manifest.get("strength", {})
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
-        return {**spent, **self._between(self.full, end, target, 1.0, largest=16.0)}
+        end, start = self.weights(), list(self.read(self.folder / "full").parameters())
+        return {**spent, **self._between(start, end, target, largest=16.0)}
 
     def _trained(self, method: str, rate: float, target: float) -> dict[str, Any]:
         """Train until an epoch passes the target, and go back to where it did."""
-        self.move(self.full, self.full, 0.0)
-        before, known, epochs = self.full, [1.0], [0]
+        self.model = self.read(self.folder / "full")
+        before, known, epochs = self.weights(), [1.0], [0]
 
         def after_epoch(epoch: int) -> bool:
             nonlocal before
@@ -297,7 +300,7 @@ class Seed:
         if known[-1] > target:
             return {**spent, "alpha": epochs[-1], "reached": False}
         end = self.weights()
-        found = self._between(before, end, target, 1.0, largest=1.0)
+        found = self._between(before, end, target, largest=1.0)
         return {**spent, **found, "alpha": epochs[-2] + found["alpha"]}
 
     def _between(
@@ -305,7 +308,6 @@ class Seed:
         start: Sequence[Tensor],
         end: Sequence[Tensor],
         target: float,
-        first: float,
         largest: float,
     ) -> dict[str, Any]:
         """Look on the line through two models for the first place that has the target."""
@@ -314,7 +316,7 @@ class Seed:
             self.move(start, end, share)
             return self.known()
 
-        low, high = 0.0, first
+        low, high = 0.0, 1.0
         while known(high) > target:
             if high >= largest:
                 return {"alpha": high, "reached": False}
@@ -328,31 +330,12 @@ class Seed:
         self.move(start, end, high)
         return {"alpha": high, "reached": True}
 
-    def audit(self, method: str, level: str) -> dict[str, Any]:
-        """Audit the model in memory; the retrained model stands beside all others as yardstick."""
-        output = self.folder / "audited"
-        _delete(output, self.folder / "audit")
-        output.mkdir()
-        save_model(self.model, self.tokenizer, output, self.base)
-        is_control = method == "retrained"
-        found = audit_checkpoint(
-            AuditConfig(
-                checkpoint=str(output),
-                full=str(self.folder / "full"),
-                forget=str(self.files["forget"]),
-                retain=str(self.files["protected"]),
-                holdout=str(self.files["holdout"]),
-                base=str(self.base),
-                retrained=None if is_control else str(self.folder / "retrained"),
-                output=self.folder / "audit",
-                level=level,
-                retain_rows=20,
-                max_new_tokens=32,
-                data_config=DATA,
-            )
-        )
+    def keep(self, method: str) -> None:
+        """Write the model in memory, for `perta audit`."""
+        output = self.folder / "kept" / _slug(method)
         _delete(output)
-        return found
+        output.mkdir(parents=True)
+        save_model(self.model, self.tokenizer, output, self.base)
 
 
 def _bare(fact: Fact) -> Fact:
@@ -391,45 +374,45 @@ def run(options: argparse.Namespace) -> None:
         for method in ("retrained", *(name for name in options.methods if name != "retrained")):
             for rate in options.rates if method in TRAINED else (None,):
                 key = {"seed": number, "method": method, "asked rate": rate}
-                audited = options.work / "audits" / f"{_slug(method)}_seed-{number}.json"
-                wants_audit = method in options.audit and not audited.exists()
-                if _found(journal, key) and not wants_audit:
+                if _found(journal, key):
                     continue
                 seed = seed or Seed(options.work, options.base, number)
                 gold = _found(journal, {"seed": number, "method": "retrained"})
-                made = seed.run(method, rate, gold["hit"] + MARGIN if gold else 0.0)
-                if not _found(journal, key):
-                    line = {**key, **made, **seed.measure()}
-                    print(json.dumps(line), flush=True)
-                    with journal.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                if wants_audit:
-                    audited.parent.mkdir(exist_ok=True)
-                    audited.write_text(json.dumps(seed.audit(method, options.level)))
+                made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
+                if method in options.keep:
+                    seed.keep(method)
+                line = {**key, **made, **seed.measure()}
+                print(json.dumps(line), flush=True)
+                with journal.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
 def table(options: argparse.Namespace) -> None:
     """Print one table a seed, in Markdown, and one of the audits."""
-    heads, _ = zip(*_CELLS, strict=True)
+    journal, heads = options.work / "results.jsonl", [head for head, _ in _CELLS]
     for number in options.seeds:
-        gold = _found(options.work / "results.jsonl", {"seed": number, "method": "retrained"})
+        (gold,) = _found(journal, {"seed": number, "method": "retrained"})
         _print_row(f"seed {number}", *heads)
         _print_row(*["---"] * (1 + len(heads)))
         for method in METHODS:
-            line = _found(options.work / "results.jsonl", {"seed": number, "method": method})
-            if line and gold:
-                share = line["operations"] / gold["operations"] if gold["operations"] else None
-                cells = {**line, "cost": share}
-                _print_row(f"`{_slug(method)}`", *(_cell(cells, names) for _, names in _CELLS))
+            for line in _found(journal, {"seed": number, "method": method}):
+                rate = f", {line['rate']:g}" if line.get("rate") else ""
+                cells = {**line, "cost": line["operations"] / gold["operations"]}
+                row = (_cell(cells, names) for _, names in _CELLS)
+                _print_row(f"`{_slug(method)}`{rate}", *row)
         print()
     audits = {
         (method, number): json.loads(place.read_text())
         for number in options.seeds
         for method in METHODS
-        if (place := options.work / "audits" / f"{_slug(method)}_seed-{number}.json").exists()
+        if (place := _audit_of(options.work, number, method)).exists()
     }
     if audits:
         _print_audits(audits)
+
+
+def _audit_of(work: Path, seed: int, method: str) -> Path:
+    return work / f"seed-{seed}" / "audits" / _slug(method) / "audit.json"
 
 
 def _print_audits(audits: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
@@ -460,17 +443,13 @@ _CELLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("4-bit hit", ("4-bit hit",)),
     ("new people: answer, fact", ("new people answer", "new people fact")),
     ("new rows: answer, fact", ("new rows answer", "new rows fact")),
-    ("seconds", ("seconds",)),
 )
 """Head of a column -> the figures in it."""
 
 
 def _cell(line: Mapping[str, Any], names: Sequence[str]) -> str:
-    values = [(name, line.get(name)) for name in names]
-    text = ", ".join(
-        "–" if value is None else f"{value:.0f}" if name == "seconds" else f"{value:.3f}"
-        for name, value in values
-    )
+    values = [line.get(name) for name in names]
+    text = ", ".join("–" if value is None else f"{value:.3f}" for value in values)
     return f"{text}, not reached" if "alpha" in names and line.get("reached") is False else text
 
 
@@ -478,10 +457,9 @@ def _print_row(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |")
 
 
-def _found(journal: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+def _found(journal: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = journal.read_text("utf-8").splitlines() if journal.exists() else []
-    found = [line for line in map(json.loads, lines) if key.items() <= line.items()]
-    return found[-1] if found else None
+    return [line for line in map(json.loads, lines) if key.items() <= line.items()]
 
 
 def _slug(method: str) -> str:
@@ -497,8 +475,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=float, nargs="+", default=[None])
-    parser.add_argument("--audit", nargs="*", choices=METHODS, default=())
-    parser.add_argument("--level", default="standard")
+    parser.add_argument("--keep", nargs="*", choices=METHODS, default=())
     options = parser.parse_args()
     set_quiet(True)
     {"run": run, "table": table}[options.what](options)

@@ -82,3 +82,35 @@ def test_a_section_that_takes_too_long_is_named_and_the_others_run(
         "TimeoutError: over 0.01 minutes"
     ]
     assert any("outputs" in line for line in lines)
+
+
+def test_rivals_see_no_row_that_they_are_judged_by() -> None:
+    from rivals import draw
+
+    rows = draw(1)
+    texts = {name: {row["question"] for row in part} for name, part in rows.items()}
+    sizes = {name: len(texts[name]) for name in ("forget", "protected", "new people", "new rows")}
+    assert sizes == {"forget": 18, "protected": 70, "new people": 42, "new rows": 14}
+    assert not texts["protected"] & (texts["new people"] | texts["new rows"] | texts["forget"])
+    assert texts["retain"] == texts["protected"] | texts["new people"] | texts["new rows"]
+    assert not texts["full"] & texts["holdout"]
+    people = {name: {row["person"] for row in part} for name, part in rows.items()}
+    assert not people["new people"] & people["protected"]
+    assert people["new rows"] == people["protected"]
+
+
+def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from argparse import Namespace
+
+    from rivals import table
+
+    lines = [
+        {"seed": 1, "method": "retrained", "asked rate": None, "operations": 200, "hit": 0.1},
+        {"seed": 1, "method": "tv", "asked rate": None, "operations": 50, "alpha": 1.5},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "results.jsonl").write_text(text, "utf-8")
+    table(Namespace(work=tmp_path, seeds=[1]))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| `retrained` | – | 1.000 |")
+    assert rows[3].startswith("| `tv` | 1.500 | 0.250 |")
