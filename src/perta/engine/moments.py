@@ -15,17 +15,15 @@ from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed, collate, seeded_sample
 from perta.errors import CheckpointError, DivergenceError
+from perta.models.experts import expert_names, is_stacked_experts, with_forward
 from perta.models.layers import (
     Slot,
     StoredWeight,
-    expert_names,
     find_slots,
     is_linear,
-    is_stacked_experts,
     is_transposed,
     stored_weights,
     widths,
-    with_forward,
 )
 from perta.models.loss import weighted_losses
 from perta.models.precision import wide_product

@@ -13,16 +13,16 @@ of shared experts feed nothing of such a width, and stay out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from perta.models.complete import described_model
+from perta.models.experts import expert_names, is_stacked_experts
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -80,33 +80,6 @@ def widths(parameter: Tensor, transposed: bool) -> tuple[int, int]:
     """Width of a layer's input and of its output."""
     out, into = parameter.shape[-2:]
     return (out, into) if transposed else (into, out)
-
-
-def is_stacked_experts(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' stacked experts, with weights (E, …, …)."""
-    return (
-        all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed"))
-        and all(isinstance(getattr(module, n, None), nn.Parameter) for n in expert_names(module))
-        and not getattr(module, "_is_expert_parallel", False)
-    )
-
-
-def expert_names(module: Any) -> tuple[str, str]:
-    """Parameters of stacked experts: what reads the tokens, and what makes the result."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
-
-
-@contextmanager
-def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward for a while."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[StoredWeight]:
