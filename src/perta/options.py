@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="DataclassInstance")
 
 Format = Literal["auto", "qa", "completion", "chat", "text"]
-Granularity = Literal["element", "row", "tensor"]
-Reduction = Literal["mean_of_power", "abs_of_mean"]
+_Granularity = Literal["element", "row", "tensor"]
+_Reduction = Literal["mean_of_power", "abs_of_mean"]
 SumsOn = Literal["device", "cpu"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -42,7 +42,7 @@ Layers = Literal["mlp", "all"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
-class Spelled(Protocol):
+class _Spelled(Protocol):
     """A method with its settings: an object whose text is what one would type."""
 
     @property
@@ -51,7 +51,7 @@ class Spelled(Protocol):
 
 
 if TYPE_CHECKING:
-    MethodText = str | Spelled
+    MethodText = str | _Spelled
 else:
     MethodText = str  # what the command line takes
 
@@ -60,7 +60,7 @@ Hidden = Parameter(parse=False)
 """For programs alone: the command line has no such option."""
 
 
-def panel(title: str, place: int) -> Parameter:
+def _panel(title: str, place: int) -> Parameter:
     """Options of a class as a panel of the help; those of stages themselves come first."""
     return Parameter(name="*", group=Group(title, sort_key=place))
 
@@ -167,7 +167,7 @@ def sample_count(text: str | None, flag: str, examples: int) -> int:
     return max(1, min(count, examples))
 
 
-@panel("Rows of data", 4)
+@_panel("Rows of data", 4)
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How rows become token sequences."""
@@ -216,7 +216,7 @@ class DataConfig:
         return replace(self, **{name: getattr(usual, name) for name in names})
 
 
-@panel("Where to compute", 9)
+@_panel("Where to compute", 9)
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Where and how to compute."""
@@ -299,7 +299,7 @@ class TrainingRun:
             require(value is None or value >= low, self._flag(name), value, wanted)
 
 
-@panel("Fine-tuning", 3)
+@_panel("Fine-tuning", 3)
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainingRun):
     """Fine-tuning."""
@@ -358,12 +358,12 @@ class TuneConfig(TrainingRun):
         return self.stop_loss
 
 
-@panel("Importance, for the diagonal methods", 6)
+@_panel("Importance, for the diagonal methods", 6)
 @dataclass(frozen=True, kw_only=True)
 class EstimatorConfig:
     """How importance is estimated."""
 
-    reduction: Reduction = "mean_of_power"
+    reduction: _Reduction = "mean_of_power"
     """`mean_of_power`: mean over examples of |per-example gradient|^p, the method's own.
     `abs_of_mean`: |mean gradient|^p, cheaper and a different quantity."""
     importance_samples: str | None = None
@@ -381,7 +381,7 @@ class EstimatorConfig:
         return sample_count(self.importance_samples, "importance-samples", examples)
 
 
-@panel("Moments, for the structured methods", 5)
+@_panel("Moments, for the structured methods", 5)
 @dataclass(frozen=True, kw_only=True)
 class MomentOptions:
     """How second moments are measured, for the structured methods."""
@@ -400,7 +400,7 @@ class MomentOptions:
         require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
 
 
-@panel("Settings of methods that edit", 2)
+@_panel("Settings of methods that edit", 2)
 @dataclass(frozen=True, kw_only=True)
 class WeightingConfig:
     """Which weights change, and how far."""
@@ -416,7 +416,7 @@ class WeightingConfig:
     smallest at which every fact of the forget set looks unseen [default: auto in `perta unlearn`
     with `perta-project` and --retain, otherwise the method's own: 2.7 for
     `perta-project`, 2.3 for `perta-input`, 1.5 for `perta-kron`, otherwise 1]."""
-    granularity: Granularity = "element"
+    granularity: _Granularity = "element"
     """Average the importance over nothing, over rows (output units), or over whole tensors."""
     weighting_seed: Annotated[int, Hidden] = 0
     """Seed of the methods that draw, `random` and `dare`, and of the rounding to types narrower
@@ -464,7 +464,7 @@ class TrainSettings(TrainingRun):
     recorded_as = staticmethod(_unlearn_name)
 
 
-@panel("Evaluation", 8)
+@_panel("Evaluation", 8)
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
     """Quick evaluation."""

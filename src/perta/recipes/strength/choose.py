@@ -35,7 +35,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, overload
+from typing import Final, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ HELD_OUT: Final = "held-out set"
 CHOICES: Final = "wrong answers under the base model"
 BASE: Final = "base model on the forget set"
 
-RETAIN_ROWS: Final = (16, 64)
+_RETAIN_ROWS: Final = (16, 64)
 """Least and most retained rows that are tried; between them four a row to forget."""
 
 _ROWS = 4
@@ -146,7 +146,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class RowFigures:
+class _RowFigures:
     """One row at the strength chosen: its number in the file, s_i, and what it needed, nats."""
 
     row: int
@@ -178,7 +178,7 @@ class Strength:
     standing_out: tuple[int, ...]
     over_forgotten: tuple[int, ...] | None
     most: float | None
-    rows: tuple[RowFigures, ...]
+    rows: tuple[_RowFigures, ...]
     retain_budget: float
     retain_rows: int
     retain_loss_before: float
@@ -333,7 +333,7 @@ def choose_strength(
     full = resolve_checkpoint(edit.full, base=edit.base)
     tokenizer, longest = load_tokenizer(full), longest_input(full)
     encoded = encode_examples(sets["retain"], tokenizer, data_config, longest=longest).encoded
-    least, most = RETAIN_ROWS
+    least, most = _RETAIN_ROWS
     count = min(len(encoded), max(least, min(most, 4 * len(unseen.facts))))
     retain = seeded_sample(encoded, count, seed, from_end=True)
     changes = load_changes(edit, compute)
@@ -349,15 +349,16 @@ def choose_strength(
                 "would be forgotten. Raise --retain-budget, or choose another method."
             )
         surprises = trials.all_rows(scaling_coef)
+        over = unseen.over_forgotten(surprises)
         pairs = zip(unseen.facts, surprises, unseen.least, strict=True)
         found = Strength(
             scaling_coef,
             reached,
             unseen.calibrated_on,
             _numbers(unseen, unseen.standing_out(surprises)),
-            _numbers(unseen, unseen.over_forgotten(surprises)),
+            None if over is None else _numbers(unseen, over),
             unseen.most,
-            tuple(RowFigures(fact.row, *values) for fact, *values in pairs),
+            tuple(_RowFigures(fact.row, *values) for fact, *values in pairs),
             budget,
             count,
             trials.retain_loss(0.0),
@@ -493,14 +494,8 @@ class Trials:
         )
 
 
-@overload
-def _numbers(unseen: Unseen, places: Sequence[int]) -> tuple[int, ...]: ...
-@overload
-def _numbers(unseen: Unseen, places: None) -> None: ...
-def _numbers(unseen: Unseen, places: Sequence[int] | None) -> tuple[int, ...] | None:
+def _numbers(unseen: Unseen, places: Sequence[int]) -> tuple[int, ...]:
     """Numbers of rows in the file; windows of one text share theirs."""
-    if places is None:
-        return None
     return tuple(dict.fromkeys(unseen.facts[place].row for place in places))
 
 
