@@ -62,24 +62,26 @@ def resolve_checkpoint(
 
 def quantised_checkpoint(reference: str | Path) -> Path | None:
     """The folder that a reference names as it is stored, where that is in FP8 or MXFP4."""
-    path = Path(reference).expanduser()
-    if not path.exists():
-        path = _from_hub(str(reference), None)
-    is_plain = path.is_file() or (path / ADAPTER_CONFIG).exists()
-    return None if is_plain or stored_format(path) not in WRITTEN else path
+    folder, kind = _stored_as(reference)
+    return folder if kind in WRITTEN else None
 
 
 def tell_plain(reference: str | Path) -> None:
     """Say where a result is stored in plain numbers, because its model's format is not written."""
-    path = Path(reference).expanduser()
-    if not (path / ADAPTER_CONFIG).exists() and (kind := stored_format(path)) not in (
-        None,
-        *WRITTEN,
-    ):
+    if (kind := _stored_as(reference)[1]) and kind not in WRITTEN:
         say(
             f"{reference} is quantised by {kind}, which is not written: the result is stored in "
             "plain numbers. Quantise it again where you load it, or edit an adapter of it."
         )
+
+
+def _stored_as(reference: str | Path) -> tuple[Path, str | None]:
+    """The folder or file that a reference names, and the format it is quantised in, if it is."""
+    path = Path(reference).expanduser()
+    if not path.exists():
+        path = _from_hub(str(reference), None)
+    is_plain = path.is_file() or (path / ADAPTER_CONFIG).exists()
+    return path, None if is_plain else stored_format(path)
 
 
 def _resolve(

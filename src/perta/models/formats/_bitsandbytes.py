@@ -92,7 +92,7 @@ def packed_tensors(index: CheckpointIndex) -> dict[str, Packed]:
 
 def _of_eight_bits(index: CheckpointIndex, name: str, turned: bool) -> Packed:
     place = name.rpartition(".")[0]
-    codes, scales = index.tensors[name], _part(index, name, f"{place}.SCB")
+    codes, scales = index.tensors[name], part_of(index, name, f"{place}.SCB")
     layout = index.tensors.get(f"{place}.weight_format")
     is_by_rows = layout is None or not read_tensor(layout).any()
     is_known = len(codes.shape) == 2 and is_by_rows and scales.dtype.is_floating_point
@@ -106,7 +106,7 @@ def _of_eight_bits(index: CheckpointIndex, name: str, turned: bool) -> Packed:
 def _of_four_bits(index: CheckpointIndex, name: str, entry: TensorEntry, turned: bool) -> Packed:
     where = f"{entry.file}: {entry.name}"
     state = parse_json(bytes(read_tensor(entry).tolist()), where, CorruptCheckpointError)
-    codes = _part(index, name, name)
+    codes = part_of(index, name, name)
     is_known = fits(state, _FORM) and state["dtype"] in _TYPES and len(state["shape"]) == 2
     if not is_known or min(state["shape"]) < 1:
         raise _unfit(codes)
@@ -116,7 +116,7 @@ def _of_four_bits(index: CheckpointIndex, name: str, entry: TensorEntry, turned:
         nested = _blocks(blocks, state.get("nested_blocksize", 0))
         wanted |= {"absmax": (blocks, torch.uint8), "nested_absmax": (nested, torch.float32)}
         wanted["nested_quant_map"] = (256, torch.float32)
-    parts = {part: _part(index, name, f"{name}.{part}") for part in wanted}
+    parts = {part: part_of(index, name, f"{name}.{part}") for part in wanted}
     is_whole = codes.nbytes == _blocks(math.prod(state["shape"]), 2)
     if not is_whole or {n: (part.numel, part.dtype) for n, part in parts.items()} != wanted:
         raise _unfit(codes)
@@ -129,7 +129,8 @@ def _blocks(count: int, size: int) -> int:
     return -(-count // size) if size > 0 else -1
 
 
-def _part(index: CheckpointIndex, name: str, part: str) -> TensorEntry:
+def part_of(index: CheckpointIndex, name: str, part: str) -> TensorEntry:
+    """A tensor that belongs to a quantised one; a CorruptCheckpointError where it is missing."""
     if part not in index.tensors:
         raise CorruptCheckpointError(
             f"{index.folder}: {name} is quantised, and no file holds {part}. Copy or download "

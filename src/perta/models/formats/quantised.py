@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from perta.errors import CorruptCheckpointError
-from perta.models.formats._bitsandbytes import packed_tensors
+from perta.models.formats._bitsandbytes import packed_tensors, part_of
 from perta.models.trust import read_config
 from perta.store.arithmetic import Place, round_by, rounded_by, thresholds
 from perta.store.checkpoint import (
@@ -195,10 +195,10 @@ def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
     for name, entry in index.tensors.items():
         plain = _plain_name(name)
         if entry.dtype in _FP8:
-            scale = _partner(index, name, f"{name}_scale_inv")
+            scale = part_of(index, name, f"{name}_scale_inv")
             _check(entry, scale, _fp8_shapes(entry, block), _FACTORS)
         elif plain != name:
-            scale = _partner(index, name, f"{plain}_scales")
+            scale = part_of(index, name, f"{plain}_scales")
             packed = entry.dtype == torch.uint8 and len(entry.shape) > 2 and entry.shape[-1] == 16
             _check(entry, scale, [entry.shape[:-1]] if packed else [], (torch.uint8,))
         else:
@@ -224,15 +224,6 @@ def _block(folder: Path) -> tuple[int, int] | None:
             "columns are wanted. Take config.json from where the checkpoint came from."
         )
     return block[0], block[1]
-
-
-def _partner(index: CheckpointIndex, name: str, scales: str) -> TensorEntry:
-    if scales not in index.tensors:
-        raise CorruptCheckpointError(
-            f"{index.folder}: {name} is quantised, and no file holds {scales}. Copy or download "
-            "the checkpoint again."
-        )
-    return index.tensors[scales]
 
 
 def _check(

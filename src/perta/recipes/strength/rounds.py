@@ -90,10 +90,10 @@ def write_rounds(
     Raises:
         PertaError: input that cannot be used, or training that diverges.
     """
-    # Rounds are of the weights themselves, however θ_full is stored.
+    # Rounds are of the weights themselves, however the models are stored.
     is_exact = edit.output_format != "checkpoint"
     full = resolve_checkpoint(edit.full, base=edit.base, exact=is_exact)
-    edit = replace(edit, full=str(full))
+    edit = replace(edit, full=str(full), base=str(resolve_checkpoint(edit.base)))
     folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}
     folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}
 
