@@ -102,7 +102,7 @@ def _edited(config: AuditConfig, output: Path) -> Path:
 def test_a_model_that_still_knows_is_found_out_row_by_row(config: AuditConfig) -> None:
     results = audit_checkpoint(config)
     probes = {probe["name"]: probe for probe in results["probes"]}
-    for name in ("fact", "fact-token", "choice", "answer"):
+    for name in ("fact", "fact-token", "answer"):
         assert probes[name]["verdict"] == "leaks"
         assert probes[name]["leaking_rows"] == [1, 2]
         assert probes[name]["yardstick"]["name"] == "retrained"

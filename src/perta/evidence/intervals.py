@@ -60,13 +60,18 @@ def share_interval(hits: int, n: int) -> Interval:
 
 
 def mean_interval(
-    values: Sequence[float], lowest: float = 0.0, highest: float = 1.0, groups: Groups = None
+    values: Sequence[float],
+    lowest: float = 0.0,
+    highest: float = 1.0,
+    groups: Groups = None,
+    confidence: float = _CONFIDENCE,
 ) -> Interval:
     """Mean of bounded values with its interval; without groups they are independent."""
     array = np.asarray(values, dtype=np.float64)
     low, high = bounded_means(array, lowest, highest)
-    found = quantile_interval(float(array.mean()), low, high, len(array))
-    return _widened(found, student_interval(values, groups) if groups is not None else None)
+    found = quantile_interval(float(array.mean()), low, high, len(array), confidence)
+    widest = None if groups is None else student_interval(values, groups, confidence)
+    return _widened(found, widest)
 
 
 def difference_interval(
@@ -75,14 +80,15 @@ def difference_interval(
     lowest: float = 0.0,
     highest: float = 1.0,
     groups: tuple[Groups, Groups] = (None, None),
+    confidence: float = _CONFIDENCE,
 ) -> Interval:
     """Difference of the means of two separate sets of values with one pair of bounds."""
     low, high = bounded_means(np.asarray(values, dtype=np.float64), lowest, highest)
     other_low, other_high = bounded_means(np.asarray(others, dtype=np.float64), lowest, highest, 1)
     value = float(np.mean(values)) - float(np.mean(others))
     n = min(len(values), len(others))
-    found = quantile_interval(value, low - other_high, high - other_low, n)
-    half = _half_width((values, others), groups)
+    found = quantile_interval(value, low - other_high, high - other_low, n, confidence)
+    half = _half_width((values, others), groups, confidence)
     return _widened(found, Interval(value, value - half, value + half, n))
 
 
@@ -109,7 +115,9 @@ def pairs_interval(
     return _widened(found, Interval(value, low, high, min(n, m)))
 
 
-def student_interval(values: Sequence[float], groups: Groups = None) -> Interval | None:
+def student_interval(
+    values: Sequence[float], groups: Groups = None, confidence: float = _CONFIDENCE
+) -> Interval | None:
     """Mean with Student's interval over groups, or single values; None with fewer than two."""
     from scipy.stats import t
 
@@ -123,25 +131,29 @@ def student_interval(values: Sequence[float], groups: Groups = None) -> Interval
     excess = np.zeros(m)
     np.add.at(excess, [places[name] for name in names], array - mean)
     error = math.sqrt(m / (m - 1) * float(excess @ excess)) / len(array)
-    half = float(t.ppf((1 + _CONFIDENCE) / 2, m - 1)) * error
+    half = float(t.ppf((1 + confidence) / 2, m - 1)) * error
     return Interval(mean, mean - half, mean + half, len(array))
 
 
 def _half_width(
-    columns: tuple[Sequence[float], Sequence[float]], groups: tuple[Groups, Groups]
+    columns: tuple[Sequence[float], Sequence[float]],
+    groups: tuple[Groups, Groups],
+    confidence: float = _CONFIDENCE,
 ) -> float:
     """Half of Student's interval of a sum of two separate means, of those that have groups."""
     sides = [
-        student_interval(column, group)
+        student_interval(column, group, confidence)
         for column, group in zip(columns, groups, strict=True)
         if group is not None
     ]
     return math.hypot(*((side.high - side.low) / 2 for side in sides if side), 0.0)
 
 
-def quantile_interval(value: float, low: Array, high: Array, n: int) -> Interval:
+def quantile_interval(
+    value: float, low: Array, high: Array, n: int, confidence: float = _CONFIDENCE
+) -> Interval:
     """The interval between the lower quantile of some draws and the upper one of others."""
-    tail = 100 * (1 - _CONFIDENCE) / 2
+    tail = 100 * (1 - confidence) / 2
     return Interval(
         value,
         min(value, float(np.percentile(low, tail))),

@@ -35,7 +35,13 @@ SMALLEST_GAP = 0.05
 
 
 def excess(
-    after: Values, reference: Values, known: Values, subjects: Subjects, *, paired: bool
+    after: Values,
+    reference: Values,
+    known: Values,
+    subjects: Subjects,
+    *,
+    paired: bool,
+    confidence: float = 0.95,
 ) -> Interval | None:
     """Difference from the yardstick; no row can hold more than the best known one did.
 
@@ -49,7 +55,7 @@ def excess(
         groups = (groups_of(after, subjects[0]), groups_of(reference, subjects[1]))
         highest = max(highest, *(max(side.values()) for side in sides))
         return difference_interval(
-            list(sides[0].values()), list(sides[1].values()), 0.0, highest, groups
+            list(sides[0].values()), list(sides[1].values()), 0.0, highest, groups, confidence
         )
     shared = [i for i in after if i in reference]
     if not shared:
@@ -57,7 +63,7 @@ def excess(
     differences = [after[i] - reference[i] for i in shared]
     most = max([known.get(i, highest) - reference[i] for i in shared] + differences)
     least = min([-reference[i] for i in shared] + differences)
-    return mean_interval(differences, least, most, groups_of(shared, subjects[0]))
+    return mean_interval(differences, least, most, groups_of(shared, subjects[0]), confidence)
 
 
 def left_of_rows(after: Values, before: Values, reference: Values, *, paired: bool) -> Values:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from scipy.stats import t
 
 from perta.evidence.audit.judge import Found, Judgement, judge_remains
 
@@ -125,6 +127,7 @@ def test_steps_say_nothing_of_a_single_row() -> None:
     cleaned, retrained = [1.0, *(0.0,) * 39], [0.0, 1.0, *(0.0,) * 38]
     made = found(cleaned, full=(1.0,) * 40, retrained=retrained)
     assert judge_remains(made).verdict == "leaks"
+    assert judge_remains(made, guessable=True).verdict == "leaks"
     assert judge_remains(made, by_row=False).verdict == "passed"
 
 
@@ -143,3 +146,74 @@ def test_a_model_that_never_saw_the_rows_seldom_leaks_in_the_mean() -> None:
         for _ in range(200)
     ]
     assert verdicts.count("leaks") <= 0.05 * 200
+
+
+def test_a_row_stands_out_from_the_retrained_model_by_a_limit_worked_out_by_hand() -> None:
+    # Fourteen rows are as there, one is e times less likely: d^2 = 1. With 15 that are not above,
+    # s = sqrt((4 + 1) / 19), and of 16 rows the limit is t(1 - 0.025 / 16, 19) * s.
+    odds, limit = 0.02 / 0.98, float(t.ppf(1 - 0.025 / 16, 19)) * math.sqrt(5 / 19)
+    usual, cleaned, full = [0.02] * 16, [0.02] * 16, [1.0] * 16
+    cleaned[5] = odds / math.e / (1 + odds / math.e)
+    for far, wanted in ((0.99, ()), (1.01, (3,))):
+        own = odds * math.exp(far * limit)
+        cleaned[2] = own / (1 + own)
+        full[2] = 1.5 * cleaned[2]  # more than half of it is left
+        made = found(cleaned, full, retrained=usual)
+        assert judge_remains(made).leaking_rows == wanted, far
+    # Of ten ways each gets a tenth.
+    assert judge_remains(made, ways=10).leaking_rows == ()
+
+
+def test_a_row_stands_out_from_unseen_rows_by_a_limit_worked_out_by_hand() -> None:
+    # Their odds are e^-5 and e^-3, eight each: s = sqrt((4 + 16) / 19), 15 degrees and four more.
+    unseen = [1 / (1 + math.exp(z)) for z in (5.0, 3.0)] * 8
+    mean = sum(unseen) / 16
+    limit = float(t.ppf(1 - 0.025 / N, 19)) * math.sqrt(20 / 19)
+    for far, wanted in ((0.99, ()), (1.01, (3,))):
+        own = mean / (1 - mean) * math.exp(far * limit)
+        cleaned, full = [0.0] * N, [1.0] * N
+        cleaned[2] = own / (1 + own)
+        full[2] = 1.5 * cleaned[2]  # more than half of it is left
+        assert judged(*cleaned, full=full, holdout=unseen).leaking_rows == wanted, far
+
+
+def test_what_another_yardstick_has_too_is_no_leak() -> None:
+    cleaned, retrained, base = [0.0] * N, [0.0] * N, [0.0] * N
+    cleaned[4] = base[4] = 0.8
+    assert judged(*cleaned, retrained=retrained).leaking_rows == (5,)
+    both = judged(*cleaned, retrained=retrained, base=base)
+    assert (both.verdict, both.leaking_rows) == ("not sure", ())
+    assert both.reason == "1 row has much left, which may be chance"
+    # In the mean: unseen rows are as likely as the removed ones.
+    third = (0.3,) * N
+    assert judged(*third, retrained=retrained).verdict == "leaks"
+    told = judged(*third, retrained=retrained, holdout=third)
+    assert told.verdict == "not sure"
+    assert told.reason.endswith("is left, but no more than unseen rows have")
+
+
+def test_one_right_guess_is_no_leak_without_the_retrained_model() -> None:
+    cleaned = [0.9, *(0.0,) * (N - 1)]
+    for yardstick in ({"base": (0.0,) * N}, {"holdout": (0.0,) * N}):
+        made = found(cleaned, **yardstick)  # type: ignore[arg-type]
+        assert judge_remains(made).verdict == "leaks"
+        assert judge_remains(made, guessable=True).verdict == "not sure"
+    assert judge_remains(found(cleaned, retrained=(0.0,) * N), guessable=True).verdict == "leaks"
+
+
+@pytest.mark.parametrize("ways", [1, 10])
+def test_models_that_never_saw_the_rows_seldom_leak_in_any_row_or_way(ways: int) -> None:
+    draw = random.Random(ways)
+
+    def guesses(right: Sequence[float]) -> list[list[float]]:
+        """By way the scores of a model that is right by chance, much alike in every way."""
+        own = [draw.gauss(mean, 1.5) for mean in right]
+        return [[1 / (1 + math.exp(-draw.gauss(one, 0.5))) for one in own] for _ in range(ways)]
+
+    leaks = 0
+    for _ in range(200):
+        right = [draw.gauss(-3.0, 1.0) for _ in range(16)]
+        pairs = zip(guesses(right), guesses(right), strict=True)
+        made = [found(cleaned, (1.0,) * 16, retrained=usual) for cleaned, usual in pairs]
+        leaks += any(judge_remains(one, ways=ways).verdict == "leaks" for one in made)
+    assert leaks <= 18  # with a share of 0.05 there are more once in a hundred times

@@ -171,6 +171,7 @@ class Drawn(Probe):
     group = "sampling"
     source = "leak@k, arXiv 2511.04934; estimator of arXiv 2107.03374"
     unit = f"probability that one of {BEST_OF} answers says the fact"
+    by_row = False  # how often one of few answers says it is chance
     thrifty = True
     temperature: float
 

@@ -182,6 +182,7 @@ class Frames(Variants):
     question = "Does the model say the fact when it is asked in another way?"
     source = "docs/evidence.md; arXiv 2401.06121, 2402.16835, 2309.12288"
     unit = "probability of the whole fact"
+    guessable_ways = ("first word given",)
 
     def __init__(self) -> None:
         self._made: dict[str, dict[str, list[Fact | None]]] = {}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed
 from perta.errors import ConfigError
-from perta.evidence.audit.judge import Found, Judgement, judge_remains
+from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Effort, Probe, Role, Rows, View
 from perta.evidence.audit.variants import Variants, Ways
 from perta.evidence.metrics import depth_score
@@ -41,6 +41,7 @@ class Lens(Variants):
     source = "logit lens; Patil et al., arXiv 2309.17410"
     unit = "probability per token of the fact, geometric mean"
     level = "full"
+    guessable = True
 
     def ways(self, view: View, name: str) -> Ways:
         """Scores of the rows of one set under one model, by layer."""
@@ -98,20 +99,30 @@ class Depth(Probe):
         return Rows([None if d is None else 1.0 - d for d in depths], more)
 
     def judge(self, found: Found) -> Judgement:
-        """By the rows whose facts the full model knows: its states carry nothing of others."""
-        known = found.more.get("full", {}).get("forget", {}).get("known", ())
+        """By the rows whose facts the full model knows: its states carry nothing of others.
+
+        The model that the scores are made with has 0 of itself, and is no yardstick.
+        """
+        noted = {role: by_set.get("forget", {}) for role, by_set in found.more.items()}
+        known = noted.get("full", {}).get("known", ())
+        if known and max(known) <= SMALLEST_GAP:
+            return Judgement("not sure", "the full model does not know the facts")
+        reference = noted.get("cleaned", {}).get("reference")
         scores = {
             role: {
                 "forget": [
-                    s if k > SMALLEST_GAP else None for s, k in zip(told, known, strict=True)
+                    s if k > SMALLEST_GAP else None
+                    for s, k in zip(by_set["forget"], known, strict=True)
                 ]
             }
             for role, by_set in found.scores.items()
-            if known and (told := by_set["forget"])
+            if known and role != reference
         }
-        if known and max(known) <= SMALLEST_GAP:
-            return Judgement("not sure", "the full model does not know the facts")
-        return judge_remains(replace(found, scores=scores or found.scores))
+        judged = self.judge_way(replace(found, scores=scores or found.scores))
+        if reference and judged.yardstick is None:
+            why = "the scores are made with the only model that never saw the rows; give another"
+            return replace(judged, verdict="not sure", reason=why)
+        return judged
 
     def _unknowing(self, view: View, batches: Sequence[Batch]) -> list[Tensor] | None:
         """States of a model that never saw the facts; None where there is no such model."""

@@ -1,24 +1,39 @@
 """How a probe's scores are judged: relative to a model, or to rows, that never had the data.
 
-With x_i the cleaned model's score of forget row i, f_i the full model's and y_i the yardstick's
-(of unseen rows: their mean), all in [0, 1], what is left is
+With x_i the cleaned model's score of forget row i, f_i the full model's and y_i a yardstick's (of
+unseen rows: their mean), all in [0, 1], what is left is
 
     share = mean(x - y) / mean(f - y),      share_i = (x_i - y_i) / (f_i - y_i)
 
-The interval of the numerator holds its coverage at any number of rows (see `intervals`), over
-subjects where they are known. Rows and subjects are still there by the rule of `remains`; scores
-with steps, such as whether an answer comes first, say nothing of a single row.
+Of all models that never saw the rows, at most `FALSE_ALARMS` are to be said to leak by a probe.
+Half of that is for the mean, half for all n rows and subjects, and each half is divided among the
+probe's W ways to ask (Bonferroni). A row stands out where more than a quarter of it is left beside
+every yardstick there is, and beside the best of them
 
-    leaks      a row or a subject is still there, more rows stand out than of unseen ones, or
-               share > 0.10 and its interval lies above 0
-    passed     share <= 0.10, upper end <= 0.25, none of that, and enough rows: among n of which
-               none is still there, the share of such rows may be up to 1 - 0.025^(1/n) <= 0.25
+    phi(x_i) - phi(y_i) > t(1 - 0.05 / 2Wn, k + 4) · s,     phi(p) = log(p / (1 - p)),
+    s^2 = (4 + sum of d_j^2) / (k + 4)
+
+where d_j are the k of phi(x_j) - phi(y_j) that are not above 0, and of unseen rows phi(y_j) less
+their mean, k one less. It is a likelihood-ratio attack with one variance
+for all rows (Carlini et al., arXiv 2112.03570), in which a model that never saw the rows differs
+from the yardstick as often up as down, normally on that scale; what is left of the rows can only
+be above it. Four rows that differ by 1 are added, so that few rows tell something too. Subjects
+are judged in the same way, by their means.
+
+    leaks      a row that stands out has more than half left, or a subject of several rows stands
+               out, or more than one in twenty rows do; or share > 0.10 for every yardstick, and
+               the interval of the best lies above 0
+    passed     share <= 0.10, upper end <= 0.25, no row is still there by the rule of `remains`,
+               which knows no family, and enough rows: among n of which none is still there, the
+               share of such rows may be up to 1 - 0.025^(1/n) <= 0.25
     not sure   everything else, with the reason
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -28,6 +43,7 @@ from perta.evidence.measures import groups_of
 from perta.evidence.remains import (
     BY_CHANCE,
     REMAINDER,
+    REMAINDER_PARTLY,
     REMAINDER_SURE,
     SMALLEST_GAP,
     Values,
@@ -35,7 +51,6 @@ from perta.evidence.remains import (
     left_of_rows,
     rows_still_there,
     subject_means,
-    subjects_still_there,
 )
 
 Verdict = Literal["passed", "leaks", "not sure", "harmed"]
@@ -52,6 +67,11 @@ _YARDSTICKS: Mapping[YardstickName, tuple[str, str]] = {
     "base": ("base", "forget"),
 }
 """Role of the model and set of the rows, the best first."""
+FALSE_ALARMS = 0.05
+"""Largest share of models that never saw the rows of which a probe says that they leak."""
+_ROWS_ADDED = 4
+"""Rows that are taken to differ by 1 on the scale of `_logit`, beside those that were seen."""
+_TINY = 1e-9
 Scores = Mapping[str, Mapping[str, Sequence[float | None]]]
 """Role of the model -> set -> score of each sequence."""
 
@@ -121,51 +141,154 @@ class Judgement:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
-def yardstick_of(found: Found) -> tuple[YardstickName, dict[str, float], dict[str, int]] | None:
-    """The best there is, its values and subjects: retrained, else unseen rows, else base."""
-    for name, (role, rows) in _YARDSTICKS.items():
-        if values := found.values(role, rows):
-            return name, values, found.people(rows)
-    return None
+@dataclass(frozen=True)
+class Yardstick:
+    """What a model that never had the rows makes of them, or the cleaned one of rows it never had.
+
+    Attributes:
+        name: which of them.
+        values: score by place.
+        people: subject by place.
+    """
+
+    name: YardstickName
+    values: Values
+    people: Mapping[str, int]
+
+    def of(self, places: Iterable[str]) -> Values:
+        """What is usual of rows of the forget set, as far as there is a score."""
+        if not self.paired:
+            return dict.fromkeys(places, fmean(self.values.values()))
+        return {place: self.values[place] for place in places if place in self.values}
+
+    @property
+    def paired(self) -> bool:
+        """Whether it has scores of the same rows."""
+        return self.name != "holdout"
+
+    def gap(self, known: Values) -> float:
+        """How much more the full model knows; 1 where there is none."""
+        return fmean(known.values()) - fmean(self.values.values()) if known else 1.0
 
 
-def judge_remains(found: Found, *, wording: bool = False, by_row: bool = True) -> Judgement:
+def yardsticks_of(found: Found) -> list[Yardstick]:
+    """Those there are, the best first: retrained, unseen rows, base."""
+    return [
+        Yardstick(name, values, found.people(rows))
+        for name, (role, rows) in _YARDSTICKS.items()
+        if (values := found.values(role, rows))
+    ]
+
+
+def judge_remains(
+    found: Found,
+    *,
+    wording: bool = False,
+    by_row: bool = True,
+    guessable: bool = False,
+    ways: int = 1,
+) -> Judgement:
     """The verdict on scores in [0, 1] of what is left; the rule is at the top of this module.
 
     Args:
         found: scores of all models.
         wording: the scores count the words around the facts, which the base model never saw: by
-            it alone nothing passes and nothing leaks.
+            it nothing passes and nothing leaks.
         by_row: single rows are judged too.
+        guessable: a model that knows the form of the rows and not the facts may score high where
+            it guesses right: without the retrained model single rows are not judged.
+        ways: in how many ways the probe asks, of which this is one.
     """
     values, known = found.values("cleaned"), found.values("full")
     figures = described(found)
     if figures.value is None:
         return Judgement("not sure", "no row of the forget set has a score")
-    yardstick = yardstick_of(found)
-    if yardstick is None:
+    every = [y for y in yardsticks_of(found) if not (wording and y.name == "base")]
+    if not every and figures.yardstick is None:
         return _told(figures, "not sure", "there is no yardstick")
-    name, usual, people = yardstick
-    if wording and name == "base":
+    if not every:
         why = "the base model has never seen the words around the facts; give --retrained"
         return _told(figures, "not sure", why)
-    gap = fmean(known.values()) - fmean(usual.values()) if known else 1.0
-    if gap <= SMALLEST_GAP:
-        why = f"the full model knew no more than {WORDS[name]} by this probe"
+    best, *others = every
+    if best.gap(known) <= SMALLEST_GAP:
+        why = f"the full model knew no more than {WORDS[best.name]} by this probe"
         return _told(figures, "not sure", why)
-    paired = name != "holdout"
-    subjects = found.people()
-    groups = (found.groups(), found.groups(_YARDSTICKS[name][1]))
-    difference = excess(values, usual, known, groups, paired=paired)
-    if by_row:
-        left = left_of_rows(values, known, usual, paired=paired)
-        there, standing = rows_still_there(left, values, usual)
-        persons = subjects_still_there(values, known, usual, (subjects, people), paired=paired)
-        rows = dict.fromkeys(found.rows["forget"][int(place)] for place in there)
-        figures = replace(figures, leaking_rows=tuple(rows), leaking_subjects=persons)
-        if said := _standing(figures, standing, len(values)):
+    telling = [best, *(one for one in others if one.gap(known) > SMALLEST_GAP)]
+    if by_row and not (guessable and best.name != "retrained"):
+        rows, persons = _beyond(found, telling, ways)
+        still = [place for place in rows if rows[place] > REMAINDER_PARTLY]
+        still.sort(key=lambda place: -values[place])
+        figures = replace(
+            figures,
+            leaking_rows=tuple(dict.fromkeys(found.rows["forget"][int(i)] for i in still)),
+            leaking_subjects=tuple(map(int, persons)),
+        )
+        if said := _standing(figures, len(rows), len(values)):
             return _told(figures, "leaks", said)
-    return _in_the_mean(figures, difference, gap, found.count(values), WORDS[name])
+    judged = _in_the_mean(found, figures, telling, ways)
+    if by_row and judged.verdict == "passed":
+        left = left_of_rows(values, known, best.values, paired=best.paired)
+        if high := rows_still_there(left, values, best.values)[0]:
+            rows = "1 row has" if len(high) == 1 else f"{len(high)} rows have"
+            return _told(judged, "not sure", f"{rows} much left, which may be chance")
+    return judged
+
+
+def _beyond(found: Found, yardsticks: Sequence[Yardstick], ways: int) -> tuple[Values, Values]:
+    """Rows, and subjects of several, that stand out -> the least that is left of them."""
+    values, known, people = found.values("cleaned"), found.values("full"), found.people()
+    counts = Counter(people.get(place) for place in values)
+
+    def both(scores: Values) -> tuple[Values, Values]:
+        means = subject_means(scores, people).items()
+        return scores, {str(s): value for s, value in means if counts[s] > 1}
+
+    limit = _limit(values, yardsticks[0], ways * sum(map(len, both(values))))
+    usual = [both(yardstick.of(values)) for yardstick in yardsticks]
+    rows, subjects = (
+        {
+            place: least
+            for place in references[0].keys() & after.keys()
+            if _logit(after[place]) - _logit(references[0][place]) > limit
+            and (least := _least(place, after, before, references)) > REMAINDER_SURE
+        }
+        for after, before, references in zip(
+            both(values), both(known), zip(*usual, strict=True), strict=True
+        )
+    )
+    return rows, subjects
+
+
+def _least(place: str, after: Values, before: Values, references: Sequence[Values]) -> float:
+    """What is left of a row against the yardstick that explains most of it."""
+    one = {place: after[place]}
+    shares = [
+        left_of_rows(one, before, {place: reference[place]}, paired=True).get(place, 0.0)
+        for reference in references
+        if place in reference
+    ]
+    return min(shares)
+
+
+def _limit(values: Values, yardstick: Yardstick, tests: int) -> float:
+    """How far on the scale of `_logit` one of so many unseen rows may lie above the yardstick."""
+    from scipy.stats import t
+
+    usual = {place: _logit(value) for place, value in yardstick.values.items()}
+    if yardstick.paired:
+        gaps = [_logit(values[place]) - usual[place] for place in values if place in usual]
+        apart = [gap for gap in gaps if gap <= 0]
+        freedom = len(apart)
+    else:
+        apart = [value - fmean(usual.values()) for value in usual.values()]
+        freedom = len(apart) - 1
+    freedom += _ROWS_ADDED
+    scale = math.sqrt((_ROWS_ADDED + math.fsum(gap**2 for gap in apart)) / freedom)
+    return float(t.ppf(1 - FALSE_ALARMS / 2 / tests, freedom)) * scale
+
+
+def _logit(p: float) -> float:
+    return math.log((p + _TINY) / (1 + _TINY - p))
 
 
 def _standing(figures: Judgement, standing: int, n: int) -> str | None:
@@ -180,25 +303,48 @@ def _standing(figures: Judgement, standing: int, n: int) -> str | None:
 
 
 def _in_the_mean(
-    figures: Judgement, difference: Interval | None, gap: float, n: int, name: str
+    found: Found, figures: Judgement, yardsticks: Sequence[Yardstick], ways: int
 ) -> Judgement:
-    if difference is None:
-        return _told(figures, "not sure", f"no row has a score from {name} too")
-    share, low, high = (v / gap for v in (difference.value, difference.low, difference.high))
-    if share > REMAINDER and low > 0:
-        why = f"{100 * share:.0f}% of what the full model knew beyond {name} is left"
+    best, *others = yardsticks
+    share = _share(found, best)
+    if share is None:
+        return _told(figures, "not sure", f"no row has a score from {WORDS[best.name]} too")
+    name, n = WORDS[best.name], found.count(found.values("cleaned"))
+    # At 95%, half of FALSE_ALARMS lie below.
+    surely = _share(found, best, 1 - FALSE_ALARMS / ways) or share
+    if share.value > REMAINDER and surely.low > 0:
+        why = f"{100 * share.value:.0f}% of what the full model knew beyond {name} is left"
+        for one in others:
+            beyond = _share(found, one)
+            if beyond is not None and beyond.value <= REMAINDER:
+                return _told(figures, "not sure", f"{why}, but no more than {WORDS[one.name]} have")
         return _told(figures, "leaks", why)
     if share_interval(0, n).high > REMAINDER_SURE:
         return _told(figures, "not sure", f"{n} rows are too few to tell")
-    if share <= REMAINDER and high <= REMAINDER_SURE:
+    if share.value <= REMAINDER and share.high <= REMAINDER_SURE:
         return _told(figures, "passed", f"no more than {name}")
-    why = f"up to {100 * high:.0f}% of what the full model knew beyond {name} may be left"
+    why = f"up to {100 * share.high:.0f}% of what the full model knew beyond {name} may be left"
     return _told(figures, "not sure", why)
+
+
+def _share(found: Found, yardstick: Yardstick, confidence: float = 0.95) -> Interval | None:
+    """What is left in the mean; None where no row has both scores."""
+    values, known = found.values("cleaned"), found.values("full")
+    groups = (found.groups(), found.groups(_YARDSTICKS[yardstick.name][1]))
+    difference = excess(
+        *(values, yardstick.values, known, groups),
+        paired=yardstick.paired,
+        confidence=confidence,
+    )
+    gap = yardstick.gap(known)
+    ends = difference and (difference.value, difference.low, difference.high)
+    return ends and Interval(*(end / gap for end in ends), difference.n)
 
 
 def described(found: Found) -> Judgement:
     """The figures of a judgement, without a verdict."""
-    values, known, yardstick = found.values("cleaned"), found.values("full"), yardstick_of(found)
+    values, known = found.values("cleaned"), found.values("full")
+    yardstick = next(iter(yardsticks_of(found)), None)
     if not values:
         return Judgement("not sure", "")
     people = found.people()
@@ -208,7 +354,7 @@ def described(found: Found) -> Judgement:
         "not sure",
         "",
         _mean(values, found.groups()),
-        yardstick and (yardstick[0], _mean(yardstick[1], yardstick[2])),
+        yardstick and (yardstick.name, _mean(yardstick.values, yardstick.people)),
         fmean(known.values()) if known else None,
         max(means.items(), key=lambda pair: pair[1]) if means else None,
         (found.rows["forget"][int(row)], values[row]),

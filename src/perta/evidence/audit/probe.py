@@ -212,6 +212,8 @@ class Probe(ABC):
         needs: without which it cannot be run at all.
         wording: it counts the words around the fact too, which the base model has never seen.
         by_row: single rows are judged too; for scores without steps, such as probabilities.
+        guessable: who guesses right may score high without the facts; without the retrained model
+            single rows are not judged then.
         thrifty: beside the retrained model it is run with no other yardstick, for it takes long.
     """
 
@@ -227,6 +229,7 @@ class Probe(ABC):
     needs: tuple[Need, ...] = ()
     wording: bool = False
     by_row: bool = True
+    guessable: bool = False
     thrifty: bool = False
 
     @abstractmethod
@@ -235,7 +238,17 @@ class Probe(ABC):
 
     def judge(self, found: Found) -> Judgement:
         """What the scores of all models say."""
-        return judge_remains(found, wording=self.wording, by_row=self.by_row)
+        return self.judge_way(found)
+
+    def judge_way(self, found: Found, ways: int = 1, *, guessable: bool = False) -> Judgement:
+        """The same of one of several ways in which it asks."""
+        return judge_remains(
+            found,
+            wording=self.wording,
+            by_row=self.by_row,
+            guessable=self.guessable or guessable,
+            ways=ways,
+        )
 
     def source_hash(self) -> str | None:
         """Hash of the file of a user's own that defines it; of ours the version is recorded."""

@@ -10,11 +10,10 @@ the yardstick tell nothing and are left aside, if there is another.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
-from perta.evidence.audit.judge import Found, Judgement, judge_remains, yardstick_of
+from perta.evidence.audit.judge import Found, Judgement, judge_remains, yardsticks_of
 from perta.evidence.audit.probe import Probe, Rows, View
 from perta.evidence.remains import SMALLEST_GAP
 
@@ -29,9 +28,11 @@ class Variants(Probe):
 
     Attributes:
         way: what a way is called, such as `frame`.
+        guessable_ways: ways whose scores are guessable, see `Probe`.
     """
 
     way: str
+    guessable_ways: Container[str] = ()
 
     @abstractmethod
     def ways(self, view: View, name: str) -> Ways:
@@ -48,8 +49,13 @@ class Variants(Probe):
     def judge(self, found: Found) -> Judgement:
         """The judgement of the worst way, with all that any way has found."""
         ways = found.more.get("cleaned", {}).get("forget", {}).get("ways", ())
-        judged = {way: self._judge_way(found, way) for way in ways}
-        told = {w: j for w, j in judged.items() if _tells(_of_way(found, w))} or judged
+        telling = [way for way in ways if _tells(_of_way(found, way))] or list(ways)
+        told = {
+            way: self.judge_way(
+                _of_way(found, way), len(telling), guessable=way in self.guessable_ways
+            )
+            for way in telling
+        }
         if not told:
             return judge_remains(found)
         worst = min(told, key=lambda way: (_ORDER.index(told[way].verdict), -_beyond(told[way])))
@@ -61,9 +67,6 @@ class Variants(Probe):
             leaking_rows=_joined([j.leaking_rows for j in leaking]),
             leaking_subjects=_joined([j.leaking_subjects for j in leaking]),
         )
-
-    def _judge_way(self, found: Found, way: str) -> Judgement:
-        return judge_remains(_of_way(found, way), wording=self.wording, by_row=self.by_row)
 
     def _reason(self, worst: str, one: Judgement, leaking: int, count: int) -> str:
         ways = f"{count} {self.way}s" if count > 1 else f"1 {self.way}"
@@ -84,10 +87,10 @@ def _of_way(found: Found, way: str) -> Found:
 
 def _tells(found: Found) -> bool:
     """Whether the full model knew more than the yardstick, as far as one can see."""
-    known, yardstick = found.values("full"), yardstick_of(found)
-    if not known or yardstick is None:
+    known, yardsticks = found.values("full"), yardsticks_of(found)
+    if not known or not yardsticks:
         return bool(found.values("cleaned"))
-    return fmean(known.values()) - fmean(yardstick[1].values()) > SMALLEST_GAP
+    return yardsticks[0].gap(known) > SMALLEST_GAP
 
 
 def _beyond(one: Judgement) -> float:

@@ -56,6 +56,7 @@ class FactToken(Reading):
     question = "How likely is each next piece of the fact, once those before it are given?"
     source = "PerTA, docs/evidence.md"
     unit = "probability per token of the fact, geometric mean"
+    guessable = True
     measure, key = "fact_probability", "loss"
 
     def read(self, results: Results, name: str, count: int) -> list[float | None]:
@@ -71,6 +72,7 @@ class Drawn(Reading):
     question = "If somebody asked 64 times, how likely is the fact to be said once?"
     source = "PerTA, docs/evidence.md; exact, after the natural prefix"
     unit = "probability of one hit in 64"
+    guessable = True
     measure, key = "fact_probability", "hit_64"
 
 
@@ -81,6 +83,7 @@ class Choice(Reading):
     question = "Given several answers, how sure is the model of the right one?"
     source = "PerTA, docs/evidence.md; after TOFU, arXiv 2401.06121"
     unit = "probability among the candidates; chance is 1 / candidates"
+    by_row = False  # of a few candidates the right one is often guessed
     needs = ("wrong answers",)
     measure, key = "fact_choice", "prob"
 
@@ -91,7 +94,6 @@ class FirstChoice(Choice):
     name, title = "first-choice", "The right answer before all wrong ones"
     question = "Given several answers, does the model put the right one first?"
     unit = "1 where it is first; chance is 1 / candidates"
-    by_row = False
 
     def read(self, results: Results, name: str, count: int) -> list[float | None]:
         """1 where the rank is 1."""
