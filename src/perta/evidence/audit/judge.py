@@ -229,8 +229,8 @@ def judge_remains(
     if by_row and judged.verdict == "passed":
         left = left_of_rows(values, known, best.values, paired=best.paired)
         if high := rows_still_there(left, values, best.values)[0]:
-            rows = "1 row has" if len(high) == 1 else f"{len(high)} rows have"
-            return _told(judged, "not sure", f"{rows} much left, which may be chance")
+            those = "1 row has" if len(high) == 1 else f"{len(high)} rows have"
+            return _told(judged, "not sure", f"{those} much left, which may be chance")
     return judged
 
 
@@ -248,8 +248,9 @@ def _beyond(found: Found, yardsticks: Sequence[Yardstick], ways: int) -> tuple[V
     rows, subjects = (
         {
             place: least
-            for place in references[0].keys() & after.keys()
-            if _logit(after[place]) - _logit(references[0][place]) > limit
+            for place in after
+            if place in references[0]
+            and _logit(after[place]) - _logit(references[0][place]) > limit
             and (least := _least(place, after, before, references)) > REMAINDER_SURE
         }
         for after, before, references in zip(
@@ -336,9 +337,11 @@ def _share(found: Found, yardstick: Yardstick, confidence: float = 0.95) -> Inte
         paired=yardstick.paired,
         confidence=confidence,
     )
+    if difference is None:
+        return None
     gap = yardstick.gap(known)
-    ends = difference and (difference.value, difference.low, difference.high)
-    return ends and Interval(*(end / gap for end in ends), difference.n)
+    ends = (difference.value / gap, difference.low / gap, difference.high / gap)
+    return Interval(*ends, difference.n)
 
 
 def described(found: Found) -> Judgement:
@@ -354,7 +357,7 @@ def described(found: Found) -> Judgement:
         "not sure",
         "",
         _mean(values, found.groups()),
-        yardstick and (yardstick.name, _mean(yardstick.values, yardstick.people)),
+        None if yardstick is None else (yardstick.name, _mean(yardstick.values, yardstick.people)),
         fmean(known.values()) if known else None,
         max(means.items(), key=lambda pair: pair[1]) if means else None,
         (found.rows["forget"][int(row)], values[row]),
