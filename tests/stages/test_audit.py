@@ -15,8 +15,8 @@ from conftest import TUNE, World
 from perta.cli import main
 from perta.data.examples import load_examples
 from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
-from perta.evidence.audit import verbatim
 from perta.evidence.audit.probe import Role, Rows, View
+from perta.evidence.audit.probes import verbatim
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, ScoringConfig, WeightingConfig

@@ -9,8 +9,8 @@ from typing import Any
 
 from perta.evidence.audit.judge import Found, Judgement, Verdict
 from perta.evidence.audit.probe import Probe, Role, Rows
+from perta.evidence.audit.probes.verbatim import Reading
 from perta.evidence.audit.registry import PROBES
-from perta.evidence.audit.verbatim import Reading
 from perta.evidence.intervals import Interval
 from perta.evidence.measures import read_subjects, row_number, rows_of
 from perta.evidence.results import Results

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit import answers, collateral, inside, membership, verbatim, weights
-from perta.evidence.audit.frames import Frames
 from perta.evidence.audit.probe import Probe
+from perta.evidence.audit.probes import answers, collateral, inside, membership, verbatim, weights
+from perta.evidence.audit.probes.frames import Frames
 from perta.evidence.benchmark import own_class
 from perta.evidence.settings import LEVELS, Level
 

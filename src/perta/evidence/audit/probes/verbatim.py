@@ -6,7 +6,6 @@ Every score is one of the quick evaluation's, so a run that has evaluated its mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from perta.evidence.audit.probe import Probe, Rows, View
 from perta.evidence.measures import rows_of
@@ -28,6 +27,10 @@ class Reading(Probe):
     measure: str
     key: str = "score"
 
+    def score(self, value: float) -> float:
+        """The score, of what stands in the results."""
+        return value
+
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
         return Rows(self.read(view.results(name), name, len(view.material.facts[name])))
@@ -35,8 +38,8 @@ class Reading(Probe):
     def read(self, results: Results, name: str, count: int) -> list[float | None]:
         """Scores of `count` rows from results of the quick evaluation."""
         rows = rows_of(results, f"{name}_{self.measure}")
-        found: Sequence[float | None] = [rows.get(str(i), {}).get(self.key) for i in range(count)]
-        return list(found)
+        found = (rows.get(str(i), {}).get(self.key) for i in range(count))
+        return [None if value is None else self.score(value) for value in found]
 
 
 class Fact(Reading):
@@ -59,10 +62,9 @@ class FactToken(Reading):
     guessable = True
     measure, key = "fact_probability", "loss"
 
-    def read(self, results: Results, name: str, count: int) -> list[float | None]:
+    def score(self, value: float) -> float:
         """exp(-loss)."""
-        losses = super().read(results, name, count)
-        return [None if loss is None else math.exp(-loss) for loss in losses]
+        return math.exp(-value)
 
 
 class Drawn(Reading):
@@ -94,12 +96,11 @@ class FirstChoice(Choice):
     name, title = "first-choice", "The right answer before all wrong ones"
     question = "Given several answers, does the model put the right one first?"
     unit = "1 where it is first; chance is 1 / candidates"
+    key = "rank"
 
-    def read(self, results: Results, name: str, count: int) -> list[float | None]:
+    def score(self, value: float) -> float:
         """1 where the rank is 1."""
-        rows = rows_of(results, f"{name}_{self.measure}")
-        ranks = [rows.get(str(i), {}).get("rank") for i in range(count)]
-        return [None if rank is None else float(rank == 1) for rank in ranks]
+        return float(value == 1)
 
 
 class Answer(Reading):

@@ -20,7 +20,7 @@ from perta.data.batch import IGNORE, Batch, Encoded, bucketed
 from perta.errors import ConfigError
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Effort, Probe, Role, Rows, View
-from perta.evidence.audit.variants import Variants, Ways
+from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.metrics import depth_score
 from perta.evidence.remains import SMALLEST_GAP
 from perta.models.load import pad_id

@@ -15,7 +15,8 @@ from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded
 from perta.data.tokens import encode_prompt
 from perta.engine.train.refusals import REFUSALS
-from perta.evidence.audit.collateral import (
+from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.probes.collateral import (
     Kept,
     Near,
     Oddness,
@@ -27,7 +28,6 @@ from perta.evidence.audit.collateral import (
     refuses,
     repeated,
 )
-from perta.evidence.audit.judge import Found, Judgement
 
 N = 20
 

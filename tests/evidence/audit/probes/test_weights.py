@@ -19,7 +19,7 @@ from perta.data.batch import Encoded
 from perta.data.tokens import encode_examples
 from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probe import Relearning
-from perta.evidence.audit.weights import OWN, RETAINED, UNRELATED, Relearned, Rounding
+from perta.evidence.audit.probes.weights import OWN, RETAINED, UNRELATED, Relearned, Rounding
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
 from perta.models.formats.rounding import SCHEMES
 

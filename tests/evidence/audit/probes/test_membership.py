@@ -11,8 +11,8 @@ import pytest
 from audit_cases import log_probabilities, material, view
 
 from helpers import tiny_llama
-from perta.evidence.audit import membership
 from perta.evidence.audit.judge import Found, Judgement
+from perta.evidence.audit.probes import membership
 from perta.evidence.intervals import pairs_interval
 from perta.evidence.metrics import membership_auc, wins
 

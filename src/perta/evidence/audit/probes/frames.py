@@ -20,7 +20,7 @@ from perta.data.examples import Example, ExampleSet, Message
 from perta.data.tokens import uses_chat_template
 from perta.errors import DataError
 from perta.evidence.audit.probe import Effort, Material, View
-from perta.evidence.audit.variants import Variants, Ways
+from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, find_facts
 from perta.models.load import longest_input

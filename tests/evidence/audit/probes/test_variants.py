@@ -9,7 +9,7 @@ from audit_cases import material, view
 
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Rows, View
-from perta.evidence.audit.variants import Variants, Ways
+from perta.evidence.audit.probes._variants import Variants, Ways
 
 N = 20
 LOW, HIGH = (0.0,) * N, (1.0,) * N

@@ -10,7 +10,7 @@ from audit_cases import log_probabilities, material, view
 
 from helpers import tiny_llama
 from perta.errors import ConfigError
-from perta.evidence.audit import verbatim
+from perta.evidence.audit.probes import verbatim
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal
 

@@ -13,9 +13,9 @@ from audit_cases import material, tiny_double, view
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import Encoded
 from perta.data.words import stems
-from perta.evidence.audit import answers
 from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probe import Effort, Material
+from perta.evidence.audit.probes import answers
 from perta.evidence.benchmark import Journal
 from perta.evidence.quick import scoring_options
 
@@ -33,7 +33,7 @@ def test_leak_at_k_is_the_share_of_subsets_with_a_hit() -> None:
 def test_tokens_are_drawn_at_the_quantiles_of_the_tempered_probabilities(
     cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.evidence.audit.answers.supports_prefixes", lambda _: cached)
+    monkeypatch.setattr("perta.evidence.audit.probes.answers.supports_prefixes", lambda _: cached)
     model, prompt = tiny_llama(), [5, 9, 60, 7]
     ends = frozenset(range(0, 384, 3))  # so that answers end at different places
     options = replace(scoring_options(model, tiny_tokenizer(), [], 16, 5), end_ids=ends)

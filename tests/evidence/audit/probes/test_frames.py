@@ -11,8 +11,8 @@ from audit_cases import tiny_double, view
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.examples import load_examples
-from perta.evidence.audit.frames import FRAMES, Frames
 from perta.evidence.audit.probe import Material
+from perta.evidence.audit.probes.frames import FRAMES, Frames
 from perta.models.facts import find_facts
 from perta.options import DataConfig
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from helpers import tiny_llama
 from perta.data.batch import IGNORE, Encoded
 from perta.errors import ConfigError
-from perta.evidence.audit.inside import Depth, Lens
 from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probe import View
+from perta.evidence.audit.probes.inside import Depth, Lens
 from perta.evidence.metrics import depth_score
 
 

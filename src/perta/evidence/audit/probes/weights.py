@@ -20,7 +20,7 @@ from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Effort, Relearning, Rows, View
-from perta.evidence.audit.variants import Variants, Ways
+from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
 from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, score_facts
