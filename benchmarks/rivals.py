@@ -50,7 +50,7 @@ from perta.evidence.quick import quick_evaluation
 from perta.models.facts import Fact, find_facts, hit_probability, score_facts, share_beyond
 from perta.models.formats.rounding import rounded
 from perta.models.load import load_model, load_tokenizer, pad_id, save_model
-from perta.models.precision import product_type, products_in
+from perta.models.precision import product_type_of, products_in
 from perta.options import ComputeConfig, DataConfig, ScoringConfig
 from perta.progress import set_quiet
 from perta.store.costs import BACKWARD, FORWARD, passes_of
@@ -156,8 +156,7 @@ class Seed:
 
     def products(self) -> Any:
         """Products of matrices in bfloat16 where the processor has units for it."""
-        device = self.model.device
-        return products_in(product_type("auto", device), device)
+        return products_in(product_type_of(self.model, "auto"), self.model.device)
 
     # --- measuring ----------------------------------------------------------------------------
 

@@ -225,8 +225,8 @@ class ComputeConfig:
     """Compute device; `auto` takes a GPU when there is one."""
     dtype: DType = "auto"
     """Type of the products of matrices; sums and trained weights are float32. `auto` is bfloat16 on
-    GPUs and on processors with units for it (AMX), where importance stays float32; float32
-    elsewhere."""
+    GPUs, and for models of a width from 256 on processors with units for it (AMX), where importance
+    stays float32; float32 elsewhere."""
     threads: int | None = None
     """CPU threads [default: all cores]."""
     pass_batch_size: int | None = None

@@ -22,7 +22,8 @@ from perta.engine.moments import plan_moments, sum_moments
 from perta.engine.train.optimizer import Resume
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import unlearn_by_training
-from perta.models.load import load_model, load_tokenizer, pick_device
+from perta.models import precision
+from perta.models.load import load_model, load_tokenizer, pick_device, picked
 from perta.models.loss import losses_of
 from perta.models.precision import product_type, products_in, wide_product
 from perta.options import ComputeConfig, DataConfig, MomentOptions, TrainSettings
@@ -40,6 +41,7 @@ NARROW = ComputeConfig(device="cpu", dtype="bfloat16")
 def units(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor with units for bfloat16, as far as anybody asks."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(precision, "_WIDE", 64)
 
 
 def rows_of(world: World) -> tuple[Encoded, ...]:
@@ -56,18 +58,30 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def test_the_processor_decides_and_not_its_being_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert product_type("auto", CPU) == torch.float32
+    assert product_type("auto", CPU, 576) == torch.float32
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert product_type("auto", CPU) == torch.bfloat16
-    assert product_type("float32", CPU) == torch.float32
-    assert product_type("auto", torch.device("mps")) == torch.float32
+    assert product_type("auto", CPU, 576) == torch.bfloat16
+    assert product_type("auto", CPU, None) == torch.bfloat16
+    assert product_type("float32", CPU, 576) == torch.float32
+    assert product_type("auto", torch.device("mps"), 576) == torch.float32
+
+
+def test_a_small_model_is_measured_exactly_on_every_cpu(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert product_type("auto", CPU, 255) == torch.float32
+    assert product_type("bfloat16", CPU, 255) == torch.bfloat16
+    compute = ComputeConfig(device="cpu")
+    assert load_model(world.base, compute).dtype == torch.float32
+    assert picked(compute, world.base)["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("has_units", [False, True])
 def test_a_gpu_is_asked_as_well(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_units)
-    assert product_type("auto", CUDA) == (torch.bfloat16 if has_units else torch.float32)
-    assert product_type("float32", CUDA) == torch.float32
+    assert product_type("auto", CUDA, 64) == (torch.bfloat16 if has_units else torch.float32)
+    assert product_type("float32", CUDA, 64) == torch.float32
 
 
 # --- products ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_second_request_starts_where_the_first_ended(
     looked = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
     assert looked["still_there"] == {"r1": [1, 2]}
     audit = json.loads((ledger / "audits" / "4" / "r1" / "audit.json").read_text("utf-8"))
-    assert {"fact", "choice"} <= set(looked["audits"]["r1"]["leaks"])
+    assert {"fact", "fact-token"} <= set(looked["audits"]["r1"]["leaks"])
     assert looked["audits"]["r1"]["content"] == audit["perta"]["content"]
     assert audit["model"]["checkpoint"] == looked["checkpoint"]
     _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")

@@ -57,7 +57,7 @@ def load_model(
     with plain_errors(folder):
         check_checkpoint(folder)
         config = AutoConfig.from_pretrained(folder, **LOCAL)
-        dtype = dtype or product_type(compute.dtype, device)
+        dtype = dtype or product_type(compute.dtype, device, _width(config.to_dict()))
         load = partial(
             loader_of(config).from_pretrained,
             folder,
@@ -167,11 +167,20 @@ def _repeat_on_gpus() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def picked(compute: ComputeConfig) -> dict[str, str]:
-    """Device and type that a run computes on and in, by name, for its record."""
+def picked(compute: ComputeConfig, checkpoint: Path) -> dict[str, str]:
+    """Device and type that a run of a model computes on and in, by name, for its record."""
     device = pick_device(compute)
-    dtype = str(product_type(compute.dtype, device)).removeprefix("torch.")
-    return {"device": device.type, "dtype": dtype}
+    dtype = product_type(compute.dtype, device, _width(read_config(checkpoint)))
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _width(settings: Mapping[str, Any]) -> int | None:
+    """Hidden size of a model's language part, if its config names one."""
+    text = settings.get("text_config")
+    parts = [*([text] if isinstance(text, dict) else []), settings]
+    names = ("hidden_size", "n_embd", "d_model")
+    value = next((v for part in parts for n in names if (v := part.get(n)) is not None), None)
+    return value if type(value) is int else None
 
 
 def exact_on_cpu(compute: ComputeConfig) -> ComputeConfig:

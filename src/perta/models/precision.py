@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
@@ -17,22 +17,38 @@ from torch.overrides import TorchFunctionMode
 
 from perta.errors import shortage
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _SHORT = 256
 """Tokens below which the backward pass of attention is slower in bfloat16 on CPUs, up to three
 times; see docs/benchmarks.md."""
 
 
-def product_type(dtype: str, device: torch.device) -> torch.dtype:
-    """The type that `--dtype`, a `DType`, stands for on a device.
+_WIDE = 256
+"""Width of a model from which products in bfloat16 are worth their rounding on CPUs; below it they
+are hardly faster than in float32."""
 
-    bfloat16 products are some sixty times slower on CPUs without units for them.
+
+def product_type(dtype: str, device: torch.device, width: int | None) -> torch.dtype:
+    """The type that `--dtype`, a `DType`, stands for on a device, for a model of a hidden size.
+
+    bfloat16 products are some sixty times slower on CPUs without units for them. A model whose
+    `width` is not known counts as a large one.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    has_units = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    is_wide = width is None or width >= _WIDE
+    has_units = device.type == "cpu" and is_wide and torch.cpu._is_amx_tile_supported()
     if device.type == "cuda":
         has_units = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_units else torch.float32
+
+
+def product_type_of(model: PreTrainedModel, dtype: str) -> torch.dtype:
+    """`product_type` for a loaded model, where it lies."""
+    embedding: Any = model.get_input_embeddings()
+    return product_type(dtype, model.device, int(embedding.weight.shape[1]))
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class RunRecord:
             folders["retain_checkpoint"] = retain_checkpoint
         inputs = {name: fingerprint(folder) for name, folder in folders.items()}
         inputs |= {name: sets[name].fingerprint for name in named if name in sets}
-        return cls(config, _resolved(config), inputs, folders, held_back, {}, {})
+        return cls(config, _resolved(config, base), inputs, folders, held_back, {}, {})
 
     @property
     def key(self) -> str:
@@ -150,7 +150,7 @@ def other_work_folders(config: UnlearnConfig) -> list[Path]:
     return sorted(folder for place, folder in places.items() if place != own.resolve())
 
 
-def _resolved(config: UnlearnConfig) -> dict[str, Any]:
+def _resolved(config: UnlearnConfig, base: Path) -> dict[str, Any]:
     # How the result is evaluated does not decide what it is; how it is chosen does.
     evaluation = {"evaluate", "fail_unless", *settings_of(config.scoring)}
     if config.weighting.scaling_coef != "auto":
@@ -158,7 +158,7 @@ def _resolved(config: UnlearnConfig) -> dict[str, Any]:
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
     return {
         **settings,
-        **picked(config.compute),
+        **picked(config.compute, base),
         **parse(config.weighting.method, Method).record(),
         "work_dir": str(config.work_folder),
     }

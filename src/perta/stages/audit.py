@@ -94,7 +94,7 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
     sets = _load_sets(config)
     reads: list[str | Path] = [*folders.values(), *(examples.source for examples in sets.values())]
     check_separate(config.output, [*(place for place in given.values() if place), *reads])
-    settings = {**settings_of(config), **picked(config.compute)}
+    settings = {**settings_of(config), **picked(config.compute, folders["cleaned"])}
 
     def look() -> dict[str, str]:
         others: dict[str, Path] = {r: folder for r, folder in folders.items() if r != "cleaned"}

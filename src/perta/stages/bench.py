@@ -58,7 +58,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
     """Evaluate a checkpoint with a benchmark and write the results."""
     data = benchmark.folder(config)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    settings = {**settings_of(config), **picked(config.compute)}
+    settings = {**settings_of(config), **picked(config.compute, checkpoint)}
     reference = read_results(config.reference) if config.reference else None
 
     def look() -> dict[str, str]:
@@ -115,7 +115,7 @@ def bench_ability(config: AbilityConfig) -> Results:
         ) from error
     checkpoint = resolve_checkpoint(config.checkpoint)
     manager = _tasks(config, TaskManager)
-    where = picked(config.compute)
+    where = picked(config.compute, checkpoint)
     settings = {**settings_of(config), **where, "lm_eval": lm_eval.__version__}
 
     def make() -> Results:

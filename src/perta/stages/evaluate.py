@@ -38,7 +38,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         for name, source in sources.items()
         if source
     }
-    settings = {**settings_of(config), **picked(config.compute)}
+    settings = {**settings_of(config), **picked(config.compute, folder)}
     base = resolve_checkpoint(config.base) if config.base else None
 
     def look() -> dict[str, str]:

@@ -397,7 +397,7 @@ def read_subject(name: str, config: ImportanceConfig | MomentsConfig | FinetuneC
     def look() -> dict[str, str]:
         return {name: fingerprint(checkpoint), "data": examples.fingerprint}
 
-    settings = {**settings_of(config), **picked(config.compute)}
+    settings = {**settings_of(config), **picked(config.compute, checkpoint)}
     return Subject(checkpoint, examples, tokenizer, encoded, settings, look(), look)
 
 

@@ -87,7 +87,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     unused = {"full", "base", "forget", "retain"} - inputs.keys()
     settings = {k: v for k, v in settings_of(config).items() if k not in {*unused, "seed"}}
     settings |= method.record()
-    settings |= picked(config.compute)
+    settings |= picked(config.compute, start)
     key = stage_key("train", settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from perta.engine.train._loop import add_gradient, train
 from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses, losses_of
-from perta.models.precision import product_type
+from perta.models.precision import product_type_of
 from perta.options import DType, TuneConfig
 from perta.parallel import Own, everywhere
 from perta.progress import say
@@ -160,7 +160,7 @@ def tune(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or _usual_rate(model, config))
-    run = (model, examples, config, pad, product_type(dtype, model.device))
+    run = (model, examples, config, pad, product_type_of(model, dtype))
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _tune(*run, Own(resume), after_epoch)

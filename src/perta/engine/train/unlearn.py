@@ -46,7 +46,7 @@ from perta.methods.objectives import (
 )
 from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
-from perta.models.precision import product_type, products_in
+from perta.models.precision import product_type_of, products_in
 from perta.options import DType, TrainSettings
 from perta.parallel import Own, everywhere, portion, share, summed
 from perta.progress import warn
@@ -126,7 +126,7 @@ def unlearn_by_training(
     settings = with_method_defaults(method, config)
     examples = _sets(method, forget, retain, refusals)
     measured = forget if method.sees_forget_set else retain
-    products = product_type(dtype, model.device)
+    products = product_type_of(model, dtype)
     run = (model, method, settings, examples, measured, pad, products)
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:

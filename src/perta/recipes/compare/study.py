@@ -451,7 +451,7 @@ class _Seed:
         """Hash of all that decides a run: how it is measured, the models, and the rows."""
         config, draw = self._config, self._draw
         settings = {name: getattr(config, name) for name in _IN_KEY}
-        settings |= settings_of(config.data_config) | picked(config.compute)
+        settings |= settings_of(config.data_config) | picked(config.compute, draw.base)
         settings |= {"contender": spec.name if spec else None}
         if isinstance(spec, EditSpec | TrainingSpec):
             settings |= spec.method.code

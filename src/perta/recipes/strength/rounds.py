@@ -103,7 +103,7 @@ def write_rounds(
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
-    settings |= judged | picked(compute)
+    settings |= judged | picked(compute, Path(edit.full))
 
     def make(folder: Path) -> Mapping[str, Any]:
         with scratch_folder(place.output.with_name(f"{place.output.name}.rounds")) as scratch:
