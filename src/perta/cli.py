@@ -234,10 +234,11 @@ def audit(
     from perta.evidence.audit.document import without_scores
     from perta.report.audit import refuse_foreign, write_audit_page
     from perta.stages.audit import AUDIT, audit_checkpoint
+    from perta.store.record import settings_of
     from perta.terminal import print_audit, print_json
 
     told = page or AuditPageConfig()
-    refuse_foreign(config.output, told)
+    refuse_foreign(config.output, told, settings_of(config))
     results = audit_checkpoint(config)
     written = write_audit_page(config.output, told)
     if json:

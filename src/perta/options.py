@@ -150,6 +150,15 @@ def require(condition: bool, flag: str, value: object, wanted: str) -> None:
         raise ConfigError(f"--{flag} is {value}; it must be {wanted}.")
 
 
+def require_unicode(config: object) -> None:
+    """Stop with a `ConfigError` at names and texts that no record and no page could hold."""
+    for name, value in vars(config).items():
+        for part in value if isinstance(value, tuple) else (value,):
+            text = str(part) if isinstance(part, str | Path) else ""
+            is_unicode = not any("\ud800" <= c <= "\udfff" for c in text)
+            require(is_unicode, name.replace("_", "-"), ascii(text), "a name in UTF-8")
+
+
 def sample_count(text: str | None, flag: str, examples: int) -> int:
     """Size of a sample.
 

@@ -7,6 +7,7 @@ import html
 import json
 import random
 import re
+import shutil
 import stat
 import sys
 import zipfile
@@ -152,6 +153,7 @@ def test_what_is_there_and_not_ours_stays(audited: tuple[Path, list[str]], tmp_p
     with pytest.raises(OutputExistsError, match=r"mine\.zip"):
         write_audit_page(out, AuditPageConfig(bundle=other))
     assert other.read_text() == "mine"
+    shutil.copy(out / "audit.json", tmp_path)
     (tmp_path / "audit.html").write_text("mine")
     with pytest.raises(OutputExistsError, match=r"audit\.html"):
         write_audit_page(tmp_path)
@@ -166,3 +168,83 @@ def test_what_is_no_audit_and_no_day_is_refused(tmp_path: Path) -> None:
         write_audit_page(tmp_path)
     with pytest.raises(ConfigError, match="received"):
         AuditPageConfig(received="yesterday")
+
+
+def test_the_command_on_the_page_makes_the_same_audit(
+    audited: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    audit = json.loads((audited[0] / "out" / "audit.json").read_text("utf-8"))
+    audit["perta"]["settings"] |= {"probes": ["fact", "own file.py"], "retain_rows": 7}
+    (tmp_path / "audit.json").write_text(json.dumps(audit), "utf-8")
+    page = html.unescape(write_audit_page(tmp_path).read_text("utf-8"))
+    for given in ("--probe fact --probe 'own file.py'", "--retain-rows 7", "--max-new-tokens 8"):
+        assert given in page
+
+
+def _listed(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("cleaned/new.zip", "full/deep/new.zip", "base/model.safetensors", "retain.jsonl"),
+        *("out", "out/audit.json", "out/audit.html", "out/audit.journal", "out/audit.json/new.zip"),
+        *("", "forget.jsonl/new.zip", "new", "new/audit.json", "new/audit.html", "new/x/.."),
+    ],
+)
+def test_a_bundle_gets_into_nothing_that_is_read_or_written(
+    audited: tuple[Path, list[str]],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = audited[0]
+    before = _listed(folder)
+    given = [part for name in ("full", "base") for part in (f"--{name}", str(folder / name))]
+    given += [part for name in SETS for part in (f"--{name}", str(folder / f"{name}.jsonl"))]
+    output = folder / ("new" if place.startswith("new") else "out")
+    words = ["perta", "audit", str(folder / "cleaned"), *given, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*words, "--bundle", str(folder / place)])
+    monkeypatch.setattr("perta.stages.audit.audit_checkpoint", None)
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "defect" not in told
+    assert _listed(folder) == before
+    assert not (folder / "new").exists()
+    if output.name == "out":
+        with pytest.raises((ConfigError, OutputExistsError)):
+            write_audit_page(output, AuditPageConfig(bundle=folder / place))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "cut", "changed", "quick", "\xff", "[" * 9999])
+def test_a_damaged_audit_has_no_page(
+    audited: tuple[Path, list[str]], tmp_path: Path, text: str
+) -> None:
+    whole = (audited[0] / "out" / "audit.json").read_text("utf-8")
+    audit = json.loads(whole)
+    quick = {**audit, "perta": {**audit["perta"], "settings": {"level": "quick"}}}
+    made = {
+        "cut": whole[: len(whole) // 2],
+        "changed": whole.replace('"verdict": "not sure"', '"verdict": "passed"', 1),
+        "quick": json.dumps(quick),
+    }
+    (tmp_path / "audit.json").write_text(made.get(text, text), "latin-1")
+    with pytest.raises(DataError, match=r"audit\.json"):
+        write_audit_page(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["audit.json"]
+
+
+@pytest.mark.parametrize("request_number", ["\x00<b>", "\u202e7\n\r\t", "{{ 7 * 7 }}", "ü" * 999])
+def test_a_request_of_odd_characters_is_shown_and_obeyed_by_nothing(
+    audited: tuple[Path, list[str]], request_number: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"--request is .*\\udcff"):
+        AuditPageConfig(request=f"{request_number}\udcff")
+    config = AuditPageConfig(request=request_number, operator=request_number)
+    page = write_audit_page(audited[0] / "out", config).read_text("utf-8")
+    assert "<b>" not in page
+    assert "49" not in re.findall(r"<dd>(.*?)</dd>", page)
+    assert not set("\x00\u202e") & set(page)

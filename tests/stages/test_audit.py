@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from conftest import TUNE, World
 from perta.cli import main
 from perta.data.examples import load_examples
-from perta.errors import CheckpointMismatchError, ConfigError, DataError, DivergenceError
+from perta.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    OutputExistsError,
+)
 from perta.evidence.audit.probe import Role, Rows, View
 from perta.evidence.audit.probes import verbatim
 from perta.models.demo.tiny import write_tiny_checkpoint
@@ -408,6 +414,99 @@ def test_an_output_that_cannot_be_written_stops_before_the_models(
     (tmp_path / "file").write_text("x", "utf-8")
     with pytest.raises(ConfigError, match="is no folder"):
         audit_checkpoint(replace(config, output=tmp_path / "file"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"perta": 1}', "cut", "changed", "\xff"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_audit_is_not_reused(
+    config: AuditConfig, monkeypatch: pytest.MonkeyPatch, text: str, overwrite: bool
+) -> None:
+    file = config.output / "audit.json"
+    quick = replace(config, probes=("fact",), retrained=None)
+    whole = audit_checkpoint(quick)
+    written = file.read_text("utf-8")
+    made = {
+        "cut": written[: len(written) // 2],
+        "changed": written.replace('"verdict": "leaks"', '"verdict": "passed"'),
+    }
+    file.write_text(made.get(text, text), "latin-1")
+    if overwrite and text in ("", "changed"):
+        assert audit_checkpoint(replace(quick, overwrite=True))["probes"] == whole["probes"]
+        return
+    monkeypatch.setattr("perta.stages.audit.load_model", None)
+    with pytest.raises(OutputExistsError, match=r"audit\.json exists and was"):
+        audit_checkpoint(replace(quick, overwrite=overwrite))
+    assert file.read_text("latin-1") == made.get(text, text)
+
+
+def test_an_audit_of_something_else_stays(
+    config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = replace(config, probes=("fact",))
+    audit_checkpoint(quick)
+    before = (config.output / "audit.json").read_bytes()
+    monkeypatch.setattr("perta.stages.audit.load_model", None)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(Path(config.forget).read_text("utf-8").splitlines()[0], "utf-8")
+    for other, what in (
+        (replace(quick, forget=str(fewer)), "forget"),
+        (replace(quick, full=config.checkpoint, checkpoint=config.full), "full, checkpoint"),
+        (replace(quick, seed=1), "seed"),
+    ):
+        with pytest.raises(OutputExistsError, match=f"was made with other {what}"):
+            audit_checkpoint(other)
+    assert (config.output / "audit.json").read_bytes() == before
+
+
+def test_what_was_measured_on_other_rows_is_not_gone_on_with(
+    config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = replace(config, probes=("fact",))
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text(Path(config.forget).read_text("utf-8").splitlines()[0], "utf-8")
+    undisturbed = audit_checkpoint(replace(quick, forget=str(fewer), output=tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr("perta.stages.audit.entry_of", None)
+        with pytest.raises(TypeError):
+            audit_checkpoint(quick)
+    assert (config.output / "audit.journal").stat().st_size > 0
+    again = audit_checkpoint(replace(quick, forget=str(fewer)))
+    assert again["probes"] == undisturbed["probes"]
+
+
+def test_names_that_no_record_could_hold_are_refused(config: AuditConfig) -> None:
+    # A record with such a name cannot be read again.
+    with pytest.raises(ConfigError, match=r"--full is 'odd\\udcff'; .* UTF-8"):
+        replace(config, full="odd\udcff")
+    with pytest.raises(ConfigError, match="--output is"):
+        replace(config, output=Path("odd\udcff"))
+    with pytest.raises(ConfigError, match="--probes is"):
+        replace(config, probes=("fact", "odd\udcff.py"))
+
+
+@pytest.mark.parametrize(
+    "code", ["raise ValueError('no luck')", "return 1 / 0", "return None", "return Rows(5)"]
+)
+def test_a_probe_of_ones_own_that_fails_is_named(
+    config: AuditConfig,
+    tmp_path: Path,
+    code: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(f"{OWN.split('        return')[0]}        {code}\n", "utf-8")
+    given = ("full", "base", "forget", "output", "level")
+    options = [part for name in given for part in (f"--{name}", str(getattr(config, name)))]
+    monkeypatch.setattr(
+        sys, "argv", ["perta", "audit", config.checkpoint, *options, "--probe", str(own)]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert "own" in told
+    assert "defect in perta" not in told
+    assert not (config.output / "audit.json").exists()
 
 
 def test_on_the_command_line(

@@ -15,16 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perta.errors import DataError
+from perta.errors import ConfigError, DataError
 from perta.report._page import filled
 from perta.report.settings import AuditPageConfig
 from perta.store.atomic import atomic_file, check_writable, write_text
-from perta.store.parse import read_json
-from perta.store.record import check_output, read_manifest
+from perta.store.parse import fits, read_json
+from perta.store.record import check_output, read_manifest, refuse_changed
 from perta.version import __version__
 
 AUDIT, PAGE, SUMS = "audit.json", "audit.html", "SHA256SUMS"
 _SCHEMA = "perta-audit/1"
+_OWN = (AUDIT, PAGE, "audit.journal")
+_FORM = {
+    "probes": list,
+    "perta": {
+        "settings": dict.fromkeys(("checkpoint", "full", "forget"), str),
+        "inputs": {str: str},
+        **dict.fromkeys(("content", "created"), str),
+    },
+}
 _MODELS = ("checkpoint", "full", "retrained", "base")
 _SETS = ("forget", "retain", "holdout")
 _COUNTED = {
@@ -66,36 +75,51 @@ def write_audit_page(folder: Path, config: AuditPageConfig | None = None) -> Pat
     """Write the page of a finished audit beside its `audit.json`; returns the page.
 
     Raises:
-        DataError: the folder holds no audit of this form.
-        OutputExistsError: the bundle's place is taken by something else.
+        DataError: the folder holds no audit of this form, or one that was changed since.
+        PertaError: as `refuse_foreign`.
     """
-    config = config or AuditPageConfig()
-    refuse_foreign(folder, config)
+    config, audit = config or AuditPageConfig(), _read(folder)
+    refuse_foreign(folder, config, audit["perta"]["settings"])
     page = folder / PAGE
-    write_text(page, _render(folder, _read(folder), config), private=True)
+    write_text(page, _render(folder, audit, config), private=True)
     if config.bundle:
         _write_bundle(folder, config.bundle)
     return page
 
 
-def refuse_foreign(folder: Path, config: AuditPageConfig) -> None:
+def refuse_foreign(folder: Path, config: AuditPageConfig, settings: Mapping[str, Any]) -> None:
     """Stop before an audit whose page or bundle would replace something else.
 
+    Args:
+        folder: of the audit.
+        config: where the bundle goes.
+        settings: of the audit, which name what it reads.
+
     Raises:
+        ConfigError: the bundle is a part of what is read or of the audit, or cannot be written.
         OutputExistsError: it is there, and neither empty nor of `perta audit`.
     """
     check_output(folder / PAGE, overwrite=True, ours=_is_page)
-    if config.bundle:
-        check_writable(config.bundle)
-        check_output(config.bundle, overwrite=True, ours=_is_bundle)
+    if config.bundle is None:
+        return
+    place, own = config.bundle.resolve(), [(folder / name).resolve() for name in _OWN]
+    if any(place.is_relative_to(part) or part.is_relative_to(place) for part in own):
+        raise ConfigError(
+            f"--bundle {config.bundle} takes the place of {folder} or of a file that it will hold. "
+            f"Give a file of its own, such as {folder}.zip."
+        )
+    check_writable(config.bundle)
+    reads = [str(settings[name]) for name in (*_MODELS, *_SETS) if settings.get(name)]
+    check_output(config.bundle, reads, overwrite=True, ours=_is_bundle)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / AUDIT
     audit: Any = read_json(file, DataError)
-    if not isinstance(audit, dict) or audit.get("schema") != _SCHEMA or "perta" not in audit:
+    if not fits(audit, _FORM) or audit.get("schema") != _SCHEMA:
         raise DataError(f"{file} is no audit of the form {_SCHEMA}. Run `perta audit` again.")
-    return audit
+    refuse_changed(audit, file)
+    return dict(audit)
 
 
 def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> str:
@@ -162,10 +186,13 @@ def _named(settings: Mapping[str, Any]) -> list[str]:
 
 def _command(settings: Mapping[str, Any]) -> str:
     """The command that makes the same audit."""
-    names = ("full", "base", "retrained", *_SETS, "level", "seed", "samples")
+    numbers = ("seed", "samples", "retain_rows", "max_new_tokens")
+    names = ("full", "base", "retrained", *_SETS, "level", *numbers)
     options = [(name, settings[name]) for name in names if settings.get(name) is not None]
-    options += [("probe", probe) for probe in settings.get("probe") or ()]
-    given = [part for name, value in options for part in (f"--{name}", str(value))]
+    options += [("probe", probe) for probe in settings.get("probes") or ()]
+    given = [
+        part for name, value in options for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     return shlex.join(["perta", "audit", str(settings["checkpoint"]), *given, "--output", "AUDIT"])
 
 

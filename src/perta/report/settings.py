@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from perta.options import Flat, Paths, Repeated, require
+from perta.options import Flat, Paths, Repeated, require, require_unicode
 
 Wanted = Literal["met", "partly"]
 """The least that a verdict has to be."""
@@ -62,6 +62,7 @@ class AuditPageConfig(Paths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_unicode(self)
         try:
             date.fromisoformat(self.received or "2000-01-01")
         except ValueError:

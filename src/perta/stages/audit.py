@@ -518,6 +518,8 @@ def _labelled(encoded: Encoded) -> int:
 def _checked(probe: Probe, view: View, name: str) -> Rows:
     """A probe's scores, one for each sequence and each of them a number."""
     rows = probe.run(view, name)
+    if not isinstance(rows, Rows) or not isinstance(rows.scores, list | tuple):
+        raise ConfigError(f"The probe {probe.name} has to give `Rows` with a list of scores.")
     wanted = len(view.material.facts[name])
     if len(rows.scores) != wanted:
         raise ConfigError(

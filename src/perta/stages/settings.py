@@ -36,6 +36,7 @@ from perta.options import (  # noqa: F401
     WeightingConfig,
     require,
     require_format,
+    require_unicode,
 )
 
 
@@ -302,6 +303,7 @@ class AuditConfig(Paths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_unicode(self)
         least = {"samples": self.samples, "retain-rows": self.retain_rows}
         for flag, value in {**least, "max-new-tokens": self.max_new_tokens}.items():
             require(value is None or value >= 1, flag, value, "at least 1")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from perta.errors import ConfigError, nearest
-from perta.evidence.audit.probe import Probe
+from perta.evidence.audit.probe import Need, Probe
 from perta.evidence.audit.probes import answers, collateral, inside, membership, verbatim, weights
 from perta.evidence.audit.probes.frames import Frames
 from perta.evidence.benchmark import own_class
@@ -43,6 +45,10 @@ PROBES: tuple[type[Probe], ...] = (
 )
 """In the order in which they are told."""
 
+_TEXTS = ("name", "group", "title", "question", "source")
+_SETS = ("forget", "retain", "holdout")
+_NAMES = {"sets": _SETS, "compared": _SETS, "needs": get_args(Need)}
+
 
 def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
     """The probes that run.
@@ -52,7 +58,7 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
         names: probes, groups of probes, or Python files that define one; they run at every level.
 
     Raises:
-        ConfigError: there is no such probe, or the file defines none.
+        ConfigError: there is no such probe, the file defines none, or two files one of a name.
     """
     if not names:
         within = LEVELS[: LEVELS.index(level) + 1]
@@ -66,12 +72,29 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
             chosen += [probe() for probe in PROBES if name in (probe.name, probe.group)]
         else:
             raise ConfigError(f"--probe {name}: there is no such probe.{nearest(name, known)}")
+    homes = {(probe.name, type(probe).__module__) for probe in chosen}
+    for name, count in Counter(name for name, _ in homes).items():
+        if count > 1:
+            raise ConfigError(f"--probe: {count} files define a probe {name}. Name one otherwise.")
     return list({probe.name: probe for probe in chosen}.values())
 
 
 def load_probe(path: Path) -> Probe:
     """The probe that a Python file defines; a ConfigError as `own_class`, or a name of ours."""
-    own: type[Probe] = own_class(path, Probe, ("name", "group", "title", "question", "source"))
+    own: type[Probe] = own_class(path, Probe, _TEXTS)
+    odd = [part for part in (*_TEXTS, "unit") if not isinstance(getattr(own, part), str)]
+    odd += [part for part, known in _NAMES.items() if not _names(getattr(own, part), known)]
+    odd += [] if own.level in LEVELS else ["level"]
+    if odd:
+        raise ConfigError(
+            f"{path}: {own.__name__} has {', '.join(odd)} of another form than those of "
+            f"{Probe.__module__}.Probe."
+        )
     if own.name in {probe.name for probe in PROBES}:
         raise ConfigError(f"{path}: there is a probe {own.name} already. Name it otherwise.")
     return own()
+
+
+def _names(value: object, known: Sequence[str]) -> bool:
+    """Whether a value is a tuple or list of known names."""
+    return isinstance(value, tuple | list) and all(name in known for name in value)

@@ -98,12 +98,29 @@ def test_probes_are_chosen_by_level_name_group_or_file(tmp_path: Path) -> None:
         (OWN.replace("def run", "def runs"), "with a method `run`"),
         (OWN.replace("question, source", "query, source"), "lacks question"),
         (OWN.replace('"short"', '"fact"'), "there is a probe fact already"),
+        (OWN.replace('"short"', "5"), "Short has name of another form"),
+        (f"{OWN}\n    sets, compared = 'forget', ['unseen']", "has sets, compared of another form"),
+        (
+            f"{OWN}\n    needs, level, unit = ('luck',), 'deep', 1",
+            "has unit, needs, level of another",
+        ),
+        ("def f(:", "cannot be run: SyntaxError"),
+        ("raise SystemExit(3)", "cannot be run: SystemExit"),
     ],
 )
 def test_a_file_without_a_probe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.py").write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=message):
         choose_probes("quick", [str(tmp_path / "own.py")])
+
+
+def test_two_files_with_probes_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name, text in {"one": OWN, "other": f"{OWN}\n"}.items():
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    one, other = (str(tmp_path / f"{name}.py") for name in ("one", "other"))
+    assert len(choose_probes("quick", [one, one])) == 1
+    with pytest.raises(ConfigError, match="2 files define a probe short"):
+        choose_probes("quick", [one, other])
 
 
 def test_the_nearest_probe_is_named() -> None:
