@@ -555,7 +555,12 @@ def launch(
         load_methods(file)
     app.config = (source,) if source else ()
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        app(
+            [_as_called_now(token) for token in tokens],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
     finally:
         app.config = ()  # the next call in this process would read the file as well
 
@@ -623,11 +628,20 @@ _NOW_CALLED = {
 }
 
 
+def _as_called_now(token: str) -> str:
+    """An option by its present name; the old one still works, and a line says so."""
+    flag, equals, value = token.partition("=")
+    if flag not in _NOW_CALLED:
+        return token
+    from perta.progress import say
+
+    say(f"{flag} is called {_NOW_CALLED[flag]} now.")
+    return f"{_NOW_CALLED[flag]}{equals}{value}"
+
+
 def _usage(error: CycloptsError) -> str:
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
     unknown += error.unused_tokens or ()
-    for flag in _NOW_CALLED.keys() & unknown:
-        return f"{flag} is called {_NOW_CALLED[flag]} now."
     for flag in {*_NOW_SETTINGS}.intersection(unknown):
         key = flag.removeprefix("--").replace("-", "_")
         key = key.removeprefix("unlearn_").removeprefix("influence_")
