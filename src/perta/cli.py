@@ -191,9 +191,10 @@ def _tell_edit(json: bool, what: str, output: Path, direction: Path | None) -> N
 def repair(config: RepairConfig, *, json: _AsJson = False) -> None:
     """Give back what an unlearning run by any method took from the examples to keep."""
     from perta.recipes.repair import repair_checkpoint
+    from perta.store.atomic import beside
 
     output = repair_checkpoint(config)
-    _tell_edit(json, "Repaired", output, output.with_name(f"{output.name}.direction"))
+    _tell_edit(json, "Repaired", output, beside(output, ".direction"))
 
 
 @app.command

@@ -452,6 +452,19 @@ def test_a_comparison_is_planned_as_it_is_run(
     assert fresh.work == pytest.approx(made, rel=0.25)
 
 
+def test_a_folder_with_another_page_is_refused_first(
+    compared: tuple[CompareConfig, list[Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "report.html").write_text("mine", "utf-8")
+    config = replace(compared[0], output=tmp_path)
+    for go in (plan_compare, bench_compare):
+        with pytest.raises(OutputExistsError, match="is not a report"):
+            go(config)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            go(replace(config, output=tmp_path / "report.html" / "under"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
 def test_finished_runs_are_reused_and_new_ones_added(
     compared: tuple[CompareConfig, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from conftest import World
 from helpers import tiny_llama
-from perta.errors import CheckpointMismatchError, ConfigError
-from perta.options import ComputeConfig
+from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError
+from perta.options import ComputeConfig, MomentOptions
 from perta.recipes.repair import repair_checkpoint
 from perta.recipes.settings import RepairConfig
 from perta.stages.moments import compute_moments
@@ -21,7 +22,7 @@ from perta.stages.settings import MomentsConfig
 from perta.store.checkpoint import copy_companions, open_index, read_tensor, write_tensors
 from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
-from perta.store.record import read_manifest
+from perta.store.record import read_manifest, write_manifest
 
 CPU = ComputeConfig(device="cpu", dtype="float32")
 
@@ -86,6 +87,43 @@ def test_ready_moments_give_the_same_and_no_other_folder(
     assert not (tmp_path / "out.retain_moments").exists()
     again = tensors(repair_checkpoint(replace(config, output=tmp_path / "again")))
     assert all(torch.equal(found[name], value) for name, value in again.items())
+
+
+def test_an_output_that_must_stay_is_refused_before_anything_is_measured(
+    tmp_path: Path, config: RepairConfig
+) -> None:
+    other, rows = tmp_path / "other", tmp_path / "rows" / "retain.jsonl"
+    other.mkdir()
+    rows.parent.mkdir()
+    shutil.copy(config.retain or "", rows)
+    write_manifest(rows.parent, {"stage": "edit"})
+    for output, more, error, message in (
+        (other, {}, OutputExistsError, "was not made by perta"),
+        (Path(config.unlearned), {"overwrite": True}, ConfigError, "overlaps the input"),
+        (rows.parent, {"overwrite": True, "retain": str(rows)}, ConfigError, "overlaps the input"),
+        (rows / "out", {}, ConfigError, "cannot be written"),
+    ):
+        with pytest.raises(error, match=message):
+            repair_checkpoint(replace(config, output=output, **more))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "rows", "theirs"]
+    repair_checkpoint(config)
+    moments = tmp_path / "out.retain_moments"
+    before = moments.stat().st_ino
+    with pytest.raises(OutputExistsError, match="made with other method_settings"):
+        repair_checkpoint(replace(config, rho=5.0, moments=MomentOptions(tokens="answer")))
+    assert moments.stat().st_ino == before
+
+
+def test_moments_of_another_model_are_to_be_made_at_the_full_one(
+    world: World, tmp_path: Path, config: RepairConfig
+) -> None:
+    moments = compute_moments(
+        MomentsConfig(
+            checkpoint=str(world.base), data=str(world.retain), output=tmp_path / "m", compute=CPU
+        )
+    )
+    with pytest.raises(CheckpointMismatchError, match=f"--checkpoint {config.full} "):
+        repair_checkpoint(replace(config, retain=None, retain_moments=moments))
 
 
 def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(

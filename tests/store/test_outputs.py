@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from perta.errors import ConfigError, OutputExistsError
+from perta.recipes.settings import UnlearnConfig
+from perta.report.write import companion_folder
 from perta.store import atomic
-from perta.store.atomic import atomic_file, atomic_folder, recover, scratch_folder
+from perta.store.atomic import atomic_file, atomic_folder, beside, recover, scratch_folder
 from perta.store.record import check_output, check_separate, write_manifest
 
 DIES = """
@@ -241,6 +243,16 @@ def test_an_output_is_no_input_and_holds_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overlaps"):
         check_separate(folder / "rows.jsonl", [link / "rows.jsonl"], within=True)
     check_separate(folder / "results.json", [folder], within=True)
+
+
+@pytest.mark.parametrize("output", [".", "/"])
+def test_an_output_without_a_name_has_nothing_beside_it(output: str) -> None:
+    config = UnlearnConfig(base="b", full="f", forget="d", output=Path(output))
+    with pytest.raises(ConfigError, match="is no name"):
+        _ = config.work_folder
+    with pytest.raises(ConfigError, match="is no name"):
+        companion_folder(config.output)
+    assert beside(Path("a/b.c"), ".direction") == Path("a/b.c.direction")
 
 
 def test_a_signal_while_an_output_is_begun_leaves_nothing(

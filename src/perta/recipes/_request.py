@@ -39,7 +39,7 @@ from perta.progress import say
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
-from perta.store.atomic import check_place, check_writable, write_text
+from perta.store.atomic import beside, check_place, check_writable, write_text
 from perta.store.record import check_output, check_separate
 
 _SHARE, _SMALLEST, _LARGEST = 0.1, 8, 200
@@ -197,7 +197,7 @@ def check_places(config: UnlearnConfig, reads: Iterable[str | Path]) -> None:
 
 def page_of(output: Path) -> Path:
     """Where the report on an output lies."""
-    return output.with_name(f"{output.name}.report.html")
+    return beside(output, ".report.html")
 
 
 def check_retain_moments(

@@ -22,7 +22,7 @@ from perta.models.resolve import cache_folder
 from perta.recipes._request import HELD_BACK, PROTECTED
 from perta.recipes._run_record import STRENGTH
 from perta.recipes.settings import WORK
-from perta.store.atomic import recover
+from perta.store.atomic import beside, recover
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import FORGET_CHECKPOINT, is_unlearned
 from perta.store.record import read_manifest
@@ -97,9 +97,9 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
 
 def _work(output: Path, record: _Record) -> Path:
     written = record.get("unlearn", {}).get("settings", {}).get("work_dir")
-    beside = output.with_name(f"{output.name}{WORK}")
     # A run that was moved as a whole still has its work folder beside it.
-    return Path(written) if isinstance(written, str) and Path(written).is_dir() else beside
+    is_there = isinstance(written, str) and Path(written).is_dir()
+    return Path(written) if is_there else beside(output, WORK)
 
 
 def _records(folder: Path) -> list[_Record]:
@@ -116,16 +116,16 @@ def _record_of(place: Path) -> _Record | None:
 def _beside(output: Path) -> Iterator[Path]:
     """States, a direction and a journal, which have the output's name."""
     yield from _unfinished(output)
-    direction = output.with_name(f"{output.name}.direction")
+    direction = beside(output, ".direction")
     if (_record_of(direction) or {}).get("stage") == "direction":
         yield direction
 
 
 def _unfinished(output: Path) -> Iterator[Path]:
-    states = output.with_name(f"{output.name}.resume")
+    states = beside(output, ".resume")
     if (states / "state.pt").is_file() and not states.is_symlink():
         yield states
-    journal = output.with_name(f"{output.name}.journal")
+    journal = beside(output, ".journal")
     if journal.is_file():
         yield journal
 

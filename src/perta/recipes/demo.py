@@ -27,7 +27,7 @@ from perta.recipes._workspace import Workspace
 from perta.recipes.settings import DemoConfig
 from perta.report.collect import collect, costs
 from perta.report.settings import ReportConfig
-from perta.report.write import write_report
+from perta.report.write import check_report_folder, write_report
 from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import PeopleConfig
@@ -51,11 +51,12 @@ def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, A
     if config.tiny and config.compute.threads is None:
         # With tensors this small, threads would mostly wait for each other.
         config = replace(config, compute=replace(config.compute, threads=1))
+    page = check_report_folder(config.output)
     results = _Demo(config, config.output).results()
     report = write_report(
         ReportConfig(
             results=(str(config.output),),
-            output=config.output / "report.html",
+            output=page,
             title="Demo of unlearning",
         )
     )
@@ -72,6 +73,7 @@ def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, A
 
 def plan_demo(config: DemoConfig) -> Plan:
     """What `run_demo` would do; nothing is written but to the cache."""
+    check_report_folder(config.output)
     with TemporaryDirectory() as scratch:
         demo = _Demo(config, Path(scratch), asks=True)
         demo.results()

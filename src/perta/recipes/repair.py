@@ -21,8 +21,11 @@ from perta.recipes.settings import RepairConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.moments import compute_moments
 from perta.stages.settings import EditConfig, MomentsConfig
+from perta.stages.stage import refuse_other
+from perta.store.atomic import beside, check_writable
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
+from perta.store.record import check_output
 
 
 def repair_checkpoint(config: RepairConfig) -> Path:
@@ -35,13 +38,19 @@ def repair_checkpoint(config: RepairConfig) -> Path:
         PertaError: input that cannot be used; nothing is half-written.
     """
     weighting = WeightingConfig(method=f"sage:rho={config.rho!r}")
-    get_method(weighting.method)  # its settings fit
+    method = get_method(weighting.method)  # its settings fit
     full, theirs = map(resolve_checkpoint, (config.full, config.unlearned))
-    if fingerprint(full) == fingerprint(theirs):
+    inputs = {"full": fingerprint(full), "base": fingerprint(theirs)}
+    if inputs["full"] == inputs["base"]:
         raise ConfigError(
             f"{config.unlearned} holds the weights of {config.full}: no step was taken. Give what "
             "an unlearning run ended with as --unlearned, and what it began with as --full."
         )
+    check_writable(config.output)
+    reads = (full, theirs, config.full, config.unlearned, config.retain, config.retain_moments)
+    check_output(config.output, filter(None, reads), overwrite=config.overwrite)
+    settings = {**method.record(), "save_dtype": config.save_dtype}
+    refuse_other("edit", config, settings, inputs)
     plan_edit(open_index(full), {BASE: open_index(theirs)}, weighting)
     edit = EditConfig(
         full=config.full,
@@ -61,7 +70,7 @@ def _measured(config: RepairConfig) -> Path:
         MomentsConfig(
             checkpoint=config.full,
             data=str(config.retain),
-            output=config.output.with_name(f"{config.output.name}.retain_moments"),
+            output=beside(config.output, ".retain_moments"),
             overwrite=True,
             options=config.moments,
             data_config=config.data_config,

@@ -36,6 +36,7 @@ from perta.options import (
     sample_count,
 )
 from perta.report.settings import Wanted
+from perta.store.atomic import beside
 
 _PATHS, _CHECKPOINTS = (
     ("output", "work_dir", "retain_moments"),
@@ -164,7 +165,7 @@ class UnlearnConfig(Paths):
     @property
     def work_folder(self) -> Path:
         """Where intermediate results go."""
-        return self.work_dir or self.output.with_name(f"{self.output.name}{WORK}")
+        return self.work_dir or beside(self.output, WORK)
 
 
 @Flat

@@ -29,7 +29,14 @@ from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.words import WORDS, number
-from perta.store.atomic import atomic_file, atomic_folder, check_place, recover
+from perta.store.atomic import (
+    atomic_file,
+    atomic_folder,
+    beside,
+    check_place,
+    check_writable,
+    recover,
+)
 from perta.store.costs import duration, percent
 from perta.store.record import check_output, check_separate
 from perta.version import __version__
@@ -99,7 +106,7 @@ def render(page: Page) -> str:
 
 def companion_folder(output: Path) -> Path:
     """Folder of the plots and tables beside a page."""
-    return output.with_name(f"{output.stem}_files")
+    return beside(output.parent / output.stem, "_files")
 
 
 def _ordered(verdicts: list[Verdict], subject: str | None) -> list[Verdict]:
@@ -154,6 +161,19 @@ def refuse_foreign_page(config: ReportConfig) -> None:
             f"{output} exists and is not a report. Choose another --output, or pass --overwrite "
             "to replace it if it is empty or made by perta."
         )
+
+
+def check_report_folder(folder: Path) -> Path:
+    """Where a folder's report goes, after a stop where either cannot or must not be written.
+
+    Raises:
+        ConfigError: nothing can be written there.
+        OutputExistsError: what is no report lies where it goes.
+    """
+    page = folder / "report.html"
+    check_writable(page)
+    refuse_foreign_page(ReportConfig(output=page))
+    return page
 
 
 def _is_page(file: Path) -> bool:

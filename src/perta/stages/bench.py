@@ -33,7 +33,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import evaluated, run_file_stage
-from perta.store.atomic import atomic_folder, recover
+from perta.store.atomic import atomic_folder, beside, recover
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import check_reference
 from perta.store.record import check_output, make_manifest, settings_of, write_manifest
@@ -74,7 +74,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
         if not check_reference(made, (reference or {}).get("perta", {}), str(config.reference)):
             say(f"Reference: {config.reference}, of the retrained model as stated by the user")
     # Outcomes are kept as they come, so that a run that was killed goes on where it stopped.
-    given = Given(data, reference, config.output.with_name(config.output.name + ".journal"))
+    given = Given(data, reference, beside(config.output, ".journal"))
     check_output(given.journal, overwrite=True, ours=is_journal)
 
     def make() -> Mapping[str, Any]:

@@ -43,7 +43,7 @@ from perta.options import ComputeConfig, SaveType, WeightingConfig
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
 from perta.stages.stage import At, as_part, refuse_other, run_stage
-from perta.store.atomic import scratch_folder
+from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments, write_shards
@@ -140,7 +140,7 @@ def edit_checkpoint(
             summary = edit(folder, cast(SaveType, config.save_dtype))
             tell_stored("edit", summary.stored)
             return {"edit": asdict(summary), **made}
-        with scratch_folder(config.output.with_name(f"{config.output.name}.edited")) as whole:
+        with scratch_folder(beside(config.output, ".edited")) as whole:
             if original is not None:
                 summary = edit(whole, "full", quantised_tensors(open_index(original)))
                 stored = write_quantised(folder, original, whole, seed)
@@ -300,22 +300,23 @@ def direction_folder(config: EditConfig) -> Path | None:
     """Where a structured method's direction goes; None for the others."""
     if not get_method(config.weighting.method).needs.moments:
         return None
-    return config.direction or config.output.with_name(f"{config.output.name}.direction")
+    return config.direction or beside(config.output, ".direction")
 
 
 def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
     """Compute a structured method's direction from the edit's inputs, or reuse it."""
     method, weighting = get_method(config.weighting.method), config.weighting
     needs, tuned = method.needs, _forget_checkpoints(folders)
+    measured = folders["base"], folders["full"]
     if method.direction == "full - base":
-        tuned = (folders.get("exact", folders["full"]),)
+        tuned, measured = (folders.get("exact", folders["full"]),), measured[::-1]
     check_count(method, folders["base"], len(tuned))
     for name in needs.moments:
         if f"{name}_moments" not in folders:
             option = " --gradients" if needs.gradients else ""
             raise ConfigError(
                 f"`{method.name}` needs --{name}-moments. Make it with `perta moments "
-                f"--checkpoint {folders['base']} --data {name.upper()}_SET{option} --output ...`."
+                f"--checkpoint {measured[0]} --data {name.upper()}_SET{option} --output ...`."
             )
     output = cast(Path, direction_folder(config))
     check_separate(output, folders.values())
@@ -328,7 +329,7 @@ def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
         folders["base"],
         tuned,
         {side: folders[f"{side}_moments"] for side in sorted(needs.moments, reverse=True)},
-        (folders["base"], folders["full"]),
+        measured,
         lambda moments: choose_layers(open_index(folders["full"]), moments, weighting).chosen,
         device,
     )

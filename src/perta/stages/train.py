@@ -46,7 +46,7 @@ from perta.models.resolve import (
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import as_part, run_stage
-from perta.store.atomic import scratch_folder
+from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import open_index
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
@@ -101,7 +101,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
             round_weights(model, save_type(config.save_dtype, start), config.training.seed)
             save_model(model, tokenizer, folder, start)
         else:
-            with scratch_folder(config.output.with_name(f"{config.output.name}.trained")) as whole:
+            with scratch_folder(beside(config.output, ".trained")) as whole:
                 save_model(model, tokenizer, whole, start)
                 done["stored"] = _write_as_stored(folder, original, whole, config.training.seed)
         card = training_card(method, config.training, inputs)

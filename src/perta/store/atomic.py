@@ -75,6 +75,17 @@ def write_text(file: Path, text: str, *, private: bool = False) -> None:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
+def beside(output: Path, ending: str) -> Path:
+    """Where something that belongs to an output lies: beside it, under its name and an ending.
+
+    Raises:
+        ConfigError: the output has no name, as `.` and the root have none.
+    """
+    if not output.name:
+        raise ConfigError(f"{output} is no name. Name the output itself, as in ./result.")
+    return output.with_name(f"{output.name}{ending}")
+
+
 def check_writable(output: Path) -> None:
     """Stop with a ConfigError before any work where an output could not be written."""
     parent = next(p for p in output.absolute().parents if p.exists() or p.is_symlink())

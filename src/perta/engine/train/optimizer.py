@@ -21,7 +21,7 @@ from perta.models.precision import products_in
 from perta.options import TrainingRun
 from perta.parallel import count, summed
 from perta.progress import say, warn
-from perta.store.atomic import atomic_file, recover
+from perta.store.atomic import atomic_file, beside, recover
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -272,7 +272,7 @@ def resumable(output: Path, key: str, every: int) -> Iterator[Resume]:
     It is kept when the block is interrupted, but not after a DivergenceError, since it leads there
     again. `key` and `every` are those of `Resume`.
     """
-    resume = Resume(output.with_name(f"{output.name}.resume"), key, every)
+    resume = Resume(beside(output, ".resume"), key, every)
     try:
         yield resume
     except DivergenceError:

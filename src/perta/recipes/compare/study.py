@@ -44,7 +44,7 @@ from perta.recipes.compare._spec import (
 from perta.recipes.compare._summary import seed_rows, summary_files, write_summary
 from perta.recipes.compare.settings import CompareConfig
 from perta.report.settings import ReportConfig
-from perta.report.write import write_report
+from perta.report.write import check_report_folder, write_report
 from perta.store.atomic import write_text
 from perta.store.costs import BACKWARD, FORWARD, Plan, passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
@@ -163,6 +163,7 @@ def _checked(config: CompareConfig) -> tuple[list[_AnySpec], Path]:
     for seed in config.seeds:
         check_separate(config.output / f"seed-{seed}", reads)
     check_output(config.output, overwrite=True, ours=_is_comparison)
+    check_report_folder(config.output)
     return specs, base
 
 

@@ -46,7 +46,7 @@ from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
 from perta.stages.edit import load_changes
 from perta.stages.settings import EditConfig
 from perta.stages.stage import Place, run_stage
-from perta.store.atomic import scratch_folder
+from perta.store.atomic import beside, scratch_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
 
@@ -106,7 +106,7 @@ def write_rounds(
     settings |= judged | picked(compute, Path(edit.full))
 
     def make(folder: Path) -> Mapping[str, Any]:
-        with scratch_folder(place.output.with_name(f"{place.output.name}.rounds")) as scratch:
+        with scratch_folder(beside(place.output, ".rounds")) as scratch:
             run = _Run(edit, unseen, config, compute, scratch)
             with counting_tokens(run.model) as tokens:
                 rounds = run.all(most)
