@@ -137,6 +137,24 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
     assert "<script" not in page
 
 
+def test_the_appendix_has_the_mean_of_each_subject(audited: tuple[Path, list[str]]) -> None:
+    out = audited[0] / "out"
+    page = html.unescape((out / "audit.html").read_text("utf-8")).partition("<details>")[2]
+    audit = json.loads((out / "audit.json").read_text("utf-8"))
+    people = audit["subject_numbers"]["forget"]
+    assert len(set(people)) > 1
+    for probe in audit["probes"]:
+        part = page.partition(f"name: {probe['name']} (")[2].partition("</table>")[0]
+        assert f"{probe['verdict']}: {probe['reason']}" in part
+        for name, value in probe["notes"].items():
+            assert f"{name}: {value:.3f}" in part
+        for scores in probe["scores"].values():
+            for one in set(people):
+                pairs = zip(scores, people, strict=True)
+                known = [s for s, person in pairs if person == one and s is not None]
+                assert not known or f"<td>{sum(known) / len(known):.3f}</td>" in part
+
+
 def test_equal_inputs_give_equal_bytes(audited: tuple[Path, list[str]], tmp_path: Path) -> None:
     out = audited[0] / "out"
     found = []

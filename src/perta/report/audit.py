@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import shlex
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from perta.errors import ConfigError, DataError
@@ -133,6 +134,7 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
         audit=audit,
         record=record,
         checks=[_check(probe) for probe in probes],
+        parts=[_part(audit, probe) for probe in probes],
         counts=[
             text.format(n=n)
             for verdict, text in _COUNTED.items()
@@ -163,6 +165,43 @@ def _check(probe: Mapping[str, Any]) -> _Check:
         "–" if subject is None else f"{subject['value']:.3f} (no. {subject['subject']})",
         probe["reason"],
     )
+
+
+def _part(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is told of one probe: facts, and the mean of each subject under each model."""
+    row, subject = probe["worst_row"], probe["worst_subject"]
+    facts: dict[str, Any] = {
+        "name": f"{probe['name']} ({probe['group']}, level {probe['level']})",
+        "source": probe["source"],
+        "unit": probe["unit"],
+        "outcome": f"{probe['verdict']}: {probe['reason']}",
+        "mean of the full model": None if probe["full"] is None else _figure(probe["full"]),
+        "worst row": row and f"{row['row']} ({_figure(row['value'])})",
+        "worst subject": subject and f"{subject['subject']} ({_figure(subject['value'])})",
+        "rows still there": ", ".join(map(str, probe["leaking_rows"])),
+        "subjects still there": ", ".join(map(str, probe["leaking_subjects"])),
+        **{name: _figure(value) for name, value in probe["notes"].items()},
+    }
+    scores = {"forget": probe["scores"], **probe["other_scores"]}
+    roles = list(dict.fromkeys(role for by_role in scores.values() for role in by_role))
+    lines = []
+    for name, by_role in scores.items():
+        people = audit["subject_numbers"][name] or [None] * len(audit["row_numbers"][name])
+        for one in dict.fromkeys(people):
+            places = [i for i, person in enumerate(people) if person == one]
+            means = (_mean(by_role[r], places) if r in by_role else "–" for r in roles)
+            lines.append((name, "all" if one is None else one, *means))
+    told = [(what, value) for what, value in facts.items() if value]
+    return {**probe, "facts": told, "roles": roles, "lines": lines}
+
+
+def _mean(scores: Sequence[float | None], places: Sequence[int]) -> str:
+    known = [score for i in places if (score := scores[i]) is not None]
+    return _figure(fmean(known)) if known else "–"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _not_checked(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
