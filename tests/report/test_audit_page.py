@@ -139,7 +139,7 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
 
 def test_the_appendix_has_the_mean_of_each_subject(audited: tuple[Path, list[str]]) -> None:
     out = audited[0] / "out"
-    page = html.unescape((out / "audit.html").read_text("utf-8")).partition("<details>")[2]
+    page = html.unescape((out / "audit.html").read_text("utf-8")).partition("<details open>")[2]
     audit = json.loads((out / "audit.json").read_text("utf-8"))
     people = audit["subject_numbers"]["forget"]
     assert len(set(people)) > 1
