@@ -159,6 +159,8 @@ DAMAGE: dict[str, tuple[str, str, Any, str]] = {
         state({"quant_type": "nf4", "blocksize": 0, "dtype": "float32", "shape": [48, 32]}),
         "does not fit",
     ),
+    "no bytes": ("nf4", STATE, torch.tensor([300], dtype=torch.int16), "does not fit"),
+    "fractions": ("nf4", STATE, torch.tensor([1.5]), "does not fit"),
     "no nested scales": ("double", f"{UP}.weight.nested_absmax", None, "no file holds"),
     "no row scales": ("int8", f"{UP}.SCB", None, "no file holds"),
     "few row scales": ("int8", f"{UP}.SCB", torch.ones(2), "does not fit"),
@@ -178,6 +180,18 @@ def test_damage_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CorruptCheckpointError, match=message):
         resolve_checkpoint(tmp_path / "base")
     assert not list((tmp_path / "cache").glob("plain/*"))
+
+
+def test_a_block_that_no_memory_holds_is_named(tmp_path: Path) -> None:
+    quantised(tmp_path / "base", "nf4")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors[STATE] = state(
+        {"quant_type": "nf4", "blocksize": 10**13, "dtype": "float32", "shape": [48, 32]}
+    )
+    tensors[f"{UP}.weight.absmax"] = torch.ones(1)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match="does not fit"):
+        resolve_checkpoint(tmp_path / "base")
 
 
 def tuned(base: Path, folder: Path) -> Path:

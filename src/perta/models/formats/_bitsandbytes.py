@@ -33,6 +33,7 @@ _FORM = {
     "nested_blocksize?": int,
     "nested_offset?": (int, float),
 }
+_LARGEST_BLOCK = 4096
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -105,6 +106,8 @@ def _of_eight_bits(index: CheckpointIndex, name: str, turned: bool) -> Packed:
 
 def _of_four_bits(index: CheckpointIndex, name: str, entry: TensorEntry, turned: bool) -> Packed:
     where = f"{entry.file}: {entry.name}"
+    if entry.dtype != torch.uint8:
+        raise _unfit(entry)
     state = parse_json(bytes(read_tensor(entry).tolist()), where, CorruptCheckpointError)
     codes = part_of(index, name, name)
     is_known = fits(state, _FORM) and state["dtype"] in _TYPES and len(state["shape"]) == 2
@@ -126,7 +129,7 @@ def _of_four_bits(index: CheckpointIndex, name: str, entry: TensorEntry, turned:
 
 
 def _blocks(count: int, size: int) -> int:
-    return -(-count // size) if size > 0 else -1
+    return -(-count // size) if 0 < size <= _LARGEST_BLOCK else -1
 
 
 def part_of(index: CheckpointIndex, name: str, part: str) -> TensorEntry:
