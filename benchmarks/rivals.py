@@ -1,7 +1,8 @@
 """Other methods at equal facts, on fictitious people: docs/experiments/rivals.md.
 
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 2 [--methods tv npo-retain]
-    python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods rmu --rates 1e-4
+    python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods npo --rates 1e-4
+    python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 --methods sage-npo-retain
     python benchmarks/rivals.py table WORK --seeds 1 2
     perta audit WORK/seed-1/kept/tv --full WORK/seed-1/full --retrained WORK/seed-1/retrained ... \
         --output WORK/seed-1/audits/tv
@@ -44,15 +45,22 @@ from perta import (
 )
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
+from perta.engine.train.refusals import refuse
 from perta.engine.train.relearn import relearn
+from perta.errors import DivergenceError
 from perta.evidence.people import generate_people, split_people
 from perta.evidence.quick import quick_evaluation
+from perta.methods.objectives import Training
+from perta.methods.registry import parse
 from perta.models.facts import Fact, find_facts, hit_probability, score_facts, share_beyond
 from perta.models.formats.rounding import rounded
 from perta.models.load import load_model, load_tokenizer, pad_id, save_model
 from perta.models.precision import product_type_of, products_in
 from perta.options import ComputeConfig, DataConfig, ScoringConfig
 from perta.progress import set_quiet
+from perta.recipes.repair import repair_checkpoint
+from perta.recipes.settings import RepairConfig
+from perta.store.atomic import beside
 from perta.store.costs import BACKWARD, FORWARD, passes_of
 from perta.store.record import read_manifest
 
@@ -60,13 +68,15 @@ PEOPLE, QUESTIONS, FORGOTTEN, OTHERS = 24, 6, 3, 10
 SAMPLES, MARGIN, NEAR, STEPS = 64, 0.01, 0.003, 12
 EPOCHS, BATCH = 20, 6
 EDITS = ("tv", "msa", "perta-grad", "perta-fisher", "perta-project")
-TRAINED = {  # learning rates chosen on seed 0 of three each
+TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; None: as published
     "graddiff": 5e-5,
     "npo-retain": 5e-5,
     "simnpo": 5e-5,
     "rmu:steering_coef=240,retain_weight=1": 3e-4,
+    **dict.fromkeys(("ga", "kl", "npo", "dpo", "idkpo", "undial", "wga", "satimp")),
 }
-METHODS = ("full", "retrained", "default", *EDITS, *TRAINED)
+REPAIRED = {f"sage-{name}": name for name in ("npo-retain", "simnpo")}
+METHODS = ("full", "retrained", "default", *EDITS, *TRAINED, *REPAIRED)
 SETS = ("forget", "paraphrased", "new people", "new rows")
 DATA = DataConfig(format="qa", chat_template=False)
 
@@ -229,7 +239,9 @@ class Seed:
             self.model = self.read(self.tuned(method))
             return {"operations": passes_of(read_manifest(self.tuned(method)) or {})}
         if method in TRAINED:
-            return self._trained(method, rate or TRAINED[method], target)
+            return self._trained(method, rate, target)
+        if method in REPAIRED:
+            return self._repaired(REPAIRED[method], rate, target)
         del self.model  # room for the stages
         is_default = method == "default"
         output = self.folder / "cleaned"
@@ -259,11 +271,47 @@ class Seed:
         if is_default:
             strength = made.manifest.get("strength", {})
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
-        end, start = self.weights(), list(self.read(self.folder / "full").parameters())
-        return {**spent, **self._between(start, end, target, largest=16.0)}
+        return {**spent, **self._scaled(target)}
 
-    def _trained(self, method: str, rate: float, target: float) -> dict[str, Any]:
+    def _scaled(self, target: float) -> dict[str, Any]:
+        """Scale the step from the full model to the one in memory until it has the target."""
+        end, start = self.weights(), list(self.read(self.folder / "full").parameters())
+        return self._between(start, end, target, largest=16.0)
+
+    def _repaired(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
+        """Train, take from the step what retained inputs see of it, and scale it."""
+        spent = self._trained(method, rate, target)
+        trained, output = self.folder / "trained", self.folder / "repaired"
+        self.write(trained)
+        started = time.perf_counter()
+        repair_checkpoint(
+            RepairConfig(
+                full=str(self.folder / "full"),
+                unlearned=str(trained),
+                retain=str(self.files["protected"]),
+                output=output,
+                save_dtype="float32",
+                data_config=DATA,
+            )
+        )
+        seconds = time.perf_counter() - started
+        moments = beside(output, ".retain_moments")
+        operations = passes_of(read_manifest(moments) or {})
+        self.model = self.read(output)
+        _delete(trained, output, moments)
+        return {
+            "operations": spent["operations"] + operations,
+            "seconds": spent["seconds"] + seconds,
+            "rate": spent["rate"],
+            "epochs": spent["alpha"],
+            **self._scaled(target),
+        }
+
+    def _trained(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
         """Train until an epoch passes the target, and go back to where it did."""
+        kind = parse(method, Training)
+        rate = rate or TRAINED[method] or kind.learning_rate
+        refusals = refuse(self.sets["forget"], self.seed) if kind.refusals else None
         self.model = self.read(self.folder / "full")
         before, known, epochs = self.weights(), [1.0], [0]
 
@@ -279,14 +327,16 @@ class Seed:
         settings = TrainSettings(
             epochs=EPOCHS, learning_rate=rate, batch_size=BATCH, accumulation=1, seed=self.seed
         )
+        refused = encode_examples(refusals, self.tokenizer, DATA).encoded if refusals else None
         started = time.perf_counter()
         _, trained = unlearn_by_training(
             self.model,
             self.encoded["forget"],
             self.encoded["protected"],
             settings,
-            method=method,
+            method=kind,
             pad=self.pad,
+            refusals=refused,
             after_epoch=after_epoch,
         )
         tokens = trained.forget_tokens + trained.retain_tokens
@@ -331,7 +381,10 @@ class Seed:
 
     def keep(self, method: str) -> None:
         """Write the model in memory, for `perta audit`."""
-        output = self.folder / "kept" / _slug(method)
+        self.write(self.folder / "kept" / _slug(method))
+
+    def write(self, output: Path) -> None:
+        """Write the model in memory as a checkpoint."""
         _delete(output)
         output.mkdir(parents=True)
         save_model(self.model, self.tokenizer, output, self.base)
@@ -371,16 +424,20 @@ def run(options: argparse.Namespace) -> None:
     for number in options.seeds:
         seed: Seed | None = None
         for method in ("retrained", *(name for name in options.methods if name != "retrained")):
-            for rate in options.rates if method in TRAINED else (None,):
+            trains = method in TRAINED or method in REPAIRED
+            for rate in options.rates if trains else (None,):
                 key = {"seed": number, "method": method, "asked rate": rate}
                 if _found(journal, key):
                     continue
                 seed = seed or Seed(options.work, options.base, number)
                 gold = _found(journal, {"seed": number, "method": "retrained"})
-                made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
-                if method in options.keep:
-                    seed.keep(method)
-                line = {**key, **made, **seed.measure()}
+                try:
+                    made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
+                    line = {**key, **made, **seed.measure()}
+                    if method in options.keep:
+                        seed.keep(method)
+                except DivergenceError as error:
+                    line = {**key, "rate": rate, "diverged": str(error)}
                 print(json.dumps(line), flush=True)
                 with journal.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -396,7 +453,9 @@ def table(options: argparse.Namespace) -> None:
         for method in METHODS:
             for line in _found(journal, {"seed": number, "method": method}):
                 rate = f", {line['rate']:g}" if line.get("rate") else ""
-                cells = {**line, "cost": line["operations"] / gold["operations"]}
+                cells = dict(line)
+                if "operations" in line:
+                    cells["cost"] = line["operations"] / gold["operations"]
                 row = (_cell(cells, names) for _, names in _CELLS)
                 _print_row(f"`{_slug(method)}`{rate}", *row)
         print()
@@ -449,7 +508,10 @@ _CELLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def _cell(line: Mapping[str, Any], names: Sequence[str]) -> str:
     values = [line.get(name) for name in names]
     text = ", ".join("–" if value is None else f"{value:.3f}" for value in values)
-    return f"{text}, not reached" if "alpha" in names and line.get("reached") is False else text
+    if "alpha" not in names:
+        return text
+    failed = line.get("reached") is False
+    return "diverged" if "diverged" in line else f"{text}, not reached" if failed else text
 
 
 def _print_row(*cells: str) -> None:

@@ -107,6 +107,7 @@ def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = [
         {"seed": 1, "method": "retrained", "asked rate": None, "operations": 200, "hit": 0.1},
         {"seed": 1, "method": "tv", "asked rate": None, "operations": 50, "alpha": 1.5},
+        {"seed": 1, "method": "kl", "asked rate": 1e-3, "rate": 1e-3, "diverged": "in epoch 2"},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "results.jsonl").write_text(text, "utf-8")
@@ -114,3 +115,4 @@ def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = capsys.readouterr().out.splitlines()
     assert rows[2].startswith("| `retrained` | – | 1.000 |")
     assert rows[3].startswith("| `tv` | 1.500 | 0.250 |")
+    assert rows[4].startswith("| `kl`, 0.001 | diverged | – |")
