@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,3 +92,28 @@ def shared(method: str = "perta-project", **settings: Any) -> WeightingConfig:
     """The same settings for several methods: each takes those that it has."""
     every = {item.name for item in (*fields(WeightingConfig), *find(method, Method).options())}
     return weighting(method, **{name: value for name, value in settings.items() if name in every})
+
+
+def pem_keys(folder: Path, name: str, kind: str) -> tuple[Path, Path]:
+    """Files of a new private key and its public half: `ed25519`, `rsa`, or a curve's name."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+    curves: dict[str, type[Any]] = {
+        **{"secp256r1": ec.SECP256R1, "secp384r1": ec.SECP384R1, "secp521r1": ec.SECP521R1},
+        "secp256k1": ec.SECP256K1,
+    }
+    key: Any
+    if kind == "ed25519":
+        key = ed25519.Ed25519PrivateKey.generate()
+    elif kind == "rsa":
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    else:
+        key = ec.generate_private_key(curves[kind]())
+    private, public = folder / f"{name}.pem", folder / f"{name}.public.pem"
+    pem = serialization.Encoding.PEM
+    plain = serialization.NoEncryption()
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(key.public_key().public_bytes(pem, form))
+    return private, public

@@ -463,23 +463,34 @@ def _recheck(config: RequestsRecheckConfig) -> None:
 
 
 @_requests.command(name="verify")
-def _verify(folder: Path, *, head: str | None = None) -> None:
+def _verify(
+    folder: Path,
+    *,
+    head: str | None = None,
+    public_key: Annotated[tuple[Path, ...], Repeated] = (),
+) -> None:
     """Check the ledger, its signatures and every checkpoint it names.
 
     Args:
         folder: of the ledger.
         head: hash of an entry, noted elsewhere, that the ledger must hold.
+        public_key: file of a public key (PEM): with an Ed25519 key every entry must be signed with
+            one that is given, with a key of a curve every checkpoint that is there.
     """
     from perta.recipes.requests import verify_requests
     from perta.store.ledger import public_keys
+    from perta.store.signing import short
 
-    state = verify_requests(folder, head=head)
+    state = verify_requests(folder, head=head, public_keys=public_key)
     signed = sum(entry.signature is not None for entry in state.entries)
     _note(
         f"{len(state.entries)} entries fit, {signed} of them signed; head {state.entries[-1].hash}"
     )
     for key in public_keys(state.entries):
         _note(f"Signed with {key}")
+    for entry in state.entries:
+        if by := entry.facts.get("signed"):
+            _note(f"{entry.facts['checkpoint']} was signed with {short(by['public_key'])}")
 
 
 @_requests.command(name="clean")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import TUNE, World
+from helpers import pem_keys
 from perta.data.examples import load_examples
 from perta.data.rows import read_rows, write_jsonl
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
@@ -163,6 +165,43 @@ def test_a_changed_checkpoint_is_found(world: World, ledger: Path) -> None:
         with pytest.raises(PertaError, match="is not what"):
             step()
     assert list((ledger / "rows").iterdir())
+
+
+def test_signed_entries_and_checkpoints_are_checked_against_trusted_keys(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("model_signing", reason="the extra `signing` is not installed")
+    _add(ledger, world.forget, "r1")
+    key, public = pem_keys(tmp_path, "model", "secp256r1")
+    other = pem_keys(tmp_path, "other", "secp256r1")[1]
+    apply = RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE)
+    with pytest.raises(ConfigError, match="--model-key"):
+        apply_requests(replace(apply, model_key=public))
+    entry = apply_requests(replace(apply, model_key=key))
+    verify_requests(ledger, public_keys=[public])
+    verify_requests(ledger, public_keys=[other, public])
+    with pytest.raises(LedgerError, match="another key"):
+        verify_requests(ledger, public_keys=[other])
+    # What counts for no fingerprint counts here.
+    card = ledger / entry.facts["checkpoint"] / "README.md"
+    card.write_text(card.read_text() + "approved by all\n")
+    with pytest.raises(LedgerError, match="does not fit its signature"):
+        verify_requests(ledger)
+
+
+def test_every_entry_must_be_signed_with_a_trusted_key(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    public = pem_keys(tmp_path, "own", "ed25519")[1]
+    _add(ledger, world.forget, "r1")
+    with pytest.raises(LedgerError, match="line 1 is not signed"):
+        verify_requests(ledger, public_keys=[public])
+    # A key that cannot be used is told before the run, not after it.
+    apply = RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE, key=public)
+    with pytest.raises(ConfigError, match="no private key"):
+        apply_requests(apply)
+    assert not (ledger / "work").exists()
 
 
 def test_what_is_not_forgotten_is_kept_and_forgotten_once_more(

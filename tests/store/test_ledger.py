@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import pem_keys
 from perta.errors import ConfigError, LedgerError
 from perta.store.ledger import HEAD, LEDGER, append, locked, public_keys, read_ledger
 
@@ -22,15 +23,8 @@ def _ledger(folder: Path, entries: int = 3, key: Path | None = None, of: str = "
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
-    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
-    pem = ed25519.Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    (tmp_path / "key.pem").write_bytes(pem)
-    return tmp_path / "key.pem"
+    pytest.importorskip("cryptography")
+    return pem_keys(tmp_path, "key", "ed25519")[0]
 
 
 def test_each_entry_holds_the_hash_of_the_one_before(tmp_path: Path) -> None:

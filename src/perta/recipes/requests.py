@@ -4,6 +4,7 @@
     FOLDER/rows/NAME.jsonl             the rows of a request, until `clean`
     FOLDER/key                       of the fingerprints of these rows; without it they say nothing
     FOLDER/checkpoints/N             the checkpoint after entry N, with its `perta unlearn` record
+    FOLDER/checkpoints/N.sig         its signature, where it was signed (`store.signing`)
     FOLDER/work/N                    what that run made on the way
     FOLDER/audits/N/NAME             the audit of a request's rows that entry N names; numbers alone
 
@@ -48,9 +49,17 @@ from perta.recipes.unlearn import unlearn
 from perta.report.verdict.judge import require_verdict
 from perta.stages.audit import audit_checkpoint
 from perta.stages.settings import AuditConfig
-from perta.store.atomic import atomic_folder
+from perta.store.atomic import atomic_folder, beside
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+from perta.store.signing import (
+    check_checkpoint,
+    check_signed_by,
+    is_model_key,
+    model_key,
+    public_key,
+    sign_checkpoint,
+)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -129,7 +138,7 @@ def add_request(config: RequestsAddConfig) -> Entry:
         raise ConfigError(
             f"--name {config.name!r}: use up to 64 letters, digits, dots, dashes and underscores."
         )
-    with locked(_folder(config.folder)):
+    with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
         if any(request.name == config.name for request in state.requests):
             raise ConfigError(f"There is a request {config.name} already. Choose another --name.")
@@ -170,7 +179,9 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
         PertaError: nothing waits, the checkpoint is not the ledger's, the run fails, or its verdict
             is worse than was asked for; nothing is written to the ledger then.
     """
-    with locked(_folder(config.folder)):
+    if config.model_key is not None:
+        model_key(config.model_key)  # raises now what would stop it at the end
+    with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
         chosen = _chosen(state, config.again)
         current = _checked_checkpoint(state)
@@ -209,6 +220,9 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             "met": verdict is not None and verdict.forgetting.status == "met",
             "audit": made.audit and summary_of(made.audit),
         }
+        if config.model_key is not None:
+            signature = _signature_file(made.folder)
+            facts["signed"] = sign_checkpoint(made.folder, signature, config.model_key)
         return append(state.folder, "apply", facts, key=config.key)
 
 
@@ -225,7 +239,7 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     Raises:
         PertaError: there is no such request, or the checkpoint is not the ledger's.
     """
-    with locked(_folder(config.folder)):
+    with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
         current, start = _checked_checkpoint(state), state.start
         chosen = [r for r in state.requests if r.applied is not None and not r.cleaned]
@@ -252,24 +266,48 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
         return append(state.folder, "recheck", facts, key=config.key)
 
 
-def verify_requests(folder: Path, *, head: str | None = None) -> State:
+def verify_requests(
+    folder: Path, *, head: str | None = None, public_keys: Sequence[Path] = ()
+) -> State:
     """Check ledger, signatures and checkpoints (`perta requests verify`).
 
-    The ledger must hold the hash `head`, which was noted elsewhere.
+    Args:
+        folder: of the ledger.
+        head: hash of an entry, noted elsewhere, that the ledger must hold.
+        public_keys: files of keys (PEM). With an Ed25519 key among them every entry must be signed
+            with one of them, and with a key of a curve every checkpoint that is there.
+
+    Raises:
+        LedgerError: something does not fit; the message says what.
     """
+    trusted = [public_key(file) for file in public_keys]
     state = read_state(folder)
     if head is not None and head not in {entry.hash for entry in state.entries}:
         raise LedgerError(
             f"{state.folder / LEDGER} has no entry with the hash {head}: its end was cut off, or "
             "it is another ledger."
         )
+    if not all(map(is_model_key, trusted)):
+        signers = {
+            f"{state.folder / LEDGER}, line {entry.number}": (entry.signature or {}).get(
+                "public_key"
+            )
+            for entry in state.entries
+        }
+        check_signed_by(signers, trusted)
     for name in ("base", "full"):
         _check_fingerprint(Path(state.start[name]["path"]), state.start[name]["blake3"])
     for entry in _of(state, "apply"):
         place = state.folder / entry.facts["checkpoint"]
         # Earlier checkpoints may be deleted; what is there must be what was written.
-        if place.exists() or place == state.current[0]:
-            _check_fingerprint(place, entry.facts["after"])
+        if not place.exists() and place != state.current[0]:
+            continue
+        _check_fingerprint(place, entry.facts["after"])
+        signed = entry.facts.get("signed")
+        if any(map(is_model_key, trusted)):
+            check_signed_by({str(place): signed and signed["public_key"]}, trusted)
+        if signed:
+            check_checkpoint(place, _signature_file(place), signed)
     return state
 
 
@@ -284,7 +322,7 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     Raises:
         LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
     """
-    with locked(_folder(config.folder)):
+    with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
         newest = _checked_checkpoint(state)
         applied = [request for request in state.requests if request.applied is not None]
@@ -397,6 +435,10 @@ def _audits(
         )
         for request in requests
     }
+
+
+def _signature_file(checkpoint: Path) -> Path:
+    return beside(checkpoint, ".sig")
 
 
 def _rows_file(folder: Path, name: str) -> Path:

@@ -278,6 +278,9 @@ class RequestsApplyConfig(LedgerConfig):
     """Largest rise of the mean loss on a sample of the data to keep, in nats per token."""
     fail_unless: Wanted | None = None
     """Leave the ledger as it is unless forgetting and retention are met, or at least partly."""
+    model_key: Path | None = None
+    """File with a private key of the curve P-256, P-384 or P-521 (PEM) to sign the cleaned
+    checkpoint with, as OpenSSF model signing has it."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     data_config: DataConfig = field(default_factory=DataConfig)

@@ -14,18 +14,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from perta.errors import ConfigError, LedgerError
+from perta.errors import LedgerError
 from perta.store.atomic import write_text
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from perta.store.signing import check_hash, entry_key, sign_hash
 
 LEDGER = "ledger.jsonl"
 HEAD = "head.json"
@@ -51,13 +50,28 @@ class Entry:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a ledger; a LedgerError where one does."""
-    with (folder / ".lock").open("w") as file:
+def locked(folder: Path, key: Path | None = None) -> Iterator[None]:
+    """Keep other processes from writing to a ledger, which will be signed with `key`.
+
+    Raises:
+        LedgerError: another process writes to it, or nobody can.
+        ConfigError: the key cannot be used; better now than after hours.
+    """
+    if key is not None:
+        entry_key(key)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            # What a link points to is not this package's to open.
+            lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise LedgerError(f"{folder / LEDGER} is in use by another run. Wait for it.") from None
+        except OSError as error:
+            raise LedgerError(
+                f"{folder} cannot be written ({error.strerror}), so nothing can be added to its "
+                "ledger. Make it writable, or copy it to a place that is."
+            ) from error
         yield
 
 
@@ -71,7 +85,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
         ConfigError: the key cannot be used.
     """
     entries = read_ledger(folder) if (folder / LEDGER).exists() else []
-    signer = None if key is None else _private_key(key)
+    signer = None if key is None else entry_key(key)
     body: dict[str, Any] = {
         "version": _VERSION,
         "number": len(entries) + 1,
@@ -82,10 +96,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
     }
     line = {**body, "hash": _hash(body)}
     if signer is not None:
-        line["signature"] = {
-            "ed25519": signer.sign(bytes.fromhex(line["hash"])).hex(),
-            "public_key": signer.public_key().public_bytes_raw().hex(),
-        }
+        line["signature"] = sign_hash(signer, line["hash"])
     old = (folder / LEDGER).read_text("utf-8") if entries else ""
     # Both whole or as they were; where a crash comes between, the head is one behind.
     write_text(folder / LEDGER, old + _canonical(line) + "\n")
@@ -142,7 +153,7 @@ def _checked(text: str, number: int, previous: str, file: Path) -> dict[str, Any
     if not (isinstance(kind, str) and isinstance(when, str) and isinstance(what, dict)):
         raise LedgerError(f"{where} is no entry: it was changed.")
     if "signature" in line:
-        _check_signature(line, where)
+        check_hash(line["hash"], line["signature"], where)
     return dict(line)
 
 
@@ -177,43 +188,3 @@ def _hash(body: Mapping[str, Any]) -> str:
 
 def _canonical(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _private_key(file: Path) -> Ed25519PrivateKey:
-    try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    except ImportError:
-        raise ConfigError(
-            "Signing needs the package `cryptography`: pip install 'perta[sign]'."
-        ) from None
-    try:
-        key = load_pem_private_key(file.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"--key {file} is no private key that can be read ({error}). Make one with `openssl "
-            "genpkey -algorithm ed25519 -out key.pem`."
-        ) from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"--key {file} is not an Ed25519 key.")
-    return key
-
-
-def _check_signature(line: Mapping[str, Any], where: str) -> None:
-    try:
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    except ImportError:
-        raise LedgerError(
-            f"{where} is signed, and checking that needs the package `cryptography`: pip install "
-            "'perta[sign]'."
-        ) from None
-    try:
-        stored = line["signature"]
-        parts = {name: bytes.fromhex(stored[name]) for name in ("ed25519", "public_key")}
-        if stored != {name: part.hex() for name, part in parts.items()}:
-            raise ValueError("spaces, capitals, or more than there should be")
-        public = Ed25519PublicKey.from_public_bytes(parts["public_key"])
-        public.verify(parts["ed25519"], bytes.fromhex(line["hash"]))
-    except (InvalidSignature, ValueError, KeyError, TypeError):
-        raise LedgerError(f"{where}: its signature does not fit it.") from None
