@@ -68,16 +68,9 @@ class EngineMismatchError(PertaError):
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True, where: str = "") -> str:
-    """Which of the names there are was meant, to end a message with.
+    """Which of the names there are was meant, as sentences after a space to end a message with.
 
-    Args:
-        name: what was given.
-        names: what there is.
-        listed: whether to list them all as well.
-        where: what to put before the nearest, such as a folder.
-
-    Returns:
-        Sentences after a space; empty where there is nothing to say.
+    With `listed` all are named; `where` is put before the nearest, such as a folder.
     """
     there = list(names)
     near = difflib.get_close_matches(name, there, n=1)
@@ -96,14 +89,7 @@ _NO_SPACE = ("no space left on device", "disk quota exceeded", "failed writing f
 
 
 def shortage(error: BaseException) -> str | None:
-    """What the computer ran out of, memory or disk space, whichever library says so and how.
-
-    Args:
-        error: it, and what it came from.
-
-    Returns:
-        The message for the user; None where it is something else.
-    """
+    """What the computer ran out of, memory or disk, by an error and its causes; None if neither."""
     cause: BaseException | None = error
     while cause is not None:
         if _is_of(cause, (errno.ENOMEM,), _NO_MEMORY) or isinstance(cause, MemoryError):

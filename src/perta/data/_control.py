@@ -39,11 +39,7 @@ class _Control(NamedTuple):
 
 @functools.lru_cache(4)
 def _control_of(tokenizer: PreTrainedTokenizerBase, template: str, _size: int) -> _Control:
-    """Special tokens, and others that the chat template writes.
-
-    Pairs of tags such as `<think>` and `</think>`, where they are not special, are words that a
-    model writes, and so are spaces.
-    """
+    """Special tokens, tags such as `<think>` and `</think>`, and what the template writes."""
     added = {t.content: (i, t.special) for i, t in tokenizer.added_tokens_decoder.items()}
     special = {*tokenizer.all_special_tokens}
     ids = {
@@ -68,13 +64,10 @@ def _is_tag(name: str, names: Any) -> bool:
 def tokenise(
     text: str, own: Sequence[Span], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> Tokens:
-    """Tokenise a text of which some parts, `own`, are a row's: there no control token is meant.
+    """Tokenise a text, in parts of which, `own`, from left to right, no control token is meant.
 
-    They stand from left to right. With `special` the tokenizer puts its control tokens around.
-    Tokens of texts without names of control tokens are the tokenizer's.
-
-    Raises:
-        RowError: a control token in the row's text cannot be told from text.
+    With `special` the tokenizer puts its control tokens around. RowError where a control token in
+    such a part cannot be told from text.
     """
     require_whole(text)
     control = control_of(tokenizer)

@@ -66,13 +66,7 @@ def chat_column(row: Mapping[str, Any], config: DataConfig) -> str:
 def conversation(
     row: Mapping[str, Any], kind: str, config: DataConfig
 ) -> tuple[str, tuple[Message, ...]]:
-    """A row's messages, read by its kind: `qa`, `completion`, `chat` or `text`.
-
-    The kind comes first: `chat` where a prompt turned out to be a list of messages.
-
-    Raises:
-        RowError: the row cannot be used.
-    """
+    """A row's messages, read by its kind; first the kind: `qa`, `completion`, `chat` or `text`."""
     if kind == "text":
         return kind, (Message("assistant", _text(row.get(config.text_column), config.text_column)),)
     for name in _UNREAD:

@@ -43,10 +43,7 @@ def render(
 
     The template may use `variables`, such as the tokens' names, and is told that it is `date`. Of
     each chat there is its `text`, and `spans`, the parts that the template marks as generated; or
-    `error`, the template's own words.
-
-    Raises:
-        TemplateError: it is no template, or exceeds the limits.
+    `error`, the template's own words. TemplateError where it is none, or exceeds the limits.
     """
     if len(template) > _LONGEST:
         raise TemplateError(f"it has more than {_LONGEST:,} characters")

@@ -63,14 +63,7 @@ def lay_out(
     *,
     added: bool,
 ) -> Layout:
-    """Render a conversation with `_renderer.render` and find its messages in it.
-
-    `added` says that the first message is not of the row.
-
-    Raises:
-        RowError: the template refuses the row, or leaves out or changes a message of it.
-        TemplateError: the template cannot be used at all.
-    """
+    """Render a conversation and find its messages there; the first may be `added`."""
     missing: RowError | None = None
     for form in (_as_text, _as_parts):
         try:

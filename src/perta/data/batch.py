@@ -13,20 +13,13 @@ IGNORE = -100  # label of a position that carries no loss
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised example.
-
-    Attributes:
-        input_ids: all tokens, prompt and answer.
-        labels: same length; the token itself where it carries loss, `IGNORE` elsewhere.
-            Labels are not shifted: the label at position t is predicted at t - 1.
-        row: 1-based row of the example in its file.
-        weight: weight of its loss in a mean over examples. Windows of one text weigh by their
-            labels, 1 in mean; everything else weighs 1.
-    """
+    """One tokenised example."""
 
     input_ids: tuple[int, ...] = field(repr=False)  # tokens are text
+    # the token itself where it carries loss, `IGNORE` elsewhere; predicted one place before
     labels: tuple[int, ...] = field(repr=False)
-    row: int
+    row: int  # of the example in its file, from 1
+    # in a mean over examples; windows of one text weigh by their labels, 1 in mean
     weight: float = 1.0
 
 
@@ -64,8 +57,7 @@ def seeded_sample(
 ) -> list[Encoded]:
     """A random sample of `count`, at most all, in the order of the file.
 
-    With the same seed a sample from the end shares no example with one from the start, as long as
-    both together are no more than there are.
+    With one seed a sample from the end and one from the start meet only where there are too few.
     """
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     chosen = order.flip(0)[:count] if from_end else order[:count]
@@ -99,9 +91,8 @@ def bucketed(
 ) -> list[Batch]:
     """Cut examples into batches of similar length, so that little is spent on padding.
 
-    With a generator, examples of about one length meet in a random order and the batches
-    come in a random order (training); without one the order is by length (evaluation). `index` of
-    each batch names the examples' places in `examples`.
+    With a generator, examples of about one length meet in a random order and the batches come in a
+    random order (training); without one the order is by length (evaluation).
     """
     order = list(range(len(examples)))
     if generator is not None:

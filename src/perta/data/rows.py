@@ -39,10 +39,10 @@ class Rows(str):
 
 
 def as_source(given: Any, name: str) -> str:
-    """What a set of examples is read from: a place or id as text, or `Rows`.
+    """What a set of examples, `name`, is read from: a place or id as text, or `Rows`.
 
-    `given` is that as text or path, or the rows themselves: dictionaries, a `datasets` table or a
-    pandas frame. Anything else is a DataError, in which `name` is what the set is called.
+    `given` is that, a path, or rows: dictionaries, a `datasets` table or a pandas frame; anything
+    else is a DataError.
     """
     if isinstance(given, (str, Path)):
         return given if isinstance(given, str) else str(given)
@@ -73,11 +73,7 @@ def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
-    """Every row of a file with one of `_READERS`, or of an id, owner/name or owner/name:subset.
-
-    Raises:
-        DataError: it is not there, or cannot be read; the message says where.
-    """
+    """Every row of a file, or of an id, owner/name or owner/name:subset; else a DataError."""
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
@@ -330,8 +326,8 @@ _FORM = "Write a column and a value, such as 'person == \"Mira Thornwick\"'; sev
 def split_by(source: str, condition: str, split: str) -> tuple[Rows, Rows]:
     """The rows of a file or `datasets` id that have one of a condition's values, and the others.
 
-    Values are compared as text, so that a number in quotes finds a number. Neither set's name
-    tells the values, which may be what is to be forgotten.
+    Values are compared as text, so that a number in quotes finds a number. Neither set's name tells
+    the values, which may be what is to be forgotten.
 
     Raises:
         ConfigError: no such condition.

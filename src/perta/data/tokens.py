@@ -53,9 +53,8 @@ def encode_examples(
 ) -> EncodedSet:
     """Tokenise a set, to at most as many tokens as config and model (`longest`) take.
 
-    Returns:
-        One token sequence per example; for plain text one per window of at most `max_length`
-        tokens, those of one text equally long but for a token.
+    One sequence per example; of plain text one per window, those of one text equally long but for a
+    token.
 
     Raises:
         DataError: answers that are empty or cut off at the length limit (unless skipped).
@@ -111,14 +110,11 @@ def encode_example(
 ) -> Encoded:
     """Tokenise one example; every assistant turn carries loss, nothing else does.
 
-    Labelled are the answer's text, what the template puts between the generation prompt and it,
-    and what ends it: the template's text up to its first control token, or eos where it has none.
-    With `as_published`, as in published benchmarks, all that the template writes behind the prompt,
-    and eos once more where it ends otherwise. The sequence ends with its last label.
-
-    Raises:
-        DataError: the template refuses the example or leaves out a part of it, or a control token
-            in its text cannot be read as text.
+    Labelled are the answer's text, what the template puts between the generation prompt and it, and
+    what ends it: the template's text up to its first control token, or eos where it has none. With
+    `as_published`, as in published benchmarks, all that the template writes behind the prompt, and
+    eos once more where it ends otherwise. The sequence ends with its last label. DataError where
+    the template refuses the example, or it cannot be told from control tokens.
     """
     try:
         return _encode(example, tokenizer, config, as_published)
@@ -281,9 +277,7 @@ def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
 def _windows(whole: Encoded, limit: int) -> list[Encoded]:
     """Cut plain text into as few windows as fit the limit; every token but the first has a label.
 
-    A window counts as one example. So that a last one with few labels neither stands without
-    context nor counts as much as a full one, it shows as many tokens before them as fit, and
-    windows weigh by their labels: the mean over a text's windows is the mean over its tokens.
+    A last one with few labels shows as many tokens before them as fit; windows weigh by labels.
     """
     ids = whole.input_ids
     edges = [*range(1, len(ids), limit - 1), len(ids)]

@@ -56,11 +56,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured for a model, in its order.
-
-    `inputs` and `outputs` have the names of each stored weight's moments: an input's is shared by
-    the weights that read it, and without gradients there are no outputs.
-    """
+    """What is measured for a model, in its order; stored weight -> names of its moments."""
 
     weights: tuple[StoredWeight, ...]
     units: tuple[_Unit, ...]
@@ -70,23 +66,14 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Seen:
-    """How much a moment rests on.
+    """How much a moment rests on."""
 
-    Attributes:
-        tokens: tokens that the layer read, or whose gradient reached it. 0 for an expert that
-            none was routed to, and for a layer whose weight the model uses without calling it.
-        average: the same for one of the experts of its layer on average; `tokens` otherwise.
-    """
-
-    tokens: int
-    average: float
+    tokens: int  # that the layer read, or whose gradient reached it; 0 where it is never called
+    average: float  # the same for one of the experts of its layer on average; `tokens` otherwise
 
 
 def _kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
-    """Positions whose inputs and gradients count, (B, T) bool; padding never does.
-
-    Of `answer` those that predict a labelled token, one before each.
-    """
+    """Positions whose inputs and gradients count, (B, T) bool; of `answer` those before a label."""
     if tokens == "all":
         return batch.attention_mask.bool()
     kept = torch.zeros_like(batch.labels, dtype=torch.bool)
@@ -106,8 +93,7 @@ def sample_for_moments(
 ) -> Sequence[Encoded]:
     """The rows of a set that are measured: a seeded sample in the order of the set, or all of it.
 
-    `enough` are as few as have ENOUGH tokens that count for every input of the widest layer, and
-    of one of several experts for each of them.
+    `enough` have ENOUGH counted tokens for every input, of every expert, of the widest layer.
     """
     wanted, rows = options.moment_samples, len(examples)
     if wanted != "enough":
@@ -126,13 +112,7 @@ def sample_for_moments(
 def plan_moments(
     model: PreTrainedModel, examples: Sequence[Encoded], *, gradients: bool, pad: int
 ) -> _Plan:
-    """Find the linear layers, what the checkpoint calls them, and which share an input.
-
-    The first example is run once to see which layers read the same tensor.
-
-    Raises:
-        CheckpointError: no linear layer was found.
-    """
+    """Find the linear layers, what the checkpoint calls them, and which share an input."""
     weights = stored_weights(model, find_slots(model))
     if not weights:
         raise CheckpointError(f"{type(model).__name__} has no linear layer to measure.")
@@ -163,10 +143,7 @@ def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
 
 @torch.no_grad()
 def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
-    """For every linear layer a key that layers with the very same input share.
-
-    Layers that one example does not reach, such as experts kept as modules, get none.
-    """
+    """For every linear layer that the example reaches a key, one for those with one input."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
@@ -297,10 +274,7 @@ def _is_few(unit: _Unit, tokens: int) -> bool:
 
 
 class _Sum:
-    """The sum of x xᵀ: float32 products, a float64 sum.
-
-    Adding a product takes longer than a fast product of the rows of one batch: narrow rows wait.
-    """
+    """The sum of x xᵀ: float32 products, of many rows where these are narrow, and a float64 sum."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         # Apple's GPUs have no float64.
@@ -327,11 +301,7 @@ class _Sum:
 
 
 class _Rows:
-    """The rows themselves while there are few, and then their factor.
-
-    A layer that a model uses several times has more rows than there are tokens; once they are no
-    longer few they are summed up.
-    """
+    """The rows themselves, and then their factor; summed up once they are no longer few."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._width, self._device = width, device
@@ -362,11 +332,7 @@ class _Rows:
 
 @dataclass
 class _Collector:
-    """Sums of one group of units while batches run.
-
-    `tokens` is the number that counts in the whole set; `sums`, and `rows`, their number, are by
-    kind and first slot.
-    """
+    """Sums of one group of units while batches run, and their rows, by kind and first slot."""
 
     model: PreTrainedModel
     units: Sequence[_Unit]

@@ -62,11 +62,7 @@ class Buffers:
         self._slots: dict[str, Tensor] = {}
 
     def raw(self, role: str, dtype: torch.dtype) -> Tensor:
-        """Room for the values of a chunk as stored, (chunk,).
-
-        What is turned into float32 at once can share its room; the base's is subtracted from
-        others, θ_full's is written from.
-        """
+        """Room for a chunk as stored, (chunk,), which those share that are converted at once."""
         converted = role not in (BASE, FULL) and dtype != torch.float32
         slot = "converted" if converted else f"raw {role}"
         return self._slot(slot, self._chunk * dtype.itemsize).view(dtype)
@@ -82,10 +78,7 @@ class Buffers:
 
 
 class Reader:
-    """Chunks of one stored tensor, through reused buffers.
-
-    `raw` is the chunk last read, in the stored type, (count,), and `stored` its bytes.
-    """
+    """Chunks of one tensor; `raw` is the last one as stored, (count,), and `stored` its bytes."""
 
     def __init__(self, entry: TensorEntry, descriptor: int, role: str, buffers: Buffers) -> None:
         self.entry = entry
@@ -134,11 +127,7 @@ Readers = Mapping[str, Reader]  # role -> reader
 
 
 def read_importance(reader: Reader, begin: int, count: int) -> Tensor:
-    """Read a chunk of importance; in float64 if it is stored so, as of high orders, else float32.
-
-    Raises:
-        CorruptCheckpointError: a value is negative or not finite.
-    """
+    """Read and check a chunk of importance; float64 if stored so (high orders), else float32."""
     if reader.entry.dtype == torch.float64:
         values = reader.load(begin, count).clone()  # the buffer is for what is converted at once
     else:
@@ -176,10 +165,7 @@ def _not_finite(entry: TensorEntry) -> CorruptCheckpointError:
 
 @dataclass(frozen=True)
 class Averages:
-    """Importance of a tensor averaged over its output units, one float32 value each.
-
-    With `by_column` units are the columns of a matrix, not its rows.
-    """
+    """Importance averaged over rows, or `by_column`, of a tensor: one float32 value for each."""
 
     values: Tensor
     by_column: bool = False

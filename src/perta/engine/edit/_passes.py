@@ -36,19 +36,10 @@ def average_importance(
     chunk: int,
     worker_count: int,
 ) -> dict[str, dict[str, Averages]]:
-    """Mean importance of every output unit or tensor, where the granularity asks for it.
+    """Role -> θ_full's name -> mean importance of each unit; empty for the granularity `element`.
 
-    Args:
-        targets: the plan.
-        weighting: its granularity is used.
-        transposed: θ_full's names of the matrices whose output units are columns.
-        chunk: elements worked on at once.
-        worker_count: number of threads.
-
-    Returns:
-        Role -> θ_full's name -> averages; empty for the granularity `element`. An output unit is a
-        slice along the first dimension, of a transposed matrix along the second; vectors have
-        units of one element and stay as they are.
+    A unit is the tensor or an output unit: a slice along the first dimension, of matrices in
+    `transposed` along the second. Vectors have units of one element and stay as they are.
     """
     averages: dict[str, dict[str, Averages]] = {FORGET_IMPORTANCE: {}, RETAIN_IMPORTANCE: {}}
     if weighting.granularity == "element":
@@ -73,10 +64,7 @@ def average_importance(
 
 
 def _average(reader: Reader, rows: int, by_column: bool, chunk: int) -> Tensor:
-    """Mean of every row or column, summed in float64 in the order of the file.
-
-    It is float64 where the importance is stored so, else float32.
-    """
+    """Mean of every row or column, summed in float64 in the order of the file."""
     elements = reader.entry.numel
     length = elements // rows
     sums = torch.zeros(length if by_column else rows, dtype=torch.float64)
@@ -97,11 +85,7 @@ def _average(reader: Reader, rows: int, by_column: bool, chunk: int) -> Tensor:
 
 
 def find_unused(targets: Iterable[Target], chunk: int, worker_count: int) -> dict[str, Target]:
-    """Tensors, by name, that no retained example depends on, while the forget set does.
-
-    Their importance was measured and is 0 throughout, as of experts that no retained token reached.
-    Nearly all others show it by their first numbers.
-    """
+    """Tensors whose importance is 0 throughout on the retain set, and on the forget set is not."""
     found: dict[str, Target] = {}
 
     def is_silent(target: Target, role: str, buffers: Buffers) -> bool:
@@ -128,9 +112,8 @@ def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> t
     """Smallest score that is kept of each ranking, for a method that keeps the largest of all.
 
     The k-th largest of n scores, exactly: non-negative float32 numbers are ordered as their bits
-    are, so one pass counts the upper half of the bits, which finds that of the k-th largest, and
-    a second pass counts the lower half of the scores that share it. Scores equal to the k-th
-    largest are all kept; scores of 0 never are.
+    are, so one pass counts the upper half of the bits, which finds that of the k-th largest, and a
+    second pass counts the lower half of the scores that share it. Ties are kept; 0 never is.
     """
     if not blocks.method.ranks:
         return ()
@@ -159,10 +142,7 @@ def _from_the_top(counts: Tensor, wanted: int) -> tuple[int, int]:
 def _count(
     blocks: Blocks, halves: Sequence[int] | None, targets: list[Target], worker_count: int
 ) -> list[Tensor]:
-    """How often each half of the bits of a score occurs: 65536 counts for each ranking.
-
-    The upper halves; or of the scores whose upper half is the one given, the lower halves.
-    """
+    """For each ranking 65536 counts of upper halves of bits, or of lower ones under `halves`."""
     counts, lock, chunk = list[Tensor](), threading.Lock(), blocks.chunk
 
     def work(span: Span, buffers: Buffers) -> None:

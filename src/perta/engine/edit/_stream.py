@@ -65,12 +65,7 @@ class Step:
     sums: Sums = field(default_factory=Sums)
 
     def refuse_infinite(self, dtype: torch.dtype) -> None:
-        """Stop at inputs that are not finite, and where they are, at a result out of range.
-
-        Raises:
-            CorruptCheckpointError: an input.
-            DivergenceError: the result.
-        """
+        """Stop at inputs that are not finite, and where they are, at a result out of range."""
         for reader in self.readers.values():
             reader.check(self.begin, self.count)
         raise DivergenceError(

@@ -27,12 +27,7 @@ from perta.store.measured.moments import MomentFolder, open_moments
 
 
 def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> MomentFolder:
-    """Open a moment folder and check that it serves a direction for some of these models.
-
-    Raises:
-        CheckpointMismatchError: it was measured at another model.
-        CheckpointError: it lacks the output gradients, which are needed.
-    """
+    """Open a moment folder and check that it serves a direction for some of these models."""
     opened = open_moments(folder)
     if opened.facts.get("model_fingerprint") not in {fingerprint(model) for model in models}:
         raise CheckpointMismatchError(
@@ -147,16 +142,12 @@ def open_solver(
 ) -> Solver:
     """Open everything a direction is computed from, and check that it belongs together.
 
-    Args:
-        tuned: θ_f, at least one.
-        moments: folders of the sets that the method needs.
-        models: checkpoints at which moments may have been measured: base and full.
-        choose: moments of the retain set -> layers to edit.
+    `moments` were measured at one of `models`, base and full; `choose` picks layers by those of the
+    retain set.
 
     Raises:
         CheckpointMismatchError: moments of different or other models or of different tokens,
             or a checkpoint without a layer that has moments.
-        CheckpointNotFoundError: something is not there.
     """
     opened = {
         side: check_moments(folder, models, method.needs.gradients)

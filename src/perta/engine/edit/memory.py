@@ -98,11 +98,7 @@ def changes_of(
     """What an edit of any method does to θ_full, at any strength; see `write_edit`.
 
     A retain vector is part of it in its configured proportion: Δ = W ⊙ τ − (β/α) (θ_r − θ₀).
-
-    Args:
-        formats: of tensors that are stored in a format of their own, as what float32 values are
-            read again.
-        device: where Δ is kept.
+    `formats` say of tensors stored in one of their own as what float32 values are read again.
     """
     editor = open_edit(inputs, at_strength(weighting, 1.0), threads, chunk)
     targets = [target for target in editor.targets if target.alias_of is None]
@@ -148,15 +144,11 @@ class _View(Tensor):
 
 
 def _stored_places(model: PreTrainedModel, index: CheckpointIndex) -> dict[str, tuple[Tensor, Any]]:
-    """Where the tensors of a checkpoint lie in the model that was loaded from it.
+    """Stored name -> tensor `t` and index `i`: `t[i]` has the stored shape, and is in the model.
 
     transformers fuses in memory what checkpoints store apart, or parts it. Its own rules, by which
     it saves, are applied to views of the memory; where they mix the elements of several tensors,
     these are moved together first, and their places sent through the rules.
-
-    Returns:
-        Stored name -> a tensor `t` and an index `i`: `t[i]` has the stored shape, and what is
-        assigned to it is in the model.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -79,9 +79,6 @@ def write_edit(
     """Write weights, companion files and model card into an existing empty folder.
 
     Args:
-        folder: such as one from `atomic_folder`.
-        inputs: local folders to read.
-        weighting: method and its settings.
         save_dtype: type of the output. θ_full is cast to it, to the nearest, and then edited.
         wide: tensors that are stored in float32 all the same.
         threads: threads that read, compute and write [default: all cores, at most 8].
@@ -91,9 +88,8 @@ def write_edit(
     Raises:
         ConfigError: unknown method, missing importance, or a pattern that matches nothing.
         CheckpointMismatchError: the inputs differ in tensors or shapes.
-        CorruptCheckpointError: an input is damaged or holds NaN or Inf.
-        CheckpointError: an input is quantised, the forget checkpoint equals the base, W is 0
-            everywhere, or rounding loses nearly all of the step.
+        CheckpointError: an input is quantised, damaged or not finite, the forget checkpoint equals
+            the base, W is 0 everywhere, or rounding loses nearly all of the step.
         DivergenceError: the result does not fit the type of the output.
     """
     started = time.perf_counter()
@@ -178,8 +174,7 @@ def create_files(
 ) -> CheckpointIndex:
     """Make the output's files in an empty folder: headers, and room for the tensors.
 
-    With the type `full` θ_full's header bytes and tensor places are kept. Tensors named in `wide`
-    are stored in float32 all the same.
+    With the type `full` θ_full's header bytes and places are kept; `wide` tensors are in float32.
     """
     is_same = not wide and save_type(save_dtype, full.folder) == stored_dtype(full.folder)
     for shard, names in full.shards.items():
@@ -239,10 +234,7 @@ def _write_total(file: Path, total: int) -> None:
 
 
 def _reserve(stream: BinaryIO, size: int) -> None:
-    """Give an open file its size, with room on the disk where the system can reserve it.
-
-    Writing is faster then, and a full disk is found before any work is done.
-    """
+    """Give an open file its size and room on the disk, so that a full one is found at once."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(stream.fileno(), 0, size)

@@ -172,10 +172,7 @@ def _expand(recorder: Recorder, parameter: nn.Parameter, *leading: int) -> Tenso
 
 
 def _repeated(recorder: Recorder, parameter: nn.Parameter, like: Tensor) -> Tensor:
-    """A 1-D parameter repeated for each example, (B, 1, …, n), for `like` (B, …, n).
-
-    (B * T, n) for `like` of that shape.
-    """
+    """A 1-D parameter repeated for each example, (B, 1, …, n), or (B * T, n) as `like` may be."""
     batch, length = recorder.shape
     if like.dim() >= 3:
         return _expand(recorder, parameter, batch, *(1,) * (like.dim() - 2))
@@ -339,8 +336,7 @@ def _elementwise_forward(
 ) -> Callable[..., Any]:
     """Run a module with its parameters repeated for each example, if that means the same.
 
-    With one copy of the weight per example, autograd's gradient of the copies is the gradient
-    per example, whatever formula the module has: w * x, (1 + w) * x, with casts or without.
+    Autograd's gradient of the copies is then the gradient per example, whatever the formula.
     """
     original = module.forward
     verdicts: list[bool] = []
@@ -367,10 +363,7 @@ def _is_elementwise(
     parameters: Mapping[str, nn.Parameter],
     x: Tensor,
 ) -> bool:
-    """Whether each example's output follows from its own input and its own copy of the weights.
-
-    Two different examples with two different copies are run together and one by one.
-    """
+    """Whether two examples with two copies of the weights give together what they give alone."""
     if any(p.shape[0] != x.shape[-1] for p in parameters.values()):
         return False
     rows = x.flatten(0, -2)[:8]
@@ -435,10 +428,7 @@ def _expert_groups(expert: Tensor, example: Tensor) -> dict[int, Segments]:
 
 @contextmanager
 def checkpointed_layers(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Recompute the activations of each decoder layer in the backward pass.
-
-    The library's own switch needs training mode, which would turn dropout on.
-    """
+    """Recompute layers in the backward pass; the library's own way would turn dropout on."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -75,11 +75,7 @@ class Recorder:
             self._uses.update(cast(nn.Parameter, p) for p in parameters if self.handles(p))
 
     def record(self, parameter: nn.Parameter, piece: Piece) -> None:
-        """Take a piece of a parameter's gradient.
-
-        A parameter with one use is finished at once. The uses of a shared one wait for each
-        other, because the power is taken of their sum.
-        """
+        """Take a piece of a gradient; those of a shared parameter wait: the power is of the sum."""
         self._seen.add(parameter)
         if self._uses[parameter] == 1:
             add_pieces(self.means[self.names[parameter]], [piece])
@@ -103,10 +99,7 @@ class Recorder:
         return tuple(leading) in ((batch, length), (batch * length,))
 
     def segments(self, leading: Sequence[int], weight: nn.Parameter) -> Segments | None:
-        """Rows of each example in an activation of these leading dimensions; None if not known.
-
-        The output head's weight sees labelled positions only.
-        """
+        """Rows of each example in an activation of these leading dimensions; None if not known."""
         batch, length = self.shape
         if weight is self._head and tuple(leading) == (1, sum(self._labelled)):
             return consecutive(self._labelled)

@@ -148,23 +148,18 @@ def batched_moments(
 ) -> Moments:
     """Mean powers of per-example gradients, one forward and backward pass per batch.
 
-    Equal to `example_loop_moments` up to rounding, whatever the batch size, the padding and
-    the order of the rows.
+    Equal to `example_loop_moments` up to rounding, whatever the batch size, the padding and the
+    order of the rows.
 
     Args:
-        model: causal language model; parameters that do not require a gradient are left out.
-        batches: right-padded examples.
         orders: powers p > 0; several cost little more than one.
-        gradient_checkpointing: recompute each layer's activations in the backward pass.
-        accumulate_on: device of the running means; the parameter's own by default. "cpu" spares
-            the accelerator one float32 copy of the model per order.
-        progress: told the number of examples finished.
+        accumulate_on: device of the running means; "cpu" spares the accelerator one float32 copy of
+            the model per order.
 
     Raises:
         ConfigError: an order is not a positive finite number, or the model has no layers
             that can be checkpointed.
-        DataError: an example has no labelled token.
-        EmptyDatasetError: no examples.
+        DataError: no examples, or one without a labelled token.
         EngineMismatchError: the model has gradients that do not come by.
     """
     orders = _checked_orders(orders)
@@ -191,16 +186,12 @@ def verify_engine(
     orders: Sequence[float],
     tolerance: float = 1e-3,
 ) -> None:
-    """Compare the engine with the example loop on a few examples and stop on a difference.
+    """Compare the engine with the example loop on a few examples; EngineMismatchError if unlike.
 
-    The error of a tensor is the largest difference of its elements over its largest element.
-    For orders below 1 both sides are first raised to 1/p: near zero such a power magnifies
-    rounding (a gradient off by 1e-8 is off by 1e-4 in its square root). A model in a type narrower
-    than float32 is compared in a float32 copy: a sum of products rounded to bfloat16 differs by
-    more than any tolerance from the same sum in another order.
-
-    Raises:
-        EngineMismatchError: some tensors differ by more; the message names them.
+    The error of a tensor is the largest difference of its elements over its largest element. For
+    orders below 1 both sides are first raised to 1/p: near zero such a power magnifies rounding (a
+    gradient off by 1e-8 is off by 1e-4 in its square root). A model in a type narrower than float32
+    is compared in a float32 copy, because the order of a sum matters more there than any tolerance.
     """
     listed = list(examples_batches)
     if any(p.dtype.itemsize < torch.float32.itemsize for p in model.parameters()):
@@ -279,11 +270,7 @@ def _add_example_loop(
 
 
 def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collection[str]) -> None:
-    """Stop where a parameter of which no gradient was seen has one: its mean would be zero.
-
-    A plain backward pass over one example tells a parameter that the model does not use, as the
-    eyes of a model that is given text, from one whose gradient goes another way.
-    """
+    """Stop where a plain backward pass has a gradient of a parameter of which none was seen."""
     parameters = dict(model.named_parameters())
     silent = [n for n, processes in _counted(parameters, silent).items() if processes == count()]
     if not silent:

@@ -130,9 +130,8 @@ def add_powers(means: Means, gradients: Tensor) -> None:
 def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -> None:
     """Add the powers of the parameter's rows that an embedding touched.
 
-    Where products reach the same parameter (a tied output head), their share of the touched
-    rows is added before the power is taken, and taken out of the products, so that the rest of
-    them can be treated as if there were no embedding.
+    What products add to these rows (a tied output head) is added before the power is taken, and
+    taken out of the products.
     """
     height, width = means.any.shape
     dtype = means.any.dtype
@@ -159,10 +158,7 @@ def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -
 
 
 def _add_at(target: Tensor, place: Tensor, values: Tensor) -> None:
-    """Add rows to those of the target that `place` names, always in the same order.
-
-    On CPUs `index_put_` adds in the order in which threads arrive, on GPUs `index_add_` does.
-    """
+    """Add rows to those of the target that `place` names, in an order without chance."""
     if target.is_cuda:
         target.index_put_((place,), values, accumulate=True)
     else:
@@ -224,8 +220,7 @@ def _add_product_compiled(means: Means, product: Product) -> None:
 def _add_product_in_cache(means: Means, product: Product) -> None:
     """Send blocks of the parameter's rows through all examples in turn, in one small buffer.
 
-    A block has as many parts as there are threads, and is a batch of products: so each thread
-    computes the part that it later raises and adds, and finds it in its own core's cache.
+    A block has a part for each thread, which raises and adds it in its own core's cache.
     """
     mean = means.any
     width = mean.shape[1]
@@ -253,10 +248,7 @@ def _add_product_in_cache(means: Means, product: Product) -> None:
 
 
 def _in_blocks(matrix: Tensor, block: int, part_count: int) -> list[Tensor]:
-    """Cut (m, n) into blocks of rows, each in equal parts: views of (parts, rows, n).
-
-    The last block is one part where its rows cannot be shared out equally.
-    """
+    """Cut (m, n) into blocks of rows in equal parts, (parts, rows, n); the last may be one part."""
     count, rest = divmod(len(matrix), block)
     blocks: list[Tensor] = []
     if count:
@@ -270,10 +262,7 @@ def _in_blocks(matrix: Tensor, block: int, part_count: int) -> list[Tensor]:
 def _factors(
     product: Product, dtype: torch.dtype, block: int, part_count: int
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The factors of the gradient of each example with any rows, for every block.
-
-    The left ones are transposed to (parts, block, rows), the right ones (parts, rows, n).
-    """
+    """Of each example with rows, block by block, (parts, block, rows) and (parts, rows, n)."""
     factors = []
     left, right = product.left.to(dtype).t(), product.right.to(dtype)
     for start, stop in product.segments:
@@ -286,11 +275,7 @@ def _factors(
 
 
 def _add_product_together(means: Means, product: Product) -> None:
-    """Form the gradients of all examples at once, in blocks of rows that fit in memory.
-
-    An accelerator wants few large operations, and its memory is fast enough to do without
-    the cache.
-    """
+    """Form the gradients of all examples at once: accelerators want few large operations."""
     mean = means.any
     height, width = mean.shape
     left = _stacked(product.left, product.segments).transpose(1, 2)

@@ -42,11 +42,8 @@ def write_adapter(
     """Write the adapter that makes θ_u of the reference, layer by layer.
 
     Args:
-        folder: existing folder.
         edited: θ_u in float32.
-        full: θ_full, from which the edit took its step.
-        reference: model that the adapter is put on: θ_full, or what θ_full itself adapts.
-        named: what the adapter calls the reference.
+        reference: what the adapter is put on, `named` in it: θ_full, or what θ_full itself adapts.
         rank: highest rank of a layer's factors.
 
     Raises:
@@ -158,11 +155,7 @@ def _hold(
 
 
 def _factors(matrix: Tensor, rank: int, noise: float) -> tuple[Tensor, Tensor, bool]:
-    """The best product B A of two thin factors for a matrix M, (m, n) float64.
-
-    It is the truncated singular value decomposition, B (m, r) and A (r, n) with r from 1 to `rank`.
-    Third comes whether M has no singular value above `noise`, which is rounding, beyond them.
-    """
+    """B (m, r) and A (r, n), r <= `rank`, of a truncated SVD; whether no more is above `noise`."""
     smaller = min(matrix.shape)
     kept = min(rank, smaller)
     count = min(kept + _SPARE, smaller)

@@ -37,19 +37,12 @@ from perta.store.checkpoint import (
 
 
 def write_quantised(folder: Path, original: Path, edited: Path, seed: int) -> dict[str, Stored]:
-    """Write edited or trained weights as the checkpoint that they came from stores them.
-
-    Args:
-        folder: an existing empty folder.
-        original: quantised checkpoint, θ_full.
-        edited: θ_u, in float32 or in the type that `original` stores a tensor in.
-        seed: of the rounding.
+    """Write edited or trained weights, in float32 or as stored, as `original` stores them.
 
     Returns:
         Plain name of every quantised tensor -> what the format left of its step.
 
     Raises:
-        CorruptCheckpointError: a file is damaged.
         CheckpointMismatchError: `edited` lacks a weight.
     """
     index, new = open_index(original), open_index(edited)
@@ -98,20 +91,7 @@ def _measured(before: Tensor, wanted: Tensor, after: Tensor) -> Sums:
 
 
 def write_gguf(folder: Path, plan: GgufPlan, edited: Path, seed: int) -> dict[str, Stored]:
-    """Write edited weights as a GGUF file.
-
-    Args:
-        folder: an existing folder.
-        plan: of the file, for θ_full.
-        edited: θ_u, float32.
-        seed: of the rounding.
-
-    Returns:
-        Name of every tensor -> what its type in the file left of its step.
-
-    Raises:
-        DivergenceError: the result does not fit the type of the file.
-    """
+    """Write edited float32 weights as a GGUF file; name -> what its type left of the step."""
     old, new, found = open_index(plan.folder), open_index(edited), dict[str, Stored]()
 
     def value(name: str, kind: GGMLQuantizationType) -> Tensor:
