@@ -121,10 +121,7 @@ _ALIASES = {"alpha": "scaling_coef"}
 
 
 def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
-    """A configuration (or a new one of a class) with options as the command line names them.
-
-    They have `_` for `-`. ConfigError where there is no such option.
-    """
+    """A configuration, or one of a class, with options as the command line names them."""
     own = {item.name for item in fields(config)}
     mine = {name: value for name, value in given.items() if name in own}
     made = config(**mine) if isinstance(config, type) else replace(config, **mine)
@@ -160,11 +157,7 @@ def require_unicode(config: object) -> None:
 
 
 def sample_count(text: str | None, flag: str, examples: int) -> int:
-    """Size of a sample.
-
-    Raises:
-        ConfigError: neither a share nor a count.
-    """
+    """Size of a sample; ConfigError at what is neither a share nor a count."""
     if text is None:
         return examples
     try:

@@ -57,11 +57,7 @@ _LARGE = 1 << 16
 def lead(program: Callable[[], object]) -> None:
     """Run a program: on process 0 of several, with the others at hand; by itself otherwise.
 
-    The others return when it is over; the number of processes and how they meet are in the
-    environment that torchrun makes.
-
-    Args:
-        program: all that the run does.
+    The others return when it is over. How many they are and meet, torchrun's environment says.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         program()
@@ -87,15 +83,10 @@ class Own(Generic[_T]):
 
 
 def everywhere(function: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
-    """Call a function on every process with the same arguments.
+    """Call a module's function on every process with the same arguments; what process 0 returned.
 
-    Args:
-        function: a function of a module; in another such call, process by process.
-        *args: what it takes. The others get copies, of models those of their weights.
-        **named: likewise.
-
-    Returns:
-        What process 0 returned.
+    The others get copies, of models those of their weights. In another such call, process by
+    process.
 
     Raises:
         PertaError: a process is gone; an error on any of them is raised as if it were our own.
@@ -191,23 +182,14 @@ class _LostError(Exception):
 
 @dataclass
 class _World:
-    """The processes of a run.
+    """The processes of a run."""
 
-    Attributes:
-        rank: number of this one.
-        size: how many there are.
-        store: where they leave notes for each other.
-        calls: made everywhere so far.
-        sharing: whether the present call is made everywhere.
-        lost: whether they can no longer meet.
-    """
-
-    rank: int
-    size: int
-    store: Any
-    calls: int = 0
-    sharing: bool = False
-    lost: bool = False
+    rank: int  # number of this one
+    size: int  # how many there are
+    store: Any  # where they leave notes for each other
+    calls: int = 0  # made everywhere so far
+    sharing: bool = False  # whether the present call is made everywhere
+    lost: bool = False  # whether they can no longer meet
 
     def serve(self) -> None:
         """Make the calls that process 0 asks for until the run is over."""
@@ -264,11 +246,7 @@ class _World:
             self._settle(error)
 
     def _settle(self, error: BaseException | None) -> None:
-        """Tell how a call ended here, and learn how it ended elsewhere.
-
-        Raises:
-            Exception: the error of another process, where none of our own is the reason.
-        """
+        """Tell how a call ended here, learn how elsewhere; another's error is raised."""
         key = f"call {self.calls} on "
         self.store.set(f"{key}{self.rank}", pickle.dumps(_portable(error)))
         # Who is gone without a note leaves none any more.
@@ -430,7 +408,7 @@ class _Packer(pickle.Pickler):
     """Pickles without the values of large tensors, and modules without their hooks.
 
     A hook looks at what one process does, and is often a function that has no name elsewhere. So is
-    what recomputes activations, which training turns on for itself.
+    what recomputes activations.
     """
 
     def __init__(self, buffer: io.BytesIO) -> None:

@@ -107,11 +107,7 @@ def load_benchmark(path: Path) -> Benchmark[Any]:
 
 
 def own_class(path: Path, kind: type[Any], parts: Sequence[str]) -> type[Any]:
-    """The one class of a kind that a user's Python file defines; it has all `parts`.
-
-    Raises:
-        ConfigError: the file cannot be run, or does not define exactly one complete such class.
-    """
+    """The one class of a kind that a user's file defines, with all `parts`, or a ConfigError."""
     module = run_file(path)
     found = [
         value
@@ -135,9 +131,9 @@ def own_class(path: Path, kind: type[Any], parts: Sequence[str]) -> type[Any]:
 class Journal:
     """Outcomes appended to a file as they come.
 
-    The first line holds a key of everything the outcomes depend on, and every other one the hash
-    of its own. A file with another key, or none, is started anew; a line that is not as it was
-    written, such as a last one cut off by a kill, is dropped.
+    The first line holds a key of everything that they depend on, every other one the hash of its
+    own. A file with another key is started anew; a line that is not as it was written, such as a
+    last one cut off by a kill, is dropped.
     """
 
     path: Path | None  # JSONL file; None keeps nothing
@@ -203,10 +199,7 @@ def is_journal(path: Path) -> bool:
 def open_journal(
     path: Path | None, settings: Mapping[str, Any], models: Mapping[str, PreTrainedModel | None]
 ) -> Journal:
-    """A journal that holds for these settings, models and this package's version alone.
-
-    Without a path nothing is kept, and no model is hashed.
-    """
+    """A journal that holds for these settings, models and version alone; none without a path."""
     if path is None:
         return Journal(None, "")
     hashes = {name: model and _model_fingerprint(model) for name, model in models.items()}
@@ -233,8 +226,7 @@ def run_with_journal(
 ) -> dict[str, Outcome]:
     """`run_in_modes` over named items, but those the journal holds; each loss has to be finite.
 
-    `what` stands on the progress bar, None is a part of another's; outcomes are in the order of
-    `items`.
+    `what` stands on the progress bar, None is a part of another's.
     """
     names = [name for name in items if name not in journal.entries]
     with track(what, len(items)) if what else nullcontext(_unseen) as advance:

@@ -97,12 +97,10 @@ def pairs_interval(
 ) -> Interval:
     """Mean over all pairs of two sets drawn separately, such as an AUC or a difference of two.
 
-    Pairs with the example of a side that was not seen could all have either bound. Groups widen it
-    to Student's from the means of each side (DeLong's variance, by group).
-
-    Args:
-        pairs: (n, m) values from `lowest` to `highest`, n of the one set and m of the other.
-        groups: group of each of the n, and of each of the m.
+    `pairs` are (n, m) values within the bounds, n of the one set and m of the other. Pairs with the
+    example of a side that was not seen could all have either bound. `groups`, of each of the n and
+    of each of the m, widen it to Student's from the means of each side (DeLong's variance, by
+    group).
     """
     n, m = pairs.shape
     left, right = _random_weights(n, 0)[:, :-1], _random_weights(m, 1)[:, :-1]

@@ -260,12 +260,7 @@ def groups_of(indices: Iterable[str], subjects: Mapping[str, int]) -> Groups:
 
 
 def _examples(value: float, results: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Per-example values, in the form whose mean is the file's aggregate.
-
-    Aggregates of truth ratios are means of a function of the recorded value. The form is
-    recognised by reproducing the aggregate, so that no interval is ever put around a number
-    that it does not belong to.
-    """
+    """Per-example values in the form (of truth ratios) whose mean is the file's aggregate."""
     for field in ("prob", "rougeL_recall", "rougeL_f1", "score", "rouge1_recall"):
         column = numbers_of(results, name, field)
         for form in (_same, metrics.symmetric, metrics.margin) if column else ():

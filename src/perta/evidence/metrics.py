@@ -57,9 +57,8 @@ def margin(ratio: float) -> float:
 def rouge(reference: str, generation: str, *, any_script: bool = False) -> dict[str, float]:
     """ROUGE-1 recall, ROUGE-L F1 and ROUGE-L recall, words stemmed (Porter), as logs name them.
 
-    Args:
-        any_script: take words as `data.words.stems` does, by which English scores as published. The
-            published tokenizer keeps a to z and 0 to 9: texts in other scripts score 0.
+    With `any_script` words are those of `data.words.stems`, by which English scores as published;
+    the published tokenizer keeps a to z and 0 to 9, and scores other scripts 0.
     """
     scores = _rouge_scorer(any_script).score(reference, generation)
     return {
@@ -70,28 +69,17 @@ def rouge(reference: str, generation: str, *, any_script: bool = False) -> dict[
 
 
 def exact_memorization(correct: Sequence[bool]) -> float | None:
-    """Share of an answer's tokens that the model predicts, given those before them.
+    """Matches / m of m flags, whether the teacher-forced argmax is the token, without the last.
 
-    Args:
-        correct: m flags, whether the teacher-forced argmax is the token, without the last.
-
-    Returns:
-        Matches / m; None where m = 0.
-
-    Source: Tirumala et al., arXiv 2205.10770, definition 1.
+    None where m = 0. Source: Tirumala et al., arXiv 2205.10770, definition 1.
     """
     return sum(correct) / len(correct) if len(correct) else None
 
 
 def extraction_strength(correct: Sequence[bool]) -> float | None:
-    """Share of an answer that follows from the rest of it: 1 - k/m.
+    """Share of an answer that follows from the rest of it: 1 - k/m, in [1/m, 1]; None where m = 0.
 
-    k is the first index from which every remaining token is predicted; with none it is m - 1,
-    so the smallest value is 1/m, not 0.
-
-    Returns:
-        The strength in [1/m, 1]; None where m = 0.
-
+    k is the first index from which every remaining token is predicted; with none it is m - 1.
     Source: Carlini et al., arXiv 2012.07805, in the form of arXiv 2502.07322.
     """
     m = len(correct)
@@ -103,14 +91,9 @@ def extraction_strength(correct: Sequence[bool]) -> float | None:
 
 
 def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
-    """Min-K score: minus the mean of the lowest max(1, floor(share n)) values.
+    """Min-K score: minus the mean of the lowest max(1, floor(share n)) of (n,) log-probabilities.
 
-    Args:
-        log_probs: (n,) log-probabilities of the tokens without the last.
-
-    Returns:
-        The score, higher for text never seen; None where n = 0.
-
+    They are the tokens' without the last. It is higher for text never seen, None where n = 0.
     Source: Shi et al., arXiv 2310.16789, equation 1.
     """
     n = log_probs.numel()
@@ -123,17 +106,10 @@ def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
 def min_k_plus_plus(
     log_probs: Tensor, means: Tensor, variances: Tensor, share: float = _MIN_K_SHARE
 ) -> float | None:
-    """Min-K over token log-probabilities standardised by the vocabulary's distribution.
+    """Min-K over log-probabilities lp standardised by the vocabulary's distribution, all (n,).
 
-    Args:
-        log_probs: (n,) log-probabilities lp of the tokens without the last.
-        means: (n,) mu = sum over the vocabulary of p lp.
-        variances: (n,) sigma^2 = sum over the vocabulary of p lp^2, minus mu^2.
-
-    Returns:
-        The score as for `min_k`.
-
-    Source: Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
+    `means` are mu = sum over the vocabulary of p lp, `variances` sum of p lp^2, minus mu^2. Source:
+    Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
     """
     return min_k((log_probs - means) / variances.clamp_min(1e-6).sqrt(), share)
 
@@ -149,18 +125,12 @@ def gradient_norm(gradients: Iterable[Tensor]) -> float:
 
 
 def membership_auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
-    """Probability that a held-out example scores above a forgotten one, ties counting half.
-
-    1 means the forget set is strongly memorised, 0.5 that it looks like unseen data.
-    """
+    """Probability that a held-out example scores above a forgotten one, ties counting half."""
     return float(wins(np.asarray(forget), np.asarray(holdout)).mean())
 
 
 def wins(forget: NDArray[np.float64], holdout: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each pair (holdout, forget) 1 where the held-out example scores above, 1/2 for a tie.
-
-    Their mean is `membership_auc`.
-    """
+    """Of each pair (holdout, forget) 1 where the held-out one scores above, 1/2 for a tie."""
     above: NDArray[np.float64] = (holdout[:, None] > forget) + 0.5 * (holdout[:, None] == forget)
     return above
 
@@ -168,10 +138,7 @@ def wins(forget: NDArray[np.float64], holdout: NDArray[np.float64]) -> NDArray[n
 def privleak(auc: float, retain_auc: float | None = None) -> float:
     """Privacy leakage in percent: 0 like the retrained model, below 0 still memorised.
 
-    ((1 - AUC) - (1 - AUC_ret)) / ((1 - AUC_ret) + eps) * 100
-
-    Args:
-        retain_auc: that of the retrained model; 0.5 where there is none.
+        ((1 - AUC) - (1 - AUC_ret)) / ((1 - AUC_ret) + eps) * 100
 
     Source: MUSE, arXiv 2407.06460, equation 3, with the AUC's label turned round.
     """
@@ -202,12 +169,7 @@ def ks_test(sample: Sequence[float], reference: Sequence[float]) -> tuple[float,
 
 
 def model_utility(values: Sequence[float]) -> float:
-    """Harmonic mean; 0 as soon as one value is 0.
-
-    Args:
-        values: nine numbers: probability (retain) or normalised probability (real authors,
-            world facts), ROUGE-L recall and truth ratio, on each of the three sets.
-    """
+    """Harmonic mean of the means on three sets of three measures; 0 as soon as one of them is 0."""
     if any(value <= 0 for value in values):
         return 0.0
     return len(values) / math.fsum(1 / value for value in values)
@@ -241,19 +203,14 @@ def likeness(one: float, other: float) -> float:
 
 
 def depth_score(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Unlearning depth score of one example: 0 all is there, 1 nothing is.
+    """Unlearning depth score of one example: 0 all is there, 1 nothing is; None if no layer counts.
 
         sum_l d1_l clip(d2_l / d1_l, 0, 1) / sum_l d1_l     over layers l with d1_l > 0.05
 
-    Args:
-        first: by layer, how much less likely the full model finds the fact, mean over its tokens in
-            nats, where the states of that layer are those of a model that never saw it.
-        second: the same with the states of the model that is judged.
-
-    Returns:
-        The score; None where no layer counts.
-
-    Source: Lee et al., arXiv 2605.24614, sections 3.2 and 3.3.
+    `first`, d1, is how much less likely the full model finds the fact, mean over its tokens in
+    nats, where the states of a layer are those of a model that never saw it; `second`, d2, the same
+    with the states of the model that is judged. Source: Lee et al., arXiv 2605.24614, sections 3.2
+    and 3.3.
     """
     counted = [(one, two) for one, two in zip(first, second, strict=True) if one > _DEPTH_GAP]
     if not counted:

@@ -46,21 +46,11 @@ TOPICS = tuple(_Topic(**{**topic, "values": _pool(topic["values"])}) for topic i
 
 
 def generate_people(people: int, questions: int, seed: int) -> list[dict[str, Any]]:
-    """Questions about fictitious people.
+    """Questions about fictitious people, `questions` (1 to 22) for each, person by person.
 
-    Person i depends on the seed and i alone: more people, or more questions, keep what a
-    smaller set had. Wrong answers have the form of the paraphrased answer, as in TOFU, so that
-    only the fact separates them from it.
-
-    Args:
-        questions: questions per person, 1 to 22 (the number of `TOPICS`).
-
-    Returns:
-        people x questions rows, person by person: person, question, answer,
-        paraphrased_answer, paraphrased_question, perturbed_answer (5 texts).
-
-    Raises:
-        ConfigError: a number is out of range.
+    Person i depends on the seed and i alone: more people, or more questions, keep what a smaller
+    set had. Wrong answers have the form of the paraphrased answer, as in TOFU. A row has person,
+    question, answer, paraphrased_answer, paraphrased_question and perturbed_answer (5 texts).
     """
     if people < 1:
         raise ConfigError(f"--people is {people}; it must be at least 1.")

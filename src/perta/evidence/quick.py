@@ -42,11 +42,7 @@ def quick_evaluation(
     facts: Mapping[str, Sequence[Fact]] | None = None,
     batch_size: int = 16,
 ) -> Results:
-    """Evaluate a model on named sets.
-
-    Args:
-        done: called with every finished row, see `run_items`.
-        facts: name -> facts of the set; without it what the rows tell.
+    """Evaluate a model on named sets; without `facts`, by set, they are what the rows tell.
 
     Returns:
         For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,

@@ -68,11 +68,7 @@ def results_json(results: Mapping[str, Any]) -> str:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results file or a published log.
-
-    Raises:
-        DataError: the file is missing, is not a JSON object, or is not as perta wrote it.
-    """
+    """Read a results file or a published log; DataError if it is missing, damaged or changed."""
     results = read_json(Path(path), DataError, nan=True)
     refuse_changed(results, path)
     return results

@@ -129,10 +129,7 @@ def _direction_in_bases(
 
 @dataclass(frozen=True)
 class _JointBasis:
-    """A basis V (d, d), not orthogonal, in which two moments are diagonal.
-
-    `forget` is the diagonal of Vᵀ C_f V, `retain` that of Vᵀ (C_r + λ I) V, both (d,) and >= 0.
-    """
+    """A basis V (d, d) in which two moments are diagonal, (d,): `forget`, `retain` damped by λ."""
 
     basis: Tensor
     inverse: Tensor
@@ -176,12 +173,7 @@ def _joint_basis(forget: Tensor, retain: Tensor, damping: float) -> _JointBasis:
 
 
 def _resolved_damping(damping: float, *moments: Tensor) -> float:
-    """The damping, at least what the moments resolve.
-
-    A float32 matrix with mean diagonal m is known to within d · 2⁻²³ · m in any direction (its
-    largest eigenvalue is at most d · m). Below that, directions that neither set uses are
-    noise over noise.
-    """
+    """The damping, at least what float32 moments resolve: they are known to within d · 2⁻²³ · m."""
     if all(moment.dtype == torch.float64 for moment in moments):
         return damping
     return max(damping, moments[0].shape[1] * torch.finfo(torch.float32).eps)
@@ -189,11 +181,7 @@ def _resolved_damping(damping: float, *moments: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Ridge:
-    """A sum of weighted moments with something added to its diagonal, ready to solve with.
-
-    `apply` maps v to (sum + added I) v, (d, k) -> (d, k), and `solve` is its inverse; `like` has d
-    columns, their type and device.
-    """
+    """v -> (sum + added I) v, (d, k) -> (d, k), and its inverse; `like` has its width and type."""
 
     apply: Callable[[Tensor], Tensor]
     solve: Callable[[Tensor], Tensor]

@@ -58,13 +58,7 @@ class Removed:
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], wanted: Tensor, *, tolerance: float, iterations: int
 ) -> _Solution:
-    """Solve A x = b, (P,), for a symmetric positive definite A known by its products v -> A v.
-
-    It stops at the relative residual `tolerance`.
-
-    Raises:
-        DivergenceError: a direction of no or negative curvature, or no solution within the
-            iterations.
+    """Solve A x = b, (P,), A symmetric positive definite, known by v -> A v, to `tolerance`.
 
     Source: Hestenes and Stiefel, 1952.
     """

@@ -55,11 +55,7 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def block_seed(seed: int, name: str, start: int) -> int:
-    """Seed in [0, 2^63) of one block of one tensor, from the user's and the block's first element.
-
-    It depends on the place of the block alone, so results do not depend on which thread or
-    machine works on it.
-    """
+    """Seed in [0, 2^63) of one block of one tensor, by the user's and the block's place alone."""
     digest = hashlib.sha256(f"{seed}\0{name}\0{start}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -137,10 +137,7 @@ def distance(activations: Tensor, wanted: Tensor) -> Tensor:
 
 
 def control_vector(size: int, steering_coef: float, seed: int) -> Tensor:
-    """A random direction (D,), entries drawn uniformly from [0, 1), scaled to the length c.
-
-    Source: Li et al., arXiv 2403.03218, RMU.
-    """
+    """A random direction (D,), entries uniform in [0, 1), of length c; source as of `distance`."""
     direction = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     return direction.mul_(steering_coef / direction.norm())
 

@@ -29,11 +29,7 @@ def known(kind: type[_Kind]) -> dict[str, type[_Kind]]:
 
 
 def load_methods(path: Path) -> None:
-    """Make the methods that a Python file defines known; none of them if the file cannot be run.
-
-    Raises:
-        ConfigError: it cannot be run, or defines no method.
-    """
+    """Make the methods that a Python file defines known; all or, with a ConfigError, none."""
     before = dict(KNOWN)
     with _whole():
         run_file(path)
@@ -68,11 +64,7 @@ def _whole() -> Iterator[None]:
 
 
 def parse(text: MethodText, kind: type[_Kind]) -> _Kind:
-    """Read `NAME` or `NAME:key=value,key=value`; `_` may stand for `-` in a name.
-
-    Raises:
-        ConfigError: there is no such method or setting, or a value does not fit.
-    """
+    """Read `NAME` or `NAME:key=value,key=value`, `_` is `-` in it; ConfigError if there is none."""
     name, values = split(str(text))
     return make(name, values, str(text), kind)
 
@@ -90,11 +82,7 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def make(name: str, values: Mapping[str, Any], text: str, kind: type[_Kind]) -> _Kind:
-    """The method of a name and a kind with these settings; `text` is what the user typed.
-
-    Raises:
-        ConfigError: there is no such method or setting, or a value does not fit.
-    """
+    """The method of a name and kind with settings; a ConfigError quotes the typed `text`."""
     method = find(name, kind)
     names = [item.name for item in method.options()]
     for key in values:

@@ -175,10 +175,8 @@ class Interpolate(Edit):
 def _uniform(seed: int, begin: int, count: int) -> NDArray[np.float64]:
     """Random numbers in [0, 1) of neighbouring places, (count,), by seed and place alone.
 
-    So they do not depend on how a tensor is cut into blocks. The generator is SplitMix64, whose
-    n-th number is a hash of seed + n times a constant.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    SplitMix64. Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+    2014.
     """
     place = np.arange(begin + 1, begin + count + 1, dtype=np.uint64)
     bits = place * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64)

@@ -47,10 +47,6 @@ def check_checkpoint(folder: Path) -> None:
 
     Only headers are read, and config.json. A folder without one, or with a kind of model that
     transformers does not know, is compared with nothing.
-
-    Raises:
-        CheckpointError: quantised, or config.json cannot be read or be true.
-        CorruptCheckpointError: the files and config.json are of different models.
     """
     index = open_index(folder)
     _check_settings(index)
@@ -82,10 +78,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def described_model(folder: Path) -> PreTrainedModel | None:
-    """The model that a folder's config.json describes, without values, on the device `meta`.
-
-    None where there is no config.json, or transformers knows no causal language model of that kind.
-    """
+    """The model of a folder's config.json, without values, on `meta`; None if it tells of none."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -110,11 +103,7 @@ def loader_of(config: PreTrainedConfig) -> Any:
 
 
 def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None:
-    """Compare what `from_pretrained` says that it loaded with what model and files need and hold.
-
-    Raises:
-        CorruptCheckpointError: something is missing, left over, or of another shape.
-    """
+    """Stop where `from_pretrained` tells of weights missing, left over or of another shape."""
     index = place if isinstance(place, CheckpointIndex) else None
     where = index.folder if index else place
     cure = (

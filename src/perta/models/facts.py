@@ -113,7 +113,7 @@ def find_facts(
     base: PreTrainedModel | None = None,
     longest: int | None = None,
 ) -> tuple[Fact, ...]:
-    """Mark the fact of every row.
+    """Mark the fact of every row, one for each sequence that `encode_examples` gives, in its order.
 
     The first of these that a row has, and that leaves a token:
 
@@ -129,16 +129,9 @@ def find_facts(
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
-    a year, still has to be said. Earlier turns, end tokens and the punctuation behind the fact
-    are no part of it. `base` has not seen the rows; `longest` is the most tokens that the model
-    takes.
-
-    Returns:
-        One fact for each sequence that `encode_examples` gives, in its order.
-
-    Raises:
-        DataError: a fact that is not in its answer, or a column that cannot be used; also
-            `--fact-column` with plain text.
+    a year, still has to be said. Earlier turns, end tokens and the punctuation behind the fact are
+    no part of it. `base` has not seen the rows; `longest` is the most tokens that the model takes.
+    DataError where a fact is not in its answer, or its column cannot be used.
     """
     config = data_config or DataConfig()
     encoded = encode_examples(examples, tokenizer, config, longest=longest).encoded
@@ -379,10 +372,7 @@ def _same_form(example: Example, wrong: Sequence[str]) -> str:
 
 
 def _apart(right: str, wrong: Sequence[str]) -> list[Span]:
-    """Of the right and each wrong answer the span behind their common beginning, before their end.
-
-    A word that differs in any wrong answer is in the span.
-    """
+    """Of the right and each wrong answer the span of words that any wrong answer lacks."""
     texts = (right, *wrong)
     before, behind = _shared(_words(right), [*map(_words, wrong)])
     spans = []
@@ -540,11 +530,8 @@ def _log_sum(values: Sequence[float]) -> float:
 def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> list[int] | None:
     """Whom or what each row is about, as numbers from 0 in order of first appearance.
 
-    `column` says so, or `subject` or `person`, the first that a row has; None without either. Rows
-    without a value are a subject each.
-
-    Raises:
-        DataError: no row has the column that was asked for.
+    `column` says so (DataError where no row has it), or `subject` or `person`; None without any.
+    Rows without a value are a subject each.
     """
     names = (column,) if column else _SUBJECT_COLUMNS
     name = next((n for n in names if any(row.get(n) not in (None, "") for row in rows)), None)
@@ -562,13 +549,9 @@ def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> li
 
 
 def share_beyond(values: Sequence[float], yardstick: Sequence[float]) -> float:
-    """Share of values above the yardstick's 95th percentile, by linear interpolation.
+    """Share of values above the 95th percentile (linear interpolation) of a yardstick's, unseen.
 
-    The yardstick is of rows that the model truly has not seen, or of a model that has not. Values
-    like its own have a share of about 0.05.
-
-    Raises:
-        DataError: a side is empty.
+    Values like its own have a share of about 0.05. DataError where a side is empty.
     """
     if not len(values) or not len(yardstick):
         raise DataError("A share beyond the yardstick needs values on both sides.")

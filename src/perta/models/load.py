@@ -44,10 +44,7 @@ def load_model(
     """Load a causal language model for computing, in evaluation mode; `dtype` outdoes `compute`'s.
 
     Weights stored in a wider type are rounded up or down at random, as those of an edit are.
-
-    Raises:
-        CheckpointError: the folder holds no model transformers can load.
-        CorruptCheckpointError: a file is damaged, or a weight is NaN or Inf.
+    CheckpointError where it cannot be loaded, is damaged or not finite.
     """
     from transformers import AutoConfig
 
@@ -120,11 +117,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def longest_input(model_or_folder: PreTrainedModel | Path) -> int | None:
-    """Most tokens the model, or its language part, has positions for, if its config says.
-
-    Raises:
-        CheckpointError: the config names no number, or one of which no text can be made.
-    """
+    """Most tokens the model, or its language part, has positions for, if its config says."""
     if isinstance(model_or_folder, Path):
         settings = read_config(model_or_folder)
     else:
@@ -198,11 +191,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def transposed_weights(folder: Path) -> frozenset[str]:
-    """Names of the weights that are stored as (in, out), as GPT-2's are, instead of (out, in).
-
-    They are found in the model that the config describes, which is built without weights. A
-    config that transformers knows no model for describes none.
-    """
+    """Names of the weights that are stored as (in, out), as GPT-2's are, instead of (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
     model = described_model(folder)
@@ -229,10 +218,7 @@ def rename_type(config: dict[str, Any], name: str) -> None:
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None:
-    """Turn a tuned float32 model, in place, into the type it is stored in, as the edit rounds.
-
-    Steps of training that are small beside the weights would be lost by rounding to the nearest.
-    """
+    """Turn a tuned float32 model, in place, into the type it is stored in, as the edit rounds."""
     for name, parameter in model.named_parameters():
         parameter.data = round_as_stored(parameter.data.float(), dtype, Place(seed, name))
     torch.nn.Module.to(model, dtype=dtype)
@@ -240,10 +226,7 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> None
 
 @contextmanager
 def counting_tokens(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
-    """How many tokens have gone through a model, called with `input_ids`, padding included.
-
-    A forward pass over one costs two operations a parameter.
-    """
+    """How many tokens have gone through a model, called with `input_ids`, padding included."""
     count = 0
 
     def add(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -263,9 +246,8 @@ def save_model(
 ) -> None:
     """Write a model with tokenizer and companions as a plain safetensors checkpoint.
 
-    Weights are written in the type they have, into an existing folder. Companion files of `source`
-    (tokenizer, chat template, generation config) are carried over byte for byte; config.json is the
-    model's own.
+    Weights keep their type. Companion files of `source` (tokenizer, chat template, generation
+    config) are carried over byte for byte; config.json is the model's own.
     """
     model.config.use_cache = True
     with warnings.catch_warnings():
@@ -307,11 +289,7 @@ def _require_config(folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and reports out of the user's output.
-
-    Some know no switch: they take their bars from tqdm itself. What the reports say of missing
-    tensors is an error here, which says it itself.
-    """
+    """Keep the libraries' bars, some of tqdm itself, and reports out of the user's output."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

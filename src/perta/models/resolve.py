@@ -54,8 +54,7 @@ def resolve_checkpoint(
 
     Raises:
         CheckpointNotFoundError: nothing is there, or the hub cannot be reached.
-        CheckpointError: an adapter that cannot be merged, a GGUF file that cannot be read, or a
-            checkpoint that is quantised or of another model than its configuration.
+        CheckpointError: it cannot be read or merged, or is of another model than it says.
     """
     return _resolve(reference, base=base, exact=exact)
 
@@ -170,11 +169,7 @@ def base_of_adapter(
     """The local folder of the model that an adapter belongs to; it may be the adapter's own.
 
     `given` stands in place of the one that the adapter names; `above` are adapters that wait for
-    it.
-
-    Raises:
-        CheckpointNotFoundError: the adapter names no model, or none that is there.
-        CheckpointError: see `adapter_settings`, or adapters that name each other.
+    it. CheckpointNotFoundError where there is none, CheckpointError where adapters name each other.
     """
     settings = adapter_settings(adapter)
     named = given or settings.get("base_model_name_or_path")

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a model, first to last.
-
-    Raises:
-        ConfigError: there is no list of as many modules as the configuration counts layers.
-    """
+    """The layers of a model, first to last; ConfigError if they are not as many as configured."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

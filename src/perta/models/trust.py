@@ -27,11 +27,7 @@ _KERNELS = ("attn_implementation", "experts_implementation")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; empty where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read, or names kernels that would be fetched and run.
-    """
+    """A checkpoint's config.json, empty without one; CheckpointError if it names kernels to run."""
     file = folder / "config.json"
     config = read_json(file, CheckpointError, nan=True) if file.is_file() else {}
     for setting, value in settings_in(config):
@@ -59,10 +55,7 @@ _SECONDS = 2.0  # time for one pattern on all names of a model; it takes a thous
 def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
     """Put the names that an adapter's patterns match in their place, in PEFT's configuration.
 
-    PEFT's own matching has no limit of time, and a pattern can be such that it never ends.
-
-    Raises:
-        CheckpointError: a pattern that cannot be read, or takes too long.
+    PEFT's own matching has no limit of time; CheckpointError where one takes too long.
     """
     names = [name for name, _ in model.named_modules()]
     for field in ("target_modules", "exclude_modules"):

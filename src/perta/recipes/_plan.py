@@ -50,19 +50,13 @@ _LEARN = float(FORWARD + BACKWARD)
 
 @dataclass(frozen=True)
 class Load:
-    """What a step takes.
+    """What a step takes."""
 
-    Attributes:
-        passes: forward passes over one token; adding and writing has none, and is not nothing.
-        memory: bytes of weights and sums beside one model.
-        disk: bytes of what it leaves.
-        operations: in place of passes.
-    """
-
+    # forward passes over one token; adding and writing has none, and is not nothing
     passes: float = 1.0
-    memory: float = 0.0
-    disk: float = 0.0
-    operations: float = 0.0
+    memory: float = 0.0  # bytes of weights and sums beside one model
+    disk: float = 0.0  # bytes of what it leaves
+    operations: float = 0.0  # in place of passes
 
 
 @dataclass(frozen=True)
@@ -219,16 +213,11 @@ class Sizes:
 
 @dataclass
 class Asked:
-    """A run of which only the plan is asked for: its steps so far, and what they take.
-
-    Attributes:
-        looks: whether to look for what is there already.
-        part: what to add to the names of steps, in a run that has some of them several times.
-    """
+    """A run of which only the plan is asked for: its steps so far, and what they take."""
 
     sizes: Sizes
-    looks: bool = True
-    part: str = ""
+    looks: bool = True  # whether to look for what is there already
+    part: str = ""  # added to the names of steps, in a run that has some of them several times
     _steps: list[Step] = field(default_factory=list)
     _memory: float = 0.0
     _disk: float = 0.0

@@ -103,10 +103,7 @@ def _refuse_without_retain(config: UnlearnConfig, method: Edit) -> None:
 
 
 def refuse_without_effect(config: UnlearnConfig) -> None:
-    """Stop at an option that this run would not look at.
-
-    Settings of an edit that its method does not have are another matter: see `refuse_unused`.
-    """
+    """Stop at an option that this run would not look at; see `refuse_unused` for an edit's."""
     method = parse(config.weighting.method, Method)
     needs = method.needs if isinstance(method, Edit) else Needs(tuned=0)
     for group, is_used, why in _groups(config, isinstance(method, Training), needs):
@@ -255,11 +252,7 @@ def _uses_retain(config: UnlearnConfig, method: Method) -> bool:
 def split_retain(
     config: UnlearnConfig, sets: Mapping[str, ExampleSet]
 ) -> tuple[Split | None, dict[str, Any]]:
-    """Keep rows out of what makes the result, to judge retention by, and say which.
-
-    Returns:
-        The parts of the retain set, None without one, and what the run's record says of them.
-    """
+    """Keep rows out of the run, to judge retention by; both parts, and what the record says."""
     if "retain" not in sets:
         return None, {}
     retain, column = sets["retain"], config.data_config.subject_column
@@ -331,11 +324,7 @@ class Split:
 
 
 def hold_back(examples: ExampleSet, wanted: str | None, subject_column: str | None) -> Split:
-    """Keep a part of a retain set out of a run: a share or a count, or by default as said above.
-
-    Raises:
-        ConfigError: neither a share nor a count, or one that leaves nothing to protect.
-    """
+    """Keep a part of a retain set out of a run: a share or a count, or by default as said above."""
     n = len(examples)
     count = _count(n, wanted)
     if not count:

@@ -33,9 +33,9 @@ STRENGTH = "strength.json"
 class RunRecord:
     """What a run as a whole was made from, kept in the output's manifest under `unlearn`.
 
-    It lets a run with an output that does not match stop before the first long step, and one
-    whose output matches skip them all, even when the work folder is gone. Stages without an output
-    of their own note in `passes` what they compute, in forward passes over one token.
+    It lets a run with an output that does not match stop before the first long step, and one whose
+    output matches skip them all, even when the work folder is gone. `passes` are operations of
+    stages without an output of their own, in forward passes over one token.
     """
 
     config: UnlearnConfig
@@ -136,11 +136,7 @@ class RunRecord:
 
 
 def other_work_folders(config: UnlearnConfig) -> list[Path]:
-    """Those of other runs, whose results may serve.
-
-    They are the work folders beside the output and beside this run's own, and those that records
-    of outputs beside this one name, wherever they lie.
-    """
+    """Those beside the output and this run's own, and those that records beside the output name."""
     own = config.work_folder
     found = {p for place in (config.output, own) for p in place.parent.glob(f"*{WORK}")}
     for record in config.output.parent.glob(f"*/{MANIFEST}"):

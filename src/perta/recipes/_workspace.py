@@ -52,40 +52,28 @@ P = TypeVar("P", bound=Place)
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Makes or reuses what one run needs.
-
-    Attributes:
-        base: θ₀, from which models are tuned.
-        measured: model at which importance and moments are measured.
-        sets: `forget`, `retain` and so on -> their file or `datasets` id.
-        tune: fine-tuning; `save_dtype` is the type of its results.
-        overwrite: whether outputs of another origin are replaced; None for those alone that this
-            package made.
-        names: what is made -> name of its folder, where it has another.
-        reads: what the run reads, wherever it lies; nothing is made in its place.
-        seconds: stage -> duration.
-        passes: stage -> operations, see `store.costs`, where its output's record tells.
-        made: stage -> output, as far as this run has asked for it.
-        asked: where nothing is to be made: what would be.
-    """
+    """Makes or reuses what one run needs."""
 
     folder: Path
-    base: Path
-    measured: Path
-    sets: Mapping[str, str]
+    base: Path  # θ₀, from which models are tuned
+    measured: Path  # model at which importance and moments are measured
+    sets: Mapping[str, str]  # name -> file or `datasets` id
     tune: TuneConfig
-    save_dtype: TunedType = "float32"
+    save_dtype: TunedType = "float32"  # of tuned models
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     moments: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig
     compute: ComputeConfig
+    # whether to replace outputs of another origin; None: those made by this package
     overwrite: bool | None = None
+    # what is made -> name of its folder, where it has another
     names: Mapping[str, str] = field(default_factory=dict)
-    reads: Sequence[str | Path] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    passes: dict[str, float] = field(default_factory=dict)
+    reads: Sequence[str | Path] = ()  # what the run reads; nothing is made in its place
+    seconds: dict[str, float] = field(default_factory=dict)  # stage -> duration
+    passes: dict[str, float] = field(default_factory=dict)  # stage -> operations, see `store.costs`
+    # stage -> output, as far as this run has asked for it
     made: dict[str, Path] = field(default_factory=dict)
-    asked: Asked | None = None
+    asked: Asked | None = None  # where nothing is to be made: what would be
 
     def make(
         self,
@@ -101,11 +89,9 @@ class Workspace:
     ) -> dict[str, Any]:
         """Everything that an edit by a method reads, as fields of `EditConfig`.
 
-        Args:
-            orders: orders of the importance that are made in one pass [default: the method's].
-            retain_checkpoint: one that is there, in place of one tuned on `samples`.
-            protected: sets whose moments, added, stand for what is to be kept.
-            saved: moments that are added to these.
+        `orders` of importance are made in one pass. `protected` are sets whose moments, added to
+        `saved` ones, stand for what is to be kept. A `retain_checkpoint` stands in place of one
+        tuned on `samples`.
         """
         given: dict[str, Any] = {}
         wanted, first = method.needs, self.tune.seed

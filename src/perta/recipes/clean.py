@@ -35,26 +35,18 @@ _MEASURED = {"importance", "moments"}
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was deleted, and what was not.
+    """What was deleted, and what was not."""
 
-    Attributes:
-        deleted: files and folders; with a dry run those that would be.
-        kept: what lies in the work folder and holds nothing of the forget set.
-        left: sentences on what still knows it, or may.
-    """
-
-    deleted: tuple[Path, ...]
-    kept: tuple[Path, ...]
-    left: tuple[str, ...] = field(default=())
+    deleted: tuple[Path, ...]  # with a dry run what would be
+    kept: tuple[Path, ...]  # what lies in the work folder and holds nothing of the forget set
+    left: tuple[str, ...] = field(default=())  # sentences on what still knows it, or may
 
 
 def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     """Delete what a run left that knows the forget set (`perta clean`).
 
-    Of a run that did not come to its end, `run` is where its output would be.
-
-    Raises:
-        ConfigError: it is no run, or is being written.
+    Of a run that did not come to its end, `run` is where its output would be. ConfigError where it
+    is no run, or is being written.
     """
     output = run.absolute()
     record = read_manifest(output) or {} if output.is_dir() else {}

@@ -83,16 +83,16 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Unlearned:
-    """Outcome of `unlearn`.
+    """Outcome of `unlearn`; what is of the evaluation is None where that did not run.
 
     Attributes:
         folder: the unlearned checkpoint.
         manifest: what made it; also in its `perta.json`.
-        before: results of the quick evaluation of the full checkpoint, if it ran.
+        before: results of the quick evaluation of the full checkpoint.
         after: the same for the unlearned checkpoint.
-        report: the page about it, if the evaluation ran.
-        verdict: what came of it, if the evaluation ran.
-        audit: the audit of level quick, see `perta.audit_checkpoint`, if the evaluation ran.
+        report: the page about it.
+        verdict: what came of it.
+        audit: the audit of level quick, see `perta.audit_checkpoint`.
     """
 
     folder: Path
@@ -126,9 +126,6 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
             names of the command line, such as `method`, `alpha` and `epochs`. Places may be text or
             paths; sets of examples may be rows as well.
 
-    Returns:
-        The unlearned checkpoint with its evaluation.
-
     Raises:
         PertaError: input that cannot be used; nothing is left half-written.
     """
@@ -146,11 +143,7 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
 
 
 def plan_unlearn(config: UnlearnConfig | None = None, **options: Any) -> Plan:
-    """What `unlearn` would do, after all of its checks; nothing is written but to the cache.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
+    """What `unlearn` would do, after all of its checks; nothing is written but to the cache."""
     run = _request(with_options(UnlearnConfig if config is None else config, options))
     with taking_over(other_work_folders(run.config)):
         return run.plan(looks=True)

@@ -150,10 +150,7 @@ def _range(reading: Reading) -> tuple[float, float] | None:
 def _curve_runs(
     runs: Sequence[Run], ranked: Sequence[Run], values: Callable[[Run], Sequence[float]]
 ) -> list[Run]:
-    """The models to draw as curves: references, then edited ones in order of rank.
-
-    Where they are too many to tell apart, the best of each method stands for it.
-    """
+    """The models to draw: references, then edited ones by rank, the best of each method if many."""
     usable = [
         run for run in runs if values(run) and (not ranked or run.same_set(ranked[0], "forget"))
     ]

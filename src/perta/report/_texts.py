@@ -79,9 +79,8 @@ def quote(text: str, *, show: bool) -> Quote:
 def sample_sets(subject: Run, others: Sequence[Run], count: int, *, show: bool) -> list[SampleSet]:
     """Answers of several models to the first examples of each set that has any.
 
-    The first ones, so that nobody chose them; and of the forget set the one that the subject
-    still answers with the highest probability, because the first ones may look better than
-    the worst.
+    The first ones, so that nobody chose them; and of the forget set the one that the subject still
+    answers with the highest probability, because the first ones may look better than the worst.
     """
     sets = []
     for name, keys in _TEXT_KEYS.items() if count else ():

@@ -133,8 +133,7 @@ class Collection:
 def collect(paths: Iterable[str]) -> Collection:
     """Read results files and folders, each optionally as `label=path`, and join them.
 
-    Raises:
-        DataError: a path is missing, holds nothing to report, or no results were found at all.
+    DataError where a path is missing or holds nothing to report.
     """
     found = _Found()
     for text in paths:

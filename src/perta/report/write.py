@@ -54,11 +54,7 @@ _ZOOM = 2
 
 
 def write_report(config: ReportConfig) -> Path:
-    """Write the report and the files beside it (`perta report`); returns the page.
-
-    Raises:
-        PertaError: there is nothing to report, or the output is something else.
-    """
+    """Write the report and the files beside it (`perta report`); returns the page."""
     if not config.results:
         raise ConfigError("Nothing to report on: name at least one results file or folder.")
     refuse_foreign_page(config)
@@ -164,12 +160,7 @@ def refuse_foreign_page(config: ReportConfig) -> None:
 
 
 def check_report_folder(folder: Path) -> Path:
-    """Where a folder's report goes, after a stop where either cannot or must not be written.
-
-    Raises:
-        ConfigError: nothing can be written there.
-        OutputExistsError: what is no report lies where it goes.
-    """
+    """Where a folder's report goes, after a stop where either cannot or must not be written."""
     page = folder / "report.html"
     check_writable(page)
     refuse_foreign_page(ReportConfig(output=page))
@@ -204,11 +195,7 @@ def document(figure: Figure, style: str) -> str:
 
 
 def inline_style(css: str) -> str:
-    """The rules that figures need, in the light palette.
-
-    Programs other than browsers know no custom properties, so their values are filled in; that
-    of a mark's own colour (`--c`) becomes the current colour.
-    """
+    """The rules that figures need, in the light palette; its properties are filled in."""
     palette = dict(re.findall(r"--([\w-]+): ([^;]+);", css[: css.index("}")]))
     palette |= {"paper": "#ffffff", "sans": _FONTS}
     part = css[css.index("/* Figures */") : css.index("/* Answers */")]

@@ -98,8 +98,7 @@ def _data_fingerprint(data: Path) -> str:
 def bench_ability(config: AbilityConfig) -> Results:
     """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
 
-    Returns:
-        `TASK/METRIC` -> {"agg_value", "standard_error"}, and what made it under `perta`.
+    Returns `TASK/METRIC` -> {"agg_value", "standard_error"}, and what made it under `perta`.
 
     Raises:
         ConfigError: the harness is not installed, or no such task exists.
@@ -187,10 +186,7 @@ def _folder_hash(folder: Path) -> str:
 def divide_people(
     config: PeopleConfig,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Forget rows, retain rows, rows of others whom no model is tuned on, and the first two.
-
-    There are as many others as are to be forgotten; the last have their own order.
-    """
+    """Forget rows, retain rows, as many people's as the first whom no model sees, and full rows."""
     everybody = config.people + config.forget_people
     everything = generate_people(everybody, config.questions, config.people_seed)
     rows = everything[: config.people * config.questions]
@@ -201,12 +197,8 @@ def divide_people(
 def write_people(config: PeopleConfig) -> list[Path]:
     """Write a benchmark of fictitious people (`perta people`).
 
-    Returns:
-        The files `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many
-        other people as are to be forgotten, whom no model is tuned on.
-
-    Raises:
-        OutputExistsError: the folder is there and holds anything else.
+    Returns `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many other
+    people as are to be forgotten, whom no model is tuned on.
     """
     forget, retain, holdout, rows = divide_people(config)
     parts = {"forget": forget, "retain": retain, "full": rows, "holdout": holdout}

@@ -54,12 +54,7 @@ SHARD_BYTES = 2 << 30
 
 
 def _write_direction(output: Path, solver: Solver, folders: Mapping[str, Path]) -> Path:
-    """Compute a weighted direction and write it, or reuse the one that is there.
-
-    Returns:
-        The folder: safetensors with the checkpoint's names and shapes, float32; norms, damping
-        and condition of every layer in its `perta.json`.
-    """
+    """Write a weighted direction, float32 under the checkpoint's names, or reuse what is there."""
     settings = {**solver.method.record(), "device": solver.device.type, "names": solver.names}
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -88,17 +83,11 @@ _ADAPTER_RANK = 64
 def edit_checkpoint(
     config: EditConfig, *, forget_rows: str | None = None, part_of: str | None = None
 ) -> Path:
-    """Edit a checkpoint and write the result (`perta edit`).
+    """Edit a checkpoint, write the result and return its folder (`perta edit`).
 
-    Args:
-        forget_rows: fingerprint of the forget set, where the caller knows it.
-        part_of: key of the run that this is the last step of; recorded.
-
-    Returns:
-        The output folder: a complete checkpoint.
-
-    Raises:
-        PertaError: see `write_edit`; inputs stay as they are and nothing is half-written.
+    `forget_rows` is the fingerprint of the forget set, where the caller knows it; `part_of` the key
+    of the run that this is the last step of. PertaError: see `write_edit`; nothing is left
+    half-written.
     """
     refuse_unused(config.weighting)
     config = replace(config, weighting=with_defaults(config.weighting))

@@ -25,11 +25,7 @@ from perta.store.record import settings_of
 def evaluate_checkpoint(config: EvaluateConfig) -> Results:
     """Evaluate a checkpoint and write the results (`perta evaluate`).
 
-    Returns:
-        What the results file holds; see `quick_evaluation`, and `perta` for what made it.
-
-    Raises:
-        PertaError: input that cannot be used.
+    Returns what the file holds; see `quick_evaluation`, and `perta` for what made it.
     """
     folder = resolve_checkpoint(config.checkpoint)
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}

@@ -39,14 +39,7 @@ if TYPE_CHECKING:
 
 
 def finetune_checkpoint(config: FinetuneConfig) -> Path:
-    """Tune a checkpoint on a data set and write the result (`perta finetune`).
-
-    Returns:
-        The output folder: a complete checkpoint, with losses in its `perta.json`.
-
-    Raises:
-        PertaError: input that cannot be used, or training that diverges.
-    """
+    """Tune a checkpoint on a data set, write it and return its folder (`perta finetune`)."""
     loss_on = config.tune.loss_on or "answer"
     config = replace(config, tune=replace(config.tune, loss_on=loss_on))
     subject = read_subject("base", config)
@@ -106,11 +99,7 @@ def _told(examples: EncodedSet, tuned: Tuned, sources: Mapping[Any, int] | None)
 
 
 def learned_by_forgetting(asked: LossOn | None, forget: ExampleSet, *, structured: bool) -> LossOn:
-    """What a forget checkpoint learns.
-
-    What was asked for; else facts for structured methods, and answers for the others and for plain
-    text, which has no template around its facts.
-    """
+    """What a forget checkpoint learns: as asked, or facts for structured methods but of text."""
     if asked:
         return asked
     is_text = any(example.kind == "text" for example in forget.examples)

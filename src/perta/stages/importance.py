@@ -49,14 +49,7 @@ _VERIFIED_EXAMPLES = 4
 
 
 def compute_importance(config: ImportanceConfig) -> Path:
-    """Measure importance on a data set and write it (`perta importance`).
-
-    Returns:
-        The output folder.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
+    """Measure importance on a data set, write it and return the folder (`perta importance`)."""
     # bfloat16 would double the error that rounding the weights to it makes, for an eighth of the
     # time; see docs/experiments/bfloat16.md.
     config = replace(config, compute=exact_on_cpu(config.compute))
@@ -112,10 +105,7 @@ def estimate(
     """Importance in memory: order -> parameter name -> float32 of the parameter's shape.
 
     `gradient_checkpointing` and `accumulate_on`, the sums' place, save memory with the reduction
-    `mean_of_power`; `abs_of_mean` does without them.
-
-    Raises:
-        EngineMismatchError: `verify` found the batched engine and the loop to disagree.
+    `mean_of_power`; `abs_of_mean` does without them. EngineMismatchError: see `verify_engine`.
     """
     if config.verify:
         few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
@@ -147,11 +137,7 @@ def _measure(
 
 
 def _checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and split tensors keyed by parameter the way the model's checkpoint stores them.
-
-    transformers keeps some modules fused in memory that checkpoints store apart (the experts of
-    a mixture, for one). Powers of gradients are elementwise, so the same splitting serves them.
-    """
+    """Rename and split tensors, keyed by parameter, as the checkpoint stores parameters."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))

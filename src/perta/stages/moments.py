@@ -53,14 +53,7 @@ SHARD_BYTES = 2 << 30
 
 
 def compute_moments(config: MomentsConfig) -> Path:
-    """Measure moments on a data set and write them (`perta moments`).
-
-    Returns:
-        The output folder; see `store.measured.moments`.
-
-    Raises:
-        PertaError: input that cannot be used.
-    """
+    """Measure moments on a data set, write them and return the folder (`perta moments`)."""
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
         given, pad = subject.encoded.encoded, subject.pad
@@ -106,9 +99,6 @@ def compute_moments(config: MomentsConfig) -> Path:
 
 def merge_moments(config: MergeMomentsConfig) -> Path:
     """Add moment folders: the moments of the union of their sets (`perta merge-moments`).
-
-    Returns:
-        The output folder.
 
     Raises:
         CheckpointMismatchError: the folders are of different models, layers or settings.

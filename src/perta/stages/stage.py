@@ -104,10 +104,7 @@ class NotMadeError(Exception):
 
 @contextmanager
 def only_asking() -> Iterator[Mapping[Path, Path]]:
-    """Let stages write nothing; output -> where it lies, of those that lie elsewhere.
-
-    One whose output is not there raises `NotMadeError`.
-    """
+    """Let stages write nothing; output -> where it lies, if elsewhere; NotMadeError if nowhere."""
     found: dict[Path, Path] = {}
     before = _asking.set(found)
     try:
@@ -118,10 +115,7 @@ def only_asking() -> Iterator[Mapping[Path, Path]]:
 
 @contextmanager
 def taking_over(folders: Iterable[Path]) -> Iterator[None]:
-    """Let stages take over what lies in other folders and is what they would make.
-
-    It is linked where the file system can, otherwise copied, so that every folder is complete.
-    """
+    """Let stages link, or copy, what lies in other folders and is what they would make."""
     before = _beside.set(tuple(folders))
     try:
         yield
@@ -166,11 +160,9 @@ def run_stage(
 
 
 def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
-    """What a model is known by among the inputs of its evaluation.
+    """What a model is known by among the inputs of its evaluation: `checkpoint` -> fingerprint.
 
-    Returns:
-        `checkpoint` -> fingerprint; for an adapter that this package wrote, that of its record,
-        and `merged` -> that of the model, which depends on the adapter's base as well.
+    For an adapter that this package wrote it is that of its record, and `merged` that of the model.
     """
     merged, own = fingerprint(folder), Path(reference).expanduser()
     if (own / ADAPTER_CONFIG).exists() and is_as_written(own):
@@ -406,10 +398,7 @@ def run_measurement(
     config: ImportanceConfig | MomentsConfig,
     measure: Callable[[PreTrainedModel, Subject, Path], Mapping[str, Any]],
 ) -> Path:
-    """Check all input, then measure into a new folder or reuse the finished one.
-
-    The model is loaded for `measure` alone: a reused output costs no model.
-    """
+    """Measure into a new folder, with a model loaded for that, or reuse the finished one."""
     subject = read_subject("checkpoint", config)
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -57,16 +57,10 @@ if TYPE_CHECKING:
 
 
 def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path:
-    """Unlearn by training and write the result (`perta train`).
+    """Unlearn by training, write the result in the type of its start, return it (`perta train`).
 
-    Args:
-        part_of: key of the run that this is the last step of; recorded.
-
-    Returns:
-        The output folder: a complete checkpoint, stored in the type of the one it came from.
-
-    Raises:
-        PertaError: input that cannot be used, or training that diverges.
+    `part_of` is the key of the run that this is the last step of. PertaError at input that cannot
+    be used, or training that diverges.
     """
     method = parse(config.method, Training)
     config = replace(config, training=with_method_defaults(method, config.training, config.seed))

@@ -67,10 +67,7 @@ _LOW_BITS = 0xFFFFFFFF
 
 
 def thresholds(place: Place, count: int, device: torch.device | None = None) -> Tensor:
-    """The random numbers that decide how elements are rounded, (count,) int32 in [0, 2^16).
-
-    A hash of the element's number, keyed by seed and tensor; it repeats after 2^32 elements.
-    """
+    """The random numbers that decide how elements are rounded, (count,) int32 in [0, 2^16)."""
     first_key, second_key = place.keys()
     x = torch.arange(count, dtype=torch.int64, device=device)
     x = x.add_((place.start + first_key) & _LOW_BITS).bitwise_and_(_LOW_BITS)

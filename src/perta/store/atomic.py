@@ -39,15 +39,11 @@ _LOCK, _NEW, _OLD = "lock", "new", "old"
 def atomic_folder(
     output: Path, overwrite: bool = False, *, private: bool = False
 ) -> Iterator[Path]:
-    """Fill a folder that appears only when it is complete.
+    """Fill a folder that appears only when it is complete, and is removed where anything ends it.
 
-    The block writes to a hidden folder beside the final name. It is renamed when the block ends,
-    and removed when anything, including an interrupt, ends the block early. With `overwrite`, what
-    was there before goes only once the new folder is in place. One that is `private` is for its
-    owner alone, whatever the user's mask allows.
-
-    Raises:
-        OutputExistsError: the output is there and `overwrite` is off, or it must not be replaced.
+    With `overwrite`, what was there before goes only once the new folder is in place; else that is
+    an OutputExistsError. One that is `private` is for its owner alone, whatever the user's mask
+    allows.
     """
     with _making(output.absolute(), overwrite) as new:
         new.mkdir(0o700 if private else 0o777)
@@ -56,10 +52,7 @@ def atomic_folder(
 
 @contextmanager
 def atomic_file(output: Path, overwrite: bool = False, *, private: bool = False) -> Iterator[Path]:
-    """Write a file that appears only when it is complete, as `atomic_folder` does for folders.
-
-    At the yielded path nothing is yet, or an empty file where it is private.
-    """
+    """Write a file that appears only when it is complete, as `atomic_folder` does for folders."""
     output = output.absolute()
     if output.is_dir():
         raise OutputExistsError(f"{output} is a folder; give the name of a file.")
@@ -76,11 +69,7 @@ def write_text(file: Path, text: str, *, private: bool = False) -> None:
 
 
 def beside(output: Path, ending: str) -> Path:
-    """Where something that belongs to an output lies: beside it, under its name and an ending.
-
-    Raises:
-        ConfigError: the output has no name, as `.` and the root have none.
-    """
+    """Where something that belongs to an output lies: beside it, under its name and an ending."""
     if not output.name:
         raise ConfigError(f"{output} is no name. Name the output itself, as in ./result.")
     return output.with_name(f"{output.name}{ending}")
@@ -124,9 +113,8 @@ def recover(output: Path) -> None:
 def check_place(output: Path) -> None:
     """Stop before a place at which no output may be put, whatever the user wants.
 
-    Raises:
-        OutputExistsError: a link, a device or a pipe is there, or a folder that is or holds the
-            working folder, the home folder or the root of a file system.
+    A link, a device or a pipe; a folder that is or holds the working folder, the home folder or the
+    root of a file system.
     """
     if not _is_there(output):
         return

@@ -131,11 +131,7 @@ class CheckpointIndex:
         return {name.partition(".")[2]: name for name in sorted(self.tensors, reverse=True)}
 
     def find(self, name: str) -> TensorEntry | None:
-        """A tensor by its name, with or without the base model's prefix.
-
-        What transformers calls `transformer.h.0.attn.c_attn.weight` some checkpoints store as
-        `h.0.attn.c_attn.weight`, among them OpenAI's GPT-2.
-        """
+        """A tensor by its name, with or without the base model's prefix, such as `transformer.`."""
         for same in (name, name.partition(".")[2]):
             if same in self.tensors:
                 return self.tensors[same]
@@ -181,11 +177,7 @@ def open_index(folder: Path) -> CheckpointIndex:
 
 
 def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
-    """Read and check a safetensors file's header: tensors in the order of their bytes, free text.
-
-    Raises:
-        CheckpointError: as for `open_index`.
-    """
+    """Read and check a safetensors file's header: tensors in order of their bytes, free text."""
     header, data_start = _read_raw_header(file)
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not fits(metadata, {str: str}):
@@ -210,11 +202,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], dict[str, str]]:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """Read one tensor into memory of its own, on the CPU, as it is stored.
-
-    Raises:
-        CorruptCheckpointError: the file has become shorter since its header was read.
-    """
+    """Read one tensor into memory of its own, on the CPU, as it is stored."""
     flat = torch.empty(entry.nbytes, dtype=torch.uint8)
     with opened(entry.file) as descriptor:
         read_into(descriptor, entry.offset, flat.numpy().data, entry)
@@ -240,11 +228,7 @@ def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def read_into(descriptor: int, offset: int, buffer: memoryview, entry: TensorEntry) -> None:
-    """Fill a writable buffer from an open file, from the byte `offset` on.
-
-    Raises:
-        CorruptCheckpointError: the file ends early.
-    """
+    """Fill a writable buffer from an open file, from the byte `offset` on."""
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
         if count == 0:
@@ -400,11 +384,7 @@ def is_constant(entry: TensorEntry) -> bool:
 
 
 def companions(folder: Path) -> list[str]:
-    """What goes into every model that is made from one, as sorted relative names.
-
-    Raises:
-        CheckpointError: one is a link to a file outside the folder, whose content would be copied.
-    """
+    """What goes into every model that is made from one, as sorted relative names; no links out."""
     names, inside = matching(folder, (*COMPANIONS, *_LEGAL)), folder.resolve()
     allowed = [inside]
     blobs = inside.parent.parent / "blobs"
@@ -433,11 +413,8 @@ def write_tensors(
 ) -> None:
     """Write tensors as a safetensors checkpoint, each in its own type, by `stream_tensors`.
 
-    `shards` are files and the names of their tensors, such as `CheckpointIndex.shards`; names
-    without a tensor are left out. Without it all go into one file.
-
-    Raises:
-        ConfigError: a tensor is in no shard, or its type cannot be stored.
+    `shards` are files and the names of their tensors, of which some may be missing; without it all
+    go into one file. ConfigError where a tensor is in no shard, or its type cannot be stored.
     """
     layout = {_SINGLE: list(tensors)} if shards is None else shards
     places = {
@@ -458,13 +435,9 @@ def stream_tensors(
     """Write a safetensors checkpoint, each tensor made when its turn comes.
 
     Args:
-        folder: existing folder; for an all-or-nothing write, one from `atomic_folder`.
         places: file name -> type and shape of each of its tensors.
         value: gives a tensor by its name, in that type and shape, on any device.
         metadata: free text for the headers [default: {"format": "pt"}].
-
-    Raises:
-        ConfigError: a type cannot be stored.
     """
     for file_name, types in places.items():
         header = safetensors_header(types, metadata or {"format": "pt"})
@@ -490,11 +463,7 @@ def safetensors_header(
 ) -> bytes:
     """The first bytes of a safetensors file, up to its tensors, a multiple of 8.
 
-    Wide types come first in the file, so that every tensor starts at a multiple of its own item
-    size; otherwise the order is kept.
-
-    Raises:
-        ConfigError: a type cannot be stored.
+    Wide types come first, so that every tensor starts at a multiple of its own item size.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

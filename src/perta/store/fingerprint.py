@@ -42,13 +42,7 @@ _SETTLED = 2e9
 
 
 def fingerprint(path: Path) -> str:
-    """Hash what a file or a folder holds, as `content_of`, to use it.
-
-    Raises:
-        CheckpointNotFoundError: there is nothing at the path, or nothing that counts.
-        CorruptCheckpointError: a file is not the one that this package wrote, by the record beside
-            it.
-    """
+    """`content_of` a file or a folder; CorruptCheckpointError where it is not as it was written."""
     found = content_of(path)
     record = read_manifest(path) if path.is_dir() else None
     if record is None or record.get("content", found) == found:
@@ -85,14 +79,11 @@ def content_of(path: Path) -> str:
     """Hash what a file, a checkpoint or an importance folder holds.
 
     Of a folder, the weights, the configuration, an adapter's settings, the tokenizer and the chat
-    template count; model cards, logs and this package's own manifest do not. Names of files
-    within the folder count, its own path does not. Files that have not changed since they were
-    last hashed by this process are not read again. BLAKE3, because SHA-256 takes several times as
-    long as editing where processors have no instructions for it.
-
-    Raises:
-        CheckpointNotFoundError: there is nothing at the path, or nothing that counts.
-        CheckpointError: see `companions`.
+    template count; model cards, logs and this package's own manifest do not. Names of files within
+    the folder count, its own path does not. Files that have not changed since they were last hashed
+    by this process are not read again. BLAKE3, because SHA-256 takes several times as long as
+    editing where processors have no instructions for it. CheckpointNotFoundError where nothing
+    counts.
     """
     if path.is_file():
         return _hash_file(path)
@@ -127,11 +118,7 @@ def _hash_file(file: Path) -> str:
 
 
 def run_file(path: Path) -> ModuleType:
-    """Run a user's own Python file as a module; `loaded_from` in it is the SHA-256 of the code.
-
-    Raises:
-        ConfigError: it is not there, or cannot be run.
-    """
+    """Run a user's own Python file as a module; `loaded_from` in it is the SHA-256 of the code."""
     return everywhere(_run_file, path)  # what is sent to other processes may be of its classes
 
 

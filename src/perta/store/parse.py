@@ -77,11 +77,9 @@ def parse_yaml(text: str | bytes, where: str, error: type[PertaError]) -> Any:
 def fits(value: Any, form: Any) -> bool:
     """Whether a parsed value has the form that its readers rely on.
 
-    Args:
-        value: from `parse_json`.
-        form: a type, or types, where `NUMBERS` leaves out true and false; `[form]` for a list of
-            such; `{str: form}` for an object of such; `{"key": form, "other?": form}` for an
-            object with these keys, those that end in `?` being optional.
+    A form is a type, or types, where `NUMBERS` leaves out true and false; `[form]` for a list of
+    such; `{str: form}` for an object of such; `{"key": form, "other?": form}` for an object with
+    these keys, those that end in `?` being optional.
     """
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)

@@ -168,11 +168,7 @@ def _training_of(record: Record) -> tuple[str | None, str | None]:
 def refuse_claim(
     claim: Role, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
 ) -> None:
-    """Stop where records contradict the role, one of `STATED`, that a user states of a model.
-
-    Raises:
-        DataError: the record of the model, or of an unlearning, says that it is something else.
-    """
+    """Stop where records contradict the role, one of `STATED`, that a user states of a model."""
     some = list(requests)
     why = _contradiction(claim, fingerprint, records, some) if fingerprint else None
     if why:
@@ -233,9 +229,7 @@ def check_reference(evaluation: Record, reference: Record, where: str) -> bool:
     """Whether a benchmark's reference is of a retrained model by its record, not by word alone.
 
     `evaluation` is the record of what uses it, `reference` that of its own evaluation, or empty.
-
-    Raises:
-        DataError: it was measured on another split, or the records say that its model is another.
+    DataError where records say that it is of another split or model.
     """
     if not reference:
         return False

@@ -55,10 +55,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """SHA-256, hexadecimal, of all that decides a stage's result; `inputs` are by fingerprint.
-
-    Of the settings, where an input lies is replaced by what it holds.
-    """
+    """SHA-256, in hexadecimal, of what decides a stage's result: settings, and inputs' content."""
     deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
     record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
     text = json.dumps(record, sort_keys=True, default=str)
@@ -73,10 +70,7 @@ def make_manifest(
     seconds: Mapping[str, float] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """The record of one finished stage as plain values, `more` results worth keeping among them.
-
-    `inputs` are fingerprints by name, `seconds` the durations of its steps.
-    """
+    """The record of one finished stage as plain values, `more` results worth keeping among them."""
     return {
         "stage": stage,
         "key": stage_key(stage, settings, inputs),
@@ -142,10 +136,7 @@ def content_of_results(results: Mapping[str, Any]) -> str:
 
 
 def refuse_changed(results: Mapping[str, Any], where: str | Path) -> None:
-    """Stop with a DataError at results that are not those that their own record is of.
-
-    Results without such a record are taken as they are.
-    """
+    """Stop with a DataError at results that are not those that their own record, if any, is of."""
     record = results.get("perta")
     content = record.get("content") if isinstance(record, dict) else None
     if content is not None and content != content_of_results(results):
@@ -171,17 +162,10 @@ def check_output(
     """Stop before an output that must not be written, or not replace what is there.
 
     With `overwrite` an output replaces regular files and folders that this package wrote, which
-    their records say, and empty ones. It never replaces anything else, and never what is read.
-
-    Args:
-        output: folder or file of the result.
-        reads: folders and files that are read; what is not there counts as no path.
-        overwrite: whether the output may replace what is there.
-        within: whether it may lie in a folder that is read, as files may.
-        ours: says of what is there that this package wrote it [default: `_made_here`].
+    their records, or `ours`, say, and empty ones. It never replaces anything else, and never what
+    is read (ConfigError), in which it may lie `within`, as files may.
 
     Raises:
-        ConfigError: see `check_separate`.
         OutputExistsError: something is there that must stay.
     """
     check_separate(output, reads, within=within)
@@ -201,11 +185,7 @@ def _made_here(output: Path) -> bool:
 
 
 def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = False) -> None:
-    """Make sure that writing the output cannot touch an input, or what an adapter is made for.
-
-    Raises:
-        ConfigError: it is an input, contains one, or lies in one and may not (`within`).
-    """
+    """Stop with a ConfigError where an output is, holds, or not `within` lies in, what is read."""
     place = output.resolve()
     for given in (place for named in reads for place in _read_from(Path(named).expanduser())):
         other = given.resolve()

@@ -27,11 +27,7 @@ from perta.store.fingerprint import content_of
 
 
 def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str, str]]) -> Path:
-    """A folder with a benchmark's files, each downloaded once: file -> (id, subset, split).
-
-    Raises:
-        DataError: there is no such folder, or the hub cannot be reached.
-    """
+    """A folder with a benchmark's files, each downloaded once: file -> (id, subset, split)."""
     if Path(data).is_dir():
         return Path(data)
     if data.startswith((".", "/", "~")) or data.count("/") > 1:
@@ -88,13 +84,7 @@ def load_file(
 def reference_scores(
     reference: Reference, key: str, answers: Sequence[str], *, cut: bool
 ) -> list[float]:
-    """Scores of the retrained model on this run's rows.
-
-    With `cut` the run looks at the first rows only, so the log may have more.
-
-    Raises:
-        DataError: the log lacks the metric `key`, or is of other rows.
-    """
+    """Scores of the retrained model on this run's rows; if this is `cut`, the log may have more."""
     values = (reference.get(key) or {}).get("value_by_index")
     if not values:
         raise DataError(f"The reference results hold no {key}. Give those of a retrained model.")

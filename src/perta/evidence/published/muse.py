@@ -98,16 +98,10 @@ class Muse(Benchmark[MuseConfig]):
         config: MuseConfig,
         given: Given,
     ) -> Results:
-        """The MUSE metrics that the data files allow.
+        """forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE, mia_min_k, privleak.
 
-        Returns:
-            forget_knowmem_ROUGE, retain_knowmem_ROUGE, forget_verbmem_ROUGE (all ROUGE-L F1),
-            mia_min_k and privleak, in the form of published logs. A metric that lacks its file has
-            the value None and the reason under "missing".
-
-        Raises:
-            DataError: no data at all, or unusable rows.
-            DivergenceError: the model's loss is not finite.
+        ROUGE is ROUGE-L F1. What lacks its file is None, with the reason under "missing". DataError
+        where no file is there, DivergenceError where the loss is not finite.
         """
         files = _Files(given.data, tokenizer, longest_input(model), config)
         subsets = {

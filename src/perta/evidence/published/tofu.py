@@ -234,18 +234,14 @@ def run_tofu(
     gradient_norms: bool = True,
     journal: Path | None = None,
 ) -> Results:
-    """Evaluate a model with every TOFU metric its data files allow.
+    """Evaluate a model with every TOFU metric its data files allow, keys as in published logs.
+
+    A metric that lacks its file or its reference is None, with the reason under "missing".
 
     Args:
-        data_folder: folder with forgetXX_perturbed, retain_perturbed, real_authors_perturbed,
-            world_facts_perturbed and holdoutXX, as .jsonl.
         forget_split: such as forget10; `people` for a folder of `perta people`.
         reference_model: model whose loss the reference attack subtracts.
         journal: file that keeps outcomes as they come, so that a killed run resumes.
-
-    Returns:
-        The results, keys as in published logs. A metric that lacks its file or its reference
-        has the value None and the reason under "missing".
 
     Raises:
         ConfigError: the split's name is none of TOFU's.
@@ -430,10 +426,7 @@ def make_item(
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -> Encoded:
-    """Tokens and labels of one question with one answer.
-
-    Without a chat template sequences are cut at 512 tokens before eos is appended.
-    """
+    """Tokens and labels of question and answer; without a chat template at most 512, then eos."""
     chat = uses_chat_template(example, tokenizer, _DATA)
     if chat or not compat:
         encoded = encode_example(example, tokenizer, _DATA, as_published=True)

@@ -55,11 +55,7 @@ def grow_tree(
 ) -> list[Segment]:
     """Segments that begin `sequences`, one for each way to begin, with everything that follows.
 
-    Args:
-        item: place of the item.
-        sequences: (answer, its tokens from position `start` on), none empty.
-        start: position of the first token.
-        parent: what comes before.
+    Sequences are (answer, its tokens from position `start` on), none empty.
     """
     segments = []
     for group in _groups(sequences):

@@ -32,15 +32,10 @@ class Score:
 
 
 def score_logits(logits: Tensor, targets: Tensor, moments: bool) -> Score:
-    """Every score of one answer.
+    """Every score of one answer; `log_softmax` in float32, sums in float64.
 
-    Args:
-        logits: (n, V), any float type, row t predicting token t.
-        targets: (n,) the labelled tokens.
-        moments: compute Min-K++ too.
-
-    Returns:
-        The scores; `log_softmax` in float32, sums in float64.
+    Row t of the `logits`, (n, V) of any float type, predicts the labelled token t of `targets`,
+    (n,). `moments` asks for Min-K++ too.
     """
     log_probs, means, variances = token_statistics(logits, targets, moments)
     correct = (logits.argmax(-1).cpu() == targets.cpu()).tolist()

@@ -134,15 +134,9 @@ def extend(
 ) -> Extended:
     """Forward pass over tokens that follow prefixes; the output head runs where asked only.
 
-    Args:
-        model: causal language model in evaluation mode.
-        prefixes: B prefixes; None where the tokens start their sequences.
-        tokens: B rows of at least one token each.
-        wanted: N (row, place among that row's new tokens) whose next-token logits are needed.
-        masking: which tokens attention sees.
-
-    Returns:
-        The logits, and keys and values from which later prefixes can be cut.
+    `tokens` are B rows of at least one each behind B `prefixes`, None where they start their
+    sequences. `wanted` are N (row, place among that row's new tokens) whose next-token logits are
+    needed.
     """
     device = model.device
     length = max(len(row) for row in tokens)

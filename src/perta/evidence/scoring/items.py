@@ -88,17 +88,10 @@ def run_items(
     options: ScoringOptions,
     done: Done | None = None,
 ) -> list[Outcome]:
-    """Score every answer and generate where a prompt is given.
+    """Score every answer and generate where a prompt is given: an outcome per item, in order.
 
-    Args:
-        model: causal language model.
-        items: questions.
-        options: batch size, limits, masking.
-        done: called with an item's place and outcome as soon as it is complete, in the order
-            of completion.
-
-    Returns:
-        One outcome per item, in the order of `items`; equal for every batch size up to rounding.
+    They are equal for every batch size up to rounding. `done` is called with an item's place and
+    outcome as soon as it is complete.
     """
     outcomes = everywhere(_run_share, model, items, options, Own(done))
     return [outcomes[i] for i in range(len(items))]
@@ -186,8 +179,8 @@ class _Run:
     def all(self) -> None:
         """Score and generate everything in the order of the items, the longest of which come first.
 
-        A step with few rows costs nearly as much as one with many. So more answers are begun
-        until over a batch of them is growing, and long ones are not left to the end.
+        More answers are begun until over a batch of them is growing: a step with few rows costs
+        nearly as much as one with many.
         """
         if not self.items:
             return
@@ -412,11 +405,7 @@ def _guesses(path: Sequence[Segment]) -> list[int]:
 def _rows_that_fit(
     segments: Sequence[Segment], batch_size: int, pass_cost: int
 ) -> list[list[Segment]]:
-    """Batches of segments of similar length, within bounds of rows and logits.
-
-    A longer segment starts a new batch where padding the others to it would cost more than
-    another pass, `pass_cost` tokens.
-    """
+    """Batches of segments of similar length, within bounds of rows and logits."""
     todo = sorted((s for s in segments if s.to_feed), key=lambda s: len(s.to_feed))
     batches: list[list[Segment]] = []
     logits = width = 0
@@ -478,15 +467,9 @@ def plain_generation(
 
 
 def gradient_norm_score(model: PreTrainedModel, encoded: Encoded, masking: Masking) -> float | None:
-    """Mean norm of the gradient of an answer's loss, its last token left out.
+    """Mean over parameters of the norm of the gradient of an answer's loss, without its last token.
 
-    Args:
-        model: causal language model; its own `.grad` fields are not touched.
-        encoded: prompt and answer.
-        masking: which tokens attention sees.
-
-    Returns:
-        The mean over parameters of each one's gradient norm; None for an answer without tokens.
+    None for an answer without tokens; the model's own `.grad` fields are not touched.
     """
     labels = list(encoded.labels)
     labels[_last_label(encoded)] = IGNORE

@@ -52,11 +52,7 @@ def tiny_tokenizer(texts: Iterable[str], *, chat: bool = True) -> PreTrainedToke
 def tiny_llama(
     vocabulary: int, *, tied: bool = True, seed: int = 0, **sizes: int
 ) -> PreTrainedModel:
-    """A random two-layer Llama of about 0.1 million parameters, unless other sizes are given.
-
-    Input embedding and output head are one parameter if `tied`; `sizes` are numbers of a Llama's
-    configuration, such as `hidden_size`.
-    """
+    """A random two-layer Llama of about 0.1 million parameters, or of other `sizes`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

@@ -39,11 +39,7 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight that bitsandbytes quantised.
-
-    `parts` are its tensors, `codes` among them; one that is `turned` is stored as (in, out) in
-    plain checkpoints. `dtype` and `shape` are those of the plain tensor.
-    """
+    """A weight that bitsandbytes quantised; a `turned` one is (in, out) in plain checkpoints."""
 
     name: str
     codes: TensorEntry
@@ -76,11 +72,7 @@ class Packed:
 
 
 def packed_tensors(index: CheckpointIndex) -> dict[str, Packed]:
-    """Every weight of a checkpoint that bitsandbytes quantised, by its name.
-
-    Raises:
-        CorruptCheckpointError: parts of one are missing, or do not fit together.
-    """
+    """Every weight that bitsandbytes quantised, by its name; their parts have to fit together."""
     turned, found = transposed_weights(index.folder), {}
     for name, entry in index.tensors.items():
         weight, _, kind = name.rpartition(f".{_STATE}")

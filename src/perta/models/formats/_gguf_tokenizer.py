@@ -32,11 +32,7 @@ _PATTERNS = {
 def add_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path, cure: str
 ) -> None:
-    """Say all that a file says of a tokenizer.
-
-    Raises:
-        CheckpointError: it is of a kind that is not written here; `cure` says what to do.
-    """
+    """Say all that a file says of a tokenizer; `cure` ends the error about kinds not written."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules: Any = json.loads(backend.to_str()) if backend is not None else {}
     model = rules.get("model", {})

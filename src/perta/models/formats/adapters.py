@@ -84,12 +84,7 @@ _BLIND_STARTS = (True, False, "gaussian", "eva")
 
 
 def adapter_settings(adapter: Path) -> dict[str, Any]:
-    """The settings of an adapter folder whose weights can be merged, as far as settings tell.
-
-    Raises:
-        CorruptCheckpointError: its configuration is no JSON object that names a type.
-        CheckpointError: the type changes no weight, or the weights are missing or pickled.
-    """
+    """The settings of an adapter folder whose weights can be merged, as far as settings tell."""
     file = adapter / ADAPTER_CONFIG
     settings = read_json(file, CorruptCheckpointError, nan=True)
     kind = settings.get("peft_type")
@@ -120,11 +115,9 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> None:
     """Merge an adapter into the weights of its base and write the result, tensor by tensor.
 
-    Where the adapter changes one use of a tied weight alone, the result stores both uses. `folder`
-    is empty; with `exact` it gets float32 in place of the base's narrower types.
-
-    Raises:
-        CheckpointError: adapter and base do not fit tensor for tensor, or PEFT cannot merge it.
+    Where the adapter changes one use of a tied weight alone, the result stores both uses. With
+    `exact` it is float32 in place of the base's narrower types. CheckpointError where adapter and
+    base do not fit, or PEFT cannot merge it.
     """
     with plain_errors(adapter, "adapter"), warnings.catch_warnings():
         # What PEFT warns of is looked at here, and stops.
@@ -143,10 +136,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> No
 
 @dataclass(frozen=True)
 class _Change:
-    """What becomes of a stored tensor: the part of the model that makes it anew, and its new shape.
-
-    It is stored in the type of `like`, a tensor of the base.
-    """
+    """The part of the model that makes a stored tensor anew; its shape, and one like it."""
 
     maker: str
     shape: tuple[int, ...]
@@ -341,10 +331,7 @@ class _Merge:
 
 
 def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
-    """The base's model with placeholders for weights, and with the adapter's vocabulary.
-
-    Where the vocabulary was resized, PEFT puts the whole embedding into the adapter's file.
-    """
+    """The base's model with placeholders for weights, and with the adapter's vocabulary."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base, **LOCAL)
@@ -402,12 +389,7 @@ def _load(
 
 
 def put_on(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
-    """A PEFT model, whose adapter can be trained, of its base in memory, which is changed in place.
-
-    Raises:
-        CheckpointMismatchError: adapter and base do not fit tensor for tensor.
-        ConfigError: see `refuse_tied`.
-    """
+    """A PEFT model, whose adapter can be trained, of its base in memory, changed in place."""
     from peft import PeftConfig, PeftModel
 
     with plain_errors(adapter, "adapter"), warnings.catch_warnings():
@@ -422,11 +404,7 @@ def put_on(model: PreTrainedModel, adapter: Path, base: Path) -> Any:
 
 
 def refuse_tied(adapted: Any) -> None:
-    """Stop at an adapter on one use of a weight that the model uses twice.
-
-    Raises:
-        ConfigError: merged in memory, it would change the other use as well.
-    """
+    """Stop at an adapter on one use of a tied weight: merged in memory it would change both."""
     model = adapted.get_base_model()
     uses = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = [getattr(use, "weight", None) for use in uses]

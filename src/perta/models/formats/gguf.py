@@ -35,12 +35,7 @@ _KNOWN_ROPE = re.compile(
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of a GGUF file, dequantised to float32.
-
-    Raises:
-        CheckpointError: it cannot be read, or scales positions in a way that no configuration says.
-        CorruptCheckpointError: it holds fewer or other tensors than its model needs.
-    """
+    """The model and the tokenizer of a GGUF file, dequantised to float32, or a CheckpointError."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"gguf_file": path.name, **LOCAL}
@@ -208,10 +203,7 @@ def _merged(parameters: dict[str, Any], scaling: Mapping[str, Any]) -> dict[str,
 
 
 def _as_llama3(path: Path, config: PreTrainedConfig, factors: Tensor) -> dict[str, Any]:
-    """Find the settings of Llama 3's scaling that give the file's factors.
-
-    Wavelengths beyond the original context are stretched, those below a quarter of it are not.
-    """
+    """Find the settings of Llama 3's scaling that give the file's factors."""
     half = len(factors)
     theta = float(config.rope_parameters["rope_theta"])
     wavelength = 2 * torch.pi * theta ** (torch.arange(half, dtype=torch.float64) / half)

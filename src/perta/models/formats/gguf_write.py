@@ -66,17 +66,11 @@ _QUANTIZE = (
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What a GGUF file will hold.
+    """What a GGUF file will hold."""
 
-    Attributes:
-        folder: checkpoint with θ_full's names, config.json and tokenizer.
-        source: GGUF file that θ_full was read from, if it was.
-        save: type of the weights.
-    """
-
-    folder: Path
-    source: Path | None
-    save: FileType
+    folder: Path  # checkpoint with θ_full's names, config.json and tokenizer
+    source: Path | None  # GGUF file that θ_full was read from
+    save: FileType  # type of the weights
 
     @cached_property
     def _file(self) -> Any:
@@ -90,11 +84,7 @@ class GgufPlan:
 
     @cached_property
     def family(self) -> str:
-        """Name of the family in GGUF files.
-
-        Raises:
-            CheckpointError: no file of it is written here.
-        """
+        """Name of the family in GGUF files; CheckpointError where no file of it is written here."""
         if self.source is not None:
             family = self._file.fields["general.architecture"].contents()
             known = family in (*_AS_NAMED, *_PLUS_ONE)
@@ -106,11 +96,7 @@ class GgufPlan:
         return str(family if self.source is not None else _FAMILIES[family])
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """Type of a tensor of the file.
-
-        Raises:
-            CheckpointError: that of the source is not written here.
-        """
+        """Type of a tensor of the file; CheckpointError if the source's is not written here."""
         if len(shape) == 1 or "ffn_gate_inp" in name:
             return Kind.F32  # all that llama.cpp multiplies such with
         if self.save != "full":
@@ -132,11 +118,7 @@ class GgufPlan:
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """Name in the file -> the stored tensors that it is made of, several for experts.
-
-        Raises:
-            CheckpointError: a tensor has no place in such a file.
-        """
+        """Name in the file -> the stored tensors that make it; CheckpointError if one has none."""
         config = self._config
         of = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[self.family]
         table = gguf.get_tensor_name_map(of, config.num_hidden_layers)
@@ -160,11 +142,7 @@ class GgufPlan:
         return found
 
     def check(self) -> None:
-        """Stop at what cannot be written, before any long step.
-
-        Raises:
-            CheckpointError: a family, a type, a tokenizer or a setting that no file has.
-        """
+        """Stop before any long step at a family, type, tokenizer or setting that no file has."""
         tensors = open_index(self.folder).tensors
         for place, names in self.names.items():
             self.kind(place, tensors[names[0]].shape)
@@ -236,9 +214,6 @@ def gguf_plan(output: OutputFormat, full: str, folder: Path, save: FileType) -> 
     """The plan of a GGUF file, checked; None for another output.
 
     `full` is what the user named as θ_full, and `folder` what `resolve_checkpoint` made of it.
-
-    Raises:
-        CheckpointError: see `GgufPlan.check`.
     """
     if output != "gguf":
         return None

@@ -58,14 +58,10 @@ def stored_format(folder: Path) -> str | None:
 
 
 def dequantise(folder: Path, target: Path) -> None:
-    """Write a quantised checkpoint with plain numbers.
+    """Write a quantised checkpoint with plain numbers, under its own names, tensor by tensor.
 
     float32 for FP8 and 8 bits of bitsandbytes, bfloat16 for MXFP4, and for 4 bits of bitsandbytes
-    the type that it computes from. The names are those of the checkpoint that was quantised; at
-    most one tensor is in memory. `target` is an existing empty folder.
-
-    Raises:
-        CorruptCheckpointError: a tensor without its scales, or scales of another shape.
+    the type that it computes from. CorruptCheckpointError where scales are missing or do not fit.
     """
     index, config = open_index(folder), read_config(folder)
     is_packed = stored_format(folder) == _BITSANDBYTES
@@ -90,18 +86,12 @@ def dequantise(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised tensor of a checkpoint.
+    """A quantised tensor of a checkpoint."""
 
-    Attributes:
-        name: the tensor that it is made of.
-        codes: the numbers of few bits.
-        scales: what they are multiplied with.
-        block: rows and columns that share a factor; None for one factor, and for MXFP4.
-    """
-
-    name: str
-    codes: TensorEntry
-    scales: TensorEntry
+    name: str  # of the tensor that it is made of
+    codes: TensorEntry  # the numbers of few bits
+    scales: TensorEntry  # what they are multiplied with
+    # rows and columns that share a factor; None for one factor, and for MXFP4
     block: tuple[int, int] | None = None
 
     @property
@@ -185,11 +175,7 @@ _FACTORS = (torch.float32, torch.bfloat16, torch.float16, _POWERS)
 
 
 def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
-    """Every quantised tensor of a checkpoint, by its plain name.
-
-    Raises:
-        CorruptCheckpointError: one without its scales, or scales of another shape.
-    """
+    """Every quantised tensor, by its plain name; CorruptCheckpointError where scales do not fit."""
     block = _block(index.folder)
     found = {}
     for name, entry in index.tensors.items():

@@ -99,12 +99,7 @@ SCHEMES: Mapping[str, Callable[[Tensor], Tensor]] = {
 @contextmanager
 @torch.no_grad()
 def rounded(model: PreTrainedModel, scheme: str) -> Iterator[None]:
-    """The weights of all linear layers but the output head's, rounded for a while.
-
-    Args:
-        model: changed in place, and put back.
-        scheme: one of `SCHEMES`.
-    """
+    """The weights of all linear layers but the head's, rounded by a scheme for a while."""
     kept: dict[str, Tensor] = {}
     try:
         for name, place in find_slots(model):

@@ -39,42 +39,30 @@ _SLICED = "forget10"
 
 @dataclass(frozen=True)
 class Sets:
-    """Rows of one seed.
-
-    Attributes:
-        suite: file name -> rows of the TOFU evaluation; of the retain rows the unseen ones. Empty
-            for rows of the user's own.
-        split: what that evaluation calls them.
-    """
+    """Rows of one seed."""
 
     forget: Rows = field(repr=False)
     retain: Rows = field(repr=False)
+    # file -> rows of the TOFU evaluation, of the retain rows the unseen ones; or empty
     suite: Mapping[str, Rows] = field(repr=False)
-    split: str
+    split: str  # what that evaluation calls them
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Everything of one seed that all methods share.
-
-    Attributes:
-        files: `forget`, `retain`, `full`, `protected`, `unseen`, and `facts` for TOFU.
-        suite: folder with the files of the TOFU evaluation, cut to this draw.
-        retrained: θ₀ tuned on the retain set.
-        forget_checkpoint: θ_f.
-        asked: where nothing is to be made: what would be.
-    """
+    """Everything of one seed that all methods share."""
 
     seed: int
     folder: Path
+    # `forget`, `retain`, `full`, `protected`, `unseen`, and `facts` for TOFU
     files: Mapping[str, Path]
-    suite: Path
+    suite: Path  # folder with the files of the TOFU evaluation, cut to this draw
     split: str
     base: Path
     full: Path
-    retrained: Path
-    forget_checkpoint: Path
-    asked: Asked | None = None
+    retrained: Path  # θ₀ tuned on the retain set
+    forget_checkpoint: Path  # θ_f
+    asked: Asked | None = None  # where nothing is to be made: what would be
 
     def share_of_protected(self, share: float) -> Path:
         """The first protected rows, as a proxy of all of them."""
@@ -95,10 +83,7 @@ def make_draw(
     asked: Asked | None = None,
     scratch: Path | None = None,
 ) -> Draw:
-    """Write the sets of a seed and tune the models on them; what is there is reused.
-
-    Where the models are only asked for, the sets go to a scratch folder.
-    """
+    """Write the sets of a seed (to `scratch` if only asked) and tune on them what is not there."""
     folder = config.output / f"seed-{seed}"
     home = (scratch or config.output) / folder.name
     sets = draw_sets(config, seed)
@@ -149,11 +134,7 @@ def make_draw(
 
 
 def draw_sets(config: CompareConfig, seed: int) -> Sets:
-    """The rows of a seed.
-
-    The user's own rows, the same for all seeds; or, with `tofu_split`, a split of TOFU as it is,
-    likewise; or slices of TOFU that no two seeds share; or fictitious people.
-    """
+    """The user's rows; or `tofu_split`; or TOFU's slices, which no two seeds share; or people."""
     if config.forget is not None and config.retain is not None:
         return _own(config.forget, config.retain, config.data_config)
     if config.tofu is None:
@@ -190,11 +171,7 @@ def _people(config: CompareConfig, seed: int) -> Sets:
 
 
 def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[str, Rows]) -> Sets:
-    """Forget rows counted from the end of their file, retain rows from the start of theirs.
-
-    Both files have paraphrased and wrong answers. Rows from the other end of the forget file,
-    which no model sees, are the held-out ones.
-    """
+    """Forget rows from the end of their file, held-out ones and retain rows from the start."""
     forget_file, retain_file = f"{_SLICED}_perturbed.jsonl", "retain_perturbed.jsonl"
     count = config.forget_rows
     rows = _rows(folder / forget_file)

@@ -114,10 +114,7 @@ def forget_loss(config: CompareConfig, draw: Draw, spec: EditSpec) -> LossOn:
 
 
 def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
-    """The folder of a draw, in which methods with the same settings share what they stand on.
-
-    Names of folders tell the settings that methods may differ in.
-    """
+    """The folder of a draw, in which methods with the same settings share what they stand on."""
     theirs = spec.method.needs
     at = spec.at or theirs.at
     reduction = theirs.reduction or EstimatorConfig.reduction

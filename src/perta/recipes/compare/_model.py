@@ -124,10 +124,7 @@ class Bench:
         return math.fsum(losses) / len(losses)
 
     def relearned(self) -> Knowledge:
-        """What is known of forget rows after others were shown again for a few steps.
-
-        The model is left at the relearned weights.
-        """
+        """What is known of forget rows after others were shown again; these weights stay."""
         hidden = [i for i in range(len(self._forget)) if i % SHOWN]
         relearn(
             self.model,
@@ -199,21 +196,13 @@ def means(results: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a model knows of some rows; `choice` and `first` of those with wrong answers alone.
+    """What a model knows of some rows; `choice` and `first` of those with wrong answers alone."""
 
-    Attributes:
-        answer: probability of each answer, the geometric mean over its tokens.
-        fact: probability of each whole fact.
-        hit: probability of each fact in at least one of `SAMPLES` samples.
-        choice: probability of each right answer among right and wrong ones.
-        first: whether it is the first choice.
-    """
-
-    answer: Sequence[float]
-    fact: Sequence[float]
-    hit: Sequence[float]
-    choice: Sequence[float]
-    first: Sequence[bool]
+    answer: Sequence[float]  # probability of each answer, the geometric mean over its tokens
+    fact: Sequence[float]  # probability of each whole fact
+    hit: Sequence[float]  # probability of each fact in at least one of `SAMPLES` samples
+    choice: Sequence[float]  # probability of each right answer among right and wrong ones
+    first: Sequence[bool]  # whether it is the first choice
 
     @staticmethod
     def from_results(results: Mapping[str, Any], name: str) -> Knowledge:
@@ -246,12 +235,7 @@ class Knowledge:
     def columns(
         self, name: str, yardstick: Sequence[float] | None = None, *, kept: bool = False
     ) -> dict[str, float]:
-        """Columns of the tables that have a value.
-
-        Args:
-            yardstick: probabilities of facts that look unseen; above their 95th percentile counts.
-            kept: the rows are to be kept: the worst is the least probable one.
-        """
+        """Columns of the tables that have a value; the `yardstick` is of facts that look unseen."""
         worst = min if kept else max
         found = {
             "fact_probability": mean(self.fact),

@@ -45,26 +45,18 @@ relearning may ask for more than equal forgetting."""
 
 @dataclass
 class TrainingPath:
-    """The model after each epoch of one training.
-
-    Attributes:
-        known: what is known of the forget set after each epoch, the start's first.
-        folder: where the weights after each epoch are kept while the path is of use.
-        dtype: type that `perta train` stores the result in.
-        places: where each parameter lies, for the rounding to that type.
-        attempts: learning rates tried.
-        fixed: measures at the end of the first of them, the method's own.
-    """
+    """The model after each epoch of one training."""
 
     learning_rate: float
-    known: list[float]
-    folder: Path
+    known: list[float]  # of the forget set after each epoch, the start's first
+    folder: Path  # where weights after each epoch are kept while the path is of use
     close: Callable[[], None]
-    dtype: torch.dtype
-    places: Sequence[Place]
+    dtype: torch.dtype  # type that `perta train` stores the result in
+    places: Sequence[Place]  # where each parameter lies, for the rounding to that type
     trained: Trained | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    attempts: int = 1
+    attempts: int = 1  # learning rates tried
+    # measures at the end of the first of them, the method's own
     fixed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,8 +142,8 @@ def prepare_path(
 ) -> TrainingPath:
     """Train with one learning rate after the other until the path passes equal forgetting.
 
-    The first rate is the method's own, and that path is also what the method does by default.
-    The last one passes, or is the nearest to it (`target`, from `start`) within the attempts.
+    The first rate is the method's own, and that path is also what the method does by default. The
+    last one passes, or is the nearest to it (`target`, from `start`) within the attempts.
     """
     settings = with_method_defaults(spec.method, spec.training)
     rate = settings.learning_rate or spec.method.learning_rate

@@ -29,8 +29,7 @@ def search_equal(
     """Look for the strength at which as much is known of the forget set as by the retrained model.
 
     Between two strengths the logarithm of what is known is taken to be linear; outside, the
-    strength grows by half. Every bracket holds a strength of equal forgetting, the smallest one
-    where forgetting grows with the strength. `nearest` picks one of the tries.
+    strength grows by half.
     """
     below, made = Try(0.0, start), list[Try]()
     strength = first

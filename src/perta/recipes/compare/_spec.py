@@ -45,23 +45,14 @@ class _Spec:
 
 @dataclass(frozen=True)
 class EditSpec(_Spec):
-    """A weight-space method.
+    """A weight-space method."""
 
-    Attributes:
-        weighting: method and settings, defaults filled in; the strength is the harness's to choose.
-        tokens: tokens that count in the moments.
-        at: model at which importance and moments are measured; None for the method's own.
-        share: share of the protected retain rows that importance and moments are taken of.
-        general: whether moments of general text are added to those of the retain rows.
-        forget_seeds: forget checkpoints; 0 for as many as the method needs.
-    """
-
-    weighting: WeightingConfig
-    tokens: Tokens = MomentOptions.tokens
-    at: At | None = None
-    share: float = 1.0
-    general: bool = False
-    forget_seeds: int = 0
+    weighting: WeightingConfig  # defaults filled in; the strength is the harness's to choose
+    tokens: Tokens = MomentOptions.tokens  # that count in the moments
+    at: At | None = None  # where importance and moments are measured; None for the method's own
+    share: float = 1.0  # of the protected retain rows that they are taken of
+    general: bool = False  # whether moments of general text are added to the retain rows'
+    forget_seeds: int = 0  # forget checkpoints; 0 for as many as the method needs
 
     @property
     def method(self) -> Edit:
@@ -107,9 +98,6 @@ def parse_spec(text: str, batch_size: int) -> EditSpec | TrainingSpec:
     Settings are those of the weighting and `tokens`, `at`, `share`, `general` and `forget_seeds`,
     or those of training, where `batch_size` stands for the published 32, which are more than a
     small forget set holds.
-
-    Raises:
-        ConfigError: an unknown method or setting, or a value that does not fit.
     """
     text = text.strip()
     name, settings = split(text)

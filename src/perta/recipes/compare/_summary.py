@@ -75,10 +75,7 @@ _PRINTED = (
 
 
 def summarise(records: Sequence[Record], view: str) -> list[dict[str, str]]:
-    """One row per method: the mean of every column, and ± its standard deviation over seeds.
-
-    `seeds` is how many reached the view's condition, out of how many.
-    """
+    """One row per method: the mean of every column ± its standard deviation over seeds."""
     return [
         {"method": method, "seeds": f"{reached}/{seeds}"}
         | {name: spread(values) for name, values in found.items()}
@@ -104,10 +101,7 @@ def seed_rows(records: Sequence[Record], view: str) -> list[dict[str, Any]]:
 def _by_method(
     records: Sequence[Record], view: str
 ) -> Iterator[tuple[str, int, int, dict[str, list[float]]]]:
-    """Of each method how many seeds reached the view, of how many, and of each column its values.
-
-    Columns without any are left out.
-    """
+    """Of each method how many seeds reached the view, of how many, and columns with any values."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in seed_rows(records, view):
         found.setdefault(row["method"], []).append(row)
@@ -149,11 +143,7 @@ def summary_files() -> list[str]:
 
 
 def write_summary(records: Sequence[Record], folder: Path, *, shows: bool = True) -> None:
-    """Write the tables, and print them where `shows`.
-
-    For each view VIEW.csv (mean, `_sd` and `_n` of every column), VIEW_seeds.csv (every seed) and
-    VIEW.tex (booktabs); summary.md has all views.
-    """
+    """For each view VIEW.csv (mean, `_sd`, `_n`), VIEW_seeds.csv, VIEW.tex; all in summary.md."""
     page = []
     for view, title in _VIEWS.items():
         rows = summarise(records, view)

@@ -100,11 +100,8 @@ class Compared(list[Record]):
 def bench_compare(config: CompareConfig, *, shows: bool = True) -> Compared:
     """Compare methods at fixed settings, at equal forgetting and at equal resistance.
 
-    Returns:
-        Records as written to `OUTPUT/runs`, and their `rows`.
-
-    Raises:
-        PertaError: input that cannot be used; finished runs stay.
+    Returns the records of `OUTPUT/runs`, with `rows`. PertaError at input that cannot be used;
+    finished runs stay.
     """
     specs, base = _checked(config)
     records = Compared()

@@ -18,12 +18,7 @@ def order_name(order: float) -> str:
 
 
 def order_folder(folder: Path, order: float) -> Path:
-    """Sub-folder of an importance folder that holds one order p.
-
-    Raises:
-        CheckpointNotFoundError: no such importance folder.
-        ConfigError: the folder has other orders.
-    """
+    """Sub-folder of an importance folder that holds one order p; ConfigError if it has others."""
     if not folder.is_dir():
         raise CheckpointNotFoundError(
             f"The importance folder {folder} does not exist. Make it with "
@@ -42,12 +37,7 @@ def order_folder(folder: Path, order: float) -> Path:
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """Orders, reduction, counts, fingerprints, seed and versions of an importance folder.
-
-    Raises:
-        CheckpointNotFoundError: there is no sidecar.
-        CorruptCheckpointError: it cannot be read.
-    """
+    """Orders, reduction, counts, fingerprints, seed and versions of an importance folder."""
     file = folder / IMPORTANCE_SIDECAR
     if not file.is_file():
         raise CheckpointNotFoundError(

@@ -63,10 +63,7 @@ class MomentFolder:
     facts: dict[str, Any]
 
     def input_moment(self, weight: str) -> Tensor:
-        """C: mean over tokens of x xᵀ for the inputs of a weight, float32.
-
-        (in, in), or of few tokens its factor (n, in); see `store.measured.second_moment`.
-        """
+        """C: mean of x xᵀ over tokens of a weight's inputs, float32 (in, in), or factor (n, in)."""
         return divided(self.read(self.facts["inputs"][weight]), self.facts["tokens"])
 
     def output_moment(self, weight: str) -> Tensor:
@@ -77,20 +74,15 @@ class MomentFolder:
         """Whether the moments of a weight say how the set uses it.
 
         Those of a layer that was never called do not. Those of an expert that no token was routed
-        to do if one of its layer's experts read EXPECTED tokens on average: one that is used as
-        often as others would have been among them, so it is the set that does not use it.
+        to do if one of its layer's experts read EXPECTED tokens on average: then the set does not
+        use it.
         """
         names = [part[weight] for part in (self.facts["inputs"], self.facts["outputs"]) if part]
         seen = [self.facts["seen"][name] for name in names]
         return all(count["tokens"] > 0 or count["average"] >= EXPECTED for count in seen)
 
     def read(self, name: str) -> Tensor:
-        """A stored sum, as it is in the file.
-
-        Raises:
-            CorruptCheckpointError: it is no moment, holds NaN or Inf, or says of tokens that were
-                counted that none matters.
-        """
+        """A stored sum, as in the file: finite, and not all 0 where tokens were counted."""
         entry = self.index.tensors[name]
         if len(entry.shape) != 2 or entry.shape[0] > entry.shape[1]:
             wrong = f"has the shape {tuple(entry.shape)}, which no moment has"
@@ -106,12 +98,7 @@ class MomentFolder:
 
 
 def open_moments(folder: Path) -> MomentFolder:
-    """Open an output of `perta moments` and check that it holds what its sidecar says.
-
-    Raises:
-        CheckpointNotFoundError: it is not there, or is no moment folder.
-        CorruptCheckpointError: the sidecar cannot be read, or tensors are missing.
-    """
+    """Open an output of `perta moments` and check that it holds what its sidecar says."""
     file = folder / MOMENTS_SIDECAR
     if not file.is_file():
         what = f"has no {MOMENTS_SIDECAR}" if folder.is_dir() else "does not exist"

@@ -24,10 +24,7 @@ def is_factor(moment: Tensor) -> bool:
 
 
 def few(rows: int, columns: int) -> bool:
-    """Whether rows are worth keeping as R.
-
-    With more than half as many as columns making R costs more than making C, and saves little.
-    """
+    """Whether rows are worth keeping as R: beyond half as many as columns that saves little."""
     return 2 * rows <= columns
 
 
@@ -37,11 +34,7 @@ def few_together(moments: Sequence[Tensor]) -> bool:
 
 
 def factor(rows: Tensor) -> Tensor:
-    """R (n, d) float64 with Rᵀ R = Xᵀ X, for n < d rows; of no rows it is one row of zeros.
-
-    Raises:
-        ValueError: R would be square, and taken for C.
-    """
+    """R (n, d) float64 with Rᵀ R = Xᵀ X, for n < d rows; of no rows it is one row of zeros."""
     if rows.shape[0] >= rows.shape[1]:
         raise ValueError(f"{rows.shape[0]} rows of {rows.shape[1]} numbers have no factor")
     if not len(rows):
