@@ -43,9 +43,11 @@ from perta import (
     unlearn,
     unlearn_by_training,
 )
+from perta.data.batch import Encoded
+from perta.data.examples import ExampleSet
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
-from perta.engine.train.refusals import refuse
+from perta.engine.train.refusals import refusals_for
 from perta.engine.train.relearn import relearn
 from perta.errors import DivergenceError
 from perta.evidence.people import generate_people, split_people
@@ -74,6 +76,7 @@ TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; No
     "simnpo": 5e-5,
     "rmu:steering_coef=240,retain_weight=1": 3e-4,
     **dict.fromkeys(("ga", "kl", "npo", "dpo", "idkpo", "undial", "wga", "satimp")),
+    **dict.fromkeys(("ce-u", "pdu", "jensun", "npo-sam")),
 }
 REPAIRED = {f"sage-{name}": name for name in ("npo-retain", "simnpo")}
 METHODS = ("full", "retrained", "default", *EDITS, *TRAINED, *REPAIRED)
@@ -116,10 +119,7 @@ class Seed:
         self.sets = {name: load_examples(str(file), DATA) for name, file in self.files.items()}
         self.tokenizer = load_tokenizer(base)
         self.pad = pad_id(self.tokenizer)
-        self.encoded = {
-            name: encode_examples(examples, self.tokenizer, DATA).encoded
-            for name, examples in self.sets.items()
-        }
+        self.encoded = {name: self.encode(examples) for name, examples in self.sets.items()}
         self.facts = {
             name: find_facts(self.sets[name], self.tokenizer, DATA) for name in (*SETS, "holdout")
         }
@@ -153,6 +153,10 @@ class Seed:
                 )
             )
         return output
+
+    def encode(self, examples: ExampleSet) -> tuple[Encoded, ...]:
+        """Token sequences of a set."""
+        return encode_examples(examples, self.tokenizer, DATA).encoded
 
     def weights(self) -> list[Tensor]:
         """A copy of the weights as they are."""
@@ -311,7 +315,6 @@ class Seed:
         """Train until an epoch passes the target, and go back to where it did."""
         kind = parse(method, Training)
         rate = rate or TRAINED[method] or kind.learning_rate
-        refusals = refuse(self.sets["forget"], self.seed) if kind.refusals else None
         self.model = self.read(self.folder / "full")
         before, known, epochs = self.weights(), [1.0], [0]
 
@@ -327,16 +330,17 @@ class Seed:
         settings = TrainSettings(
             epochs=EPOCHS, learning_rate=rate, batch_size=BATCH, accumulation=1, seed=self.seed
         )
-        refused = encode_examples(refusals, self.tokenizer, DATA).encoded if refusals else None
+        asked, forget = self.sets["forget"], self.encoded["forget"]
+        refusals = refusals_for(kind, asked, forget, self.tokenizer, self.encode, self.seed)
         started = time.perf_counter()
         _, trained = unlearn_by_training(
             self.model,
-            self.encoded["forget"],
+            forget,
             self.encoded["protected"],
             settings,
             method=kind,
             pad=self.pad,
-            refusals=refused,
+            refusals=refusals,
             after_epoch=after_epoch,
         )
         tokens = trained.forget_tokens + trained.retain_tokens

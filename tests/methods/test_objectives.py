@@ -18,6 +18,7 @@ from perta.methods.objectives import (
     control_vector,
     distance,
     divergence,
+    jensen_shannon,
     labelled_positions,
     steered_layer,
 )
@@ -128,6 +129,36 @@ def by_hand_satimp(i: int) -> float:
     return mean([math.exp(lp) ** 0.3 * (1 - math.exp(lp)) ** 0.7 * lp for lp in forget_tokens(i)])
 
 
+def by_hand_ce_u(i: int) -> float:
+    terms = []
+    for row, target, of in zip(LOGITS, TARGETS, EXAMPLE, strict=True):
+        others = softmax([-math.inf if k == target else v for k, v in enumerate(row)])
+        if of == i:
+            terms.append(-sum(q * math.log(p) for q, p in zip(others, softmax(row), strict=True)))
+    return mean(terms[1:])
+
+
+def js_by_hand(p: Sequence[float], q: Sequence[float]) -> float:
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    pairs = [*zip(p, middle, strict=True), *zip(q, middle, strict=True)]
+    return sum(a * math.log(a / m) for a, m in pairs if a) / 2
+
+
+def by_hand_jensun(i: int) -> float:
+    return mean(
+        [
+            js_by_hand(softmax(row), [float(k == target) for k in range(4)])
+            for row, target, of in zip(LOGITS, TARGETS, EXAMPLE, strict=True)
+            if of == i
+        ]
+    )
+
+
+def by_hand_pdu(i: int) -> float:
+    rows = [row for row, of in zip(LOGITS, EXAMPLE, strict=True) if of == i]
+    return mean([(max(row) - mean(row)) ** 2 for row in rows])
+
+
 def by_hand_undial(i: int) -> float:
     terms = []
     for new, old, target, of in zip(LOGITS, REFERENCE, TARGETS, EXAMPLE, strict=True):
@@ -150,6 +181,10 @@ BY_HAND: dict[str, Callable[[int], float]] = {
     "wga:beta=0.3": by_hand_wga,
     "satimp:beta=0.3,beta2=0.7": by_hand_satimp,
     "undial:beta=0.3": by_hand_undial,
+    "npo-sam:beta=0.3": by_hand_npo,
+    "ce-u": by_hand_ce_u,
+    "jensun": by_hand_jensun,
+    "pdu": by_hand_pdu,
 }
 
 
@@ -171,6 +206,15 @@ def test_the_divergence_is_of_the_new_prediction_from_the_old() -> None:
     for value, new, old in zip(found.tolist(), LOGITS, REFERENCE, strict=True):
         p, q = softmax(old), softmax(new)
         assert value == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+
+
+def test_the_middle_of_two_predictions_is_as_far_from_both() -> None:
+    new, old = (torch.tensor(rows, dtype=torch.float64) for rows in (LOGITS, REFERENCE))
+    pairs = zip(LOGITS, REFERENCE, strict=True)
+    wanted = [js_by_hand(softmax(a), softmax(b)) for a, b in pairs]
+    assert jensen_shannon(new, old).tolist() == pytest.approx(wanted, rel=1e-12)
+    assert jensen_shannon(old, new).tolist() == pytest.approx(wanted, rel=1e-12)
+    assert jensen_shannon(new, new).tolist() == pytest.approx([0.0] * 5, abs=1e-15)
 
 
 def test_the_distance_is_the_mean_square_over_components() -> None:
@@ -233,6 +277,40 @@ def test_distillation_with_nothing_lowered_asks_for_nothing() -> None:
     assert gradient("undial:beta=1e-13", REFERENCE).abs().max() < 1e-12
     pulled = gradient("undial:beta=3", REFERENCE)
     assert all(pulled[i, target] > 0 for i, target in enumerate(TARGETS))
+
+
+def test_a_target_without_the_forget_token_is_constant() -> None:
+    """The gradient is the prediction less its target; the first token of an answer has none."""
+    found = gradient("ce-u")
+    assert found[0].tolist() == found[3].tolist() == [0.0] * 4
+    for i in (1, 2, 4):
+        others = softmax([-math.inf if k == TARGETS[i] else v for k, v in enumerate(LOGITS[i])])
+        share = 1 / (EXAMPLE.count(EXAMPLE[i]) - 1)
+        wanted = [share * (p - q) for p, q in zip(softmax(LOGITS[i]), others, strict=True)]
+        assert found[i].tolist() == pytest.approx(wanted, rel=1e-12)
+    # An answer as short as what is skipped has its last token left.
+    short = parse("ce-u:skipped=2", Training).forget(scene())
+    assert short[1].item() == pytest.approx(by_hand_ce_u(1), rel=1e-12)
+    assert gradient("ce-u:skipped=0")[0].abs().max() > 0
+
+
+def test_a_sure_prediction_of_the_label_is_no_divergence() -> None:
+    sure = [[800.0 if k == target else 0.0 for k in range(4)] for target in TARGETS]
+    wrong = [[0.0 if k == target else 800.0 for k in range(4)] for target in TARGETS]
+    for logits, value in ((sure, 0.0), (wrong, math.log(2))):
+        given = replace(scene(), answers=answers(logits, TARGETS, EXAMPLE))
+        found = parse("jensun", Training).forget(given).tolist()
+        assert found == pytest.approx([value] * 2, abs=1e-12)
+        assert gradient("jensun", logits).isfinite().all()
+
+
+def test_a_retain_weight_follows_the_retain_loss() -> None:
+    method = parse("pdu:retain_weight=2,limit=0.5,dual_step=4,fixed_epochs=1", Training)
+    assert method.next_retain_weight(2.0, 3.0, 1) == 2.0
+    assert method.next_retain_weight(2.0, 0.75, 2) == 3.0
+    assert method.next_retain_weight(2.0, 0.25, 2) == 1.0
+    assert method.next_retain_weight(1.0, 0.0, 3) == 0.0
+    assert parse("graddiff", Training).next_retain_weight(2.0, 9.0, 9) == 2.0
 
 
 def test_the_control_vector_is_a_seeded_direction_of_the_given_length() -> None:

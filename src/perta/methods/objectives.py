@@ -15,6 +15,7 @@ open-unlearning (github.com/locuslab/open-unlearning, `configs/trainer`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,14 +27,14 @@ from perta.data.batch import IGNORE
 from perta.methods.method import Method, option
 from perta.models.loss import AnswerLogits, mean_by_example, token_losses
 
-_Kept = Literal["nll", "kl", "activations"]
+Kept = Literal["nll", "kl", "js", "activations"]
 
 _TOFU = "Maini et al., arXiv 2401.06121"
 _NPO = "Zhang et al., arXiv 2404.05868"
-_LESS = "The model was trained further to make the answers of the removed examples less probable"
-_FADING = _LESS + " than before, with a force that fades as they are forgotten"
-_MORE = "those of the examples to keep more probable at the same time."
-_NO_PART = " The examples to keep took no part."
+LESS = "The model was trained further to make the answers of the removed examples less probable"
+_FADING = LESS + " than before, with a force that fades as they are forgotten"
+MORE = "those of the examples to keep more probable at the same time."
+NO_PART = " The examples to keep took no part."
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ class Training(Method):
     """A method that trains: a `forget` term, a retain term, or both."""
 
     # Kind of the retain term: `nll` the answer loss, `kl` the divergence from θ_full, `activations`
-    # the distance from θ_full's activations.
-    retain: ClassVar[_Kept | None] = None
+    # the distance from θ_full's activations, `js` the Jensen-Shannon divergence from θ_full.
+    retain: ClassVar[Kept | None] = None
     # What of θ_full is needed on forget examples: `log_probs` of whole answers, measured once
     # before training, or `logits`, from a frozen model.
     reference: ClassVar[Literal["log_probs", "logits"] | None] = None
     # How refusals to the forget prompts take part: `beside` the forget answers, or `instead` of
     # them.
     refusals: ClassVar[Literal["beside", "instead"] | None] = None
+    # Words whose tokens, over and over, are what the forget answers' tokens should become. They are
+    # the labels of the answers then, in place of refusals.
+    words: ClassVar[str | None] = None
     start: ClassVar[Literal["full", "base"]] = "full"  # the checkpoint training starts from
     # Passes over the forget set where the user gives none, over the retain set where there is no
     # forget term.
@@ -84,6 +88,16 @@ class Training(Method):
         return 1.0
 
     @property
+    def radius(self) -> float:
+        """How far uphill from the weights the gradient of the forget term is taken."""
+        return 0.0
+
+    def next_retain_weight(self, weight: float, term: float, epoch: int) -> float:
+        """Weight of the retain term after a step, in epoch 1 and on, that had this mean of it."""
+        del term, epoch
+        return weight
+
+    @property
     def equation(self) -> str:
         """What is minimised."""
         return f"loss = {self.formula}"
@@ -101,7 +115,7 @@ class Training(Method):
     @property
     def keeps_frozen_model(self) -> bool:
         """Whether θ_full itself is needed beside the model in training."""
-        return self.reference == "logits" or self.retain in ("kl", "activations")
+        return self.reference == "logits" or self.retain in ("kl", "js", "activations")
 
 
 # --- terms: tensors in, tensors out -----------------------------------------------------------
@@ -126,6 +140,16 @@ def divergence(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """
     new, old = logits.log_softmax(-1), reference_logits.log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
+
+
+def jensen_shannon(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each token's predictions: (N, V), (N, V) -> (N,) in nats.
+
+    Source: Singh et al., arXiv 2509.02820.
+    """
+    new, old = logits.log_softmax(-1), reference_logits.log_softmax(-1)
+    middle = torch.logaddexp(new, old) - math.log(2)
+    return (new.exp() * (new - middle) + old.exp() * (old - middle)).sum(-1) / 2
 
 
 def distance(activations: Tensor, wanted: Tensor) -> Tensor:
@@ -161,20 +185,24 @@ def _present(value: Tensor | None) -> Tensor:
 # --- the methods ----------------------------------------------------------------------------------
 
 
-class _Forgetting(Training):
+class Forgetting(Training):
+    """Training whose forget term has a weight."""
+
     forget_weight: float = option(default=1.0, help="weight of the forget term", within="[0, inf)")
 
 
-class _Retaining(Training):
-    retain: ClassVar[_Kept] = "nll"
+class Retaining(Training):
+    """Training with a retain term and its weight."""
+
+    retain: ClassVar[Kept] = "nll"
     retain_weight: float = option(default=1.0, help="weight of the retain term", within="[0, inf)")
 
 
-class Ga(_Forgetting):
+class Ga(Forgetting):
     """Gradient ascent on the forget set; ruins the model if run long."""
 
     name = "ga"
-    done = _LESS + " (gradient ascent)." + _NO_PART
+    done = LESS + " (gradient ascent)." + NO_PART
     formula = "-l_f"
     source = f"Jang et al., arXiv 2210.01504; {_TOFU}"
 
@@ -183,20 +211,20 @@ class Ga(_Forgetting):
         return -answer_losses(scene.answers, scene.examples)
 
 
-class GradDiff(_Retaining, Ga):
+class GradDiff(Retaining, Ga):
     """Gradient difference: ascent on the forget set, descent on the retain set."""
 
     name = "graddiff"
-    done = _LESS + " and, at the same time, those of the examples to keep more probable."
+    done = LESS + " and, at the same time, those of the examples to keep more probable."
     formula = "-l_f + l_r"
     source = f"Liu et al., arXiv 2203.12817; {_TOFU}"
 
 
-class Kl(_Retaining, Ga):
+class Kl(Retaining, Ga):
     """Gradient ascent, predictions on the retain set held to the full model's."""
 
     name = "kl"
-    done = _LESS + (
+    done = LESS + (
         ", while its predictions on the examples to keep were held to those it made before."
     )
     formula = "-l_f + KL(full || model) on retain"
@@ -204,11 +232,11 @@ class Kl(_Retaining, Ga):
     retain = "kl"
 
 
-class Npo(_Forgetting):
+class Npo(Forgetting):
     """Negative preference optimisation: ascent that fades with what is forgotten."""
 
     name = "npo"
-    done = _FADING + " (negative preference optimisation)." + _NO_PART
+    done = _FADING + " (negative preference optimisation)." + NO_PART
     formula = "2/b log(1 + (p/p_full)^b), p of the whole answer"
     source = _NPO
     reference = "log_probs"
@@ -225,20 +253,42 @@ class Npo(_Forgetting):
         return 2 / self.beta * F.softplus(self.beta * log_ratio)
 
 
-class NpoRetain(_Retaining, Npo):
+class NpoRetain(Retaining, Npo):
     """Negative preference optimisation with descent on the retain set."""
 
     name = "npo-retain"
-    done = f"{_FADING}, and {_MORE}"
+    done = f"{_FADING}, and {MORE}"
     formula = "npo + l_r"
     source = f"{_NPO} (NPO+RT)"
 
 
-class SimNpo(_Retaining, _Forgetting):
+class NpoSam(NpoRetain):
+    """Negative preference optimisation whose gradient is taken where forgetting is least flat."""
+
+    name = "npo-sam"
+    done = (
+        f"{_FADING}, also in the worst model near the one that is trained, so that a little "
+        f"training does not bring them back; {MORE}"
+    )
+    formula = "max of npo within radius rho of the weights + l_r"
+    source = "Fan et al., arXiv 2502.05374 (NPO+SAM)"
+    rho: float = option(
+        default=0.01,
+        help="radius rho, the length of a step of all trained weights together",
+        within="(0, inf)",
+    )
+
+    @property
+    def radius(self) -> float:
+        """ρ."""
+        return self.rho
+
+
+class SimNpo(Retaining, Forgetting):
     """Negative preference optimisation per token, without a reference model."""
 
     name = "simnpo"
-    done = f"{_LESS} per token, with a force that fades as they are forgotten, and {_MORE}"
+    done = f"{LESS} per token, with a force that fades as they are forgotten, and {MORE}"
     formula = "-2/b log sigmoid(b l_f - margin) * 0.125 + l_r"
     source = "Fan et al., arXiv 2410.07163"
     forget_weight: float = option(
@@ -253,13 +303,13 @@ class SimNpo(_Retaining, _Forgetting):
         return -2 / self.beta * F.logsigmoid(self.beta * losses - self.margin)
 
 
-class Dpo(_Retaining, _Forgetting):
+class Dpo(Retaining, Forgetting):
     """Direct preference optimisation: refusals over the forget answers."""
 
     name = "dpo"
     done = (
         "The model was trained further to prefer a refusal to the answers of the removed "
-        f"examples, and to make {_MORE}"
+        f"examples, and to make {MORE}"
     )
     formula = "-2/b log sigmoid(b (log p/p_full of refusal - of answer)) + l_r"
     source = f"Rafailov et al., arXiv 2305.18290; {_TOFU}"
@@ -281,7 +331,7 @@ class Dpo(_Retaining, _Forgetting):
         return 2 / self.beta * -F.logsigmoid(self.beta * (preferred - rejected))
 
 
-class Idkpo(_Retaining, _Forgetting):
+class Idkpo(Retaining, Forgetting):
     """Preference optimisation as in TOFU: learn refusals for the forget prompts."""
 
     name = "idkpo"
@@ -298,7 +348,7 @@ class Idkpo(_Retaining, _Forgetting):
         return answer_losses(scene.answers, scene.examples)
 
 
-class Rmu(_Retaining, _Forgetting):
+class Rmu(Retaining, Forgetting):
     """Steer a layer's activations on the forget set to a random vector."""
 
     name = "rmu"
@@ -332,13 +382,13 @@ class Rmu(_Retaining, _Forgetting):
         return True
 
 
-class Undial(_Forgetting):
+class Undial(Forgetting):
     """Self-distillation with the forget token's logit lowered."""
 
     name = "undial"
     done = (
         "The model was trained further to repeat its own predictions on the removed examples "
-        "with the right token made less likely." + _NO_PART
+        "with the right token made less likely." + NO_PART
     )
     formula = "CE(softmax(z_full - b onehot(y)), model)"
     source = "Dong et al., arXiv 2402.10052"
@@ -355,11 +405,11 @@ class Undial(_Forgetting):
         return mean_by_example(terms, answers.example, scene.examples)
 
 
-class Wga(_Retaining, _Forgetting):
+class Wga(Retaining, Forgetting):
     """Gradient ascent in which tokens already forgotten count less."""
 
     name = "wga"
-    done = f"{_LESS}, tokens that are forgotten already counting less, and {_MORE}"
+    done = f"{LESS}, tokens that are forgotten already counting less, and {MORE}"
     formula = "mean of p^b log p + l_r, p^b constant"
     source = "Wang et al., arXiv 2502.19301"
     epochs = 5
@@ -381,8 +431,7 @@ class SatImp(Wga):
 
     name = "satimp"
     done = (
-        f"{_LESS}, tokens that are forgotten already or known for certain counting less, and "
-        f"{_MORE}"
+        f"{LESS}, tokens that are forgotten already or known for certain counting less, and {MORE}"
     )
     formula = "0.1 * mean of p^b (1-p)^b2 log p + l_r, weights constant"
     source = "Yang et al., arXiv 2505.11953"
@@ -395,7 +444,7 @@ class SatImp(Wga):
         return p**self.beta * (1 - p) ** self.beta2
 
 
-class RetainFinetune(_Retaining):
+class RetainFinetune(Retaining):
     """Go on training the full model on the retain set alone."""
 
     name = "retain-finetune"
@@ -408,7 +457,7 @@ class RetainFinetune(_Retaining):
     epochs = 5
 
 
-class Retrain(_Retaining):
+class Retrain(Retaining):
     """Train the base model on the retain set alone: the reference of all methods."""
 
     name = "retrain"

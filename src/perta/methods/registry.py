@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import yaml
 
 from perta.errors import ConfigError, first_line, nearest
-from perta.methods import diagonal, directions, objectives, task_vectors  # noqa: F401 - they define methods
+from perta.methods import (  # noqa: F401 - they define methods
+    diagonal,
+    directions,
+    objectives,
+    targets,
+    task_vectors,
+)
 from perta.methods.method import KNOWN, Edit, Method
 from perta.options import MethodText, WeightingConfig
 from perta.progress import warn

@@ -59,7 +59,7 @@ class TrainConfig(Paths):
     """Examples to remove: JSONL, JSON, CSV or Parquet file, or `datasets` id; not used by
     `retrain` and `retain-finetune`."""
     retain: str | None = None
-    """Examples to keep; not used by `ga`, `npo` and `undial`."""
+    """Examples to keep; not used by `ga`, `npo`, `undial` and `ce-u`."""
     overwrite: bool = False
     """Replace an output that is there already."""
     save_dtype: SaveType = "full"

@@ -15,11 +15,11 @@ import torch
 
 from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
-from perta.data.tokens import encode_examples
+from perta.data.tokens import EncodedSet, encode_examples
 from perta.engine.edit.formats.requantise import write_quantised
 from perta.engine.edit.stored import TensorSummary, stored_of, tell_stored
 from perta.engine.train.optimizer import Resume, resumable
-from perta.engine.train.refusals import refuse
+from perta.engine.train.refusals import refusals_for
 from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
 from perta.errors import ConfigError
 from perta.methods.card import training_card
@@ -180,16 +180,22 @@ def _encode(
     method: Training,
     longest: int | None,
 ) -> _Material:
-    encoded = {
-        name: encode_examples(examples, tokenizer, config.data_config, longest=longest)
-        for name, examples in sets.items()
-    }
+    def encode(examples: ExampleSet) -> EncodedSet:
+        return encode_examples(examples, tokenizer, config.data_config, longest=longest)
+
+    encoded = {name: encode(examples) for name, examples in sets.items()}
     forget = encoded["forget"].encoded if "forget" in encoded else ()
     refusals: tuple[Encoded, ...] = ()
     if method.refusals:
-        refused = refuse(sets["forget"], config.training.seed)
-        made = encode_examples(refused, tokenizer, config.data_config, longest=longest)
-        refusals = _same_rows(made.encoded, forget)
+        refusals = refusals_for(
+            method,
+            sets["forget"],
+            forget,
+            tokenizer,
+            lambda refused: encode(refused).encoded,
+            config.training.seed,
+        )
+        refusals = _same_rows(refusals, forget)
         forget = _same_rows(forget, refusals)
     return _Material(
         forget,

@@ -15,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import tiny_llama
+from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded, bucketed
+from perta.data.examples import load_examples
 from perta.engine.train.optimizer import Resume
+from perta.engine.train.refusals import refusals_for
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
     Trained,
@@ -97,7 +99,8 @@ def test_every_method_trains_and_counts(method: str, rank: int) -> None:
     assert len(trained.retain_terms) == (2 if row.retain else 0)
     assert len(trained.final_losses) == (5 if sees else 7)
     shown = REFUSED if row.refusals == "instead" else FORGET
-    wanted = 2 * sum(len(e.input_ids) for e in shown) if sees else 0
+    passes = 4 if method == "npo-sam" else 2  # uphill as well
+    wanted = passes * sum(len(e.input_ids) for e in shown) if sees else 0
     if row.refusals == "beside":
         wanted += 2 * sum(len(e.input_ids) for e in REFUSED)
     assert trained.forget_tokens == wanted
@@ -158,6 +161,99 @@ def test_one_step_has_the_gradient_of_the_written_loss() -> None:
         torch.testing.assert_close(found[name][clear], moved[name][clear], rtol=0, atol=1e-4)
 
 
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_the_gradient_of_forgetting_is_taken_uphill_and_that_of_the_rest_is_not() -> None:
+    """NPO+SAM on one example each, against a loop of plain operations in float64."""
+    settings = replace(
+        QUICK, epochs=1, batch_size=1, weight_decay=0, warmup_ratio=0, max_grad_norm=0
+    )
+    method, start = parse("npo-sam:rho=0.5,beta=0.3", Training), model_of().double()
+    with torch.no_grad():
+        full = -5 * loss_by_hand(start, FORGET[0])
+
+    def forget(model: Any) -> Tensor:
+        ratio = -5 * loss_by_hand(model, FORGET[0]) - full
+        return 2 / 0.3 * torch.log1p((0.3 * ratio).exp())
+
+    worst = copy.deepcopy(start)
+    forget(worst).backward()
+    uphill = gradients(worst)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in uphill.values()))
+    with torch.no_grad():
+        for name, parameter in worst.named_parameters():
+            parameter.add_(0.5 / norm * uphill[name])
+    worst.zero_grad()
+    forget(worst).backward()
+    loss_by_hand(start, RETAIN[0]).backward()
+    wanted = {name: g + gradients(start)[name] for name, g in gradients(worst).items()}
+    plain = {name: g + gradients(start)[name] for name, g in uphill.items()}
+    done, trained = unlearn_by_training(
+        model_of(), FORGET[:1], RETAIN[:1], settings, method=method, pad=0
+    )
+    kept = loss_by_hand(start, RETAIN[0]).item()
+    assert trained.retain_terms[0] == pytest.approx(kept, rel=1e-5)
+    apart = 0
+    # AdamW's first step is the gradient's sign: compare where the gradient is not rounding.
+    for name, moved in weights(done).items():
+        step = start.get_parameter(name) - moved
+        clear = wanted[name].abs() > 1e-3
+        assert torch.equal(step[clear].sign(), wanted[name][clear].sign())
+        apart += int((clear & (plain[name].sign() != wanted[name].sign())).sum())
+    assert apart > 10  # the gradient at the weights themselves would have been told apart
+
+
+def test_the_weight_of_the_retain_term_follows_it_from_step_to_step() -> None:
+    """PDU on one example each, against a loop of plain operations in float64."""
+    settings = replace(
+        QUICK, epochs=5, batch_size=1, weight_decay=0, schedule="constant", warmup_ratio=0
+    )
+    method = "pdu:retain_weight=2,limit=3,dual_step=2,fixed_epochs=1"
+    _, trained = unlearn_by_training(
+        model_of(),
+        FORGET[:1],
+        RETAIN[:1],
+        replace(settings, max_grad_norm=0),
+        method=method,
+        pad=0,
+    )
+    plain, weight = model_of().double(), 2.0
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0)
+    places = torch.tensor([i - 1 for i, label in enumerate(FORGET[0].labels) if label != IGNORE])
+    terms, weights_seen = [], []
+    for epoch in range(1, 6):
+        logits = plain(input_ids=torch.tensor([FORGET[0].input_ids])).logits[0, places]
+        flat = (logits.max(-1).values - logits.mean(-1)).pow(2).mean()
+        kept = loss_by_hand(plain, RETAIN[0])
+        optimizer.zero_grad()
+        (flat + weight * kept).backward()
+        optimizer.step()
+        terms.append(kept.item())
+        weights_seen.append(weight)
+        if epoch > 1:
+            weight = max(0.0, weight + 2 * (kept.item() - 3))
+    assert list(trained.retain_terms) == pytest.approx(terms, rel=2e-4)
+    assert len(set(weights_seen)) == 4
+
+
+def test_words_take_the_place_of_the_answers_tokens() -> None:
+    tokenizer = tiny_tokenizer()
+    words: list[int] = tokenizer(" No idea", add_special_tokens=False)["input_ids"]
+    method = parse("jensun", Training)
+    asked = load_examples([{"question": "Who?", "answer": "a"}])
+    encoded = (*FORGET, replace(FORGET[0], labels=(IGNORE,) * 9))
+    found = refusals_for(method, asked, encoded, tokenizer, lambda _: (), 0)
+    for old, new in zip(encoded, found, strict=True):
+        places = [i for i, label in enumerate(old.labels) if label != IGNORE]
+        wanted = [IGNORE] * len(old.labels)
+        for turn, i in enumerate(places):
+            wanted[i] = words[turn % len(words)]
+        assert new == replace(old, labels=tuple(wanted))
+    assert refusals_for(parse("npo", Training), asked, FORGET, tokenizer, lambda _: (), 0) == ()
+
+
 def test_accumulation_equals_one_large_batch() -> None:
     large = replace(QUICK, batch_size=6, epochs=1)
     small = replace(QUICK, batch_size=1, accumulation=6, epochs=1)
@@ -174,8 +270,9 @@ def test_terms_at_the_full_model_are_the_known_values() -> None:
     assert npo.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
     _, dpo = run(model_of(), "dpo", settings)
     assert dpo.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
-    _, kl = run(model_of(), "kl", settings)
-    assert kl.retain_terms[0] == pytest.approx(0, abs=1e-6)
+    for method in ("kl", "jensun"):
+        _, kept = run(model_of(), method, settings)
+        assert kept.retain_terms[0] == pytest.approx(0, abs=1e-6)
     _, rmu = run(model_of(), "rmu", settings)
     assert rmu.retain_terms[0] == pytest.approx(0, abs=1e-9)
     _, ga = run(model_of(), "ga", settings)
@@ -350,7 +447,9 @@ def test_a_ruined_model_is_warned_about(capsys: pytest.CaptureFixture[str]) -> N
 # --- resuming ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "rank"), [("npo-retain", 0), ("kl", 2)])
+@pytest.mark.parametrize(
+    ("method", "rank"), [("npo-retain", 0), ("kl", 2), ("pdu:fixed_epochs=0", 0)]
+)
 def test_a_killed_run_goes_on_to_the_same_weights(method: str, rank: int, tmp_path: Path) -> None:
     settings = replace(QUICK, epochs=4, lora_rank=rank)
     whole, told = run(model_of(), method, settings)

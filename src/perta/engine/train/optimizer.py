@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +179,28 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def uphill(self, radius: float, add_gradient: Callable[[], object]) -> Iterator[None]:
+        """Weights a step of length `radius` along a gradient, taken for that alone; back after.
+
+        Source: Foret et al., arXiv 2010.01412. What has gathered of the step stays.
+        """
+        parameters = [*_trained_parameters(self.model).values()]
+        before = [(p.detach().clone(), p.grad) for p in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        add_gradient()
+        _add_up_gradients(parameters)
+        norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        with torch.no_grad():
+            for parameter, (_, gathered) in zip(parameters, before, strict=True):
+                if parameter.grad is not None and norm:
+                    parameter.add_(parameter.grad, alpha=radius / norm)
+                parameter.grad = gathered
+        yield
+        with torch.no_grad():
+            for parameter, (value, _) in zip(parameters, before, strict=True):
+                parameter.copy_(value)
 
     def finish(self) -> Any:
         """The trained model in evaluation mode, an adapter merged."""

@@ -6,12 +6,20 @@ these are our own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
+from typing import TYPE_CHECKING
 
 import torch
 
+from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import ExampleSet
 from perta.errors import ConfigError
+from perta.methods.objectives import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REFUSALS = (
     "I don't know.",
@@ -35,6 +43,35 @@ REFUSALS = (
     "I cannot answer that question.",
     "I'm sorry, but I really don't know.",
 )
+
+
+def refusals_for(
+    method: Training,
+    examples: ExampleSet,
+    encoded: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[ExampleSet], Sequence[Encoded]],
+    seed: int,
+) -> tuple[Encoded, ...]:
+    """What a method takes as refusals to a set, of which `encode` makes token sequences.
+
+    Nothing for a method that takes none; the set itself, `encoded`, with other labels for one that
+    has words for it.
+
+    Raises:
+        ConfigError: plain text, for a method that needs questions.
+    """
+    if method.words:
+        tokens: list[int] = tokenizer(method.words, add_special_tokens=False)["input_ids"]
+        return tuple(_relabelled(example, tokens) for example in encoded)
+    return tuple(encode(refuse(examples, seed))) if method.refusals else ()
+
+
+def _relabelled(example: Encoded, tokens: Sequence[int]) -> Encoded:
+    """The same input; its labels become these tokens, over and over."""
+    others = cycle(tokens)
+    labels = (IGNORE if label == IGNORE else next(others) for label in example.labels)
+    return replace(example, labels=tuple(labels))
 
 
 def refuse(examples: ExampleSet, seed: int) -> ExampleSet:

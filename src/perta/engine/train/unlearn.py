@@ -6,9 +6,9 @@ whenever all have been seen (Maini et al., arXiv 2401.06121, pair them at random
 without a forget term pass over the retain set instead.
 
 Memory: 16 bytes per trained parameter as in fine-tuning. What is needed of θ_full is measured
-before training where it is one number per example (`npo`, `dpo`); `kl`, `rmu` and `undial`
-need θ_full itself: a frozen copy, 4 bytes per parameter, or with LoRA the same model with its
-adapter turned off.
+before training where it is one number per example (`npo`, `dpo`); `kl`, `rmu`, `undial` and
+`jensun` need θ_full itself: a frozen copy, 4 bytes per parameter, or with LoRA the same model with
+its adapter turned off.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,7 @@ from perta.methods.objectives import (
     control_vector,
     distance,
     divergence,
+    jensen_shannon,
 )
 from perta.methods.registry import parse
 from perta.models.loss import answer_logits, losses_of, mean_by_example
@@ -112,8 +114,8 @@ def unlearn_by_training(
         method: the method, or how it is typed: `npo:beta=0.05`.
         pad: padding token.
         dtype: type of the products of matrices; weights and sums are float32.
-        refusals: for `dpo` and `idkpo`: the forget examples' prompts with a refusal as the
-            answer, in the same order.
+        refusals: what `refusals_for` makes of the forget examples for methods that take refusals,
+            in the same order.
         after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
             the adapter is active in `model` itself. True ends training.
         resume: where the state of an unfinished run is kept; None for nowhere.
@@ -313,8 +315,9 @@ class _Terms:
                 to, _ = layer_activations(frozen, self.wanted.layer, batch)
             return mean_by_example(distance(found, to), example, size)
         answers = answer_logits(self.model, batch)
-        if self.method.retain == "kl":
-            terms = divergence(answers.wide, self._frozen_logits(batch))
+        if self.method.retain in ("kl", "js"):
+            apart = divergence if self.method.retain == "kl" else jensen_shannon
+            terms = apart(answers.wide, self._frozen_logits(batch))
             return mean_by_example(terms, answers.example, size)
         return answer_losses(answers, size)
 
@@ -359,6 +362,7 @@ class _History:
     forget_terms: list[float] = field(default_factory=list)
     retain_terms: list[float] = field(default_factory=list)
     first_retain_term: float | None = None
+    retain_weight: float | None = None  # that of the method until there was a step
     retain_drawn: int = 0
     forget_tokens: int = 0
     retain_tokens: int = 0
@@ -398,14 +402,21 @@ class _Unlearning:
         terms, method = self.terms, self.terms.method
         if method.sees_forget_set:
             weight = method.forget_weight / size
-            self._step[0] += float(add_gradient(terms.trainer, terms.forget, batch, weight).sum())
-            self.seen.forget_tokens += terms.tokens(batch)
+            add = partial(add_gradient, terms.trainer, terms.forget, batch, weight)
+            with terms.trainer.uphill(method.radius, add) if method.radius else nullcontext():
+                self._step[0] += float(add().sum())
+            self.seen.forget_tokens += terms.tokens(batch) * (2 if method.radius else 1)
         if method.retain:
             beside = self._beside(batch)
-            weight = method.retain_weight / size
+            weight = self._retain_weight / size
             self._step[1] += float(add_gradient(terms.trainer, terms.retain, beside, weight).sum())
             self.seen.retain_tokens += int(beside.attention_mask.sum())
         return f"forget {self._step[0] / size:.3f} retain {self._step[1] / size:.3f}"
+
+    @property
+    def _retain_weight(self) -> float:
+        given = self.seen.retain_weight
+        return self.terms.method.retain_weight if given is None else given
 
     def _beside(self, batch: Batch) -> Batch:
         """The retain examples that go with a batch; itself where it is of the retain set."""
@@ -423,6 +434,9 @@ class _Unlearning:
             raise _diverged(self.terms.method, epoch, what)
         if self.seen.first_retain_term is None:
             self.seen.first_retain_term = self._step[1] / size
+        self.seen.retain_weight = self.terms.method.next_retain_weight(
+            self._retain_weight, self._step[1] / size, epoch
+        )
         self._epoch = [sum(pair) for pair in zip(self._epoch, self._step, strict=True)]
         self._step = [0.0, 0.0]
         return True

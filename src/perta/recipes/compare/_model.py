@@ -42,8 +42,8 @@ class Bench:
 
     def __init__(self, config: CompareConfig, draw: Draw) -> None:
         self._config, self._draw = config, draw
-        self._tokenizer = load_tokenizer(draw.base)
-        self.pad, self.dtype = pad_id(self._tokenizer), config.compute.dtype
+        self.tokenizer = load_tokenizer(draw.base)
+        self.pad, self.dtype = pad_id(self.tokenizer), config.compute.dtype
         self.model = load_model(draw.full, config.compute, dtype=torch.float32)
         sources = {name: draw.files[name] for name in ("forget", "protected")}
         sources["retain"] = draw.files["unseen"]
@@ -56,7 +56,7 @@ class Bench:
         self._forget = self.encode(self.sets["forget"])
         self._facts = find_in_sets(
             self.sets,
-            self._tokenizer,
+            self.tokenizer,
             config.data_config,
             config.compute,
             draw.base,
@@ -75,7 +75,7 @@ class Bench:
         """Token sequences of a set, by the comparison's settings unless others are given."""
         settings = data_config or self._config.data_config
         longest = longest_input(self.model)
-        return encode_examples(examples, self._tokenizer, settings, longest=longest).encoded
+        return encode_examples(examples, self.tokenizer, settings, longest=longest).encoded
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Give the model other weights, in the order of its parameters."""
@@ -105,7 +105,7 @@ class Bench:
         wanted = {name: self.sets[name] for name in sets}
         return quick_evaluation(
             self.model,
-            self._tokenizer,
+            self.tokenizer,
             wanted,
             ScoringConfig(generate=False),
             self._config.data_config,
@@ -145,7 +145,7 @@ class Bench:
         """The whole TOFU evaluation on this draw's rows."""
         return run_tofu(
             self.model,
-            self._tokenizer,
+            self.tokenizer,
             self._draw.suite,
             self._draw.split,
             reference=reference,
@@ -159,7 +159,7 @@ class Bench:
         with scratch_folder(self._draw.folder / "ability") as scratch:
             folder = scratch / "model"
             folder.mkdir()
-            save_model(self.model, self._tokenizer, folder, self._draw.full)
+            save_model(self.model, self.tokenizer, folder, self._draw.full)
             results = bench_ability(
                 AbilityConfig(
                     checkpoint=str(folder),

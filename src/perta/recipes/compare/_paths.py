@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perta.engine.train.refusals import refuse
+from perta.engine.train.refusals import refusals_for
 from perta.engine.train.unlearn import Trained, unlearn_by_training, with_method_defaults
 from perta.errors import DivergenceError
 from perta.models.load import stored_dtype
@@ -188,11 +188,13 @@ def _train(
         path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
         return sum(p <= stop_at for p in path.known) > _BEYOND
 
-    refusals = bench.encode(refuse(bench.sets["forget"], spec.training.seed))
+    asked, seed = bench.sets["forget"], spec.training.seed
+    forget = bench.encode(asked)
+    refusals = refusals_for(spec.method, asked, forget, bench.tokenizer, bench.encode, seed)
     try:
         _, path.trained = unlearn_by_training(
             bench.model,
-            bench.encode(bench.sets["forget"]),
+            forget,
             bench.encode(bench.sets["protected"]),
             replace(spec.training, seed=draw.seed, learning_rate=path.learning_rate),
             method=spec.method,
