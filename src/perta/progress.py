@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+
+from perta.temporary import during
 
 _Advance = Callable[..., None]
 """`advance(n=1, note="")`: n units are done; the note is shown beside the bar."""
@@ -82,12 +84,9 @@ _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 @contextmanager
 def telling_once() -> Iterator[None]:
     """Print a warning once that several stages of one run come to."""
-    before = _told.set(set()) if _told.get() is None else None
-    try:
+    told = _told.get()
+    with during(_told, set() if told is None else told):
         yield
-    finally:
-        if before is not None:
-            _told.reset(before)
 
 
 def warn(message: str) -> None:
@@ -156,14 +155,9 @@ class _Run:
 _run: ContextVar[_Run | None] = ContextVar("run", default=None)
 
 
-@contextmanager
-def running(work: Mapping[str, float]) -> Iterator[None]:
+def running(work: Mapping[str, float]) -> AbstractContextManager[None]:
     """Number the steps of a run: step -> about how much there is to do, in any unit, in order."""
-    before = _run.set(_Run(work))
-    try:
-        yield
-    finally:
-        _run.reset(before)
+    return during(_run, _Run(work))
 
 
 @contextmanager

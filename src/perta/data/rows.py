@@ -9,8 +9,8 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from perta.errors import ConfigError, DataError, first_line, nearest
 from perta.progress import visible, warn
 from perta.store.atomic import write_text
 from perta.store.parse import parse_json
+from perta.temporary import temporarily
 
 _SHOWN = 5
 
@@ -199,13 +200,8 @@ def _delimiter(text: str) -> str:
     return next((mark for mark in (";", "\t") if mark in only), ",")
 
 
-@contextmanager
-def _cells_of_any_length(text: str) -> Iterator[None]:
-    limit = csv.field_size_limit(len(text) + 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
+def _cells_of_any_length(text: str) -> AbstractContextManager[None]:
+    return temporarily(csv.field_size_limit, len(text) + 1, csv.field_size_limit())
 
 
 def _table(text: str, path: Path, **dialect: Any) -> list[tuple[int, list[str]]]:

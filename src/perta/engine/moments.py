@@ -155,8 +155,7 @@ def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
                 # Kept alive until all are seen: a freed tensor's identity may come again.
                 seen.setdefault(names[layer.weight], []).append(args[0])
 
-            handle = module.register_forward_pre_hook(note)
-            stack.callback(handle.remove)
+            stack.enter_context(module.register_forward_pre_hook(note))
         _forward(model, example)
     return {name: tuple(id(x) for x in inputs) for name, inputs in seen.items()}
 
@@ -449,10 +448,9 @@ def _only_activations_need_gradients(model: PreTrainedModel) -> Iterator[None]:
     def start(_module: nn.Module, _args: object, embedded: Tensor) -> None:
         embedded.requires_grad_()
 
-    handle = model.get_input_embeddings().register_forward_hook(start)
     try:
-        yield
+        with model.get_input_embeddings().register_forward_hook(start):
+            yield
     finally:
-        handle.remove()
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from perta.data.batch import Batch, Encoded, bucketed
 from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.models.loss import losses_of, weighted_losses
+from perta.temporary import temporarily
 
 _CURE = "Raise its damping, as in influence:damping=0.1. Nothing was written."
 
@@ -168,15 +169,10 @@ def _derivative(
     return total
 
 
-@contextmanager
-def _twice_differentiable(model: Any) -> Iterator[None]:
+def _twice_differentiable(model: Any) -> AbstractContextManager[None]:
     """Attention in plain operations: fused kernels have no second derivative."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return temporarily(model.set_attn_implementation, "eager", before)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

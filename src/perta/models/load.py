@@ -33,6 +33,7 @@ from perta.options import ComputeConfig, SaveType
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.checkpoint import copy_companions, open_index
 from perta.store.record import ADAPTER_CONFIG
+from perta.temporary import temporarily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -234,11 +235,8 @@ def counting_tokens(model: torch.nn.Module) -> Iterator[Callable[[], int]]:
         ids = kwargs.get("input_ids", args[0] if args else None)
         count += 0 if ids is None else ids.numel()
 
-    handle = model.register_forward_pre_hook(add, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(add, with_kwargs=True):
         yield lambda: count
-    finally:
-        handle.remove()
 
 
 def save_model(
@@ -290,17 +288,11 @@ def _require_config(folder: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' bars, some of tqdm itself, and reports out of the user's output."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    tqdm: Any = import_module("tqdm").tqdm
-    original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=True)
-    try:
+    logger, tqdm = logging.getLogger("transformers"), import_module("tqdm").tqdm
+    put, shown = partial(setattr, tqdm, "__init__"), tqdm.__init__
+    level = temporarily(logger.setLevel, logging.ERROR, logger.level)
+    with level, temporarily(put, partialmethod(shown, disable=True), shown):
         yield
-    finally:
-        tqdm.__init__ = original
-        logger.setLevel(level)
 
 
 @contextmanager

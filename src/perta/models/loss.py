@@ -46,11 +46,8 @@ def head_at(model: nn.Module, example: Tensor, position: Tensor) -> Iterator[Non
         return (args[0][example, position].unsqueeze(0), *args[1:])
 
     head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(pick)
-    try:
+    with head.register_forward_pre_hook(pick):
         yield
-    finally:
-        handle.remove()
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:

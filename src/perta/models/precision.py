@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from perta.errors import shortage
+from perta.temporary import temporarily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,14 +77,11 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
                     raise
                 # Before torch 2.8, or on a GPU without such a product.
         elif left.device.type == "cpu":
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("medium")  # the type within a product
-            try:
+            put, before = torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+            with temporarily(put, "medium", before):  # the type within a product
                 if len(left) == 1:  # a third of the time of a batch of one
                     return torch.mm(left[0].float(), right[0].float()).unsqueeze(0)
                 return torch.bmm(left.float(), right.float())
-            finally:
-                torch.set_float32_matmul_precision(before)
     return torch.bmm(left.to(dtype), right.to(dtype))
 
 

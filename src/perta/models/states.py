@@ -11,7 +11,7 @@ row-major order, L layers and width D:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,9 +111,7 @@ def _changed(layers: list[nn.Module], change: Callable[[Tensor], Tensor]) -> Ite
             return (change(output[0]), *output[1:])
         return change(output)
 
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

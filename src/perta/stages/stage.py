@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +42,7 @@ from perta.store.record import (
     stage_key,
     write_manifest,
 )
+from perta.temporary import during
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,21 +107,13 @@ class NotMadeError(Exception):
 def only_asking() -> Iterator[Mapping[Path, Path]]:
     """Let stages write nothing; output -> where it lies, if elsewhere; NotMadeError if nowhere."""
     found: dict[Path, Path] = {}
-    before = _asking.set(found)
-    try:
+    with during(_asking, found):
         yield found
-    finally:
-        _asking.reset(before)
 
 
-@contextmanager
-def taking_over(folders: Iterable[Path]) -> Iterator[None]:
+def taking_over(folders: Iterable[Path]) -> AbstractContextManager[None]:
     """Let stages link, or copy, what lies in other folders and is what they would make."""
-    before = _beside.set(tuple(folders))
-    try:
-        yield
-    finally:
-        _beside.reset(before)
+    return during(_beside, tuple(folders))
 
 
 def run_stage(

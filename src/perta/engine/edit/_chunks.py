@@ -24,6 +24,7 @@ from perta.methods.method import Block, Edit, Side
 from perta.options import WeightingConfig
 from perta.store.arithmetic import difference, square_norm
 from perta.store.checkpoint import TensorEntry, is_float, opened, read_into
+from perta.temporary import temporarily
 
 CHUNK = 1 << 18
 """Elements worked on at once: few enough for the caches, enough that threads seldom meet at the
@@ -255,21 +256,12 @@ def in_threads(
             # After an error nobody needs the rest; after the last job there is none.
             stop.set()
 
-    with _one_thread_per_kernel(), ThreadPoolExecutor(worker_count, "edit") as pool:
+    # Torch must start no threads of its own inside ours.
+    alone = temporarily(torch.set_num_threads, 1, torch.get_num_threads())
+    with alone, ThreadPoolExecutor(worker_count, "edit") as pool:
         futures = [pool.submit(loop) for _ in range(worker_count)]
         try:
             for future in futures:
                 future.result()
         finally:
             stop.set()
-
-
-@contextmanager
-def _one_thread_per_kernel() -> Iterator[None]:
-    """Keep torch from starting threads of its own inside ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

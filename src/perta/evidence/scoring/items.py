@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from perta.evidence.scoring.answers import Score, score_logits, score_tokens, to
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.loss import answer_logits, token_losses
 from perta.parallel import Own, alone, everywhere, gathered, share
+from perta.temporary import temporarily
 
 _COMPAT_BATCHES = 8  # batches after which compatible runs report what is done
 _MOST_LOGITS = 2048
@@ -456,13 +458,11 @@ def plain_generation(
         pad_token_id=options.masking.pad_id,
     )
     # The library fills gaps from the model's own settings: a repetition penalty is not greedy.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+    put = partial(setattr, model, "generation_config")
+    with temporarily(put, GenerationConfig(), model.generation_config):
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
-    finally:
-        model.generation_config = own
     return tuple(output[0, len(prompt) :].tolist())
 
 
@@ -496,13 +496,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout and gradients; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        nn.Module.train(model, training)
+    put = partial(nn.Module.train, model)
+    with temporarily(put, False, model.training), torch.inference_mode():
+        yield
 
 
 def _first_label(encoded: Encoded) -> int:
