@@ -144,11 +144,10 @@ def test_stage_by_stage_equals_the_pipeline(perta: Run, world: World, tmp_path: 
     whole = perta(
         "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
         "--retain", world.retain, "--method", "perta-fisher", "--scaling-coef", 1.5,
-        "--output", tmp_path / "whole", "--max-new-tokens", 8, "--show-samples", 1, *TUNE,
+        "--output", tmp_path / "whole", "--max-new-tokens", 8, *TUNE,
     )  # fmt: skip
     assert whole.status == 0, whole.err
     assert "forget set" in whole.out
-    assert "reference" in whole.out
     assert "perta clean" in " ".join(whole.out.split())
     files = [tmp_path / name / "model.safetensors" for name in ("staged", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -83,7 +83,7 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
     from perta.recipes.unlearn import plan_unlearn, unlearn
     from perta.report.verdict.judge import as_record, require_verdict
     from perta.store.costs import costs_of, details, duration
-    from perta.terminal import print_comparison, print_json, print_plan, print_samples, without_rows
+    from perta.terminal import print_comparison, print_json, print_plan, without_rows
 
     if dry_run:
         print_plan(plan_unlearn(config), json=json)
@@ -107,9 +107,6 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
         return
     if result.before and result.after:
         print_comparison({"full": result.before, "unlearned": result.after})
-        print_samples(
-            {"full": result.before, "unlearned": result.after}, config.scoring.show_samples
-        )
     _note(
         f"Unlearned checkpoint: {result.folder}\n"
         + (f"Report: {result.report}\n" if result.report else "")
@@ -117,7 +114,7 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
         + f"Intermediate results: {work}"
         + (
             f" (holds a model tuned on the forget set; `perta clean {result.folder}` deletes it)"
-            if (work / "forget_checkpoint").exists()
+            if any((work / name).exists() for name in ("forget_checkpoint", "forget_rounds"))
             else ""
         )
     )
@@ -217,7 +214,7 @@ def evaluate(config: EvaluateConfig, *, json: _AsJson = False) -> None:
         print_json(without_rows(results))
         return
     print_comparison({Path(config.checkpoint).name: results})
-    print_samples({Path(config.checkpoint).name: results}, config.scoring.show_samples)
+    print_samples({Path(config.checkpoint).name: results}, config.show_samples)
     _note(f"Results: {config.output}")
 
 

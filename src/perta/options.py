@@ -475,8 +475,6 @@ class ScoringConfig:
     """Longest generated answer in tokens."""
     generate: bool = True
     """Generate answers and compute ROUGE-L; without it only teacher-forced metrics."""
-    show_samples: int = 0
-    """Print this many answers side by side with the reference."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max-new-tokens", self.max_new_tokens, "at least 1")

@@ -11,19 +11,22 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conftest import TUNE, World
 from helpers import shared
 from helpers import weighting as chosen
 from perta.cli import main
 from perta.data.examples import load_examples
-from perta.errors import ConfigError
+from perta.errors import ConfigError, NotLearnedError, PertaError
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.facts import find_facts, score_facts
 from perta.models.load import load_model, load_tokenizer
-from perta.options import ComputeConfig
+from perta.options import ComputeConfig, TuneConfig
+from perta.recipes.clean import clean
 from perta.recipes.compare._spec import parse_spec
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import unlearn
+from perta.recipes.unlearn import plan_unlearn, unlearn
 from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig
@@ -85,6 +88,119 @@ def test_msa_tunes_a_retain_checkpoint_on_a_sample(world: World, tmp_path: Path)
     assert inputs["retain_checkpoint"] == fingerprint(work / "retain_checkpoint")
     for name, value in tensors(given.output).items():
         assert torch.equal(value, result[name])
+
+
+def bare_copy(folder: Path, output: Path) -> Path:
+    """A checkpoint without its record, as other code would have written it."""
+    shutil.copytree(folder, output)
+    (output / "perta.json").unlink()
+    return output
+
+
+@pytest.fixture(scope="module")
+def tuned(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base tuned on either set."""
+    root = tmp_path_factory.mktemp("tuned")
+    return {
+        name: finetune_checkpoint(
+            FinetuneConfig(base=str(world.base), data=str(data), output=root / name, tune=TUNE)
+        )
+        for name, data in (("forget", world.forget), ("retain", world.retain))
+    }
+
+
+def test_a_forget_checkpoint_of_other_code_takes_the_place_of_the_fine_tune(
+    world: World, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    given = bare_copy(tuned["forget"], tmp_path / "given")
+    settings = config(
+        world, tmp_path / "out", "tv", forget_checkpoint=str(given), tune=TuneConfig()
+    )
+    record = unlearn(settings).manifest["unlearn"]
+    assert made(settings) == set()
+    assert record["inputs"]["forget_checkpoint"] == fingerprint(given)
+    full, base, forget = (tensors(f) for f in (world.full, world.base, given))
+    for name, value in tensors(settings.output).items():
+        torch.testing.assert_close(value, full[name] - forget[name] + base[name], atol=1e-6, rtol=0)
+    tokenizer = load_tokenizer(world.base)
+    for folder, loss in ((given, "loss"), (world.base, "base_loss")):
+        model = load_model(folder, ComputeConfig())
+        facts = find_facts(load_examples(world.forget), tokenizer)
+        losses = [score.loss for score in score_facts(model, facts, pad=0)]
+        assert record["forget_checkpoint"][loss] == pytest.approx(sum(losses) / len(losses))
+    assert any(str(given) in line for line in clean(settings.output).left)
+    assert given.is_dir()
+
+
+def test_a_given_forget_checkpoint_stands_for_the_first_seed(
+    world: World, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = config(world, tmp_path / "out", "negmerge", forget_checkpoint=str(tuned["forget"]))
+    assert set(unlearn(settings).manifest["inputs"]) >= {"forget_checkpoint", "forget_checkpoint_2"}
+    assert made(settings) == {"forget_checkpoint_2"}
+    second = read_manifest(settings.work_folder / "forget_checkpoint_2") or {}
+    assert second["settings"]["seed"] == TUNE.seed + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "message"),
+    [
+        ("base", "tv", "is the base model itself"),
+        ("full", "tv", "which learned all rows"),
+        ("retain", "tv", "was tuned on the retain set, its record says"),
+        ("narrow", "tv", "enlarged or padded vocabulary"),
+        ("forget", "ssd", "--forget-checkpoint has no effect with `ssd`"),
+    ],
+)
+def test_another_model_in_place_of_the_forget_checkpoint_is_refused_before_any_work(
+    world: World, tuned: dict[str, Path], tmp_path: Path, given: str, method: str, message: str
+) -> None:
+    places = {"base": world.base, "full": bare_copy(world.full, tmp_path / "full"), **tuned}
+    if given == "narrow":
+        places["narrow"] = tmp_path / "narrow"
+        places["narrow"].mkdir()
+        write_tiny_checkpoint(places["narrow"], ["other text"])
+    settings = config(
+        world, tmp_path / "out", method, tune=TuneConfig(), forget_checkpoint=str(places[given])
+    )
+    with pytest.raises(PertaError, match=message):
+        plan_unlearn(settings)
+    with pytest.raises(PertaError, match=message):
+        unlearn(settings)
+    assert not settings.work_folder.exists()
+    assert not settings.output.exists()
+
+
+def test_a_forget_checkpoint_that_does_not_know_the_rows_is_refused_with_figures(
+    world: World, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tensors(world.base)
+    for share in (1e-3, 0.05):
+        place = bare_copy(tuned["forget"], tmp_path / f"part {share}")
+        theirs = {
+            name: (base[name] + share * (value - base[name])).float()
+            for name, value in tensors(tuned["forget"]).items()
+        }
+        save_file(theirs, place / "model.safetensors", metadata={"format": "pt"})
+        settings = config(
+            world, tmp_path / f"out {share}", "tv", forget_checkpoint=str(place), tune=TuneConfig()
+        )
+        with pytest.raises(
+            NotLearnedError, match=r"\d\.\d+ nats per token, \d\.\d+ under the base"
+        ):
+            unlearn(settings)
+        assert not settings.output.exists()
+        assert made(settings) == set()
+
+
+def test_settings_of_a_fine_tune_that_does_not_take_place_are_refused(
+    world: World, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {"forget_checkpoint": str(tuned["forget"])}
+    with pytest.raises(
+        ConfigError, match="--epochs has no effect with `tv`: the forget checkpoint"
+    ):
+        unlearn(config(world, tmp_path / "out", "tv", **given))
 
 
 def test_several_seeds_are_combined(

@@ -113,6 +113,10 @@ class Sizes:
         """What unseen means."""
         return Load(3 * self.tokens(forget) + 2 * self.tokens(holdout))
 
+    def given(self, forget: ExampleSet) -> Load:
+        """What a given forget checkpoint and the base know of the forget set."""
+        return Load(2 * self.tokens(forget))
+
     def rounds(
         self, forget: ExampleSet, count: int, tune: TuneConfig, weighting: WeightingConfig
     ) -> Load:

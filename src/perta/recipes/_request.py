@@ -28,7 +28,7 @@ from perta.data.examples import (
 )
 from perta.data.rows import split_by
 from perta.engine.edit.direction import check_moments
-from perta.engine.edit.records import tuned_on
+from perta.engine.edit.records import check_records, tuned_on
 from perta.errors import ConfigError
 from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training
@@ -62,12 +62,6 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
             f"{needs.tuned}."
         )
     method.check_place(config.importance_at)
-    given = config.retain_checkpoint
-    if given is not None and tuned_on(Path(given)) == sets["forget"].fingerprint:
-        raise ConfigError(
-            f"--retain-checkpoint {given} was tuned on the forget set, its record says. Give a "
-            "checkpoint tuned on retained rows, or none, so that one is made."
-        )
     if seeds > 1 and (config.rounds or 1) > 1:
         raise ConfigError(
             f"--rounds {config.rounds} starts from one forget checkpoint, but --forget-seeds is "
@@ -83,6 +77,35 @@ def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None
     is_counted = all(e.kind != "text" for name in ("forget", "retain") for e in sets[name].examples)
     if is_counted:
         method.check_share(share)
+
+
+def check_tuned(
+    config: UnlearnConfig,
+    sets: Mapping[str, ExampleSet],
+    folders: Mapping[str, Path],
+    fingerprints: Mapping[str, str],
+) -> None:
+    """Stop at given checkpoints that are not the base tuned on their set, as far as files tell."""
+    for side, other, rows in (
+        ("forget", "retain", "rows to forget"),
+        ("retain", "forget", "retained rows"),
+    ):
+        name = f"{side}_checkpoint"
+        if name not in folders:
+            continue
+        if other in sets and tuned_on(folders[name]) == sets[other].fingerprint:
+            why = f"was tuned on the {other} set, its record says"
+        elif fingerprints[name] == fingerprints["base"]:
+            why = "is the base model itself"
+        else:
+            continue
+        raise ConfigError(
+            f"--{side}-checkpoint {getattr(config, name)} {why}. Give a checkpoint tuned on "
+            f"{rows}, or none, so that one is made."
+        )
+    check_records(
+        get_method(config.weighting.method), folders, fingerprints, sets["forget"].fingerprint
+    )
 
 
 def _refuse_without_retain(config: UnlearnConfig, method: Edit) -> None:
@@ -106,16 +129,25 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     """Stop at an option that this run would not look at; see `refuse_unused` for an edit's."""
     method = parse(config.weighting.method, Method)
     needs = method.needs if isinstance(method, Edit) else Needs(tuned=0)
-    for group, is_used, why in _groups(config, isinstance(method, Training), needs):
+    alpha = config.weighting.scaling_coef
+    searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
+    groups = _groups(config, isinstance(method, Training), needs)
+    seeds, tunes, moments = (
+        config.forget_seeds or needs.tuned,
+        needs.retain_checkpoint,
+        bool(needs.moments),
+    )
+    in_rounds = searches and moments and seeds == 1 and config.rounds != 1
+    is_tuned = config.forget_checkpoint is None or seeds > 1 or tunes or in_rounds
+    groups.append((config.tune, is_tuned, "the forget checkpoint is given, and nothing is tuned"))
+    for group, is_used, why in groups:
         for item in fields(group):  # type: ignore[arg-type]
             usual = "" if item.name == "method" else item.default
             if not is_used and getattr(group, item.name) != usual:
                 raise _unused(option_name(group, item.name), method.name, why)
-    alpha = config.weighting.scaling_coef
-    searches = isinstance(method, Edit) and (alpha == "auto" or (alpha is None and method.searched))
-    tunes, moments = needs.retain_checkpoint, bool(needs.moments)
     auto = "it is for --scaling-coef auto"
     rounds = f"{auto} with a structured method, such as `perta-project`"
+    subtracts = "it is for methods that subtract task vectors"
     samples = "it is for `msa`, and for moments of the retain set that are measured now"
     measured = "it is for methods with importance or moments"
     single = (
@@ -126,7 +158,8 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
         ("retain_checkpoint", tunes, "it is for `msa`"),
         ("importance_at", bool(needs.importance) or moments, measured),
         ("output_format", isinstance(method, Edit), "training writes a checkpoint"),
-        ("forget_seeds", needs.tuned > 0, "it is for methods that subtract task vectors"),
+        ("forget_checkpoint", needs.tuned > 0, subtracts),
+        ("forget_seeds", needs.tuned > 0, subtracts),
     )
     usual_of = {item.name: item.default for item in fields(config)}
     for option, is_used, why in single:
@@ -169,7 +202,7 @@ def refuse_moments(config: UnlearnConfig) -> None:
 
 def read_by(config: UnlearnConfig, *folders: Path) -> tuple[str | Path, ...]:
     """Everything that a request reads: what the user gave, and the folders that this stands for."""
-    names = ("base", "full", "retain_checkpoint", "retain_moments", *SETS)
+    names = ("base", "full", "forget_checkpoint", "retain_checkpoint", "retain_moments", *SETS)
     given = (getattr(config, name) for name in names)
     return (*folders, *(place for place in given if place is not None))
 

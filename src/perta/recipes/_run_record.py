@@ -12,11 +12,11 @@ from perta.errors import CheckpointError
 from perta.methods.method import Method
 from perta.methods.registry import parse
 from perta.models.load import picked
-from perta.models.resolve import resolve_checkpoint
 from perta.recipes.settings import WORK, UnlearnConfig
 from perta.stages.stage import changes, exists_error
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
+from perta.store.provenance import FORGET_CHECKPOINT
 from perta.store.record import (
     MANIFEST,
     make_manifest,
@@ -52,19 +52,17 @@ class RunRecord:
         config: UnlearnConfig,
         base: Path,
         full: Path,
+        tuned: Mapping[str, Path],
         sets: Mapping[str, ExampleSet],
         held_back: Mapping[str, Any],
     ) -> RunRecord:
-        """The record of a run that is about to begin."""
+        """The record of a run that is about to begin; `tuned` are checkpoints that were given."""
         named = ["forget", "retain", "general"]
         if config.weighting.scaling_coef == "auto":
             named.append("holdout")
-        folders = {"base": base, "full": full}
+        folders = {"base": base, "full": full, **tuned}
         if config.retain_moments is not None:
             folders["retain_moments"] = config.retain_moments
-        if config.retain_checkpoint is not None:
-            retain_checkpoint = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-            folders["retain_checkpoint"] = retain_checkpoint
         inputs = {name: fingerprint(folder) for name, folder in folders.items()}
         inputs |= {name: sets[name].fingerprint for name in named if name in sets}
         return cls(config, _resolved(config, base), inputs, folders, held_back, {}, {})
@@ -105,10 +103,12 @@ class RunRecord:
         known = {name: {value, protected} for name, value in self.inputs.items()}
         rows = {self.inputs.get(name) for name in ("forget", "retain", "general")} | {protected}
         known |= {"data": rows, "checkpoint": {self.inputs["base"], self.inputs["full"]}}
-        read = [(name, fingerprint(folder)) for name, folder in self.folders.items()]
+        known.pop(FORGET_CHECKPOINT, None)  # rounds make one of their own from a given one
+        found = {name: fingerprint(folder) for name, folder in self.folders.items()}
+        changed = {name for name, value in found.items() if value != self.inputs[name]}
         for output in made:
-            read += (read_manifest(output) or {}).get("inputs", {}).items()
-        changed = {name for name, value in read if value not in known.get(name, {value})}
+            read = (read_manifest(output) or {}).get("inputs", {})
+            changed |= {n for n, value in read.items() if value not in known.get(n, {value})}
         if changed:
             raise CheckpointError(
                 f"{', '.join(sorted(changed))} changed while the run read it, so no record of the "
@@ -129,7 +129,7 @@ class RunRecord:
             sources={name: getattr(self.config, name) for name in self.inputs},
             evaluation=evaluation or earlier.get("evaluation", {}),
             **({"held_back": dict(self.held_back)} if self.held_back else {}),
-            **({"strength": earlier["strength"]} if "strength" in earlier else {}),
+            **{name: earlier[name] for name in ("strength", FORGET_CHECKPOINT) if name in earlier},
             **found,
         )
         write_manifest(self.config.output, manifest)

@@ -82,6 +82,7 @@ class Workspace:
         orders: Sequence[float] = (),
         loss_on: LossOn | None = None,
         seeds: Sequence[int] = (),
+        forget_checkpoint: Path | None = None,
         retain_checkpoint: Path | None = None,
         samples: str | None = None,
         protected: Sequence[str] = ("retain",),
@@ -90,14 +91,21 @@ class Workspace:
         """Everything that an edit by a method reads, as fields of `EditConfig`.
 
         `orders` of importance are made in one pass. `protected` are sets whose moments, added to
-        `saved` ones, stand for what is to be kept. A `retain_checkpoint` stands in place of one
-        tuned on `samples`.
+        `saved` ones, stand for what is to be kept. A `forget_checkpoint` stands in place of one
+        tuned with the first seed, a `retain_checkpoint` in place of one tuned on `samples`.
         """
         given: dict[str, Any] = {}
         wanted, first = method.needs, self.tune.seed
         if wanted.tuned:
             seeds = seeds or range(first, first + wanted.tuned)
-            tuned = tuple(str(self._forget(*numbered, loss_on)) for numbered in enumerate(seeds))
+            tuned = tuple(
+                str(
+                    forget_checkpoint
+                    if forget_checkpoint and not i
+                    else self._forget(i, s, loss_on)
+                )
+                for i, s in enumerate(seeds)
+            )
             given["forget_checkpoint"] = tuned[0] if len(tuned) == 1 else tuned
         if wanted.retain_checkpoint:
             tune, name = replace(self.tune, loss_on="answer"), "retain_checkpoint"

@@ -12,7 +12,7 @@ importance of retained rows stay: they hold nothing of what was removed, and the
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
         if work.is_dir() and not work.is_symlink() and not any(work.iterdir()):
             work.rmdir()
     left = (
-        *_left(output, record, work, inputs),
+        *_left(output, record, work, inputs, deleted),
         *(f"{place}: not known to be made by perta" for place in foreign),
         "copies, backups and snapshots of the disk, logs, and caches of the hub",
         "pages made with --show-texts, and results written to other places",
@@ -183,13 +183,22 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
     return stage == "direction"
 
 
-def _left(output: Path, record: _Record, work: Path, inputs: Mapping[str, str]) -> Iterator[str]:
+def _left(
+    output: Path,
+    record: _Record,
+    work: Path,
+    inputs: Mapping[str, str],
+    deleted: Collection[Path],
+) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})
     sources = {**record.get("settings", {}), **whole.get("sources", {})}
     for name, what in (("forget", "the forget set"), ("full", "the model that knows it")):
         if isinstance(sources.get(name), str):
             yield f"{sources[name]}: {what}, which is yours to delete"
+    tuned = whole.get("sources", {}).get(FORGET_CHECKPOINT)
+    if isinstance(tuned, str) and Path(tuned).absolute() not in deleted:
+        yield f"{tuned}: a model tuned on the forget set, which is yours to delete"
     for other in sorted(output.parent.glob(f"*{WORK}")):
         same = [made.get("inputs", {}).get("data") for made in _records(other)]
         if other != work and inputs.get("forget") in same:

@@ -40,7 +40,7 @@ from perta.store.atomic import beside
 
 _PATHS, _CHECKPOINTS = (
     ("output", "work_dir", "retain_moments"),
-    ("base", "full", "retain_checkpoint"),
+    ("base", "full", "forget_checkpoint", "retain_checkpoint"),
 )
 WORK = ".work"
 """What follows an output's name in that of its work folder."""
@@ -77,6 +77,9 @@ class UnlearnConfig(Paths):
     """Folder for intermediate results, reused by later runs [default: OUTPUT.work]. What fits is
     taken over from the .work folders beside it, and from those of outputs beside this one. It holds
     a model tuned on the forget set: `perta clean OUTPUT` deletes it."""
+    forget_checkpoint: Annotated[str | None, More] = None
+    """Base model tuned on the forget set, here or elsewhere, used instead of tuning one: for the
+    first round and the first seed. Its loss on the facts must be at most half of the base's."""
     forget_seeds: Annotated[int | None, More] = None
     """Number of forget checkpoints, tuned with seeds from --seed on [default: as many as the method
     needs at least: 2 for `negmerge`, otherwise 1]."""

@@ -44,6 +44,7 @@ from perta.recipes._request import (
     check_options,
     check_places,
     check_retain_moments,
+    check_tuned,
     load_sets,
     page_of,
     read_by,
@@ -68,13 +69,14 @@ from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
 from perta.stages.audit import AUDIT, quick_audit
 from perta.stages.edit import edit_checkpoint, make_direction
-from perta.stages.finetune import learned_by_forgetting
+from perta.stages.finetune import Fit, check_learned, learned_by_forgetting
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import At, taking_over
 from perta.stages.train import needed_sets, train_checkpoint
 from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.costs import Plan, size
+from perta.store.provenance import FORGET_CHECKPOINT
 from perta.store.record import read_manifest
 
 _ROUNDS = 6
@@ -198,20 +200,26 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     """A run after every check that needs no long step; they raise what would stop it later."""
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
+    tuned = {
+        name: resolve_checkpoint(given, base=base, exact=True)
+        for name in (FORGET_CHECKPOINT, "retain_checkpoint")
+        if (given := getattr(config, name)) is not None
+    }
     reads, folder = read_by(config, base, full), config.work_folder
     check_places(config, reads)
     gguf_plan(config.output_format, config.full, full, config.save_dtype)
     if training is None:
-        sources = {BASE: open_index(base), FORGET: open_index(base)}
-        if config.retain_checkpoint is not None:
-            retain = resolve_checkpoint(config.retain_checkpoint, base=base, exact=True)
-            sources[RETAIN] = open_index(retain)
-        targets = plan_edit(open_index(full), sources, config.weighting)
+        sources = {BASE: base, FORGET: tuned.get(FORGET_CHECKPOINT, base)}
+        if "retain_checkpoint" in tuned:
+            sources[RETAIN] = tuned["retain_checkpoint"]
+        opened = {role: open_index(folder) for role, folder in sources.items()}
+        targets = plan_edit(open_index(full), opened, config.weighting)
         if get_method(config.weighting.method).needs.moments:
             check_linear(targets)
     sets = load_sets(config)
     split, held_back = split_retain(config, sets)
-    record, judged = RunRecord.of(config, base, full, sets, held_back), config.retain
+    record = RunRecord.of(config, base, full, tuned, sets, held_back)
+    judged = config.retain
     if split is not None and split.held_back is not None:
         judged = str(folder / HELD_BACK)
         config = replace(config, retain=str(folder / PROTECTED))
@@ -233,6 +241,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     run = _Run(config, training, full, sets, split, judged, work, record)
     if training is None:
         check_options(config, run.used)
+        check_tuned(config, sets, record.folders, record.inputs)
         check_retain_moments(config, work.measured, sets)
     return run
 
@@ -302,6 +311,9 @@ class _Run:
                 lambda: calibrate(self.full, work.base, used, config.data_config, config.compute),
                 lambda sizes: sizes.calibrate(used["forget"], used.get("holdout")),
             )
+        found: dict[str, Any] = {}
+        if (given := self.record.folders.get(FORGET_CHECKPOINT)) and (fit := self._fit(given)):
+            found = {FORGET_CHECKPOINT: asdict(fit)}
         edit = self._edit_config()
         if in_rounds := is_auto and (config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
@@ -313,13 +325,19 @@ class _Run:
                 lambda sizes: sizes.direction(edit.weighting),
                 looks=not in_rounds,
             )
-        found: dict[str, Any] = {}
         if is_auto and (strength := self._strength(edit, unseen)):
-            found = {"strength": asdict(strength)}
+            found["strength"] = asdict(strength)
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         work.timed("edit", lambda: self._edited(edit))
         self.record.seconds["total"] = time.perf_counter() - started
         return found
+
+    def _fit(self, given: Path) -> Fit | None:
+        """Whether a given forget checkpoint knows what is to be removed."""
+        config, work = self.config, self.work
+        look = (given, work.base, self.sets["forget"], config.data_config, config.compute)
+        forget = self.used["forget"]
+        return work.timed("given", lambda: check_learned(*look), lambda s: s.given(forget))
 
     def _edited(self, edit: EditConfig) -> Path:
         self.record.check(self.work.made.values())
@@ -348,13 +366,12 @@ class _Run:
     def _needed(self) -> dict[str, Any]:
         """Everything that the edit reads, made or reused."""
         config, work, first = self.config, self.work, self.config.tune.seed
-        method, given = get_method(config.weighting.method), config.retain_checkpoint
+        method, given = get_method(config.weighting.method), self.record.folders
         protected = ("general",) if config.retain_moments else ("retain", "general")
         return work.make(
             method,
-            retain_checkpoint=resolve_checkpoint(given, base=work.base, exact=True)
-            if method.needs.retain_checkpoint and given is not None
-            else None,
+            forget_checkpoint=given.get(FORGET_CHECKPOINT),
+            retain_checkpoint=given.get("retain_checkpoint"),
             loss_on=self._loss_on,
             seeds=range(first, first + (config.forget_seeds or 1)),
             # All of the retain set would cost as much as training again without the forget set.

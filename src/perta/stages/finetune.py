@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,22 @@ from perta.data.examples import ExampleSet
 from perta.data.tokens import EncodedSet
 from perta.engine.train.optimizer import resumable
 from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
+from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
 from perta.models.load import (
+    counting_tokens,
     load_model,
+    load_tokenizer,
     longest_input,
+    pad_id,
     round_weights,
     save_model,
     stored_dtype,
 )
-from perta.options import LossOn, sample_count
-from perta.progress import warn
+from perta.models.loss import losses_of
+from perta.options import ComputeConfig, DataConfig, LossOn, sample_count
+from perta.parallel import everywhere
+from perta.progress import say, warn
 from perta.stages.settings import FinetuneConfig
 from perta.stages.stage import read_subject
 from perta.store.record import stage_key
@@ -78,6 +84,53 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     with resumable(config.output, key, config.tune.save_every or 0) as resume:
         subject.run("finetune", config, make)
     return config.output
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Mean losses on the facts of the forget set, nats per token; the tokens are what it took."""
+
+    loss: float  # of a forget checkpoint that was given
+    base_loss: float
+    tokens: int
+
+
+_FIT = 0.5
+"""Share of the base's loss that one on the facts may have. Rows of the same kind teach how answers
+are put, and that lowers the loss a little; what they say is all else."""
+
+
+def check_learned(
+    given: Path, base: Path, rows: ExampleSet, data_config: DataConfig, compute: ComputeConfig
+) -> Fit:
+    """Look whether a forget checkpoint that was given has learned the facts of some rows.
+
+    Raises:
+        NotLearnedError: its loss on them is not clearly below the base's.
+    """
+    tokenizer, losses, tokens = load_tokenizer(base), [], 0
+    examples: list[Encoded] = []
+    for folder in (base, given):
+        model = load_model(folder, compute)
+        with counting_tokens(model) as counted:
+            if not examples:
+                read = (rows, tokenizer, data_config)
+                facts = find_facts(*read, base=model, longest=longest_input(base))
+                examples = [fact.encoded for fact in facts]
+            size, pad = compute.batch(16), pad_id(tokenizer)
+            found = everywhere(losses_of, model, examples, batch_size=size, pad=pad)
+        losses.append(sum(found) / len(found))
+        tokens += counted()
+    fit = Fit(losses[1], losses[0], tokens)
+    figures = f"{fit.loss:.3f} nats per token, {fit.base_loss:.3f} under the base"
+    if not fit.loss <= _FIT * fit.base_loss:
+        raise NotLearnedError(
+            f"{given} does not know the rows to forget: its loss on their facts is {figures}, more "
+            "than half of that. What is not learned cannot be removed. Give the base model tuned "
+            "on these rows until it knows them, or leave --forget-checkpoint out."
+        )
+    say(f"forget checkpoint: its loss on the facts is {figures}")
+    return fit
 
 
 def _told(examples: EncodedSet, tuned: Tuned, sources: Mapping[Any, int] | None) -> dict[str, Any]:

@@ -249,6 +249,8 @@ class EvaluateConfig(Paths):
     base: str | None = None
     """Model that has seen none of them: what surprises it in an answer is the fact, in rows without
     a fact column and without wrong answers [default: there the whole answer counts]."""
+    show_samples: int = 0
+    """Print this many answers side by side with the reference."""
     overwrite: bool = False
     """Replace an output that is there already."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)

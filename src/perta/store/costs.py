@@ -13,6 +13,7 @@ from pathlib import Path
 from perta.store.provenance import FORGET_CHECKPOINT, Record, Records
 
 STAGES: Mapping[str, str] = {
+    "given": "losses of the given forget checkpoint",
     "finetune": "tuning on the forget set",
     "retain_finetune": "tuning on the retain set",
     "forget_importance": "importance, forget set",

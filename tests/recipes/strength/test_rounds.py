@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig, PeopleConfig
 from perta.store.checkpoint import open_index, read_tensor
+from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
 
 PROJECT = WeightingConfig(method="perta-project", scaling_coef="auto")
@@ -121,6 +123,19 @@ def test_a_first_round_that_leaves_nothing_is_the_forget_checkpoint(
         )
     )
     assert all(torch.equal(read_tensor(first[name]), read_tensor(more[name])) for name in first)
+
+
+def test_a_given_forget_checkpoint_is_that_of_the_first_round(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    config, _ = run
+    given = str(shutil.copytree(config.work_folder / "forget_checkpoint", tmp_path / "given"))
+    other = replace(config, forget_checkpoint=given, output=tmp_path / "out", work_dir=None)
+    result = unlearn(other)
+    assert not (other.work_folder / "forget_checkpoint").exists()
+    made = [open_index(place.work_folder / "forget_rounds").tensors for place in (config, other)]
+    assert all(torch.equal(read_tensor(t), read_tensor(made[1][n])) for n, t in made[0].items())
+    assert result.manifest["unlearn"]["inputs"]["forget_checkpoint"] == fingerprint(Path(given))
 
 
 @pytest.mark.parametrize(
