@@ -4,7 +4,9 @@ With a_i the value of row i after the edit, b_i before it and y_i the yardstick'
 paired: its mean), what is left of a row is (a_i - y_i) / (b_i - y_i). A row is *still there* if
 more than half of it is left and its value lies beyond the yardstick's spread (`upper_end` of its
 rows), or if nine tenths are left; a subject is, if more than a quarter of it is left over all its
-rows and it lies beyond the spread of the yardstick's subjects. Verdict and audit share the rule.
+rows and it lies beyond the spread of the yardstick's subjects. That may be chance: where there is
+one, verdict and audit do not say that all is gone; that something is left they say by
+`audit.judge`.
 """
 
 from __future__ import annotations

@@ -148,15 +148,20 @@ def test_a_model_that_never_saw_the_rows_seldom_leaks_in_the_mean() -> None:
     assert verdicts.count("leaks") <= 0.05 * 200
 
 
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
 def test_a_row_stands_out_from_the_retrained_model_by_a_limit_worked_out_by_hand() -> None:
     # Fourteen rows are as there, one is e times less likely: d^2 = 1. With 15 that are not above,
     # s = sqrt((4 + 1) / 19), and of 16 rows the limit is t(1 - 0.025 / 16, 19) * s.
-    odds, limit = 0.02 / 0.98, float(t.ppf(1 - 0.025 / 16, 19)) * math.sqrt(5 / 19)
-    usual, cleaned, full = [0.02] * 16, [0.02] * 16, [1.0] * 16
-    cleaned[5] = odds / math.e / (1 + odds / math.e)
+    limit = float(t.ppf(1 - 0.025 / 16, 19)) * math.sqrt(5 / 19)
+    logits = [-2.0, -6.0] * 8  # far apart, so that this tells nothing
+    usual = [sigmoid(z) for z in logits]
+    cleaned, full = list(usual), [1.0] * 16
+    cleaned[5] = sigmoid(logits[5] - 1)
     for far, wanted in ((0.99, ()), (1.01, (3,))):
-        own = odds * math.exp(far * limit)
-        cleaned[2] = own / (1 + own)
+        cleaned[2] = sigmoid(logits[2] + far * limit)
         full[2] = 1.5 * cleaned[2]  # more than half of it is left
         made = found(cleaned, full, retrained=usual)
         assert judge_remains(made).leaking_rows == wanted, far
@@ -164,9 +169,23 @@ def test_a_row_stands_out_from_the_retrained_model_by_a_limit_worked_out_by_hand
     assert judge_remains(made, ways=10).leaking_rows == ()
 
 
+@pytest.mark.parametrize("yardstick", ["retrained", "base"])
+def test_rows_that_were_forgotten_too_well_pay_for_none(yardstick: str) -> None:
+    # The other 15 lie 12 below; those of the yardstick lie 1 from their mean, 16 of them: twice
+    # that and four, over 15 + 4.
+    limit = float(t.ppf(1 - 0.025 / 16, 19)) * math.sqrt(36 / 19)
+    logits = [-5.0, -3.0] * 8
+    cleaned, full = [sigmoid(z - 12) for z in logits], [1.0] * 16
+    for far, wanted in ((0.99, ()), (1.01, (3,))):
+        cleaned[2] = sigmoid(logits[2] + far * limit)
+        full[2] = 1.5 * cleaned[2]
+        made = found(cleaned, full, **{yardstick: [sigmoid(z) for z in logits]})  # type: ignore[arg-type]
+        assert judge_remains(made).leaking_rows == wanted, far
+
+
 def test_a_row_stands_out_from_unseen_rows_by_a_limit_worked_out_by_hand() -> None:
     # Their odds are e^-5 and e^-3, eight each: s = sqrt((4 + 16) / 19), 15 degrees and four more.
-    unseen = [1 / (1 + math.exp(z)) for z in (5.0, 3.0)] * 8
+    unseen = [sigmoid(-5.0), sigmoid(-3.0)] * 8
     mean = sum(unseen) / 16
     limit = float(t.ppf(1 - 0.025 / N, 19)) * math.sqrt(20 / 19)
     for far, wanted in ((0.99, ()), (1.01, (3,))):
@@ -208,7 +227,7 @@ def test_models_that_never_saw_the_rows_seldom_leak_in_any_row_or_way(ways: int)
     def guesses(right: Sequence[float]) -> list[list[float]]:
         """By way the scores of a model that is right by chance, much alike in every way."""
         own = [draw.gauss(mean, 1.5) for mean in right]
-        return [[1 / (1 + math.exp(-draw.gauss(one, 0.5))) for one in own] for _ in range(ways)]
+        return [[sigmoid(draw.gauss(one, 0.5)) for one in own] for _ in range(ways)]
 
     leaks = 0
     for _ in range(200):

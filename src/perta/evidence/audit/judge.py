@@ -17,14 +17,17 @@ where d_j are the k of phi(x_j) - phi(y_j) that are not above 0, and of unseen r
 their mean, k one less. It is a likelihood-ratio attack with one variance
 for all rows (Carlini et al., arXiv 2112.03570), in which a model that never saw the rows differs
 from the yardstick as often up as down, normally on that scale; what is left of the rows can only
-be above it. Four rows that differ by 1 are added, so that few rows tell something too. Subjects
-are judged in the same way, by their means.
+be above it. Rows that were forgotten too well lie far below, and must not pay for one that was
+not. So of the same rows the limit is at most the one from sqrt(2) (phi(y_j) less their mean): two
+models that never saw a row differ no more than the rows of one do among themselves, for these
+differ by the same chance and by what they are. Four rows that differ by 1 are added, so that few
+rows tell something too. Subjects are judged in the same way, by their means.
 
     leaks      a row that stands out has more than half left, or a subject of several rows stands
                out, or more than one in twenty rows do; or share > 0.10 for every yardstick, and
                the interval of the best lies above 0
     passed     share <= 0.10, upper end <= 0.25, no row is still there by the rule of `remains`,
-               which knows no family, and enough rows: among n of which none is still there, the
+               and enough rows: among n of which none is still there, the
                share of such rows may be up to 1 - 0.025^(1/n) <= 0.25
     not sure   everything else, with the reason
 """
@@ -215,7 +218,7 @@ def judge_remains(
         return _told(figures, "not sure", why)
     telling = [best, *(one for one in others if one.gap(known) > SMALLEST_GAP)]
     if by_row and not (guessable and best.name != "retrained"):
-        rows, persons = _beyond(found, telling, ways)
+        rows, persons = standing_out(values, known, found.people(), telling, ways)
         still = [place for place in rows if rows[place] > REMAINDER_PARTLY]
         still.sort(key=lambda place: -values[place])
         figures = replace(
@@ -234,27 +237,40 @@ def judge_remains(
     return judged
 
 
-def _beyond(found: Found, yardsticks: Sequence[Yardstick], ways: int) -> tuple[Values, Values]:
-    """Rows, and subjects of several, that stand out -> the least that is left of them."""
-    values, known, people = found.values("cleaned"), found.values("full"), found.people()
-    counts = Counter(people.get(place) for place in values)
+def standing_out(
+    after: Values,
+    before: Values,
+    people: Mapping[str, int],
+    yardsticks: Sequence[Yardstick],
+    ways: int = 1,
+) -> tuple[Values, Values]:
+    """What is left of the rows, and of the subjects of several rows, that stand out.
+
+    Args:
+        after: score of each row under the cleaned model.
+        before: the same under the full model; what it lacks counts as 1.
+        people: subject of each row; empty where nothing says so.
+        yardsticks: the best first; none explains what stands out.
+        ways: in how many ways it is asked, of which this is one.
+    """
+    counts = Counter(people.get(place) for place in after)
 
     def both(scores: Values) -> tuple[Values, Values]:
         means = subject_means(scores, people).items()
         return scores, {str(s): value for s, value in means if counts[s] > 1}
 
-    limit = _limit(values, yardsticks[0], ways * sum(map(len, both(values))))
-    usual = [both(yardstick.of(values)) for yardstick in yardsticks]
+    limit = _limit(after, yardsticks[0], ways * sum(map(len, both(after))))
+    usual = [both(yardstick.of(after)) for yardstick in yardsticks]
     rows, subjects = (
         {
             place: least
-            for place in after
+            for place in mine
             if place in references[0]
-            and _logit(after[place]) - _logit(references[0][place]) > limit
-            and (least := _least(place, after, before, references)) > REMAINDER_SURE
+            and _logit(mine[place]) - _logit(references[0][place]) > limit
+            and (least := _least(place, mine, known, references)) > REMAINDER_SURE
         }
-        for after, before, references in zip(
-            both(values), both(known), zip(*usual, strict=True), strict=True
+        for mine, known, references in zip(
+            both(after), both(before), zip(*usual, strict=True), strict=True
         )
     )
     return rows, subjects
@@ -273,18 +289,23 @@ def _least(place: str, after: Values, before: Values, references: Sequence[Value
 
 def _limit(values: Values, yardstick: Yardstick, tests: int) -> float:
     """How far on the scale of `_logit` one of so many unseen rows may lie above the yardstick."""
+    usual = {place: _logit(value) for place, value in yardstick.values.items()}
+    mean = fmean(usual.values())
+    spread = math.fsum((value - mean) ** 2 for value in usual.values())
+    if not yardstick.paired:
+        return _end(spread, len(usual) - 1, tests)
+    gaps = [_logit(values[place]) - usual[place] for place in values if place in usual]
+    below = [gap for gap in gaps if gap <= 0]
+    own = _end(math.fsum(gap**2 for gap in below), len(below), tests)
+    return min(own, _end(2 * spread, len(usual) - 1, tests))
+
+
+def _end(squares: float, freedom: int, tests: int) -> float:
+    """Quantile of a difference whose variance is known from a sum of squares."""
     from scipy.stats import t
 
-    usual = {place: _logit(value) for place, value in yardstick.values.items()}
-    if yardstick.paired:
-        gaps = [_logit(values[place]) - usual[place] for place in values if place in usual]
-        apart = [gap for gap in gaps if gap <= 0]
-        freedom = len(apart)
-    else:
-        apart = [value - fmean(usual.values()) for value in usual.values()]
-        freedom = len(apart) - 1
     freedom += _ROWS_ADDED
-    scale = math.sqrt((_ROWS_ADDED + math.fsum(gap**2 for gap in apart)) / freedom)
+    scale = math.sqrt((_ROWS_ADDED + squares) / freedom)
     return float(t.ppf(1 - FALSE_ALARMS / 2 / tests, freedom)) * scale
 
 

@@ -7,9 +7,11 @@ its mean), what is left is
 
     share = mean(a − y) / mean(b − y),        share_i = (a_i − y_i) / (b_i − y_i)
 
-Worst case decides: low rows pay for no high one, and what counts as still there is for `remains` to
-say. Few rows are no proof: among n rows none of which is still there, the share of such rows may be
-up to 1 − 0.025^(1/n) (exact binomial), and that has to be small as well.
+Worst case decides: low rows pay for no high one. That something is left is said as the audit says
+it (`evidence.audit.judge`): of models that never saw the examples at most 5% are said to have any,
+by all decisive measures together. What `remains` finds beyond that may be chance, and is no proof
+that all is gone. Few rows are none either: among n rows none of which is still there, the share of
+such rows may be up to 1 − 0.025^(1/n) (exact binomial), and that has to be small as well.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from perta.evidence.audit.judge import FALSE_ALARMS, standing_out
+from perta.evidence.audit.judge import Yardstick as Usual
 from perta.evidence.intervals import Interval, mean_interval, share_interval, upper_end
 from perta.evidence.measures import (
     BY_ROW,
@@ -127,10 +131,11 @@ def _is_decisive(key: str, run: Run, yardstick: Yardstick | None) -> bool:
 def forget_checks(run: Run, full: Run | None, yardstick: Yardstick | None) -> list[Check]:
     """Every forget measure against the yardstick, facts first."""
     left_out = _other_fact("forget", full)
+    keys = [k for k in (*FORGET_CORE, "forget_exact") if k in run.measures and k != left_out]
+    ways = max(1, sum(_is_decisive(key, run, yardstick) for key in keys))
     checks = [
-        _forget_check(key, run, full.measures.get(key) if full else None, yardstick)
-        for key in (*FORGET_CORE, "forget_exact")
-        if key in run.measures and key != left_out
+        _forget_check(key, run, full.measures.get(key) if full else None, yardstick, ways)
+        for key in keys
     ]
     quality = _quality_check(run, full, yardstick)
     return [*checks, *([quality] if quality else [])]
@@ -155,7 +160,9 @@ def _unjudged(
     return Check(key, label, values[0], after.value, values[1], len(after.examples), core)
 
 
-def _forget_check(key: str, run: Run, before: Reading | None, yardstick: Yardstick | None) -> Check:
+def _forget_check(
+    key: str, run: Run, before: Reading | None, yardstick: Yardstick | None, ways: int
+) -> Check:
     after = run.measures[key]
     reference = yardstick.measures.get(key) if yardstick else None
     check = _unjudged(key, before, after, reference, _is_decisive(key, run, yardstick))
@@ -170,29 +177,72 @@ def _forget_check(key: str, run: Run, before: Reading | None, yardstick: Yardsti
     people = (read_subjects(*sides[0]), read_subjects(*sides[1]))
     repeats = read_repeats(*sides[0])
     groups = (people[0] or repeats, people[1] or read_repeats(*sides[1]))
-    paired = yardstick.paired
-    difference = excess(after.examples, reference.examples, known, groups, paired=paired)
+    values, paired = (after.examples, reference.examples, known, groups), yardstick.paired
+    difference = excess(*values, paired=paired)
+    surely = excess(*values, paired=paired, confidence=1 - FALSE_ALARMS / ways)
     share = (after.value - reference.value) / gap
     high = None if difference is None else difference.high / gap
+    status = _forget_status(share, high, surely is None or surely.low > 0)
     check = replace(
         check,
-        status=_forget_status(share, high),
+        status=status,
         share=share,
         share_low=None if difference is None else difference.low / gap,
         share_high=high,
+        doubt=status == "unclear" and share > REMAINDER,
     )
     if key not in BY_ROW or not after.examples:
         return check
     # A mean without its rows stands for each of them.
     usual = reference.examples or {"": reference.value}
-    paired = paired and bool(reference.examples)
-    left = left_of_rows(after.examples, known, usual, paired=paired)
-    rows, standing = rows_still_there(left, after.examples, usual)
-    still = subjects_still_there(after.examples, known, usual, people, paired=paired)
-    n = _distinct(after.examples, repeats)
-    by_row = _rows_status(_distinct(rows, repeats), min(standing, n), n)
-    status = worst([check.status, by_row, "partly" if still else by_row])
-    return replace(check, status=status, rows=_numbered(rows, run), subjects=still)
+    name = yardstick.calibration if reference.examples else "holdout"
+    return _with_rows(check, run, known, Usual(name, usual, people[1]), ways)
+
+
+def _with_rows(check: Check, run: Run, known: Values, usual: Usual, ways: int) -> Check:
+    """The check with what single rows and subjects say; one that is still there is enough."""
+    after = run.measures[check.key].examples
+    people, repeats = read_subjects(run.results, "forget"), read_repeats(run.results, "forget")
+    left = left_of_rows(after, known, usual.values, paired=usual.paired)
+    maybe, many = rows_still_there(left, after, usual.values)
+    persons = (people, usual.people)
+    doubtful = subjects_still_there(after, known, usual.values, persons, paired=usual.paired)
+    beyond: Values = {}
+    subjects: tuple[int, ...] = ()
+    if _tells_rows(check.key, usual):
+        beyond, found = standing_out(after, known, people, [usual], ways)
+        subjects = tuple(map(int, found))
+    there = [i for i in sorted(beyond, key=lambda i: -after[i]) if beyond[i] > REMAINDER_PARTLY]
+    n, standing = _distinct(after, repeats), _distinct(beyond, repeats)
+    # Of unseen rows one in twenty lies beyond their own spread.
+    unusual = [share_interval(min(count, n), n).low > BY_CHANCE for count in (standing, many)]
+    by_row: Status = "met" if share_interval(0, n).high <= REMAINDER_SURE else "unclear"
+    if _distinct(there, repeats) > REMAINDER_PARTLY * n:
+        by_row = "not"
+    elif there or subjects or unusual[0]:
+        by_row = "partly"
+    elif maybe or doubtful or unusual[1]:
+        by_row = "unclear"
+    status = worst([check.status, by_row])
+    return replace(
+        check,
+        status=status,
+        rows=_numbered(there, run),
+        subjects=subjects,
+        doubt=status == "unclear" and (check.doubt or bool(maybe or doubtful or unusual[1])),
+        doubtful_rows=_numbered((i for i in maybe if i not in there), run),
+        doubtful_subjects=tuple(s for s in doubtful if s not in subjects),
+    )
+
+
+def _tells_rows(key: str, usual: Usual) -> bool:
+    """Whether single rows of a measure are proof; in the others who guesses right has a high one.
+
+    The audit's probes say the same of themselves.
+    """
+    if key == "forget_fact_token":
+        return usual.name == "retrained"
+    return key != "forget_choice"
 
 
 def _distinct(indices: Iterable[str], repeats: Mapping[str, int]) -> int:
@@ -200,20 +250,12 @@ def _distinct(indices: Iterable[str], repeats: Mapping[str, int]) -> int:
     return len({repeats.get(index, index) for index in indices})
 
 
-def _forget_status(share: float, high: float | None) -> Status:
+def _forget_status(share: float, high: float | None, surely_more: bool) -> Status:
     if share <= REMAINDER:
         return "met" if high is not None and high <= REMAINDER_SURE else "unclear"
+    if not surely_more:
+        return "unclear"
     return "partly" if share <= REMAINDER_PARTLY else "not"
-
-
-def _rows_status(there: int, standing: int, n: int) -> Status:
-    """What the count of rows says; one that is still there is enough to say no."""
-    if there > REMAINDER_PARTLY * n:
-        return "not"
-    # Of unseen rows one in twenty lies beyond their own spread.
-    if there or share_interval(standing, n).low > BY_CHANCE:
-        return "partly"
-    return "met" if share_interval(0, n).high <= REMAINDER_SURE else "unclear"
 
 
 def _quality_check(run: Run, full: Run | None, yardstick: Yardstick | None) -> Check | None:

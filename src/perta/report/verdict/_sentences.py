@@ -18,6 +18,9 @@ def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> s
     if worst.rows or worst.subjects:
         return _still_there(worst)
     never_saw = told(calibration, "never_saw")
+    if worst.doubt:
+        text = told("forgetting", "doubtful", never_saw=never_saw, other=worst.label)
+        return text + _in_doubt(worst)
     # Within the threshold and yet surely above the reference: then "as" would say too much.
     above = lead.share_low is not None and lead.share_low > 0
     like = f"{'nearly as' if above else 'as'} improbable as {never_saw}"
@@ -39,7 +42,14 @@ def _still_there(check: Check) -> str:
     if check.subjects:
         found.append(f"much of {_count(check.subjects)} is left over all rows")
     text = ", and ".join(found)
-    return f"{text[0].upper()}{text[1:]}, whatever became of the others."
+    return f"{text[0].upper()}{text[1:]}, whatever became of the others.{_in_doubt(check, ' too')}"
+
+
+def _in_doubt(check: Check, too: str = "") -> str:
+    """Rows and subjects of which much is left, as chance could have it."""
+    parts = [_row_list(check.doubtful_rows)] if check.doubtful_rows else []
+    parts += [_count(check.doubtful_subjects)] if check.doubtful_subjects else []
+    return f" Much may be left of {' and '.join(parts)}{too}." if parts else ""
 
 
 def _count(subjects: Sequence[int]) -> str:
@@ -108,10 +118,13 @@ def retain_numbers(check: Check) -> str:
     return text + _of(check)
 
 
-def headline(forgetting: Status, retention: Status, trace: Status = "unknown") -> str:
+def headline(
+    forgetting: Status, retention: Status, trace: Status = "unknown", *, doubt: bool = False
+) -> str:
     """All outcomes in one short sentence; what was removed is named where it stands out."""
     good = "good" if forgetting in ("met", "unclear") else "bad"
-    first = told("headline", forgetting) + told(f"headline_after_{good}", retention)
+    first = told("headline", "doubt" if doubt else forgetting)
+    first += told(f"headline_after_{good}", retention)
     return f"{first}{told('headline', 'trace') if trace == 'not' else ''}."
 
 

@@ -9,7 +9,7 @@ from records and results; page, terminal and `verdict.json` repeat it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,8 +63,13 @@ class Statement:
     @property
     def decisive(self) -> Check | None:
         """The check that decides."""
-        core = [check for check in self.checks if check.core]
-        return next((check for check in core if check.status == self.status), self.lead)
+        deciding = [check for check in self.checks if check.core and check.status == self.status]
+        return next((c for c in deciding if c.doubt), deciding[0] if deciding else self.lead)
+
+    @property
+    def doubt(self) -> bool:
+        """Whether it is not sure for what was found, and not only for want of rows."""
+        return self.decisive is not None and self.decisive.doubt
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,13 +139,18 @@ def _judge_run(run: Run, collection: Collection) -> Verdict:
     decisive = yardstick is None or "forget_fact" in yardstick.measures
     return Verdict(
         run=run,
-        headline=headline(forgetting.status, retention.status, trace.status),
+        headline=headline(
+            forgetting.status,
+            retention.status,
+            trace.status,
+            doubt=forgetting.doubt,
+        ),
         forgetting=forgetting,
         retention=retention,
         trace=trace,
         calibration=calibration,
         facts=facts_text(_fact_sources(run), decisive=decisive),
-        causes=tuple(_likely_causes(run, collection, forgetting.status)),
+        causes=tuple(_likely_causes(run, collection, forgetting)),
         notes=(*rows, *_notes(run, full, yardstick, forgetting, retention)),
     )
 
@@ -187,9 +197,16 @@ def _check_record(check: Check) -> dict[str, Any]:
         "decisive": check.core,
         **{name: getattr(check, name) for name in same},
         "examples": check.n,
-        "rows": [int(i) if i.isdigit() else i for i in dict.fromkeys(check.rows)],
+        "rows": _plain_rows(check.rows),
         "subjects": list(check.subjects),
+        "doubtful_rows": _plain_rows(check.doubtful_rows),
+        "doubtful_subjects": list(check.doubtful_subjects),
     }
+
+
+def _plain_rows(numbers: Iterable[str]) -> list[int | str]:
+    """Each once, as numbers where they are."""
+    return [int(i) if i.isdigit() else i for i in dict.fromkeys(numbers)]
 
 
 def _partner(run: Run, collection: Collection, role: Role, name: str = "forget") -> Run | None:
@@ -261,9 +278,10 @@ def _protected(record: Record, collection: Collection) -> set[str]:
     return used - {"None"}
 
 
-def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list[str]:
+def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> list[str]:
     """Why a model has not forgotten, as far as the records tell, with the cure, likeliest first."""
-    if forgetting not in ("partly", "not"):
+    surely = forgetting.status in ("partly", "not")
+    if not surely and not forgetting.doubt:
         return []
     record = run.record
     if record.get("stage") == "train":
@@ -286,10 +304,12 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Status) -> list
     strength = record.get("unlearn", {}).get("strength", {})
     if strength.get("reached") is False:
         causes.append(told("causes", "budget", budget=number(strength.get("retain_budget"))))
-    if not causes and strength:
+    if causes or not surely:  # what may be chance needs no more strength
+        return causes
+    if strength:
         rows = strength.get("calibrated_on")
         causes.append(told("causes", "calibration", rows=rows, alpha=run.alpha))
-    elif not causes and run.alpha is not None:
+    elif run.alpha is not None:
         causes.append(told("causes", "strength", alpha=run.alpha))
     return causes
 

@@ -41,6 +41,10 @@ class Check:
     # Numbers in the file of rows that are still there (forgetting) or conspicuous.
     rows: tuple[str, ...] = ()
     subjects: tuple[int, ...] = ()
+    # Much is left of these too, which may be chance.
+    doubtful_rows: tuple[str, ...] = ()
+    doubtful_subjects: tuple[int, ...] = ()
+    doubt: bool = False  # not sure for what was found, and not only for want of rows
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -71,7 +71,7 @@ def test_the_worst_scheme_counts_and_q_is_noted() -> None:
     rows = {"forget": range(1, 21)}
     judgement = Rounding().judge(Found({"cleaned": {"forget": high}}, rows, {"forget": None}, more))
     assert judgement.verdict == "leaks"
-    assert judgement.reason.startswith("scheme `nf4`: 33% of what the full model knew")
+    assert judgement.reason.startswith("scheme `nf4`: 20 of 20 rows stand out")
     expected = {"Q int8": 1.0, "Q nf4": 0.25, "Q int8, symmetric": 1.0, "Q nf4, symmetric": 0.4}
     assert judgement.notes == pytest.approx(expected)
 
