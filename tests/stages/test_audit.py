@@ -213,6 +213,49 @@ def test_without_the_retrained_model_unseen_rows_are_the_yardstick(config: Audit
     assert told == {"not asked for"}
 
 
+def test_beside_shadow_models_each_row_is_judged_by_how_far_it_lies_from_them(
+    config: AuditConfig, world: World, tmp_path: Path
+) -> None:
+    shadows = [
+        finetune_checkpoint(
+            FinetuneConfig(
+                base=str(world.base),
+                data=str(world.retain),
+                output=tmp_path / f"shadow{seed}",
+                tune=replace(TUNE, seed=seed),
+            )
+        )
+        for seed in (1, 2)
+    ]
+    given = replace(config, shadow=tuple(map(str, shadows)), probes=("likelihood-ratio", "fact"))
+    results = audit_checkpoint(given)
+    told, fact = results["probes"][1], results["probes"][0]
+    assert (told["verdict"], told["leaking_rows"]) == ("leaks", [1, 2])
+    assert told["yardstick"]["name"] == "shadows"
+    roles = {"base", "retrained", "shadow-1", "shadow-2", "full", "cleaned"}
+    assert set(told["scores"]) == roles
+    # The other probes cost no pass of theirs more.
+    assert set(fact["scores"]) == roles - {"shadow-1", "shadow-2"}
+    assert results["yardsticks"]["shadows"] == [fingerprint(place) for place in shadows]
+    with pytest.raises(ConfigError, match="shadow-1 and the retrained checkpoint are the same"):
+        audit_checkpoint(replace(given, shadow=(str(config.retrained),), overwrite=True))
+
+
+@pytest.mark.parametrize("seen", ["the full model", "the rows"])
+def test_a_shadow_that_is_known_to_have_seen_the_rows_is_refused(
+    config: AuditConfig, world: World, tmp_path: Path, seen: str
+) -> None:
+    cleaned = _edited(config, tmp_path / "cleaned")
+    base = config.full if seen == "the full model" else str(world.base)
+    data = world.retain if seen == "the full model" else world.forget.with_name("full.jsonl")
+    once = replace(TUNE, epochs=1)
+    tune = FinetuneConfig(base=base, data=str(data), output=tmp_path / "saw", tune=once)
+    saw = finetune_checkpoint(tune)
+    right = replace(config, checkpoint=str(cleaned), retrained=None, probes=("fact",))
+    with pytest.raises(DataError, match="shadow=.*contradicts the records"):
+        audit_checkpoint(replace(right, shadow=(str(saw),)))
+
+
 def test_a_probe_of_ones_own_is_part_of_what_the_result_depends_on(
     config: AuditConfig, tmp_path: Path
 ) -> None:

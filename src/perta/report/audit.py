@@ -35,7 +35,6 @@ _FORM = {
         **dict.fromkeys(("content", "created"), str),
     },
 }
-_MODELS = ("checkpoint", "full", "retrained", "base")
 _SETS = ("forget", "retain", "holdout")
 _COUNTED = {
     "passed": "{n} passed",
@@ -110,7 +109,8 @@ def refuse_foreign(folder: Path, config: AuditPageConfig, settings: Mapping[str,
             f"Give a file of its own, such as {folder}.zip."
         )
     check_writable(config.bundle)
-    reads = [str(settings[name]) for name in (*_MODELS, *_SETS) if settings.get(name)]
+    reads = [str(settings[name]) for name in _SETS if settings.get(name)]
+    reads += _models(settings).values()
     check_output(config.bundle, reads, overwrite=True, ours=_is_bundle)
 
 
@@ -145,14 +145,21 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
         also_not=_ALSO_NOT,
         holders=[*_named(settings), *_ELSEWHERE],
         models=[
-            (n, Path(str(settings[n])).name, audit["perta"]["inputs"].get(n))
-            for n in _MODELS
-            if settings.get(n)
+            (role, Path(place).name, audit["perta"]["inputs"].get(role))
+            for role, place in _models(settings).items()
         ],
         digest=_digest((folder / AUDIT).read_bytes()),
         command=_command(settings),
         version=__version__,
     )
+
+
+def _models(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> place of the models that were looked at."""
+    roles = ("checkpoint", "full", "retrained", "base")
+    shadows = {f"shadow-{i}": place for i, place in enumerate(settings.get("shadow", ()), 1)}
+    given = {role: settings.get(role) for role in roles} | shadows
+    return {role: str(place) for role, place in given.items() if place}
 
 
 def _check(probe: Mapping[str, Any]) -> _Check:
@@ -228,6 +235,7 @@ def _command(settings: Mapping[str, Any]) -> str:
     numbers = ("seed", "samples", "retain_rows", "max_new_tokens")
     names = ("full", "base", "retrained", *_SETS, "level", *numbers)
     options = [(name, settings[name]) for name in names if settings.get(name) is not None]
+    options += [("shadow", place) for place in settings.get("shadow", ())]
     options += [("probe", probe) for probe in settings.get("probes") or ()]
     given = [
         part for name, value in options for part in (f"--{name.replace('_', '-')}", str(value))
@@ -242,10 +250,9 @@ def _write_bundle(folder: Path, file: Path) -> None:
     """Page, audit, records of the models and hashes that `sha256sum -c` checks, in one file."""
     settings = _read(folder)["perta"]["settings"]
     parts = {name: (folder / name).read_bytes() for name in (AUDIT, PAGE)}
-    for name in _MODELS:
-        record = Path(str(settings.get(name) or "")) / "perta.json"
-        if settings.get(name) and record.is_file():
-            parts[f"records/{name}.json"] = record.read_bytes()
+    for role, place in _models(settings).items():
+        if (record := Path(place) / "perta.json").is_file():
+            parts[f"records/{role}.json"] = record.read_bytes()
     sums = "".join(f"{_digest(data)}  {name}\n" for name, data in sorted(parts.items()))
     parts[SUMS] = sums.encode()
     with (

@@ -27,6 +27,7 @@ from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import Looked, document_of, document_of_results, entry_of
 from perta.evidence.audit.probe import (
+    SHADOW,
     Effort,
     Material,
     Probe,
@@ -62,8 +63,6 @@ from perta.store.record import check_output, check_separate, read_manifest, sett
 
 AUDIT = "audit.json"
 
-_ORDER: tuple[Role, ...] = ("base", "retrained", "full", "cleaned")
-"""In which models are loaded: the base finds the facts."""
 _SAMPLES = {"quick": 64, "standard": 64, "full": 200}
 _TIMED_TOKENS = 128
 """Tokens of a pass that tells how fast a model is here."""
@@ -84,21 +83,15 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
         PertaError: input that cannot be used, or a model that is not what it is given as.
     """
     probes = choose_probes(config.level, config.probes)
-    given = {
-        "cleaned": config.checkpoint,
-        "full": config.full,
-        "retrained": config.retrained,
-        "base": config.base,
-    }
-    folders = {r: resolve_checkpoint(str(given[r]), base=config.base) for r in _ORDER if given[r]}
+    given = _given(config)
+    folders = {role: resolve_checkpoint(m, base=config.base) for role, m in given.items()}
     sets = _load_sets(config)
     reads: list[str | Path] = [*folders.values(), *(examples.source for examples in sets.values())]
-    check_separate(config.output, [*(place for place in given.values() if place), *reads])
+    check_separate(config.output, [*given.values(), *reads])
     settings = {**settings_of(config), **picked(config.compute, folders["cleaned"])}
 
     def look() -> dict[str, str]:
-        others: dict[str, Path] = {r: folder for r, folder in folders.items() if r != "cleaned"}
-        found = {name: fingerprint(folder) for name, folder in others.items()}
+        found = {r: fingerprint(folder) for r, folder in folders.items() if r != "cleaned"}
         found |= evaluated(config.checkpoint, folders["cleaned"])
         found |= {name: examples.fingerprint for name, examples in sets.items()}
         own = {p.name: p.source_hash() for p in probes}
@@ -126,6 +119,14 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
     )
     journal.unlink(missing_ok=True)
     return results
+
+
+def _given(config: AuditConfig) -> dict[Role, str]:
+    """The models, in the order in which they are loaded: the base finds the facts."""
+    shadows = {f"{SHADOW}{i}": place for i, place in enumerate(config.shadow, 1)}
+    others = {"base": config.base, "retrained": config.retrained, **shadows}
+    given = {**others, "full": config.full, "cleaned": config.checkpoint}
+    return {role: place for role, place in given.items() if place}
 
 
 def _load_sets(config: AuditConfig) -> dict[str, ExampleSet]:
@@ -177,7 +178,7 @@ def _refuse_same(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> Non
         ConfigError: they are.
     """
     marks = {**inputs, "cleaned": inputs.get("merged", inputs["checkpoint"])}
-    for one, other in combinations([role for role in _ORDER if role in folders], 2):
+    for one, other in combinations(folders, 2):
         if marks[one] == marks[other]:
             raise ConfigError(
                 f"The {other} and the {one} checkpoint are the same model, {folders[other]} and "
@@ -206,12 +207,14 @@ def _refuse_other_parts(
             f"{config.checkpoint} has no record of how it was cleaned, so that it was made from "
             f"{config.full} is your word alone."
         )
+    given = _given(config)
     for request in mine:
         known = with_earlier(request, records[request.output])
         known = replace(known, full=known.full | {*earlier} if known.full else known.full)
-        for role in STATED:
-            if role in inputs and not (role == "full" and _is_full(config, inputs[role], known)):
-                refuse_claim(role, inputs[role], str(getattr(config, role)), records, [known])
+        for role in [role for role in given if role in inputs]:
+            if not (role == "full" and _is_full(config, inputs[role], known)):
+                claim = next((stated for stated in STATED if stated == role), "shadow")
+                refuse_claim(claim, inputs[role], given[role], records, [known])
 
 
 def _is_full(config: AuditConfig, mark: str, known: Request) -> bool:
@@ -362,6 +365,7 @@ class _Audit:
         forget = self.material.facts["forget"]
         columns = [example.fields for example in self.sets["forget"].examples]
         there = {*self.folders, *self.sets}
+        there |= {"shadow"} if self.config.shadow else set()
         there |= {"wrong answers"} if any(fact.wrong for fact in forget) else set()
         there |= {"paraphrases"} if any(row.get(PARAPHRASED) for row in columns) else set()
         lacks = {p.name: [need for need in p.needs if need not in there] for p in self.probes}
@@ -374,8 +378,8 @@ class _Audit:
     def _measure(self, journal: Journal) -> dict[str, dict[Role, dict[str, Rows]]]:
         """Probe -> model -> set -> scores."""
         found: dict[str, dict[Role, dict[str, Rows]]] = {p.name: {} for p in self.possible}
-        with running({role: self._expected_tokens(role) for role in self._roles}):
-            for role in self._roles:
+        with running({role: self._expected_tokens(role) for role in self.folders}):
+            for role in self.folders:
                 wanted = self._wanted(role)
                 if any(_entry(role, *one) not in journal.entries for one in wanted):
                     with step(role, f"{role} model"):
@@ -384,10 +388,6 @@ class _Audit:
                     rows = Rows(**journal.entries[_entry(role, probe, name)])
                     found[probe.name].setdefault(role, {})[name] = rows
         return found
-
-    @property
-    def _roles(self) -> list[Role]:
-        return [role for role in _ORDER if role in self.folders]
 
     def _ask(self, role: Role, wanted: Sequence[tuple[Probe, str]], journal: Journal) -> None:
         """Put what the probes find of a model into the journal, where it has not got it."""
@@ -410,6 +410,7 @@ class _Audit:
         return [
             (probe, name)
             for probe in self.possible
+            if probe.shadowed or not role.startswith(SHADOW)
             for name in (probe.sets if role == "cleaned" else probe.compared)
             if name in self.sets
             and not (retrained and probe.thrifty and (role == "base" or name == "holdout"))
@@ -430,9 +431,9 @@ class _Audit:
 
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
-        total = sum(map(self._expected_tokens, self._roles))
+        total = sum(map(self._expected_tokens, self.folders))
         parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
-        speed = _seconds_per_token(self.models.take(self._roles[0]))
+        speed = _seconds_per_token(self.models.take(next(iter(self.folders))))
         say(
             f"Audit, level {self.config.level}: {len(self.possible)} probes on "
             f"{len(self.folders)} models, about {total / 1000:.0f} thousand tokens, "

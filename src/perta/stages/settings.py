@@ -281,6 +281,10 @@ class AuditConfig(Paths):
     better one."""
     retrained: str | None = None
     """Model that was tuned without the forget set: the best yardstick."""
+    shadow: Annotated[tuple[str, ...], Repeated] = ()
+    """More models that were tuned without it, such as of other seeds or on other rows: with three
+    or more, the retrained one among them, each row is judged by how far it lies from what they
+    make of it."""
     retain: str | None = None
     """Examples that should be kept."""
     holdout: str | None = None

@@ -18,7 +18,8 @@ Role = Literal["base", "full", "retrained", "edited", "forget checkpoint", "othe
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 
-STATED: tuple[Role, ...] = ("base", "full", "retrained")
+Claim = Literal["base", "full", "retrained", "shadow"]
+STATED: tuple[Claim, ...] = ("base", "full", "retrained")
 """Roles that a user may state, as in `retrained=results.json`."""
 FORGET_CHECKPOINT = "forget_checkpoint"
 
@@ -166,9 +167,9 @@ def _training_of(record: Record) -> tuple[str | None, str | None]:
 
 
 def refuse_claim(
-    claim: Role, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
+    claim: Claim, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
 ) -> None:
-    """Stop where records contradict the role, one of `STATED`, that a user states of a model."""
+    """Stop where records contradict the role that a user states of a model."""
     some = list(requests)
     why = _contradiction(claim, fingerprint, records, some) if fingerprint else None
     if why:
@@ -182,6 +183,7 @@ _MEANING: Mapping[str, str] = {
     "retrained": "A retrained model is tuned from the base model, on the retain set alone.",
     "full": "The full model is the one that was edited or trained further.",
     "base": "The base model is the one before it saw any of the data.",
+    "shadow": "A shadow model was tuned on other rows than those to be removed.",
 }
 
 
@@ -199,10 +201,10 @@ def with_earlier(request: Request, record: Record) -> Request:
 
 
 def _contradiction(
-    claim: Role, fingerprint: str, records: Records, requests: list[Request]
+    claim: Claim, fingerprint: str, records: Records, requests: list[Request]
 ) -> str | None:
     record = records.get(fingerprint, {})
-    if claim != "retrained":
+    if claim in ("full", "base"):
         known = [r.full if claim == "full" else r.base for r in requests]
         if any(known) and not any(fingerprint in found for found in known):
             others = " or ".join(sorted(f"{one[:8]}…" for found in known for one in found))
@@ -210,14 +212,15 @@ def _contradiction(
             return f"the unlearned model was made from another {claim} model, {this}"
         return None
     part = _part(fingerprint, requests)
-    if part is not None:
+    if part is not None and (claim, part) != ("shadow", "base"):
         return f"it is a model of another part there: {part}"
     if is_unlearned(record):
         return f"it was made by `{method_of(record) or record.get('stage')}`"
     start, rows = _training_of(record)
     if any(start in request.full for request in requests):
         return "it was tuned from the full model, which has seen what was to be removed"
-    if start and any(r.base for r in requests) and not any(start in r.base for r in requests):
+    elsewhere = claim == "retrained" and start  # a shadow may be of another base
+    if elsewhere and any(r.base for r in requests) and not any(start in r.base for r in requests):
         return "it was tuned from another model than the base"
     seen = {_training_of(records.get(full, {}))[1] for r in requests for full in r.full}
     if rows and (rows in seen or any(rows in request.forget for request in requests)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perta.evidence.audit.judge import Found, Judgement, Verdict
-from perta.evidence.audit.probe import Probe, Role, Rows
+from perta.evidence.audit.probe import SHADOW, Probe, Role, Rows
 from perta.evidence.audit.probes.verbatim import Reading
 from perta.evidence.audit.registry import PROBES
 from perta.evidence.intervals import Interval
@@ -58,11 +58,12 @@ def document_of(
     names = ("checkpoint", "merged")
     counts = {name: len(looked.rows.get(name, ())) for name in ("forget", "retain", "holdout")}
     yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
+    shadows = [mark for name, mark in inputs.items() if name.startswith(SHADOW)]
     return {
         "schema": SCHEMA,
         "level": level,
         "model": {name: inputs[name] for name in names if name in inputs},
-        "yardsticks": {**yardsticks, "holdout rows": counts["holdout"]},
+        "yardsticks": {**yardsticks, "shadows": shadows, "holdout rows": counts["holdout"]},
         "rows": counts,
         "subjects": len(set(looked.subjects["forget"] or ())) or None,
         "facts": dict(looked.facts),

@@ -58,11 +58,12 @@ from perta.evidence.remains import (
 
 Verdict = Literal["passed", "leaks", "not sure", "harmed"]
 """`harmed` is said of what was to stay."""
-YardstickName = Literal["retrained", "holdout", "base"]
+YardstickName = Literal["retrained", "holdout", "base", "shadows"]
 WORDS: Mapping[YardstickName, str] = {
     "retrained": "the retrained model",
     "holdout": "unseen rows",
     "base": "the base model",
+    "shadows": "models that never saw the rows",
 }
 _YARDSTICKS: Mapping[YardstickName, tuple[str, str]] = {
     "retrained": ("retrained", "forget"),

@@ -33,13 +33,19 @@ from perta.evidence.audit.judge import Found, Judgement, judge_remains
 from perta.evidence.benchmark import Journal, run_with_journal
 from perta.evidence.quick import fact_items, scoring_options, summarise
 from perta.evidence.results import Results
+from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.items import Item, Outcome
 from perta.evidence.settings import Level
 from perta.models.facts import Fact
 from perta.options import DataConfig
 
-Role = Literal["cleaned", "full", "retrained", "base"]
-Need = Literal["base", "full", "retrained", "retain", "holdout", "wrong answers", "paraphrases"]
+Role = str
+"""Which model of an audit: cleaned, full, retrained or base; or `SHADOW` with a number from 1."""
+SHADOW = "shadow-"
+"""What the roles of models begin with that never saw the rows, beside the retrained one."""
+Need = Literal[
+    "base", "full", "retrained", "shadow", "retain", "holdout", "wrong answers", "paraphrases"
+]
 
 _Plain = TypeVar("_Plain")
 
@@ -172,6 +178,17 @@ class View:
         # Min-K++ looks at the whole vocabulary, once for all.
         return [replace(item, moments=True) for item in items[name]]
 
+    def facts(self, name: str, what: str = "facts") -> list[Score]:
+        """Scores of the fact of each sequence of a set, under the model as it is now.
+
+        Args:
+            name: of the set.
+            what: under which name they are kept, one for every state of the weights.
+        """
+        facts = self.material.facts[name]
+        items = {f"{name}:{i}": Item((fact.encoded,)) for i, fact in enumerate(facts)}
+        return [outcome.scores[0] for outcome in self.outcomes(what, items).values()]
+
     def outcomes(
         self, what: str, items: Mapping[str, Item], *, max_new_tokens: int | None = None
     ) -> dict[str, Outcome]:
@@ -215,6 +232,7 @@ class Probe(ABC):
         guessable: who guesses right may score high without the facts; without the retrained model
             single rows are not judged then.
         thrifty: beside the retrained model it is run with no other yardstick, for it takes long.
+        shadowed: it is run with the shadow models too.
     """
 
     name: str
@@ -231,6 +249,7 @@ class Probe(ABC):
     by_row: bool = True
     guessable: bool = False
     thrifty: bool = False
+    shadowed: bool = False
 
     @abstractmethod
     def run(self, view: View, name: str) -> Rows:

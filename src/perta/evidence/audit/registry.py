@@ -11,6 +11,7 @@ from perta.errors import ConfigError, nearest
 from perta.evidence.audit.probe import Need, Probe
 from perta.evidence.audit.probes import answers, collateral, inside, membership, verbatim, weights
 from perta.evidence.audit.probes.frames import Frames
+from perta.evidence.audit.probes.shadows import LikelihoodRatio
 from perta.evidence.benchmark import own_class
 from perta.evidence.settings import LEVELS, Level
 
@@ -29,6 +30,7 @@ PROBES: tuple[type[Probe], ...] = (
     membership.MinK,
     membership.MinKPlusPlus,
     membership.Reference,
+    LikelihoodRatio,
     answers.Whose,
     answers.DrawnPlainly,
     answers.DrawnSharply,

@@ -22,8 +22,7 @@ from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Effort, Relearning, Rows, View
 from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
-from perta.evidence.scoring.items import Item
-from perta.models.facts import Fact, score_facts
+from perta.models.facts import score_facts
 from perta.models.formats.rounding import SCHEMES, rounded
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig
@@ -43,14 +42,14 @@ class Rounding(Variants):
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest probability; beside it those of each scheme, and before."""
         rows = super().run(view, name)
-        return replace(rows, more={**rows.more, "before": _facts(view, name, "as they are")})
+        return replace(rows, more={**rows.more, "before": _facts(view, name, "facts")})
 
     def ways(self, view: View, name: str) -> Ways:
         """Scores of the rows of one set under one model, by scheme."""
         found = {}
         for scheme in SCHEMES:
             with rounded(view.model, scheme):
-                found[scheme] = _facts(view, name, scheme)
+                found[scheme] = _facts(view, name, f"rounding, {scheme}")
         return found
 
     def judge(self, found: Found) -> Judgement:
@@ -182,10 +181,7 @@ def _float32(model: PreTrainedModel) -> Iterator[None]:
 
 def _facts(view: View, name: str, what: str) -> list[float | None]:
     """Probability of the whole fact of each sequence, under the model as it is now."""
-    facts: Sequence[Fact] = view.material.facts[name]
-    items = {f"{name}:{i}": Item((fact.encoded,)) for i, fact in enumerate(facts)}
-    outcomes = view.outcomes(f"rounding, {what}", items)
-    scores = [outcome.scores[0] for outcome in outcomes.values()]
+    scores = view.facts(name, what)
     return [math.exp(-score.loss * score.tokens) for score in scores]
 
 
