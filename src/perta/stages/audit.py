@@ -213,8 +213,8 @@ def _refuse_other_parts(
         known = replace(known, full=known.full | {*earlier} if known.full else known.full)
         for role in [role for role in given if role in inputs]:
             if not (role == "full" and _is_full(config, inputs[role], known)):
-                claim = next((stated for stated in STATED if stated == role), "shadow")
-                refuse_claim(claim, inputs[role], given[role], records, [known])
+                claim = next((stated for stated in STATED if stated == role), None)
+                refuse_claim(claim or "shadow", inputs[role], given[role], records, [known])
 
 
 def _is_full(config: AuditConfig, mark: str, known: Request) -> bool:
@@ -365,7 +365,7 @@ class _Audit:
         forget = self.material.facts["forget"]
         columns = [example.fields for example in self.sets["forget"].examples]
         there = {*self.folders, *self.sets}
-        there |= {"shadow"} if self.config.shadow else set()
+        there |= {"shadow models"} if self.config.shadow else set()
         there |= {"wrong answers"} if any(fact.wrong for fact in forget) else set()
         there |= {"paraphrases"} if any(row.get(PARAPHRASED) for row in columns) else set()
         lacks = {p.name: [need for need in p.needs if need not in there] for p in self.probes}

@@ -14,12 +14,11 @@ from typing import Any, Literal
 from perta.errors import DataError
 from perta.store.record import read_manifest
 
-Role = Literal["base", "full", "retrained", "edited", "forget checkpoint", "other"]
+Role = Literal["base", "full", "retrained", "edited", "forget checkpoint", "shadow", "other"]
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 
-Claim = Literal["base", "full", "retrained", "shadow"]
-STATED: tuple[Claim, ...] = ("base", "full", "retrained")
+STATED: tuple[Role, ...] = ("base", "full", "retrained")
 """Roles that a user may state, as in `retrained=results.json`."""
 FORGET_CHECKPOINT = "forget_checkpoint"
 
@@ -167,7 +166,7 @@ def _training_of(record: Record) -> tuple[str | None, str | None]:
 
 
 def refuse_claim(
-    claim: Claim, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
+    claim: Role, fingerprint: str | None, where: str, records: Records, requests: Iterable[Request]
 ) -> None:
     """Stop where records contradict the role that a user states of a model."""
     some = list(requests)
@@ -201,7 +200,7 @@ def with_earlier(request: Request, record: Record) -> Request:
 
 
 def _contradiction(
-    claim: Claim, fingerprint: str, records: Records, requests: list[Request]
+    claim: Role, fingerprint: str, records: Records, requests: list[Request]
 ) -> str | None:
     record = records.get(fingerprint, {})
     if claim in ("full", "base"):

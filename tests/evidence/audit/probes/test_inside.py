@@ -137,7 +137,7 @@ def test_facts_that_the_full_model_does_not_know_are_not_judged(tmp_path: Path) 
     models = {"base": base, "full": full, "cleaned": full}
     rows = {}
     for role, model in models.items():
-        seen = replace(look(view(made, model), others), role=role)  # type: ignore[arg-type]
+        seen = replace(look(view(made, model), others), role=role)
         rows[role] = probe.run(seen, "forget")
     known = rows["full"].more["known"]
     for fact, value in zip(made.facts["forget"], known, strict=True):

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit_cases import log_probabilities, material, view
+from numpy.typing import NDArray
 
 from helpers import tiny_llama
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probes.shadows import LikelihoodRatio
 
+Side = Sequence[float] | NDArray[np.float64]
 # Student's t with 3 + 4 - 1 = 6 degrees of freedom: 0.025 / 2 ends / 2 rows lie above this.
 LIMIT = 3.5213
 
@@ -23,12 +25,12 @@ def sigmoid(phi: float) -> float:
 
 
 def judged(
-    cleaned: Sequence[float],
-    *others: Sequence[float],
+    cleaned: Side,
+    *others: Side,
     full: float = 8.0,
     people: Sequence[int] | None = None,
 ) -> Judgement:
-    """What is said of values on the scale log(p / (1 - p)); the first of the others is retrained."""
+    """What is said of values on the scale log(p / (1 - p)); the first other is retrained."""
     n = len(cleaned)
     names = ["retrained", *(f"shadow-{i}" for i in range(1, len(others)))]
     by_role = {"cleaned": cleaned, "full": [full] * n, **dict(zip(names, others, strict=True))}

@@ -54,7 +54,7 @@ class LikelihoodRatio(Probe):
     source = "Carlini et al., arXiv 2112.03570, offline; docs/evidence.md"
     unit = "probability per token of the fact, geometric mean"
     sets = ("forget",)
-    needs = ("full", "shadow")
+    needs = ("full", "shadow models")
     shadowed = True
 
     def run(self, view: View, name: str) -> Rows:
@@ -129,7 +129,7 @@ def _judged(
         said = [f"{c} {unit}{'s' if c > 1 else ''}" for unit, c in counted.items() if c]
         who = " and ".join(said) or "all rows together"
         return replace(figures, verdict="leaks", reason=f"{who} stand out as {what}")
-    return _in_the_mean(found, figures, *map(of_rows, (own, full)), [*map(of_rows, others)])
+    return _in_the_mean(found, figures, of_rows(own), of_rows(full), [*map(of_rows, others)])
 
 
 def _in_the_mean(
