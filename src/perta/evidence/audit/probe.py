@@ -44,7 +44,14 @@ Role = str
 SHADOW = "shadow-"
 """What the roles of models begin with that never saw the rows, beside the retrained one."""
 Need = Literal[
-    "base", "full", "retrained", "shadow models", "retain", "holdout", "wrong answers", "paraphrases"
+    "base",
+    "full",
+    "retrained",
+    "shadow models",
+    "retain",
+    "holdout",
+    "wrong answers",
+    "paraphrases",
 ]
 
 _Plain = TypeVar("_Plain")

@@ -71,7 +71,7 @@ def test_the_same_of_a_subject_and_of_all_rows_together() -> None:
     assert judged(one, *others, people=people).leaking_subjects == (2,)
     together = judged(rng.normal(-6, 0.2, 16), *others)
     assert (together.verdict, together.leaking_rows) == ("leaks", ())
-    assert together.reason == "all rows together stand out as conspicuously unlikely"
+    assert together.reason == "standing out as conspicuously unlikely: all rows taken together"
 
 
 def test_rows_as_usual_pass_and_a_few_do_not() -> None:

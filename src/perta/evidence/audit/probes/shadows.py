@@ -127,8 +127,8 @@ def _judged(
         what = " or ".join(end for end, there in ends.items() if there)
         counted = {"row": len(rows), "subject": len(subjects)}
         said = [f"{c} {unit}{'s' if c > 1 else ''}" for unit, c in counted.items() if c]
-        who = " and ".join(said) or "all rows together"
-        return replace(figures, verdict="leaks", reason=f"{who} stand out as {what}")
+        who = " and ".join(said) or "all rows taken together"
+        return replace(figures, verdict="leaks", reason=f"standing out as {what}: {who}")
     return _in_the_mean(found, figures, of_rows(own), of_rows(full), [*map(of_rows, others)])
 
 
