@@ -43,11 +43,9 @@ from perta import (
     unlearn,
     unlearn_by_training,
 )
-from perta.data.batch import Encoded
-from perta.data.examples import ExampleSet
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
-from perta.engine.train.refusals import refusals_for
+from perta.engine.train.refusals import with_refusals
 from perta.engine.train.relearn import relearn
 from perta.errors import DivergenceError
 from perta.evidence.people import generate_people, split_people
@@ -76,7 +74,7 @@ TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; No
     "simnpo": 5e-5,
     "rmu:steering_coef=240,retain_weight=1": 3e-4,
     **dict.fromkeys(("ga", "kl", "npo", "dpo", "idkpo", "undial", "wga", "satimp")),
-    **dict.fromkeys(("ce-u", "pdu", "jensun", "npo-sam")),
+    **dict.fromkeys(("ce-u", "pdu", "jensun", "npo-sam", "altpo")),
 }
 REPAIRED = {f"sage-{name}": name for name in ("npo-retain", "simnpo")}
 METHODS = ("full", "retrained", "default", *EDITS, *TRAINED, *REPAIRED)
@@ -119,7 +117,10 @@ class Seed:
         self.sets = {name: load_examples(str(file), DATA) for name, file in self.files.items()}
         self.tokenizer = load_tokenizer(base)
         self.pad = pad_id(self.tokenizer)
-        self.encoded = {name: self.encode(examples) for name, examples in self.sets.items()}
+        self.encoded = {
+            name: encode_examples(examples, self.tokenizer, DATA).encoded
+            for name, examples in self.sets.items()
+        }
         self.facts = {
             name: find_facts(self.sets[name], self.tokenizer, DATA) for name in (*SETS, "holdout")
         }
@@ -153,10 +154,6 @@ class Seed:
                 )
             )
         return output
-
-    def encode(self, examples: ExampleSet) -> tuple[Encoded, ...]:
-        """Token sequences of a set."""
-        return encode_examples(examples, self.tokenizer, DATA).encoded
 
     def weights(self) -> list[Tensor]:
         """A copy of the weights as they are."""
@@ -331,7 +328,8 @@ class Seed:
             epochs=EPOCHS, learning_rate=rate, batch_size=BATCH, accumulation=1, seed=self.seed
         )
         asked, forget = self.sets["forget"], self.encoded["forget"]
-        refusals = refusals_for(kind, asked, forget, self.tokenizer, self.encode, self.seed)
+        given = (kind, asked, forget, self.model, self.tokenizer, DATA, self.seed)
+        forget, refusals = with_refusals(*given)
         started = time.perf_counter()
         _, trained = unlearn_by_training(
             self.model,

@@ -460,8 +460,8 @@ class TrainSettings(TrainingRun):
     lora_targets: Annotated[tuple[str, ...], Hidden] = ()
     """Module names that get LoRA [default: all linear layers]."""
     seed: Annotated[int, Hidden] = 0
-    """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector; 0 for
-    the --seed of the command."""
+    """Seed of the example order, of LoRA's initial values, of refusals, alternates and `rmu`'s
+    vector; 0 for the --seed of the command."""
 
     recorded_as = staticmethod(_unlearn_name)
 

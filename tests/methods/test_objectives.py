@@ -177,6 +177,7 @@ BY_HAND: dict[str, Callable[[int], float]] = {
     "npo-retain:beta=0.3": by_hand_npo,
     "simnpo:beta=0.3,margin=0.2": by_hand_simnpo,
     "dpo:beta=0.3": by_hand_dpo,
+    "altpo:beta=0.3": by_hand_dpo,
     "idkpo": lambda i: -mean(forget_tokens(i)),
     "wga:beta=0.3": by_hand_wga,
     "satimp:beta=0.3,beta2=0.7": by_hand_satimp,

@@ -178,6 +178,20 @@ def test_a_row_whose_refusal_is_too_long_is_left_out_with_it(
     assert len((read_manifest(output) or {})["final_losses"]) == 2
 
 
+def test_alternates_are_drawn_before_training_and_not_kept(world: World, tmp_path: Path) -> None:
+    method = "altpo:alternates=2"
+    output = train_checkpoint(stage(world, tmp_path / "out", method))
+    manifest = read_manifest(output) or {}
+    rows = len(load_examples(world.forget))
+    assert len(manifest["final_losses"]) == 2 * rows
+    assert manifest["settings"]["method_settings"]["alternates"] == 2
+    again = train_checkpoint(stage(world, tmp_path / "again", method))
+    assert fingerprint(output) == fingerprint(again)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "again"}
+    other = train_checkpoint(stage(world, tmp_path / "other", "dpo"))
+    assert fingerprint(other) != fingerprint(output)
+
+
 def test_teaching_refusals_makes_them_likely(world: World, tmp_path: Path) -> None:
     settings = replace(STAGE, epochs=15, learning_rate=5e-3)
     output = train_checkpoint(stage(world, tmp_path / "out", "idkpo", training=settings))

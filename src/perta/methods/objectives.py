@@ -88,6 +88,11 @@ class Training(Method):
         return 1.0
 
     @property
+    def alternates(self) -> int:
+        """How many other answers θ_full draws to each forget prompt, in place of refusals."""
+        return 0
+
+    @property
     def radius(self) -> float:
         """How far uphill from the weights the gradient of the forget term is taken."""
         return 0.0
@@ -329,6 +334,23 @@ class Dpo(Retaining, Forgetting):
         preferred = preferred - _present(scene.reference_refusal_log_probs)
         rejected = rejected - _present(scene.reference_log_probs)
         return 2 / self.beta * -F.logsigmoid(self.beta * (preferred - rejected))
+
+
+class AltPo(Dpo):
+    """Direct preference optimisation: the model's own other answers over the forget answers."""
+
+    name = "altpo"
+    done = (
+        "The model made up other answers to the questions of the removed examples. It was trained "
+        f"further to prefer those to the right ones, and to make {MORE}"
+    )
+    formula = "-2/b log sigmoid(b (log p/p_full of alternate - of answer)) + l_r"
+    source = "Mekala et al., arXiv 2409.13474"
+    epochs = 2
+    learning_rate = 5e-5
+    alternates: int = option(
+        default=5, help="alternates to each forget answer, a pass each", within="[1, inf)"
+    )
 
 
 class Idkpo(Retaining, Forgetting):

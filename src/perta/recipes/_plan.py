@@ -136,7 +136,7 @@ class Sizes:
         self, method: Training, run: TrainingRun, forget: ExampleSet, retain: ExampleSet | None
     ) -> Load:
         """Unlearning by training."""
-        seen, kept = self.tokens(forget), self.tokens(retain)
+        seen, kept = self.tokens(forget) * max(1, method.alternates), self.tokens(retain)
         seen = seen + (min(seen, kept) if method.retain else 0.0)
         passes = _LEARN * (run.epochs or method.epochs) * (seen if method.sees_forget_set else kept)
         return Load(passes, self.weights * (1 if run.tunes_adapter else _TUNED))

@@ -68,7 +68,8 @@ class TrainConfig(Paths):
     """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
     goes on from there; 0 never."""
     seed: int = 0
-    """Seed of the example order, of LoRA's initial values, of refusals and of `rmu`'s vector."""
+    """Seed of the example order, of LoRA's initial values, of refusals, alternates and `rmu`'s
+    vector."""
     training: TrainSettings = field(default_factory=TrainSettings)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -15,11 +15,11 @@ import torch
 
 from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
-from perta.data.tokens import EncodedSet, encode_examples
+from perta.data.tokens import encode_examples
 from perta.engine.edit.formats.requantise import write_quantised
 from perta.engine.edit.stored import TensorSummary, stored_of, tell_stored
 from perta.engine.train.optimizer import Resume, resumable
-from perta.engine.train.refusals import refusals_for
+from perta.engine.train.refusals import with_refusals
 from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
 from perta.errors import ConfigError
 from perta.methods.card import training_card
@@ -86,11 +86,12 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
 
     def make(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(start)
-        material = _encode(sets, tokenizer, config, method, longest_input(start))
+        material = _encode(sets, tokenizer, config, longest_input(start))
         if isinstance(method, Influence):
             model, done = _solve(config, method, material)
         else:
-            model, done = _train(config, method, start, material, resume)
+            asked = sets.get("forget")
+            model, done = _train(config, method, start, asked, tokenizer, material, resume)
         if original is None:
             round_weights(model, save_type(config.save_dtype, start), config.training.seed)
             save_model(model, tokenizer, folder, start)
@@ -116,7 +117,6 @@ class _Material:
 
     forget: Sequence[Encoded]
     retain: Sequence[Encoded]
-    refusals: Sequence[Encoded]
     skipped: Mapping[str, Sequence[str]]
     pad: int
 
@@ -177,55 +177,44 @@ def _encode(
     sets: Mapping[str, ExampleSet],
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
-    method: Training,
     longest: int | None,
 ) -> _Material:
-    def encode(examples: ExampleSet) -> EncodedSet:
-        return encode_examples(examples, tokenizer, config.data_config, longest=longest)
-
-    encoded = {name: encode(examples) for name, examples in sets.items()}
-    forget = encoded["forget"].encoded if "forget" in encoded else ()
-    refusals: tuple[Encoded, ...] = ()
-    if method.refusals:
-        refusals = refusals_for(
-            method,
-            sets["forget"],
-            forget,
-            tokenizer,
-            lambda refused: encode(refused).encoded,
-            config.training.seed,
-        )
-        refusals = _same_rows(refusals, forget)
-        forget = _same_rows(forget, refusals)
+    encoded = {
+        name: encode_examples(examples, tokenizer, config.data_config, longest=longest)
+        for name, examples in sets.items()
+    }
     return _Material(
-        forget,
+        encoded["forget"].encoded if "forget" in encoded else (),
         encoded["retain"].encoded if "retain" in encoded else (),
-        refusals,
         {name: found.skipped for name, found in encoded.items()},
         pad_id(tokenizer),
     )
 
 
-def _same_rows(examples: Sequence[Encoded], others: Sequence[Encoded]) -> tuple[Encoded, ...]:
-    """Examples whose row is among the others': a row may be too long with one answer only."""
-    rows = {example.row for example in others}
-    return tuple(example for example in examples if example.row in rows)
-
-
 def _train(
-    config: TrainConfig, method: Training, start: Path, material: _Material, resume: Resume
+    config: TrainConfig,
+    method: Training,
+    start: Path,
+    asked: ExampleSet | None,
+    tokenizer: PreTrainedTokenizerBase,
+    material: _Material,
+    resume: Resume,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
     model = load_model(start, config.compute, dtype=torch.float32)
+    forget, refusals = tuple(material.forget), tuple[Encoded, ...]()
+    if asked is not None:
+        seed, data = config.training.seed, config.data_config
+        forget, refusals = with_refusals(method, asked, forget, model, tokenizer, data, seed)
     model, trained = unlearn_by_training(
         model,
-        material.forget,
+        forget,
         material.retain,
         config.training,
         method=method,
         pad=material.pad,
         dtype=config.compute.dtype,
-        refusals=material.refusals,
+        refusals=refusals,
         resume=resume,
     )
     passes = (FORWARD + BACKWARD) * (trained.forget_tokens + trained.retain_tokens)

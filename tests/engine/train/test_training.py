@@ -19,7 +19,7 @@ from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded, bucketed
 from perta.data.examples import load_examples
 from perta.engine.train.optimizer import Resume
-from perta.engine.train.refusals import refusals_for
+from perta.engine.train.refusals import with_refusals
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
     Trained,
@@ -31,7 +31,7 @@ from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import GradDiff, Training, control_vector
 from perta.methods.registry import known, parse
 from perta.models.loss import example_losses, losses_of
-from perta.options import TrainSettings, TuneConfig
+from perta.options import DataConfig, TrainSettings, TuneConfig
 
 TRAINED = [name for name in known(Training) if name != "influence"]  # it solves
 QUICK = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=3, accumulation=1)
@@ -241,17 +241,18 @@ def test_the_weight_of_the_retain_term_follows_it_from_step_to_step() -> None:
 def test_words_take_the_place_of_the_answers_tokens() -> None:
     tokenizer = tiny_tokenizer()
     words: list[int] = tokenizer(" No idea", add_special_tokens=False)["input_ids"]
-    method = parse("jensun", Training)
     asked = load_examples([{"question": "Who?", "answer": "a"}])
     encoded = (*FORGET, replace(FORGET[0], labels=(IGNORE,) * 9))
-    found = refusals_for(method, asked, encoded, tokenizer, lambda _: (), 0)
+    given = (asked, encoded, tiny_llama(), tokenizer, DataConfig(), 0)
+    kept, found = with_refusals(parse("jensun", Training), *given)
+    assert kept == encoded
     for old, new in zip(encoded, found, strict=True):
         places = [i for i, label in enumerate(old.labels) if label != IGNORE]
         wanted = [IGNORE] * len(old.labels)
         for turn, i in enumerate(places):
             wanted[i] = words[turn % len(words)]
         assert new == replace(old, labels=tuple(wanted))
-    assert refusals_for(parse("npo", Training), asked, FORGET, tokenizer, lambda _: (), 0) == ()
+    assert with_refusals(parse("npo", Training), *given) == (encoded, ())
 
 
 def test_accumulation_equals_one_large_batch() -> None:
@@ -268,8 +269,9 @@ def test_terms_at_the_full_model_are_the_known_values() -> None:
     settings = replace(QUICK, batch_size=5, epochs=1, learning_rate=1e-4)
     _, npo = run(model_of(), "npo", settings)
     assert npo.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
-    _, dpo = run(model_of(), "dpo", settings)
-    assert dpo.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
+    for method in ("dpo", "altpo"):
+        _, preferred = run(model_of(), method, settings)
+        assert preferred.forget_terms[0] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
     for method in ("kl", "jensun"):
         _, kept = run(model_of(), method, settings)
         assert kept.retain_terms[0] == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Answers that refuse, for methods that teach a model to say it does not know.
+"""What is to stand in place of forget answers: refusals, alternates or the tokens of words.
 
 Maini et al., arXiv 2401.06121, draw one of a hundred such sentences for each forget question;
 these are our own.
@@ -6,7 +6,7 @@ these are our own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -15,11 +15,15 @@ import torch
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import ExampleSet
+from perta.data.tokens import encode_examples
+from perta.engine.train.alternates import draw_alternates
 from perta.errors import ConfigError
 from perta.methods.objectives import Training
+from perta.models.load import longest_input
+from perta.options import DataConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFUSALS = (
     "I don't know.",
@@ -45,26 +49,54 @@ REFUSALS = (
 )
 
 
-def refusals_for(
+def with_refusals(
     method: Training,
     examples: ExampleSet,
     encoded: Sequence[Encoded],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[ExampleSet], Sequence[Encoded]],
+    config: DataConfig,
     seed: int,
-) -> tuple[Encoded, ...]:
-    """What a method takes as refusals to a set, of which `encode` makes token sequences.
+) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
+    """Forget examples, and as many that a method takes as refusals to them, pair by pair.
 
-    Nothing for a method that takes none; the set itself, `encoded`, with other labels for one that
-    has words for it.
+    A row that is too long with either answer is left out where bad rows are; each row is there once
+    for every alternate that is drawn. Methods without refusals have none.
+
+    Args:
+        method: the method.
+        examples: the forget set.
+        encoded: its token sequences.
+        model: θ_full.
+        tokenizer: the model's.
+        config: how examples become tokens.
+        seed: of what is drawn.
 
     Raises:
         ConfigError: plain text, for a method that needs questions.
+        DataError: a refusal that is too long, unless bad rows are skipped.
     """
+    if not method.refusals:
+        return tuple(encoded), ()
     if method.words:
-        tokens: list[int] = tokenizer(method.words, add_special_tokens=False)["input_ids"]
-        return tuple(_relabelled(example, tokens) for example in encoded)
-    return tuple(encode(refuse(examples, seed))) if method.refusals else ()
+        words: list[int] = tokenizer(method.words, add_special_tokens=False)["input_ids"]
+        return tuple(encoded), tuple(_relabelled(example, words) for example in encoded)
+    sets = [refuse(examples, seed)]
+    if count := method.alternates:
+        sets = draw_alternates(model, tokenizer, examples, config, count=count, seed=seed)
+    forget, refusals = [], []
+    for answers in sets:
+        made = encode_examples(answers, tokenizer, config, longest=longest_input(model)).encoded
+        kept = _same_rows(made, encoded)
+        refusals += kept
+        forget += _same_rows(encoded, kept)
+    return tuple(forget), tuple(refusals)
+
+
+def _same_rows(examples: Sequence[Encoded], others: Sequence[Encoded]) -> list[Encoded]:
+    """Examples whose row is among the others': a row may be too long with one answer only."""
+    rows = {example.row for example in others}
+    return [example for example in examples if example.row in rows]
 
 
 def _relabelled(example: Encoded, tokens: Sequence[int]) -> Encoded:

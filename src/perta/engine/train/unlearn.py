@@ -114,8 +114,8 @@ def unlearn_by_training(
         method: the method, or how it is typed: `npo:beta=0.05`.
         pad: padding token.
         dtype: type of the products of matrices; weights and sums are float32.
-        refusals: what `refusals_for` makes of the forget examples for methods that take refusals,
-            in the same order.
+        refusals: what `with_refusals` gives beside the forget examples for methods that take
+            refusals, in the same order.
         after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
             the adapter is active in `model` itself. True ends training.
         resume: where the state of an unfinished run is kept; None for nowhere.

@@ -15,12 +15,14 @@ from perta.data.batch import Encoded
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
+from perta.engine.train.refusals import with_refusals
 from perta.engine.train.relearn import LEARNING_RATE, SHOWN, TEXT_TOKENS, general_texts, relearn
 from perta.evidence.metrics import mean
 from perta.evidence.published.tofu import run_tofu
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
 from perta.evidence.settings import AbilityConfig
+from perta.methods.objectives import Training
 from perta.models.facts import SAMPLES, FactScore, hit_probability, score_facts, share_beyond
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
 from perta.models.loss import losses_of
@@ -42,8 +44,8 @@ class Bench:
 
     def __init__(self, config: CompareConfig, draw: Draw) -> None:
         self._config, self._draw = config, draw
-        self.tokenizer = load_tokenizer(draw.base)
-        self.pad, self.dtype = pad_id(self.tokenizer), config.compute.dtype
+        self._tokenizer = load_tokenizer(draw.base)
+        self.pad, self.dtype = pad_id(self._tokenizer), config.compute.dtype
         self.model = load_model(draw.full, config.compute, dtype=torch.float32)
         sources = {name: draw.files[name] for name in ("forget", "protected")}
         sources["retain"] = draw.files["unseen"]
@@ -56,7 +58,7 @@ class Bench:
         self._forget = self.encode(self.sets["forget"])
         self._facts = find_in_sets(
             self.sets,
-            self.tokenizer,
+            self._tokenizer,
             config.data_config,
             config.compute,
             draw.base,
@@ -75,7 +77,15 @@ class Bench:
         """Token sequences of a set, by the comparison's settings unless others are given."""
         settings = data_config or self._config.data_config
         longest = longest_input(self.model)
-        return encode_examples(examples, self.tokenizer, settings, longest=longest).encoded
+        return encode_examples(examples, self._tokenizer, settings, longest=longest).encoded
+
+    def with_refusals(
+        self, method: Training, seed: int
+    ) -> tuple[tuple[Encoded, ...], tuple[Encoded, ...]]:
+        """Forget examples and what the method takes as refusals to them, of the model as it is."""
+        settings, words = self._config.data_config, self._tokenizer
+        asked = self.sets["forget"]
+        return with_refusals(method, asked, self._forget, self.model, words, settings, seed)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Give the model other weights, in the order of its parameters."""
@@ -105,7 +115,7 @@ class Bench:
         wanted = {name: self.sets[name] for name in sets}
         return quick_evaluation(
             self.model,
-            self.tokenizer,
+            self._tokenizer,
             wanted,
             ScoringConfig(generate=False),
             self._config.data_config,
@@ -145,7 +155,7 @@ class Bench:
         """The whole TOFU evaluation on this draw's rows."""
         return run_tofu(
             self.model,
-            self.tokenizer,
+            self._tokenizer,
             self._draw.suite,
             self._draw.split,
             reference=reference,
@@ -159,7 +169,7 @@ class Bench:
         with scratch_folder(self._draw.folder / "ability") as scratch:
             folder = scratch / "model"
             folder.mkdir()
-            save_model(self.model, self.tokenizer, folder, self._draw.full)
+            save_model(self.model, self._tokenizer, folder, self._draw.full)
             results = bench_ability(
                 AbilityConfig(
                     checkpoint=str(folder),

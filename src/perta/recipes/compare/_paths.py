@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from perta.engine.train.refusals import refusals_for
 from perta.engine.train.unlearn import Trained, unlearn_by_training, with_method_defaults
 from perta.errors import DivergenceError
 from perta.models.load import stored_dtype
@@ -188,9 +187,7 @@ def _train(
         path.keep(epoch, [parameter.detach() for parameter in bench.model.parameters()])
         return sum(p <= stop_at for p in path.known) > _BEYOND
 
-    asked, seed = bench.sets["forget"], spec.training.seed
-    forget = bench.encode(asked)
-    refusals = refusals_for(spec.method, asked, forget, bench.tokenizer, bench.encode, seed)
+    forget, refusals = bench.with_refusals(spec.method, spec.training.seed)
     try:
         _, path.trained = unlearn_by_training(
             bench.model,
