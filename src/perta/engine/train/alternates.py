@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from perta.data.tokens import encode_prompt, text_ids, uses_chat_template
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig
 from perta.progress import track
+from perta.temporary import temporarily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,12 +94,10 @@ def _draw(
     )
     ids = torch.tensor([prompt], device=model.device)
     # The library fills gaps from the model's own settings, such as a smaller temperature.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+    put = partial(setattr, model, "generation_config")
+    with temporarily(put, GenerationConfig(), model.generation_config):
         output = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
-    finally:
-        model.generation_config = own
     texts = tokenizer.batch_decode(output[:, len(prompt) :], skip_special_tokens=True)
     return [_NEXT.split(text)[0].strip() for text in texts]
