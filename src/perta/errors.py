@@ -68,10 +68,7 @@ class EngineMismatchError(PertaError):
 
 
 def nearest(name: str, names: Iterable[str], *, listed: bool = True, where: str = "") -> str:
-    """Which of the names there are was meant, as sentences after a space to end a message with.
-
-    With `listed` all are named; `where` is put before the nearest, such as a folder.
-    """
+    """Sentences to end a message with: which name was meant and, if `listed`, all there are."""
     there = list(names)
     near = difflib.get_close_matches(name, there, n=1)
     hint = f" Did you mean `{where}{near[0]}`?" if near else ""

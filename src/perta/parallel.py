@@ -55,10 +55,7 @@ _LARGE = 1 << 16
 
 
 def lead(program: Callable[[], object]) -> None:
-    """Run a program: on process 0 of several, with the others at hand; by itself otherwise.
-
-    The others return when it is over. How many they are and meet, torchrun's environment says.
-    """
+    """Run a program: on process 0 of torchrun's several, with the others at hand, or by itself."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
         program()
         return

@@ -162,10 +162,7 @@ def running(work: Mapping[str, float]) -> AbstractContextManager[None]:
 
 @contextmanager
 def step(name: str, title: str) -> Iterator[None]:
-    """One step of a run: a line when it begins, and one every half minute whatever it does.
-
-    Nothing is said of a step that the run does not have.
-    """
+    """One step of a run, if it has it: a line when it begins, and one every half minute."""
     run = _run.get()
     if run is None or name not in run.work:
         yield

@@ -65,10 +65,7 @@ def seeded_sample(
 
 
 def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | None = None) -> Batch:
-    """Right-pad at least one example to the longest of them, with a token that is masked.
-
-    `index` has the examples' places in their list; 0 … B-1 by default.
-    """
+    """Right-pad examples, with places `index` in their list [default: 0 …], by a masked token."""
     length = max(len(example.input_ids) for example in examples)
     input_ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     labels = torch.full((len(examples), length), IGNORE, dtype=torch.int64)

@@ -322,12 +322,9 @@ _FORM = "Write a column and a value, such as 'person == \"Mira Thornwick\"'; sev
 def split_by(source: str, condition: str, split: str) -> tuple[Rows, Rows]:
     """The rows of a file or `datasets` id that have one of a condition's values, and the others.
 
-    Values are compared as text, so that a number in quotes finds a number. Neither set's name tells
-    the values, which may be what is to be forgotten.
-
-    Raises:
-        ConfigError: no such condition.
-        DataError: no such column or value, or one that all rows have.
+    Values are compared as text. Neither set's name tells them, for they may be what is to be
+    forgotten. ConfigError where there is no such condition, DataError where a column or value is
+    missing or all rows have it.
     """
     column, values = _condition(condition)
     rows = numbered_rows(source, split)

@@ -54,11 +54,8 @@ def encode_examples(
     """Tokenise a set, to at most as many tokens as config and model (`longest`) take.
 
     One sequence per example; of plain text one per window, those of one text equally long but for a
-    token.
-
-    Raises:
-        DataError: answers that are empty or cut off at the length limit (unless skipped).
-        EmptyDatasetError: nothing is left.
+    token. DataError where an answer is empty or cut off, unless it is skipped; EmptyDatasetError
+    where nothing is left.
     """
     config = config or DataConfig()
     limit = min(config.max_length, longest or config.max_length)

@@ -177,17 +177,11 @@ def sum_moments(
     batch_size: int = 8,
     seen: dict[str, Seen] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Sum up the moments of a plan, group by group of layers.
+    """Sum up the moments of a plan, group by group; `seen` is filled with what each rests on.
 
-    Neither `pad` nor `batch_size` changes the result. `seen` is filled with how much each moment
-    rests on, when all have been taken.
-
-    Raises:
-        DivergenceError: a sum is NaN or Inf.
-
-    Yields:
-        Name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
-        d / 2, as its factor (n, d); of an expert (number of its tokens, d).
+    Yields name and sum over tokens, (d, d) float32 on the CPU; an input moment of n tokens, at most
+    d / 2, as its factor (n, d); of an expert (number of its tokens, d). DivergenceError where one
+    is NaN or Inf.
     """
     yield from stream(_sum_moments, model, examples, plan, options, pad, batch_size, Own(seen))
 

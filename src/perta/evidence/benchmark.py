@@ -224,10 +224,7 @@ def run_with_journal(
     options: ScoringOptions,
     journal: Journal,
 ) -> dict[str, Outcome]:
-    """`run_in_modes` over named items, but those the journal holds; each loss has to be finite.
-
-    `what` stands on the progress bar, None is a part of another's.
-    """
+    """`run_in_modes` over named items but those the journal holds; without `what` without a bar."""
     names = [name for name in items if name not in journal.entries]
     with track(what, len(items)) if what else nullcontext(_unseen) as advance:
         advance(len(items) - len(names))

@@ -45,10 +45,7 @@ def excess(
     paired: bool,
     confidence: float = 0.95,
 ) -> Interval | None:
-    """Difference from the yardstick; no row can hold more than the best known one did.
-
-    None where no row has both values.
-    """
+    """Difference from the yardstick, at most the best known row's; None without shared rows."""
     highest = max(known.values(), default=1.0)
     if not paired:
         if not after or not reference:

@@ -35,10 +35,7 @@ def _table(key: str, value: str, rows: Mapping[str, object]) -> list[str]:
 
 
 def model_card(weighting: WeightingConfig, fingerprints: Mapping[str, str]) -> str:
-    """README of an edit, in Markdown; `fingerprints` are those of the inputs, by name.
-
-    `weighting` has the method's defaults filled in.
-    """
+    """README of an edit, in Markdown, with the inputs' fingerprints and its defaults filled in."""
     method = get_method(weighting.method)
     done = (
         "Part of this model's fine-tuning data was removed by one edit of its weights: "

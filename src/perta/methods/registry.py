@@ -159,11 +159,7 @@ def refuse_unused(weighting: WeightingConfig) -> None:
 
 
 def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingConfig:
-    """The settings at another strength α; what the method holds in proportion to it follows.
-
-    So an edit at any strength is the same direction, and a search needs to try α alone. Settings
-    count as given for the configured α, or for the method's own where that is `auto` or 0.
-    """
+    """The settings at another strength α, what the method holds in proportion to it included."""
     method = get_method(weighting.method)
     configured = weighting.scaling_coef
     if not isinstance(configured, float | int) or configured == 0:

@@ -291,10 +291,7 @@ def _in_answer(fact: str, example: Example, source: str) -> Span:
 
 
 def _first_said(fact: str, places: Sequence[Span], example: Example) -> Span | None:
-    """Where the answer says the fact: first, or last if the question has the same words.
-
-    Once said it can be copied. Places that are whole words come before parts of words.
-    """
+    """Where the answer says the fact first, whole words first, or last if the question says it."""
     answer = example.answer
     edges = {edge for segment in segments(answer) for edge in segment}
     places = [p for p in places if set(p) <= edges] or list(places)

@@ -81,10 +81,7 @@ def decoded(model: PreTrainedModel, batch: Batch, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exchanged(model: PreTrainedModel, batch: Batch, layer: int, states: Tensor) -> Tensor:
-    """Log-probability of each label where one layer, from 0, gives other states: (N,).
-
-    They are (N, D), in place of the layer's own; all other positions keep theirs.
-    """
+    """Log-probability of each label where a layer, from 0, gives (N, D) other states: (N,)."""
     rows, places = _predicting(batch)
 
     def put(own: Tensor) -> Tensor:

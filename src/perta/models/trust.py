@@ -53,10 +53,7 @@ _SECONDS = 2.0  # time for one pattern on all names of a model; it takes a thous
 
 
 def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
-    """Put the names that an adapter's patterns match in their place, in PEFT's configuration.
-
-    PEFT's own matching has no limit of time; CheckpointError where one takes too long.
-    """
+    """Put the names that an adapter's patterns match, soon enough, in their place in its config."""
     names = [name for name, _ in model.named_modules()]
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field, None)

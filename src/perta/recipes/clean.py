@@ -43,11 +43,7 @@ class Cleaned:
 
 
 def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
-    """Delete what a run left that knows the forget set (`perta clean`).
-
-    Of a run that did not come to its end, `run` is where its output would be. ConfigError where it
-    is no run, or is being written.
-    """
+    """Delete what a run, or one that broke off before `run`, left that knows the forget set."""
     output = run.absolute()
     record = read_manifest(output) or {} if output.is_dir() else {}
     work = _work(output, record)

@@ -131,10 +131,7 @@ class Collection:
 
 
 def collect(paths: Iterable[str]) -> Collection:
-    """Read results files and folders, each optionally as `label=path`, and join them.
-
-    DataError where a path is missing or holds nothing to report.
-    """
+    """Join results files and folders, each optionally as `label=path`, or stop with a DataError."""
     found = _Found()
     for text in paths:
         label, path = _split_label(text)

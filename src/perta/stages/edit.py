@@ -83,11 +83,9 @@ _ADAPTER_RANK = 64
 def edit_checkpoint(
     config: EditConfig, *, forget_rows: str | None = None, part_of: str | None = None
 ) -> Path:
-    """Edit a checkpoint, write the result and return its folder (`perta edit`).
+    """Edit a checkpoint, write the result and return its folder (`perta edit`); see `write_edit`.
 
-    `forget_rows` is the fingerprint of the forget set, where the caller knows it; `part_of` the key
-    of the run that this is the last step of. PertaError: see `write_edit`; nothing is left
-    half-written.
+    `forget_rows` is the fingerprint of the forget set, `part_of` the key of a run it ends.
     """
     refuse_unused(config.weighting)
     config = replace(config, weighting=with_defaults(config.weighting))

@@ -23,10 +23,7 @@ from perta.store.record import settings_of
 
 
 def evaluate_checkpoint(config: EvaluateConfig) -> Results:
-    """Evaluate a checkpoint and write the results (`perta evaluate`).
-
-    Returns what the file holds; see `quick_evaluation`, and `perta` for what made it.
-    """
+    """Evaluate a checkpoint and write the results, which are returned too (`perta evaluate`)."""
     folder = resolve_checkpoint(config.checkpoint)
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
     sets = {

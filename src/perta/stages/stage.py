@@ -153,10 +153,7 @@ def run_stage(
 
 
 def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
-    """What a model is known by among the inputs of its evaluation: `checkpoint` -> fingerprint.
-
-    For an adapter that this package wrote it is that of its record, and `merged` that of the model.
-    """
+    """`checkpoint` -> fingerprint; of an own adapter its record's, and `merged` the model's."""
     merged, own = fingerprint(folder), Path(reference).expanduser()
     if (own / ADAPTER_CONFIG).exists() and is_as_written(own):
         return {"checkpoint": content_of(own), "merged": merged}

@@ -57,11 +57,7 @@ if TYPE_CHECKING:
 
 
 def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path:
-    """Unlearn by training, write the result in the type of its start, return it (`perta train`).
-
-    `part_of` is the key of the run that this is the last step of. PertaError at input that cannot
-    be used, or training that diverges.
-    """
+    """Unlearn by training, write and return the result (`perta train`); the end of `part_of`."""
     method = parse(config.method, Training)
     config = replace(config, training=with_method_defaults(method, config.training, config.seed))
     start = _start(config, method)

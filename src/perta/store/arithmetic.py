@@ -88,10 +88,7 @@ def round_by(values: Tensor, dtype: torch.dtype, above: Tensor) -> Tensor:
 
 
 def rounded_by(values: Tensor, eps: float, smallest_normal: float, above: Tensor) -> Tensor:
-    """The same for any format, as float32: `eps` lies between 1 and the next of its numbers.
-
-    Below its smallest normal number it has steps of `eps` times as much.
-    """
+    """The same for any format, as float32: `eps` between 1 and the next, less below the normal."""
     # Adding to the bits of a float moves it away from zero, into the next binade where need be.
     dropped = 23 + round(math.log2(eps))
     extra = dropped - 16

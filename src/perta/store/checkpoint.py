@@ -434,10 +434,7 @@ def stream_tensors(
 ) -> None:
     """Write a safetensors checkpoint, each tensor made when its turn comes.
 
-    Args:
-        places: file name -> type and shape of each of its tensors.
-        value: gives a tensor by its name, in that type and shape, on any device.
-        metadata: free text for the headers [default: {"format": "pt"}].
+    `places` are file -> name -> type and shape, `value` gives a tensor in them, on any device.
     """
     for file_name, types in places.items():
         header = safetensors_header(types, metadata or {"format": "pt"})

@@ -96,11 +96,7 @@ class Plan:
 
 
 def costs_of(record: Record, records: Records, evaluation: Record | None = None) -> Costs:
-    """Everything that making an output took, models and moments included that were there before.
-
-    `records` are of its inputs, as far as they were found, for stages of which no whole run noted
-    anything, and `evaluation` of an evaluation of the output, where the run notes none.
-    """
+    """Everything that making an output took, by its record, its inputs' and its evaluation's."""
     noted: Mapping[str, float] = record.get("unlearn", {}).get("seconds", {})
     apart = [s for name, s in noted.items() if name.startswith(_EVALUATION)]
     return Costs(

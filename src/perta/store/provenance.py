@@ -53,11 +53,7 @@ def method_of(record: Record) -> str | None:
 
 
 def requests_of(records: Records, evaluations: Iterable[Record] = ()) -> list[Request]:
-    """Every unlearning among some records by fingerprint, one request for each output.
-
-    Where a run's own record does not name its sets, they are those on which its output was
-    evaluated, by the records of `evaluations`.
-    """
+    """Every unlearning among some records, by output; sets that it does not name by evaluations."""
     evaluated = list(evaluations)
     return [
         _request(content, record, records, evaluated)

@@ -143,11 +143,7 @@ def open_solver(
     """Open everything a direction is computed from, and check that it belongs together.
 
     `moments` were measured at one of `models`, base and full; `choose` picks layers by those of the
-    retain set.
-
-    Raises:
-        CheckpointMismatchError: moments of different or other models or of different tokens,
-            or a checkpoint without a layer that has moments.
+    retain set. CheckpointMismatchError where models, tokens or layers differ.
     """
     opened = {
         side: check_moments(folder, models, method.needs.gradients)

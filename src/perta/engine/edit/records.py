@@ -31,13 +31,9 @@ def check_records(
 ) -> None:
     """Stop at inputs that their own records show to be the wrong ones, or tell of doubtful ones.
 
-    Inputs are given by name, as folders and as hashes of their content; `forget_rows` is that of
-    the forget set, where it is known.
-
-    Raises:
-        CheckpointMismatchError: importance of another model than the base or the full checkpoint,
-            or for `ssd` of the base; a checkpoint that is not the base tuned on its set; or rows
-            that stand on the forget side and on the retain side.
+    Inputs are given by name, as folders and hashes of their content; `forget_rows` is the forget
+    set's, where it is known. CheckpointMismatchError at importance of another model, a checkpoint
+    that is not the base tuned on its set, or rows on both sides.
     """
     _check_models(method, folders, fingerprints)
     told = {*_measured_on("forget", folders), *_known([forget_rows])}

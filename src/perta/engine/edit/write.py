@@ -172,10 +172,7 @@ def _edited(step: Step, delta: Tensor, dtype: torch.dtype, place: Place) -> Tens
 def create_files(
     full: CheckpointIndex, folder: Path, save_dtype: SaveType, wide: Collection[str] = ()
 ) -> CheckpointIndex:
-    """Make the output's files in an empty folder: headers, and room for the tensors.
-
-    With the type `full` θ_full's header bytes and places are kept; `wide` tensors are in float32.
-    """
+    """Make the output's files in an empty folder: θ_full's headers, or new ones, and room."""
     is_same = not wide and save_type(save_dtype, full.folder) == stored_dtype(full.folder)
     for shard, names in full.shards.items():
         entries = [full.tensors[name] for name in names]

@@ -334,10 +334,7 @@ def _may_be_elementwise(module: nn.Module, parameters: Mapping[str, nn.Parameter
 def _elementwise_forward(
     module: nn.Module, parameters: Mapping[str, nn.Parameter], recorder: Recorder
 ) -> Callable[..., Any]:
-    """Run a module with its parameters repeated for each example, if that means the same.
-
-    Autograd's gradient of the copies is then the gradient per example, whatever the formula.
-    """
+    """Run a module with its parameters repeated for each example, if that means the same."""
     original = module.forward
     verdicts: list[bool] = []
 

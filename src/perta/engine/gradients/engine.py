@@ -83,10 +83,10 @@ def example_loop_moments(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Moments:
-    """Mean powers of per-example gradients, one example at a time through autograd, float32.
+    """Mean powers of per-example gradients, one example at a time through autograd; see the engine.
 
-    Arguments and errors as for `batched_moments`. A copy of the model is cast to `dtype`, in which
-    the powers are summed up too; the model's own, and float32 accumulators, by default.
+    A copy of the model is cast to `dtype`, in which powers are summed up too; by default its own,
+    and float32.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -107,9 +107,8 @@ def abs_of_mean(
 ) -> Moments:
     """Power of the magnitude of the mean gradient: |(1/N) sum_x d loss(x) / d theta|^p, float32.
 
-    Gradients of different examples cancel here before the power is taken. That makes it
-    cheaper than the mean of powers, and a different quantity. Arguments and errors as for
-    `batched_moments`.
+    Gradients of different examples cancel here, so it is cheaper than the mean of powers, and a
+    different quantity.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)

@@ -218,10 +218,7 @@ def _add_product_compiled(means: Means, product: Product) -> None:
 
 
 def _add_product_in_cache(means: Means, product: Product) -> None:
-    """Send blocks of the parameter's rows through all examples in turn, in one small buffer.
-
-    A block has a part for each thread, which raises and adds it in its own core's cache.
-    """
+    """Send blocks of rows, a part for each thread's cache, through all examples in turn."""
     mean = means.any
     width = mean.shape[1]
     part_count = torch.get_num_threads()

@@ -53,10 +53,7 @@ def grow_tree(
     start: int,
     parent: Segment | None = None,
 ) -> list[Segment]:
-    """Segments that begin `sequences`, one for each way to begin, with everything that follows.
-
-    Sequences are (answer, its tokens from position `start` on), none empty.
-    """
+    """Segments that begin some (answer, tokens from `start` on), with everything that follows."""
     segments = []
     for group in _groups(sequences):
         shared = common_length([tokens for _, tokens in group])

@@ -179,11 +179,7 @@ class _Run:
         self.root_length = 0
 
     def all(self) -> None:
-        """Score and generate everything in the order of the items, the longest of which come first.
-
-        More answers are begun until over a batch of them is growing: a step with few rows costs
-        nearly as much as one with many.
-        """
+        """Score and generate everything, longest items first; a batch and more grows at a time."""
         if not self.items:
             return
         self._share_root()

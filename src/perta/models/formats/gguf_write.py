@@ -211,10 +211,7 @@ class GgufPlan:
 
 
 def gguf_plan(output: OutputFormat, full: str, folder: Path, save: FileType) -> GgufPlan | None:
-    """The plan of a GGUF file, checked; None for another output.
-
-    `full` is what the user named as θ_full, and `folder` what `resolve_checkpoint` made of it.
-    """
+    """The plan of a GGUF file, checked; None for another output. `full` is as the user named it."""
     if output != "gguf":
         return None
     file = Path(full).expanduser()
@@ -237,10 +234,7 @@ def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: 
 
 
 def round_for(kind: Kind, values: Tensor, place: Place) -> Tensor:
-    """Float32 values on the grid of a type, rounded at random as `store.arithmetic` does it.
-
-    `kind` is F32, F16, BF16 or Q8_0, for which the last axis is a multiple of 32.
-    """
+    """Float32 values on the grid of F32, F16, BF16 or Q8_0 (32 a group), rounded at random."""
     if kind in _TYPES:
         return round_as_stored(values, _TYPES[kind], place).float()
     if kind == Kind.F32:

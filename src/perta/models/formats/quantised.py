@@ -323,10 +323,7 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 def requantise_mxfp4(
     blocks: Tensor, scales: Tensor, values: Tensor, place: Place
 ) -> tuple[Tensor, Tensor]:
-    """New numbers and exponents for new float32 values, (..., 2 · groups · size, out).
-
-    An exponent changes as a factor does in `requantise_fp8`.
-    """
+    """New numbers and exponents for values (..., 2 · groups · size, out); see `requantise_fp8`."""
     block = (1, 2 * blocks.shape[-1])
     new = values.transpose(-1, -2)
     old = dequantise_mxfp4(blocks, scales).float().transpose(-1, -2)

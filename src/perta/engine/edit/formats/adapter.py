@@ -39,15 +39,10 @@ class LowRank:
 def write_adapter(
     folder: Path, edited: Path, full: Path, reference: Path, *, named: str, rank: int
 ) -> LowRank:
-    """Write the adapter that makes θ_u of the reference, layer by layer.
+    """Write the adapter that makes θ_u, `edited` in float32, of a reference, layer by layer.
 
-    Args:
-        edited: θ_u in float32.
-        reference: what the adapter is put on, `named` in it: θ_full, or what θ_full itself adapts.
-        rank: highest rank of a layer's factors.
-
-    Raises:
-        CheckpointError: weights changed that no adapter can hold.
+    The reference, `named` in it, is θ_full or what θ_full itself adapts; `rank` is the highest of a
+    layer's factors. CheckpointError where weights changed that no adapter can hold.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -39,11 +39,8 @@ from perta.store.checkpoint import (
 def write_quantised(folder: Path, original: Path, edited: Path, seed: int) -> dict[str, Stored]:
     """Write edited or trained weights, in float32 or as stored, as `original` stores them.
 
-    Returns:
-        Plain name of every quantised tensor -> what the format left of its step.
-
-    Raises:
-        CheckpointMismatchError: `edited` lacks a weight.
+    Returns by plain name what the format left of each step; CheckpointMismatchError where a weight
+    is missing.
     """
     index, new = open_index(original), open_index(edited)
     quantised = quantised_tensors(index)
