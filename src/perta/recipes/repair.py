@@ -29,14 +29,7 @@ from perta.store.record import check_output
 
 
 def repair_checkpoint(config: RepairConfig) -> Path:
-    """Repair a checkpoint that was unlearned by any means (`perta repair`).
-
-    Returns:
-        The output folder: a complete checkpoint.
-
-    Raises:
-        PertaError: input that cannot be used; nothing is half-written.
-    """
+    """Repair a checkpoint unlearned by any means; returns the output folder (`perta repair`)."""
     weighting = WeightingConfig(method=f"sage:rho={config.rho!r}")
     method = get_method(weighting.method)  # its settings fit
     full, theirs = map(resolve_checkpoint, (config.full, config.unlearned))

@@ -51,12 +51,7 @@ class Entry:
 
 @contextmanager
 def locked(folder: Path, key: Path | None = None) -> Iterator[None]:
-    """Keep other processes from writing to a ledger, which will be signed with `key`.
-
-    Raises:
-        LedgerError: another process writes to it, or nobody can.
-        ConfigError: the key cannot be used; better now than after hours.
-    """
+    """Keep other processes from writing to a ledger, to be signed with `key`, a good one."""
     if key is not None:
         entry_key(key)
     with ExitStack() as stack:
@@ -78,11 +73,8 @@ def locked(folder: Path, key: Path | None = None) -> Iterator[None]:
 def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | None = None) -> Entry:
     """Write one more entry of plain values. Call it within `locked`.
 
-    `key` is a file with an Ed25519 private key, PEM without a password.
-
-    Raises:
-        LedgerError: the ledger that is there is not whole.
-        ConfigError: the key cannot be used.
+    `key` is a file with an Ed25519 private key, PEM without a password. LedgerError where the
+    ledger is not whole, ConfigError where the key cannot be used.
     """
     entries = read_ledger(folder) if (folder / LEDGER).exists() else []
     signer = None if key is None else entry_key(key)
@@ -105,12 +97,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """Every entry of a ledger, in order, its chain, its signatures and its head checked.
-
-    Raises:
-        LedgerError: a line was changed, moved, taken out or added by other hands, or the end is
-            missing; the message says which.
-    """
+    """Every entry in order; chain, signatures and head are checked, or it is a LedgerError."""
     file = folder / LEDGER
     try:
         text = file.read_text("utf-8")

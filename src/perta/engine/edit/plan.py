@@ -95,8 +95,7 @@ def plan_edit(
     and exclude patterns and the layers count.
 
     Raises:
-        CheckpointMismatchError: an input lacks a tensor, has one too many, or one of another
-            shape.
+        CheckpointMismatchError: an input lacks a tensor, has one too many or of another shape.
         CheckpointError: an input is quantised.
         ConfigError: a pattern matches nothing, or nothing is left to edit.
     """
@@ -149,10 +148,8 @@ def choose_layers(
 ) -> Layers:
     """Decide which layers a structured method edits, by its settings and the retain set's moments.
 
-    No moment, or a moment of no token, is no leave to subtract the task vector whole.
-
-    Raises:
-        ConfigError: nothing is left to edit.
+    No moment, or a moment of no token, is no leave to subtract the task vector whole. ConfigError
+    where nothing is left to edit.
     """
     of_mlps = _mlp(full) if weighting.layers == "mlp" else None
     names = {entry.name: name for name in moments.facts["inputs"] if (entry := full.find(name))}
@@ -237,11 +234,9 @@ def _no_layer(
 
 
 def _untrained(sources: Mapping[str, CheckpointIndex], selected: set[str], tied: bool) -> set[str]:
-    """What every importance folder lacks: the model computes with it but does not train it.
+    """What every importance folder lacks: a buffer that is stored, as a router's correction.
 
-    Importance holds every parameter, so what is missing on all sides is a buffer that checkpoints
-    store, such as a router's correction bias. What is missing on one side alone is an error, and
-    so is a weight: the importance is of another model then.
+    What is missing on one side alone is an error, and so is a weight.
     """
     indices = [sources[role] for role in IMPORTANCE_ROLES.values() if role in sources]
     missing = {
@@ -259,10 +254,7 @@ def _untrained(sources: Mapping[str, CheckpointIndex], selected: set[str], tied:
 
 
 def check_linear(targets: Iterable[Target]) -> None:
-    """Stop with a ConfigError at patterns that can leave a structured method nothing to edit.
-
-    Which weights are of linear layers the model knows; their shapes and names tell enough here.
-    """
+    """Stop with a ConfigError at patterns that, by shapes and names, leave no linear layer."""
     entries = [target.full for target in targets if target.sources]
     if not any(map(is_of_a_layer, entries)):
         raise _no_linear(entry.name for entry in entries)
@@ -277,12 +269,7 @@ def _no_linear(selected: Iterable[str]) -> ConfigError:
 
 
 def open_sources(method: Edit, inputs: EditInputs) -> dict[str, CheckpointIndex]:
-    """Open everything but θ_full that a method needs, by role.
-
-    Raises:
-        ConfigError: something that the method needs was not given.
-        CheckpointMismatchError: importance of different models or kinds.
-    """
+    """Open everything but θ_full that a method needs, by role; ConfigError if one is missing."""
     sources = _open_checkpoints(method, inputs)
     needs = method.needs
     if needs.moments:
@@ -381,13 +368,7 @@ def _check_sidecars(method: Edit, folders: Sequence[Path]) -> None:
 
 
 def share_of_examples(forget_importance: Path, retain_importance: Path) -> float:
-    """Share, in (0, 1), of the examples of both importance folders' sets that the forget set has.
-
-    Whole sets count, also where importance was measured on a sample of one.
-
-    Raises:
-        CorruptCheckpointError: a sidecar does not say how many there are.
-    """
+    """Share, in (0, 1), of the examples of both sets, whole ones, that the forget set has."""
     counts = []
     for folder in (forget_importance, retain_importance):
         count = read_sidecar(folder).get("examples_available")
@@ -451,21 +432,14 @@ def _key(name: str, tied: bool) -> str:
 
 
 def _find(index: CheckpointIndex, name: str, tied: bool) -> TensorEntry | None:
-    """An input's tensor by another's name; of tied weights whichever is stored, the first of two.
-
-    Names may differ by the prefix of the base model (`transformer.h.0...` and `h.0...`).
-    """
+    """An input's tensor by another's name; of tied weights the first that is stored."""
     if (key := _key(name, tied)) == name:
         return index.find(name)
     return next((entry for own, entry in index.tensors.items() if _key(own, tied) == key), None)
 
 
 def _is_tied(full: CheckpointIndex, checkpoints: Iterable[CheckpointIndex]) -> bool:
-    """Whether input embedding and output head are one parameter.
-
-    The configuration says so (by default, for the architectures that do not store the option),
-    and copies that are stored twice are equal: transformers unties them when they are not.
-    """
+    """Whether input embedding and output head are one parameter, by configuration and values."""
     config = read_config(full.folder)
     nested = config.get("text_config")
     text_config = nested if isinstance(nested, dict) else {}

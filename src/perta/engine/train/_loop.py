@@ -33,19 +33,11 @@ class _Objective(Protocol):
         ...
 
     def finish_step(self, size: int, epoch: int) -> bool:
-        """Whether the gradients that have gathered are worth a step.
-
-        Raises:
-            DivergenceError: the loss is not finite.
-        """
+        """Whether gathered gradients are worth a step; DivergenceError at a loss not finite."""
         ...
 
     def finish_epoch(self, epoch: int) -> bool:
-        """Whether an epoch, from 1, was the last one needed; the model is in evaluation mode.
-
-        Raises:
-            DivergenceError: the loss is far above where it began.
-        """
+        """Whether an epoch, from 1, was the last needed; DivergenceError if losses rose far."""
         ...
 
 
@@ -58,14 +50,7 @@ def train(
     pad: int,
     resume: Resume | None,
 ) -> None:
-    """Run every epoch, or as many as the objective needs.
-
-    The trainer is at its first step, and its model is changed in place. Examples are passed over
-    once an epoch, in a seeded order. `resume` is where the state of an unfinished run is kept.
-
-    Raises:
-        DivergenceError: the loss is not finite, or far above where it began.
-    """
+    """Run every epoch in a seeded order, or as many as the objective needs, from step one."""
     settings = trainer.settings
     done, epochs = 0, trainer.epochs
     saved = told(resume.load(trainer) if resume else None)
@@ -101,9 +86,8 @@ def add_gradient(
 ) -> Tensor:
     """Add the gradient of weight * (sum of a batch's terms), each by its example's weight.
 
-    `term` gives one number per example of a batch on the model's device; those at or below `above`
-    add nothing. Each process adds that of its share of the examples. The terms of all of them,
-    (B,), come back unweighted.
+    Terms at or below `above` add nothing. Each process adds that of its share of the examples; the
+    terms of all of them, (B,), come back unweighted.
     """
     device = trainer.model.device
     own = slice(place(), None, count())

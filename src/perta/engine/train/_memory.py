@@ -15,11 +15,7 @@ _USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20
 
 @contextmanager
 def memory_kept() -> Iterator[None]:
-    """Let the GNU C library keep what is freed, and give it to the system at the end.
-
-    Otherwise the gradients and copies of every step are new pages, each cleared by the system: a
-    tenth of the time of a step over few rows. Elsewhere nothing happens.
-    """
+    """Let the GNU C library keep what is freed to the end, which saves a tenth of a step."""
     if platform.libc_ver()[0] != "glibc":
         yield
         return

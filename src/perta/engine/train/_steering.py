@@ -30,10 +30,7 @@ def chosen_layer(model: Any, chosen: int) -> int:
 
 
 def train_only_down_projections(model: Any, layer: int) -> tuple[str, ...]:
-    """Leave only the MLP outputs of a layer and the two below it to training; their modules' names.
-
-    Every other parameter is frozen, in place.
-    """
+    """Freeze all but the MLP outputs of a layer and the two below it; their modules' names."""
     chosen = {
         id(module)
         for block in decoder_layers(model)[max(0, layer + 1 - _TRAINED_LAYERS) : layer + 1]

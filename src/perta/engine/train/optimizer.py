@@ -112,7 +112,6 @@ class Trainer:
     """A model in training: what an optimizer step needs, and all that it changes.
 
     Products of matrices are in the type `products`; weights and sums are float32.
-    The model has its adapter on, if it has one; only parameters that require gradients are trained.
     """
 
     model: Any
@@ -255,10 +254,7 @@ class Resume:
             torch.save({**state, **trainer.state()}, partial)
 
     def load(self, trainer: Trainer) -> tuple[int, dict[str, Any]] | None:
-        """Put the saved state into a trainer at its first step: epochs done and their history.
-
-        None where nothing was saved, or nothing usable.
-        """
+        """Put a saved state, if there is one, into a trainer: epochs done and their history."""
         if not self.file.exists():
             return None
         try:

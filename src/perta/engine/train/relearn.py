@@ -37,20 +37,10 @@ def relearn(
     dtype: DType = "auto",
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Show a model some rows again.
+    """Show a float32 model some rows again, for a few `steps`; it is left as it is then.
 
-    Args:
-        model: float32; left at the weights it has then.
-        shown: the rows.
-        pad: padding token.
-        steps: optimizer steps.
-        learning_rate: of AdamW.
-        seed: of the tuning.
-        dtype: type of the products of matrices; weights and sums are float32.
-        after_step: called with the number of steps taken, the model in evaluation mode.
-
-    Raises:
-        DivergenceError: the loss is not finite, or far above where it began.
+    `after_step` is called with the number of steps taken, the model in evaluation mode.
+    DivergenceError where the loss is not finite, or far above where it began.
     """
     settings = TuneConfig(
         epochs=steps,
@@ -65,8 +55,5 @@ def relearn(
 
 
 def general_texts() -> list[str]:
-    """English that comes with Python: its reference manual, a few pages from the start of topics.
-
-    It is the same for all models of a run; between versions of Python it differs a little.
-    """
+    """English that comes with Python: a few pages of its reference manual, by topics."""
     return [pydoc_data.topics.topics[name][: 4 * TEXT_TOKENS] for name in _TOPICS]

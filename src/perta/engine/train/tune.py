@@ -93,19 +93,8 @@ def tune_until_learned(
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a model; without a learning rate of the user's, at the first that learns the set.
 
-    Args:
-        load: gives the model as it was before tuning; called once for each rate tried.
-        examples: the training set.
-        config: settings.
-        pad: padding token.
-        dtype: type of the products of matrices; weights and sums are float32.
-        resume: where the state of an unfinished run at the first rate is kept; None for nowhere.
-
-    Returns:
-        The tuned model and what happened; the tokens are those of all tries.
-
-    Raises:
-        DivergenceError: the loss is not finite, or far above where it began.
+    `load` gives the model as it was before, for each rate tried; `resume` keeps the state of a run
+    at the first. The tokens of the outcome are those of all tries. Errors as of `tune`.
     """
     if not config.finds_rate:
         return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume)
@@ -189,10 +178,7 @@ def _tune(
 
 @dataclass
 class _Learning:
-    """The loss of every example's answer; with facts, each is learned to the same depth.
-
-    Losses of an epoch are taken before each row's own step.
-    """
+    """The loss of every example's answer; with facts, each is learned to the same depth."""
 
     trainer: Trainer
     settings: TuneConfig

@@ -90,22 +90,14 @@ _SHOWN_ROWS = 20
 
 @dataclass(frozen=True)
 class Unseen:
-    """Surprises of facts that a model truly has not seen; equations at the top of this module.
-
-    Attributes:
-        surprises: m of them, ascending, nats.
-        least: of each of the n forget rows the surprise from which it looks unseen.
-        quartile: lower quartile of the surprises.
-        most: surprise above which a row is over-forgotten; None where there are too few to tell.
-        facts: of the forget rows, in the same order.
-    """
+    """Surprises of facts that a model truly has not seen; equations at the top of this module."""
 
     calibrated_on: Calibration
-    surprises: tuple[float, ...]
-    least: tuple[float, ...]
-    quartile: float
-    most: float | None
-    facts: tuple[Fact, ...] = field(repr=False)
+    surprises: tuple[float, ...]  # m of them, ascending, nats
+    least: tuple[float, ...]  # of each of the n forget rows the surprise from which it looks unseen
+    quartile: float  # the lower one of the surprises
+    most: float | None  # surprise above which a row is over-forgotten; None where too few tell
+    facts: tuple[Fact, ...] = field(repr=False)  # of the forget rows, in the same order
     tokens: int = 0
 
     def stands_out(self, place: int, surprise: float) -> bool:
@@ -130,19 +122,13 @@ class Unseen:
 
 @dataclass(frozen=True)
 class Point:
-    """One strength that was tried; what was not looked at is None.
-
-    Attributes:
-        rows: forget rows that were looked at; the rest was not needed.
-        mean_surprise: of the rows looked at, nats.
-        retain_loss: mean loss of the retained rows, nats per token.
-    """
+    """One strength that was tried; what was not looked at is None."""
 
     scaling_coef: float
-    rows: int
+    rows: int  # forget rows that were looked at; the rest was not needed
     standing_out: int
-    mean_surprise: float | None
-    retain_loss: float | None
+    mean_surprise: float | None  # of the rows looked at, nats
+    retain_loss: float | None  # mean over the retained rows, nats per token
 
 
 @dataclass(frozen=True)
@@ -201,9 +187,7 @@ def calibrate(
     """Measure what unseen means, and that the full model is not there already.
 
     Weights are float32 whatever `compute` says; `sets` has `forget`, and `holdout` if there is one.
-
-    Raises:
-        ConfigError: no row of the forget set stands out, or the held-out set looks learned.
+    ConfigError where no row stands out, or the held-out set looks learned.
     """
     tokenizer, longest = load_tokenizer(full), longest_input(full)
     pad, names = pad_id(tokenizer), [name for name in ("forget", "holdout") if name in sets]
@@ -238,8 +222,8 @@ def _refuse_learned(
 ) -> None:
     """Stop at held-out rows that the model has learned: they would choose next to no edit.
 
-    A fact counts as learned where its surprise is, in proportion, nearer to what the median of the
-    forget set has under the full model than to its own under the base model.
+    A fact's surprise is then, in proportion, nearer to the forget set's median under the full model
+    than to its own under the base model.
     """
     known = max(sorted(forget)[len(forget) // 2], _ROUNDING)
     pairs = zip(found, under_base, strict=True)
@@ -256,11 +240,7 @@ def _refuse_learned(
 def judge_by(
     surprises: Sequence[float], facts: Sequence[Fact], kind: Calibration, tokens: int = 0
 ) -> Unseen:
-    """The bounds that follow from m surprises of the unseen; equations at the top of this module.
-
-    The surprises are in the order of `facts`, those of the n forget rows, where they are of the
-    same rows.
-    """
+    """The bounds that follow from m surprises of the unseen, of `facts` in order or of others."""
     ranked = sorted(surprises)
     quartile = ranked[max(1, (len(ranked) + 1) // 4) - 1]
     place = edge_of(len(facts), len(ranked))
@@ -322,13 +302,10 @@ def choose_strength(
     data_config: DataConfig,
     compute: ComputeConfig,
 ) -> Strength:
-    """Search for the strength of an edit, and say what was found.
+    """Search for the strength of an edit, and say what was found; ConfigError if none is above 0.
 
     The edit's checkpoints are local folders, and its own strength is not used; `unseen` is of the
     same forget set. Weights are float32 whatever `compute` says.
-
-    Raises:
-        ConfigError: the retain budget leaves no strength above 0.
     """
     full = resolve_checkpoint(edit.full, base=edit.base)
     tokenizer, longest = load_tokenizer(full), longest_input(full)

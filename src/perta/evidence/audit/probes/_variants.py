@@ -24,15 +24,10 @@ _ORDER = ("leaks", "not sure", "passed")
 
 
 class Variants(Probe):
-    """A probe with several ways to ask.
+    """A probe with several ways to ask."""
 
-    Attributes:
-        way: what a way is called, such as `frame`.
-        guessable_ways: ways whose scores are guessable, see `Probe`.
-    """
-
-    way: str
-    guessable_ways: Container[str] = ()
+    way: str  # what a way is called, such as `frame`
+    guessable_ways: Container[str] = ()  # ways whose scores are guessable, see `Probe`
 
     @abstractmethod
     def ways(self, view: View, name: str) -> Ways:

@@ -89,18 +89,10 @@ def draw_answers(
     uniforms: Tensor,
     temperature: float,
 ) -> list[list[int]]:
-    """Answers drawn token by token from softmax(logits / temperature).
+    """Answers drawn token by token from softmax(logits / temperature), with their end token.
 
-    Args:
-        model: in evaluation mode.
-        prompt: tokens to answer.
-        options: which tokens end an answer.
-        uniforms: (n, T) numbers in [0, 1): answer i takes its token t at the quantile [i, t], so
-            the outcome does not depend on how many are drawn at once.
-        temperature: above 0.
-
-    Returns:
-        n answers of at most T tokens, with their end token.
+    Answer i takes its token t at the quantile `uniforms`[i, t] in [0, 1), (n, T), so the outcome
+    does not depend on how many are drawn at once.
     """
     answers: list[list[int]] = [[] for _ in uniforms]
     alive = list(range(len(answers)))
@@ -119,11 +111,7 @@ def draw_answers(
 
 
 class _Growing:
-    """Answers to one prompt that grow by a token each, behind keys and values kept where that goes.
-
-    Attributes:
-        logits: of the next token of each, (n, V).
-    """
+    """Answers to one prompt that grow by a token each; `logits` are of the next ones, (n, V)."""
 
     def __init__(
         self, model: PreTrainedModel, prompt: Sequence[int], masking: Masking, count: int
@@ -295,16 +283,9 @@ def foreign_facts(
     material: Material,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rows:
-    """Answers that say a fact which one other person alone has, of all rows that are looked at.
+    """1 or 0 a row: whether the answer says a fact that one person of another row alone has.
 
-    Args:
-        texts: answers to the questions of a set, in its order.
-        name: of the set.
-        material: the rows.
-        tokenizer: tells the facts' words.
-
-    Returns:
-        1 or 0 a row; `told` has row, and set and row of whose fact its answer says.
+    `texts` are answers of the set `name` in its order; `told` has row, and set and row of the fact.
     """
     owned = _owned_facts(material, tokenizer)
     scores: list[float | None] = []

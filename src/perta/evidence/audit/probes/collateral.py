@@ -184,8 +184,7 @@ def refuses(answer: str) -> bool:
 def nearest(view: View, name: str, count: int) -> list[int]:
     """Places of the rows of a set that are nearest to any forgotten row, `count` to each.
 
-    The distance is the cosine between means, over the question's tokens, of the states behind the
-    last layer.
+    Nearest by the cosine of means over the question's tokens of the states behind the last layer.
     """
     mine, theirs = (_embedded(view, n) for n in ("forget", name))
     likeness = mine @ theirs.T
@@ -252,13 +251,7 @@ def judge_kept(found: Found) -> Judgement:
 
 
 def judge_rise(found: Found, most: float, *, bounded: bool) -> Judgement:
-    """Whether a measure of retained rows has risen: harmed above `most`, where that is sure.
-
-    Args:
-        found: scores of all models.
-        most: largest rise over the full model's mean that is none.
-        bounded: scores lie in [0, 1].
-    """
+    """Whether a measure of retained rows rose, for sure, by more than `most` over full's."""
     after, before = found.values("cleaned", "retain"), found.values("full", "retain")
     shared = [i for i in after if i in before]
     if not shared:

@@ -42,25 +42,15 @@ _GAP = "_____"
 
 @dataclass(frozen=True)
 class _Row:
-    """One row, and what a frame may use of it.
+    """One row, and what a frame may use of it."""
 
-    Attributes:
-        example: the row.
-        fact: text of its fact.
-        start: where the fact begins in the answer.
-        subject: name of whom it is about; empty where nothing says so.
-        others: rows about others, to be shown before it.
-        config: how rows become tokens.
-        has_template: whether the row is asked in a chat template.
-    """
-
-    example: Example
-    fact: str
-    start: int
-    subject: str
-    others: Sequence[Example]
-    config: DataConfig
-    has_template: bool
+    example: Example  # the row
+    fact: str  # its text
+    start: int  # where the fact begins in the answer
+    subject: str  # name of whom it is about; empty where nothing says so
+    others: Sequence[Example]  # rows about others, to be shown before it
+    config: DataConfig  # how rows become tokens
+    has_template: bool  # whether the row is asked in a chat template
 
     @property
     def before(self) -> str:

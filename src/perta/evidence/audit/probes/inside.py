@@ -99,10 +99,7 @@ class Depth(Probe):
         return Rows([None if d is None else 1.0 - d for d in depths], more)
 
     def judge(self, found: Found) -> Judgement:
-        """By the rows whose facts the full model knows: its states carry nothing of others.
-
-        The model that the scores are made with has 0 of itself, and is no yardstick.
-        """
+        """By the rows whose facts the full model knows; that model has 0 of itself."""
         noted = {role: by_set.get("forget", {}) for role, by_set in found.more.items()}
         known = noted.get("full", {}).get("known", ())
         if known and max(known) <= SMALLEST_GAP:

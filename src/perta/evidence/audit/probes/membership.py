@@ -40,17 +40,13 @@ _SIDES: tuple[tuple[str, Callable[[Array], Array]], ...] = (
 
 
 class Attack(Probe):
-    """A membership attack.
-
-    Attributes:
-        of: the field of an answer's `Score` that it looks at, higher for text never seen.
-    """
+    """A membership attack."""
 
     group = "membership"
     unit = "AUC against unseen rows; 0.5 cannot tell, 1 known, 0 conspicuously unlikely"
     compared = ("forget", "holdout")
     needs: tuple[Need, ...] = ("holdout",)
-    of: str
+    of: str  # the field of an answer's `Score` that it looks at, higher for text never seen
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows, higher for text never seen."""

@@ -15,17 +15,12 @@ _COMMON = "open-unlearning, commit d3d7cf9 (arXiv 2506.12618)"
 
 
 class Reading(Probe):
-    """A probe that reads one measure of the quick evaluation.
-
-    Attributes:
-        measure: name of the measure in the results, without that of the set.
-        key: what it reads of each row.
-    """
+    """A probe that reads one measure of the quick evaluation."""
 
     group = "verbatim"
     level = "quick"
-    measure: str
-    key: str = "score"
+    measure: str  # its name in the results, without that of the set
+    key: str = "score"  # what is read of each row
 
     def score(self, value: float) -> float:
         """The score, of what stands in the results."""
