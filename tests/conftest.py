@@ -17,6 +17,7 @@ from perta.engine.train.unlearn import unlearn_by_training
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
 from perta.options import ComputeConfig, DataConfig, TrainSettings, TuneConfig
+from perta.recipes.settings import UnlearnConfig
 from perta.stages.bench import write_people
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig, PeopleConfig
@@ -38,12 +39,21 @@ class World:
     forget: Path
     retain: Path
 
+    def request(self, output: Path, **settings: Any) -> UnlearnConfig:
+        """A request to unlearn; the tuning is that of the world."""
+        given = {"tune": TUNE, **{name: str(place) for name, place in vars(self).items()}}
+        return UnlearnConfig(output=output, **{**given, **settings})
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Four people, one of them to be forgotten."""
-    root = tmp_path_factory.mktemp("world")
-    write_people(PeopleConfig(output=root / "data", people=4, questions=2, forget_people=1))
+    return make_world(tmp_path_factory.mktemp("world"), people=4, forget_people=1)
+
+
+def make_world(root: Path, **people: int) -> World:
+    """A world of so many people, two questions each."""
+    write_people(PeopleConfig(output=root / "data", questions=2, **people))
     rows = load_examples(root / "data" / "full.jsonl")
     texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
     base = root / "base"

@@ -19,16 +19,9 @@ from perta.store.record import read_manifest
 
 
 def config(world: World, output: Path, method: str = "perta-project", **more: Any) -> UnlearnConfig:
-    settings: dict[str, Any] = {"tune": TUNE, "scoring": ScoringConfig(generate=False), **more}
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
-        weighting=WeightingConfig(method=method, **settings.pop("weighting", {})),
-        **settings,
-    )
+    weighting = WeightingConfig(method=method, **more.pop("weighting", {}))
+    settings = {"scoring": ScoringConfig(generate=False), **more}
+    return world.request(output, weighting=weighting, **settings)
 
 
 def tree(folder: Path) -> dict[str, int]:

@@ -34,18 +34,9 @@ from perta.store.record import read_manifest
 def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
     settings: dict[str, Any] = {
         "weighting": WeightingConfig(method="perta-grad", scaling_coef=1.5),
-        "tune": TUNE,
         "scoring": ScoringConfig(max_new_tokens=12),
-        **more,
     }
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
-        **settings,
-    )
+    return world.request(output, **{**settings, **more})
 
 
 @pytest.fixture(scope="module")

@@ -39,16 +39,8 @@ from perta.store.record import read_manifest
 def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
     names = ("scaling_coef", "retain_coef", "keep", "selection")
     weighting = {name: more.pop(name) for name in names if name in more}
-    settings: dict[str, Any] = {"tune": TUNE, "evaluate": False, **more}
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
-        weighting=chosen(method=method, **weighting),
-        **settings,
-    )
+    settings = {"evaluate": False, **more}
+    return world.request(output, weighting=chosen(method=method, **weighting), **settings)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

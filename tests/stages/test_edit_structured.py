@@ -454,20 +454,8 @@ def test_a_base_without_the_models_prefix(
 
 
 def whole(world: World, output: Path, **more: Any) -> UnlearnConfig:
-    settings: dict[str, Any] = {
-        "weighting": chosen(method="perta-input"),
-        "tune": TUNE,
-        "evaluate": False,
-        **more,
-    }
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
-        **settings,
-    )
+    settings = {"weighting": chosen(method="perta-input"), "evaluate": False, **more}
+    return world.request(output, **settings)
 
 
 def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path: Path) -> None:

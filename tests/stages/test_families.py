@@ -51,6 +51,32 @@ SIZES: Settings = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+ROUTED: Settings = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+}
+DEEPSEEK: Settings = {
+    **ROUTED,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": None,
+    "num_key_value_heads": 4,
+}
+MAMBA: Settings = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+EXPERTS: Settings = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_experts": 4}
 FAMILIES: dict[str, tuple[str, Settings]] = {
     "Llama": ("llama", {}),
     "Mistral": ("mistral", {}),
@@ -60,24 +86,17 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
     "Qwen2-MoE": (
         "qwen2_moe",
         {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
+            **EXPERTS,
             "shared_expert_intermediate_size": 24,
             "decoder_sparse_step": 1,
         },
     ),
     "Qwen3": ("qwen3", {}),
-    "Qwen3-MoE": (
-        "qwen3_moe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    ),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS),
     "Qwen3-Next": (
         "qwen3_next",
         {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
+            **EXPERTS,
             "shared_expert_intermediate_size": 24,
             "linear_num_value_heads": 4,
             "linear_num_key_heads": 2,
@@ -98,44 +117,8 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
             "num_global_key_value_heads": 2,
         },
     ),
-    "DeepSeek-V2": (
-        "deepseek_v2",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": None,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "DeepSeek-V3": (
-        "deepseek_v3",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": None,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "DeepSeek-V2": ("deepseek_v2", DEEPSEEK),
+    "DeepSeek-V3": ("deepseek_v3", DEEPSEEK),
     "Llama 4 (text)": (
         "llama4_text",
         {
@@ -153,18 +136,7 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
     "OLMo 3": ("olmo3", {}),
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4": ("glm4", {}),
-    "GLM-4.5": (
-        "glm4_moe",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "n_shared_experts": 1,
-        },
-    ),
+    "GLM-4.5": ("glm4_moe", ROUTED),
     "Granite": ("granite", {}),
     "GraniteMoE": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Granite 4 (hybrid)": (
@@ -174,10 +146,7 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 24,
             "layer_types": ["mamba", "attention"],
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
+            **MAMBA,
             "mamba_chunk_size": 16,
         },
     ),
@@ -218,20 +187,14 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
         "falcon_h1",
         {
             "mamba_d_ssm": 64,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
+            **MAMBA,
             "mamba_chunk_size": 16,
         },
     ),
     "Bamba": (
         "bamba",
         {
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
+            **MAMBA,
             "mamba_chunk_size": 16,
             "attn_layer_indices": [1],
         },

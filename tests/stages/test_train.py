@@ -257,12 +257,9 @@ def test_a_killed_fine_tune_goes_on_when_asked_to(world: World, tmp_path: Path) 
 
 
 def pipeline(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
+    return world.request(
+        output,
+        tune=TuneConfig(),
         weighting=WeightingConfig(method=method, **more),
         training=replace(STAGE, epochs=15),
         scoring=ScoringConfig(generate=False),

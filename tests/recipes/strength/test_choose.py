@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TUNE, World
+from conftest import World
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
@@ -153,19 +153,10 @@ def test_a_row_that_comes_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
     settings: dict[str, Any] = {
         "weighting": WeightingConfig(method=method, scaling_coef="auto"),
-        "tune": TUNE,
         "evaluate": False,
         "retain_budget": 5.0,
-        **more,
     }
-    return UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=output,
-        **settings,
-    )
+    return world.request(output, **{**settings, **more})
 
 
 def loss_of(model: Any, encoded: Encoded) -> tuple[float, int]:

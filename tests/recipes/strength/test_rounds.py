@@ -11,19 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TUNE
+from conftest import TUNE, make_world
 from perta.data.examples import load_examples
 from perta.errors import ConfigError
-from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer, pad_id
-from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.options import ComputeConfig, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.recipes.unlearn import Unlearned, unlearn
-from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint
-from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import EditConfig, FinetuneConfig, PeopleConfig
+from perta.stages.settings import EditConfig
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
@@ -35,22 +32,8 @@ PROJECT = WeightingConfig(method="perta-project", scaling_coef="auto")
 def request_of_rounds(tmp_path_factory: pytest.TempPathFactory) -> UnlearnConfig:
     """Six people, three of them to be forgotten."""
     root = tmp_path_factory.mktemp("rounds")
-    write_people(PeopleConfig(output=root / "data", people=6, questions=2, forget_people=3))
-    rows = load_examples(root / "data" / "full.jsonl")
-    texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
-    base = root / "base"
-    base.mkdir()
-    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt])
-    data = str(root / "data" / "full.jsonl")
-    full = finetune_checkpoint(
-        FinetuneConfig(base=str(base), data=data, output=root / "full", tune=TUNE)
-    )
-    return UnlearnConfig(
-        base=str(base),
-        full=str(full),
-        forget=str(root / "data" / "forget.jsonl"),
-        retain=str(root / "data" / "retain.jsonl"),
-        output=root / "clean",
+    return make_world(root, people=6, forget_people=3).request(
+        root / "clean",
         weighting=PROJECT,
         tune=replace(TUNE, epochs=60),
         retain_budget=5.0,
