@@ -1,14 +1,7 @@
 """What a benchmark is, and what benchmarks share: journal, data files, reference logs.
 
 A benchmark is one subclass of `Benchmark` in one file. `perta bench FILE.py` runs one of a user's
-own:
-
-    class Loss(Benchmark[LossConfig]):
-        name, summary, config = "loss", "Loss on the rows of a file.", LossConfig
-
-        def run(self, model, tokenizer, config, given):
-            ...
-            return {"rows_loss": table(rows, "score")}
+own: docs/evidence.md has one.
 """
 
 from __future__ import annotations

@@ -263,15 +263,11 @@ def _examples(value: float, results: Mapping[str, Any], name: str) -> dict[str, 
     """Per-example values in the form (of truth ratios) whose mean is the file's aggregate."""
     for field in ("prob", "rougeL_recall", "rougeL_f1", "score", "rouge1_recall"):
         column = numbers_of(results, name, field)
-        for form in (_same, metrics.symmetric, metrics.margin) if column else ():
+        for form in (float, metrics.symmetric, metrics.margin) if column else ():
             examples = {i: form(number) for i, number in column.items()}
             if abs(math.fsum(examples.values()) / len(examples) - value) <= _AGREEMENT:
                 return examples
     return {}
-
-
-def _same(t: float) -> float:
-    return t
 
 
 def _attack_interval(value: float, entry: Mapping[str, Any]) -> Interval | None:

@@ -166,7 +166,8 @@ def _summary(
     }
     rows = [
         rouge_row(
-            decode(tokenizer, _answer_tokens(item)),
+            # Behind the prompt: earlier turns of a chat are no reference.
+            decode(tokenizer, item.answers[0].input_ids[len(item.prompt) :]),
             decode(tokenizer, outcome.generated),
             decode(tokenizer, item.prompt),
             any_script=True,
@@ -228,11 +229,6 @@ def _subject_summary(
 
 def _numbered(key: str, numbers: Sequence[int]) -> Results:
     return {**table([{key: number} for number in numbers], key), "agg_value": len(set(numbers))}
-
-
-def _answer_tokens(item: Item) -> tuple[int, ...]:
-    """Tokens of the reference behind the prompt (earlier turns of a chat are no reference)."""
-    return item.answers[0].input_ids[len(item.prompt or ()) :]
 
 
 def scoring_options(

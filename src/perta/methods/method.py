@@ -2,19 +2,7 @@
 
 A subclass with a `name` is known by it at once. It needs no decorator: its annotated fields,
 each made with `option`, are its settings, and its docstring is its summary.
-
-    class Root(Weighting):
-        "The square root of the share of the gradient magnitude."
-
-        name = "root"
-        formula = "W = sqrt(I_f / (I_f + rho I_r))"
-        source = "this file"
-        done = "Every edited weight was moved back by the root of its share."
-        needs = Needs(importance=("forget", "retain"))
-        rho: float = option(default=1.0, help="weight of the retain importance", within="[0, inf)")
-
-        def weigh(self, block: Block) -> Tensor:
-            return share(block.forget, block.retain, self.rho).sqrt()
+See docs/tutorials/own-method.md for one.
 """
 
 from __future__ import annotations
@@ -142,7 +130,11 @@ class Method:
                 )
         if "name" in vars(cls):
             missing = [part for part in _SAID if not hasattr(cls, part)]
-            missing += [part for part in dir(cls) if _is_left_out(getattr(cls, part, None))]
+            missing += [
+                part
+                for part in dir(cls)
+                if getattr(getattr(cls, part, None), "__isabstractmethod__", False)
+            ]
             if missing:
                 raise ConfigError(
                     f"The method `{cls.name}` lacks {', '.join(missing)}: write it into the class."
@@ -318,10 +310,6 @@ def _lies(value: float, within: str) -> bool:
     low, high = map(float, within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
     return above and (value <= high if within[-1] == "]" else value < high)
-
-
-def _is_left_out(part: object) -> bool:
-    return bool(getattr(part, "__isabstractmethod__", False))
 
 
 def is_ours(cls: type[Any]) -> bool:

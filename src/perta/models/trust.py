@@ -58,7 +58,8 @@ def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field, None)
         if isinstance(pattern, str) and not _PLAIN.fullmatch(pattern):
-            setattr(config, field, _any_of(_matched(pattern, names, adapter)))
+            matched = _matched(pattern, names, adapter)
+            setattr(config, field, "|".join(map(re.escape, matched)) or "(?!)")
     for field in ("rank_pattern", "alpha_pattern"):
         given = getattr(config, field, None) or {}
         found: dict[str, Any] = {}
@@ -91,7 +92,3 @@ def _matched(pattern: str, names: Sequence[str], adapter: Path) -> list[str]:
             f"{adapter}: the pattern {pattern!r} in adapter_config.json takes too long on the "
             f"model's names, or is none ({error}). List the names in its place."
         ) from error
-
-
-def _any_of(names: Sequence[str]) -> str:
-    return "|".join(map(re.escape, names)) or "(?!)"

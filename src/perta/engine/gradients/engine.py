@@ -7,11 +7,6 @@ For every requested order p > 0
 the mean over examples of a power of each example's own gradient. The power has to be taken
 before the sum over the batch, so the gradient autograd hands out, already summed, is of no use.
 
-    example_loop_moments   one example at a time through autograd: slow, the reference
-    batched_moments        the engine: one forward and one backward pass per batch
-    abs_of_mean            the power of the mean gradient: cheaper, and a different quantity
-    verify_engine          stops where engine and reference differ
-
 How the engine works. While the model runs forward, every operation that reads a parameter
 (linear maps, embeddings, norms, stacked experts) is replaced by one that computes the same
 values, but whose backward step hands the layer's input and output gradient to a `Recorder`
@@ -22,10 +17,6 @@ Nothing is taken on trust: autograd is asked for the gradients of all parameters
 A parameter that was read only by replaced operations has none left. Any other still has one,
 and is computed by the example loop instead, with a line in the log that says so. One that has
 neither is not used by the model, or its gradient goes another way: a plain backward pass tells.
-
-    capture    the replaced operations and modules
-    recorder   which rows belong to which example; what waits for what
-    powers     the mathematics: pieces of gradients -> means of powers
 """
 
 from __future__ import annotations

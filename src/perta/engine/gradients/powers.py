@@ -15,9 +15,8 @@ What bounds the cost on a CPU, for P weights in linear layers, B examples and T 
 products: a (1536, 576) weight with 8 examples of 64 tokens takes 1.2 times its plain gradient for
 order 2 and 1.35 times for orders 1 and 2, on one thread or two. Where it was not compiled, and for
 other orders and types, a block of a gradient at a time goes through the second-level cache, 12 B P
-bytes for order 2 and 20 for orders 1 and 2: 1.8 and 2.3 times. Slower there: smaller and larger
-blocks, blocks of part of a row, several examples per product, left factors copied to be
-contiguous, Python threads with blocks of their own (they wait for the interpreter's lock).
+bytes for order 2 and 20 for orders 1 and 2: 1.8 and 2.3 times; other
+blocks are slower.
 """
 
 from __future__ import annotations

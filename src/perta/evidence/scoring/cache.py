@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
@@ -94,10 +94,6 @@ class Extended:
     before: tuple[tuple[int, int], ...]  # the prefixes' rows (columns, positions)
     tokens: tuple[tuple[int, ...], ...]  # what was fed
     masking: Masking
-
-    def without_logits(self) -> Extended:
-        """The same without the logits, which take the most memory."""
-        return self if not self.logits.numel() else replace(self, logits=self.logits.new_empty(0))
 
     def keep(self, rows: Sequence[int], fed: Sequence[int]) -> Prefixes:
         """Prefixes that end after the first `fed[j]` new tokens of row `rows[j]`."""

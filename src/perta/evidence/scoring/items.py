@@ -233,7 +233,7 @@ class _Run:
                         predicted.append(target)
         tokens = [segment.to_feed for segment in segments]
         fed = extend(self.model, prefixes, tokens, wanted, self.options.masking)
-        kept = fed.without_logits()
+        kept = replace(fed, logits=fed.logits.new_empty(0))  # they take the most memory
         for row, segment in enumerate(segments):
             segment.fed, segment.row = kept, row
         self._record(fed.logits, predicted)
@@ -296,7 +296,9 @@ class _Run:
                 apart.append(i)
                 continue
             path = path_of(tops, 0)
-            answer = _followed(self._cut(draft), _guesses(path)[len(prompt) - self.root_length :])
+            # The model's choice for each token behind the common start; -1 where nothing asked.
+            guesses = [s.guesses.get(offset, -1) for s in path for offset in range(len(s.tokens))]
+            answer = _followed(self._cut(draft), guesses[len(prompt) - self.root_length :])
             cached = len(prompt) + len(answer) - 1
             last = next(s for s in path if s.start < cached <= s.start + len(s.to_feed))
             entry = (_Growing(i, answer), last, cached - last.start)
@@ -393,11 +395,6 @@ def _path_score(path: Sequence[Segment], encoded: Encoded) -> Score:
         return score_tokens(log_probs, correct, None)
     means, variances = torch.tensor(moments).unbind(1)
     return score_tokens(log_probs, correct, (means, variances))
-
-
-def _guesses(path: Sequence[Segment]) -> list[int]:
-    """The model's choice for each token behind the common start; -1 where nothing asked."""
-    return [s.guesses.get(offset, -1) for s in path for offset in range(len(s.tokens))]
 
 
 def _rows_that_fit(
@@ -497,10 +494,6 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _first_label(encoded: Encoded) -> int:
-    return next(i for i, label in enumerate(encoded.labels) if i and label != IGNORE)
-
-
 def _last_label(encoded: Encoded) -> int:
     return max(i for i, label in enumerate(encoded.labels) if label != IGNORE)
 
@@ -512,8 +505,8 @@ def _root_length(items: Sequence[Item]) -> int:
         return 0
     answers = [encoded for item in items for encoded in item.answers]
     prompts = [item.prompt for item in items if item.prompt is not None]
-    limits = [_first_label(encoded) - 1 for encoded in answers]
-    limits += [len(prompt) - 1 for prompt in prompts]
+    first = [next(i for i, n in enumerate(e.labels) if i and n != IGNORE) for e in answers]
+    limits = [length - 1 for length in (*first, *map(len, prompts))]
     return min(*limits, common_length([*(e.input_ids for e in answers), *prompts]))
 
 

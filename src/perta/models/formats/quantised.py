@@ -160,10 +160,6 @@ class Quantised:
             yield replace(self, codes=codes, scales=scales), start, stop
 
 
-def _plain_name(name: str) -> str:
-    return name.removesuffix("_blocks")
-
-
 def is_of_inputs(name: str) -> bool:
     """Whether a tensor belongs to the products of quantised models, and to no weight."""
     return name.endswith(("activation_scale", "input_scale"))
@@ -179,7 +175,7 @@ def quantised_tensors(index: CheckpointIndex) -> dict[str, Quantised]:
     block = _block(index.folder)
     found = {}
     for name, entry in index.tensors.items():
-        plain = _plain_name(name)
+        plain = name.removesuffix("_blocks")
         if entry.dtype in _FP8:
             scale = part_of(index, name, f"{name}_scale_inv")
             _check(entry, scale, _fp8_shapes(entry, block), _FACTORS)
