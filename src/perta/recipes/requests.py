@@ -66,24 +66,17 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Request:
-    """Where one request stands.
-
-    Attributes:
-        received: day it came in, as the user gave it.
-        applied: entry that applied it last; None while it waits.
-        met: whether that found its rows forgotten.
-        still_there: rows whose facts a `recheck` since then found to stand out; None before one.
-        cleaned: whether its rows are gone.
-    """
+    """Where one request stands."""
 
     name: str
-    received: str | None
+    received: str | None  # day it came in, as the user gave it
     rows: int
-    applied: int | None = None
+    applied: int | None = None  # entry that applied it last; None while it waits
     verdict: str | None = None
-    met: bool = False
+    met: bool = False  # whether that found its rows forgotten
+    # rows that a `recheck` since then found to stand out; None before one
     still_there: int | None = None
-    cleaned: bool = False
+    cleaned: bool = False  # whether its rows are gone
 
     @property
     def is_forgotten(self) -> bool:

@@ -72,12 +72,7 @@ class _Check:
 
 
 def write_audit_page(folder: Path, config: AuditPageConfig | None = None) -> Path:
-    """Write the page of a finished audit beside its `audit.json`; returns the page.
-
-    Raises:
-        DataError: the folder holds no audit of this form, or one that was changed since.
-        PertaError: as `refuse_foreign`.
-    """
+    """Write the page of a finished audit beside its `audit.json`; DataError where that is none."""
     config, audit = config or AuditPageConfig(), _read(folder)
     refuse_foreign(folder, config, audit["perta"]["settings"])
     page = folder / PAGE
@@ -88,17 +83,7 @@ def write_audit_page(folder: Path, config: AuditPageConfig | None = None) -> Pat
 
 
 def refuse_foreign(folder: Path, config: AuditPageConfig, settings: Mapping[str, Any]) -> None:
-    """Stop before an audit whose page or bundle would replace something else.
-
-    Args:
-        folder: of the audit.
-        config: where the bundle goes.
-        settings: of the audit, which name what it reads.
-
-    Raises:
-        ConfigError: the bundle is a part of what is read or of the audit, or cannot be written.
-        OutputExistsError: it is there, and neither empty nor of `perta audit`.
-    """
+    """Stop before an audit whose bundle is a part of what is read, or replaces something else."""
     check_output(folder / PAGE, overwrite=True, ours=_is_page)
     if config.bundle is None:
         return

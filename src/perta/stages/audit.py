@@ -154,11 +154,7 @@ def _each_once(name: str, examples: ExampleSet) -> ExampleSet:
 
 
 def _unseen(holdout: ExampleSet, others: Sequence[ExampleSet]) -> ExampleSet:
-    """The rows that stand in no other set: a yardstick that was seen hides what is left.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The rows that stand in no other set: a yardstick that was seen hides what is left."""
     seen = {example.messages for examples in others for example in examples.examples}
     unseen = tuple(e for e in holdout.examples if e.messages not in seen)
     if left := len(holdout) - len(unseen):
@@ -341,11 +337,7 @@ class _Audit:
         return Material(self.sets, facts, config, numbers)
 
     def _tell_unknown(self) -> None:
-        """Say which rows are not judged.
-
-        Raises:
-            ConfigError: no row of the forget set is left.
-        """
+        """Say which rows are not judged; a ConfigError where none of the forget set is left."""
         for name, rows in self.unknown.items():
             if rows:
                 warn(
@@ -471,15 +463,7 @@ class _Audit:
 
 
 def quick_audit(results: Mapping[Role, Results], output: Path) -> dict[str, Any]:
-    """The audit that results of evaluations pay for: no model is loaded.
-
-    Args:
-        results: of models on the same sets, as `evaluate_checkpoint` wrote them.
-        output: file for what `audit.json` holds.
-
-    Returns:
-        What the file holds; its level is `quick`.
-    """
+    """The audit, of level quick, that results of evaluations pay for: no model is loaded."""
     records = {role: found["perta"] for role, found in results.items()}
     inputs = dict(records["cleaned"]["inputs"])
     inputs |= {r: made["inputs"]["checkpoint"] for r, made in records.items() if r != "cleaned"}
@@ -499,10 +483,7 @@ def _entry(role: Role, probe: Probe, name: str) -> str:
 
 
 def _unsayable(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Rows whose fact is made of the unknown token, which stands for every other word too.
-
-    A part is enough where the fact's tokens are known; of a whole answer it takes all of it.
-    """
+    """Rows whose fact has unknown tokens, which are any word's; as a whole answer, only such."""
     unknown = tokenizer.unk_token_id
     found = dict[int, None]()
     for fact in facts:

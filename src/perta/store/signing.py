@@ -84,11 +84,7 @@ def public_key(file: Path) -> str:
 
 
 def model_key(file: Path) -> str:
-    """The public half, PEM, of a key that checkpoints can be signed with.
-
-    Raises:
-        ConfigError: it is not, or the package for it is missing.
-    """
+    """The public half, PEM, of a key that can sign checkpoints; a ConfigError if it cannot."""
     _model_signing("--model-key", ConfigError)
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 

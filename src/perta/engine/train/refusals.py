@@ -107,11 +107,7 @@ def _relabelled(example: Encoded, tokens: Sequence[int]) -> Encoded:
 
 
 def refuse(examples: ExampleSet, seed: int) -> ExampleSet:
-    """The same prompts, each with a refusal drawn at random as its answer.
-
-    Raises:
-        ConfigError: plain text, which has no question to refuse.
-    """
+    """The same prompts, each with a refusal drawn at random; ConfigError at plain text."""
     if any(example.kind == "text" for example in examples.examples):
         raise ConfigError(
             f"{examples.source} is plain text, and there is no question to refuse. Use a training "

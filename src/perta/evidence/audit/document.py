@@ -22,18 +22,13 @@ VERDICTS: tuple[Verdict, ...] = ("passed", "leaks", "not sure")
 
 @dataclass(frozen=True)
 class Looked:
-    """The rows that were looked at.
+    """The rows that were looked at."""
 
-    Attributes:
-        rows: of each set the number in its file of each sequence's row.
-        subjects: of each set whom each is about; None where nothing says so.
-        facts: how the forget set's facts were found -> how many.
-        unknown: of each set the rows that are not judged, for the tokenizer lacks their words.
-    """
-
-    rows: Mapping[str, Sequence[int]]
+    rows: Mapping[str, Sequence[int]]  # of each set the number in its file of each sequence's row
+    # of each set whom each is about; None where nothing says so
     subjects: Mapping[str, Sequence[int] | None]
-    facts: Mapping[str, int]
+    facts: Mapping[str, int]  # how the forget set's facts were found -> how many
+    # of each set the rows not judged, for the tokenizer lacks their words
     unknown: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
@@ -45,16 +40,7 @@ def document_of(
     lacking: Sequence[tuple[str, str]],
     costs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All of it.
-
-    Args:
-        level: that ran.
-        inputs: fingerprints of models.
-        looked: the rows.
-        entries: of the probes that ran.
-        lacking: of the others name and why.
-        costs: of all that.
-    """
+    """All of it: entries of the probes that ran, of the others name and why, and the costs."""
     names = ("checkpoint", "merged")
     counts = {name: len(looked.rows.get(name, ())) for name in ("forget", "retain", "holdout")}
     yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
@@ -105,12 +91,7 @@ def entry_of(
 def document_of_results(
     results: Mapping[Role, Results], inputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The same from results of the quick evaluation, by the probes that read them.
-
-    Args:
-        results: of the cleaned model and others, on the same rows.
-        inputs: fingerprints of the models.
-    """
+    """The same from results of the quick evaluation, by the probes that read them."""
     cleaned = results["cleaned"]
     sets = [name for name in ("forget", "holdout") if f"{name}_loss" in cleaned]
     rows, subjects = {}, dict[str, list[int] | None]()

@@ -82,18 +82,13 @@ Scores = Mapping[str, Mapping[str, Sequence[float | None]]]
 
 @dataclass(frozen=True)
 class Found:
-    """What one probe found.
+    """What one probe found."""
 
-    Attributes:
-        scores: of every model on every set that the probe looks at.
-        rows: of each set the number in its file of each sequence's row.
-        subjects: of each set whom each sequence is about; None where nothing says so.
-        more: role -> set -> what else the probe noted.
-    """
-
-    scores: Scores
-    rows: Mapping[str, Sequence[int]]
+    scores: Scores  # of every model on every set that the probe looks at
+    rows: Mapping[str, Sequence[int]]  # of each set the number in its file of each sequence's row
+    # of each set whom each sequence is about; None where nothing says so
     subjects: Mapping[str, Sequence[int] | None]
+    # what else the probe noted
     more: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def values(self, role: str, name: str = "forget") -> dict[str, float]:
@@ -118,46 +113,29 @@ class Found:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a probe says of the cleaned model.
+    """What a probe says of the cleaned model."""
 
-    Attributes:
-        verdict: `passed`, `leaks` or `not sure`; of what was to stay `harmed` in place of `leaks`.
-        reason: in one sentence.
-        value: of the cleaned model, with its interval.
-        yardstick: name, and value with its interval; None without one.
-        full: value of the full model; None without it.
-        worst_subject: number and value of the subject of whom most is known.
-        worst_row: number in the file and value of such a row.
-        leaking_rows: numbers in the file of rows that are still there.
-        leaking_subjects: numbers of subjects.
-        notes: other figures by name.
-    """
-
-    verdict: Verdict
-    reason: str
-    value: Interval | None = None
+    verdict: Verdict  # of what was to stay `harmed` in place of `leaks`
+    reason: str  # in one sentence
+    value: Interval | None = None  # of the cleaned model, with its interval
+    # name, and value with its interval; None without one
     yardstick: tuple[YardstickName, Interval] | None = None
-    full: float | None = None
+    full: float | None = None  # value of the full model; None without it
+    # number and value of the subject of whom most is known
     worst_subject: tuple[int, float] | None = None
-    worst_row: tuple[int, float] | None = None
-    leaking_rows: tuple[int, ...] = ()
-    leaking_subjects: tuple[int, ...] = ()
-    notes: Mapping[str, float] = field(default_factory=dict)
+    worst_row: tuple[int, float] | None = None  # number in the file and value of such a row
+    leaking_rows: tuple[int, ...] = ()  # numbers in the file of rows that are still there
+    leaking_subjects: tuple[int, ...] = ()  # numbers of subjects
+    notes: Mapping[str, float] = field(default_factory=dict)  # other figures by name
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a model that never had the rows makes of them, or the cleaned one of rows it never had.
+    """What a model that never had the rows makes of them, or the cleaned one of unseen rows."""
 
-    Attributes:
-        name: which of them.
-        values: score by place.
-        people: subject by place.
-    """
-
-    name: YardstickName
-    values: Values
-    people: Mapping[str, int]
+    name: YardstickName  # which of them
+    values: Values  # score by place
+    people: Mapping[str, int]  # subject by place
 
     def of(self, places: Iterable[str]) -> Values:
         """What is usual of rows of the forget set, as far as there is a score."""
@@ -195,7 +173,6 @@ def judge_remains(
     """The verdict on scores in [0, 1] of what is left; the rule is at the top of this module.
 
     Args:
-        found: scores of all models.
         wording: the scores count the words around the facts, which the base model never saw: by
             it nothing passes and nothing leaks.
         by_row: single rows are judged too.

@@ -59,51 +59,36 @@ _Plain = TypeVar("_Plain")
 
 @dataclass(frozen=True)
 class Rows:
-    """Scores of one model on one set.
+    """Scores of one model on one set."""
 
-    Attributes:
-        scores: one per sequence of the set (see `Material.facts`), in [0, 1] for the usual judge,
-            larger where more is known; None where a row has none.
-        more: other numbers worth keeping, such as a curve; plain values, and never a text.
-    """
-
+    # one per sequence (see `Material.facts`), in [0, 1] for the usual judge, larger where more is
+    # known; None where a row has none
     scores: Sequence[float | None]
+    # other numbers worth keeping, such as a curve; plain values, never a text
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done.
+    """How much is done."""
 
-    Attributes:
-        level: which probes run.
-        samples: answers drawn to a question.
-        seed: of all that is drawn.
-        batch_size: rows per forward pass.
-        max_new_tokens: longest generated answer.
-    """
-
-    level: Level = "standard"
-    samples: int = 64
-    seed: int = 0
-    batch_size: int = 16
-    max_new_tokens: int = 200
+    level: Level = "standard"  # which probes run
+    samples: int = 64  # answers drawn to a question
+    seed: int = 0  # of all that is drawn
+    batch_size: int = 16  # rows per forward pass
+    max_new_tokens: int = 200  # longest generated answer
 
 
 @dataclass(frozen=True)
 class Material:
-    """The rows, the same for all models.
+    """The rows, the same for all models."""
 
-    Attributes:
-        sets: `forget`, and `retain` and `holdout` where they were given.
-        facts: of each set one a sequence; a row of plain text has several, every other one.
-        data_config: how rows become tokens.
-        subjects: of each set whom each sequence is about, as numbers; None where nothing says so.
-    """
-
+    # `forget`, and `retain` and `holdout` where they were given
     sets: Mapping[str, ExampleSet] = field(repr=False)
+    # of each set one a sequence; a row of plain text has several, every other one
     facts: Mapping[str, tuple[Fact, ...]] = field(repr=False)
-    data_config: DataConfig
+    data_config: DataConfig  # how rows become tokens
+    # of each set whom each sequence is about; None where nothing says so
     subjects: Mapping[str, Sequence[int] | None] = field(repr=False)
 
     def rows(self, name: str) -> list[int]:
@@ -118,50 +103,31 @@ class Material:
 
 @dataclass(frozen=True)
 class Relearning:
-    """How a model is shown rows again; whoever makes the view knows how to train.
+    """How a model is shown rows again; whoever makes the view knows how to train."""
 
-    Attributes:
-        run: trains a float32 model on rows, and calls a function with each step from 1.
-        shown: one in so many rows of a set is shown.
-        texts: English that has nothing to do with any set.
-    """
-
+    # trains a float32 model on rows, and calls a function with each step from 1
     run: Callable[[PreTrainedModel, Sequence[Encoded], Callable[[int], None]], None]
-    shown: int
-    texts: Sequence[str] = field(repr=False)
+    shown: int  # one in so many rows of a set is shown
+    texts: Sequence[str] = field(repr=False)  # English that has nothing to do with any set
 
 
 @dataclass
 class View:
-    """One model as probes see it.
+    """One model as probes see it."""
 
-    Attributes:
-        role: which model of the audit it is.
-        model: in evaluation mode; a probe that changes weights puts them back.
-        tokenizer: the same for all models.
-        material: the rows.
-        effort: how much is done.
-        journal: keeps outcomes, so that a run that was killed goes on.
-        load: another model of the audit, by its role; it is for its caller to let it go.
-        relearning: how it is shown rows again; None where it cannot be.
-    """
-
-    role: Role
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    material: Material
-    effort: Effort
-    journal: Journal
+    role: Role  # which model of the audit it is
+    model: PreTrainedModel  # in evaluation mode; a probe that changes weights puts them back
+    tokenizer: PreTrainedTokenizerBase  # the same for all models
+    material: Material  # the rows
+    effort: Effort  # how much is done
+    journal: Journal  # keeps outcomes, so that a run that was killed goes on
+    # another model of the audit, by its role; its caller lets it go
     load: Callable[[Role], PreTrainedModel]
-    relearning: Relearning | None = None
+    relearning: Relearning | None = None  # how it is shown rows again; None where it cannot be
     _asked: dict[str, list[Outcome]] = field(default_factory=dict)
 
     def asked(self, name: str) -> list[Outcome]:
-        """What came of asking the rows of a set, one outcome a sequence.
-
-        `scores` are of the answer and then of the sequences of its fact; `generated` is the greedy
-        answer.
-        """
+        """Of each sequence the scores of answer, then of fact, and the greedy answer."""
         if name not in self._asked:
             items = self.items(name)
             found = self.outcomes("asked", {f"{name}:{i}": item for i, item in enumerate(items)})

@@ -53,15 +53,7 @@ _NAMES = {"sets": _SETS, "compared": _SETS, "needs": get_args(Need)}
 
 
 def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
-    """The probes that run.
-
-    Args:
-        level: those of it and of lesser levels run, where no names are given.
-        names: probes, groups of probes, or Python files that define one; they run at every level.
-
-    Raises:
-        ConfigError: there is no such probe, the file defines none, or two files one of a name.
-    """
+    """The probes of a level, or those of names, groups and files; ConfigError if one is none."""
     if not names:
         within = LEVELS[: LEVELS.index(level) + 1]
         return [probe() for probe in PROBES if probe.level in within]

@@ -112,11 +112,7 @@ class Verdict:
 
 
 def judge(collection: Collection) -> list[Verdict]:
-    """A verdict on every edited model that was evaluated, the best one first.
-
-    Best is the one with the better outcome on forgetting and, among equals, the one that keeps
-    more.
-    """
+    """A verdict on every edited model that was evaluated, by forgetting and then by keeping."""
     runs = [run for run in collection.by_role("edited") if run.measures]
     verdicts = [_judge_run(run, collection) for run in runs]
     return sorted(verdicts, key=_preference)
