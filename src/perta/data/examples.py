@@ -62,16 +62,12 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples of one source, a path or id as the user gave it.
-
-    `skipped` says what was left out and why, one line a row; `fingerprint` is the BLAKE3 of all
-    rows' content, whatever the file's name or place.
-    """
+    """Examples of one source, a path or id as the user gave it."""
 
     source: str
     examples: tuple[Example, ...] = field(repr=False)
-    skipped: tuple[str, ...] = field(repr=False)
-    fingerprint: str
+    skipped: tuple[str, ...] = field(repr=False)  # what was left out and why, one line a row
+    fingerprint: str  # BLAKE3 of all rows' content
 
     def __len__(self) -> int:
         return len(self.examples)

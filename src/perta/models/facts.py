@@ -83,18 +83,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class FactScore:
-    """What a model knows of one fact.
-
-    `loss` is the mean and `log_probability` the sum over the fact's tokens, given question and
-    answer before it, in nats. `choice` is the probability among right and wrong answers, `rank`
-    the right one's place among them, 1 the first; both None without wrong answers.
-    """
+    """What a model knows of one fact, given question and answer before it."""
 
     row: int
-    loss: float
-    log_probability: float
-    choice: float | None
-    rank: int | None
+    loss: float  # mean over the fact's tokens, nats
+    log_probability: float  # sum over the fact's tokens, nats
+    choice: float | None  # probability among right and wrong answers; None without wrong ones
+    rank: int | None  # the right one's place among them, from 1; None likewise
 
     @property
     def probability(self) -> float:

@@ -22,15 +22,11 @@ from perta.parallel import portion, share, summed
 
 @dataclass(frozen=True)
 class AnswerLogits:
-    """Predictions of the N labelled tokens of a batch, in row-major order.
+    """Predictions of the N labelled tokens of a batch, in row-major order."""
 
-    `logits` are (N, V) in the type of the products, `targets` (N,) int64 token ids, and `example`
-    (N,) int64, which row of the batch each token belongs to.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    example: Tensor
+    logits: Tensor  # (N, V) in the type of the products
+    targets: Tensor  # (N,) int64 token ids
+    example: Tensor  # (N,) int64, which row of the batch each token belongs to
 
     @property
     def wide(self) -> Tensor:

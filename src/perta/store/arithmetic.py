@@ -33,15 +33,11 @@ _COMPILED_TYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Place:
-    """Where elements lie, which decides how they are rounded.
-
-    `name` is the tensor's in the checkpoint, the first one of a tied parameter stored twice;
-    `start` is the first element, counted in the flat tensor.
-    """
+    """Where elements lie, which decides how they are rounded."""
 
     seed: int
-    name: str
-    start: int = 0
+    name: str  # the tensor's in the checkpoint, the first of a tied one stored twice
+    start: int = 0  # first element, counted in the flat tensor
 
     def keys(self) -> tuple[int, int]:
         """Two numbers in [0, 2^32) that stand for the tensor."""

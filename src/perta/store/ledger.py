@@ -35,18 +35,14 @@ _START = "0" * 64  # what the first entry has for `previous`
 
 @dataclass(frozen=True)
 class Entry:
-    """One line; `kind` is `init`, `add`, `apply`, `recheck` or `clean`.
+    """One line of a ledger."""
 
-    `number` counts from 1, `time` is of writing, UTC. `hash`, SHA-256 in hexadecimal, is over all
-    that, and `signature` over the hash, with the public key it is checked with.
-    """
-
-    number: int
-    kind: str
-    time: str
+    number: int  # from 1
+    kind: str  # `init`, `add`, `apply`, `recheck` or `clean`
+    time: str  # of writing, UTC
     facts: Mapping[str, Any] = field(repr=False)
-    hash: str
-    signature: Mapping[str, str] | None = None
+    hash: str  # SHA-256, in hexadecimal, of all that
+    signature: Mapping[str, str] | None = None  # of the hash, with its public key
 
 
 @contextmanager

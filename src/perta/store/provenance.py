@@ -25,16 +25,12 @@ FORGET_CHECKPOINT = "forget_checkpoint"
 
 @dataclass(frozen=True)
 class Request:
-    """One unlearning by its record: fingerprints of its output and of what took part.
-
-    `base` are models before the data was seen, `full` those before the unlearning, `tuned` those
-    tuned on the forget set alone; `forget` and `retain` are sets.
-    """
+    """One unlearning by its record: fingerprints of its output and of what took part."""
 
     output: str
-    base: frozenset[str]
-    full: frozenset[str]
-    tuned: frozenset[str]
+    base: frozenset[str]  # models before the data was seen
+    full: frozenset[str]  # models before the unlearning
+    tuned: frozenset[str]  # on the forget set alone
     forget: frozenset[str]
     retain: frozenset[str]
 

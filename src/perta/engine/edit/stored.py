@@ -24,11 +24,7 @@ _CURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What rounding to the stored type left of a step.
-
-    The wanted step δ is α · W ⊙ τ, less β · (θ_r − θ₀) where the method adds that; s is what was
-    stored, the old values less the new ones.
-    """
+    """What rounding left of a step δ, α · W ⊙ τ less any β · (θ_r − θ₀); s is what was stored."""
 
     wanted_norm: float  # L2 norm ‖δ‖
     delta_norm: float  # ‖s‖
@@ -39,17 +35,12 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSummary(Stored):
-    """What the edit did to one tensor of θ_full.
-
-    `mean_weighting` is the mean of W; `task_vector_norm` the L2 norm of the direction, τ = θ_f − θ₀
-    or what the method puts in its place. Of a structured method that is the weighted direction, and
-    W counts as 1.
-    """
+    """What the edit did to one tensor of θ_full; of a structured method W counts as 1."""
 
     name: str
     elements: int
-    mean_weighting: float
-    task_vector_norm: float
+    mean_weighting: float  # of W
+    task_vector_norm: float  # L2 norm of the direction, τ or what the method puts in its place
 
 
 @dataclass

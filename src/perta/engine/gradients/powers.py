@@ -42,13 +42,10 @@ Segments = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Means:
-    """Running means over examples of the powers of one parameter's gradients, by order.
-
-    `weight` is one over the number of all examples, so that nothing is left to divide.
-    """
+    """Running means over examples of the powers of one parameter's gradients, by order."""
 
     by_order: dict[float, Tensor]
-    weight: float
+    weight: float  # one over the number of all examples, so that nothing is left to divide
 
     @property
     def any(self) -> Tensor:
@@ -70,14 +67,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per-example gradients that are zero but for a few rows, `ids` (R,) int64, of the parameter.
+    """Per-example gradients that are zero but for a few rows of the parameter."""
 
-    `values` (R, n) are added to them; an id may come more than once. `example` is (R,) int64.
-    """
-
-    ids: Tensor
-    values: Tensor
-    example: Tensor
+    ids: Tensor  # (R,) int64, rows; one may come more than once
+    values: Tensor  # (R, n), added to them
+    example: Tensor  # (R,) int64
 
 
 @dataclass(frozen=True)
