@@ -51,9 +51,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), people=4, forget_people=1)
 
 
-def make_world(root: Path, **people: int) -> World:
+def make_world(root: Path, people: int, forget_people: int) -> World:
     """A world of so many people, two questions each."""
-    write_people(PeopleConfig(output=root / "data", questions=2, **people))
+    data = root / "data"
+    write_people(PeopleConfig(output=data, people=people, questions=2, forget_people=forget_people))
     rows = load_examples(root / "data" / "full.jsonl")
     texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
     base = root / "base"
