@@ -14,6 +14,8 @@ thirds gave five rows each to the methods, their sixth rows and all rows of the 
 by none. Ten more people are seen by no model. A method is measured at the smallest strength, or the
 shortest training, at which the facts are hit in 64 samples no more often than .01 above the model
 retrained without them. `default` is `perta unlearn` as it comes: it knows no retrained model.
+`kfac` and `repselect` are edits by others, from rival_edits.py. `sage-NAME` is what NAME trained,
+repaired by `perta repair` and scaled.
 
 What is finished stands in WORK/results.jsonl and is not done again.
 """
@@ -43,6 +45,7 @@ from perta import (
     unlearn,
     unlearn_by_training,
 )
+from perta.data.batch import bucketed
 from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
 from perta.engine.train.refusals import with_refusals
@@ -60,9 +63,13 @@ from perta.options import ComputeConfig, DataConfig, ScoringConfig
 from perta.progress import set_quiet
 from perta.recipes.repair import repair_checkpoint
 from perta.recipes.settings import RepairConfig
+from perta.stages.moments import compute_moments
+from perta.stages.settings import MomentsConfig
 from perta.store.atomic import beside
 from perta.store.costs import BACKWARD, FORWARD, passes_of
+from perta.store.measured.moments import open_moments
 from perta.store.record import read_manifest
+from rival_edits import collapsed_ascent, low_curvature
 
 PEOPLE, QUESTIONS, FORGOTTEN, OTHERS = 24, 6, 3, 10
 SAMPLES, MARGIN, NEAR, STEPS = 64, 0.01, 0.003, 12
@@ -76,8 +83,9 @@ TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; No
     **dict.fromkeys(("ga", "kl", "npo", "dpo", "idkpo", "undial", "wga", "satimp")),
     **dict.fromkeys(("ce-u", "pdu", "jensun", "npo-sam", "altpo")),
 }
+UNOFFERED = ("kfac", "repselect")
 REPAIRED = {f"sage-{name}": name for name in ("npo-retain", "simnpo")}
-METHODS = ("full", "retrained", "default", *EDITS, *TRAINED, *REPAIRED)
+METHODS = ("full", "retrained", "default", *EDITS, *UNOFFERED, *TRAINED, *REPAIRED)
 SETS = ("forget", "paraphrased", "new people", "new rows")
 DATA = DataConfig(format="qa", chat_template=False)
 
@@ -241,6 +249,8 @@ class Seed:
             return {"operations": passes_of(read_manifest(self.tuned(method)) or {})}
         if method in TRAINED:
             return self._trained(method, rate, target)
+        if method in UNOFFERED:
+            return self._unoffered(method, target)
         if method in REPAIRED:
             return self._repaired(REPAIRED[method], rate, target)
         del self.model  # room for the stages
@@ -274,10 +284,34 @@ class Seed:
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
         return {**spent, **self._scaled(target)}
 
-    def _scaled(self, target: float) -> dict[str, Any]:
+    def _scaled(self, target: float, largest: float = 16.0) -> dict[str, Any]:
         """Scale the step from the full model to the one in memory until it has the target."""
         end, start = self.weights(), list(self.read(self.folder / "full").parameters())
-        return self._between(start, end, target, largest=16.0)
+        return self._between(start, end, target, largest)
+
+    def _unoffered(self, method: str, target: float) -> dict[str, Any]:
+        """An edit by others, scaled."""
+        self.model, started = self.read(self.folder / "full"), time.perf_counter()
+        if method == "kfac":
+            output = self.folder / "moments"
+            moments = MomentsConfig(
+                checkpoint=str(self.folder / "full"),
+                data=str(self.files["protected"]),
+                output=output,
+                gradients=True,
+                data_config=DATA,
+            )
+            low_curvature(self.model, open_moments(compute_moments(moments)))
+            operations = passes_of(read_manifest(output) or {})
+            _delete(output)
+        else:
+            batches = bucketed(self.encoded["forget"], BATCH, self.pad)
+            collapsed_ascent(self.model, batches)
+            tokens = sum(len(example.input_ids) for example in self.encoded["forget"])
+            operations = 2 * (FORWARD + BACKWARD) * tokens
+        seconds = time.perf_counter() - started
+        found = self._scaled(target, largest=16.0 if method == "kfac" else 1e4)
+        return {"operations": operations, "seconds": seconds, **found}
 
     def _repaired(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
         """Train, take from the step what retained inputs see of it, and scale it."""

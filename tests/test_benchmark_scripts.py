@@ -7,6 +7,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+
+from helpers import tiny_llama
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -97,6 +100,59 @@ def test_rivals_see_no_row_that_they_are_judged_by() -> None:
     people = {name: {row["person"] for row in part} for name, part in rows.items()}
     assert not people["new people"] & people["protected"]
     assert people["new rows"] == people["protected"]
+
+
+def test_a_weight_is_kept_where_the_loss_is_steep() -> None:
+    """Against a loop over pairs, from the largest product of eigenvalues on."""
+    from rival_edits import steep_part
+
+    torch.manual_seed(0)
+    weight, x, y = (
+        torch.randn(3, 4).double(),
+        torch.randn(9, 4).double(),
+        torch.randn(9, 3).double(),
+    )
+    inputs, outputs = x.T @ x, y.T @ y
+    (a, v), (g, u) = torch.linalg.eigh(inputs), torch.linalg.eigh(outputs)
+    pairs = sorted(((float(g[i] * a[j]), i, j) for i in range(3) for j in range(4)), reverse=True)
+    wanted, seen = torch.zeros(3, 4).double(), 0.0
+    for product, i, j in pairs:
+        if seen >= 0.8 * float(inputs.trace() * outputs.trace()):
+            break
+        seen += product
+        wanted += (u[:, i] @ weight @ v[:, j]) * torch.outer(u[:, i], v[:, j])
+    torch.testing.assert_close(steep_part(weight, inputs, outputs, 0.8), wanted)
+    torch.testing.assert_close(steep_part(weight, inputs, outputs, 1.0), weight)
+
+
+def test_a_gradient_is_collapsed_on_both_sides() -> None:
+    """Along each large pair of singular vectors it is left with s · (s_k / s)²."""
+    from rival_edits import collapsed
+
+    torch.manual_seed(1)
+    gradient = torch.randn(4, 5).double()
+    u, s, vt = torch.linalg.svd(gradient, full_matrices=False)
+    left = [s[i] * (s[2] / s[i]) ** 2 if i < 3 else s[i] for i in range(4)]
+    wanted = sum(left[i] * torch.outer(u[:, i], vt[i]) for i in range(4))
+    torch.testing.assert_close(collapsed(gradient, 3), wanted)
+
+
+def test_the_step_of_a_collapsed_gradient_goes_up_the_loss() -> None:
+    from perta.data.batch import Encoded, bucketed
+    from perta.models.loss import losses_of
+    from rival_edits import PROJECTIONS, collapsed_ascent
+
+    model = tiny_llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [Encoded(tuple(range(3 + i, 9 + i)), (-100, *range(4 + i, 9 + i)), i) for i in range(4)]
+    losses = losses_of(model, rows, batch_size=4, pad=0)
+    collapsed_ascent(model, bucketed(rows, 2, 0))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {
+        name for name in before if name.removesuffix(".weight").endswith(PROJECTIONS)
+    }
+    assert sum(losses_of(model, rows, batch_size=4, pad=0)) > sum(losses)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
