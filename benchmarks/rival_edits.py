@@ -40,7 +40,8 @@ def steep_part(weight: Tensor, inputs: Tensor, outputs: Tensor, mass: float) -> 
     sums = sums.cumsum(0)
     count = int((sums < mass * sums[-1]).sum()) + 1
     kept = torch.zeros_like(sums).index_fill(0, order[:count], 1.0).view_as(products)
-    return u @ (kept * (u.T @ weight.double() @ v)) @ v.T
+    part: Tensor = u @ (kept * (u.T @ weight.double() @ v)) @ v.T
+    return part
 
 
 @torch.no_grad()
@@ -55,11 +56,10 @@ def low_curvature(model: Any, moments: MomentFolder) -> None:
         chosen = {id(m) for n, m in layer.named_modules() if n.endswith(PROJECTIONS)}
         for name, module in model.named_modules():
             if id(module) in chosen:
-                sides = (
-                    moments.input_moment(f"{name}.weight"),
-                    moments.output_moment(f"{name}.weight"),
-                )
-                module.weight.copy_(steep_part(module.weight, *map(matrix, sides), KEPT_MASS))
+                entry = f"{name}.weight"
+                inputs = matrix(moments.input_moment(entry))
+                outputs = matrix(moments.output_moment(entry))
+                module.weight.copy_(steep_part(module.weight, inputs, outputs, KEPT_MASS))
 
 
 def collapsed(gradient: Tensor, count: int) -> Tensor:
@@ -72,7 +72,8 @@ def collapsed(gradient: Tensor, count: int) -> Tensor:
     taken = 1 - s[-1] / s
     v, u = vt[:count].T, u[:, :count]
     gradient = gradient - (gradient @ v * taken) @ v.T
-    return gradient - u @ (taken.unsqueeze(1) * (u.T @ gradient))
+    rest: Tensor = gradient - u @ (taken.unsqueeze(1) * (u.T @ gradient))
+    return rest
 
 
 def collapsed_ascent(model: Any, batches: Sequence[Batch]) -> None:
