@@ -56,6 +56,7 @@ else:
     MethodText = str  # what the command line takes
 
 Repeated = Parameter(negative_iterable=())
+Overwrite = Annotated[bool, Parameter(help="Replace an output that is there already.")]
 Hidden = Parameter(parse=False)
 """For programs alone: the command line has no such option."""
 

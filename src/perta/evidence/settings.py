@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from perta.options import ComputeConfig, Flat, Paths, Repeated, require
+from perta.options import ComputeConfig, Flat, Overwrite, Paths, Repeated, require
 
 Level = Literal["quick", "standard", "full"]  # how much an audit looks at
 LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
@@ -18,21 +18,27 @@ LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(Paths):
-    """What all standard benchmarks take."""
+class Evaluated(Paths):
+    """What every evaluation takes."""
 
     checkpoint: str
     """Checkpoint to evaluate."""
     output: Path
     """JSON file for the results."""
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(Evaluated):
+    """What all standard benchmarks take."""
+
     reference: Path | None = None
     """Results of the model retrained without the forget set, own or published, to compare with."""
     compat: bool = False
     """Reproduce the behaviour behind published numbers where it differs from the right one."""
     limit: int | None = None
     """Look at the first rows of every file only."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
@@ -86,21 +92,16 @@ class MuseConfig(BenchmarkConfig):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class AbilityConfig(Paths):
+class AbilityConfig(Evaluated):
     """`perta bench ability`."""
 
-    checkpoint: str
-    """Checkpoint to evaluate."""
-    output: Path
-    """JSON file for the results."""
     tasks: Annotated[tuple[str, ...], Repeated]
     """Tasks of lm-evaluation-harness."""
     include_path: Path | None = None
     """Folder with task files of your own."""
     limit: int | None = None
     """Look at the first rows of every task only."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 

@@ -23,6 +23,7 @@ from perta.options import (
     MomentOptions,
     More,
     OutputFormat,
+    Overwrite,
     Paths,
     Repeated,
     SaveType,
@@ -130,8 +131,7 @@ class UnlearnConfig(Paths):
     fail_unless: Annotated[Wanted | None, More] = None
     """Exit with status 1 unless forgetting and retention are met, or are at least partly; the
     output stays."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     training: TrainSettings = field(default_factory=TrainSettings)
@@ -208,8 +208,7 @@ class RepairConfig(Paths):
     """Weight ρ of the retain moments: the larger, the less is taken of what retained inputs see."""
     save_dtype: SaveType = "full"
     """Type of the repaired checkpoint [default: that of the full checkpoint]."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     moments: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

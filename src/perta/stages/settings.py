@@ -12,7 +12,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from perta.errors import ConfigError
-from perta.evidence.settings import Level
+from perta.evidence.settings import Evaluated, Level
 from perta.options import (  # noqa: F401
     MOST_ORDER,
     ComputeConfig,
@@ -25,6 +25,7 @@ from perta.options import (  # noqa: F401
     MethodText,
     MomentOptions,
     OutputFormat,
+    Overwrite,
     Paths,
     Repeated,
     SaveType,
@@ -60,8 +61,7 @@ class TrainConfig(Paths):
     `retrain` and `retain-finetune`."""
     retain: str | None = None
     """Examples to keep; not used by `ga`, `npo`, `undial` and `ce-u`."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     save_dtype: SaveType = "full"
     """Type of the output [default: that of the checkpoint that training starts from]."""
     save_every: int = 1
@@ -97,8 +97,7 @@ class FinetuneConfig(Paths):
     save_dtype: TunedType = "float32"
     """Type the tuned weights are stored in. float32 keeps the small differences from the base
     that make up a task vector; `base` takes the base checkpoint's own type."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     tune: TuneConfig = field(default_factory=TuneConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -117,8 +116,7 @@ class ImportanceConfig(Paths):
     """Folder for the importance files, one sub-folder per order."""
     orders: Annotated[tuple[float, ...], Parameter(name="--order", negative_iterable=())] = (1.0,)
     """Order p of the importance; give it several times for several orders in one pass."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     accumulate_on: SumsOn = "device"
@@ -152,8 +150,7 @@ class MomentsConfig(Paths):
     """Folder for the moments."""
     gradients: bool = False
     """Measure output gradients as well, which `perta-kron` needs."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     options: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -168,8 +165,7 @@ class MergeMomentsConfig(Paths):
     """Outputs of `perta moments` for sets that have no row in common."""
     output: Path
     """Folder for the moments of all sets together."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,8 +211,7 @@ class EditConfig(Paths):
     adapter_rank: int | None = None
     """Highest rank of the step in such an adapter, beside that of an adapter that FULL is; what a
     layer needs beyond is cut off [default: 64]."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     edit_threads: int | None = None
     """Threads that read, compute and write [default: all cores, at most 8]."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -234,13 +229,9 @@ class EditConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Paths):
+class EvaluateConfig(Evaluated):
     """Inputs and output of `perta evaluate`."""
 
-    checkpoint: str
-    """Checkpoint to evaluate."""
-    output: Path
-    """JSON file for the results."""
     forget: str | None = None
     """Examples that should be forgotten."""
     retain: str | None = None
@@ -252,8 +243,7 @@ class EvaluateConfig(Paths):
     a fact column and without wrong answers [default: there the whole answer counts]."""
     show_samples: int = 0
     """Print this many answers side by side with the reference."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -303,8 +293,7 @@ class AuditConfig(Paths):
     """Longest generated answer in tokens."""
     seed: int = 0
     """Seed of all that is drawn."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
@@ -336,8 +325,7 @@ class PeopleConfig(Paths):
     """How many of them are to be forgotten."""
     people_seed: int = 0
     """Seed of names, facts and the choice of who is forgotten."""
-    overwrite: bool = False
-    """Replace an output that is there already."""
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
