@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import TUNE, World
 from helpers import pem_keys
 from perta.data.examples import load_examples
 from perta.data.rows import read_rows, write_jsonl
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
-from perta.options import WeightingConfig
+from perta.options import DataConfig, WeightingConfig
 from perta.recipes.requests import (
     add_request,
     apply_requests,
@@ -31,8 +32,12 @@ from perta.recipes.settings import (
     RequestsInitConfig,
     RequestsRecheckConfig,
 )
+from perta.stages.moments import compute_moments, holds
+from perta.stages.settings import MomentsConfig
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER
+from perta.store.measured.moments import open_moments
+from perta.store.measured.second_moment import matrix
 from perta.store.record import read_manifest
 
 METHOD = WeightingConfig(method="interpolate", scaling_coef=1.0)
@@ -119,6 +124,48 @@ def test_a_second_request_starts_where_the_first_ended(
     removed = {e.messages for e in (*first, *second)}
     assert removed.isdisjoint({e.messages for e in kept.examples})
     assert len(kept) == len(load_examples(world.retain)) - 2
+
+
+def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
+    world: World, ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Path] = []
+
+    def measure(config: MomentsConfig) -> Path:
+        measured.append(config.output)
+        return compute_moments(config)
+
+    monkeypatch.setattr("perta.recipes.requests.compute_moments", measure)
+    monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
+    projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
+    apply = RequestsApplyConfig(folder=ledger, weighting=projection, tune=TUNE)
+    rows = load_examples(world.retain).examples
+    _add(ledger, world.forget, "r1")
+    apply_requests(apply)
+    _add(ledger, write_jsonl([rows[0].fields], tmp_path / "second.jsonl"), "r2")
+    entry = apply_requests(apply)
+    clean_requests(LedgerConfig(folder=ledger))
+    assert len(measured) == 1
+    kept = open_moments(ledger / "moments")
+    assert not holds(kept.folder, [*load_examples(world.forget).examples, rows[0]])
+    assert holds(kept.folder, rows[1:])
+    stay = write_jsonl([row.fields for row in rows[1:]], tmp_path / "stay.jsonl")
+    config = MomentsConfig(checkpoint=str(world.base), data=str(stay), output=tmp_path / "again")
+    again = open_moments(compute_moments(config))
+    assert kept.facts["tokens"] == again.facts["tokens"]
+    for name in again.facts["seen"]:
+        torch.testing.assert_close(
+            matrix(kept.read(name)), matrix(again.read(name)), rtol=1e-5, atol=1e-4
+        )
+    # What the edit read is named by its record.
+    record = read_manifest(ledger / entry.facts["checkpoint"])
+    assert record is not None
+    assert record["unlearn"]["inputs"]["retain_moments"] == fingerprint(kept.folder)
+    # What was tokenised otherwise serves nobody, whether rows of it go or not.
+    _add(ledger, write_jsonl([{"question": "Q?", "answer": "A."}], tmp_path / "third.jsonl"), "r3")
+    apply_requests(replace(apply, data_config=DataConfig(chat_template=False)))
+    assert len(measured) == 2
+    assert not holds(ledger / "moments", rows[:1])
 
 
 def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ class Example:
         """Text of the last assistant turn."""
         return self.messages[-1].content
 
+    @property
+    def as_text(self) -> str:
+        """Its messages as JSON, by which the same row is known wherever it stands."""
+        return json.dumps([[message.role, message.content] for message in self.messages])
+
     def with_answer(self, answer: str) -> Example:
         """The same prompt with another answer."""
         last = replace(self.messages[-1], content=answer)

@@ -6,10 +6,13 @@ Example -> `encode_examples` -> Encoded
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from perta.data._control import Span, Tokens, control_of, tokenise
 from perta.data._conversation import Message, RowError
@@ -80,6 +83,20 @@ def encode_examples(
     cure = " Raise --max-length if the model takes more." if bad else ""
     report_bad_rows(examples.source, bad, config.skip_bad_rows, left=len(encoded), cure=cure)
     return EncodedSet(tuple(encoded), examples.skipped + tuple(bad))
+
+
+def row_mark(example: Example) -> str:
+    """BLAKE3 of a row's messages, 16 bytes in hexadecimal."""
+    return blake3(example.as_text.encode()).hexdigest(16)
+
+
+def marks_of(examples: Iterable[Example], encoded: Iterable[Encoded]) -> list[list[str]]:
+    """Of each sequence `row_mark` of its row, and the same of its tokens and labels."""
+    rows = {example.row: row_mark(example) for example in examples}
+    return [
+        [rows[e.row], blake3(json.dumps([e.input_ids, e.labels]).encode()).hexdigest(16)]
+        for e in encoded
+    ]
 
 
 def _name_control_tokens(examples: ExampleSet, tokenizer: PreTrainedTokenizerBase) -> None:

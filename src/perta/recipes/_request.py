@@ -39,6 +39,7 @@ from perta.progress import say
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
+from perta.stages.moments import holds
 from perta.store.atomic import beside, check_place, check_writable, write_text
 from perta.store.record import check_output, check_separate
 
@@ -245,12 +246,11 @@ def check_retain_moments(
             f"measured here would count `{config.moments.tokens}`. Give --tokens "
             f"{facts['token_choice']}, or make them again."
         )
-    for name in ("forget", "general"):
-        if name in sets and sets[name].fingerprint in facts["data_fingerprints"]:
-            raise ConfigError(
-                f"--retain-moments {folder} holds the moments of --{name} {sets[name].source} "
-                "already. Make them again without it, or leave it out."
-            )
+    if "general" in sets and holds(folder, sets["general"].examples):
+        raise ConfigError(
+            f"--retain-moments {folder} holds the moments of --general {sets['general'].source} "
+            "already. Make them again without it, or leave it out."
+        )
 
 
 def with_picked_rows(config: UnlearnConfig) -> UnlearnConfig:
@@ -269,15 +269,15 @@ def read_set(name: str, source: str, data_config: DataConfig) -> ExampleSet:
     return load_examples(source, general_config(source, data_config) if is_general else data_config)
 
 
-def _uses_retain(config: UnlearnConfig, method: Method) -> bool:
+def _uses_retain(config: UnlearnConfig, method: Method, retain: ExampleSet) -> bool:
     """Whether anything that makes the result reads the rows to keep."""
     if isinstance(method, Training):
         return method.retain is not None
-    needs = get_method(config.weighting.method).needs
+    needs, saved = get_method(config.weighting.method).needs, config.retain_moments
     return bool(
         config.weighting.scaling_coef == "auto"
         or "retain" in needs.importance
-        or ("retain" in needs.moments and config.retain_moments is None)
+        or ("retain" in needs.moments and (saved is None or holds(saved, retain.examples)))
         or (needs.retain_checkpoint and config.retain_checkpoint is None)
     )
 
@@ -289,19 +289,16 @@ def split_retain(
     if "retain" not in sets:
         return None, {}
     retain, column = sets["retain"], config.data_config.subject_column
-    saved = {
-        name: f"the {what} saved before (--{name.replace('_', '-')})"
-        for name, what in (("retain_moments", "moments"), ("retain_checkpoint", "checkpoint"))
-        if getattr(config, name) is not None
-    }
-    seen = {"seen_by": " and ".join(saved.values())} if saved else {}
+    # Saved moments tell what rows are in them; a checkpoint does not.
+    saved = config.retain_checkpoint is not None
+    seen = {"seen_by": "the checkpoint saved before (--retain-checkpoint)"} if saved else {}
     method = parse(config.weighting.method, Method)
     if isinstance(method, Training) and method.start == "base":
         # Rows that retraining leaves out would not be retained at all.
         split = Split(retain, reason="Training again needs all of them.")
-    elif not _uses_retain(config, method):
+    elif not _uses_retain(config, method, retain):
         split = Split(retain, reason="None took part in the edit.")
-        return split, {**split.record(), **seen, "used": bool(saved)}
+        return split, {**split.record(), **seen, "used": saved}
     else:
         split = hold_back(retain, config.held_back, column)
     if split.held_back is not None:

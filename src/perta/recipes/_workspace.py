@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perta.data.examples import ExampleSet, general_config, load_examples
+from perta.data.examples import Example, ExampleSet, general_config, load_examples
 from perta.errors import NotLearnedError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
@@ -33,12 +33,13 @@ from perta.stages.edit import checkpoint_name
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.importance import compute_importance
-from perta.stages.moments import compute_moments, merge_moments
+from perta.stages.moments import compute_moments, holds, merge_moments, moments_without
 from perta.stages.settings import (
     EditConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
+    LessMomentsConfig,
     MergeMomentsConfig,
     MomentsConfig,
 )
@@ -87,12 +88,14 @@ class Workspace:
         samples: str | None = None,
         protected: Sequence[str] = ("retain",),
         saved: Path | None = None,
+        unwanted: Sequence[Example] = (),
     ) -> dict[str, Any]:
         """Everything that an edit by a method reads, as fields of `EditConfig`.
 
         `orders` of importance are made in one pass. `protected` are sets whose moments, added to
-        `saved` ones, stand for what is to be kept. A `forget_checkpoint` stands in place of one
-        tuned with the first seed, a `retain_checkpoint` in place of one tuned on `samples`.
+        `saved` ones without `unwanted` rows, stand for what is to be kept. A `forget_checkpoint`
+        stands in place of one tuned with the first seed, a `retain_checkpoint` in place of one
+        tuned on `samples`.
         """
         given: dict[str, Any] = {}
         wanted, first = method.needs, self.tune.seed
@@ -117,8 +120,9 @@ class Workspace:
         for side in wanted.moments:
             parts = protected if side == "retain" else (side,)
             folders = [self._moments(part, wanted.gradients) for part in parts]
-            added = [saved, *folders] if saved and side == "retain" else folders
-            given[f"{side}_moments"] = self._merged(added, wanted.gradients)
+            if saved and side == "retain":
+                folders.insert(0, self._less(saved, unwanted))
+            given[f"{side}_moments"] = self._merged(folders, wanted.gradients)
         return given
 
     def tuned(
@@ -183,6 +187,25 @@ class Workspace:
         return self.once(
             *(f"{part}_moments", compute_moments, config),
             lambda sizes: sizes.moments(self._examples(part), gradients, options),
+        )
+
+    def _less(self, saved: Path, unwanted: Sequence[Example]) -> Path:
+        if not holds(saved, unwanted):
+            return saved
+        return self.once(
+            "retain_moments",
+            lambda config: moments_without(config, unwanted),
+            self.less_config(saved, self.place("retain_moments")),
+            lambda sizes: sizes.moments(self._examples("forget"), False, self.moments),
+        )
+
+    def less_config(self, saved: Path, output: Path) -> LessMomentsConfig:
+        """How moments that were saved are made without some rows."""
+        return LessMomentsConfig(
+            moments=saved,
+            checkpoint=str(self.measured),
+            options=self.moments,
+            **self._common(output),
         )
 
     def _merged(self, folders: Sequence[Path], gradients: bool) -> Path:

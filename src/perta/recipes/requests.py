@@ -6,6 +6,7 @@
     FOLDER/checkpoints/N             the checkpoint after entry N, with its `perta unlearn` record
     FOLDER/checkpoints/N.sig         its signature, where it was signed (`store.signing`)
     FOLDER/work/N                    what that run made on the way
+    FOLDER/moments                   of retained rows, made once, without those of any request
     FOLDER/audits/N/NAME             the audit of a request's rows that entry N names; numbers alone
 
 A request is applied to the current checkpoint, several at once in one edit. Rows of all requests so
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import shutil
@@ -29,11 +29,14 @@ import torch
 
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import read_rows, write_jsonl
-from perta.errors import ConfigError, LedgerError, OutputExistsError, nearest
+from perta.engine.edit.direction import check_moments
+from perta.errors import ConfigError, LedgerError, OutputExistsError, PertaError, nearest
 from perta.evidence.audit.document import summary_of
+from perta.methods.method import Edit, Method
+from perta.methods.registry import parse
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
-from perta.options import DataConfig
+from perta.options import DataConfig, MomentOptions
 from perta.progress import say
 from perta.recipes._request import write_rows
 from perta.recipes.settings import (
@@ -48,10 +51,13 @@ from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.recipes.unlearn import unlearn
 from perta.report.verdict.judge import require_verdict
 from perta.stages.audit import audit_checkpoint
-from perta.stages.settings import AuditConfig
+from perta.stages.moments import compute_moments, holds, moments_without
+from perta.stages.settings import AuditConfig, LessMomentsConfig, MomentsConfig
+from perta.stages.stage import changes
 from perta.store.atomic import atomic_folder, beside
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+from perta.store.record import read_manifest, settings_of
 from perta.store.signing import (
     check_checkpoint,
     check_signed_by,
@@ -182,11 +188,13 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
         work = state.folder / "work" / str(number)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         forget = write_jsonl(_rows(state, chosen), work / "forget.jsonl")
+        retain = _retained(state, work, config.data_config)
         settings = UnlearnConfig(
             base=state.start["base"]["path"],
             full=str(current),
             forget=str(forget),
-            retain=str(_retained(state, work, config.data_config)),
+            retain=str(retain),
+            retain_moments=_kept_moments(config, state, work, retain),
             holdout=state.start.get("holdout", {}).get("path"),
             output=state.folder / "checkpoints" / str(number),
             work_dir=work / "run",
@@ -468,6 +476,43 @@ def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
     return work / "retain.jsonl"
 
 
+def _kept_moments(
+    config: RequestsApplyConfig, state: State, work: Path, retain: Path
+) -> Path | None:
+    """Moments of retained rows: those of the last request without the rows of this one."""
+    method = parse(config.weighting.method, Method)
+    if not isinstance(method, Edit) or "retain" not in method.needs.moments:
+        return None
+    kept, base = state.folder / "moments", state.start["base"]["path"]
+    place: dict[str, Any] = {
+        **{"output": work / "moments", "overwrite": True},
+        **{"data_config": config.data_config, "compute": config.compute},
+    }
+    asked = load_examples(work / "forget.jsonl", config.data_config).examples
+    try:
+        check_moments(kept, [Path(base)], method.needs.gradients)
+        if other := changes(read_manifest(kept) or {}, settings_of(config.data_config), {}):
+            raise ConfigError(f"They were measured with other {', '.join(other)}.")
+        if not holds(kept, asked):
+            return kept
+        made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
+    except PertaError as error:
+        if kept.exists():
+            say(f"The moments that were kept are made again. {error}")
+        made = compute_moments(
+            MomentsConfig(
+                checkpoint=base,
+                data=str(retain),
+                gradients=method.needs.gradients,
+                options=MomentOptions(moment_samples="enough"),
+                **place,
+            )
+        )
+    with atomic_folder(kept, overwrite=True, private=True) as partial:
+        shutil.copytree(made, partial, dirs_exist_ok=True)
+    return kept
+
+
 def _fingerprints(folder: Path, examples: ExampleSet) -> list[str]:
     """HMAC-SHA256 of each example's messages under the folder's key, in hexadecimal."""
     try:
@@ -476,5 +521,5 @@ def _fingerprints(folder: Path, examples: ExampleSet) -> list[str]:
         raise LedgerError(
             f"{folder / 'key'} is missing or damaged, so rows cannot be recognised: put it back."
         ) from error
-    texts = (json.dumps([[m.role, m.content] for m in e.messages]) for e in examples.examples)
-    return [hmac.new(key, text.encode(), hashlib.sha256).hexdigest() for text in texts]
+    texts = (example.as_text.encode() for example in examples.examples)
+    return [hmac.new(key, text, hashlib.sha256).hexdigest() for text in texts]

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from perta.data.examples import ExampleSet
+from perta.data.examples import Example, ExampleSet
 from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.unlearn import with_method_defaults
@@ -70,6 +70,7 @@ from perta.report.write import write_report
 from perta.stages.audit import AUDIT, quick_audit
 from perta.stages.edit import edit_checkpoint, make_direction
 from perta.stages.finetune import Fit, check_learned, learned_by_forgetting
+from perta.stages.moments import check_less, holds
 from perta.stages.settings import EditConfig, TrainConfig
 from perta.stages.stage import At, taking_over
 from perta.stages.train import needed_sets, train_checkpoint
@@ -243,6 +244,8 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
         check_options(config, run.used)
         check_tuned(config, sets, record.folders, record.inputs)
         check_retain_moments(config, work.measured, sets)
+        if config.retain_moments is not None and holds(config.retain_moments, run.unwanted):
+            check_less(work.less_config(config.retain_moments, folder / "less"), run.unwanted)
     return run
 
 
@@ -263,6 +266,12 @@ class _Run:
     def used(self) -> Mapping[str, ExampleSet]:
         """The sets that may decide what the result is."""
         return {**self.sets, "retain": self.split.protected} if self.split else self.sets
+
+    @property
+    def unwanted(self) -> list[Example]:
+        """Rows that must not be among what is protected: to be forgotten, or to judge by."""
+        held = self.split.held_back if self.split else None
+        return [*self.sets["forget"].examples, *(held.examples if held else ())]
 
     def plan(self, *, looks: bool) -> Plan:
         """What the run would do; `looks` says whether to look for what is there already."""
@@ -380,6 +389,7 @@ class _Run:
             else config.retain_samples or str(len(self.sets["forget"])),
             protected=[name for name in protected if name in work.sets],
             saved=config.retain_moments,
+            unwanted=self.unwanted,
         )
 
     @property

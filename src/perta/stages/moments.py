@@ -25,28 +25,35 @@ Sources: RegMean, arXiv 2212.09849 (C), and K-FAC, arXiv 1503.05671 (B ⊗ C).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from perta.data.batch import Encoded
+from perta.data.examples import Example, ExampleSet, rows_fingerprint
+from perta.data.tokens import encode_examples, marks_of, row_mark
+from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
+from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
-from perta.stages.settings import MergeMomentsConfig, MomentsConfig
+from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
 from perta.stages.stage import Subject, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
-from perta.store.measured.second_moment import added
-from perta.store.record import versions
+from perta.store.measured.second_moment import added, without
+from perta.store.record import settings_of, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = ("examples", "examples_available")
+_LISTS = ("data_fingerprints", "rows")
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of moments is written and the next one begun."""
@@ -83,6 +90,7 @@ def compute_moments(config: MomentsConfig) -> Path:
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
             "data_fingerprints": [subject.inputs["data"]],
+            "rows": marks_of(subject.examples.examples, encoded),
             "dtype": subject.settings["dtype"],
             "versions": versions(),
         }
@@ -118,7 +126,8 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
             "seen": _seen(folders),
             "tokens": sum(f.facts["tokens"] for f in folders),
             **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},
-            "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
+            **{key: [d for f in folders for d in f.facts[key]] for key in _LISTS},
+            "taken_out": sum(f.facts.get("taken_out", 0) for f in folders),
             "versions": versions(),
         }
         write_sidecar(folder, facts)
@@ -126,6 +135,126 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     run_stage("merge-moments", config, {}, look(), make, look=look, reads=config.folders)
     return config.output
+
+
+def holds(moments: Path, rows: Iterable[Example]) -> bool:
+    """Whether any of some rows is in a folder of moments, however it was tokenised."""
+    inside = {mark for mark, _ in open_moments(moments).facts["rows"]}
+    return not inside.isdisjoint(map(row_mark, rows))
+
+
+def check_less(config: LessMomentsConfig, rows: Sequence[Example]) -> None:
+    """Stop before any work where `moments_without` would stop."""
+    _leaving(config, open_moments(config.moments), rows)
+
+
+def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
+    """Moments of a set without those of its rows that are among `rows`.
+
+    Moments are sums over rows, so theirs are measured and subtracted: one pass over these rows in
+    place of one over all that stay. Both are float32 to rounding, and at most half of what was once
+    measured may go, so the result is that of the rows that stay to a few 2⁻²⁴ of a mean diagonal.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigError: too much would go, or the rows were tokenised or measured otherwise.
+        CheckpointMismatchError: the moments are of another model.
+    """
+    opened, checkpoint = open_moments(config.moments), resolve_checkpoint(config.checkpoint)
+    facts, (encoded, marks) = opened.facts, _leaving(config, opened, rows)
+    pad = pad_id(load_tokenizer(checkpoint))
+
+    def look() -> dict[str, str]:
+        return {
+            "moments": fingerprint(config.moments),
+            "checkpoint": fingerprint(checkpoint),
+            "rows": rows_fingerprint([{"marks": marks}]),
+        }
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = load_model(checkpoint, config.compute)
+        plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
+        if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
+            raise _refused(config, "the rows reach other layers than those that stay")
+        options = replace(config.options, tokens=facts["token_choice"])
+        less: dict[str, Seen] = {}
+        size = config.compute.batch(8)
+        sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
+        write_shards(folder, _left(config, opened, sums), SHARD_BYTES)
+        tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}
+        left = {
+            **facts,
+            "tokens": facts["tokens"] - tokens,
+            **{key: facts[key] - len(encoded) for key in _ROWS},
+            "taken_out": facts.get("taken_out", 0) + tokens,
+            "seen": {
+                name: {key: count[key] - asdict(less[name])[key] for key in count}
+                for name, count in facts["seen"].items()
+            },
+            "data_fingerprints": [],  # no set as a whole is in it any more
+            "rows": [of_row for of_row in facts["rows"] if of_row[0] not in gone],
+            "versions": versions(),
+        }
+        write_sidecar(folder, left)
+        passes = (FORWARD + BACKWARD * bool(facts["outputs"])) * count_tokens(encoded, "all")
+        say(f"moments: {len(encoded)} rows, {tokens} tokens, were taken out of {config.moments}")
+        return {"examples": left["examples"], "tokens_counted": left["tokens"], "passes": passes}
+
+    settings = {**settings_of(config), **picked(config.compute, checkpoint)}
+    reads = (config.moments, checkpoint)
+    run_stage("moments-without", config, settings, look(), make, look=look, reads=reads)
+    return config.output
+
+
+def _leaving(
+    config: LessMomentsConfig, opened: MomentFolder, rows: Sequence[Example]
+) -> tuple[list[Encoded], list[list[str]]]:
+    """The sequences in some moments that are of some rows, and their marks there."""
+    facts, checkpoint = opened.facts, resolve_checkpoint(config.checkpoint)
+    check_moments(config.moments, [checkpoint], gradients=False)
+    if facts["dtype"] != picked(config.compute, checkpoint)["dtype"]:
+        raise _refused(config, f"they were measured with --dtype {facts['dtype']}")
+    wanted = {row_mark(row) for row in rows}
+    inside = [marks for marks in facts["rows"] if marks[0] in wanted]
+    among = {mark for mark, _ in inside}
+    own = [row for row in rows if row_mark(row) in among]
+    # Rows of several files may have the same number.
+    examples = ExampleSet(
+        "rows", tuple(replace(row, row=i) for i, row in enumerate(own)), (), opened.folder.name
+    )
+    encoded = encode_examples(
+        examples,
+        load_tokenizer(checkpoint),
+        replace(config.data_config, skip_bad_rows=True),
+        longest=longest_input(checkpoint),
+    ).encoded
+    found = dict(zip(map(tuple, marks_of(examples.examples, encoded)), encoded, strict=True))
+    if not all(tuple(marks) in found for marks in inside):
+        raise _refused(config, "they were measured with another template or --max-length")
+    sequences = [found[tuple(marks)] for marks in inside]
+    before = facts.get("taken_out", 0)
+    if 2 * (before + count_tokens(sequences, facts["token_choice"])) > facts["tokens"] + before:
+        raise _refused(config, "more than half of what was measured would go")
+    return sequences, inside
+
+
+def _left(
+    config: LessMomentsConfig, opened: MomentFolder, sums: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, part in sums:
+        left = without(opened.read(name), part)
+        if left is None:
+            raise _refused(config, f"of {name} less would be left than rounding shows")
+        yield name, left.float()
+
+
+def _refused(config: LessMomentsConfig, why: str) -> ConfigError:
+    return ConfigError(
+        f"{config.moments} holds moments of rows that are not to be protected, and they cannot be "
+        f"taken out: {why}. Make it again with `perta moments` from the rows to keep."
+    )
 
 
 def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:

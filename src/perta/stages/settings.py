@@ -174,6 +174,24 @@ class MergeMomentsConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
+class LessMomentsConfig(Paths):
+    """Inputs and output of `moments_without`."""
+
+    moments: Path
+    """Output of `perta moments` or `perta merge-moments`."""
+    checkpoint: str
+    """Checkpoint that they were measured at."""
+    output: Path
+    """Folder for the moments that are left."""
+    overwrite: bool = False
+    """Replace an output that is there already."""
+    options: MomentOptions = field(default_factory=MomentOptions)
+    data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+@Flat
+@dataclass(frozen=True, kw_only=True)
 class EditConfig(Paths):
     """Inputs and output of `perta edit`."""
 

@@ -44,6 +44,8 @@ _FORM = {
     "token_choice": str,
     "transposed": [str],
     "data_fingerprints": [str],
+    "rows": [[str]],
+    "dtype": str,
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
 EXPECTED = 10  # tokens of an average expert from which one without any counts as not used
@@ -55,7 +57,8 @@ class MomentFolder:
 
     `facts` is the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
     (weights stored as in x out), `tokens`, `examples`, `token_choice`, `model_fingerprint`,
-    `data_fingerprints`, and `seen` (moment -> the tokens it rests on, see `is_measured`).
+    `data_fingerprints`, `rows` (of each sequence a hash of its row's messages and of its tokens),
+    and `seen` (moment -> the tokens it rests on, see `is_measured`).
     """
 
     folder: Path

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROUNDING, _LEAST = 1e-6, 1e-3
+"""Shares of a trace: below the first nothing is left, from the second on enough."""
+
 
 def is_factor(moment: Tensor) -> bool:
     """Whether a moment is kept as R."""
@@ -62,6 +65,19 @@ def added(moments: Sequence[Tensor]) -> Tensor:
     for moment in moments[1:]:
         total += matrix(moment)
     return total
+
+
+def without(moment: Tensor, part: Tensor) -> Tensor | None:
+    """C (d, d) float64 of the rows that are left without some; zero where nothing is.
+
+    None where so little is left, or of what is no part so much was taken, that rounding of a
+    float32 moment would show: its error is 2⁻²⁴ of the whole.
+    """
+    left = matrix(moment) - matrix(part)
+    share = float(left.trace() / matrix(moment).trace()) if moment.any() else 0.0
+    if abs(share) < _ROUNDING:
+        return torch.zeros_like(left)
+    return left if share >= _LEAST else None
 
 
 def mean_diagonal(moment: Tensor) -> float:
