@@ -90,7 +90,7 @@ def test_ready_moments_give_the_same_and_no_other_folder(
 
 
 def test_an_output_that_must_stay_is_refused_before_anything_is_measured(
-    tmp_path: Path, config: RepairConfig
+    world: World, tmp_path: Path, config: RepairConfig
 ) -> None:
     other, rows = tmp_path / "other", tmp_path / "rows" / "retain.jsonl"
     other.mkdir()
@@ -112,6 +112,17 @@ def test_an_output_that_must_stay_is_refused_before_anything_is_measured(
     with pytest.raises(OutputExistsError, match="made with other method_settings"):
         repair_checkpoint(replace(config, rho=5.0, moments=MomentOptions(tokens="answer")))
     assert moments.stat().st_ino == before
+    # Moments of its own are used again; those that somebody made for something else stay.
+    shutil.rmtree(config.output)
+    repair_checkpoint(config)
+    assert moments.stat().st_ino == before
+    shutil.rmtree(config.output)
+    with pytest.raises(OutputExistsError, match=r"out\.retain_moments exists .* --overwrite"):
+        repair_checkpoint(replace(config, retain=str(world.forget)))
+    assert moments.stat().st_ino == before
+    assert not config.output.exists()
+    repair_checkpoint(replace(config, retain=str(world.forget), overwrite=True))
+    assert moments.stat().st_ino != before
 
 
 def test_moments_of_another_model_are_to_be_made_at_the_full_one(

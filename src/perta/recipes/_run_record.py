@@ -104,7 +104,9 @@ class RunRecord:
         rows = {self.inputs.get(name) for name in ("forget", "retain", "general")} | {protected}
         known |= {"data": rows, "checkpoint": {self.inputs["base"], self.inputs["full"]}}
         for name in (FORGET_CHECKPOINT, "retain_moments"):
-            known.pop(name, None)  # rounds, rows to take out: the run makes its own from a given one
+            known.pop(
+                name, None
+            )  # rounds, rows to take out: the run makes its own from a given one
         found = {name: fingerprint(folder) for name, folder in self.folders.items()}
         changed = {name for name, value in found.items() if value != self.inputs[name]}
         for output in made:

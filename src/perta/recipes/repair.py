@@ -64,7 +64,7 @@ def _measured(config: RepairConfig) -> Path:
             checkpoint=config.full,
             data=str(config.retain),
             output=beside(config.output, ".retain_moments"),
-            overwrite=True,
+            overwrite=config.overwrite,
             options=config.moments,
             data_config=config.data_config,
             compute=config.compute,
