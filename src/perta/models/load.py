@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, partialmethod
@@ -270,6 +270,21 @@ def _require_finite(model: PreTrainedModel, folder: Path) -> None:
                 f"{folder}: {name} holds NaN or Inf. The checkpoint is damaged or its training "
                 "diverged; use an earlier one."
             )
+
+
+def generate(model: PreTrainedModel, prompt: Sequence[int], **settings: Any) -> torch.Tensor:
+    """New tokens behind a prompt, (answers, …), by the library's own loop and these settings."""
+    from transformers import GenerationConfig
+
+    ids = torch.tensor([list(prompt)], device=model.device)
+    how = GenerationConfig(**settings)
+    # Gaps would be filled from the model's own, such as a repetition penalty or a temperature.
+    put = partial(setattr, model, "generation_config")
+    with temporarily(put, GenerationConfig(), model.generation_config):
+        found: torch.Tensor = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), generation_config=how
+        )
+    return found[:, len(prompt) :]
 
 
 def _require_config(folder: Path) -> None:

@@ -56,14 +56,11 @@ def layer_activations(model: Any, layer: int, batch: Batch) -> tuple[Tensor, Ten
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
-    try:
+    with decoder_layers(model)[layer].register_forward_hook(keep):
         # The decoder alone: the output head would compute logits nobody reads.
         model.get_decoder()(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
-    finally:
-        handle.remove()
     example, position = labelled_positions(batch.labels)
     return found[0][example, position].float(), example
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
 
 from perta.data.examples import Example, ExampleSet, Message
 from perta.data.tokens import encode_prompt, text_ids, uses_chat_template
-from perta.models.load import longest_input, pad_id
+from perta.models.load import generate, longest_input, pad_id
 from perta.options import DataConfig
 from perta.progress import track
-from perta.temporary import temporarily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +80,9 @@ def _draw(
     """Answers to one prompt, each up to where another question begins."""
     room = (longest_input(model) or len(prompt) + _MOST_TOKENS) - len(prompt)
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    settings = GenerationConfig(
+    answers = generate(
+        model,
+        prompt,
         max_new_tokens=max(1, min(_MOST_TOKENS, room)),
         do_sample=True,
         temperature=1.0,
@@ -92,12 +91,5 @@ def _draw(
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=pad_id(tokenizer),
     )
-    ids = torch.tensor([prompt], device=model.device)
-    # The library fills gaps from the model's own settings, such as a smaller temperature.
-    put = partial(setattr, model, "generation_config")
-    with temporarily(put, GenerationConfig(), model.generation_config):
-        output = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )
-    texts = tokenizer.batch_decode(output[:, len(prompt) :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [_NEXT.split(text)[0].strip() for text in texts]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded, collate
 from perta.errors import ConfigError
@@ -29,6 +29,7 @@ from perta.evidence import metrics
 from perta.evidence.scoring._tree import Segment, common_length, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
+from perta.models.load import generate
 from perta.models.loss import answer_logits, token_losses
 from perta.parallel import Own, alone, everywhere, gathered, share
 from perta.temporary import temporarily
@@ -443,20 +444,15 @@ def plain_generation(
     model: PreTrainedModel, prompt: Sequence[int], options: ScoringOptions
 ) -> tuple[int, ...]:
     """Greedy answer to one prompt by the library's own loop."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    settings = GenerationConfig(
+    answers = generate(
+        model,
+        prompt,
         max_new_tokens=options.max_new_tokens,
         do_sample=False,
         eos_token_id=sorted(options.end_ids) or None,
         pad_token_id=options.masking.pad_id,
     )
-    # The library fills gaps from the model's own settings: a repetition penalty is not greedy.
-    put = partial(setattr, model, "generation_config")
-    with temporarily(put, GenerationConfig(), model.generation_config):
-        output = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings
-        )
-    return tuple(output[0, len(prompt) :].tolist())
+    return tuple(answers[0].tolist())
 
 
 def gradient_norm_score(model: PreTrainedModel, encoded: Encoded, masking: Masking) -> float | None:
