@@ -282,9 +282,9 @@ class Seed:
         if is_default:
             strength = made.manifest.get("strength", {})
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
-        return {**spent, **self._scaled(target)}
+        return {**spent, **self.scaled(target)}
 
-    def _scaled(self, target: float, largest: float = 16.0) -> dict[str, Any]:
+    def scaled(self, target: float, largest: float = 16.0) -> dict[str, Any]:
         """Scale the step from the full model to the one in memory until it has the target."""
         end, start = self.weights(), list(self.read(self.folder / "full").parameters())
         return self._between(start, end, target, largest)
@@ -310,7 +310,7 @@ class Seed:
             tokens = sum(len(example.input_ids) for example in self.encoded["forget"])
             operations = 2 * (FORWARD + BACKWARD) * tokens
         seconds = time.perf_counter() - started
-        found = self._scaled(target, largest=16.0 if method == "kfac" else 1e4)
+        found = self.scaled(target, largest=16.0 if method == "kfac" else 1e4)
         return {"operations": operations, "seconds": seconds, **found}
 
     def _repaired(self, method: str, rate: float | None, target: float) -> dict[str, Any]:
@@ -339,7 +339,7 @@ class Seed:
             "seconds": spent["seconds"] + seconds,
             "rate": spent["rate"],
             "epochs": spent["alpha"],
-            **self._scaled(target),
+            **self.scaled(target),
         }
 
     def _trained(self, method: str, rate: float | None, target: float) -> dict[str, Any]:

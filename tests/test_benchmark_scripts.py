@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from helpers import tiny_llama
+from perta.methods.directions import projected_direction
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -153,6 +158,61 @@ def test_the_step_of_a_collapsed_gradient_goes_up_the_loss() -> None:
     }
     assert sum(losses_of(model, rows, batch_size=4, pad=0)) > sum(losses)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_task_vector_is_split_by_what_retained_rows_use() -> None:
+    """All parts are the whole; those at their shares, one direction each, are the projection."""
+    from learned import RHO, split_by_use
+
+    torch.manual_seed(0)
+    vector, inputs = torch.randn(3, 5), torch.randn(9, 5) * torch.tensor([9.0, 3, 1, 0.3, 0.1])
+    moment = inputs.T @ inputs / 9
+    for bins in (1, 2, 5):
+        parts, shares = split_by_use(vector, moment, bins)
+        torch.testing.assert_close(parts.sum(0), vector)
+        assert shares.tolist() == sorted(shares.tolist())
+        used = [float((inputs @ part.T).norm() / part.norm()) for part in parts]
+        assert used == sorted(used, reverse=True)
+    wanted = projected_direction(vector, moment, RHO).delta.float()
+    torch.testing.assert_close((shares[:, None, None] * parts).sum(0), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_shares_are_learned_down_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step goes against the slope that differences of the loss have."""
+    import learned
+    from perta.data.batch import Encoded, collate
+    from perta.models.loss import example_losses
+
+    model = tiny_llama()
+    rows = [Encoded(tuple(range(3 + i, 9 + i)), (-100, *range(4 + i, 9 + i)), i) for i in range(4)]
+    encoded = {"forget": rows[:2], "protected": rows[2:]}
+    seed: Any = SimpleNamespace(encoded=encoded, pad=0, products=nullcontext, model=model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    part = learned.Parts(
+        weight, weight.detach().clone(), 0.1 * torch.randn(3, *weight.shape), torch.ones(3)
+    )
+
+    def loss() -> float:
+        forget, retain = (collate(seed.encoded[name], 0) for name in ("forget", "protected"))
+        with torch.no_grad():
+            known = (-example_losses(model, forget)).exp().mean()
+            return float(known + example_losses(model, retain).mean())
+
+    logs = [torch.zeros(3)]
+    found = []
+    for place in range(3):  # central differences
+        ends = []
+        for step in (1e-2, -1e-2):
+            moved = logs[0].clone()
+            moved[place] += step
+            learned.put([part], [moved])
+            ends.append(loss())
+        found.append((ends[0] - ends[1]) / 2e-2)
+    monkeypatch.setattr(learned, "STEPS", 1)
+    learned.learn(seed, [part], logs)
+    # The first step of Adam has the sign of the gradient.
+    assert min(map(abs, found)) > 1e-4
+    assert logs[0].sign().tolist() == [-math.copysign(1, slope) for slope in found]
 
 
 def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,9 @@ def tuned(kind: str, **more: Any) -> dict[str, Any]:
     return {"change": change.detach(), "losses": losses}
 
 
+TRAINED = ("npo", "npo-sam", "dpo", "kl", "pdu:fixed_epochs=0", "rmu", "retain-finetune")
+
+
 def unlearned(method: str) -> dict[str, Any]:
     model, start = model_of("tied"), model_of("tied")
     settings = TrainSettings(epochs=2, learning_rate=1e-2, batch_size=3, accumulation=2)
@@ -157,7 +160,7 @@ def everything() -> dict[str, Any]:
         "tune mixtral": tuned("mixtral"),
         "score": scored(),
     }
-    found |= {f"unlearn {m}": unlearned(m) for m in ("npo", "dpo", "kl", "rmu", "retain-finetune")}
+    found |= {f"unlearn {m}": unlearned(m) for m in TRAINED}
     for kind in ("tied", "untied", "gpt2", "gemma3", "mixtral", "gpt-oss"):
         found[f"importance {kind}"] = importance(kind)
     found["importance of the mean"] = importance("untied", reduction="abs_of_mean")
