@@ -51,15 +51,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), people=4, forget_people=1)
 
 
-def make_world(root: Path, people: int, forget_people: int) -> World:
-    """A world of so many people, two questions each."""
+def make_world(root: Path, people: int, forget_people: int, blocks: int = 2) -> World:
+    """A world of so many people, two questions each, and a model of so many blocks."""
     data = root / "data"
     write_people(PeopleConfig(output=data, people=people, questions=2, forget_people=forget_people))
     rows = load_examples(root / "data" / "full.jsonl")
     texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
     base = root / "base"
     base.mkdir()
-    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt])
+    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt], num_hidden_layers=blocks)
     full = finetune_checkpoint(
         FinetuneConfig(
             base=str(base), data=str(root / "data" / "full.jsonl"), output=root / "full", tune=TUNE

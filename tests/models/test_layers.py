@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import World
 from perta.errors import ConfigError
-from perta.models.layers import mlp_names
+from perta.models.layers import find_slots, late_slots, mlp_names
 from perta.models.load import load_tokenizer
 from perta.options import WeightingConfig
 from perta.stages.edit import edit_checkpoint
@@ -187,6 +187,37 @@ def test_a_model_of_no_known_kind_has_none(tmp_path: Path, text: str | None) -> 
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     assert mlp_names(tmp_path) == frozenset()
+
+
+# --- the last third of the blocks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "late"), [(1, ""), (2, ""), (3, "2"), (4, "3"), (5, "4"), (6, "45")]
+)
+@pytest.mark.parametrize("kind", [hf.LlamaConfig, hf.GPT2Config, hf.MixtralConfig, hf.MambaConfig])
+def test_late_layers_are_those_of_the_last_third_of_the_blocks(
+    kind: Any, blocks: int, late: str
+) -> None:
+    sizes = {**COMMON, "num_hidden_layers": blocks, **EXPERTS, "state_size": 4}
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(kind(**sizes))
+    every, found = find_slots(model), late_slots(model)
+    assert found == [slot for slot in every if re.search(rf"\.[{late}-]\.", slot[0])]
+    assert len(found) * blocks == len(every) * len(late)
+
+
+def test_every_list_of_blocks_has_late_layers_of_its_own() -> None:
+    def blocks(count: int) -> nn.ModuleList:
+        return nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(3)) for _ in range(count))
+
+    class Pair(hf.PreTrainedModel):
+        def __init__(self) -> None:
+            super().__init__(hf.PretrainedConfig())
+            self.bridge, self.sight, self.text = nn.Linear(2, 2), blocks(6), blocks(3)
+
+    names = [f"{place}.{i}.weight" for place in ("sight.4", "sight.5", "text.2") for i in range(3)]
+    assert late_slots(Pair()) == [(name, 0) for name in names]
 
 
 # --- layers without moments ------------------------------------------------------------------

@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,23 @@ def find_slots(model: PreTrainedModel) -> list[Slot]:
                 parameter = getattr(module, name)
                 slots.update(dict.fromkeys((names[parameter], e) for e in range(len(parameter))))
     return list(slots)
+
+
+def late_slots(model: PreTrainedModel) -> list[Slot]:
+    """Those of `find_slots` in the last third of the blocks, counted down; of one or two, none.
+
+    Blocks are the elements of the outermost list that holds a layer; outside of lists none is late.
+    """
+    modules = dict(model.named_modules())
+
+    def is_late(name: str) -> bool:
+        elements = [place for place in _above(name) if place and _is_element(modules, place)]
+        if not elements:
+            return False
+        blocks, _, place = elements[-1].rpartition(".")
+        return 3 * int(place) >= 2 * len(cast(nn.ModuleList, modules[blocks]))
+
+    return [slot for slot in find_slots(model) if is_late(slot[0])]
 
 
 def is_linear(module: nn.Module) -> bool:

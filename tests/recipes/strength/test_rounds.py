@@ -14,13 +14,16 @@ import torch
 from conftest import TUNE, make_world
 from perta.data.examples import load_examples
 from perta.errors import ConfigError
+from perta.methods.registry import with_defaults
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.options import ComputeConfig, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength.choose import calibrate, surprises_of
+from perta.recipes.strength.choose import Unseen, calibrate, surprises_of
+from perta.recipes.strength.rounds import write_rounds
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
+from perta.stages.stage import At
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest
@@ -30,9 +33,9 @@ PROJECT = WeightingConfig(method="perta-project", scaling_coef="auto")
 
 @pytest.fixture(scope="module")
 def request_of_rounds(tmp_path_factory: pytest.TempPathFactory) -> UnlearnConfig:
-    """Six people, three of them to be forgotten."""
+    """Six people, three of them to be forgotten, and a model of three blocks."""
     root = tmp_path_factory.mktemp("rounds")
-    return make_world(root, people=6, forget_people=3).request(
+    return make_world(root, people=6, forget_people=3, blocks=3).request(
         root / "clean",
         weighting=PROJECT,
         tune=replace(TUNE, epochs=60),
@@ -61,34 +64,66 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert record["seconds"]["rounds"] > 0
 
 
-def test_all_rounds_are_one_edit_of_one_forget_checkpoint(
-    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
-) -> None:
-    config, _ = run
-    work = config.work_folder
-    manifest = read_manifest(work / "forget_rounds")
-    assert manifest is not None
-    rounds = manifest["rounds"]
-    # The edit that users make, of the checkpoint that was written, at the first round's strength.
-    edited = edit_checkpoint(
-        EditConfig(
-            base=config.base,
-            full=config.full,
-            forget_checkpoint=str(work / "forget_rounds"),
-            retain_moments=work / "retain_moments",
-            output=tmp_path / "edited",
-            weighting=replace(PROJECT, scaling_coef=rounds[0]["scaling_coef"]),
-        )
-    )
-    sets = {name: load_examples(getattr(config, name)) for name in ("forget", "retain")}
-    unseen = calibrate(
-        Path(config.full), Path(config.base), sets, config.data_config, config.compute
-    )
+def left_by(config: UnlearnConfig, made: Path, output: Path, **settings: Any) -> list[int]:
+    """Rows that stand out after the edit that users make of a written checkpoint."""
+    weighting = with_defaults(replace(PROJECT, scaling_coef=1.0, **settings))
+    edit = edit_of(config, made, output, weighting)
+    unseen, edited = unseen_of(config), edit_checkpoint(edit)
     pad = pad_id(load_tokenizer(edited))
     model = load_model(edited, ComputeConfig(), dtype=torch.float32)
     surprises = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
-    left = [unseen.facts[place].row for place in unseen.standing_out(surprises)]
-    assert left == rounds[-1]["left"]
+    return [unseen.facts[place].row for place in unseen.standing_out(surprises)]
+
+
+def edit_of(
+    config: UnlearnConfig, made: Path, output: Path, weighting: WeightingConfig
+) -> EditConfig:
+    return EditConfig(
+        base=config.base,
+        full=config.full,
+        forget_checkpoint=str(made),
+        retain_moments=config.work_folder / "retain_moments",
+        output=output,
+        weighting=weighting,
+    )
+
+
+def unseen_of(config: UnlearnConfig) -> Unseen:
+    sets = {"forget": load_examples(config.forget)}
+    return calibrate(Path(config.full), Path(config.base), sets, config.data_config, config.compute)
+
+
+def test_all_rounds_are_one_edit_of_one_forget_checkpoint(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    made = run[0].work_folder / "forget_rounds"
+    manifest = read_manifest(made)
+    assert manifest is not None
+    assert left_by(run[0], made, tmp_path / "edited") == manifest["rounds"][-1]["left"]
+
+
+@pytest.mark.parametrize(
+    ("included", "late"), [((), False), (("*.mlp.*", "*.self_attn.*"), False), (("*.2.*",), True)]
+)
+def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, included: tuple[str, ...], late: bool
+) -> None:
+    config, _ = run
+    weighting = with_defaults(replace(PROJECT, include=included))
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "round", weighting)
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 1)
+    (only,) = (read_manifest(made) or {})["rounds"]
+    assert only["left"] == left_by(config, made, tmp_path / "edited", include=included)
+    assert only["untouched"] == (0 if late else 7)  # q, k, v and o; gate, up and down
+    stored = [open_index(Path(folder)).tensors for folder in (config.base, first, made)]
+    for name in stored[0]:
+        base, tuned, total = (read_tensor(tensors[name]).double() for tensors in stored)
+        is_left = not late and ".2." in name and "norm" not in name
+        step = 0.0 if is_left else only["scaling_coef"] * (tuned - base)
+        torch.testing.assert_close(total, base + step, rtol=1e-5, atol=1e-6)
+        assert is_left <= torch.equal(total, base)
 
 
 def test_a_first_round_that_leaves_nothing_is_the_forget_checkpoint(

@@ -17,6 +17,7 @@ from perta.recipes.strength._search import (
     TOLERANCE,
     Found,
     is_monotone,
+    search_coarsely,
     search_strength,
 )
 
@@ -55,6 +56,19 @@ def test_a_monotone_curve_gives_the_smallest_strength(edge: float) -> None:
     assert len(looks) <= 21
     # The retained rows, which are the many, are read where the forget set passes, and seldom else.
     assert len([a for a in checks if a < edge / 1.1]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("largest", "edges"), [(16.0, (0.02, 0.5, 9.3)), (32.0, (0.4, 16.1, 32.0))]
+)
+def test_a_coarse_search_reaches_its_largest_strength(
+    largest: float, edges: tuple[float, ...]
+) -> None:
+    for edge in edges:
+        found = search_coarsely(lambda a, edge=edge: a >= edge, largest)
+        assert found is not None
+        assert edge <= found <= edge + max(0.1 * found, 0.01)
+    assert search_coarsely(lambda a: a >= 1.01 * largest, largest) is None
 
 
 @pytest.mark.parametrize("by_retain", [False, True])

@@ -72,7 +72,9 @@ def tiny_llama(
     return model
 
 
-def write_tiny_checkpoint(folder: Path, texts: Sequence[str], *, seed: int = 0) -> None:
-    """Write a random tiny model with its tokenizer into an existing folder."""
+def write_tiny_checkpoint(
+    folder: Path, texts: Sequence[str], *, seed: int = 0, **sizes: int
+) -> None:
+    """Write a random tiny model, see `tiny_llama`, with its tokenizer into an existing folder."""
     tokenizer = tiny_tokenizer(texts)
-    save_model(tiny_llama(len(tokenizer), seed=seed), tokenizer, folder, None)
+    save_model(tiny_llama(len(tokenizer), seed=seed, **sizes), tokenizer, folder, None)

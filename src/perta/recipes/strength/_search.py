@@ -93,13 +93,13 @@ def search_strength(forgets: Question, fits: Question) -> Found:
     return Found(None, tuple(sorted(strength for strength, fit in known.items() if fit)))
 
 
-def search_coarsely(forgets: Question) -> float | None:
+def search_coarsely(forgets: Question, largest: float = LARGEST) -> float | None:
     """Look for a strength that forgets, octave by octave and to a tenth: others follow it."""
-    low = 0.0
-    for high in _GRID[::_OCTAVE]:
+    low, high = 0.0, FIRST
+    while high <= largest:
         if forgets(high):
             return _smallest(forgets, low, high, _COARSE)
-        low = high
+        low, high = high, 2 * high
     return None
 
 

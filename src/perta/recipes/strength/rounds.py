@@ -6,16 +6,20 @@ still stand out, and goes as far as half of them need:
 
     S_0 = all forget rows
     M_0 = θ_full
-    τ_k = (θ₀ tuned on the facts of S_k) − θ₀,   Δ_k its direction
+    τ_k = (θ₀ tuned on the facts of S_k) − θ₀,   τ_0 without the last third of the blocks
+    Δ_k = the direction of τ_k
     α_k = the smallest α at which at most half of S_k stands out,   M_{k+1} = M_k − α_k Δ_k
     S_{k+1} = the rows that stand out at M_{k+1}
 
-until none does. The directions of the structured methods are linear in τ, so all rounds are one
-edit, with the forget checkpoint
+until none does. A late block sees what earlier ones have looked up, and takes it from whoever has
+it, so the first round widens to all blocks only where half of the rows cannot be had without. The
+directions of the structured methods are linear in τ, so all rounds are one edit, with the forget
+checkpoint
 
-    θ_f = θ₀ + Σ_k (α_k / α_0) τ_k,
+    θ_f = θ₀ + Σ_k α_k τ_k,
 
-whose strength is then searched for as that of any other. What stands out is said in `strength`.
+whose strength, 1 for the rounds as they were, is then searched for as that of any other. Where no
+round found a strength θ_f is θ₀ + τ_0, of all blocks. What stands out is said in `strength`.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from transformers import PreTrainedModel
 
 from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
+from perta.models.layers import Slot, late_slots, stored_weights
 from perta.models.load import (
     counting_tokens,
     load_model,
@@ -41,7 +46,7 @@ from perta.models.load import (
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, TuneConfig
 from perta.progress import say
-from perta.recipes.strength._search import search_coarsely
+from perta.recipes.strength._search import LARGEST, search_coarsely
 from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
 from perta.stages.edit import load_changes
 from perta.stages.settings import EditConfig
@@ -59,11 +64,13 @@ class Round:
         rows: forget rows that it tuned on.
         scaling_coef: α_k.
         left: numbers of the rows that stand out after it.
+        untouched: layers and experts in the last third of the blocks that it left as they were.
     """
 
     rows: int
     scaling_coef: float
     left: tuple[int, ...]
+    untouched: int
 
 
 def write_rounds(
@@ -103,7 +110,7 @@ def write_rounds(
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
-    settings |= judged | picked(compute, Path(edit.full))
+    settings |= judged | picked(compute, Path(edit.full)) | {"first": "without the late blocks"}
 
     def make(folder: Path) -> Mapping[str, Any]:
         with scratch_folder(beside(place.output, ".rounds")) as scratch:
@@ -147,21 +154,23 @@ class _Run:
         """Every round until no row stands out, or there were enough, or one finds no strength."""
         rows: Sequence[int] = range(len(self._unseen.facts))
         checkpoint = Path(str(self._edit.forget_checkpoint))
+        late: Sequence[Slot] = late_slots(self.model)
         rounds: list[Round] = []
         while rows and len(rounds) < most:
             if rounds:
-                checkpoint = self._tune(rows, len(rounds))
-            scaling_coef, rows_left = self._forget(checkpoint, rows)
+                checkpoint, late = self._tune(rows, len(rounds)), ()
+            scaling_coef, rows_left = self._forget(checkpoint, rows, late)
+            if scaling_coef is None and late:
+                late = ()
+                continue
             if scaling_coef is None:
                 say(f"round {len(rounds) + 1}: no strength takes half of the {len(rows)} rows")
                 if not rounds:
-                    self._add(checkpoint, 1.0)  # the search says how far it gets
+                    self._add(checkpoint, 1.0, late)  # the search says how far it gets
                 break
-            self._add(
-                checkpoint, scaling_coef / (rounds[0].scaling_coef if rounds else scaling_coef)
-            )
+            self._add(checkpoint, scaling_coef, late)
             numbers = tuple(self._unseen.facts[place].row for place in rows_left)
-            rounds.append(Round(len(rows), scaling_coef, numbers))
+            rounds.append(Round(len(rows), scaling_coef, numbers, len(late)))
             say(
                 f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
             )
@@ -180,14 +189,19 @@ class _Run:
         return folder
 
     @torch.no_grad()
-    def _forget(self, checkpoint: Path, rows: Sequence[int]) -> tuple[float | None, list[int]]:
-        """Take from `model` what half of the rows need: the strength, and what is left."""
+    def _forget(
+        self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot]
+    ) -> tuple[float | None, list[int]]:
+        """Take from `model`, but its late layers, what half of the rows need, and what is left."""
         with scratch_folder(self._scratch / "changes") as scratch:
             edit = replace(
                 self._edit, forget_checkpoint=str(checkpoint), direction=scratch / "direction"
             )
             changes = load_changes(edit, self._compute)
-        located = changes.located(self.model)
+        found = (changes.full.find(weight.name) for weight in stored_weights(self.model, late))
+        names = {entry.name for entry in found if entry}
+        kept = {name: c for name, c in changes.tensors.items() if name not in names}
+        located = replace(changes, tensors=kept).located(self.model)
         steps = [(m, where, c.delta) for m, where, c in located if c.delta is not None]
         now, unseen = 0.0, self._unseen
 
@@ -219,16 +233,20 @@ class _Run:
                     return False
             return True
 
-        chosen = search_coarsely(forgets)
+        # Without the late blocks it takes two or three times the strength.
+        chosen = search_coarsely(forgets, 2 * LARGEST if late else LARGEST)
         return chosen, left(chosen or 0.0)
 
     @torch.no_grad()
-    def _add(self, checkpoint: Path, weight: float) -> None:
+    def _add(self, checkpoint: Path, weight: float, late: Sequence[Slot]) -> None:
         """Add a round's task vector to the forget checkpoint."""
         tuned, base = (self._load(folder) for folder in (checkpoint, self._edit.base))
-        parameters = (model.parameters() for model in (self.total, tuned, base))
-        for total, other, start in zip(*parameters, strict=True):
-            total.add_(other - start, alpha=weight)
+        names = {name for name, _ in late}
+        for (name, total), other, start in zip(
+            self.total.named_parameters(), tuned.parameters(), base.parameters(), strict=True
+        ):
+            if name not in names:
+                total.add_(other - start, alpha=weight)
 
     def _load(self, folder: str | Path) -> PreTrainedModel:
         return load_model(Path(folder), self._compute, dtype=torch.float32)
