@@ -59,7 +59,7 @@ def make_world(root: Path, people: int, forget_people: int, blocks: int = 2) -> 
     texts = [text for e in rows.examples for text in (e.prompt, e.answer)]
     base = root / "base"
     base.mkdir()
-    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt], num_hidden_layers=blocks)
+    write_tiny_checkpoint(base, [*texts, DataConfig().system_prompt], blocks=blocks)
     full = finetune_checkpoint(
         FinetuneConfig(
             base=str(base), data=str(root / "data" / "full.jsonl"), output=root / "full", tune=TUNE

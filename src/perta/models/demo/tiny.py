@@ -73,8 +73,9 @@ def tiny_llama(
 
 
 def write_tiny_checkpoint(
-    folder: Path, texts: Sequence[str], *, seed: int = 0, **sizes: int
+    folder: Path, texts: Sequence[str], *, seed: int = 0, blocks: int = 2
 ) -> None:
-    """Write a random tiny model, see `tiny_llama`, with its tokenizer into an existing folder."""
+    """Write a random tiny model with its tokenizer into an existing folder."""
     tokenizer = tiny_tokenizer(texts)
-    save_model(tiny_llama(len(tokenizer), seed=seed, **sizes), tokenizer, folder, None)
+    model = tiny_llama(len(tokenizer), seed=seed, num_hidden_layers=blocks)
+    save_model(model, tokenizer, folder, None)
