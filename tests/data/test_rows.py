@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from perta.data.examples import load_examples
+from perta.data.examples import load_examples, rows_fingerprint
 from perta.data.rows import read_rows
 from perta.errors import DataError
+from perta.options import DataConfig
 
 
 def table(folder: Path, name: str, content: str | bytes) -> list[tuple[str, str]]:
@@ -57,7 +59,24 @@ def test_rows_of_tables(
         ("a.csv", 'question,answer\na,"b\nc"\nd\n', "line 4: fewer fields"),
         ("a.csv", "question,answer,answer\na,b,c\n", "more than one column is named 'answer'"),
         ("a.csv", "question,answer,,\na,b,c,d\n", "more than one column is named ''"),
-        ("a.csv", "question,answer\na,b\n".encode("utf-16"), "is not UTF-8"),
+        ("a.csv", "question,answer\na,b\n".encode("utf-16")[:-1], "is not UTF-16-LE text, as its"),
+        ("a.csv", b"\xff\xfea,b\nc", "is not UTF-16-LE text"),
+        ("a.csv", b"\xff\xfe\x00\xd8a\0", "is not UTF-16-LE text.*byte 2"),
+        ("a.csv", b"\xef\xbb\xbfquestion,answer\na,\xe9\n", "is not UTF-8 text, as its.*byte 21"),
+        ("a.csv", b"\xff\xfea\0\0\0", "zero byte"),
+        (
+            "a.csv",
+            "question,answer\na,b\n\ufeffquestion,answer\nc,d\n",
+            "line 3 begins with a byte",
+        ),
+        ("a.jsonl", '\ufeff\ufeff{"question": "a", "answer": "b"}', "line 1 begins with a byte"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": "b"}\n\ufeff{"question": "a", "answer": "b"}'.encode(
+                "utf-16"
+            ),
+            "line 2 begins with a byte",
+        ),
         ("a.csv", "question,answer\na,b\n".encode("utf-16-le"), "zero byte at 1, as in UTF-16"),
         ("a.tsv", 'question\tanswer\na\t"say ""b"""\n', "line 2: a cell looks quoted"),
         ("a.tsv", 'question\tanswer\na\t"b\nc"\n', "line 3: fewer fields"),
@@ -100,6 +119,60 @@ def test_rows_that_a_quote_may_have_swallowed_are_named(
     assert "in 1 rows a quoted cell has line breaks" in capsys.readouterr().err
     table(tmp_path, "a.csv", 'question,answer\na,"first line\nsecond line"\n')
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl"])
+def test_a_byte_order_mark_says_what_the_text_is(tmp_path: Path, name: str, kind: str) -> None:
+    mark = "\ufeff" if kind.endswith("be") else ""  # Python writes those of its own order alone
+    said = "Wér? 😀 a\ufeffb"
+    row = json.dumps({"question": said, "answer": "Añn"}, ensure_ascii=False)
+    text = {
+        "a.csv": f"question,answer\r\n{said},Añn\r\n",
+        "a.tsv": f"question\tanswer\n{said}\tAñn\n",
+        "a.json": f"[{row}]",
+        "a.jsonl": f"{row}\n",
+    }[name]
+    assert table(tmp_path, name, (mark + text).encode(kind)) == [(said, "Añn")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "config"),
+    [
+        ({"Question": "a", " Answer ": "b"}, {}),
+        ({"PROMPT": "a", "Completion": "b"}, {}),
+        ({"Frage ": "a", "ANTWORT": "b"}, {"prompt_column": "frage", "answer_column": "Antwort"}),
+        ({"question": "a", "Question": "x", "answer": "b"}, {}),
+        ({"Question": "x", "frage": "a", "answer": "b"}, {"prompt_column": "frage"}),
+        ({"question": "x", "Question": "a", "answer": "b"}, {"prompt_column": "Question"}),
+        ({"QUESTION": "a", "Answer": "b", "Person": "p", "ID": "7"}, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_columns_are_known_whatever_their_case_and_spaces_around(
+    tmp_path: Path, name: str, columns: dict[str, str], config: dict[str, str]
+) -> None:
+    texts = {
+        "a.csv": ",".join(columns) + "\n" + ",".join(columns.values()) + "\n",
+        "a.jsonl": json.dumps(columns) + "\n",
+    }
+    (tmp_path / name).write_text(texts[name], "utf-8")
+    found = load_examples(tmp_path / name, DataConfig(**config))  # type: ignore[arg-type]
+    (example,) = found.examples
+    assert (example.prompt, example.answer) == ("a", "b")
+    if "Person" in columns:
+        assert (example.fields["person"], example.fields["ID"]) == ("p", "7")
+    # The rows are known by what the file says.
+    assert found.fingerprint == rows_fingerprint([columns])
+
+
+def test_rows_may_write_their_columns_in_several_ways(tmp_path: Path) -> None:
+    text = '{"Question": "a", "answer": "b"}\n{"question": "c", "ANSWER": "d"}\n'
+    assert table(tmp_path, "a.jsonl", text) == [("a", "b"), ("c", "d")]
+    with pytest.raises(DataError, match=r"cannot tell what .* Question, QUESTION"):
+        table(tmp_path, "a.csv", "Question,QUESTION,answer\na,b,c\n")
+    with pytest.raises(DataError, match=r"row 1: column 'tools' is not read"):
+        table(tmp_path, "b.jsonl", '{"question": "a", "answer": "b", "Tools": ["x"]}')
 
 
 class Frame:

@@ -94,6 +94,13 @@ def test_rows_that_say_nothing_are_told_of(file: Path, capsys: pytest.CaptureFix
     assert "1 rows have nothing in 'age' and are kept (rows 3)" in capsys.readouterr().err
 
 
+def test_the_column_may_be_written_otherwise(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("Question,Answer, Person\na,b,Mira\nc,d,Odo\n", "utf-8")
+    forget, retain = split_by(str(rows), "person == Mira", "train")
+    assert [len(part.numbered) for part in (forget, retain)] == [1, 1]
+
+
 def test_a_column_of_a_csv_is_text(tmp_path: Path) -> None:
     place = tmp_path / "rows.csv"
     place.write_text("id,question,answer\n7,a?,1\n8,b?,2\n", "utf-8")

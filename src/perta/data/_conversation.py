@@ -31,6 +31,8 @@ _ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
     "human": "user",
 }
+READ = {*PROMPTS, *ANSWERS, *_FURTHER, *_SYSTEM, *_CHATS, *_UNREAD}
+"""Names of columns that are looked for."""
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _EMPTY: tuple[Any, ...] = (None, "", "[]", "null", [], {}, ())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,23 @@ from blake3 import blake3
 from perta.data._conversation import (
     ANSWERS,
     PROMPTS,
+    READ,
     RowError,
     chat_column,
     conversation,
     require_whole,
 )
 from perta.data._conversation import Message as Message
-from perta.data.rows import as_source, numbered_rows
+from perta.data.rows import as_source, column_like, numbered_rows
 from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.options import DataConfig
 from perta.progress import warn
 
+FACT_COLUMN, SUBJECT_COLUMNS = "fact", ("subject", "person")
+PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
+
 _SHOWN_ROWS = 10
+_Numbered = list[tuple[int, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,9 @@ def load_examples(
     numbered = numbered_rows(source, config.split)
     if not numbered:
         raise EmptyDatasetError(f"{source} has no rows. Give at least one example.")
-    rows = [row for _, row in numbered]
-    kind = _detect_kind(source, rows, config)
-    fingerprint = _fingerprint(rows, source)
+    fingerprint = _fingerprint([row for _, row in numbered], source)
+    numbered = _renamed(numbered, config)
+    kind = _detect_kind(source, [row for _, row in numbered], config)
     examples, bad = [], []
     for number, row in numbered:
         try:
@@ -109,6 +115,23 @@ def load_examples(
             bad.append(f"row {number}: {error}")
     report_bad_rows(source, bad, config.skip_bad_rows, left=len(examples))
     return ExampleSet(source, tuple(examples), tuple(bad), fingerprint)
+
+
+def _renamed(numbered: _Numbered, config: DataConfig) -> _Numbered:
+    """Rows whose columns have the names that are looked for, where case or spaces were others."""
+    own = {value for name, value in vars(config).items() if name.endswith("_column") and value}
+    wanted = {*own, *READ, *SUBJECT_COLUMNS, FACT_COLUMN, PARAPHRASED, WRONG}
+
+    @cache
+    def names(columns: tuple[str, ...]) -> list[str]:
+        meant = {column_like(name, columns): name for name in sorted(wanted - own)}
+        meant |= {column_like(name, columns): name for name in own}
+        return [c if c in wanted else meant.get(c, c) for c in columns]
+
+    return [
+        (number, dict(zip(names(tuple(row)), row.values(), strict=True)))
+        for number, row in numbered
+    ]
 
 
 def general_config(source: str, config: DataConfig) -> DataConfig:

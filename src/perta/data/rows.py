@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import csv
 import io
 import json
@@ -37,6 +38,13 @@ class Rows(str):
         made = cls(name)
         made.numbered = tuple((number, _plain(dict(row))) for number, row in rows)
         return made
+
+
+def column_like(name: str, columns: Iterable[str]) -> str:
+    """The one column that a name means but for case and spaces around, else the name itself."""
+    columns, plain = list(columns), name.strip().casefold()
+    alike = [column for column in columns if column.strip().casefold() == plain]
+    return alike[0] if name not in columns and len(alike) == 1 else name
 
 
 def as_source(given: Any, name: str) -> str:
@@ -94,14 +102,33 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     return read(path)
 
 
+_MARKS = (  # a mark of UTF-32 begins with one of UTF-16
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32-LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+)
+"""Byte order marks, and what they say of the text behind them."""
+
+
 def _read_text(path: Path) -> str:
-    """The file's text without a byte order mark, line ends as they are."""
+    """The file's text, line ends as they are: UTF-8, or what its byte order mark says."""
+    content = path.read_bytes()
+    mark, coding = next((m for m in _MARKS if content.startswith(m[0])), (b"", "UTF-8"))
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content[len(mark) :].decode(coding)
     except UnicodeDecodeError as error:
+        says = ", as its byte order mark says" if mark else ""
         raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
+            f"{path} is not {coding} text{says} (byte {len(mark) + error.start}). Save it as UTF-8."
         ) from error
+    if joined := re.search(r"(?:\A|[\r\n])\ufeff", text):
+        line = len(text[: joined.end()].splitlines())
+        raise DataError(
+            f"{path}, line {line} begins with a byte order mark, as where files were joined. Take "
+            "it out, and any header that came with it."
+        )
     if "\0" in text:
         place = len(text[: text.index("\0")].encode())
         raise DataError(
@@ -329,6 +356,7 @@ def split_by(source: str, condition: str, split: str) -> tuple[Rows, Rows]:
     column, values = _condition(condition)
     rows = numbered_rows(source, split)
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    column = column_like(column, columns)
     if column not in columns:
         raise DataError(f"{source} has no column {column!r}.{nearest(column, columns)}")
     told = [_as_text(row.get(column)) for _, row in rows]

@@ -30,7 +30,14 @@ import torch
 from torch import nn
 
 from perta.data.batch import IGNORE, Encoded, bucketed
-from perta.data.examples import Example, ExampleSet
+from perta.data.examples import (
+    FACT_COLUMN,
+    PARAPHRASED,
+    SUBJECT_COLUMNS,
+    WRONG,
+    Example,
+    ExampleSet,
+)
 from perta.data.tokens import common_prefix, encode_example, encode_examples, encode_prompt
 from perta.data.words import is_word, segments, stems
 from perta.errors import DataError
@@ -46,9 +53,6 @@ if TYPE_CHECKING:
 Source = Literal["fact column", "wrong answers", "surprise", "answer"]
 Span = tuple[int, int]
 
-PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
-_FACT_COLUMN = "fact"
-_SUBJECT_COLUMNS = ("subject", "person")
 SAMPLES = 64  # samples of which one may hit the fact, in results
 SURPRISE = 2.0
 """Nats from which a token is a surprise. With SmolLM2-135M and 176 rows of `perta people`, whose
@@ -145,14 +149,14 @@ def find_facts(
         shown = ", ".join(map(str, lost[:_SHOWN_ROWS])) + (" …" if len(lost) > _SHOWN_ROWS else "")
         warn(
             f"{examples.source}: no fact was found in {len(lost)} of {len(facts)} rows (rows "
-            f"{shown}); their whole answer counts. Name the fact in a column `{_FACT_COLUMN}`."
+            f"{shown}); their whole answer counts. Name the fact in a column `{FACT_COLUMN}`."
         )
     return tuple(facts)
 
 
 def _refuse_text(examples: ExampleSet, config: DataConfig) -> None:
     """Stop at, or tell of, facts that plain text has no use for."""
-    name = config.fact_column or _FACT_COLUMN
+    name = config.fact_column or FACT_COLUMN
     told = [e.row for e in examples.examples if e.kind == "text" and e.fields.get(name)]
     if told and config.fact_column:
         raise DataError(
@@ -169,7 +173,7 @@ def _refuse_text(examples: ExampleSet, config: DataConfig) -> None:
 
 def is_told(examples: ExampleSet, data_config: DataConfig) -> bool:
     """Whether every row has a column that tells its fact, so that no base model is asked."""
-    names = (data_config.fact_column or _FACT_COLUMN, WRONG)
+    names = (data_config.fact_column or FACT_COLUMN, WRONG)
     return all(any(e.fields.get(name) for name in names) for e in examples.examples)
 
 
@@ -255,7 +259,7 @@ def _told(row: _Row, source: str) -> Fact | None:
 
 def _column(row: _Row, source: str) -> str | None:
     """What the column with the fact says; None where it is empty or not there."""
-    name = row.config.fact_column or _FACT_COLUMN
+    name = row.config.fact_column or FACT_COLUMN
     if row.config.fact_column and name not in row.example.fields:
         raise DataError(
             f"{source}, row {row.example.row}: no column {name!r} for --fact-column. Every row "
@@ -525,7 +529,7 @@ def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> li
     `column` says so (DataError where no row has it), or `subject` or `person`; None without any.
     Rows without a value are a subject each.
     """
-    names = (column,) if column else _SUBJECT_COLUMNS
+    names = (column,) if column else SUBJECT_COLUMNS
     name = next((n for n in names if any(row.get(n) not in (None, "") for row in rows)), None)
     if name is None and column:
         raise DataError(

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import ExampleSet, check_apart, load_examples
+from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, load_examples
 from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import Looked, document_of, document_of_results, entry_of
@@ -39,7 +39,7 @@ from perta.evidence.audit.probe import (
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
-from perta.models.facts import PARAPHRASED, Fact, find_facts, is_told, subjects
+from perta.models.facts import Fact, find_facts, is_told, subjects
 from perta.models.load import (
     counting_tokens,
     load_model,
