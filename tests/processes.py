@@ -24,10 +24,16 @@ def start(size: int, program: Callable[[], object], folder: Path) -> list[int]:
         Their numbers, by rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    return [_fork(rank, size, port, program, folder / f"{rank}.log") for rank in range(size)]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [_fork(rank, size, port, program, folder / f"{rank}.log") for rank in range(size)]
+        port: int = free.getsockname()[1]
+    return port
 
 
 def _fork(rank: int, size: int, port: int, program: Callable[[], object], log: Path) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +29,11 @@ from perta.engine.train.unlearn import unlearn_by_training
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.models.facts import Fact, score_facts
-from perta.options import EstimatorConfig, MomentOptions, TrainSettings, TuneConfig
+from perta.models.load import load_model
+from perta.options import ComputeConfig, EstimatorConfig, MomentOptions, TrainSettings, TuneConfig
 from perta.stages.importance import estimate
-from processes import finish, ran, start
+from perta.store.atomic import beside
+from processes import finish, free_port, ran, start
 
 VOCABULARY = 101
 
@@ -290,6 +294,83 @@ def test_edits_are_equal_to_the_byte(runs: tuple[Path, Path], world: World, tmp_
             assert finish(start(size, program, tmp_path / "log")) == [0] * size, method
         one, four = (tmp_path / f"{method} {size}" / "model.safetensors" for size in (1, 4))
         assert one.read_bytes() == four.read_bytes(), method
+
+
+def test_shards_are_written_in_place_by_all_processes(
+    runs: tuple[Path, Path], world: World, tmp_path: Path
+) -> None:
+    full, tuned = tmp_path / "full", runs[0] / "out.work" / "forget_checkpoint"
+    shutil.copytree(world.full, full, ignore=lambda *_: ["model.safetensors", "perta.json"])
+    load_model(world.full, ComputeConfig()).save_pretrained(full, max_shard_size="100KB")
+    assert len([*full.glob("*.safetensors")]) >= 3
+    models = ("--full", full, "--base", world.base, "--forget-checkpoint", tuned)
+    written = []
+    for size in (1, 2, 4):
+        out = tmp_path / f"out {size}"
+        program = command("edit", *models, "--method", "tv", "--output", out)
+        assert finish(start(size, program, tmp_path / "log")) == [0] * size
+        written.append({f.name: f.read_bytes() for f in out.glob("model*")})
+    assert written[0].keys() == {f.name for f in full.glob("model*")}
+    assert written[0] == written[1] == written[2]
+
+
+# --- two machines ---------------------------------------------------------------------------------
+
+
+def on_two_nodes(log: Path, *tokens: object) -> list[subprocess.Popen[bytes]]:
+    """Begin a command under torchrun, as on two machines of two processes; output in LOG.N."""
+    meet = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    groups = ("--nnodes", 2, "--nproc-per-node", 2, *meet)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", *groups)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = []
+    for node in (0, 1):
+        run = [*map(str, (*torchrun, "--node-rank", node, "-m", "perta", *tokens))]
+        with log.with_suffix(f".{node}").open("wb") as file:
+            agents.append(subprocess.Popen(run, stdout=file, stderr=file, env=environment))
+    return agents
+
+
+def cut_off(agent: subprocess.Popen[bytes]) -> None:
+    """End what torchrun has started, as when its machine fails, and torchrun itself."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    started = children.read_text().split() if agent.poll() is None else []
+    agent.kill()
+    for child in map(int, started):
+        os.kill(child, signal.SIGKILL)
+    agent.wait()
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_run(world: World, tmp_path: Path) -> None:
+    def tuning(output: Path, epochs: int) -> tuple[object, ...]:
+        run = ("--epochs", epochs, "--learning-rate", 5e-3, "--batch-size", 4, "--stop-loss", 0)
+        data = ("--base", world.base, "--data", world.retain, "--dtype", "float32")
+        return ("finetune", *data, *run, "--save-every", 1, "--output", output)
+
+    agents = on_two_nodes(tmp_path / "whole", *tuning(tmp_path / "two", 4))
+    assert [agent.wait(300) for agent in agents] == [0, 0], (tmp_path / "whole.0").read_text()
+    assert finish(start(1, command(*tuning(tmp_path / "one", 4)), tmp_path / "log")) == [0]
+    base, *done = (
+        load_file(tmp_path / f / "model.safetensors") for f in (world.base, "one", "two")
+    )
+    one, two = ({n: t - base[n] for n, t in tensors.items()} for tensors in done)
+    assert not [*_differences(one, two)]
+
+    lost = tmp_path / "lost" / "out"
+    first, second = on_two_nodes(tmp_path / "broken", *tuning(lost, 2000))
+    try:
+        while not (beside(lost, ".resume") / "state.pt").exists():
+            assert first.poll() is None, (tmp_path / "broken.0").read_text()
+            time.sleep(0.1)
+        cut_off(second)
+        assert first.wait(120) != 0
+    finally:
+        for agent in (first, second):
+            cut_off(agent)
+    assert "A process of this run is gone" in (tmp_path / "broken.0").read_text()
+    assert not lost.exists()
+    assert not hidden(lost.parent)
 
 
 # --- errors and kills -----------------------------------------------------------------------------
