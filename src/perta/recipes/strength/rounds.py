@@ -44,7 +44,7 @@ from perta.models.load import (
     save_model,
 )
 from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, TuneConfig
+from perta.options import ComputeConfig, Device, TuneConfig
 from perta.progress import say
 from perta.recipes.strength._search import LARGEST, search_coarsely
 from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
@@ -130,7 +130,7 @@ class _Run:
 
     Attributes:
         model: θ_full less what the rounds so far take.
-        total: the forget checkpoint of the rounds so far.
+        total: the forget checkpoint of the rounds so far; a GPU has no room for it.
         tokens: that were tuned on.
     """
 
@@ -146,7 +146,7 @@ class _Run:
         self._compute, self._scratch = compute, scratch
         self.tokenizer = load_tokenizer(Path(edit.base))
         self.model = self._load(edit.full)
-        self.total = self._load(edit.base)
+        self.total = self._load(edit.base, "cpu")
         self.tuned = 0
         self._pad = pad_id(self.tokenizer)
 
@@ -180,12 +180,16 @@ class _Run:
     def _tune(self, rows: Sequence[int], number: int) -> Path:
         """θ₀ tuned on the facts of some rows."""
         examples = [self._unseen.facts[place].encoded for place in rows]
-        base, dtype = self._load(self._edit.base), self._compute.dtype
+        dtype, device = self._compute.dtype, self.model.device
+        torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
+        base = self._load(self._edit.base)
         model, tuned = tune(base, examples, self._config, pad=self._pad, dtype=dtype)
         self.tuned += tuned.tokens
         folder = self._scratch / f"round_{number}"
         folder.mkdir()
         save_model(model, self.tokenizer, folder, Path(self._edit.base))
+        del base, model
+        torch.nn.Module.to(self.model, device)
         return folder
 
     @torch.no_grad()
@@ -240,7 +244,7 @@ class _Run:
     @torch.no_grad()
     def _add(self, checkpoint: Path, weight: float, late: Sequence[Slot]) -> None:
         """Add a round's task vector to the forget checkpoint."""
-        tuned, base = (self._load(folder) for folder in (checkpoint, self._edit.base))
+        tuned, base = (self._load(folder, "cpu") for folder in (checkpoint, self._edit.base))
         names = {name for name, _ in late}
         for (name, total), other, start in zip(
             self.total.named_parameters(), tuned.parameters(), base.parameters(), strict=True
@@ -248,5 +252,6 @@ class _Run:
             if name not in names:
                 total.add_(other - start, alpha=weight)
 
-    def _load(self, folder: str | Path) -> PreTrainedModel:
-        return load_model(Path(folder), self._compute, dtype=torch.float32)
+    def _load(self, folder: str | Path, device: Device | None = None) -> PreTrainedModel:
+        compute = replace(self._compute, device=device or self._compute.device)
+        return load_model(Path(folder), compute, dtype=torch.float32)
