@@ -34,7 +34,7 @@ from perta.recipes.settings import (
     RequestsRecheckConfig,
     UnlearnConfig,
 )
-from perta.report.settings import AuditPageConfig, ReportConfig
+from perta.report.settings import AuditPageConfig, ReportConfig, Wanted
 from perta.stages.settings import (
     AuditConfig,
     EditConfig,
@@ -81,46 +81,34 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
     Finished stages are reused when their inputs and settings are unchanged.
     """
     from perta.recipes.unlearn import plan_unlearn, unlearn
-    from perta.report.verdict.judge import as_record, require_verdict
     from perta.store.costs import costs_of, details, duration
-    from perta.terminal import print_comparison, print_json, print_plan, without_rows
+    from perta.terminal import print_comparison, print_plan, without_rows
 
     if dry_run:
         print_plan(plan_unlearn(config), json=json)
         return
     result = unlearn(config)
-    work = config.work_folder
-    spent = costs_of(result.manifest, {})
-    if json:
-        models = {"full": result.before, "unlearned": result.after}
-        print_json(
-            {
-                "output": result.folder,
-                "report": result.report,
-                "work": work,
-                "verdict": as_record(result.verdict) if result.verdict else None,
-                "seconds": spent.stages,
-                "evaluation": {k: without_rows(v) for k, v in models.items() if v},
-            }
-        )
-        require_verdict(config.fail_unless, result.verdict, result.folder)
-        return
-    if result.before and result.after:
-        print_comparison({"full": result.before, "unlearned": result.after})
-    _note(
-        f"Unlearned checkpoint: {result.folder}\n"
-        + (f"Report: {result.report}\n" if result.report else "")
-        + f"Took {duration(spent.total)}: {details(spent.stages)}\n"
-        + f"Intermediate results: {work}"
-        + (
-            f" (holds a model tuned on the forget set; `perta clean {result.folder}` deletes it)"
-            if any((work / name).exists() for name in ("forget_checkpoint", "forget_rounds"))
-            else ""
-        )
-    )
-    if result.verdict:
-        _note(f"Verdict: {result.verdict.line}")
-    require_verdict(config.fail_unless, result.verdict, result.folder)
+    work, spent = config.work_folder, costs_of(result.manifest, {})
+    models = {"full": result.before, "unlearned": result.after}
+    evaluated = {name: found for name, found in models.items() if found}
+    if len(evaluated) > 1 and not json:
+        print_comparison(evaluated)
+    message = [f"Unlearned checkpoint: {result.folder}"]
+    message += [f"Report: {result.report}"] if result.report else []
+    message += [f"Took {duration(spent.total)}: {details(spent.stages)}"]
+    message += [f"Intermediate results: {work}"]
+    if any((work / name).exists() for name in ("forget_checkpoint", "forget_rounds")):
+        cure = f"`perta clean {result.folder}` deletes it"
+        message[-1] += f" (holds a model tuned on the forget set; {cure})"
+    found = {
+        "output": result.folder,
+        "report": result.report,
+        "work": work,
+        "verdict": result.verdict,
+        "seconds": spent.stages,
+        "evaluation": {name: without_rows(results) for name, results in evaluated.items()},
+    }
+    _tell_verdict(json, message, found, config.fail_unless)
 
 
 @app.command
@@ -325,21 +313,25 @@ def report(*results: str, config: ReportConfig | None = None, json: _AsJson = Fa
         config: output, title and what to show.
         json: print page and verdict as one JSON object, the verdict in the form of `verdict.json`.
     """
-    from perta.report.verdict.judge import as_record, require_verdict
     from perta.report.write import judged, write_report
-    from perta.terminal import print_json
 
     chosen = config or ReportConfig()
     chosen = replace(chosen, results=(*results, *chosen.results))
     page = write_report(chosen)
-    verdict = next(iter(judged(chosen)), None)
-    if json:
-        print_json({"page": str(page), "verdict": as_record(verdict) if verdict else None})
-    else:
-        _note(f"Report: {page}")
-    if verdict and not json:
-        _note(f"Verdict: {verdict.line}")
-    require_verdict(chosen.fail_unless, verdict, page)
+    found = {"page": page, "verdict": next(iter(judged(chosen)), None)}
+    _tell_verdict(json, [f"Report: {page}"], found, chosen.fail_unless)
+
+
+def _tell_verdict(
+    json: bool, message: list[str], found: dict[str, Any], wanted: Wanted | None
+) -> None:
+    """Tell of a result, first of `found`, and its verdict, which is an error below `wanted`."""
+    from perta.report.verdict.judge import as_record, require_verdict
+
+    verdict = found["verdict"]
+    told = {**found, "verdict": as_record(verdict) if verdict else None}
+    _tell(json, "\n".join([*message, *([f"Verdict: {verdict.line}"] if verdict else [])]), **told)
+    require_verdict(wanted, verdict, next(iter(found.values())))
 
 
 @app.command
@@ -355,18 +347,13 @@ def clean(run: Path, *, dry_run: bool = False) -> None:
     from perta.recipes.clean import clean
 
     done = clean(run, dry_run=dry_run)
-    _note(
-        "\n".join(
-            [
-                "Would be deleted:" if dry_run else "Deleted:",
-                *(f"  {place}" for place in done.deleted or ("nothing",)),
-                "Kept, without anything of the forget set:",
-                *(f"  {place}" for place in done.kept or ("nothing",)),
-                "Not deleted, or not known of:",
-                *(f"  {line}" for line in done.left),
-            ]
-        )
-    )
+    parts: dict[str, Sequence[object]] = {
+        "Would be deleted:" if dry_run else "Deleted:": done.deleted or ("nothing",),
+        "Kept, without anything of the forget set:": done.kept or ("nothing",),
+        "Not deleted, or not known of:": done.left,
+    }
+    for title, lines in parts.items():
+        _note("\n".join([title, *(f"  {line}" for line in lines)]))
 
 
 @app.command
