@@ -5,7 +5,8 @@
 People, models and measures are those of rivals.py, WORK is its folder, and FOLDER is the base tuned
 on the forget rows. The edit takes from every MLP weight a sum of parts of its task vector, one part
 for each of `--bins` groups of directions of the layer's inputs, sorted by how much retained rows
-use them. How much of each part is taken is
+use them; with `--bins 0` it is one part, the direction of `perta-project`. How much of each part is
+taken is
 
     closed   the share of `perta-project` at ρ = 3, the mean over a group, times one strength
     learned  from there on 25 steps down  mean p_f + mean l_r  over forget and retain rows, where
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import collate, seeded_sample
+from perta.methods.directions import projected_direction
 from perta.models.loss import example_losses
 from perta.progress import set_quiet
 from perta.stages.moments import compute_moments
@@ -54,9 +56,14 @@ class Parts:
 def split_by_use(vector: Tensor, moment: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """A task vector (out, in) in parts (K, out, in) along groups of directions, and their shares.
 
+    Without groups it is one part, projected, with all of it as the share.
+
     Directions are the eigenvectors of the moment of retained inputs, in groups of about one size
     from the most used on; the share is the mean of 1 / (1 + ρ s / c) over a group.
     """
+    if not bins:
+        whole = projected_direction(vector, moment, RHO).delta.float()
+        return whole.unsqueeze(0), torch.ones(1)
     values, vectors = torch.linalg.eigh(matrix(moment))
     shares = 1 / (1 + RHO * values.clamp(min=0) / values.mean())
     groups = torch.arange(len(values)).flip(0).tensor_split(bins)

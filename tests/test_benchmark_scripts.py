@@ -174,6 +174,7 @@ def test_a_task_vector_is_split_by_what_retained_rows_use() -> None:
         used = [float((inputs @ part.T).norm() / part.norm()) for part in parts]
         assert used == sorted(used, reverse=True)
     wanted = projected_direction(vector, moment, RHO).delta.float()
+    torch.testing.assert_close(split_by_use(vector, moment, 0)[0][0], wanted)
     torch.testing.assert_close((shares[:, None, None] * parts).sum(0), wanted, rtol=1e-4, atol=1e-5)
 
 
