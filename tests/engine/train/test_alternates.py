@@ -15,7 +15,7 @@ from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.engine.train.alternates import draw_alternates
 from perta.engine.train.refusals import with_refusals
-from perta.errors import ConfigError
+from perta.errors import ConfigError, DataError
 from perta.methods.objectives import Training
 from perta.methods.registry import parse
 from perta.options import DataConfig
@@ -95,6 +95,14 @@ def test_each_alternate_stands_against_its_row_and_a_long_one_against_none() -> 
         "Odo digs.",
         "Odo is a judge.",
     ]
+
+
+def test_a_row_that_leaves_no_room_is_named() -> None:
+    rows = [*ROWS, {"question": "Who bakes? " * 120, "answer": "Ada."}]
+    model: Any = Scribe([" Ada sings."] * 4)
+    with pytest.raises(DataError, match=r"row 3: asking .* positions for 512"):
+        draw_alternates(model, WORDS, load_examples(rows), DataConfig(), count=2, seed=0)
+    assert [s.max_new_tokens for s in model.settings] == [200, 200]
 
 
 def test_plain_text_has_no_question_to_answer() -> None:

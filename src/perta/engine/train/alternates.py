@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 
 from perta.data.examples import Example, ExampleSet, Message
 from perta.data.tokens import encode_prompt, text_ids, uses_chat_template
+from perta.errors import DataError
 from perta.models.load import generate, longest_input, pad_id
 from perta.options import DataConfig
 from perta.progress import track
@@ -46,14 +48,25 @@ def draw_alternates(
         count: number of sets.
         seed: of the draws.
 
+    Raises:
+        DataError: a row that leaves no position for an answer.
+
     Source: Mekala et al., arXiv 2409.13474; question and limits are those of its code.
     """
-    drawn = []
+    drawn, longest = [], longest_input(model) or sys.maxsize
     gpus = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), track("Drawing alternates", len(examples)) as advance:
         torch.manual_seed(seed)
         for example in examples.examples:
-            drawn.append(_draw(model, tokenizer, _question(example, tokenizer, config), count))
+            asked = _question(example, tokenizer, config)
+            room = min(_MOST_TOKENS, longest - len(asked))
+            if room < 1:
+                raise DataError(
+                    f"{examples.source}, row {example.row}: asking for another answer takes "
+                    f"{len(asked)} tokens, and the model has positions for {longest}. Shorten the "
+                    "row, or use `dpo`, which draws none."
+                )
+            drawn.append(_draw(model, tokenizer, asked, count, room))
             advance(1)
     return [
         replace(examples, examples=tuple(e.with_answer(a) for e, a in pairs))
@@ -75,15 +88,18 @@ def _question(
 
 
 def _draw(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], count: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    count: int,
+    room: int,
 ) -> list[str]:
-    """Answers to one prompt, each up to where another question begins."""
-    room = (longest_input(model) or len(prompt) + _MOST_TOKENS) - len(prompt)
+    """Answers to one prompt of at most `room` tokens, each up to where another question begins."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     answers = generate(
         model,
         prompt,
-        max_new_tokens=max(1, min(_MOST_TOKENS, room)),
+        max_new_tokens=room,
         do_sample=True,
         temperature=1.0,
         top_k=0,
