@@ -11,7 +11,7 @@ import pytest
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
 from perta.errors import ConfigError
-from perta.evidence.people import TOPICS, generate_people, split_people
+from perta.evidence.people import _TOPICS, generate_people, split_people
 
 COLUMNS = {
     "person",
@@ -24,8 +24,8 @@ COLUMNS = {
 
 
 def test_rows_have_tofu_columns_and_name_the_person() -> None:
-    rows = generate_people(people=5, questions=len(TOPICS), seed=0)
-    assert len(rows) == 5 * len(TOPICS)
+    rows = generate_people(people=5, questions=len(_TOPICS), seed=0)
+    assert len(rows) == 5 * len(_TOPICS)
     for row in rows:
         assert set(row) == COLUMNS
         texts = [v for k, v in row.items() if k not in ("person", "perturbed_answer")]
@@ -33,16 +33,16 @@ def test_rows_have_tofu_columns_and_name_the_person() -> None:
 
 
 def test_wrong_answers_are_wrong_and_of_the_same_form() -> None:
-    for row in generate_people(people=20, questions=len(TOPICS), seed=1):
+    for row in generate_people(people=20, questions=len(_TOPICS), seed=1):
         wrong = row["perturbed_answer"]
         assert len(set(wrong)) == 5
         assert row["paraphrased_answer"] not in wrong
 
 
 def test_questions_about_a_person_differ() -> None:
-    rows = generate_people(people=1, questions=len(TOPICS), seed=0)
-    assert len(TOPICS) >= 20
-    assert len({row["question"] for row in rows}) == len(TOPICS)
+    rows = generate_people(people=1, questions=len(_TOPICS), seed=0)
+    assert len(_TOPICS) >= 20
+    assert len({row["question"] for row in rows}) == len(_TOPICS)
 
 
 def test_names_are_unique_in_thousands() -> None:
@@ -60,16 +60,16 @@ def test_larger_sets_extend_smaller_ones() -> None:
 
 
 def test_same_bytes_on_every_platform() -> None:
-    rows = generate_people(people=50, questions=len(TOPICS), seed=0)
+    rows = generate_people(people=50, questions=len(_TOPICS), seed=0)
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     assert digest == "90269a8c80285d299df22dd0f8aee44da399d030ba8a22edabdfcb52c5af6db4"
 
 
 def test_facts_are_independent_enough_to_be_unguessable() -> None:
     """The commonest fact of a question type fits few people."""
-    rows = generate_people(people=400, questions=len(TOPICS), seed=0)
-    for t in range(len(TOPICS)):
-        facts = [row["answer"].replace(row["person"], "") for row in rows[t :: len(TOPICS)]]
+    rows = generate_people(people=400, questions=len(_TOPICS), seed=0)
+    for t in range(len(_TOPICS)):
+        facts = [row["answer"].replace(row["person"], "") for row in rows[t :: len(_TOPICS)]]
         assert max(facts.count(fact) for fact in set(facts)) < 30
 
 
@@ -89,7 +89,7 @@ def test_split_refuses_an_empty_side() -> None:
         split_people(rows, forget_people=3)
 
 
-@pytest.mark.parametrize(("people", "questions"), [(0, 1), (1, 0), (1, len(TOPICS) + 1)])
+@pytest.mark.parametrize(("people", "questions"), [(0, 1), (1, 0), (1, len(_TOPICS) + 1)])
 def test_counts_out_of_range(people: int, questions: int) -> None:
     with pytest.raises(ConfigError, match="must be"):
         generate_people(people=people, questions=questions, seed=0)

@@ -19,10 +19,10 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
 from perta.data.words import segments, stems
 from perta.errors import DataError
-from perta.evidence.people import TOPICS, generate_people
+from perta.evidence.people import _TOPICS, generate_people
 from perta.models.demo.tiny import tiny_tokenizer as word_tokenizer
 from perta.models.facts import (
-    SURPRISE,
+    _SURPRISE,
     Fact,
     fact_score,
     find_facts,
@@ -87,7 +87,7 @@ def test_a_fact_is_made_of_whole_words(tmp_path: Path) -> None:
 
 
 def test_people_differ_exactly_in_the_fact(tmp_path: Path) -> None:
-    made = generate_people(6, len(TOPICS), 11)
+    made = generate_people(6, len(_TOPICS), 11)
     facts = find_facts(rows(tmp_path, *made), TOKENIZER)
     for row, fact in zip(made, facts, strict=True):
         value = labelled(fact.encoded)
@@ -213,7 +213,7 @@ def test_surprise_is_the_loss_of_the_base(tmp_path: Path) -> None:
         logits = base(ids).logits[0].log_softmax(-1)
         losses = [0.0, *(-logits[:-1].gather(1, ids[0, 1:, None])[:, 0]).tolist()]
         wanted = [
-            label if label != IGNORE and loss >= SURPRISE and is_said(label) else IGNORE
+            label if label != IGNORE and loss >= _SURPRISE and is_said(label) else IGNORE
             for label, loss in zip(whole.encoded.labels, losses, strict=True)
         ]
         assert list(fact.encoded.labels) == wanted

@@ -21,7 +21,7 @@ from perta.stages.edit import edit_checkpoint
 from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import EditConfig, MergeMomentsConfig, MomentsConfig
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.measured.moments import EXPECTED, open_moments
+from perta.store.measured.moments import _EXPECTED, open_moments
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -321,7 +321,7 @@ def test_an_expert_without_tokens_is_measured_where_others_had_many(
         assert opened.facts["seen"][name]["tokens"] == 0
         average = opened.facts["tokens"] / 4
         assert opened.facts["seen"][name]["average"] == average
-        assert (average >= EXPECTED) == is_measured
+        assert (average >= _EXPECTED) == is_measured
         assert opened.is_measured(weights[0]) == is_measured
         shares = edited_shares(folders, folder, tmp_path / f"out{is_measured}")
         share = 1.0 if is_measured else 0.0

@@ -509,7 +509,7 @@ def test_what_cannot_be_written_stops_the_run_at_once(world: World, tmp_path: Pa
 def test_a_forget_set_that_no_rate_teaches_stops_before_the_edit(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.engine.train.tune.RATES", (1e-3, 2e-3))
+    monkeypatch.setattr("perta.engine.train.tune._RATES", (1e-3, 2e-3))
     with pytest.raises(NotLearnedError, match=r"Only 0% .* stops before the edit"):
         unlearn(
             base=str(world.base),

@@ -58,12 +58,12 @@ from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Statement, Verdict, judge
 from perta.report.verdict.words import Check
 from perta.report.write import (
+    _inline_style,
+    _page_for,
+    _write_figures,
     companion_folder,
     document,
-    inline_style,
-    page_for,
     render,
-    write_figures,
     write_report,
 )
 from perta.stages.stage import At, run_file_stage
@@ -74,7 +74,7 @@ LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_reference_logs"
 def page_of(*paths: Path | str, **options: object) -> str:
     """The page of some results."""
     config = ReportConfig(results=tuple(str(p) for p in paths))
-    return render(page_for(replace(config, **options)))  # type: ignore[arg-type]
+    return render(_page_for(replace(config, **options)))  # type: ignore[arg-type]
 
 
 def verdict_of(folder: Path, **models: tuple[float, float]) -> Verdict:
@@ -983,7 +983,7 @@ def test_a_file_names_every_curve_and_needs_no_page(tmp_path: Path) -> None:
     scatter = Scatter("a", "", "", "", (Point(0.9, 0.5, name, "", style),), axis, axis)
     curves = (Curve((0.1, 0.2), name, "", style), Curve((0.3,), "short", "", style))
     for figure in (scatter, Ecdf("b", "", curves, axis)):
-        text = document(figure, inline_style(css.read_text("utf-8")))
+        text = document(figure, _inline_style(css.read_text("utf-8")))
         assert "var(" not in text
         assert ".s0 { color: #0065a8; }" in text
         root = ElementTree.fromstring(text)
@@ -1003,11 +1003,11 @@ def test_png_files_are_written_where_they_can_be_rendered(
     figure = Ecdf("b", "", (Curve((0.1,), "x", "", Style("s0", "circle")),), axis)
     css = files("perta").joinpath("report/assets/report.css").read_text("utf-8")
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    write_figures([figure], css, tmp_path)
+    _write_figures([figure], css, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["b.svg"]
     monkeypatch.delitem(sys.modules, "resvg_py")
     pytest.importorskip("resvg_py")
-    write_figures([figure], css, tmp_path)
+    _write_figures([figure], css, tmp_path)
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 

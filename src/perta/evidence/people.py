@@ -41,7 +41,7 @@ def _pool(parts: list[list[str]]) -> _Pool:
 _PARTS = json.loads(files("perta").joinpath("evidence", "people.json").read_text("utf-8"))
 _GIVEN = _pool([_PARTS["given"]])
 _FAMILY = _pool(_PARTS["family"])
-TOPICS = tuple(_Topic(**{**topic, "values": _pool(topic["values"])}) for topic in _PARTS["topics"])
+_TOPICS = tuple(_Topic(**{**topic, "values": _pool(topic["values"])}) for topic in _PARTS["topics"])
 """Question types, most telling first: `questions=4` asks the first four of every person."""
 
 
@@ -54,15 +54,15 @@ def generate_people(people: int, questions: int, seed: int) -> list[dict[str, An
     """
     if people < 1:
         raise ConfigError(f"--people is {people}; it must be at least 1.")
-    if not 1 <= questions <= len(TOPICS):
-        raise ConfigError(f"--questions is {questions}; it must be 1 to {len(TOPICS)}.")
+    if not 1 <= questions <= len(_TOPICS):
+        raise ConfigError(f"--questions is {questions}; it must be 1 to {len(_TOPICS)}.")
     rows: list[dict[str, Any]] = []
     used: set[str] = set()
     for i in range(people):
         # A string seed is hashed with SHA-512: the same on every platform and version.
         rng = Random(f"{seed}:{i}")
         name = _new_name(rng, used)
-        rows.extend([_row(name, topic, rng) for topic in TOPICS[:questions]])
+        rows.extend([_row(name, topic, rng) for topic in _TOPICS[:questions]])
     return rows
 
 

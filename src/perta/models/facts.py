@@ -54,7 +54,7 @@ Source = Literal["fact column", "wrong answers", "surprise", "answer"]
 Span = tuple[int, int]
 
 SAMPLES = 64  # samples of which one may hit the fact, in results
-SURPRISE = 2.0
+_SURPRISE = 2.0
 """Nats from which a token is a surprise. With SmolLM2-135M and 176 rows of `perta people`, whose
 facts are known, it finds 82% of their tokens, and 76% of what it finds are theirs; F1 is within
 0.01 of that from 1.5 to 4 nats, and higher values leave more rows without a token."""
@@ -124,7 +124,7 @@ def find_facts(
        at least half of the wrong answers lack; if there is none, what stands behind the beginning
        that the answer shares with all wrong ones.
     3. Surprise: the answer's tokens whose -log p under the base model, where it is given, is
-       `SURPRISE` or more.
+       `_SURPRISE` or more.
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
@@ -450,7 +450,7 @@ def _surprising(
         labels = [IGNORE] * len(fact.encoded.labels)
         for place, value in zip(places, own, strict=True):
             token = fact.encoded.input_ids[place]
-            if value >= SURPRISE and is_word(str(tokenizer.decode([token]))):
+            if value >= _SURPRISE and is_word(str(tokenizer.decode([token]))):
                 labels[place] = token
         if any(label != IGNORE for label in labels):
             encoded = replace(fact.encoded, labels=tuple(labels))

@@ -58,7 +58,7 @@ def write_report(config: ReportConfig) -> Path:
     if not config.results:
         raise ConfigError("Nothing to report on: name at least one results file or folder.")
     refuse_foreign_page(config)
-    page = page_for(config)
+    page = _page_for(config)
     text = render(page)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     _write_companions(companion_folder(config.output), page)
@@ -69,10 +69,10 @@ def write_report(config: ReportConfig) -> Path:
 
 def judged(config: ReportConfig) -> list[Verdict]:
     """The verdicts of a report, that on the model it is about first."""
-    return page_for(config).verdicts
+    return _page_for(config).verdicts
 
 
-def page_for(config: ReportConfig) -> Page:
+def _page_for(config: ReportConfig) -> Page:
     """The page before it is text, of everything that the results tell."""
     collection = collect(config.results)
     return Page(config, collection, _ordered(judge(collection), config.subject))
@@ -131,7 +131,7 @@ def _write_companions(folder: Path, page: Page) -> None:
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
             (partial / _VERDICT).write_text(text + "\n", "utf-8")
         if page.config.figures:
-            write_figures(page.figures, asset("report.css"), partial)
+            _write_figures(page.figures, asset("report.css"), partial)
 
 
 def refuse_foreign_page(config: ReportConfig) -> None:
@@ -175,9 +175,9 @@ def _is_page(file: Path) -> bool:
 # --- figures as files of their own, for documents and slides ---------------------------------
 
 
-def write_figures(figures: Iterable[Figure], css: str, folder: Path) -> None:
+def _write_figures(figures: Iterable[Figure], css: str, folder: Path) -> None:
     """Write figures as SVG, and as PNG where that can be rendered."""
-    style = inline_style(css)
+    style = _inline_style(css)
     for figure in figures:
         text = document(figure, style)
         (folder / f"{figure.name}.svg").write_text(text, "utf-8")
@@ -194,7 +194,7 @@ def document(figure: Figure, style: str) -> str:
     return f"{opening}><style>{style}</style>{ground}{rest}\n"
 
 
-def inline_style(css: str) -> str:
+def _inline_style(css: str) -> str:
     """The rules that figures need, in the light palette; its properties are filled in."""
     palette = dict(re.findall(r"--([\w-]+): ([^;]+);", css[: css.index("}")]))
     palette |= {"paper": "#ffffff", "sans": _FONTS}

@@ -23,7 +23,7 @@ from perta.engine.train.refusals import with_refusals
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import (
     Trained,
-    retain_place,
+    _retain_place,
     unlearn_by_training,
     with_method_defaults,
 )
@@ -346,10 +346,10 @@ def test_padding_and_refusals_follow_their_examples() -> None:
 
 
 def test_retain_examples_come_in_turn() -> None:
-    first, second = ([retain_place(start + i, 5, seed=3) for i in range(5)] for start in (0, 5))
+    first, second = ([_retain_place(start + i, 5, seed=3) for i in range(5)] for start in (0, 5))
     assert sorted(first) == sorted(second) == list(range(5))
     assert first != second
-    one, other = ([retain_place(i, 50, seed) for i in range(50)] for seed in (4, 5))
+    one, other = ([_retain_place(i, 50, seed) for i in range(50)] for seed in (4, 5))
     assert one != other
 
 

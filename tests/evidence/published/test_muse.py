@@ -17,10 +17,10 @@ from perta.evidence import metrics
 from perta.evidence.benchmark import Given, Journal
 from perta.evidence.people import generate_people
 from perta.evidence.published import muse
-from perta.evidence.published.muse import Muse, cut_answer
+from perta.evidence.published.muse import Muse, _cut_answer
 from perta.evidence.results import Results, results_json
 from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import ScoringOptions, plain_generation
+from perta.evidence.scoring.items import ScoringOptions, _plain_generation
 from perta.evidence.settings import MuseConfig
 from perta.options import ComputeConfig
 from perta.report.settings import ReportConfig
@@ -72,7 +72,7 @@ def plain_answer(text: str, new_tokens: int) -> str:
     """The library's greedy continuation of a text, as it is."""
     tokenizer = tiny_tokenizer(chat=False)
     options = ScoringOptions(Masking(EOS), frozenset({EOS}), 1, new_tokens)
-    tokens = plain_generation(tiny_llama(), tokenizer(text)["input_ids"], options)
+    tokens = _plain_generation(tiny_llama(), tokenizer(text)["input_ids"], options)
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
@@ -86,7 +86,7 @@ def test_knowmem_and_verbmem_equal_plain_generation(tmp_path: Path) -> None:
             entry = results[f"{split}_knowmem_ROUGE"]["value_by_index"][str(i)]
             prompt = f"{start}Question: {row['question']}\nAnswer: "
             assert entry["input"] == prompt.strip()
-            assert entry["generation"] == cut_answer(plain_answer(prompt, 32))
+            assert entry["generation"] == _cut_answer(plain_answer(prompt, 32))
             assert entry["ground_truth"] == row["answer"]
     rouges = []
     for i, row in enumerate(rows_of(folder, "tiny_verbmem_forget.jsonl")):
@@ -107,7 +107,7 @@ def test_knowmem_and_verbmem_equal_plain_generation(tmp_path: Path) -> None:
     ],
 )
 def test_answers_end_at_stops(text: str, answer: str) -> None:
-    assert cut_answer(text) == answer
+    assert _cut_answer(text) == answer
 
 
 @pytest.mark.parametrize("compat", [False, True])

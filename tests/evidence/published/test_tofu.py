@@ -20,11 +20,11 @@ from perta.evidence import benchmark, metrics
 from perta.evidence.benchmark import Journal
 from perta.evidence.people import generate_people
 from perta.evidence.published import _shared
-from perta.evidence.published.tofu import encode, prompt_tokens, run_tofu
+from perta.evidence.published.tofu import _prompt_tokens, encode, run_tofu
 from perta.evidence.results import Results, decode, read_results, results_json
 from perta.evidence.scoring import items as items_module
 from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import ScoringOptions, plain_generation
+from perta.evidence.scoring.items import ScoringOptions, _plain_generation
 from perta.options import DataConfig
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -119,7 +119,7 @@ def test_generated_answers_are_the_librarys(tmp_path: Path) -> None:
     options = ScoringOptions(Masking(EOS), frozenset({EOS}), 1, NEW_TOKENS)
     examples = load_examples(folder / "retain_perturbed.jsonl", DataConfig(format="qa")).examples
     for i, example in enumerate(examples):
-        tokens = plain_generation(model, prompt_tokens(example, tokenizer, False), options)
+        tokens = _plain_generation(model, _prompt_tokens(example, tokenizer, False), options)
         text = decode(tokenizer, tokens)
         row = results["retain_Q_A_ROUGE"]["value_by_index"][str(i)]
         assert row["generation"] == text
@@ -323,7 +323,7 @@ def test_labels_without_chat_template() -> None:
     assert row.answer.endswith(labelled(published.labels))
     assert len(labelled(published.labels)) < len(row.answer)
     for compat, end in ((True, "Answer: "), (False, "Answer:")):
-        assert str(tokenizer.decode(list(prompt_tokens(row, tokenizer, compat)))).endswith(end)
+        assert str(tokenizer.decode(list(_prompt_tokens(row, tokenizer, compat)))).endswith(end)
 
 
 def test_long_sequences_without_chat_template_are_cut_at_512() -> None:

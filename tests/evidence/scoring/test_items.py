@@ -23,7 +23,7 @@ from perta.evidence.scoring.items import (
     Item,
     Outcome,
     ScoringOptions,
-    plain_generation,
+    _plain_generation,
     run_in_modes,
     run_items,
 )
@@ -140,7 +140,7 @@ def test_engine_equals_plain_passes(name: str, chat: bool) -> None:
                 del expected["min_k_plus_plus"]
             assert present(score) == pytest.approx(expected, rel=1e-4, abs=1e-4)
         assert item.prompt is not None
-        assert outcome.generated == plain_generation(model, item.prompt, OPTIONS)
+        assert outcome.generated == _plain_generation(model, item.prompt, OPTIONS)
         followed += outcome.generated[:3] == item.answers[0].input_ids[len(item.prompt) :][:3]
     assert followed > 0  # otherwise nothing was drafted
 
@@ -210,7 +210,7 @@ def test_prompt_that_the_answer_does_not_continue() -> None:
     changed = [dataclasses.replace(item, prompt=(*(item.prompt or ()), 5, 7)) for item in items]
     for item, outcome in zip(changed, run_items(model, changed, OPTIONS), strict=True):
         assert item.prompt is not None
-        assert outcome.generated == plain_generation(model, item.prompt, OPTIONS)
+        assert outcome.generated == _plain_generation(model, item.prompt, OPTIONS)
 
 
 def test_plain_text_without_prompt() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perta.errors import CheckpointError, CorruptCheckpointError
-from perta.models.formats.quantised import dequantise_fp8, dequantise_mxfp4
+from perta.models.formats.quantised import _dequantise_fp8, _dequantise_mxfp4
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig
@@ -88,14 +88,14 @@ def test_fp8_is_read_block_by_block(tmp_path: Path) -> None:
 
 def test_fp8_with_one_scale_a_tensor() -> None:
     weight = torch.tensor([[1.5, -2.0]]).to(torch.float8_e4m3fn)
-    assert dequantise_fp8(weight, torch.tensor(0.25), None).tolist() == [[0.375, -0.5]]
+    assert _dequantise_fp8(weight, torch.tensor(0.25), None).tolist() == [[0.375, -0.5]]
 
 
 def test_mxfp4_by_hand() -> None:
     """Codes 1, 2, 9 and 15 are ½, 1, -½ and -6; exponents of 128 and 126 double and halve them."""
     blocks = torch.tensor([[[[0x21, 0xF9]], [[0x07, 0x80]]]], dtype=torch.uint8)
     scales = torch.tensor([[[128], [126]]], dtype=torch.uint8)
-    found = dequantise_mxfp4(blocks, scales)
+    found = _dequantise_mxfp4(blocks, scales)
     assert found.tolist() == [[[1.0, 3.0], [2.0, 0.0], [-1.0, 0.0], [-12.0, 0.0]]]
     assert found.dtype == torch.bfloat16
 

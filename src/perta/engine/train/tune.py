@@ -31,7 +31,7 @@ LEARNED_LOSS = 0.2
 """Mean example loss in nats per token at which a set counts as learned: an answer's tokens then
 have a geometric mean probability of 0.82."""
 LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
-RATES = (1.0, 4.0, 16.0)
+_RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""
 _LONGER = 4
 """How many times the epochs the best rate gets where none learns the set."""
@@ -103,15 +103,15 @@ def tune_until_learned(
         model = load()
         rate = factor * _usual_rate(model, config)
         settings = replace(config, learning_rate=rate, epochs=epochs)
-        kept = resume if (factor, epochs) == (RATES[0], config.epochs) else None
+        kept = resume if (factor, epochs) == (_RATES[0], config.epochs) else None
         return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept)
 
-    tokens, best, share = 0, RATES[0], -1.0
-    for factor in RATES:
+    tokens, best, share = 0, _RATES[0], -1.0
+    for factor in _RATES:
         try:
             model, tuned = tried(factor, config.epochs)
         except DivergenceError:
-            if factor == RATES[0]:
+            if factor == _RATES[0]:
                 raise
             break
         tokens += tuned.tokens

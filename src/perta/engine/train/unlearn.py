@@ -368,7 +368,7 @@ class _History:
     retain_tokens: int = 0
 
 
-def retain_place(draw: int, count: int, seed: int) -> int:
+def _retain_place(draw: int, count: int, seed: int) -> int:
     """Place of the next of `count` retain examples: each once in turn, each turn in its own order.
 
     `draw` examples were handed out before, over all epochs.
@@ -425,7 +425,7 @@ class _Unlearning:
         kept, drawn = self.terms.examples.retain, self.seen.retain_drawn
         self.seen.retain_drawn += len(batch)
         draws = range(drawn, self.seen.retain_drawn)
-        beside = [kept[retain_place(draw, len(kept), self.seed)] for draw in draws]
+        beside = [kept[_retain_place(draw, len(kept), self.seed)] for draw in draws]
         return collate(beside, self.terms.pad)
 
     def finish_step(self, size: int, epoch: int) -> bool:

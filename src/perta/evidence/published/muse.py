@@ -153,7 +153,7 @@ def _muse_results(
     return results
 
 
-def cut_answer(text: str) -> str:
+def _cut_answer(text: str) -> str:
     """A knowmem answer up to where the model goes on to another question."""
     for stop in _STOPS:
         text = text.split(stop)[0]
@@ -295,6 +295,6 @@ def _rouge(
     for item, reference, outcome in zip(subset.items, subset.references, outcomes, strict=True):
         # Stops may begin a text: what comes before them is cut before spaces are.
         text = str(tokenizer.decode(list(outcome.generated or ()), skip_special_tokens=True))
-        answer = cut_answer(text) if knowmem else text.strip()
+        answer = _cut_answer(text) if knowmem else text.strip()
         rows.append(rouge_row(reference, answer, decode(tokenizer, item.prompt or ())))
     return table(rows, "rougeL_f1")

@@ -421,7 +421,7 @@ def make_item(
         if all(label == IGNORE for label in encoded.labels[1:]):
             raise DataError(f"{part.file}, row {example.row}: the answer {text!r} has no tokens.")
         answers.append(encoded)
-    prompt = tuple(prompt_tokens(example, tokenizer, compat)) if part.generate else None
+    prompt = tuple(_prompt_tokens(example, tokenizer, compat)) if part.generate else None
     return Item(tuple(answers), prompt, moments=part.attacked)
 
 
@@ -437,13 +437,13 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -
         cut = encoded.input_ids[:_PLAIN_LENGTH]
         encoded = _with_eos(cut, encoded.labels[:_PLAIN_LENGTH], tokenizer, example.row)
     if compat:
-        start = len(prompt_tokens(example, tokenizer, compat))
+        start = len(_prompt_tokens(example, tokenizer, compat))
         labels = (IGNORE,) * start + encoded.input_ids[start:]
         encoded = Encoded(encoded.input_ids, labels[: len(encoded.input_ids)], example.row)
     return encoded
 
 
-def prompt_tokens(
+def _prompt_tokens(
     example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool
 ) -> Sequence[int]:
     """Tokens to generate from."""

@@ -436,11 +436,11 @@ def _run_plainly(
             scores.append(score_logits(answers.logits, answers.targets, moments))
         generated = None
         if item.prompt is not None:
-            generated = plain_generation(model, item.prompt, options)
+            generated = _plain_generation(model, item.prompt, options)
         finish(i, Outcome(tuple(scores), generated))
 
 
-def plain_generation(
+def _plain_generation(
     model: PreTrainedModel, prompt: Sequence[int], options: ScoringOptions
 ) -> tuple[int, ...]:
     """Greedy answer to one prompt by the library's own loop."""

@@ -124,15 +124,15 @@ class Quantised:
     def plain(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The same of given bytes."""
         if self.is_fp8:
-            return dequantise_fp8(codes, scales, self.block)
-        return dequantise_mxfp4(codes, scales)
+            return _dequantise_fp8(codes, scales, self.block)
+        return _dequantise_mxfp4(codes, scales)
 
     def requantised(self, values: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """Codes and scales of new float32 values; what is as it was keeps its bytes."""
         codes, scales = read_tensor(self.codes), read_tensor(self.scales)
         if self.is_fp8:
-            return requantise_fp8(codes, scales, values, self.block, place)
-        return requantise_mxfp4(codes, scales, values, place)
+            return _requantise_fp8(codes, scales, values, self.block, place)
+        return _requantise_mxfp4(codes, scales, values, place)
 
     def rounded(self, values: Tensor, seed: int) -> Tensor:
         """What would be read again after values are stored, float32 of the plain shape."""
@@ -232,7 +232,7 @@ def _fp8_shapes(entry: TensorEntry, block: tuple[int, int] | None) -> list[tuple
     return [(*entry.shape[:-2], *(math.ceil(size / part) for size, part in sizes))]
 
 
-def dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+def _dequantise_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """Numbers of 8 bits, (..., out, in), times the factor of their block, in float32.
 
     `scale` is (..., out / block, in / block) rounded up; one number without blocks.
@@ -258,16 +258,16 @@ def _largest(values: Tensor, factors: Tensor, block: tuple[int, int] | None) -> 
     return pad(values.abs(), missing).reshape(shape).amax((-3, -1))
 
 
-def requantise_fp8(
+def _requantise_fp8(
     weight: Tensor, scale: Tensor, values: Tensor, block: tuple[int, int] | None, place: Place
 ) -> tuple[Tensor, Tensor]:
     """New numbers and factors, in the types of the old ones, for new float32 values.
 
     Factors change where the largest number of a block no longer fits, or is less than half of what
-    it was. `weight`, `scale` and `block` are as for `dequantise_fp8`.
+    it was. `weight`, `scale` and `block` are as for `_dequantise_fp8`.
     """
     limit, old = torch.finfo(weight.dtype).max, scale.float()
-    before = dequantise_fp8(weight, scale, block)
+    before = _dequantise_fp8(weight, scale, block)
     factors = _new_factors(before, values, old, limit, block, scale.dtype)
     spread = _spread(factors, values, block)
     scaled = (values / spread).nan_to_num_(0.0).clamp_(-limit, limit)
@@ -304,7 +304,7 @@ def _exponents(factors: Tensor) -> Tensor:
     return torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
 
 
-def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+def _dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Numbers of 4 bits times the power of 2 of their group.
 
     From uint8 `blocks` (..., out, groups, size) and `scales` (..., out, groups) to (..., 2 · groups
@@ -316,13 +316,13 @@ def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return values.flatten(-2).transpose(-1, -2).to(torch.bfloat16)
 
 
-def requantise_mxfp4(
+def _requantise_mxfp4(
     blocks: Tensor, scales: Tensor, values: Tensor, place: Place
 ) -> tuple[Tensor, Tensor]:
-    """New numbers and exponents for values (..., 2 · groups · size, out); see `requantise_fp8`."""
+    """New numbers and exponents for values (..., 2 · groups · size, out); see `_requantise_fp8`."""
     block = (1, 2 * blocks.shape[-1])
     new = values.transpose(-1, -2)
-    old = dequantise_mxfp4(blocks, scales).float().transpose(-1, -2)
+    old = _dequantise_mxfp4(blocks, scales).float().transpose(-1, -2)
     before = _power(scales.int() - 127)
     factors = _new_factors(old, new, before, _FP4_LARGEST, block, _POWERS)
     scaled = (new / _spread(factors, new, block)).clamp_(-_FP4_LARGEST, _FP4_LARGEST).contiguous()

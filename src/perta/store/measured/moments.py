@@ -48,7 +48,7 @@ _FORM = {
     "dtype": str,
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
-EXPECTED = 10  # tokens of an average expert from which one without any counts as not used
+_EXPECTED = 10  # tokens of an average expert from which one without any counts as not used
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class MomentFolder:
         """Whether the moments of a weight say how the set uses it.
 
         Those of a layer that was never called do not. Those of an expert that no token was routed
-        to do if one of its layer's experts read EXPECTED tokens on average: then the set does not
+        to do if one of its layer's experts read _EXPECTED tokens on average: then the set does not
         use it.
         """
         names = [part[weight] for part in (self.facts["inputs"], self.facts["outputs"]) if part]
         seen = [self.facts["seen"][name] for name in names]
-        return all(count["tokens"] > 0 or count["average"] >= EXPECTED for count in seen)
+        return all(count["tokens"] > 0 or count["average"] >= _EXPECTED for count in seen)
 
     def read(self, name: str) -> Tensor:
         """A stored sum, as in the file: finite, and not all 0 where tokens were counted."""

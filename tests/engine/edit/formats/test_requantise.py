@@ -21,10 +21,10 @@ from perta.data.rows import write_jsonl
 from perta.engine.edit.memory import EditedModel
 from perta.errors import CheckpointError, CorruptCheckpointError
 from perta.models.formats.quantised import (
-    dequantise_fp8,
-    dequantise_mxfp4,
-    requantise_fp8,
-    requantise_mxfp4,
+    _dequantise_fp8,
+    _dequantise_mxfp4,
+    _requantise_fp8,
+    _requantise_mxfp4,
 )
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
@@ -88,8 +88,8 @@ KINDS = [
 def test_fp8_changes_only_what_changed(dtype: torch.dtype, scales: torch.dtype) -> None:
     """Blocks of 16 do not divide 40 x 24; one number changes, by a tenth of the way to the next."""
     codes, factors = fp8((40, 24), 16, dtype, scales)
-    plain = dequantise_fp8(codes, factors, (16, 16))
-    same = requantise_fp8(codes, factors, plain, (16, 16), PLACE)
+    plain = _dequantise_fp8(codes, factors, (16, 16))
+    same = _requantise_fp8(codes, factors, plain, (16, 16), PLACE)
     for made, stored in zip(same, (codes, factors), strict=True):
         assert torch.equal(made.view(torch.uint8), stored.view(torch.uint8))
     grid, moved = numbers(dtype), plain.clone()
@@ -98,7 +98,7 @@ def test_fp8_changes_only_what_changed(dtype: torch.dtype, scales: torch.dtype) 
     moved[17, 3] = (value + 0.1 * (upper - value)) * factor
     ups = 0
     for seed in range(400):
-        made, kept = requantise_fp8(codes, factors, moved, (16, 16), Place(seed, "w"))
+        made, kept = _requantise_fp8(codes, factors, moved, (16, 16), Place(seed, "w"))
         assert torch.equal(kept.view(torch.uint8), factors.view(torch.uint8))
         other = (made.float() != codes.float()).nonzero().tolist()
         assert other in ([], [[17, 3]])
@@ -113,13 +113,13 @@ def test_fp8_takes_new_factors_where_the_old_do_not_fit(
 ) -> None:
     codes, factors = fp8((48, 32), 16, dtype, scales)
     codes[20, 5] = torch.finfo(dtype).max  # fills the range of its block
-    plain = dequantise_fp8(codes, factors, (16, 16))
+    plain = _dequantise_fp8(codes, factors, (16, 16))
     moved = plain.clone()
     moved[16:32, :16] *= times
-    made, new = requantise_fp8(codes, factors, moved, (16, 16), PLACE)
+    made, new = _requantise_fp8(codes, factors, moved, (16, 16), PLACE)
     changed = (new.float() != factors.float()).nonzero().tolist()
     assert changed == [[1, 0]]
-    found = dequantise_fp8(made, new, (16, 16))
+    found = _dequantise_fp8(made, new, (16, 16))
     assert torch.equal(found[:16], plain[:16])
     assert torch.equal(found[16:32, 16:], plain[16:32, 16:])
     ulp = 0.125 if dtype == torch.float8_e4m3fn else 0.25
@@ -131,15 +131,15 @@ def test_fp8_takes_new_factors_where_the_old_do_not_fit(
 def test_one_factor_and_experts() -> None:
     """A factor for all of a weight, and experts in one tensor with blocks of their own."""
     codes = torch.tensor([[1.5, -2.0], [0.0, -0.0]]).to(torch.float8_e4m3fn)
-    made, scale = requantise_fp8(
+    made, scale = _requantise_fp8(
         codes, torch.tensor([0.25]), torch.tensor([[0.375, -300.0], [0, 0.0]]), None, PLACE
     )
     assert scale.tolist() == [pytest.approx(300 / 448)]
     assert made[0, 1].item() == -448
     codes, factors = fp8((3, 40, 24), 16, torch.float8_e4m3fn, torch.float32)
-    plain = dequantise_fp8(codes, factors, (16, 16))
+    plain = _dequantise_fp8(codes, factors, (16, 16))
     plain[1, 2, 3] += 100
-    made, _ = requantise_fp8(codes, factors, plain, (16, 16), PLACE)
+    made, _ = _requantise_fp8(codes, factors, plain, (16, 16), PLACE)
     same = (made.float() == codes.float()).flatten(1).all(1).tolist()
     assert same == [True, False, True]
 
@@ -152,20 +152,20 @@ def mxfp4(experts: int = 2, out: int = 6, groups: int = 3) -> tuple[Tensor, Tens
 
 def test_mxfp4_changes_only_what_changed() -> None:
     blocks, scales = mxfp4()
-    plain = dequantise_mxfp4(blocks, scales).float()
-    made = requantise_mxfp4(blocks, scales, plain + 0.0, PLACE)  # without a sign of zeros
+    plain = _dequantise_mxfp4(blocks, scales).float()
+    made = _requantise_mxfp4(blocks, scales, plain + 0.0, PLACE)  # without a sign of zeros
     assert torch.equal(made[0], blocks)
     assert torch.equal(made[1], scales)
     # Input 33 of output 4 is the second low half of the second group; its code becomes 2.25 times
     # the scale, a quarter of the way from 2 to 3.
     blocks[1, 4, 1, 0] = 0xC4  # 2 and -2
-    plain = dequantise_mxfp4(blocks, scales).float()
+    plain = _dequantise_mxfp4(blocks, scales).float()
     factor = 2.0 ** (int(scales[1, 4, 1]) - 127)
     assert plain[1, 32, 4] == 2 * factor
     plain[1, 32, 4] = 2.25 * factor
     found = []
     for seed in range(400):
-        codes, kept = requantise_mxfp4(blocks, scales, plain, Place(seed, "w"))
+        codes, kept = _requantise_mxfp4(blocks, scales, plain, Place(seed, "w"))
         assert torch.equal(kept, scales)
         found.append(int(codes[1, 4, 1, 0]))
         codes[1, 4, 1, 0] = 0xC4
@@ -178,14 +178,14 @@ def test_mxfp4_changes_only_what_changed() -> None:
 def test_mxfp4_takes_a_new_exponent_where_the_old_does_not_fit(times: float) -> None:
     blocks, scales = mxfp4()
     blocks[0, 2, 1, 7] = 0x7F  # ±6, the largest of the group
-    plain = dequantise_mxfp4(blocks, scales).float()
+    plain = _dequantise_mxfp4(blocks, scales).float()
     moved = plain.clone()
     moved[0, 32:64, 2] *= times
-    made, new = requantise_mxfp4(blocks, scales, moved, PLACE)
+    made, new = _requantise_mxfp4(blocks, scales, moved, PLACE)
     # 9.6 takes twice the factor; 1.2 fits a quarter of it.
     assert (new.int() - scales.int()).nonzero().tolist() == [[0, 2, 1]]
     assert int(new[0, 2, 1]) - int(scales[0, 2, 1]) == (1 if times > 1 else -2)
-    found = dequantise_mxfp4(made, new).double()
+    found = _dequantise_mxfp4(made, new).double()
     factor = 2.0 ** (int(new[0, 2, 1]) - 127)
     for value, wanted in zip(found[0, 32:64, 2], moved[0, 32:64, 2].double(), strict=True):
         level = (wanted / factor).abs()
