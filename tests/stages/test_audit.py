@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import TUNE, World
@@ -25,7 +26,7 @@ from perta.evidence.audit.probe import Role, Rows, View
 from perta.evidence.audit.probes import verbatim
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer
-from perta.options import ComputeConfig, ScoringConfig, WeightingConfig
+from perta.options import ComputeConfig, DataConfig, ScoringConfig, WeightingConfig
 from perta.stages.audit import audit_checkpoint, quick_audit
 from perta.stages.edit import edit_checkpoint
 from perta.stages.evaluate import evaluate_checkpoint
@@ -254,6 +255,58 @@ def test_a_shadow_that_is_known_to_have_seen_the_rows_is_refused(
     right = replace(config, checkpoint=str(cleaned), retrained=None, probes=("fact",))
     with pytest.raises(DataError, match=r"shadow=.*contradicts the records"):
         audit_checkpoint(replace(right, shadow=(str(saw),)))
+
+
+def test_the_world_and_other_text_are_read_by_their_own_columns(
+    config: AuditConfig, world: World, tmp_path: Path
+) -> None:
+    rows = load_examples(world.retain).examples
+    asked, text = tmp_path / "world.jsonl", tmp_path / "general.txt"
+    asked.write_text("".join(f"{json.dumps(row.fields)}\n" for row in rows), "utf-8")
+    text.write_text(" ".join(row.answer for row in rows), "utf-8")
+    own = tmp_path / "forget.jsonl"
+    (columns,) = ({"frage": "question", "antwort": "answer", "fakt": "fact"},)
+    lines = [
+        {new: row.fields[old] for new, old in columns.items()}
+        for row in load_examples(world.forget).examples
+    ]
+    own.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
+    data = DataConfig(
+        prompt_column="frage", answer_column="antwort", fact_column="fakt", max_length=32
+    )
+    given = replace(
+        config,
+        forget=str(own),
+        retain=None,
+        holdout=None,
+        data_config=data,
+        world=str(asked),
+        general=str(text),
+        probes=("world", "general-text"),
+    )
+    results = audit_checkpoint(given)
+    told = {probe["name"]: probe for probe in results["probes"]}
+    assert (results["built_in"], results["rows"]["world"]) == ([], len(rows))
+    assert results["rows"]["general"] == len(
+        told["general-text"]["other_scores"]["general"]["full"]
+    )
+    assert results["rows"]["general"] > 1
+    model = load_model(Path(config.full))
+    with torch.no_grad():
+        ids = load_tokenizer(Path(config.full))(text.read_text("utf-8")).input_ids[:32]
+        loss = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
+    assert told["general-text"]["other_scores"]["general"]["full"][0] == pytest.approx(loss, 1e-3)
+    assert told["world"]["full"] > 0.5  # the rows are those that the full model was tuned on
+
+
+def test_without_other_questions_those_of_the_package_are_asked_and_named(
+    config: AuditConfig, tmp_path: Path
+) -> None:
+    results = audit_checkpoint(replace(config, probes=("fact", "world")))
+    # The tiny tokenizer has no words for any of them, and nothing is said of rows nobody gave.
+    assert results["built_in"] == []
+    assert results["not_judged"]["world"] == [*range(1, 41)]
+    assert results["not_checked"][0] == {"name": "world", "why": "it needs world"}
 
 
 def test_a_probe_of_ones_own_is_part_of_what_the_result_depends_on(

@@ -148,6 +148,7 @@ _APART = {
     ("forget", "retain"): "What is to be forgotten cannot be kept",
     ("forget", "general"): "What is to be forgotten cannot be kept",
     ("retain", "general"): "What is kept would count twice",
+    ("forget", "world"): "What is to be forgotten cannot be kept",
     ("forget", "holdout"): "What is to be forgotten was seen",
     ("retain", "holdout"): "What is kept was seen",
 }

@@ -35,7 +35,7 @@ _FORM = {
         **dict.fromkeys(("content", "created"), str),
     },
 }
-_SETS = ("forget", "retain", "holdout")
+_SETS = ("forget", "retain", "holdout", "world", "general")
 _COUNTED = {
     "passed": "{n} passed",
     "leaks": "{n} found a leak",
@@ -204,6 +204,8 @@ def _not_checked(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, rows in audit.get("not_judged", {}).items():
         why = "the model has no words for the facts"
         found.setdefault(why, []).append(f"{name}: row {', '.join(map(str, rows))}")
+    if "world" in audit.get("built_in", ()):
+        found["only the questions that come with perta were asked"] = ["other facts of the world"]
     return [(why, ", ".join(names)) for why, names in found.items()]
 
 

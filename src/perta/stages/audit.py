@@ -14,15 +14,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, load_examples
+from perta.data.examples import (
+    PARAPHRASED,
+    ExampleSet,
+    check_apart,
+    general_config,
+    load_examples,
+)
 from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import Looked, document_of, document_of_results, entry_of
@@ -51,7 +58,7 @@ from perta.models.load import (
 )
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.models.trust import LOCAL
-from perta.options import ComputeConfig
+from perta.options import ComputeConfig, DataConfig
 from perta.progress import running, say, step, track, warn
 from perta.stages.settings import AuditConfig
 from perta.stages.stage import At, evaluated, run_file_stage
@@ -63,6 +70,10 @@ from perta.store.record import check_output, check_separate, read_manifest, sett
 
 AUDIT = "audit.json"
 
+_Row = TypeVar("_Row")
+
+WORLD = str(files("perta").joinpath("evidence", "world.jsonl"))
+"""Questions about the world that come with the package."""
 _SAMPLES = {"quick": 64, "standard": 64, "full": 200}
 _TIMED_TOKENS = 128
 """Tokens of a pass that tells how fast a model is here."""
@@ -85,7 +96,7 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
     probes = choose_probes(config.level, config.probes)
     given = _given(config)
     folders = {role: resolve_checkpoint(m, base=config.base) for role, m in given.items()}
-    sets = _load_sets(config)
+    sets = _load_sets(config, probes)
     reads: list[str | Path] = [*folders.values(), *(examples.source for examples in sets.values())]
     check_separate(config.output, [*given.values(), *reads])
     settings = {**settings_of(config), **picked(config.compute, folders["cleaned"])}
@@ -129,19 +140,29 @@ def _given(config: AuditConfig) -> dict[Role, str]:
     return {role: place for role, place in given.items() if place}
 
 
-def _load_sets(config: AuditConfig) -> dict[str, ExampleSet]:
-    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+def _load_sets(config: AuditConfig, probes: Sequence[Probe]) -> dict[str, ExampleSet]:
+    sources = {name: getattr(config, name) for name in ("forget", "retain", "holdout")}
     loaded = {name: load_examples(s, config.data_config) for name, s in sources.items() if s}
+    asks_world = any("world" in probe.sets for probe in probes)
+    others = {"world": config.world or (WORLD if asks_world else None), "general": config.general}
+    for name, source in others.items():
+        if source:
+            columns = general_config(source, config.data_config)
+            loaded[name] = load_examples(source, columns)
     check_apart(loaded)
     sets = {name: _each_once(name, examples) for name, examples in loaded.items()}
     if "holdout" in sets:
         sets["holdout"] = _unseen(sets["holdout"], [sets[n] for n in sets if n != "holdout"])
-    if "retain" in sets:
-        rows = sets["retain"].examples
-        count = min(config.retain_rows, len(rows))
-        chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
-        sets["retain"] = replace(sets["retain"], examples=tuple(rows[i] for i in chosen))
+    for name in [name for name in ("retain", *others) if name in sets]:
+        sets[name] = replace(sets[name], examples=_drawn(sets[name].examples, config))
     return sets
+
+
+def _drawn(rows: Sequence[_Row], config: AuditConfig) -> tuple[_Row, ...]:
+    """At most `retain_rows` of some rows, in their order."""
+    count = min(config.retain_rows, len(rows))
+    chosen = sorted(random.Random(config.seed).sample(range(len(rows)), count))
+    return tuple(rows[i] for i in chosen)
 
 
 def _each_once(name: str, examples: ExampleSet) -> ExampleSet:
@@ -316,12 +337,16 @@ class _Audit:
 
     def _material(self) -> Material:
         config, longest = self.config.data_config, longest_input(self.folders["cleaned"])
-        told = all(is_told(examples, config) for examples in self.sets.values())
+        asked = {name: found for name, found in self.sets.items() if name != "general"}
+        told = all(is_told(examples, config) for examples in asked.values())
         base = self.models.take("base") if "base" in self.folders and not told else None
-        facts = {
-            name: find_facts(examples, self.tokenizer, config, base=base, longest=longest)
-            for name, examples in self.sets.items()
-        }
+        facts = {}
+        for name, examples in self.sets.items():
+            columns = config if name in ("forget", "retain", "holdout") else _told(examples, config)
+            finds = base if name in asked else None  # of general text all counts
+            facts[name] = find_facts(examples, self.tokenizer, columns, base=finds, longest=longest)
+        if "general" in facts:
+            facts["general"] = _drawn(facts["general"], self.config)
         for name, found in facts.items():
             self.unknown[name] = _unsayable(found, self.tokenizer)
             facts[name] = tuple(f for f in found if f.row not in self.unknown[name])
@@ -339,7 +364,7 @@ class _Audit:
     def _tell_unknown(self) -> None:
         """Say which rows are not judged; a ConfigError where none of the forget set is left."""
         for name, rows in self.unknown.items():
-            if rows:
+            if rows and name not in self._built_in:
                 warn(
                     f"{name}: the tokenizer has no words for the facts of {len(rows)} rows, which "
                     f"are not judged (rows {', '.join(map(str, rows))})"
@@ -444,6 +469,10 @@ class _Audit:
             total += probe.tokens(encoded, self.effort)
         return total
 
+    @property
+    def _built_in(self) -> list[str]:
+        return [n for n, examples in self.sets.items() if examples.source == WORLD]
+
     def _numbers(self) -> dict[str, list[int]]:
         return {name: self.material.rows(name) for name in self.sets}
 
@@ -454,7 +483,9 @@ class _Audit:
     ) -> dict[str, Any]:
         """What audit.json holds."""
         sources = Counter(str(fact.source) for fact in self.material.facts["forget"])
-        looked = Looked(self._numbers(), self.material.subjects, dict(sources), self.unknown)
+        looked = Looked(
+            self._numbers(), self.material.subjects, dict(sources), self.unknown, self._built_in
+        )
         entries = [entry_of(probe, found[probe.name], looked) for probe in self.possible]
         parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
         total = sum(self.tokens.values())
@@ -480,6 +511,12 @@ def quick_audit(results: Mapping[Role, Results], output: Path) -> dict[str, Any]
 def _entry(role: Role, probe: Probe, name: str) -> str:
     """Under what a journal holds the scores of a set."""
     return f"{role}/rows/{probe.name}/{name}"
+
+
+def _told(examples: ExampleSet, config: DataConfig) -> DataConfig:
+    """How a set's facts are told that may lack the column of the others."""
+    has_column = all(str(config.fact_column) in example.fields for example in examples.examples)
+    return config if has_column else replace(config, fact_column=None)
 
 
 def _unsayable(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[int]:

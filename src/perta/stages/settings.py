@@ -298,6 +298,10 @@ class AuditConfig(Paths):
     """Examples that should be kept."""
     holdout: str | None = None
     """Examples of the same form that no model has seen: a yardstick too."""
+    world: str | None = None
+    """Questions about the world, whose answers should be kept [default: 40 of perta's own]."""
+    general: str | None = None
+    """Text of any kind, which the model should find no less likely than before."""
     level: Level = "standard"
     """How much is looked at: `quick` costs as much as an evaluation, `full` takes everything."""
     probes: Annotated[tuple[str, ...], Parameter(name="--probe", negative_iterable=())] = ()
@@ -306,7 +310,8 @@ class AuditConfig(Paths):
     samples: int | None = None
     """Answers drawn to each question [default: 64, at level full 200]."""
     retain_rows: int = 200
-    """Most retained rows that are looked at, drawn by --seed."""
+    """Most retained rows that are looked at, and most of --world and passages of --general, drawn
+    by --seed."""
     max_new_tokens: int = 200
     """Longest generated answer in tokens."""
     seed: int = 0

@@ -30,6 +30,7 @@ class Looked:
     facts: Mapping[str, int]  # how the forget set's facts were found -> how many
     # of each set the rows not judged, for the tokenizer lacks their words
     unknown: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    built_in: Sequence[str] = ()  # sets that come with the package
 
 
 def document_of(
@@ -42,7 +43,8 @@ def document_of(
 ) -> dict[str, Any]:
     """All of it: entries of the probes that ran, of the others name and why, and the costs."""
     names = ("checkpoint", "merged")
-    counts = {name: len(looked.rows.get(name, ())) for name in ("forget", "retain", "holdout")}
+    counts = dict.fromkeys(("forget", "retain", "holdout"), 0)
+    counts |= {name: len(numbers) for name, numbers in looked.rows.items()}
     yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
     shadows = [mark for name, mark in inputs.items() if name.startswith(SHADOW)]
     return {
@@ -51,6 +53,7 @@ def document_of(
         "model": {name: inputs[name] for name in names if name in inputs},
         "yardsticks": {**yardsticks, "shadows": shadows, "holdout rows": counts["holdout"]},
         "rows": counts,
+        "built_in": list(looked.built_in),
         "subjects": len(set(looked.subjects["forget"] or ())) or None,
         "facts": dict(looked.facts),
         "not_judged": {name: list(rows) for name, rows in looked.unknown.items() if rows},

@@ -50,6 +50,8 @@ Need = Literal[
     "shadow models",
     "retain",
     "holdout",
+    "world",
+    "general",
     "wrong answers",
     "paraphrases",
 ]
@@ -83,7 +85,7 @@ class Effort:
 class Material:
     """The rows, the same for all models."""
 
-    # `forget`, and `retain` and `holdout` where they were given
+    # `forget`, and `retain`, `holdout`, `world` and `general` where there are any
     sets: Mapping[str, ExampleSet] = field(repr=False)
     # of each set one a sequence; a row of plain text has several, every other one
     facts: Mapping[str, tuple[Fact, ...]] = field(repr=False)

@@ -41,6 +41,8 @@ PROBES: tuple[type[Probe], ...] = (
     inside.Depth,
     collateral.Kept,
     collateral.Near,
+    collateral.World,
+    collateral.General,
     collateral.Repetition,
     collateral.Oddness,
     collateral.Refusals,

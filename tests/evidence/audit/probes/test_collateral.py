@@ -13,10 +13,12 @@ from audit_cases import log_probabilities, material, tiny_double, view
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded
+from perta.data.examples import load_examples
 from perta.data.tokens import encode_prompt
 from perta.engine.train.refusals import REFUSALS
 from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probes.collateral import (
+    General,
     Kept,
     Near,
     Oddness,
@@ -28,6 +30,7 @@ from perta.evidence.audit.probes.collateral import (
     refuses,
     repeated,
 )
+from perta.stages.audit import WORLD
 
 N = 20
 
@@ -41,7 +44,7 @@ def found(
 
 
 def kept(cleaned: Sequence[float], subjects: Sequence[int] | None = None) -> Judgement:
-    return judge_kept(found(cleaned, (0.8,) * len(cleaned), subjects))
+    return judge_kept(found(cleaned, (0.8,) * len(cleaned), subjects), "retain")
 
 
 def test_what_is_kept_is_a_share_of_what_the_full_model_had() -> None:
@@ -71,24 +74,49 @@ def test_a_subject_that_is_lost_is_harm_whatever_the_mean() -> None:
 
 
 def test_nothing_measured_or_nothing_known_is_not_passed() -> None:
-    assert judge_kept(found((), ())).verdict == "not sure"
-    low = judge_kept(found((0.01,) * N, (0.01,) * N))
+    assert judge_kept(found((), ()), "retain").verdict == "not sure"
+    low = judge_kept(found((0.01,) * N, (0.01,) * N), "retain")
     assert low.verdict == "not sure"
     assert low.full == pytest.approx(0.01)
 
 
 def test_a_rise_is_judged_against_the_full_model() -> None:
     def rise(value: float, rows: int = 100) -> Judgement:
-        return judge_rise(found((value,) * rows, (0.1,) * rows), 0.1, bounded=True)
+        return judge_rise(found((value,) * rows, (0.1,) * rows), 0.1, "retain", bounded=True)
 
     assert rise(0.1).verdict == "passed"
     assert rise(0.4).verdict == "harmed"
     assert rise(0.1, rows=10).verdict == "not sure"
     assert rise(0.4).reason.startswith("+0.30 against the full model")
     # Without bounds Student's interval decides: 1.0 ± nothing.
-    odd = judge_rise(found((3.0, 3.0, 3.0), (2.0, 2.0, 2.0)), 0.5, bounded=False)
+    odd = judge_rise(found((3.0, 3.0, 3.0), (2.0, 2.0, 2.0)), 0.5, "retain", bounded=False)
     assert odd.verdict == "harmed"
-    assert judge_rise(found((3.0,), (2.0,)), 0.5, bounded=False).verdict == "not sure"
+    alone = judge_rise(found((3.0,), (2.0,)), 0.5, "retain", bounded=False)
+    assert alone.verdict == "not sure"
+
+
+@pytest.mark.parametrize(
+    ("rise", "verdict"), [(0.0, "passed"), (0.04, "passed"), (0.06, "harmed"), (-0.5, "passed")]
+)
+def test_text_is_kept_while_its_tokens_keep_95_percent_of_their_probability(
+    rise: float, verdict: str
+) -> None:
+    # exp(-0.04) = 0.961 and exp(-0.06) = 0.942; the passages' own losses differ far more.
+    before = [1.0, 2.0, 3.0, 4.0]
+    of_text = {"full": {"general": before}, "cleaned": {"general": [x + rise for x in before]}}
+    judgement = General().judge(Found(of_text, {"general": range(1, 5)}, {}))
+    assert judgement.verdict == verdict
+    after = {"perplexity before": math.exp(2.5), "perplexity after": math.exp(2.5 + rise)}
+    assert judgement.notes == pytest.approx(after)
+
+
+def test_the_built_in_questions_are_told_once_and_say_their_facts() -> None:
+    rows = load_examples(WORLD).examples
+    assert len({row.messages for row in rows}) == len(rows) == 40
+    for row in rows:
+        fact = str(row.fields["fact"])
+        assert row.answer.count(fact) == 1
+        assert fact not in row.prompt
 
 
 def test_repetition_by_hand() -> None:
@@ -195,4 +223,4 @@ def test_rows_that_were_not_asked_give_no_share_of_bad_answers(tmp_path: Path) -
         given = {"cleaned": rows, "full": rows}
         judgement = probe.judge(Found(given, {n: made.rows(n) for n in rows}, made.subjects))
         assert judgement.verdict == "not sure"
-        assert judgement.reason == "no retained row was measured before and after"
+        assert judgement.reason == "no row that was to stay was measured before and after"

@@ -60,7 +60,7 @@ class Collateral(Probe):
 
     def judge(self, found: Found) -> Judgement:
         """What is kept of what the full model had."""
-        return judge_kept(found)
+        return judge_kept(found, self.sets[0])
 
 
 class Kept(Collateral):
@@ -97,7 +97,46 @@ class Near(Kept):
             role: {"retain": [s if i in near else None for i, s in enumerate(sets["retain"])]}
             for role, sets in found.scores.items()
         }
-        return judge_kept(replace(found, scores=scores))
+        return judge_kept(replace(found, scores=scores), "retain")
+
+
+class World(Collateral):
+    """The same of facts of the world, which have nothing to do with the data."""
+
+    name, title = "world", "What the model knew of the world"
+    question = "Does the model still know what everybody knows?"
+    source = "docs/evidence.md; after Maini et al., arXiv 2401.06121"
+    unit = "probability per token of the fact, geometric mean"
+    sets = compared = ("world",)
+    needs = ("world", "full")
+
+    def run(self, view: View, name: str) -> Rows:
+        """Scores of the rows of one set under one model."""
+        return Rows([math.exp(-score.loss) for score in view.facts(name)])
+
+
+class General(Collateral):
+    """Loss of a passage of text that has nothing to do with the data."""
+
+    name, title = "general-text", "Other text"
+    question = "Does the model still find other text as likely as before?"
+    source = "docs/evidence.md; perplexity, exp of the score"
+    unit = "nats per token of a passage"
+    sets = compared = ("general",)
+    needs = ("general", "full")
+
+    def run(self, view: View, name: str) -> Rows:
+        """Scores of the passages of one set under one model."""
+        return Rows([score.loss for score in view.facts(name)])
+
+    def judge(self, found: Found) -> Judgement:
+        """How much it has risen: as much as leaves less than `KEPT` of each token's probability."""
+        judgement = judge_rise(found, -math.log(KEPT), "general", bounded=False)
+        if judgement.value is None or judgement.full is None:
+            return judgement
+        losses = {"before": judgement.full, "after": judgement.value.value}
+        perplexities = {f"perplexity {when}": math.exp(loss) for when, loss in losses.items()}
+        return replace(judgement, notes=perplexities)
 
 
 class Repetition(Collateral):
@@ -115,7 +154,7 @@ class Repetition(Collateral):
 
     def judge(self, found: Found) -> Judgement:
         """How much more is repeated than by the full model."""
-        return judge_rise(found, 0.10, bounded=True)
+        return judge_rise(found, 0.10, "retain", bounded=True)
 
 
 class Oddness(Collateral):
@@ -141,7 +180,7 @@ class Oddness(Collateral):
 
     def judge(self, found: Found) -> Judgement:
         """How much less probable answers are than the full model's."""
-        return judge_rise(found, 0.5, bounded=False)
+        return judge_rise(found, 0.5, "retain", bounded=False)
 
 
 class Refusals(Collateral):
@@ -161,7 +200,7 @@ class Refusals(Collateral):
 
     def judge(self, found: Found) -> Judgement:
         """How many more questions are refused; of forgotten rows the share is noted."""
-        judgement = judge_rise(found, 0.10, bounded=True)
+        judgement = judge_rise(found, 0.10, "retain", bounded=True)
         asked = found.values("cleaned", "forget")
         if not asked:
             return judgement
@@ -217,17 +256,17 @@ def _prompts(view: View, name: str) -> list[list[int]]:
     return [p or [*f.encoded.input_ids] for p, f in zip(asked, facts, strict=True)]
 
 
-def judge_kept(found: Found) -> Judgement:
-    """Whether enough is kept of the retained rows; the rule is at the top of this module."""
-    after, before = found.values("cleaned", "retain"), found.values("full", "retain")
+def judge_kept(found: Found, name: str) -> Judgement:
+    """Whether enough is kept of the rows of a set; the rule is at the top of this module."""
+    after, before = found.values("cleaned", name), found.values("full", name)
     shared = [i for i in after if i in before]
     if not shared:
-        return Judgement("not sure", "no retained row was measured before and after")
+        return Judgement("not sure", "no row that was to stay was measured before and after")
     had = fmean(before[i] for i in shared)
-    people = found.people("retain")
+    people = found.people(name)
     groups = groups_of(shared, people)
     value = mean_interval([after[i] for i in shared], groups=groups)
-    subject, row = _worst(found, after, before)
+    subject, row = _worst(found, name, after, before)
     figures = Judgement("not sure", "", value, full=had, worst_subject=subject, worst_row=row)
     if had <= SMALLEST_GAP:
         return replace(figures, reason="the full model knew too little of these rows to tell")
@@ -250,13 +289,13 @@ def judge_kept(found: Found) -> Judgement:
     return replace(figures, verdict=verdict, reason=f"{100 * kept:.0f}% is kept")
 
 
-def judge_rise(found: Found, most: float, *, bounded: bool) -> Judgement:
-    """Whether a measure of retained rows rose, for sure, by more than `most` over full's."""
-    after, before = found.values("cleaned", "retain"), found.values("full", "retain")
+def judge_rise(found: Found, most: float, name: str, *, bounded: bool) -> Judgement:
+    """Whether a measure of a set's rows rose, for sure, by more than `most` over full's."""
+    after, before = found.values("cleaned", name), found.values("full", name)
     shared = [i for i in after if i in before]
     if not shared:
-        return Judgement("not sure", "no retained row was measured before and after")
-    groups = groups_of(shared, found.people("retain"))
+        return Judgement("not sure", "no row that was to stay was measured before and after")
+    groups = groups_of(shared, found.people(name))
 
     def interval(values: Sequence[float], lowest: float) -> Interval | None:
         if bounded:
@@ -278,15 +317,15 @@ def judge_rise(found: Found, most: float, *, bounded: bool) -> Judgement:
 
 
 def _worst(
-    found: Found, after: Mapping[str, float], before: Mapping[str, float]
+    found: Found, name: str, after: Mapping[str, float], before: Mapping[str, float]
 ) -> tuple[tuple[int, float] | None, tuple[int, float]]:
     """Subject and row that lost most, with their values."""
-    people = found.people("retain")
+    people = found.people(name)
     had, has = subject_means(before, people), subject_means(after, people)
     subject = min(has, key=lambda s: has[s] - had.get(s, 0.0), default=None)
     row = min(after, key=lambda i: after[i] - before.get(i, 0.0))
     worst = None if subject is None else (subject, has[subject])
-    return worst, (found.rows["retain"][int(row)], after[row])
+    return worst, (found.rows[name][int(row)], after[row])
 
 
 def _said(
