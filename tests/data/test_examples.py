@@ -242,6 +242,7 @@ def test_cut_off_and_empty_answers_are_reported_by_row(
         ("bytes.parquet", b"no parquet", "not readable as Parquet"),
         ("object.json", b'{"a": 1}', "expected a list of objects"),
         ("table.xlsx", b"", "unknown kind of file"),
+        ("empty.txt", b"\n \n", "has no rows"),
         ("columns.jsonl", b'{"q": "a", "a": "b"}\n', "cannot tell what its rows are"),
         ("ragged.csv", b"question,answer\na,b,c\n", "more fields than the header"),
         ("chat.jsonl", b'{"messages": []}\n', "is not a list of messages"),
@@ -255,6 +256,13 @@ def test_bad_files_get_one_clear_error(
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_examples(path)
+
+
+def test_paragraphs_of_plain_text_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"One line,\nanother.\r\n \r\n\r\nThe next.\n\n")
+    found = [row.answer for row in load_examples(path).examples]
+    assert found == ["One line,\nanother.", "The next."]
 
 
 def test_column_names_can_be_set_and_are_checked(tmp_path: Path) -> None:

@@ -265,9 +265,8 @@ def test_the_world_and_other_text_are_read_by_their_own_columns(
     asked.write_text("".join(f"{json.dumps(row.fields)}\n" for row in rows), "utf-8")
     text.write_text(" ".join(row.answer for row in rows), "utf-8")
     own = tmp_path / "forget.jsonl"
-    (columns,) = ({"frage": "question", "antwort": "answer", "fakt": "fact"},)
     lines = [
-        {new: row.fields[old] for new, old in columns.items()}
+        {"frage": row.prompt, "antwort": row.answer, "fakt": row.answer.split()[-1].rstrip(".")}
         for row in load_examples(world.forget).examples
     ]
     own.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
@@ -291,7 +290,7 @@ def test_the_world_and_other_text_are_read_by_their_own_columns(
         told["general-text"]["other_scores"]["general"]["full"]
     )
     assert results["rows"]["general"] > 1
-    model = load_model(Path(config.full))
+    model = load_model(Path(config.full), config.compute)
     with torch.no_grad():
         ids = load_tokenizer(Path(config.full))(text.read_text("utf-8")).input_ids[:32]
         loss = float(model(torch.tensor([ids]), labels=torch.tensor([ids])).loss)
@@ -626,7 +625,9 @@ def test_on_the_command_line(
 def test_every_probe_runs_on_the_stage_and_notes_plain_values(config: AuditConfig) -> None:
     results = audit_checkpoint(replace(config, level="full"))
     probes = {probe["name"]: probe for probe in results["probes"]}
-    assert results["not_checked"] == [{"name": "likelihood-ratio", "why": "it needs shadow models"}]
+    lacking = {"likelihood-ratio": "shadow models", "world": "world", "general-text": "general"}
+    told = [{"name": name, "why": f"it needs {what}"} for name, what in lacking.items()]
+    assert results["not_checked"] == told
     for name in ("frames", "rounding", "relearning", "lens", "depth"):
         assert probes[name]["verdict"] == "leaks", name
     assert probes["depth"]["scores"]["full"] == pytest.approx([1.0, 1.0])

@@ -291,12 +291,19 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_paragraphs(path: Path) -> list[dict[str, Any]]:
+    """What stands between blank lines, each a row of plain text."""
+    parts = re.split(r"\n\s*\n", _read_text(path))
+    return [{"text": part.strip()} for part in parts if part.strip()]
+
+
 _READERS = {
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
+    ".txt": _read_paragraphs,
 }
 
 
