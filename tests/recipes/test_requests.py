@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from perta.recipes.settings import (
 from perta.stages.moments import compute_moments, holds
 from perta.stages.settings import MomentsConfig
 from perta.store.fingerprint import fingerprint
-from perta.store.ledger import LEDGER
+from perta.store.ledger import HEAD, LEDGER, append, read_ledger
 from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
 from perta.store.record import read_manifest
@@ -166,6 +167,113 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
     apply_requests(replace(apply, data_config=DataConfig(chat_template=False)))
     assert len(measured) == 2
     assert not holds(ledger / "moments", rows[:1])
+
+
+def _rewritten(ledger: Path, number: int, **facts: Any) -> None:
+    """Write a ledger anew with other facts in one entry: its chain fits, and so does its head."""
+    entries = read_ledger(ledger)
+    for name in (LEDGER, HEAD):
+        (ledger / name).unlink()
+    for entry in entries:
+        more = facts if entry.number == number else {}
+        append(ledger, entry.kind, {**entry.facts, **more})
+
+
+@pytest.mark.parametrize(
+    ("number", "facts"),
+    [
+        (1, {"base": "a"}),
+        (1, {"retain": None}),
+        (2, {"name": "../../etc/passwd"}),
+        (2, {"rows_hmac_sha256": [1]}),
+        (3, {"name": "r1"}),
+        (4, {"names": ["r1", "nobody"]}),
+        (5, {"checkpoint": "../elsewhere"}),
+        (5, {"signed": {"public_key": "x"}}),
+        (6, {"still_there": {"r1": ["1"]}}),
+    ],
+)
+def test_entries_that_perta_does_not_write_are_refused(
+    world: World, ledger: Path, number: int, facts: dict[str, Any]
+) -> None:
+    _add(ledger, world.forget, "r1")
+    _add(ledger, world.retain, "r2")
+    append(ledger, "clean", {"names": ["r1"], "deleted": []})
+    done = {"names": ["r1"], "before": "b", "after": "a", "met": True, "verdict": None}
+    append(ledger, "apply", {**done, "checkpoint": "checkpoints/5"})
+    append(ledger, "recheck", {"still_there": {"r2": [1]}})
+    assert len(read_state(ledger).entries) == 6
+    _rewritten(ledger, number, **facts)
+    with pytest.raises(LedgerError, match=f"line {number} is no entry that perta writes"):
+        read_state(ledger)
+
+
+def test_rows_that_are_not_those_that_were_asked_for_are_not_forgotten(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    _add(ledger, world.forget, "r1")
+    for name in ("R1", ".r", "-r", "r/1", "r 1", "ä", "r\n", "r" * 65, ""):
+        with pytest.raises(ConfigError, match=r"--name|Choose another"):
+            _add(ledger, world.retain, name)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(DataError, match="no rows"):
+        _add(ledger, tmp_path / "none.jsonl", "r2")
+    rows, key, base = ledger / "rows" / "r1.jsonl", ledger / "key", world.base / "config.json"
+    apply = RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE)
+    before = (ledger / LEDGER).read_bytes()
+    for file, content, message in (
+        (rows, rows.read_text().replace("?", "!"), "does not hold the rows that r1 asked for"),
+        (rows, "".join(rows.read_text().splitlines(keepends=True)[:1]), "does not hold the rows"),
+        (rows, None, "clean` was cut off"),
+        (key, "00" * 32, "it or the key was"),
+        (key, None, "cannot be recognised"),
+        (base, base.read_text() + " ", "base is not what"),
+    ):
+        whole = file.read_text()
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(LedgerError, match=message):
+            apply_requests(apply)
+        file.write_text(whole)
+    assert (ledger / LEDGER).read_bytes() == before
+    assert not (ledger / "work").exists()
+
+
+def test_clean_follows_no_link_and_finds_what_failed_runs_left(
+    world: World, ledger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _add(ledger, world.forget, "r1")
+    number = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE)).number
+    recheck_requests(RequestsRecheckConfig(folder=ledger))
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(ledger / "work", elsewhere)
+    (ledger / "work").symlink_to(elsewhere)
+    (ledger / "checkpoints" / "1").symlink_to(elsewhere)
+    (ledger / "rows" / "cut-off.jsonl").write_text("{}")
+    clean_requests(LedgerConfig(folder=ledger))
+    assert (elsewhere / str(number) / "forget.jsonl").exists()
+    told = capsys.readouterr().err
+    for link in ("work", "checkpoints/1"):
+        assert f"{ledger / link} is a link" in told
+        (ledger / link).unlink()
+    assert not [*(ledger / "rows").iterdir()]
+    # A run that failed, and another request came before it was tried again.
+    (ledger / "work" / "3").mkdir(parents=True)
+    (ledger / "work" / "3" / "forget.jsonl").write_text("{}")
+    _, gone = clean_requests(LedgerConfig(folder=ledger))
+    assert gone == [ledger / "work" / "3"]
+
+
+def test_a_ledger_that_cannot_be_written_stays_as_it_is(world: World, ledger: Path) -> None:
+    before = (ledger / LEDGER).read_bytes()
+    (ledger / ".lock").unlink(missing_ok=True)
+    outside = ledger.with_name("outside")
+    outside.write_text("theirs")
+    (ledger / ".lock").symlink_to(outside)
+    with pytest.raises(LedgerError, match="cannot be written"):
+        _add(ledger, world.forget, "r1")
+    assert outside.read_text() == "theirs"
+    assert (ledger / LEDGER).read_bytes() == before
+    assert not (ledger / "rows").exists()
 
 
 def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from perta.methods.registry import parse
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig, MomentOptions
-from perta.progress import say
+from perta.progress import say, warn
 from perta.recipes._request import write_rows
 from perta.recipes.settings import (
     LedgerConfig,
@@ -57,6 +57,7 @@ from perta.stages.stage import changes
 from perta.store.atomic import atomic_folder, beside
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+from perta.store.parse import fits
 from perta.store.record import read_manifest, settings_of
 from perta.store.signing import (
     check_checkpoint,
@@ -68,6 +69,18 @@ from perta.store.signing import (
 )
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SOURCE = {"path": str, "blake3": str}
+_FORM: Mapping[str, Any] = {
+    "init": {**dict.fromkeys(("base", "full", "retain", "holdout?"), _SOURCE)},
+    "add": {"name": str, "received": (str, type(None)), "rows": int, "rows_hmac_sha256": [str]},
+    "apply": {
+        **{"names": [str], "before": str, "after": str, "checkpoint": str, "met": bool},
+        **{"verdict": (str, type(None)), "signed?": {"public_key": str, "sha256": str}},
+    },
+    "recheck": {"still_there": {str: [int]}},
+    "clean": {"names": [str]},
+}
+"""What the facts of each kind of entry are read as."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +152,10 @@ def add_request(config: RequestsAddConfig) -> Entry:
         )
     with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
-        if any(request.name == config.name for request in state.requests):
-            raise ConfigError(f"There is a request {config.name} already. Choose another --name.")
+        # Some file systems take names that differ in case for one.
+        taken = {request.name.casefold(): request.name for request in state.requests}
+        if name := taken.get(config.name.casefold()):
+            raise ConfigError(f"There is a request {name} already. Choose another --name.")
         examples = load_examples(config.forget, config.data_config)
         prints = _fingerprints(state.folder, examples)
         open_requests = {request.name for request in state.requests if not request.cleaned}
@@ -158,7 +173,10 @@ def add_request(config: RequestsAddConfig) -> Entry:
                 "request once more with `perta requests apply --again NAME`."
             )
         waiting = [request for request in state.requests if request.applied is None]
-        together = [*_rows(state, waiting), *(example.fields for example in examples.examples)]
+        together = [
+            *_rows(state, waiting, config.data_config),
+            *(example.fields for example in examples.examples),
+        ]
         load_examples(together, config.data_config)  # raises now what would stop `apply`
         write_rows(_rows_file(state.folder, config.name), examples)
         facts = {
@@ -184,10 +202,12 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
         state = read_state(config.folder)
         chosen = _chosen(state, config.again)
         current = _checked_checkpoint(state)
+        _checked_model(state, "base")
+        rows = _rows(state, chosen, config.data_config)
         number = len(state.entries) + 1
         work = state.folder / "work" / str(number)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        forget = write_jsonl(_rows(state, chosen), work / "forget.jsonl")
+        forget = write_jsonl(rows, work / "forget.jsonl")
         retain = _retained(state, work, config.data_config)
         settings = UnlearnConfig(
             base=state.start["base"]["path"],
@@ -195,7 +215,7 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             forget=str(forget),
             retain=str(retain),
             retain_moments=_kept_moments(config, state, work, retain),
-            holdout=state.start.get("holdout", {}).get("path"),
+            holdout=_holdout(state, config.data_config),
             output=state.folder / "checkpoints" / str(number),
             work_dir=work / "run",
             # Of a run that the ledger does not know of: it failed, or was not good enough.
@@ -242,12 +262,14 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     """
     with locked(_folder(config.folder), config.key):
         state = read_state(config.folder)
-        current, start = _checked_checkpoint(state), state.start
+        current = _checked_checkpoint(state)
         chosen = [r for r in state.requests if r.applied is not None and not r.cleaned]
         if not chosen:
             raise ConfigError(f"{state.folder} has no request that was applied and has its rows.")
-        base, full = (Path(start[name]["path"]) for name in ("base", "full"))
-        sets = {"holdout": start["holdout"]["path"]} if "holdout" in start else {}
+        base, full = (_checked_model(state, name) for name in ("base", "full"))
+        holdout = _holdout(state, config.data_config)
+        sets = {"holdout": holdout} if holdout else {}
+        _rows(state, chosen, config.data_config)  # as they were asked for
         pad = pad_id(load_tokenizer(current))
         found: dict[str, list[int]] = {}
         for request in chosen:
@@ -297,7 +319,7 @@ def verify_requests(
         }
         check_signed_by(signers, trusted)
     for name in ("base", "full"):
-        _check_fingerprint(Path(state.start[name]["path"]), state.start[name]["blake3"])
+        _checked_model(state, name)
     for entry in _of(state, "apply"):
         place = state.folder / entry.facts["checkpoint"]
         # Earlier checkpoints may be deleted; what is there must be what was written.
@@ -315,10 +337,10 @@ def verify_requests(
 def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     """Delete what holds forgotten data (`perta requests clean`).
 
-    Rows of requests that are forgotten go, and with them their work folders and every cleaned
+    Rows of requests that are forgotten go, and with them all work folders and every cleaned
     checkpoint but the newest: an older one still knows what later requests removed. Rows that the
     last look found to be still there stay, so that they can be forgotten again. Base, full model
-    and the data sets are the user's and stay.
+    and the data sets are the user's and stay, and so does what a link points to; a warning says so.
 
     Raises:
         LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
@@ -328,14 +350,20 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
         newest = _checked_checkpoint(state)
         applied = [request for request in state.requests if request.applied is not None]
         forgotten = [request for request in applied if request.is_forgotten]
-        gone = [f for r in forgotten if (f := _rows_file(state.folder, r.name)).exists()]
-        done = {str(entry.number) for entry in _of(state, "apply")}
-        gone += [place for place in sorted((state.folder / "work").glob("*")) if place.name in done]
-        gone += [
+        kept = {r.name for r in state.requests} - {r.name for r in forgotten}
+        # Rows of no request are what an `add` left that was cut off.
+        found = [
+            p for p in _within(state.folder / "rows") if p.name.removesuffix(".jsonl") not in kept
+        ]
+        found += _within(state.folder / "work")
+        found += [
             place
-            for place in sorted((state.folder / "checkpoints").glob("*"))
+            for place in _within(state.folder / "checkpoints")
             if place.name.partition(".")[0] != newest.name
         ]
+        gone = [place for place in found if not place.is_symlink()]
+        for link in (place for place in found if place not in gone):
+            warn(f"{link} is a link: what it points to is yours to delete")
         for place in gone:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         facts = {
@@ -350,6 +378,7 @@ def read_state(folder: Path) -> State:
     """What a ledger says, once its chain is checked."""
     folder = _folder(folder)
     entries = read_ledger(folder)
+    _check_facts(folder, entries)
     start = entries[0].facts
     requests: dict[str, Request] = {}
     current = (Path(start["full"]["path"]), start["full"]["blake3"])
@@ -367,6 +396,24 @@ def read_state(folder: Path) -> State:
         elif entry.kind == "clean":
             _change(requests, {name: {"cleaned": True} for name in facts["names"]})
     return State(folder, start, tuple(requests.values()), current, tuple(entries))
+
+
+def _check_facts(folder: Path, entries: Sequence[Entry]) -> None:
+    """Stop at entries that fit their chain and that this package has not written."""
+    known = set[str]()
+    for entry in entries:
+        facts, number = entry.facts, entry.number
+        fits_ = fits(facts, _FORM.get(entry.kind, bool)) and (entry.kind == "init") == (number == 1)
+        if fits_ and entry.kind == "add":
+            fits_ = bool(_ID.fullmatch(facts["name"])) and facts["name"] not in known
+            known.add(facts["name"])
+        elif fits_ and entry.kind == "apply":
+            fits_ = facts["checkpoint"] == f"checkpoints/{number}"
+        if not fits_ or not known.issuperset(facts.get("names", facts.get("still_there", ()))):
+            raise LedgerError(
+                f"{folder / LEDGER}, line {number} is no entry that perta writes, though its hash "
+                "fits: somebody else wrote it."
+            )
 
 
 def _change(requests: dict[str, Request], changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -391,9 +438,27 @@ def _chosen(state: State, again: Sequence[str]) -> list[Request]:
     return chosen
 
 
-def _rows(state: State, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    files = [str(_rows_file(state.folder, request.name)) for request in requests]
-    return [row for file in files for row in read_rows(file, "")]
+def _rows(
+    state: State, requests: Sequence[Request], data_config: DataConfig
+) -> list[dict[str, Any]]:
+    """The rows of some requests, which must be those that were asked for."""
+    asked = {entry.facts["name"]: entry.facts["rows_hmac_sha256"] for entry in _of(state, "add")}
+    rows: list[dict[str, Any]] = []
+    for request in requests:
+        file = _rows_file(state.folder, request.name)
+        if not file.is_file():
+            raise LedgerError(
+                f"{file}, the rows of {request.name}, is gone. If a `perta requests clean` was cut "
+                "off, run it again; if not, put the file back."
+            )
+        examples = load_examples(file, data_config)
+        if _fingerprints(state.folder, examples) != asked[request.name]:
+            raise LedgerError(
+                f"{file} does not hold the rows that {request.name} asked for: it or the key was "
+                "changed, or the options that name columns are not those of `perta requests add`."
+            )
+        rows += read_rows(str(file), "")
+    return rows
 
 
 def _of(state: State, kind: str) -> list[Entry]:
@@ -442,6 +507,11 @@ def _signature_file(checkpoint: Path) -> Path:
     return beside(checkpoint, ".sig")
 
 
+def _within(folder: Path) -> list[Path]:
+    """What lies in a folder; of a link to one, the link."""
+    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))
+
+
 def _rows_file(folder: Path, name: str) -> Path:
     return folder / "rows" / f"{name}.jsonl"
 
@@ -450,6 +520,31 @@ def _checked_checkpoint(state: State) -> Path:
     """The newest checkpoint, once it is found to be what the ledger says."""
     _check_fingerprint(*state.current)
     return state.current[0]
+
+
+def _checked_model(state: State, name: str) -> Path:
+    """Base or full model, once it is found to be what the ledger says."""
+    source = state.start[name]
+    _check_fingerprint(Path(source["path"]), source["blake3"])
+    return Path(source["path"])
+
+
+def _holdout(state: State, data_config: DataConfig) -> str | None:
+    """Where the held-out set lies, where there is one."""
+    if "holdout" not in state.start:
+        return None
+    return _checked_set(state, "holdout", data_config).source
+
+
+def _checked_set(state: State, name: str, data_config: DataConfig) -> ExampleSet:
+    """A set that the ledger names, once it is found to be what it was."""
+    found = load_examples(state.start[name]["path"], data_config)
+    if found.fingerprint != state.start[name]["blake3"]:
+        raise LedgerError(
+            f"{found.source} is not the {name} set that the ledger names: it was changed. Put it "
+            "back, or begin a new ledger from the newest checkpoint."
+        )
+    return found
 
 
 def _check_fingerprint(place: Path, wanted: str) -> None:
@@ -461,12 +556,7 @@ def _check_fingerprint(place: Path, wanted: str) -> None:
 
 def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
     """The retain set without the rows of any request so far."""
-    retain = load_examples(state.start["retain"]["path"], data_config)
-    if retain.fingerprint != state.start["retain"]["blake3"]:
-        raise LedgerError(
-            f"{retain.source} is not the retain set that the ledger names: it was changed. Put it "
-            "back, or begin a new ledger from the newest checkpoint."
-        )
+    retain = _checked_set(state, "retain", data_config)
     gone = {mark for entry in _of(state, "add") for mark in entry.facts["rows_hmac_sha256"]}
     marks = _fingerprints(state.folder, retain)
     kept = [e for e, mark in zip(retain.examples, marks, strict=True) if mark not in gone]
