@@ -42,6 +42,16 @@ def test_the_busiest_resource_is_named() -> None:
     assert times(stage, node) == {"arithmetic": 12.0, "GPU memory": 3.0, "disk": 5.0}
 
 
+def test_requests_are_averaged_over_seeds() -> None:
+    from many_requests import table
+
+    rows = {"full, 1": {"p": 1.0}, "in turn, 1": {"p": 0.5, "seconds": 2.0}}
+    more = {"full, 1": {"p": 0.5}, "in turn, 1": {"p": 0.0, "seconds": 4.0}}
+    lines = table({"0": rows, "1": more}).splitlines()
+    assert lines[0] == "| model, requests | p | seconds |"
+    assert lines[2:] == ["| full, 1 | 0.750 | – |", "| in turn, 1 | 0.250 | 3.000 |"]
+
+
 def test_tables_on_the_page_are_those_of_the_script() -> None:
     from paper import MODELS, Node, Work, table
 

@@ -30,7 +30,21 @@ from conftest import World
 from perta.evidence.settings import PeopleBenchConfig
 from perta.options import ScoringConfig, TrainSettings, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
-from perta.recipes.settings import UnlearnConfig
+from perta.recipes.requests import (
+    add_request,
+    apply_requests,
+    clean_requests,
+    read_state,
+    start_ledger,
+    verify_requests,
+)
+from perta.recipes.settings import (
+    LedgerConfig,
+    RequestsAddConfig,
+    RequestsApplyConfig,
+    RequestsInitConfig,
+    UnlearnConfig,
+)
 from perta.recipes.unlearn import unlearn
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
@@ -48,6 +62,7 @@ from perta.stages.settings import (
     TrainConfig,
 )
 from perta.stages.train import train_checkpoint
+from perta.store.ledger import HEAD, LEDGER
 
 KILLS = int(os.environ.get("PERTA_KILLS", "0"))
 SEED = int(os.environ.get("PERTA_KILLS_SEED", "0"))
@@ -191,6 +206,25 @@ def _report(world: World, place: Path) -> object:
     )
 
 
+def _requests(world: World, place: Path) -> object:
+    """A ledger, each step of which is taken if it is not done."""
+    folder = place / "ledger"
+    if not folder.exists():
+        base, full = str(world.base), str(world.full)
+        start_ledger(
+            RequestsInitConfig(folder=folder, base=base, full=full, retain=str(world.retain))
+        )
+    if not read_state(folder).requests:
+        add_request(RequestsAddConfig(folder=folder, forget=str(world.forget), name="r1"))
+    if read_state(folder).requests[0].applied is None:
+        method = WeightingConfig(method="perta-project", scaling_coef=1.0)
+        tune = _tune(save_every=None)
+        apply_requests(RequestsApplyConfig(folder=folder, weighting=method, tune=tune))
+    if read_state(folder).entries[-1].kind != "clean":
+        clean_requests(LedgerConfig(folder=folder))
+    return verify_requests(folder)
+
+
 COMMANDS: Mapping[str, Command] = {
     "finetune": _finetune,
     "train": _train,
@@ -203,6 +237,7 @@ COMMANDS: Mapping[str, Command] = {
     "structured": _structured,
     "trained": _trained,
     "report": _report,
+    "requests": _requests,
 }
 
 
@@ -257,6 +292,10 @@ def _steady(value: Any) -> Any:
 
 
 def _content(file: Path) -> Any:
+    if file.name == LEDGER:
+        return [json.loads(line)["kind"] for line in file.read_text("utf-8").splitlines()]
+    if file.parent.name == "ledger" and file.name in (HEAD, "key"):
+        return "a key drawn at random is in it"
     if file.suffix in (".html", ".csv"):
         return "durations are in it"
     if file.suffix == ".json":
@@ -326,7 +365,7 @@ class Killer:
         if _inputs(self.world) != self.before:
             return "inputs changed"
         found = _found(self.place, rounded=self.name == "bench")
-        hidden = [path.name for path in self.place.rglob(".*")]
+        hidden = [path.name for path in self.place.rglob(".*") if path.name != ".lock"]
         if hidden:
             return f"left {hidden[0].partition('.partial')[0]}"
         if found.keys() != self.whole.keys():

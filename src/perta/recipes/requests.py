@@ -268,7 +268,7 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
             raise ConfigError(f"{state.folder} has no request that was applied and has its rows.")
         base, full = (_checked_model(state, name) for name in ("base", "full"))
         holdout = _holdout(state, config.data_config)
-        sets = {"holdout": holdout} if holdout else {}
+        sets: dict[str, str | Path] = {"holdout": holdout} if holdout else {}
         _rows(state, chosen, config.data_config)  # as they were asked for
         pad = pad_id(load_tokenizer(current))
         found: dict[str, list[int]] = {}
