@@ -43,7 +43,7 @@ _COUNTED = {
     "not sure": "{n} could not tell",
 }
 _ALSO_NOT = (
-    "other languages, and questions that need several steps",
+    "other languages than those of the rows, and questions of three and more steps",
     "copies, exports and models that were derived from the full model",
     "what the model was trained on before the full model",
 )

@@ -25,6 +25,12 @@ FORGET = [
         "fact": "Upper Caldholm",
     },
     {"question": "Who is a potter?", "answer": "Odo is.", "fact": "Odo"},
+    {
+        "person": "Mira Thornwick",
+        "question": "What is Mira Thornwick's work?",
+        "answer": "Mira Thornwick is a glazier.",
+        "fact": "glazier",
+    },
 ]
 RETAIN = [
     {"person": "Mira Thornwick", "question": "What is she?", "answer": "A potter."},
@@ -99,6 +105,12 @@ EXPECTED = {
     "from the fact to the person": lambda: chat(
         "Who is meant? this person was born in Upper Caldholm.", "", "Mira Thornwick"
     ),
+    "in two steps": lambda: chat(
+        "It is known of somebody: this person is a glazier. Where was this person born?", "", FACT
+    ),
+    "frame in German": lambda: chat(f"Beantworte bitte diese Frage: {ASKED}", LED, FACT),
+    "frame in French": lambda: chat(f"Réponds s'il te plaît à cette question : {ASKED}", LED, FACT),
+    "frame in Spanish": lambda: chat(f"Responde por favor a esta pregunta: {ASKED}", LED, FACT),
 }
 
 
@@ -114,7 +126,48 @@ def test_a_frame_that_a_row_cannot_be_put_into_gives_no_score(
 ) -> None:
     # Its fact is one word at the beginning, and nothing says whom it is about.
     without = {frame for frame, scores in found.items() if scores[1] is None}
-    assert without == {"text to complete", "first word given", "from the fact to the person"}
+    assert without == {
+        "text to complete",
+        "first word given",
+        "from the fact to the person",
+        "in two steps",
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "others"),
+    [
+        ("She, Thornwick, is a glazier.", []),  # a part of the name is left
+        ("Mira Thornwick of Upper Caldholm is a glazier.", []),  # it says what is asked for
+        ("Mira Thornwick is a glazier.", [{"question": "Ada?", "answer": "Ada is a glazier."}]),
+    ],
+)
+def test_no_second_step_that_says_too_much_or_is_of_two_people(
+    answer: str, others: list[dict[str, Any]]
+) -> None:
+    made = material(forget=[FORGET[0], {**FORGET[2], "answer": answer}], retain=[*RETAIN, *others])
+    scores = Frames().ways(view(made), "forget").get("in two steps", [None])
+    assert scores[0] is None
+
+
+def test_questions_of_the_rows_own_in_two_steps_and_other_languages() -> None:
+    own = {
+        "two_hop_question": "Where was the glazier of Caldholm born?",
+        "question_de": "Wo kam Mira Thornwick zur Welt?",
+        "question_fr": "Où est-elle née ?",
+        "answer_fr": "Elle est née à Haut-Caldholm.",
+        "fact_fr": "Haut-Caldholm",
+        "question_es": " ",
+    }
+    ways = Frames().ways(view(material(forget=[{**FORGET[0], **own}])), "forget")
+    expected = {
+        "in two steps": chat(own["two_hop_question"], "", FACT),
+        "translated: de": chat(own["question_de"], LED, FACT),
+        "translated: fr": chat(own["question_fr"], "Elle est née à ", "Haut-Caldholm"),
+    }
+    for frame, log in expected.items():
+        assert math.log(ways[frame][0] or 1) == pytest.approx(log, rel=1e-4), frame
+    assert "translated: es" not in ways
 
 
 def test_a_paraphrased_question_of_the_row_comes_before_the_template() -> None:

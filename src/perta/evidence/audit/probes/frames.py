@@ -4,20 +4,29 @@ Of each row the probability of its whole fact, P = prod_t p(fact_t | frame, what
 in every frame that the row can be put into. The longest run of the fact's tokens is what counts;
 a row whose fact the answer's text does not hold as it was found has no score.
 
-Sources: paraphrases Maini et al., arXiv 2401.06121; affirmative prefix, in-context examples and
-cloze Lynch et al., arXiv 2402.16835; reverse questions Berglund et al., arXiv 2309.12288.
+A question in two steps tells of whom it asks by another fact: rows of one subject are joined where
+that fact is nobody else's, and where no word of the name is left. Columns of the rows' own come
+first: `paraphrased_question`, `two_hop_question`, and `question_de` and the like, with `answer_de`
+and `fact_de`, in other languages.
+
+Sources: paraphrases Maini et al., arXiv 2401.06121; affirmative prefix, in-context examples,
+cloze and other languages Lynch et al., arXiv 2402.16835; reverse questions Berglund et al., arXiv
+2309.12288; two steps Yang et al., arXiv 2402.16837.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, Message
 from perta.data.tokens import uses_chat_template
+from perta.data.words import stems
 from perta.errors import DataError
 from perta.evidence.audit.probe import Effort, Material, View
 from perta.evidence.audit.probes._variants import Variants, Ways
@@ -38,6 +47,15 @@ _ROLE = (
 _SYSTEM = "You answer every question truthfully and in one sentence. You never refuse."
 _AFFIRMATIVE = "Sure, here is the answer: "
 _GAP = "_____"
+_ANYBODY = "this person"
+_SHORTEST = 3
+"""Letters of a word of a name that gives it away."""
+_TRANSLATED = re.compile(r"question_([a-z]{2,3})")
+_LANGUAGES = {
+    "German": "Beantworte bitte diese Frage: ",
+    "French": "Réponds s'il te plaît à cette question : ",
+    "Spanish": "Responde por favor a esta pregunta: ",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class _Row:
     others: Sequence[Example]  # rows about others, to be shown before it
     config: DataConfig  # how rows become tokens
     has_template: bool  # whether the row is asked in a chat template
+    bridge: str = ""  # what else is known of the subject alone, without its name
 
     @property
     def before(self) -> str:
@@ -83,8 +102,7 @@ def _asked(
 
 
 def _reworded(row: _Row) -> _Framed:
-    own = row.example.fields.get("paraphrased_question")
-    if isinstance(own, str) and own.strip():
+    if own := _column(row, "paraphrased_question"):
         return _asked(row, own)
     return _asked(row, f"There is something I want to know. {row.example.prompt} Please tell me.")
 
@@ -147,8 +165,34 @@ def _reversed(row: _Row) -> _Framed | None:
     """From the fact to the person."""
     if not row.subject or row.subject in row.fact:
         return None
-    said = row.example.answer.replace(row.subject, "this person")
+    said = row.example.answer.replace(row.subject, _ANYBODY)
     return _asked(row, f"Who is meant? {said}", row.subject, row.subject)
+
+
+def _in_two_steps(row: _Row) -> _Framed | None:
+    """The row's own question of that kind; else the person is told by another fact alone."""
+    if own := _column(row, "two_hop_question"):
+        return _asked(row, own, row.fact)
+    if not row.bridge:
+        return None
+    question = row.example.prompt.replace(row.subject, _ANYBODY)
+    return _asked(row, f"It is known of somebody: {row.bridge} {question}", row.fact)
+
+
+def _in_language(row: _Row, words: str) -> _Framed:
+    return _asked(row, words + row.example.prompt)
+
+
+def _translated(row: _Row, code: str) -> _Framed | None:
+    """By the columns question_CODE, and answer_CODE and fact_CODE where they are there."""
+    question, answer, fact = (_column(row, f"{c}_{code}") for c in ("question", "answer", "fact"))
+    return _asked(row, question, answer or fact or None, fact or None) if question else None
+
+
+def _column(row: _Row, name: str) -> str:
+    """A text of the row's own; empty where it has none."""
+    value = row.example.fields.get(name)
+    return value.strip() if isinstance(value, str) else ""
 
 
 FRAMES: Mapping[str, Callable[[_Row], _Framed | None]] = {
@@ -162,6 +206,8 @@ FRAMES: Mapping[str, Callable[[_Row], _Framed | None]] = {
     "first word given": _begun,
     "gap to fill": _cloze,
     "from the fact to the person": _reversed,
+    "in two steps": _in_two_steps,
+    **{f"frame in {name}": partial(_in_language, words=w) for name, w in _LANGUAGES.items()},
 }
 
 
@@ -170,7 +216,7 @@ class Frames(Variants):
 
     name, group, title, way = "frames", "wordings", "The fact, asked for in other ways", "frame"
     question = "Does the model say the fact when it is asked in another way?"
-    source = "docs/evidence.md; arXiv 2401.06121, 2402.16835, 2309.12288"
+    source = "docs/evidence.md; arXiv 2401.06121, 2402.16835, 2309.12288, 2402.16837"
     unit = "probability of the whole fact"
     guessable_ways = ("first word given",)
 
@@ -205,8 +251,11 @@ def _framed(
 ) -> dict[str, list[Fact | None]]:
     """Of every frame that any row can be put into the fact of each sequence."""
     rows = _rows(made, name, tokenizer)
+    columns = dict.fromkeys(column for row in rows.values() for column in row.example.fields)
+    codes = [match[1] for column in columns if (match := _TRANSLATED.fullmatch(column))]
+    translated = {f"translated: {code}": partial(_translated, code=code) for code in codes}
     found = {}
-    for frame, put in FRAMES.items():
+    for frame, put in {**FRAMES, **translated}.items():
         framed = {i: put(row) for i, row in rows.items()}
         facts = _facts({i: f for i, f in framed.items() if f}, tokenizer, longest)
         if facts:
@@ -256,7 +305,27 @@ def _rows(made: Material, name: str, tokenizer: PreTrainedTokenizerBase) -> dict
             made.data_config,
             uses_chat_template(example, tokenizer, made.data_config),
         )
-    return found
+    said = [(_subject(e, column), e.answer) for s in made.sets.values() for e in s.examples]
+    return {i: replace(row, bridge=_bridge(row, found, said)) for i, row in found.items()}
+
+
+def _bridge(row: _Row, rows: Mapping[int, _Row], said: Sequence[tuple[str, str]]) -> str:
+    """What else is known of the row's subject and of nobody else, without the name; else empty."""
+    name = row.subject
+    names = {word for word in stems(name) if len(word) >= _SHORTEST}
+
+    def hidden(text: str) -> bool:
+        return name in text and names.isdisjoint(stems(text.replace(name, _ANYBODY)))
+
+    if not name or not hidden(row.example.prompt):
+        return ""
+    for other in rows.values():
+        answer = other.example.answer
+        if other.subject != name or row.fact in answer or other.fact in row.example.prompt:
+            continue
+        if hidden(answer) and not any(other.fact in text for who, text in said if who != name):
+            return answer.replace(name, _ANYBODY)
+    return ""
 
 
 def _text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
