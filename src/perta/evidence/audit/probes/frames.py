@@ -195,7 +195,8 @@ def _column(row: _Row, name: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-FRAMES: Mapping[str, Callable[[_Row], _Framed | None]] = {
+_Frame = Callable[[_Row], _Framed | None]
+FRAMES: Mapping[str, _Frame] = {
     "reworded question": _reworded,
     "text to complete": _completion,
     "after examples of others": _after_examples,
@@ -253,7 +254,9 @@ def _framed(
     rows = _rows(made, name, tokenizer)
     columns = dict.fromkeys(column for row in rows.values() for column in row.example.fields)
     codes = [match[1] for column in columns if (match := _TRANSLATED.fullmatch(column))]
-    translated = {f"translated: {code}": partial(_translated, code=code) for code in codes}
+    translated: dict[str, _Frame] = {
+        f"translated: {code}": partial(_translated, code=code) for code in codes
+    }
     found = {}
     for frame, put in {**FRAMES, **translated}.items():
         framed = {i: put(row) for i, row in rows.items()}
