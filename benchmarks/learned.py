@@ -9,7 +9,7 @@ use them; with `--bins 0` it is one part, the direction of `perta-project`. How 
 taken is
 
     closed   the share of `perta-project` at ρ = 3, the mean over a group, times one strength
-    learned  from there on 25 steps down  mean p_f + mean l_r  over forget and retain rows, where
+    learned  from there on some steps down  mean p_f + w mean l_r  over forget and retain rows;
              p_f is the probability per token of an answer and l_r the loss of one
 
 Both are then scaled to equal facts. One JSON line each goes to WORK/learned.jsonl.
@@ -39,7 +39,7 @@ from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
 from rivals import DATA, MARGIN, Seed
 
-RHO, STRENGTH, STEPS, RATE, ROWS = 3.0, 2.7, 25, 0.1, 12
+RHO, STRENGTH, RATE, ROWS = 3.0, 2.7, 0.3, 8
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -100,17 +100,21 @@ def put(parts: Sequence[Parts], logs: Sequence[Tensor]) -> None:
         part.weight.copy_(part.start - taken)
 
 
-def learn(seed: Seed, parts: Sequence[Parts], logs: list[Tensor]) -> None:
+def learn(
+    seed: Seed, parts: Sequence[Parts], logs: list[Tensor], steps: int, retain_weight: float
+) -> None:
     """Change the logarithms, in place, down the loss; the model ends there."""
     optimizer = torch.optim.Adam(logs, lr=RATE)
-    for step in range(STEPS):
+    for step in range(steps):
         put(parts, logs)
         rows = [seeded_sample(seed.encoded[name], ROWS, step) for name in ("forget", "protected")]
         batches = [collate(some, seed.pad) for some in rows]
         with seed.products():
             known = (-example_losses(seed.model, batches[0])).exp().mean()
             kept = example_losses(seed.model, batches[1]).mean()
-        gradients = torch.autograd.grad(known + kept, [part.weight for part in parts])
+        gradients = torch.autograd.grad(
+            known + retain_weight * kept, [part.weight for part in parts]
+        )
         for part, log, gradient in zip(parts, logs, gradients, strict=True):
             log.grad = -torch.einsum("oi,koi->k", gradient, part.parts) * log.exp()
         optimizer.step()
@@ -126,6 +130,8 @@ def main() -> None:
     parser.add_argument("--forget-checkpoint", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bins", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--retain-weight", type=float, default=1.0)
     parser.add_argument("--kinds", nargs="+", default=["closed", "learned"])
     options = parser.parse_args()
     set_quiet(True)
@@ -139,10 +145,11 @@ def main() -> None:
         logs = [(STRENGTH * part.shares).log() for part in parts]
         put(parts, logs)
         if kind == "learned":
-            learn(seed, parts, logs)
+            learn(seed, parts, logs, options.steps, options.retain_weight)
         seconds = time.perf_counter() - started
         del parts  # room for the search
         line: dict[str, Any] = {"seed": options.seed, "kind": kind, "bins": options.bins}
+        line |= {"steps": options.steps, "retain_weight": options.retain_weight}
         line |= {"seconds": seconds, **seed.scaled(target + MARGIN), **seed.measure()}
         line["shares"] = [[round(v, 3) for v in log.exp().tolist()] for log in logs]
         print(json.dumps({**line, "shares": None}), flush=True)
