@@ -1,4 +1,4 @@
-"""Weights of an edit learned on a few rows, beside the closed form: docs/experiments/rivals.md.
+"""Weights of an edit learned on a few rows, beside the closed form: docs/experiments/learned.md.
 
     python benchmarks/learned.py WORK --base SMOLLM2_FOLDER --forget-checkpoint FOLDER --seed 1
 
