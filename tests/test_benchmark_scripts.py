@@ -242,3 +242,26 @@ def test_rivals_are_told_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rows[2].startswith("| `retrained` | – | 1.000 |")
     assert rows[3].startswith("| `tv` | 1.500 | 0.250 |")
     assert rows[4].startswith("| `kl`, 0.001 | diverged | – |")
+
+
+def test_the_simulation_of_the_audit_runs_at_toy_size(capsys: pytest.CaptureFixture[str]) -> None:
+    import audit
+
+    audit.main(["--quick"])
+    told = capsys.readouterr().out
+    assert "| `fact` | 0 of 1 |" in told
+    assert "| fact | " in told
+    assert told.count("Student's, 3") == sum(draw.tail == 3 for draw in audit.DRAWS)
+
+
+def test_a_stored_audit_is_judged_as_it_was(tmp_path: Path) -> None:
+    import audit
+
+    audit.make_world(1, tmp_path, 1, ("fact", "choice", "loss", "frames"))
+    for file in sorted(tmp_path.glob("*.json")):
+        made = json.loads(file.read_text("utf-8"))
+        again = {name: (j.verdict, j.reason) for name, j in audit.judge_again(made).items()}
+        assert again == {p["name"]: (p["verdict"], p["reason"]) for p in made["probes"]}
+        beside = audit.judge_again(made, "base")["fact"].yardstick
+        assert beside is not None
+        assert beside[0] == "base"

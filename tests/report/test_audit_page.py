@@ -7,11 +7,13 @@ import html
 import json
 import random
 import re
+import shlex
 import shutil
 import stat
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,61 @@ def audited(
         patch.setattr(sys, "argv", ["perta", "audit", *models, *sets, *about, *output, *small])
         main()
     return folder, texts
+
+
+def run_audit(arguments: list[str]) -> dict[str, Any]:
+    """An audit as on the command line -> what `audit.json` holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["perta", "audit", *arguments])
+        main()
+    output = Path(arguments[arguments.index("--output") + 1])
+    found: dict[str, Any] = json.loads((output / "audit.json").read_text())
+    return found
+
+
+ODD_OPTIONS = [
+    *("--request", "R 7", "--received", "2026-11-02", "--level", "quick", "--retain-rows", "3"),
+    *("--probe", "fact", "--probe", "choice", "--samples", "4", "--max-new-tokens", "8"),
+    *("--format", "qa", "--prompt-column", "the question", "--answer-column=--reply"),
+    *("--messages-column", "m", "--text-column", "t", "--fact-column", "it's", "--split=-s"),
+    *("--subject-column", "who", "--system-prompt=", "--no-chat-template", "--max-length", "512"),
+    *("--skip-bad-rows", "--seed", "5", "--dtype", "float32", "--pass-batch-size", "3"),
+]
+"""Something unusual for every option of rows."""
+
+
+@pytest.mark.parametrize("options", [[], ODD_OPTIONS], ids=["usual", "odd"])
+def test_the_command_of_the_page_makes_the_same_audit(tmp_path: Path, options: list[str]) -> None:
+    names = {"question": "the question", "answer": "--reply", "fact": "it's", "person": "who"}
+    rows = random_rows(3)
+    texts = [text for group in rows.values() for row in group for text in row.values()]
+    for name, group in rows.items():
+        named = [{names[k] if options else k: v for k, v in row.items()} for row in group]
+        write_jsonl(named, tmp_path / f"{name}.jsonl")
+    for seed, name in enumerate(("cleaned", "full", "a base")):
+        (tmp_path / name).mkdir()
+        write_tiny_checkpoint(tmp_path / name, texts, seed=seed)
+    models = [str(tmp_path / "cleaned"), "--full", str(tmp_path / "full")]
+    given = [*models, "--base", str(tmp_path / "a base"), *options]
+    for seed in (3, 4) if options else ():
+        shadow = tmp_path / f"shadow {seed}"
+        shadow.mkdir()
+        write_tiny_checkpoint(shadow, texts, seed=seed)
+        given += ["--shadow", str(shadow)]
+    sets = [part for name in SETS for part in (f"--{name}", str(tmp_path / f"{name}.jsonl"))]
+    first = run_audit([*given, *sets, "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "audit.html").read_text()
+    (told,) = re.findall(r"To run it again: </small><code>(.*?)</code>", page)
+    command = shlex.split(html.unescape(told))
+    assert command[:2] == ["perta", "audit"]
+    shutil.rmtree(tmp_path / "out")
+    again = run_audit(command[2:])
+    assert again["perta"]["settings"] == first["perta"]["settings"]
+    assert again["perta"]["key"] == first["perta"]["key"]
+    again_page = (tmp_path / "out" / "audit.html").read_text()
+    assert re.findall(r"To run it again: .*", again_page) == re.findall(
+        r"To run it again: .*", page
+    )
 
 
 def test_no_eight_words_of_any_row_are_in_the_bundle(audited: tuple[Path, list[str]]) -> None:

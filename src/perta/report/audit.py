@@ -11,12 +11,13 @@ import hashlib
 import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from perta.errors import ConfigError, DataError
+from perta.options import ComputeConfig, DataConfig
 from perta.report._page import filled
 from perta.report.settings import AuditPageConfig
 from perta.store.atomic import atomic_file, check_writable, write_text
@@ -36,6 +37,10 @@ _FORM = {
     },
 }
 _SETS = ("forget", "retain", "holdout", "world", "general")
+_NUMBERS = ("samples", "retain_rows", "max_new_tokens", "seed")
+_MODELS = ("full", "base", "retrained", "shadow")
+_OPTIONS = (*_MODELS, *_SETS, "level", "probes", *_NUMBERS, "output")
+"""Settings of an audit of its own; those of data and computing have names of their own."""
 _COUNTED = {
     "passed": "{n} passed",
     "leaks": "{n} found a leak",
@@ -134,7 +139,7 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
             for role, place in _models(settings).items()
         ],
         digest=_digest((folder / AUDIT).read_bytes()),
-        command=_command(settings),
+        command=_command(settings, config),
         version=__version__,
     )
 
@@ -217,17 +222,28 @@ def _named(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _command(settings: Mapping[str, Any]) -> str:
-    """The command that makes the same audit."""
-    numbers = ("seed", "samples", "retain_rows", "max_new_tokens")
-    names = ("full", "base", "retrained", *_SETS, "level", *numbers)
-    options = [(name, settings[name]) for name in names if settings.get(name) is not None]
-    options += [("shadow", place) for place in settings.get("shadow", ())]
-    options += [("probe", probe) for probe in settings.get("probes") or ()]
+def _command(settings: Mapping[str, Any], config: AuditPageConfig) -> str:
+    """The command that makes the same audit and page, in its folder of the same working folder."""
+    usual = {f.name: f.default for kind in (DataConfig, ComputeConfig) for f in fields(kind)}
+    told = {name: settings.get(name) for name in (*_OPTIONS, *usual)}
+    told |= {name: getattr(config, name) for name in ("request", "received", "operator")}
     given = [
-        part for name, value in options for part in (f"--{name.replace('_', '-')}", str(value))
+        option
+        for name, value in told.items()
+        if value is not None and (name not in usual or value != usual[name])
+        for one in (value if isinstance(value, list | tuple) else [value])
+        for option in _option(name, one)
     ]
-    return shlex.join(["perta", "audit", str(settings["checkpoint"]), *given, "--output", "AUDIT"])
+    return shlex.join(["perta", "audit", str(settings["checkpoint"]), *given])
+
+
+def _option(name: str, value: object) -> list[str]:
+    flag = name.removesuffix("s" if name == "probes" else "").replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    text = str(value)
+    # Behind a space these would be taken for another option, or for none.
+    return [f"--{flag}={text}"] if not text or text.startswith("-") else [f"--{flag}", text]
 
 
 # --- the bundle -------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ Half of that is for the mean, half for all n rows and subjects, and each half is
 probe's W ways to ask (Bonferroni). A row stands out where more than a quarter of it is left beside
 every yardstick there is, and beside the best of them
 
-    phi(x_i) - phi(y_i) > t(1 - 0.05 / 2Wn, k + 4) · s,     phi(p) = log(p / (1 - p)),
-    s^2 = (4 + sum of d_j^2) / (k + 4)
+    phi(x_i) - phi(y_i) > t(1 - 0.05 / 2Wn, k + 4) · s,     phi(p) = log((p + e) / (1 + e - p)),
+    s^2 = (4 + sum of d_j^2) / (k + 4),                     e = 1e-6,
 
 where d_j are the k of phi(x_j) - phi(y_j) that are not above 0, and of unseen rows phi(y_j) less
 their mean, k one less. It is a likelihood-ratio attack with one variance
@@ -75,7 +75,8 @@ FALSE_ALARMS = 0.05
 """Largest share of models that never saw the rows of which a probe says that they leak."""
 _ROWS_ADDED = 4
 """Rows that are taken to differ by 1 on the scale of `_logit`, beside those that were seen."""
-_TINY = 1e-9
+_TINY = 1e-6
+"""Below it probabilities are as good as equal: how unlikely a fact is there says nothing."""
 Scores = Mapping[str, Mapping[str, Sequence[float | None]]]
 """Role of the model -> set -> score of each sequence."""
 
