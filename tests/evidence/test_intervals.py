@@ -121,3 +121,9 @@ def test_the_end_of_a_spread_is_the_largest_of_few_values() -> None:
     assert upper_end([3.0, 1.0, 2.0]) == 3.0
     # 0.95 * 40 = 38: the 38th of 39.
     assert upper_end([float(i) for i in range(1, 40)]) == 38.0
+
+
+def test_a_mean_of_values_within_bounds_lies_within_them() -> None:
+    # Two people of means 0 and 0.2: 0.1 ± t(1) · 0.1 would be -1.17 to 1.37.
+    found = mean_interval([0.0, 0.0, 0.2, 0.2], groups=[0, 0, 1, 1])
+    assert (found.low, found.high) == (0.0, 1.0)

@@ -192,6 +192,10 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
     assert hashlib.sha256((out / "audit.json").read_bytes()).hexdigest() in page
     assert "No record beside the model" in page
     assert "<script" not in page
+    order = ["leaks", "harmed", "not-sure", "passed"]
+    told = [order.index(name) for name in re.findall(r'<tr class="([a-z-]+)">', page)]
+    assert len(told) == len(audit["probes"])
+    assert told == sorted(told)
 
 
 def test_the_appendix_has_the_mean_of_each_subject(audited: tuple[Path, list[str]]) -> None:

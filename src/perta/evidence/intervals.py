@@ -71,7 +71,9 @@ def mean_interval(
     low, high = bounded_means(array, lowest, highest)
     found = quantile_interval(float(array.mean()), low, high, len(array), confidence)
     widest = None if groups is None else student_interval(values, groups, confidence)
-    return _widened(found, widest)
+    wide = _widened(found, widest)
+    # Values within bounds have a mean within them; Student's ends know of none.
+    return Interval(wide.value, max(lowest, wide.low), min(highest, wide.high), wide.n)
 
 
 def difference_interval(

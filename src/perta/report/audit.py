@@ -47,6 +47,8 @@ _COUNTED = {
     "harmed": "{n} found harm to what was to stay",
     "not sure": "{n} could not tell",
 }
+_WORST = {verdict: place for place, verdict in enumerate(("leaks", "harmed", "not sure", "passed"))}
+"""Order of the table: what has to be decided on first."""
 _ALSO_NOT = (
     "other languages than those of the rows, and questions of three and more steps",
     "copies, exports and models that were derived from the full model",
@@ -123,7 +125,7 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
         config=config,
         audit=audit,
         record=record,
-        checks=[_check(probe) for probe in probes],
+        checks=[_check(probe) for probe in sorted(probes, key=lambda p: _WORST[p["verdict"]])],
         parts=[_part(audit, probe) for probe in probes],
         counts=[
             text.format(n=n)

@@ -73,10 +73,10 @@ def test_pieces_of_one_row_are_no_more_than_one_row() -> None:
     assert (cut(26).verdict, cut(26).reason) == ("not sure", "1 rows are too few to tell")
     assert cut(3).verdict == "not sure"  # 9 rows
     assert cut(2).verdict == "passed"  # 13 rows
-    # Two rows of 13 pieces, means 0 and 0.2: 0.1 ± t(1) * 0.1 = 0.1 ± 1.27
-    high = cut(13, (*(0.0,) * 13, *(0.2,) * 13)).value
+    # Two rows of 13 pieces, means 0.5 and 0.53: 0.515 ± t(1) * 0.015
+    high = cut(13, (*(0.5,) * 13, *(0.53,) * 13)).value
     assert high is not None
-    assert high.high == pytest.approx(0.1 + 12.706 * 0.1, rel=1e-4)
+    assert high.high == pytest.approx(0.515 + 12.706 * 0.015, rel=1e-4)
 
 
 def test_without_a_yardstick_nothing_passes() -> None:
