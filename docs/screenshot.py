@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 SCALE = 1.5
-COLOURS = 160
+COLOURS = 64
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -38,8 +38,10 @@ def main(page: Path, picture: Path, width: int, height: int) -> None:
         view.screenshot(path=raw)
         browser.close()
         picture.parent.mkdir(parents=True, exist_ok=True)
-        # A page of text needs few colours, and the repository keeps every version.
-        Image.open(raw).convert("RGB").quantize(COLOURS).save(picture, optimize=True)
+        # A page of text needs few colours, and the repository keeps every version; an octree keeps
+        # rare ones, such as that of a single word.
+        few = Image.open(raw).convert("RGB").quantize(COLOURS, Image.Quantize.FASTOCTREE)
+        few.save(picture, optimize=True)
 
 
 if __name__ == "__main__":
