@@ -16,7 +16,7 @@ from helpers import pem_keys
 from perta.data.examples import load_examples
 from perta.data.rows import read_rows, write_jsonl
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
-from perta.options import DataConfig, WeightingConfig
+from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes.requests import (
     add_request,
     apply_requests,
@@ -167,6 +167,10 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
     apply_requests(replace(apply, data_config=DataConfig(chat_template=False)))
     assert len(measured) == 2
     assert not holds(ledger / "moments", rows[:1])
+    other = replace(apply, compute=ComputeConfig(dtype="bfloat16"))
+    _add(ledger, write_jsonl([{"question": "R?", "answer": "A."}], tmp_path / "fourth.jsonl"), "r4")
+    apply_requests(replace(other, data_config=DataConfig(chat_template=False)))
+    assert len(measured) == 3
 
 
 def _rewritten(ledger: Path, number: int, **facts: Any) -> None:

@@ -598,7 +598,7 @@ def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     refuse("counts `answer` tokens", "perta-input", answer)
     refuse("counts `answer` tokens", "perta-project", answer, general=str(general))
     refuse("moments of --general", "perta-project", merged, general=str(general))
-    refuse("more than half", "perta-project", forgotten)
+    refuse("less than a quarter", "perta-project", forgotten)
 
 
 def test_the_work_folder_may_hold_the_output(world: World, tmp_path: Path) -> None:

@@ -150,12 +150,15 @@ def test_what_cannot_be_taken_out_is_refused(
             less(world.base, whole, go, tmp_path / "left", **more)
     with pytest.raises(CheckpointMismatchError, match="another model"):
         less(world.full, whole, go, tmp_path / "left")
-    # Half of what was once measured, over all steps together.
+    # At most half at once, and a quarter of what was once measured stays.
     rows = load_examples(everything).examples
-    less(world.base, whole, rows[:3], tmp_path / "three")
     with pytest.raises(ConfigError, match="more than half"):
-        less(world.base, tmp_path / "three", rows[3:5], tmp_path / "five")
-    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"all", "three"}
+        less(world.base, whole, rows[:5], tmp_path / "five")
+    less(world.base, whole, rows[:3], tmp_path / "three")
+    less(world.base, tmp_path / "three", rows[3:5], tmp_path / "five")
+    with pytest.raises(ConfigError, match="less than a quarter"):
+        less(world.base, tmp_path / "five", rows[5:7], tmp_path / "seven")
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"all", "three", "five"}
 
 
 def test_merged_moments_know_the_rows_of_all_sets(world: World, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from perta.errors import ConfigError, LedgerError, OutputExistsError, PertaError
 from perta.evidence.audit.document import summary_of
 from perta.methods.method import Edit, Method
 from perta.methods.registry import parse
-from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.load import load_model, load_tokenizer, pad_id, picked
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import DataConfig, MomentOptions
 from perta.progress import say, warn
@@ -580,9 +580,13 @@ def _kept_moments(
     }
     asked = load_examples(work / "forget.jsonl", config.data_config).examples
     try:
-        check_moments(kept, [Path(base)], method.needs.gradients)
+        facts = check_moments(kept, [Path(base)], method.needs.gradients).facts
         if other := changes(read_manifest(kept) or {}, settings_of(config.data_config), {}):
             raise ConfigError(f"They were measured with other {', '.join(other)}.")
+        if facts["dtype"] != picked(config.compute, Path(base))["dtype"]:
+            raise ConfigError(f"They were measured with --dtype {facts['dtype']}.")
+        if facts.get("taken_out", 0) > facts["tokens"]:
+            raise ConfigError("More than half of what was measured is gone by now.")
         if not holds(kept, asked):
             return kept
         made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)

@@ -152,8 +152,9 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
     """Moments of a set without those of its rows that are among `rows`.
 
     Moments are sums over rows, so theirs are measured and subtracted: one pass over these rows in
-    place of one over all that stay. Both are float32 to rounding, and at most half of what was once
-    measured may go, so the result is that of the rows that stay to a few 2⁻²⁴ of a mean diagonal.
+    place of one over all that stay. Both are float32 to rounding, at most half of what is there may
+    go at once, and a quarter of what was once measured must be left, so the result is that of the
+    rows that stay to a few 2⁻²⁴ of a mean diagonal.
 
     Returns:
         The output folder.
@@ -234,9 +235,11 @@ def _leaving(
     if not all(tuple(marks) in found for marks in inside):
         raise _refused(config, "they were measured with another template or --max-length")
     sequences = [found[tuple(marks)] for marks in inside]
-    before = facts.get("taken_out", 0)
-    if 2 * (before + count_tokens(sequences, facts["token_choice"])) > facts["tokens"] + before:
-        raise _refused(config, "more than half of what was measured would go")
+    going = count_tokens(sequences, facts["token_choice"])
+    if 4 * (facts["tokens"] - going) < facts["tokens"] + facts.get("taken_out", 0):
+        raise _refused(config, "less than a quarter of what was measured would be left")
+    if 2 * going > facts["tokens"]:
+        raise _refused(config, "more than half of what is there would go")
     return sequences, inside
 
 
