@@ -346,7 +346,11 @@ class _Run:
         config, work = self.config, self.work
         look = (given, work.base, self.sets["forget"], config.data_config, config.compute)
         forget = self.used["forget"]
-        return work.timed("given", lambda: check_learned(*look), lambda s: s.given(forget))
+        return work.timed(
+            "given",
+            lambda: check_learned(*look, named=str(config.forget_checkpoint)),
+            lambda sizes: sizes.given(forget),
+        )
 
     def _edited(self, edit: EditConfig) -> Path:
         self.record.check(self.work.made.values())

@@ -101,9 +101,15 @@ are put, and that lowers the loss a little; what they say is all else."""
 
 
 def check_learned(
-    given: Path, base: Path, rows: ExampleSet, data_config: DataConfig, compute: ComputeConfig
+    given: Path,
+    base: Path,
+    rows: ExampleSet,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+    *,
+    named: str,
 ) -> Fit:
-    """Look whether a forget checkpoint that was given has learned the facts of some rows.
+    """Look whether a forget checkpoint, `named` so by the user, has learned the facts of some rows.
 
     Raises:
         NotLearnedError: its loss on them is not clearly below the base's.
@@ -125,7 +131,7 @@ def check_learned(
     figures = f"{fit.loss:.3f} nats per token, {fit.base_loss:.3f} under the base"
     if not fit.loss <= _FIT * fit.base_loss:
         raise NotLearnedError(
-            f"{given} does not know the rows to forget: its loss on their facts is {figures}, more "
+            f"{named} does not know the rows to forget: its loss on their facts is {figures}, more "
             "than half of that. What is not learned cannot be removed. Give the base model tuned "
             "on these rows until it knows them, or leave --forget-checkpoint out."
         )
