@@ -5,34 +5,38 @@
 Operations are those that PyTorch's own counter sees, bytes those of the tensors handed to gloo, in
 multiples of the weights; both of the process that has most. Strong: the same rows whatever the
 number of processes, weak: as many rows a process. Peaks are of one step in memory that is only
-counted (fake tensors), at the sizes of Llama 3; a table of the page is printed for each part.
+counted (fake tensors), at the sizes of Llama 3, with the operations that a GPU would get; a table
+of the page is printed for each part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
-from perta.engine.gradients import powers
+from perta.engine.gradients import engine, powers
 from perta.engine.moments import plan_moments, sum_moments
 from perta.engine.train.optimizer import Trainer
 from perta.engine.train.tune import tune
@@ -41,7 +45,9 @@ from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.models.precision import products_in
 from perta.options import EstimatorConfig, MomentOptions, TuneConfig
 from perta.parallel import everywhere, gathered, lead
+from perta.progress import set_quiet
 from perta.stages.importance import estimate
+from perta.temporary import temporarily
 
 ROWS, LENGTH = 32, 48
 STAGES = ("tuning, one epoch", "importance, one order", "moments", "evaluation")
@@ -78,13 +84,13 @@ def marks() -> list[list[tuple[int, int]]]:
     return gathered(MARKS)
 
 
-def rows(number: int) -> list[Encoded]:
+def rows(number: int, length: int = LENGTH) -> list[Encoded]:
     """Random sequences of one length; the last quarter carries loss."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for row in range(number):
-        ids = torch.randint(3, 500, (LENGTH,), generator=generator).tolist()
-        labels = [IGNORE] * (3 * LENGTH // 4) + ids[3 * LENGTH // 4 :]
+        ids = torch.randint(3, 500, (length,), generator=generator).tolist()
+        labels = [IGNORE] * (3 * length // 4) + ids[3 * length // 4 :]
         found.append(Encoded(tuple(ids), tuple(labels), row + 1))
     return found
 
@@ -186,27 +192,59 @@ TUNINGS = {
 }
 
 
+MEASUREMENTS: dict[str, dict[str, Any]] = {
+    "importance, one order": {},
+    "… `--gradient-checkpointing`": {"gradient_checkpointing": True},
+    "… `--gradient-checkpointing --accumulate-on cpu`": {
+        "gradient_checkpointing": True,
+        "accumulate_on": "cpu",
+    },
+    "importance, two orders": {"orders": (1.0, 2.0)},
+}
+
+
+COUNTING = (torch.int64, torch.int32, torch.bool)
+
+
 class Peak(TorchDispatchMode):
-    """Bytes of all storages that live, and the most there ever were."""
+    """Bytes of all storages that live, and the most there ever were.
+
+    What is made of a batch alone, such as the places of its labels, is computed: sizes depend on
+    it. Numbers that are read are taken to be in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._sizes: dict[int, int] = {}
+        self._counts = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count what an operation makes."""
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        is_fake = any(isinstance(tensor, FakeTensor) for tensor in given)
+        counts = func is torch.ops.aten.arange.default or kwargs.get("dtype") in COUNTING
+        if not is_fake and (given or counts):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return float(args[0].dtype == torch.bool)
+        made = func(*args, **kwargs)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         return made
 
+    def elsewhere(self) -> AbstractContextManager[None]:
+        """What is made meanwhile lies in the computer's memory and not in the GPU's."""
+        return temporarily(partial(setattr, self, "_counts"), False, True)
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            self._sizes[key] = storage.nbytes() if self._counts else 0
+            self.now += self._sizes[key]
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self._free, key)
 
@@ -219,20 +257,56 @@ def counted_memory() -> Iterator[Peak]:
     """Memory that is counted and never taken."""
     # All is in one place already, and fake tensors cannot be moved in place.
     stays = patch.object(nn.Module, "to", lambda self, *_, **__: self)
-    with stays, FakeTensorMode(), Peak() as peak:
+    with stays, FakeTensorMode(allow_non_fake_inputs=True), Peak() as peak:
         yield peak
 
 
-def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 256) -> int:
-    """Bytes of one tuning step with bfloat16 products; a quarter of the positions has a loss."""
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Operations that accelerators get, though the tensors say that they are on a CPU."""
+
+    def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(left), left.shape[1], right.shape[2], dtype=dtype)
+
+    own = powers.__dict__
+    put = {"_add_product_in_cache": own["_add_product_together"], "_compiled": None}
+    with patch.dict(own, wide_product=product, **put):
+        yield
+
+
+def llama(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A Llama 3 without memory."""
     width, inner, layers, heads, tied = MODELS[name]
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=8, tie_word_embeddings=tied,
         max_position_embeddings=8192,
     )  # fmt: skip
+    before = torch.get_default_dtype()
+    with temporarily(torch.set_default_dtype, dtype, before):
+        model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
+
+
+def measuring_peak(name: str, settings: dict[str, Any]) -> int:
+    """Bytes of importance of a batch of 8 rows in bfloat16."""
+    with counted_memory() as peak, as_on_gpus():
+        model, examples = llama(name, torch.bfloat16), rows(8, 256)
+
+        def zeros(count: int, dtype: torch.dtype, _: torch.device) -> Tensor:
+            with peak.elsewhere() if "accumulate_on" in settings else nullcontext():
+                return torch.zeros(count, dtype=dtype)
+
+        given = {"orders": (2.0,), **settings}
+        with patch.dict(engine.__dict__, _zeros=zeros):
+            estimate(model, examples, config=EstimatorConfig(), pad=0, batch_size=8, **given)
+        return peak.most
+
+
+def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 256) -> int:
+    """Bytes of one tuning step with bfloat16 products; a quarter of the positions has a loss."""
     with counted_memory() as peak:
-        trainer = Trainer.of(LlamaForCausalLM(config), settings, 2 * batch, torch.bfloat16)
+        trainer = Trainer.of(llama(name), settings, 2 * batch, torch.bfloat16)
         trainer.model.train()
         ids = torch.zeros(batch, length, dtype=torch.int64)
         targets = torch.zeros(batch * length // 4, dtype=torch.int64)
@@ -248,28 +322,34 @@ def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 2
 
 
 def print_peaks(names: list[str]) -> None:
-    """A row for each way to tune."""
-    print("| tuning | " + " | ".join(names) + " |")
+    """A row for each way to tune and to measure."""
+    print("| step | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
-    for what, settings in TUNINGS.items():
-        cells = [f"{tuning_peak(name, settings) / 1e9:.1f}" for name in names]
+    ways = [(f"tuning, {what}", tuning_peak, given) for what, given in TUNINGS.items()]
+    ways += [(what, measuring_peak, given) for what, given in MEASUREMENTS.items()]
+    for what, peak_of, given in ways:
+        cells = [f"{peak_of(name, given) / 1e9:.1f}" for name in names]
         print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
     """Print both tables, or be one process of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--peaks", nargs="*", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--sizes", nargs="*", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--peaks", nargs="*", choices=MODELS, default=["1B", "8B", "70B"])
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.target:
         child(options.rows, options.target)
         return
+    set_quiet(True)
+    # Which layers a rule fits is told by numbers, and here are none.
+    logging.disable(logging.WARNING)
     if options.peaks:
         print_peaks(options.peaks)
-    print_shares(options.sizes)
+    if options.sizes:
+        print_shares(options.sizes)
 
 
 if __name__ == "__main__":

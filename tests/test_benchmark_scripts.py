@@ -60,6 +60,20 @@ def test_tables_on_the_page_are_those_of_the_script() -> None:
         assert table(model, Work(), Node()) in page
 
 
+def test_memory_is_counted_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import scale
+
+    # A tied model of one block: embedding, four of attention, three of the MLP, three norms.
+    monkeypatch.setitem(scale.MODELS, "small", (64, 128, 1, 8, True))
+    count = 128_256 * 64 + 4 * 64 * 64 + 3 * 64 * 128 + 3 * 64
+    sums_here = scale.measuring_peak("small", {})
+    sums_there = scale.measuring_peak("small", {"accumulate_on": "cpu"})
+    assert sums_here - sums_there == 4 * count  # float32 sums
+    assert sums_there > 2 * count  # bfloat16 weights
+    tuned = scale.tuning_peak("small", scale.TUNINGS["all weights"], batch=1, length=8)
+    assert tuned > 16 * count  # weights, gradients and AdamW's two moments
+
+
 def test_a_record_is_drawn_as_it_was_saved(tmp_path: Path) -> None:
     from plots import draw
     from records import Record, read, save
