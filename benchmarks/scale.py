@@ -325,6 +325,7 @@ def print_peaks(names: list[str]) -> None:
     """A row for each way to tune and to measure."""
     print("| step | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
+    ways: list[tuple[str, Callable[[str, Any], int], Any]]
     ways = [(f"tuning, {what}", tuning_peak, given) for what, given in TUNINGS.items()]
     ways += [(what, measuring_peak, given) for what, given in MEASUREMENTS.items()]
     for what, peak_of, given in ways:
