@@ -186,6 +186,23 @@ def test_a_row_that_may_be_chance_is_named_and_proves_nothing(tmp_path: Path) ->
     assert 1 in check["doubtful_rows"]
 
 
+def test_a_mean_above_the_yardstick_that_may_be_chance_proves_nothing(tmp_path: Path) -> None:
+    # Eight rows 0.5 above and six 0.3 below: 0.157 ± 0.23, of a gap of 0.55.
+    strength = {"full": [0.95] * 14, "retrained": [0.4] * 14, "edited": [0.9] * 8 + [0.1] * 6}
+    low = [0.05] * 14
+    runs = {
+        name: results(
+            [0.95] * 14 if name == "full" else low, forget_extraction_strength=metric(values)
+        )
+        for name, values in strength.items()
+    }
+    verdict = verdict_on(tmp_path, **runs)
+    check = next(c for c in verdict.forgetting.checks if c.key == "forget_strength")
+    assert check.share == pytest.approx((11 / 14 * 0.2) / 0.55)
+    assert (check.status, check.doubt) == ("unclear", True)
+    assert "By one measure, Extraction strength" in verdict.forgetting.text
+
+
 @pytest.mark.parametrize("yardstick", ["retrained", "holdout"])
 def test_models_that_never_saw_the_rows_are_seldom_said_to_have_any(
     tmp_path: Path, yardstick: str
