@@ -122,8 +122,7 @@ def _read(
     found: dict[Role, dict[str, Rows]] = {}
     for role, measured in results.items():
         names = looked.rows if role == "cleaned" else ["forget"]
-        scores = {name: probe.read(measured, name, len(looked.rows[name])) for name in names}
-        found[role] = {name: Rows(values) for name, values in scores.items()}
+        found[role] = {n: probe.read(measured, n, len(looked.rows[n])) for n in names}
     return found
 
 

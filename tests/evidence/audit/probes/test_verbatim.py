@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from audit_cases import log_probabilities, material, view
 
 from helpers import tiny_llama
 from perta.errors import ConfigError
+from perta.evidence.audit.judge import Found
 from perta.evidence.audit.probes import verbatim
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal
@@ -43,9 +45,42 @@ def test_facts_and_answers_are_those_of_a_plain_pass_in_float64(tmp_path: Path) 
         )
 
 
+@pytest.mark.parametrize("probe", [verbatim.Choice(), verbatim.FirstChoice()])
+@pytest.mark.parametrize(("share", "leaks"), [(0.2, False), (0.6, True)])
+@pytest.mark.parametrize("name", ["retrained", "holdout"])
+def test_a_yardstick_below_chance_counts_as_chance(
+    probe: verbatim.Choice, share: float, leaks: bool, name: str
+) -> None:
+    # Of 5 candidates one is right: who guesses has a fifth, and what knew less tells nothing.
+    n = 40
+    first = isinstance(probe, verbatim.FirstChoice)
+    values = (
+        [float(i < share * n) for i in range(n)] if first else [share + i / 1e4 for i in range(n)]
+    )
+    low = [0.0] * n if first else [0.02] * n
+    scores: dict[str, dict[str, Sequence[float | None]]] = {
+        "cleaned": {"forget": values},
+        "full": {"forget": [1.0] * n},
+    }
+    role, rows = ("retrained", "forget") if name == "retrained" else ("cleaned", "holdout")
+    scores.setdefault(role, {})[rows] = low
+    more = {role: {rows: {"candidates": [5.0] * n}}}
+    numbers = {"forget": range(1, n + 1), "holdout": range(1, n + 1)}
+    judgement = probe.judge(Found(scores, numbers, {}, more))
+    assert (judgement.verdict == "leaks") == leaks
+    assert judgement.yardstick is not None
+    assert judgement.yardstick[1].value == pytest.approx(0.2)
+    # Without a number of candidates nothing is raised.
+    plain = probe.judge(Found(scores, numbers, {}))
+    assert plain.yardstick is not None
+    assert plain.yardstick[1].value == pytest.approx(low[0])
+
+
 def test_the_choice_is_among_all_candidates(tmp_path: Path) -> None:
     made, model = material(tmp_path), tiny_llama()
-    chosen = verbatim.Choice().run(view(made, model), "forget").scores
+    rows = verbatim.Choice().run(view(made, model), "forget")
+    chosen, candidates = rows.scores, [1 + len(f.wrong) for f in made.facts["forget"]]
+    assert rows.more == {"candidates": candidates}
     first = verbatim.FirstChoice().run(view(made, model), "forget").scores
     for place, fact in enumerate(made.facts["forget"]):
         right, *wrong = (

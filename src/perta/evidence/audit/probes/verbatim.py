@@ -6,11 +6,17 @@ Every score is one of the quick evaluation's, so a run that has evaluated its mo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
 
+from perta.evidence.audit.judge import Found, Judgement
 from perta.evidence.audit.probe import Probe, Rows, View
 from perta.evidence.measures import rows_of
 from perta.evidence.results import Results
 
+_CANDIDATES = "candidates"
 _COMMON = "open-unlearning, commit d3d7cf9 (arXiv 2506.12618)"
 
 
@@ -28,13 +34,23 @@ class Reading(Probe):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        return Rows(self.read(view.results(name), name, len(view.material.facts[name])))
+        return self.read(view.results(name), name, len(view.material.facts[name]))
 
-    def read(self, results: Results, name: str, count: int) -> list[float | None]:
+    def read(self, results: Results, name: str, count: int) -> Rows:
         """Scores of `count` rows from results of the quick evaluation."""
+        return Rows(self._column(results, name, count, self.key, self.score))
+
+    def _column(
+        self,
+        results: Results,
+        name: str,
+        count: int,
+        key: str,
+        score: Callable[[float], float] = float,
+    ) -> list[float | None]:
         rows = rows_of(results, f"{name}_{self.measure}")
-        found = (rows.get(str(i), {}).get(self.key) for i in range(count))
-        return [None if value is None else self.score(value) for value in found]
+        found = (rows.get(str(i), {}).get(key) for i in range(count))
+        return [None if value is None else score(value) for value in found]
 
 
 class Fact(Reading):
@@ -84,6 +100,24 @@ class Choice(Reading):
     needs = ("wrong answers",)
     measure, key = "fact_choice", "prob"
 
+    def read(self, results: Results, name: str, count: int) -> Rows:
+        """The same, and among how many candidates each is chosen."""
+        rows = super().read(results, name, count)
+        return replace(rows, more={_CANDIDATES: self._column(results, name, count, _CANDIDATES)})
+
+    def judge(self, found: Found) -> Judgement:
+        """By yardsticks that guess: what is worse than chance, in the mean, knows no less."""
+        scores = {
+            role: {
+                name: values
+                if role == "full" or (role, name) == ("cleaned", "forget")
+                else _at_least_chance(values, found.more.get(role, {}).get(name, {}))
+                for name, values in sets.items()
+            }
+            for role, sets in found.scores.items()
+        }
+        return super().judge(replace(found, scores=scores))
+
 
 class FirstChoice(Choice):
     """Whether the right answer is first among right and wrong ones."""
@@ -96,6 +130,19 @@ class FirstChoice(Choice):
     def score(self, value: float) -> float:
         """1 where the rank is 1."""
         return float(value == 1)
+
+
+def _at_least_chance(
+    values: Sequence[float | None], more: Mapping[str, Any]
+) -> Sequence[float | None]:
+    """Scores, raised alike to the mean of chance where they are below it."""
+    known = [
+        (value, 1 / candidates)
+        for value, candidates in zip(values, more.get(_CANDIDATES, ()), strict=False)
+        if value is not None and candidates
+    ]
+    lacking = fmean(chance - value for value, chance in known) if known else 0.0
+    return [None if value is None else value + max(0.0, lacking) for value in values]
 
 
 class Answer(Reading):
