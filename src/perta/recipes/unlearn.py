@@ -8,7 +8,7 @@
     training methods instead: both sets ─ train(full) ───────── unlearned checkpoint
     all sets ─── evaluate(full), evaluate(unlearned checkpoint), evaluate(base) ─ report, verdict
 
-A part of the retain set takes no part in any of it but the evaluation; see `recipes.held_back`.
+A part of the retain set takes no part in any of it but the evaluation.
 
 Stages meet through files in the work folder; a finished one is reused when nothing it depends
 on has changed. Work folders of other outputs, beside this one, are looked in as well.
