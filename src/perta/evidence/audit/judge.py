@@ -73,8 +73,8 @@ _YARDSTICKS: Mapping[YardstickName, tuple[str, str]] = {
 """Role of the model and set of the rows, the best first."""
 FALSE_ALARMS = 0.05
 """Largest share of models that never saw the rows of which a probe says that they leak."""
-_ROWS_ADDED = 4
-"""Rows that are taken to differ by 1 on the scale of `_logit`, beside those that were seen."""
+ROWS_ADDED = 4
+"""Rows that are taken to differ by 1 on the scale of `logit`, beside those that were seen."""
 _TINY = 1e-6
 """Below it probabilities are as good as equal: how unlikely a fact is there says nothing."""
 Scores = Mapping[str, Mapping[str, Sequence[float | None]]]
@@ -245,7 +245,7 @@ def standing_out(
             place: least
             for place in mine
             if place in references[0]
-            and _logit(mine[place]) - _logit(references[0][place]) > limit
+            and logit(mine[place]) - logit(references[0][place]) > limit
             and (least := _least(place, mine, known, references)) > REMAINDER_SURE
         }
         for mine, known, references in zip(
@@ -267,13 +267,13 @@ def _least(place: str, after: Values, before: Values, references: Sequence[Value
 
 
 def _limit(values: Values, yardstick: Yardstick, tests: int) -> float:
-    """How far on the scale of `_logit` one of so many unseen rows may lie above the yardstick."""
-    usual = {place: _logit(value) for place, value in yardstick.values.items()}
+    """How far on the scale of `logit` one of so many unseen rows may lie above the yardstick."""
+    usual = {place: logit(value) for place, value in yardstick.values.items()}
     mean = fmean(usual.values())
     spread = math.fsum((value - mean) ** 2 for value in usual.values())
     if not yardstick.paired:
         return _end(spread, len(usual) - 1, tests)
-    gaps = [_logit(values[place]) - usual[place] for place in values if place in usual]
+    gaps = [logit(values[place]) - usual[place] for place in values if place in usual]
     below = [gap for gap in gaps if gap <= 0]
     own = _end(math.fsum(gap**2 for gap in below), len(below), tests)
     return min(own, _end(2 * spread, len(usual) - 1, tests))
@@ -283,12 +283,13 @@ def _end(squares: float, freedom: int, tests: int) -> float:
     """Quantile of a difference whose variance is known from a sum of squares."""
     from scipy.stats import t
 
-    freedom += _ROWS_ADDED
-    scale = math.sqrt((_ROWS_ADDED + squares) / freedom)
+    freedom += ROWS_ADDED
+    scale = math.sqrt((ROWS_ADDED + squares) / freedom)
     return float(t.ppf(1 - FALSE_ALARMS / 2 / tests, freedom)) * scale
 
 
-def _logit(p: float) -> float:
+def logit(p: float) -> float:
+    """log(p / (1 - p)), finite at both ends."""
     return math.log((p + _TINY) / (1 + _TINY - p))
 
 

@@ -22,7 +22,7 @@ from statistics import fmean
 
 import numpy as np
 
-from perta.evidence.audit.judge import FALSE_ALARMS, Found, Judgement, described
+from perta.evidence.audit.judge import FALSE_ALARMS, ROWS_ADDED, Found, Judgement, described, logit
 from perta.evidence.audit.probe import SHADOW, Probe, Rows, View
 from perta.evidence.intervals import mean_interval, share_interval, student_interval
 from perta.evidence.measures import groups_of
@@ -38,11 +38,8 @@ from perta.evidence.remains import (
 
 _LEAST = 3
 """Fewest models that never saw the rows, the retrained one among them."""
-_ROWS_ADDED = 4
-"""Rows that are taken to differ by 1, beside those that were seen."""
 _MODELS_ADDED = 4
 """As how many more models of a row the variance of all rows counts."""
-_TINY = 1e-9
 
 
 class LikelihoodRatio(Probe):
@@ -91,7 +88,7 @@ def _judged(
     counts = Counter(people.get(place) for place in own)
 
     def of_rows(values: Values) -> dict[str, float]:
-        return {place: _phi(value) for place, value in values.items()}
+        return {place: logit(value) for place, value in values.items()}
 
     def of_subjects(values: Values) -> dict[str, float]:
         means = subject_means(of_rows(values), people).items()
@@ -151,7 +148,7 @@ def _in_the_mean(
 def _apart(own: Values, full: Values, others: Sequence[Values], tests: int) -> dict[str, float]:
     """Units that stand out, at either end, -> share of the way from the usual to the full model.
 
-    All values are on the scale of `_phi`; a unit that the full model knew no better has no share.
+    All values are on the scale of `logit`; a unit that the full model knew no better has no share.
     """
     from scipy.stats import t
 
@@ -159,7 +156,7 @@ def _apart(own: Values, full: Values, others: Sequence[Values], tests: int) -> d
     models, units = table.shape
     usual = table.mean(axis=0)
     squares = ((table - usual) ** 2).sum(axis=0)
-    pooled = (_ROWS_ADDED + squares.sum()) / (_ROWS_ADDED + units * (models - 1))
+    pooled = (ROWS_ADDED + squares.sum()) / (ROWS_ADDED + units * (models - 1))
     freedom = _MODELS_ADDED + models - 1
     scale = np.sqrt((_MODELS_ADDED * pooled + squares) / freedom * (1 + 1 / models))
     limit = float(t.ppf(1 - FALSE_ALARMS / 4 / tests, freedom)) * scale
@@ -169,8 +166,3 @@ def _apart(own: Values, full: Values, others: Sequence[Values], tests: int) -> d
         if knew > SMALLEST_GAP and abs(own[unit] - usual[i]) > limit[i]:
             shares[unit] = (own[unit] - float(usual[i])) / (full[unit] - float(usual[i]))
     return shares
-
-
-def _phi(p: float) -> float:
-    """log(p / (1 - p)), finite at both ends."""
-    return math.log((p + _TINY) / (1 + _TINY - p))
