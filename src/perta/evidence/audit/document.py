@@ -138,14 +138,15 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """An audit in short: level, hash of its content, and the probes of each verdict."""
     found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
     for probe in results["probes"]:
-        found[probe["verdict"]].append(probe["name"])
+        found.setdefault(probe["verdict"], []).append(probe["name"])  # `harmed` where one is
     return {"level": results["level"], "content": results["perta"]["content"], **found}
 
 
 def told_in_short(audit: Mapping[str, Any]) -> str:
     """An audit, or what `summary_of` makes of it, in one line: how many probes say what."""
     short = summary_of(audit) if "probes" in audit else audit
-    counts = ", ".join(f"{len(short[verdict])} {verdict}" for verdict in VERDICTS)
+    told = [verdict for verdict in (*VERDICTS, "harmed") if verdict in short]
+    counts = ", ".join(f"{len(short[verdict])} {verdict}" for verdict in told)
     return f"Audit, level {short['level']}: {counts}"
 
 
