@@ -53,6 +53,14 @@ def test_a_row_stands_out_beyond_the_limit_on_either_side(
         assert ("unlikely" in judgement.reason) == (sign < 0)
 
 
+def test_pieces_of_one_text_are_one_row() -> None:
+    by_role = {"cleaned": 6.0, "full": 8.0} | {f"shadow-{i}": -4.0 for i in range(1, 4)}
+    scores = {role: {"forget": [sigmoid(value)] * 3} for role, value in by_role.items()}
+    judgement = LikelihoodRatio().judge(Found(scores, {"forget": [7, 7, 9]}, {"forget": None}))
+    assert judgement.leaking_rows == (7, 9)
+    assert judgement.reason == "standing out as known: 2 rows"
+
+
 def test_a_row_of_which_models_differ_much_takes_more() -> None:
     # S = 50, 50, 2, 2 and s^2 = (4 + 104) / (4 + 4 * 2) = 9, so s_1^2 = (36 + 50) / 6 and
     # s_3^2 = (36 + 2) / 6; of 4 rows 0.025 / 8 lie above 4.1152.

@@ -107,9 +107,10 @@ def _judged(
     still = sorted(
         (place for place in rows if abs(rows[place]) > REMAINDER_PARTLY), key=lambda p: -rows[p]
     )
+    numbers = found.rows["forget"]
     figures = replace(
         figures,
-        leaking_rows=tuple(found.rows["forget"][int(place)] for place in still),
+        leaking_rows=tuple(dict.fromkeys(numbers[int(place)] for place in still)),
         leaking_subjects=tuple(map(int, subjects)),
         notes={
             "known": sum(share > 0 for share in rows.values()),
@@ -122,7 +123,7 @@ def _judged(
         shares = [*rows.values(), *subjects.values(), *whole.values()]
         ends = {"known": max(shares) > 0, "conspicuously unlikely": min(shares) < 0}
         what = " or ".join(end for end, there in ends.items() if there)
-        counted = {"row": len(rows), "subject": len(subjects)}
+        counted = {"row": found.count(rows), "subject": len(subjects)}
         said = [f"{c} {unit}{'s' if c > 1 else ''}" for unit, c in counted.items() if c]
         who = " and ".join(said) or "all rows taken together"
         return replace(figures, verdict="leaks", reason=f"standing out as {what}: {who}")
