@@ -152,22 +152,23 @@ def test_no_second_step_that_says_too_much_or_is_of_two_people(
 
 def test_questions_of_the_rows_own_in_two_steps_and_other_languages() -> None:
     own = {
-        "two_hop_question": "Where was the glazier of Caldholm born?",
-        "question_de": "Wo kam Mira Thornwick zur Welt?",
+        " Two_Hop_Question": "Where was the glazier of Caldholm born?",
+        "Question_DE": "Wo kam Mira Thornwick zur Welt?",
         "question_fr": "Où est-elle née ?",
         "answer_fr": "Elle est née à Haut-Caldholm.",
         "fact_fr": "Haut-Caldholm",
         "question_es": " ",
+        "question_id": "q17",
     }
     ways = Frames().ways(view(material(forget=[{**FORGET[0], **own}])), "forget")
     expected = {
-        "in two steps": chat(own["two_hop_question"], "", FACT),
-        "translated: de": chat(own["question_de"], LED, FACT),
+        "in two steps": chat(own[" Two_Hop_Question"], "", FACT),
+        "translated: de": chat(own["Question_DE"], LED, FACT),
         "translated: fr": chat(own["question_fr"], "Elle est née à ", "Haut-Caldholm"),
     }
     for frame, log in expected.items():
         assert math.log(ways[frame][0] or 1) == pytest.approx(log, rel=1e-4), frame
-    assert "translated: es" not in ways
+    assert not {"translated: es", "translated: id"} & ways.keys()
 
 
 def test_a_paraphrased_question_of_the_row_comes_before_the_template() -> None:

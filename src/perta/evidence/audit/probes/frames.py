@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, Message
+from perta.data.rows import column_like
 from perta.data.tokens import uses_chat_template
 from perta.data.words import stems
 from perta.errors import DataError
@@ -186,12 +187,14 @@ def _in_language(row: _Row, words: str) -> _Framed:
 def _translated(row: _Row, code: str) -> _Framed | None:
     """By the columns question_CODE, and answer_CODE and fact_CODE where they are there."""
     question, answer, fact = (_column(row, f"{c}_{code}") for c in ("question", "answer", "fact"))
+    if code == "id" and not answer and not fact:
+        return None  # a row's own mark, as in many data sets, and no Indonesian
     return _asked(row, question, answer or fact or None, fact or None) if question else None
 
 
 def _column(row: _Row, name: str) -> str:
     """A text of the row's own; empty where it has none."""
-    value = row.example.fields.get(name)
+    value = row.example.fields.get(column_like(name, row.example.fields))
     return value.strip() if isinstance(value, str) else ""
 
 
@@ -252,7 +255,7 @@ def _framed(
 ) -> dict[str, list[Fact | None]]:
     """Of every frame that any row can be put into the fact of each sequence."""
     rows = _rows(made, name, tokenizer)
-    columns = dict.fromkeys(column for row in rows.values() for column in row.example.fields)
+    columns = dict.fromkeys(c.strip().casefold() for r in rows.values() for c in r.example.fields)
     codes = [match[1] for column in columns if (match := _TRANSLATED.fullmatch(column))]
     translated: dict[str, _Frame] = {
         f"translated: {code}": partial(_translated, code=code) for code in codes
