@@ -464,6 +464,14 @@ def test_an_old_name_of_an_option_is_understood(
     assert "--pass-batch-size is 0" in ran.err
 
 
+@pytest.mark.parametrize("given", [("--show-samples", "3"), ("--base", "x", "--show-samples=3")])
+def test_samples_are_shown_by_evaluate(perta: Run, given: tuple[str, ...]) -> None:
+    ran = perta("unlearn", *given)
+    assert ran.status == 2
+    (line,) = ran.err.splitlines()
+    assert line.startswith("error: --show-samples is an option of `perta evaluate` alone")
+
+
 def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "perta.cli", "finetune", "--base", str(world.base),

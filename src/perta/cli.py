@@ -637,7 +637,9 @@ def _as_called_now(token: str) -> str:
 
 def _usage(error: CycloptsError) -> str:
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
-    unknown += error.unused_tokens or ()
+    unknown += (token.partition("=")[0] for token in error.unused_tokens or ())
+    if "--show-samples" in unknown:
+        return "--show-samples is an option of `perta evaluate` alone: give it there."
     for flag in {*_NOW_SETTINGS}.intersection(unknown):
         key = flag.removeprefix("--").replace("-", "_")
         key = key.removeprefix("unlearn_").removeprefix("influence_")

@@ -145,6 +145,11 @@ def test_a_byte_order_mark_says_what_the_text_is(tmp_path: Path, name: str, kind
         ({"question": "a", "Question": "x", "answer": "b"}, {}),
         ({"Question": "x", "frage": "a", "answer": "b"}, {"prompt_column": "frage"}),
         ({"question": "x", "Question": "a", "answer": "b"}, {"prompt_column": "Question"}),
+        (
+            {"question": "a", "answer": "b"},
+            {"prompt_column": "Question", "answer_column": "Answer"},
+        ),
+        ({"text": "a", "answer": "b"}, {"prompt_column": "Text", "answer_column": "answer"}),
         ({"QUESTION": "a", "Answer": "b", "Person": "p", "ID": "7"}, {}),
     ],
 )

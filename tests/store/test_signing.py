@@ -16,6 +16,7 @@ from perta.errors import ConfigError, LedgerError
 from perta.store.signing import (
     check_checkpoint,
     check_signed_by,
+    entry_key,
     model_key,
     public_key,
     sign_checkpoint,
@@ -115,3 +116,17 @@ def test_trusted_keys(tmp_path: Path) -> None:
         check_signed_by({"line 1": own, "line 2": None}, [own])
     with pytest.raises(LedgerError, match=r"another key.*SHA-256"):
         check_signed_by({"line 1": public_key(curve)}, [own])
+
+
+def test_keys_of_a_curve_that_is_not_known_are_refused(tmp_path: Path) -> None:
+    files = pem_keys(tmp_path, "a", "secp256r1")
+    for file in files:  # SM2 in place of P-256: two names of one length
+        head, *lines, tail = file.read_text().splitlines()
+        der = base64.b64decode("".join(lines))
+        other = der.replace(bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a811ccf5501822d"))
+        assert other != der
+        file.write_text(f"{head}\n{base64.b64encode(other).decode()}\n{tail}\n")
+    with pytest.raises(ConfigError, match=r"--key .* is no private key"):
+        entry_key(files[0])
+    with pytest.raises(ConfigError, match=r"--public-key .* is no public key"):
+        public_key(files[1])

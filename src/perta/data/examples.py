@@ -124,9 +124,10 @@ def _renamed(numbered: _Numbered, config: DataConfig) -> _Numbered:
 
     @cache
     def names(columns: tuple[str, ...]) -> list[str]:
-        meant = {column_like(name, columns): name for name in sorted(wanted - own)}
-        meant |= {column_like(name, columns): name for name in own}
-        return [c if c in wanted else meant.get(c, c) for c in columns]
+        # Of names that mean one column the last counts: a given one before a usual one.
+        ranked = sorted(wanted, key=lambda name: (name in own, name not in columns, name))
+        meant = {column_like(name, columns): name for name in ranked}
+        return [meant.get(column, column) for column in columns]
 
     return [
         (number, dict(zip(names(tuple(row)), row.values(), strict=True)))

@@ -65,13 +65,14 @@ def check_hash(sha256: str, signature: Any, where: str) -> None:
 def public_key(file: Path) -> str:
     """A public key as entries and checkpoints name it: Ed25519 in hexadecimal, others as PEM."""
     _require_cryptography("--public-key", ConfigError)
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
         key = load_pem_public_key(file.read_bytes())
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"--public-key {file} is no public key that can be read ({first_line(error)}). Make it "
             "of a private one with `openssl pkey -in key.pem -pubout -out public.pem`."
@@ -160,11 +161,12 @@ def short(public: str) -> str:
 
 
 def _private_key(file: Path, option: str, make: str) -> object:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         return load_pem_private_key(file.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"--{option} {file} is no private key that can be read ({first_line(error)}). Make one "
             f"with `{make}`."
