@@ -319,6 +319,17 @@ def test_a_probe_of_ones_own_is_part_of_what_the_result_depends_on(
         assert probe["scores"]["cleaned"] == [score] * 2
 
 
+def test_a_probe_of_ones_own_may_look_at_the_world(
+    config: AuditConfig, world: World, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.py"
+    sets = '    sets, needs = ("forget", "world"), ("world",)\n\n    def run'
+    own.write_text(OWN.format(score=0.5).replace("    def run", sets), "utf-8")
+    mine = replace(config, probes=(str(own),), retain=None, world=str(world.retain))
+    (probe,) = audit_checkpoint(mine)["probes"]
+    assert probe["other_scores"]["world"] == {"cleaned": [0.5] * len(load_examples(world.retain))}
+
+
 @pytest.mark.parametrize(
     ("score", "error", "message"),
     [

@@ -50,7 +50,7 @@ PROBES: tuple[type[Probe], ...] = (
 """In the order in which they are told."""
 
 _TEXTS = ("name", "group", "title", "question", "source")
-_SETS = ("forget", "retain", "holdout")
+_SETS = ("forget", "retain", "holdout", "world", "general")
 _NAMES = {"sets": _SETS, "compared": _SETS, "needs": get_args(Need)}
 
 

@@ -93,6 +93,8 @@ def test_rows_as_usual_pass_and_a_few_do_not() -> None:
 def test_two_models_are_too_few() -> None:
     judgement = judged([7.0] * 20, [-4.0] * 20, [-4.1] * 20)
     assert (judgement.verdict, "give 3 or more" in judgement.reason) == ("not sure", True)
+    (one,) = judged([7.0] * 20, [-4.0] * 20).reason.split(";")[:1]
+    assert one == "too few models that never saw the rows (1)"
 
 
 def test_a_shadow_that_saw_the_rows_hides_nothing() -> None:

@@ -69,7 +69,7 @@ class LikelihoodRatio(Probe):
         usual = [fmean(other.values()) for other in others]
         figures = replace(figures, yardstick=("shadows", mean_interval(usual)))
         if len(others) < _LEAST:
-            why = f"{len(others)} models that never saw the rows are too few; give {_LEAST} or more"
+            why = f"too few models that never saw the rows ({len(others)}); give {_LEAST} or more"
             return replace(figures, reason=why)
         known = fmean(full.values()) - min(usual)
         if known <= SMALLEST_GAP:
