@@ -506,6 +506,21 @@ def test_clean_lists_what_it_deletes(perta: Run, world: World, tmp_path: Path) -
     assert not (tmp_path / "out.work").exists()
 
 
+def test_a_second_tuned_model_in_the_work_folder_is_named(
+    perta: Run, world: World, tmp_path: Path
+) -> None:
+    asked = (
+        "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
+        "--method", "negmerge", "--alpha", 1, "--no-evaluate", *TUNE,
+    )  # fmt: skip
+    assert perta(*asked, "--output", tmp_path / "out").status == 0
+    given = shutil.copytree(tmp_path / "out.work" / "forget_checkpoint", tmp_path / "given")
+    ran = perta(*asked, "--output", tmp_path / "b", "--forget-checkpoint", given)
+    assert ran.status == 0, ran.err
+    assert [p.name for p in (tmp_path / "b.work").iterdir()] == ["forget_checkpoint_2"]
+    assert "holds a model tuned on the forget set" in " ".join(ran.out.split())
+
+
 ESCAPE = "\x1b]0;owned\x07\x1b[2Jred\x9b31m\u202etxt"
 
 

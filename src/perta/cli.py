@@ -97,7 +97,7 @@ def unlearn(config: UnlearnConfig, *, dry_run: _DryRun = False, json: _AsJson = 
     message += [f"Report: {result.report}"] if result.report else []
     message += [f"Took {duration(spent.total)}: {details(spent.stages)}"]
     message += [f"Intermediate results: {work}"]
-    if any((work / name).exists() for name in ("forget_checkpoint", "forget_rounds")):
+    if [*work.glob("forget_checkpoint*"), *work.glob("forget_rounds")]:
         cure = f"`perta clean {result.folder}` deletes it"
         message[-1] += f" (holds a model tuned on the forget set; {cure})"
     found = {

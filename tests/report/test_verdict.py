@@ -483,7 +483,8 @@ def remembered(folder: Path, *, loss: float = 0.01, **record: Any) -> Verdict:
 def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     (cause,) = remembered(tmp_path / "a", loss=2.5).causes
     assert "did not learn the removed examples (final loss 2.50" in cause
-    assert "--epochs" in cause
+    # Whoever tuned it: with a given forget checkpoint this run may have no such option.
+    assert "Tune it again with more --epochs" in cause
     (cause,) = remembered(tmp_path / "b").causes
     assert "strength 1.5 is too small" in cause
     (cause,) = remembered(tmp_path / "c", edit={"stored": {"stored_share": 0.4}}).causes
