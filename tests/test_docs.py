@@ -92,7 +92,7 @@ def test_the_design_page_has_every_folder_and_no_file_that_is_gone() -> None:
     assert folders <= named
 
 
-def test_options_on_the_pages_exist(
+def test_options_on_the_pages_and_in_messages_exist(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
@@ -105,8 +105,12 @@ def test_options_on_the_pages_exist(
     # tell of their own time.
     others = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "scale", "processes")]
     pages = [p for p in PAGES if p not in others and "experiments" not in p.parts]
+    # The command line knows options of before too, and `parallel` how to start many processes.
+    source = ROOT / "src" / "perta"
+    told = [p for kind in ("*.py", "words.toml") for p in source.rglob(kind)]
+    pages += [p for p in told if p not in (source / "cli.py", source / "parallel.py")]
     named = {(p.name, o) for p in pages for o in re.findall(option, p.read_text("utf-8"))}
-    assert [(page, o) for page, o in named if o not in known] == []
+    assert [(page, o) for page, o in named if o not in known and o != "--no-"] == []
 
 
 def method_tables() -> dict[str, dict[str, str]]:

@@ -166,12 +166,17 @@ def test_rows_that_were_forgotten_too_well_do_not_hide_one_that_is_left(tmp_path
         assert "row 20" in verdict.forgetting.text
 
 
-def test_a_row_that_may_be_chance_is_named_and_proves_nothing(tmp_path: Path) -> None:
+def perhaps_left() -> tuple[list[float], list[float]]:
+    """Rows of an unseeing model and of one of which much may be left of the first, by chance."""
     # Half of the rows lie e^2 below and above: s is near 2, and of 20 rows the limit near 7.
     logits = [-4.0 + 4 * (i % 2) for i in range(20)]
     usual = [1 / (1 + math.exp(-z)) for z in logits]
     after = [1 / (1 + math.exp(-z + (2 if i % 4 > 1 else -2))) for i, z in enumerate(logits)]
-    after[0] = 0.9
+    return usual, [0.9, *after[1:]]
+
+
+def test_a_row_that_may_be_chance_is_named_and_proves_nothing(tmp_path: Path) -> None:
+    usual, after = perhaps_left()
     verdict = verdict_on(
         tmp_path, full=results([0.99] * 20), retrained=results(usual), edited=results(after)
     )
@@ -458,8 +463,16 @@ def test_retention_on_rows_kept_out_is_what_counts(tmp_path: Path) -> None:
 # --- causes ----------------------------------------------------------------------------------
 
 
-def remembered(folder: Path, *, loss: float = 0.01, **record: Any) -> Verdict:
-    """A verdict on an edit that changed nothing."""
+def remembered(
+    folder: Path,
+    *,
+    loss: float = 0.01,
+    usual: Sequence[float] = (0.05,) * 20,
+    after: Sequence[float] = (0.983,) * 20,
+    status: str = "not",
+    **record: Any,
+) -> Verdict:
+    """A verdict on an edit that changed nothing, or what these probabilities say."""
     edit = edit_record()
     edit["edit"].update(record.pop("edit", {}))
     edit.update(record)
@@ -473,10 +486,10 @@ def remembered(folder: Path, *, loss: float = 0.01, **record: Any) -> Verdict:
         return {**found, "perta": {"stage": "evaluate", "settings": {}, "inputs": inputs}}
 
     write(folder / "results" / "full.json", made(results([0.991] * 20), "full"))
-    write(folder / "results" / "base.json", made(results([0.05] * 20), "base"))
-    write(folder / "results" / "edited.json", made(results([0.983] * 20), "perta-grad"))
+    write(folder / "results" / "base.json", made(results(usual), "base"))
+    write(folder / "results" / "edited.json", made(results(after), "perta-grad"))
     (verdict,) = judge(collect([str(folder)]))
-    assert verdict.forgetting.status == "not"
+    assert verdict.forgetting.status == status
     return verdict
 
 
@@ -496,6 +509,17 @@ def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     strength = {"strength": {"reached": False, "retain_budget": 0.1}}
     (cause,) = remembered(tmp_path / "d", unlearn={"settings": {}, **strength}).causes
     assert "--retain-budget" in cause
+    (cause,) = remembered(tmp_path / "t", stage="train").causes
+    assert "training stopped too early" in cause
+
+
+def test_what_may_be_chance_has_no_cause(tmp_path: Path) -> None:
+    usual, after = perhaps_left()
+    for stage in ("edit", "train"):
+        verdict = remembered(
+            tmp_path / stage, usual=usual, after=after, status="unclear", stage=stage
+        )
+        assert (verdict.forgetting.doubt, verdict.causes) == (True, ())
 
 
 def test_the_verdict_as_a_record_is_strict_json(tmp_path: Path) -> None:

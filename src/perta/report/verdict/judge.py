@@ -281,7 +281,7 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> l
         return []
     record = run.record
     if record.get("stage") == "train":
-        return [told("causes", "training")]
+        return [told("causes", "training")] if surely else []
     if not record:
         return []
     causes = []
