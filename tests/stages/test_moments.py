@@ -493,6 +493,8 @@ def test_damaged_folders_are_refused(world: World, tmp_path: Path) -> None:
         "[]",
         json.dumps(facts | {"tokens": 0}),
         json.dumps(facts | {"inputs": {}}),
+        json.dumps(facts | {"rows": []}),
+        json.dumps(facts | {"rows": [marks[:1] for marks in facts["rows"]]}),
     ):
         sidecar.write_text(broken, "utf-8")
         with pytest.raises(CorruptCheckpointError):

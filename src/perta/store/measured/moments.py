@@ -119,7 +119,8 @@ def open_moments(folder: Path) -> MomentFolder:
         )
     named = {*facts["inputs"].values(), *facts["outputs"].values()}
     counted = facts["tokens"] > 0 and facts["examples"] > 0 and set(facts["seen"]) == named
-    if not counted or named != set(index.tensors):
+    listed = len(facts["rows"]) == facts["examples"] and {*map(len, facts["rows"])} == {2}
+    if not counted or not listed or named != set(index.tensors):
         raise CorruptCheckpointError(
             f"{folder}: {MOMENTS_SIDECAR} and the tensors beside it do not belong together. Make "
             "the folder again with `perta moments`."
