@@ -3,6 +3,7 @@
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 2 [--methods tv npo-retain]
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods npo --rates 1e-4
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 --methods sage-npo-retain
+    python benchmarks/rivals.py run WORK2 --base SMOLLM2_FOLDER --seeds 0 --tofu TOFU_FOLDER
     python benchmarks/rivals.py table WORK --seeds 1 2
     perta audit WORK/seed-1/kept/tv --full WORK/seed-1/full --retrained WORK/seed-1/retrained ... \
         --output WORK/seed-1/audits/tv
@@ -11,9 +12,11 @@ Models are kept with `--keep`, and the table has their audits.
 
 Every seed draws 24 people with six questions each. Three are to be forgotten; of the others two
 thirds gave five rows each to the methods, their sixth rows and all rows of the last third are seen
-by none. Ten more people are seen by no model. A method is measured at the smallest strength, or the
-shortest training, at which the facts are hit in 64 samples no more often than .01 above the model
-retrained without them. `default` is `perta unlearn` as it comes: it knows no retrained model.
+by none. Ten more people are seen by no model. `--tofu` draws eight authors instead: one to forget,
+two seen by no model, and of the rest as before, with one row of five new. A method is measured at
+the smallest strength, or the shortest training, at which the facts are hit in 64 samples no more
+often than .01 above the model retrained without them. `default` is `perta unlearn` as it comes: it
+knows no retrained model.
 `kfac` and `repselect` are edits by others, from rival_edits.py. `sage-NAME` is what NAME trained,
 repaired by `perta repair` and scaled.
 
@@ -24,11 +27,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +79,7 @@ from rival_edits import collapsed_ascent, low_curvature
 PEOPLE, QUESTIONS, FORGOTTEN, OTHERS = 24, 6, 3, 10
 SAMPLES, MARGIN, NEAR, STEPS = 64, 0.01, 0.003, 12
 EPOCHS, BATCH = 20, 6
+ROWS_OF_TOFU, NEW_OF_TOFU = 20, 5  # rows of an author, one of how many of which is new
 EDITS = ("tv", "msa", "perta-grad", "perta-fisher", "perta-project")
 TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; None: as published
     "graddiff": 5e-5,
@@ -90,17 +96,16 @@ SETS = ("forget", "paraphrased", "new people", "new rows")
 DATA = DataConfig(format="qa", chat_template=False)
 
 
-def draw(seed: int) -> dict[str, list[dict[str, Any]]]:
+def draw(seed: int, tofu: Path | None = None) -> dict[str, list[dict[str, Any]]]:
     """The rows of a seed by what they are for."""
-    rows = generate_people(PEOPLE + OTHERS, QUESTIONS, seed)
-    mine, others = rows[: PEOPLE * QUESTIONS], rows[PEOPLE * QUESTIONS :]
-    forget, retain = split_people(mine, forget_people=FORGOTTEN, seed=seed)
+    forget, retain, others = _authors(seed, tofu) if tofu else _people(seed)
+    every = NEW_OF_TOFU if tofu else QUESTIONS
     names = list(dict.fromkeys(row["person"] for row in retain))
     parts: dict[str, list[dict[str, Any]]] = {"protected": [], "new rows": [], "new people": []}
     for place, row in enumerate(retain):
         person = names.index(row["person"])
-        # One row of each protected person is new, for each person another one.
-        is_new_row = place % QUESTIONS == person % QUESTIONS
+        # Of every few rows of a protected person one is new, for each person another one.
+        is_new_row = place % every == person % every
         part = "new people" if person % 3 == 2 else "new rows" if is_new_row else "protected"
         parts[part].append(row)
     asked_otherwise = [{**row, "question": row["paraphrased_question"]} for row in forget]
@@ -112,12 +117,37 @@ def draw(seed: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+def _people(seed: int) -> tuple[list[dict[str, Any]], ...]:
+    """Rows to forget, to keep, and of people that no model sees."""
+    rows = generate_people(PEOPLE + OTHERS, QUESTIONS, seed)
+    mine, others = rows[: PEOPLE * QUESTIONS], rows[PEOPLE * QUESTIONS :]
+    return *split_people(mine, forget_people=FORGOTTEN, seed=seed), others
+
+
+def _authors(seed: int, tofu: Path) -> tuple[list[dict[str, Any]], ...]:
+    """The same of eight of TOFU's authors: one, five and two."""
+    rows = [
+        json.loads(line)
+        for name in ("forget10_perturbed", "retain_perturbed")
+        for line in (tofu / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
+    authors = [
+        [
+            {**row, "person": f"author {place // ROWS_OF_TOFU}"}
+            for row in rows[place:][:ROWS_OF_TOFU]
+        ]
+        for place in range(0, len(rows), ROWS_OF_TOFU)
+    ]
+    random.Random(seed).shuffle(authors)
+    return authors[2], [*chain(*authors[3:8])], [*chain(*authors[:2])]
+
+
 class Seed:
     """The rows and models of one seed, and one model in memory that moves between weights."""
 
-    def __init__(self, work: Path, base: Path, seed: int) -> None:
+    def __init__(self, work: Path, base: Path, seed: int, tofu: Path | None = None) -> None:
         self.folder, self.base, self.seed = work / f"seed-{seed}", base, seed
-        rows = draw(seed)
+        self.epochs, rows = 6 if tofu else 10, draw(seed, tofu)
         self.files = {
             name: write_jsonl(part, self.folder / "data" / f"{name.replace(' ', '_')}.jsonl")
             for name, part in rows.items()
@@ -150,7 +180,11 @@ class Seed:
         if not output.exists():
             data = "full" if name == "full" else "retain"
             tune = TuneConfig(
-                epochs=10, learning_rate=3e-4, batch_size=12, stop_loss=0.02, seed=self.seed
+                epochs=self.epochs,
+                learning_rate=3e-4,
+                batch_size=12,
+                stop_loss=0.02,
+                seed=self.seed,
             )
             finetune_checkpoint(
                 FinetuneConfig(
@@ -465,7 +499,7 @@ def run(options: argparse.Namespace) -> None:
                 key = {"seed": number, "method": method, "asked rate": rate}
                 if _found(journal, key):
                     continue
-                seed = seed or Seed(options.work, options.base, number)
+                seed = seed or Seed(options.work, options.base, number, options.tofu)
                 gold = _found(journal, {"seed": number, "method": "retrained"})
                 try:
                     made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
@@ -569,6 +603,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--base", type=Path)
+    parser.add_argument("--tofu", type=Path, help="folder of TOFU's files, in place of people")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=float, nargs="+", default=[None])

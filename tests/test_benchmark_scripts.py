@@ -131,6 +131,23 @@ def test_rivals_see_no_row_that_they_are_judged_by() -> None:
     assert people["new rows"] == people["protected"]
 
 
+def test_rivals_on_tofu_see_no_row_that_they_are_judged_by() -> None:
+    from rivals import draw
+
+    tofu = Path(__file__).parents[2] / "shared" / "data" / "tofu"
+    if not tofu.exists():
+        pytest.skip(f"TOFU's files are not at {tofu}")
+    rows = draw(1, tofu)
+    texts = {name: {row["question"] for row in part} for name, part in rows.items()}
+    sizes = {name: len(part) for name, part in rows.items()}
+    assert sizes == {
+        **{"forget": 20, "paraphrased": 20, "protected": 64, "new people": 20, "new rows": 16},
+        **{"retain": 100, "full": 120, "holdout": 40},
+    }
+    assert not texts["protected"] & (texts["new people"] | texts["new rows"] | texts["forget"])
+    assert not texts["full"] & texts["holdout"]
+
+
 def test_a_weight_is_kept_where_the_loss_is_steep() -> None:
     """Against a loop over pairs, from the largest product of eigenvalues on."""
     from rival_edits import steep_part
