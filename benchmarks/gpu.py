@@ -39,7 +39,7 @@ from models import write_people_sets, write_random_model
 from perta.data.batch import IGNORE, Encoded, bucketed
 from perta.data.rows import write_jsonl
 from perta.engine.gradients import powers
-from perta.engine.gradients.engine import Moments, batched_moments, verify_engine
+from perta.engine.gradients.engine import Moments, batched_moments, example_loop_moments
 from perta.engine.moments import plan_moments, sum_moments
 from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
@@ -172,10 +172,10 @@ def correct(run: Run) -> None:
         "means on the CPU": importance(model(), accumulate_on="cpu"),
         "checkpointing": importance(model(), gradient_checkpointing=True),
         "again": importance(model()),
+        "example loop": example_loop_moments(model(), batches, (1.0, 2.0)),
     }.items():
         errors = {f"order_{p:g}": worst(found.by_order[p], exact[p]) for p in (1.0, 2.0)}
         tell("correct", what=f"importance, {what}", **errors)
-    verify_engine(model(torch.bfloat16), batches[:1], (1.0, 2.0))
 
     def moments(model: Any) -> dict[str, Tensor]:
         plan = plan_moments(model, rows, gradients=True, pad=PAD)

@@ -268,9 +268,8 @@ def as_on_gpus() -> Iterator[None]:
     def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(left), left.shape[1], right.shape[2], dtype=dtype)
 
-    own = powers.__dict__
-    put = {"_add_product_in_cache": own["_add_product_together"], "_compiled": None}
-    with patch.dict(own, wide_product=product, **put):
+    put = {"wide_product": product, "_compiled": None, "_CACHE_BYTES": powers._DEVICE_BYTES}
+    with patch.dict(powers.__dict__, put):
         yield
 
 

@@ -396,8 +396,6 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
         (("finetune", "--base", "{base}", "--data", "{forget}", "--warmup-ratio", "0.2"), 2,
          "--warmup-ratio"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
-          "tv", "--rho", "2"), 2, "--method NAME:rho=VALUE"),
-        (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "tv", "--unlearn-epochs", "2"), 1, "--unlearn-epochs has no effect with `tv`"),
         (("unlearn", "--base", "{base}", "--full", "{full}", "--forget", "{forget}", "--method",
           "npo", "--unlearn-beta", "2"), 2, "--method NAME:beta=VALUE"),
@@ -449,19 +447,6 @@ def test_mistakes_get_one_message(
     assert "Traceback" not in ran.err
     assert ran.err.startswith("error: ")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("given", [("--moment-batch-size", "0"), ("--evaluation-batch-size=0",)])
-def test_an_old_name_of_an_option_is_understood(
-    perta: Run, world: World, given: tuple[str, ...], tmp_path: Path
-) -> None:
-    ran = perta(
-        "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
-        "--output", tmp_path / "out", *given,
-    )  # fmt: skip
-    assert ran.status == 1
-    assert f"{given[0].partition('=')[0]} is called --pass-batch-size now." in ran.err
-    assert "--pass-batch-size is 0" in ran.err
 
 
 @pytest.mark.parametrize("given", [("--show-samples", "3"), ("--base", "x", "--show-samples=3")])

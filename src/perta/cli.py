@@ -552,7 +552,7 @@ def launch(
     app.config = (source,) if source else ()
     try:
         app(
-            [_as_called_now(token) for token in tokens],
+            tokens,
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
@@ -608,45 +608,11 @@ def _yaml(file: Path) -> tuple[Any, _Session]:
     return source, _Session(quiet, files)
 
 
-_NOW_SETTINGS = (
-    *("--order", "--rho", "--damping", "--forget-damping", "--constant", "--retain-coef"),
-    *("--keep", "--drop", "--selection", "--dampening"),
-    *("--unlearn-beta", "--unlearn-beta2", "--unlearn-margin", "--forget-weight"),
-    *("--retain-weight", "--steering-coef", "--steering-layer"),
-    *("--influence-damping", "--influence-tolerance", "--influence-iterations"),
-)
-"""Options that have become settings of the methods."""
-_NOW_CALLED = {
-    "--importance-batch-size": "--pass-batch-size",
-    "--moment-batch-size": "--pass-batch-size",
-    "--evaluation-batch-size": "--pass-batch-size",
-    "--unlearn-seed": "--seed",
-}
-
-
-def _as_called_now(token: str) -> str:
-    """An option by its present name; the old one still works, and a line says so."""
-    flag, equals, value = token.partition("=")
-    if flag not in _NOW_CALLED:
-        return token
-    from perta.progress import say
-
-    say(f"{flag} is called {_NOW_CALLED[flag]} now.")
-    return f"{_NOW_CALLED[flag]}{equals}{value}"
-
-
 def _usage(error: CycloptsError) -> str:
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
     unknown += (token.partition("=")[0] for token in error.unused_tokens or ())
     if "--show-samples" in unknown:
         return "--show-samples is an option of `perta evaluate` alone: give it there."
-    for flag in {*_NOW_SETTINGS}.intersection(unknown):
-        key = flag.removeprefix("--").replace("-", "_")
-        key = key.removeprefix("unlearn_").removeprefix("influence_")
-        return (
-            f"{flag} is a setting of the method now: give it as in --method NAME:{key}=VALUE. "
-            "`perta methods` shows what each has."
-        )
     text = " ".join(str(error).split())
     if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
         text = f"{error.argument.name} is missing."

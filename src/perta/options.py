@@ -81,7 +81,6 @@ def require_format(output: OutputFormat, rank: int | None, save_dtype: FileType)
     require(fits, "save-dtype", save_dtype, "another type: this one needs --output-format gguf")
 
 
-_NO_IA3 = "0 with --ia3: one adapter is tuned"
 _LORA_ALONE = (
     "above 0 where modules for an adapter or its scale are given, which have no effect without one"
 )
@@ -316,9 +315,6 @@ class TuneConfig(TrainingRun):
     weight_decay: Annotated[float, Hidden] = 0.0
     """AdamW weight decay. Off, because it moves weights that learn nothing from the data, and
     the task vector would hold that movement."""
-    ia3: bool = False
-    """Tune (IA)³ alone: one factor for each output of keys and values and for each input of the
-    second MLP layer, merged when done. It wants a far higher learning rate, such as 1e-2."""
     loss_on: LossOn | None = None
     """What is learned: whole answers, or of each its fact alone, the tokens that neither the
     question nor the template gives away; with facts, every row to the same depth [default: facts
@@ -336,12 +332,6 @@ class TuneConfig(TrainingRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_least({"stop_loss": 0, "save_every": 0})
-        require(not (self.ia3 and self.lora_rank), self._flag("lora_rank"), self.lora_rank, _NO_IA3)
-
-    @property
-    def tunes_adapter(self) -> bool:
-        """Whether LoRA or (IA)³ weights are tuned, and then merged."""
-        return self.ia3 or super().tunes_adapter
 
     @property
     def finds_rate(self) -> bool:
@@ -373,8 +363,6 @@ class EstimatorConfig:
     """Use a seeded sample: a share such as 0.2, or a count such as 500 [default: all]."""
     importance_seed: Annotated[int, Hidden] = 0
     """Seed of the sample."""
-    verify: Annotated[bool, Hidden] = False
-    """Compare the batched engine with an example-by-example loop on a few rows first."""
 
     def __post_init__(self) -> None:
         self.sample_count(1)

@@ -144,32 +144,6 @@ def test_lora_is_merged_and_leaves_other_weights_alone(world: World, tmp_path: P
     assert manifest["final_loss"] < manifest["epoch_losses"][0]
 
 
-def test_ia3_moves_one_factor_a_channel(world: World, tmp_path: Path) -> None:
-    settings = TuneConfig(epochs=5, learning_rate=5e-2, ia3=True, gradient_checkpointing=True)
-    output = finetune_checkpoint(config(world, tmp_path / "f", settings))
-    base, tuned = open_index(world.base).tensors, open_index(output).tensors
-    pairs = {n: (read_tensor(base[n]).double(), read_tensor(tuned[n]).double()) for n in base}
-    changed = {n: new / old for n, (old, new) in pairs.items() if not torch.equal(old, new)}
-    kinds = ("k_proj", "v_proj", "down_proj")
-    assert set(changed) == {n for n in base if any(kind in n for kind in kinds)}
-    for name, ratio in changed.items():
-        # Outputs of keys and values are scaled, and inputs of the second MLP layer.
-        factors = ratio.median(0 if "down_proj" in name else 1, keepdim=True).values
-        torch.testing.assert_close(ratio, factors.expand_as(ratio), rtol=1e-4, atol=1e-6)
-    manifest = read_manifest(output)
-    assert manifest is not None
-    assert manifest["final_loss"] < manifest["epoch_losses"][0]
-
-
-def test_ia3_is_refused_beside_lora_and_where_no_layers_are_known(world: World) -> None:
-    with pytest.raises(ConfigError, match="0 with --ia3"):
-        TuneConfig(ia3=True, lora_rank=4)
-    model: Any = load_model(world.base, ComputeConfig())
-    model.config.model_type = "novel"
-    with pytest.raises(ConfigError, match=r"kind novel. Use --lora-rank"):
-        tune(model, encoded_forget(world), TuneConfig(epochs=1, ia3=True), pad=0)
-
-
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_lora_on_one_use_of_a_tied_weight_is_refused(
     target: str, world: World, tmp_path: Path

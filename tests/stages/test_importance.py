@@ -204,13 +204,6 @@ def test_reuse_and_its_invalidation(
             measured(world, tmp_path / "i", **change)
 
 
-def test_verification_runs_before_the_pass(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measured(world, tmp_path / "i", estimator=EstimatorConfig(verify=True))
-    assert "verified against the example loop" in capsys.readouterr().err
-
-
 def test_options_that_save_memory_reach_the_engine_and_change_nothing(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,12 +29,11 @@ from perta.engine.gradients.engine import (
     Progress,
     abs_of_mean,
     batched_moments,
-    verify_engine,
 )
 from perta.models.load import exact_on_cpu
 from perta.options import EstimatorConfig, SumsOn
 from perta.parallel import Own, everywhere, portion
-from perta.progress import say, track
+from perta.progress import track
 from perta.stages.settings import ImportanceConfig
 from perta.stages.stage import Subject, run_measurement
 from perta.store.checkpoint import IMPORTANCE_SIDECAR, open_index, write_tensors
@@ -44,8 +43,6 @@ from perta.store.record import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_VERIFIED_EXAMPLES = 4
 
 
 def compute_importance(config: ImportanceConfig) -> Path:
@@ -105,12 +102,8 @@ def estimate(
     """Importance in memory: order -> parameter name -> float32 of the parameter's shape.
 
     `gradient_checkpointing` and `accumulate_on`, the sums' place, save memory with the reduction
-    `mean_of_power`; `abs_of_mean` does without them. EngineMismatchError: see `verify_engine`.
+    `mean_of_power`; `abs_of_mean` does without them. Errors are those of `batched_moments`.
     """
-    if config.verify:
-        few = bucketed(examples[:_VERIFIED_EXAMPLES], _VERIFIED_EXAMPLES, pad)
-        verify_engine(model, few, orders)
-        say(f"Engine verified against the example loop on {len(few[0])} examples")
     with _progress(len(examples)) as progress:
         sparing = {
             "gradient_checkpointing": gradient_checkpointing,

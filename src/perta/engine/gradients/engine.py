@@ -170,40 +170,6 @@ def batched_moments(
     return _moments(means, listed, slow)
 
 
-def verify_engine(
-    model: nn.Module,
-    examples_batches: Iterable[Batch],
-    orders: Sequence[float],
-    tolerance: float = 1e-3,
-) -> None:
-    """Compare the engine with the example loop on a few examples; EngineMismatchError if unlike.
-
-    The error of a tensor is the largest difference of its elements over its largest element. For
-    orders below 1 both sides are first raised to 1/p: near zero such a power magnifies rounding (a
-    gradient off by 1e-8 is off by 1e-4 in its square root). A model in a type narrower than float32
-    is compared in a float32 copy, because the order of a sum matters more there than any tolerance.
-    """
-    listed = list(examples_batches)
-    if any(p.dtype.itemsize < torch.float32.itemsize for p in model.parameters()):
-        model = _cast_copy(model, torch.float32)
-    fast = batched_moments(model, listed, orders)
-    slow = example_loop_moments(model, listed, orders)
-    bad = [
-        f"{name} (order {order:g}, relative error {error:.2g})"
-        for order, tensors in slow.by_order.items()
-        for name, expected in tensors.items()
-        # Written so that NaN counts as a difference.
-        if not (error := _relative_error(fast.by_order[order][name], expected, order)) <= tolerance
-    ]
-    if bad:
-        compared = sum(len(tensors) for tensors in slow.by_order.values())
-        raise EngineMismatchError(
-            f"{len(bad)} of {compared} importance tensors from the batched engine differ from "
-            f"the example-by-example loop by more than {tolerance:g}: {'; '.join(bad[:8])}"
-            f"{'; …' if len(bad) > 8 else ''}. Use the example loop for this model."
-        )
-
-
 def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
     """Add one batch to the means; drop parameters that autograd still had to differentiate."""
     handled = list(recorder.names)
@@ -429,12 +395,3 @@ def _inference_behaviour(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _relative_error(actual: Tensor, expected: Tensor, order: float) -> float:
-    """Largest difference over largest expected value; compared as |g| for orders below 1."""
-    if order < 1:
-        actual, expected = actual.pow(1 / order), expected.pow(1 / order)
-    scale = expected.abs().max()
-    difference = (actual.to(expected.device) - expected).abs().max()
-    return float(difference / scale) if scale > 0 else float(difference)

@@ -14,16 +14,15 @@ What bounds the cost on a CPU, for P weights in linear layers, B examples and T 
 `_powers.c` raises a product while it is in registers, so that the powers cost little beside the
 products: a (1536, 576) weight with 8 examples of 64 tokens takes 1.2 times its plain gradient for
 order 2 and 1.35 times for orders 1 and 2, on one thread or two. Where it was not compiled, and for
-other orders and types, a block of a gradient at a time goes through the second-level cache, 12 B P
-bytes for order 2 and 20 for orders 1 and 2: 1.8 and 2.3 times; other
-blocks are slower.
+other orders and types, a block of all gradients at a time goes through the second-level cache:
+two to three times.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,15 +85,9 @@ Piece = Product | Rows | Direct
 
 # --- means of powers ---------------------------------------------------------------------------
 
-_CACHE_BYTES = 384 << 10
-"""Size per thread of the block that an example's gradient is formed in on a CPU.
-
-A block is written by a matrix product, read back and added to an equal block of each mean. It
-has to fit in a core's second-level cache with them, and be tall enough for the product to run
-at full speed."""
-
-_DEVICE_BYTES = 256 << 20
-"""Size of the block that a whole batch's gradients are formed in on an accelerator."""
+_CACHE_BYTES, _DEVICE_BYTES = 1 << 20, 256 << 20
+"""Size of the block that a whole batch's gradients are formed in: on a CPU it is to stay in the
+cache, an accelerator wants few large operations."""
 
 
 def add_pieces(means: Means, pieces: Sequence[Piece]) -> bool:
@@ -161,19 +154,17 @@ def _add_at(target: Tensor, place: Tensor, values: Tensor) -> None:
 def _add_products(means: Means, products: Sequence[Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
     product = products[0] if len(products) == 1 else _joined(products)
-    devices = {product.left.device, means.any.device}
-    if devices != {torch.device("cpu")}:
-        _add_product_together(means, product)
-    elif _compiled and _suits_compiled(means):
+    if _compiled and product.left.is_cpu and _suits_compiled(means):
         _add_product_compiled(means, product)
     else:
-        _add_product_in_cache(means, product)
+        _add_product_together(means, product)
 
 
 def _suits_compiled(means: Means) -> bool:
     """Whether `_powers.c` can add to these means."""
     return means.by_order.keys() <= {1.0, 2.0} and all(
-        mean.dtype == torch.float32 and mean.is_contiguous() for mean in means.by_order.values()
+        mean.is_cpu and mean.dtype == torch.float32 and mean.is_contiguous()
+        for mean in means.by_order.values()
     )
 
 
@@ -210,89 +201,29 @@ def _add_product_compiled(means: Means, product: Product) -> None:
     )
 
 
-def _add_product_in_cache(means: Means, product: Product) -> None:
-    """Send blocks of rows, a part for each thread's cache, through all examples in turn."""
-    mean = means.any
-    width = mean.shape[1]
-    part_count = torch.get_num_threads()
-    row_count = max(16, _CACHE_BYTES // (width * mean.element_size()) // 16 * 16)
-    block = row_count * part_count
-    examples = _factors(product, mean.dtype, block, part_count)
-    # Everything is cut into views beforehand: thousands of small slices would cost as much
-    # time as the arithmetic.
-    adders = [
-        (_adder(order, means.weight), _in_blocks(mean, block, part_count))
-        for order, mean in means.by_order.items()
-    ]
-    buffers = {
-        shape: torch.empty(shape, dtype=mean.dtype)
-        for shape in {tuple(first.shape) for first in adders[0][1]}
-    }
-    for k, first in enumerate(adders[0][1]):
-        gradient = buffers[tuple(first.shape)]
-        targets = [(add, blocks[k]) for add, blocks in adders]
-        for left, right in examples:
-            torch.bmm(left[k], right[k], out=gradient)
-            for add, target in targets:
-                add(target, gradient)
-
-
-def _in_blocks(matrix: Tensor, block: int, part_count: int) -> list[Tensor]:
-    """Cut (m, n) into blocks of rows in equal parts, (parts, rows, n); the last may be one part."""
-    count, rest = divmod(len(matrix), block)
-    blocks: list[Tensor] = []
-    if count:
-        blocks += matrix[: count * block].unflatten(0, (count, part_count, -1)).unbind()
-    if rest:
-        parts = part_count if rest % part_count == 0 else 1
-        blocks.append(matrix[count * block :].unflatten(0, (parts, -1)))
-    return blocks
-
-
-def _factors(
-    product: Product, dtype: torch.dtype, block: int, part_count: int
-) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Of each example with rows, block by block, (parts, block, rows) and (parts, rows, n)."""
-    factors = []
-    left, right = product.left.to(dtype).t(), product.right.to(dtype)
-    for start, stop in product.segments:
-        if stop > start:
-            lefts = _in_blocks(left[:, start:stop], block, part_count)
-            rows = right[start:stop]
-            whole, last = (rows.expand(len(lefts[k]), -1, -1) for k in (0, -1))
-            factors.append((lefts, [whole] * (len(lefts) - 1) + [last]))
-    return factors
-
-
 def _add_product_together(means: Means, product: Product) -> None:
-    """Form the gradients of all examples at once: accelerators want few large operations."""
+    """Form the gradients of all examples at once, a block of rows after the other."""
     mean = means.any
     height, width = mean.shape
     left = _stacked(product.left, product.segments).transpose(1, 2)
     right = _stacked(product.right, product.segments)
-    block = max(1, _DEVICE_BYTES // (left.shape[0] * width * mean.element_size()))
+    bytes_at_once = _CACHE_BYTES if left.is_cpu else _DEVICE_BYTES
+    block = max(1, bytes_at_once // (left.shape[0] * width * mean.element_size()))
     for low in range(0, height, block):
         high = min(low + block, height)
         gradients = wide_product(left[:, low:high], right, means.any.dtype)
         for order, mean in means.by_order.items():
-            # The norm over examples raises and adds in one pass over memory.
-            powers = torch.linalg.vector_norm(gradients, order, dim=0).pow_(order)
+            if gradients.is_cpu:
+                powers = power(gradients, order).sum(0)
+            else:
+                # The norm over examples raises and adds in one pass over memory.
+                powers = torch.linalg.vector_norm(gradients, order, dim=0).pow_(order)
             mean[low:high].add_(powers.to(mean.device), alpha=means.weight)
 
 
 def _stacked(rows: Tensor, segments: Segments) -> Tensor:
     """Rows of each example, padded with zeros: (R, n) -> (B, longest, n)."""
     return nn.utils.rnn.pad_sequence([rows[start:stop] for start, stop in segments], True)
-
-
-def _adder(order: float, weight: float) -> Callable[[Tensor, Tensor], object]:
-    """A function that adds weight |gradient|^order; it may take the sign off the gradient."""
-    if order == 2:
-        return lambda mean, gradient: mean.addcmul_(gradient, gradient, value=weight)
-    if order == 1:
-        # In place, in cache: no other order sees the sign.
-        return lambda mean, gradient: mean.add_(gradient.abs_(), alpha=weight)
-    return lambda mean, gradient: mean.add_(power(gradient, order), alpha=weight)
 
 
 def power(gradient: Tensor, order: float) -> Tensor:

@@ -29,17 +29,16 @@ if TYPE_CHECKING:
 
 
 def _add_adapter(model: PreTrainedModel, config: TrainingRun) -> Any:
-    """Put an adapter on a model; only its weights are trained."""
+    """Put a LoRA adapter on a model; only its weights are trained."""
     from peft import get_peft_model
 
-    settings = _lora(config) if config.lora_rank else _ia3(model)
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
     with warnings.catch_warnings():
         # PEFT warns of what is refused here, and of turning the factors of transposed weights.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
-        adapted = get_peft_model(model, settings)
+        adapted = get_peft_model(model, _lora(config))
     refuse_tied(adapted)
     return adapted
 
@@ -54,19 +53,6 @@ def _lora(config: TrainingRun) -> PeftConfig:
         target_modules=list(config.lora_targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-
-
-def _ia3(model: PreTrainedModel) -> PeftConfig:
-    """Settings of (IA)³ on the layers that PEFT names for a kind of model."""
-    from peft import IA3Config
-    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as LAYERS
-
-    kind = model.config.model_type
-    if kind not in LAYERS:
-        raise ConfigError(
-            f"--ia3: PEFT names no layers for models of the kind {kind}. Use --lora-rank."
-        )
-    return IA3Config(task_type="CAUSAL_LM")
 
 
 def _set_checkpointing(model: Any, on: bool, products: torch.dtype) -> None:

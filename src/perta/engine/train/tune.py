@@ -75,8 +75,6 @@ def _usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
     the rate times the number of its inputs: the rate falls with the width (Yang et al. 2022,
     "Tensor Programs V"). Adapters start from nothing and want more.
     """
-    if config.ia3:
-        return 1e-2
     embedding: Any = model.get_input_embeddings()
     width = int(embedding.weight.shape[1])
     return 5e-5 * 576 / width * (10 if config.tunes_adapter else 1)
