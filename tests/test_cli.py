@@ -449,6 +449,19 @@ def test_mistakes_get_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", [("--moment-batch-size", "0"), ("--evaluation-batch-size=0",)])
+def test_an_old_name_of_an_option_is_understood(
+    perta: Run, world: World, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    ran = perta(
+        "unlearn", "--base", world.base, "--full", world.full, "--forget", world.forget,
+        "--output", tmp_path / "out", *given,
+    )  # fmt: skip
+    assert ran.status == 1
+    assert f"{given[0].partition('=')[0]} is called --pass-batch-size now." in ran.err
+    assert "--pass-batch-size is 0" in ran.err
+
+
 @pytest.mark.parametrize("given", [("--show-samples", "3"), ("--base", "x", "--show-samples=3")])
 def test_samples_are_shown_by_evaluate(perta: Run, given: tuple[str, ...]) -> None:
     ran = perta("unlearn", *given)

@@ -552,7 +552,7 @@ def launch(
     app.config = (source,) if source else ()
     try:
         app(
-            tokens,
+            [_as_called_now(token) for token in tokens],
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
@@ -606,6 +606,25 @@ def _yaml(file: Path) -> tuple[Any, _Session]:
     files = tuple(Path(str(name)) for name in (named if isinstance(named, list) else [named]))
     source = Yaml(file, use_commands_as_keys=False, search_parents=False, must_exist=True)
     return source, _Session(quiet, files)
+
+
+_NOW_CALLED = {
+    "--importance-batch-size": "--pass-batch-size",
+    "--moment-batch-size": "--pass-batch-size",
+    "--evaluation-batch-size": "--pass-batch-size",
+    "--unlearn-seed": "--seed",
+}
+
+
+def _as_called_now(token: str) -> str:
+    """An option by its present name; the old one still works, and a line says so."""
+    flag, equals, value = token.partition("=")
+    if flag not in _NOW_CALLED:
+        return token
+    from perta.progress import say
+
+    say(f"{flag} is called {_NOW_CALLED[flag]} now.")
+    return f"{_NOW_CALLED[flag]}{equals}{value}"
 
 
 def _usage(error: CycloptsError) -> str:
