@@ -147,6 +147,14 @@ def require(condition: bool, flag: str, value: object, wanted: str) -> None:
         raise ConfigError(f"--{flag} is {value}; it must be {wanted}.")
 
 
+def require_least(config: object, **least: int) -> None:
+    """Stop at options below the least they may be; one that is None was not given."""
+    for name, low in least.items():
+        value, flag = getattr(config, name), option_name(config, name).replace("_", "-")
+        wanted = f"{low} or more" if low == 0 else f"at least {low}"
+        require(value is None or value >= low, flag, value, wanted)
+
+
 def require_unicode(config: object) -> None:
     """Stop with a `ConfigError` at names and texts that no record and no page could hold."""
     for name, value in vars(config).items():
@@ -236,8 +244,7 @@ class ComputeConfig:
     change the result [default: 16 for evaluation, otherwise 8]."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("threads", self.threads), ("pass-batch-size", self.pass_batch_size)):
-            require(value is None or value >= 1, flag, value, "at least 1")
+        require_least(self, threads=1, pass_batch_size=1)
 
     def batch(self, usual: int) -> int:
         """Examples per pass, `usual` where none are given."""
@@ -276,9 +283,8 @@ class TrainingRun:
     """Seed of the example order and of LoRA's initial values."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("epochs", "batch_size", "accumulation"), 1)
-        least |= dict.fromkeys(("weight_decay", "max_grad_norm", "lora_rank"), 0)
-        self._require_least(least)
+        require_least(self, epochs=1, batch_size=1, accumulation=1)
+        require_least(self, weight_decay=0, max_grad_norm=0, lora_rank=0)
         rate = self.learning_rate
         require(rate is None or rate > 0, self._flag("learning_rate"), rate, "above 0")
         ratio = self.warmup_ratio
@@ -293,12 +299,6 @@ class TrainingRun:
 
     def _flag(self, name: str) -> str:
         return option_name(self, name).replace("_", "-")
-
-    def _require_least(self, least: Mapping[str, int]) -> None:
-        for name, low in least.items():
-            value = getattr(self, name)
-            wanted = f"{low} or more" if low == 0 else f"at least {low}"
-            require(value is None or value >= low, self._flag(name), value, wanted)
 
 
 @_panel("Fine-tuning", 3)
@@ -331,7 +331,7 @@ class TuneConfig(TrainingRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_least({"stop_loss": 0, "save_every": 0})
+        require_least(self, stop_loss=0, save_every=0)
 
     @property
     def finds_rate(self) -> bool:
@@ -466,4 +466,4 @@ class ScoringConfig:
     """Generate answers and compute ROUGE-L; without it only teacher-forced metrics."""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, "max-new-tokens", self.max_new_tokens, "at least 1")
+        require_least(self, max_new_tokens=1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from perta.options import ComputeConfig, Flat, Overwrite, Paths, Repeated, require
+from perta.options import ComputeConfig, Flat, Overwrite, Paths, Repeated, require_least
 
 Level = Literal["quick", "standard", "full"]  # how much an audit looks at
 LEVELS: tuple[Level, ...] = ("quick", "standard", "full")
@@ -43,7 +43,7 @@ class BenchmarkConfig(Evaluated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        require_least(self, limit=1)
 
 
 @Flat

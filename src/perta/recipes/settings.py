@@ -34,6 +34,7 @@ from perta.options import (
     places_of,
     require,
     require_format,
+    require_least,
     sample_count,
 )
 from perta.report.settings import Wanted
@@ -152,9 +153,7 @@ class UnlearnConfig(Paths):
                 "--forget-where divides one file, so that its other rows are what is kept: leave "
                 "--retain out."
             )
-        seeds = self.forget_seeds
-        require(seeds is None or seeds >= 1, "forget-seeds", seeds, "at least 1")
-        require(self.rounds is None or self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require_least(self, forget_seeds=1, rounds=1)
         budget = self.retain_budget
         require(0 <= budget < math.inf, "retain-budget", budget, "a finite number, 0 or more")
         if self.retain_samples != "all":

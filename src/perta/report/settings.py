@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from perta.options import Flat, Paths, Repeated, require, require_unicode
+from perta.options import Flat, Paths, Repeated, require, require_least, require_unicode
 
 Wanted = Literal["met", "partly"]
 """The least that a verdict has to be."""
@@ -42,7 +42,7 @@ class ReportConfig(Paths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        require_least(self, samples=0)
 
 
 @Flat

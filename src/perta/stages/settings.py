@@ -37,6 +37,7 @@ from perta.options import (  # noqa: F401
     WeightingConfig,
     require,
     require_format,
+    require_least,
     require_unicode,
 )
 
@@ -77,7 +78,7 @@ class TrainConfig(Paths):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "method", str(self.method))
-        require(self.save_every >= 0, "save-every", self.save_every, "0 or more")
+        require_least(self, save_every=0)
 
 
 @Flat
@@ -323,9 +324,7 @@ class AuditConfig(Paths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_unicode(self)
-        least = {"samples": self.samples, "retain-rows": self.retain_rows}
-        for flag, value in {**least, "max-new-tokens": self.max_new_tokens}.items():
-            require(value is None or value >= 1, flag, value, "at least 1")
+        require_least(self, samples=1, retain_rows=1, max_new_tokens=1)
         if not (self.base or self.retrained or self.holdout):
             raise ConfigError(
                 "There is no yardstick: what a model that never had the data makes of it. Give "

@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
-from perta.engine.train.alternates import draw_alternates
-from perta.engine.train.refusals import with_refusals
+from perta.engine.train.refusals import draw_alternates, with_refusals
 from perta.errors import ConfigError, DataError
 from perta.methods.objectives import Training
 from perta.methods.registry import parse

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import ctypes
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from perta.data.batch import Batch, Encoded, bucketed
-from perta.engine.train._memory import memory_kept
 from perta.engine.train.optimizer import Resume, Trainer, step_groups
 from perta.models.precision import products_in
 from perta.parallel import count, place, summed, told
 from perta.progress import track
+
+# Parameters of `mallopt` of the GNU C library: what we set, and about what it sets by itself.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}
+_USUAL = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 
 class _Objective(Protocol):
@@ -59,7 +66,7 @@ def train(
     if saved:
         done = saved[0]
         objective.restore(saved[1])
-    with memory_kept(), track(title, (epochs - done) * len(examples)) as advance:
+    with _memory_kept(), track(title, (epochs - done) * len(examples)) as advance:
         for epoch in range(done + 1, epochs + 1):
             trainer.model.train()
             batches = bucketed(examples, settings.batch_size, pad, trainer.generator)
@@ -102,3 +109,20 @@ def add_gradient(
         if len(weighted):
             (weight * weighted.sum()).backward()
     return summed(values)
+
+
+@contextmanager
+def _memory_kept() -> Iterator[None]:
+    """Let the GNU C library keep what is freed to the end, which saves a tenth of a step."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    for parameter, value in _KEEPING.items():
+        library.mallopt(parameter, value)
+    try:
+        yield
+    finally:
+        for parameter, value in _USUAL.items():
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)

@@ -16,8 +16,8 @@ from perta.evidence.measures import read_subjects, row_number, rows_of
 from perta.evidence.results import Results
 from perta.evidence.settings import Level
 
-SCHEMA = "perta-audit/1"
-VERDICTS: tuple[Verdict, ...] = ("passed", "leaks", "not sure")
+_SCHEMA = "perta-audit/1"
+_VERDICTS: tuple[Verdict, ...] = ("passed", "leaks", "not sure")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def document_of(
     yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
     shadows = [mark for name, mark in inputs.items() if name.startswith(SHADOW)]
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "level": level,
         "model": {name: inputs[name] for name in names if name in inputs},
         "yardsticks": {**yardsticks, "shadows": shadows, "holdout rows": counts["holdout"]},
@@ -136,7 +136,7 @@ def without_scores(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """An audit in short: level, hash of its content, and the probes of each verdict."""
-    found: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
+    found: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for probe in results["probes"]:
         found.setdefault(probe["verdict"], []).append(probe["name"])  # `harmed` where one is
     return {"level": results["level"], "content": results["perta"]["content"], **found}
@@ -145,7 +145,7 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, Any]:
 def told_in_short(audit: Mapping[str, Any]) -> str:
     """An audit, or what `summary_of` makes of it, in one line: how many probes say what."""
     short = summary_of(audit) if "probes" in audit else audit
-    told = [verdict for verdict in (*VERDICTS, "harmed") if verdict in short]
+    told = [verdict for verdict in (*_VERDICTS, "harmed") if verdict in short]
     counts = ", ".join(f"{len(short[verdict])} {verdict}" for verdict in told)
     return f"Audit, level {short['level']}: {counts}"
 

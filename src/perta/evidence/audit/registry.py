@@ -63,7 +63,7 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
     chosen: list[Probe] = []
     for name in names:
         if name.endswith(".py"):
-            chosen.append(load_probe(Path(name)))
+            chosen.append(_load_probe(Path(name)))
         elif name in known:
             chosen += [probe() for probe in PROBES if name in (probe.name, probe.group)]
         else:
@@ -75,7 +75,7 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
     return list({probe.name: probe for probe in chosen}.values())
 
 
-def load_probe(path: Path) -> Probe:
+def _load_probe(path: Path) -> Probe:
     """The probe that a Python file defines; a ConfigError as `own_class`, or a name of ours."""
     own: type[Probe] = own_class(path, Probe, _TEXTS)
     odd = [part for part in (*_TEXTS, "unit") if not isinstance(getattr(own, part), str)]

@@ -36,6 +36,8 @@ from perta.store.costs import BACKWARD, FORWARD
 
 _RATE_FACTOR = 3.0
 """Factor between the learning rates that are tried."""
+RATE_TRIES = 3
+"""Most learning rates tried; the first is the method's own."""
 
 _BEYOND = 2
 """Epochs after what the retrained model knows was passed: equal resistance to
@@ -131,7 +133,6 @@ class TrainingPath:
 
 
 def prepare_path(
-    config: CompareConfig,
     draw: Draw,
     spec: TrainingSpec,
     bench: Bench,
@@ -150,7 +151,7 @@ def prepare_path(
     places = [Place(draw.seed, name) for name, _ in bench.model.named_parameters()]
     best: TrainingPath | None = None
     fixed: dict[str, float] = {}
-    for attempt in range(1, config.rate_tries + 1):
+    for attempt in range(1, RATE_TRIES + 1):
         bench.load(full)
         stack = ExitStack()
         folder = stack.enter_context(scratch_folder(draw.folder / "path"))

@@ -20,6 +20,7 @@ from perta.options import (  # noqa: F401
     TuneConfig,
     TunedType,
     require,
+    require_least,
 )
 
 
@@ -91,8 +92,6 @@ class CompareConfig(Paths):
     """How many of these people are to be forgotten."""
     tries: int = 6
     """Most strengths tried to make a method forget as much as retraining does."""
-    rate_tries: Annotated[int, Hidden] = 3
-    """Most learning rates tried for a training method; the first is its own."""
     equal_by: Literal["facts", "answers"] = "facts"
     """What has to be as probable as in the retrained model for forgetting to be equal: each fact in
     one of 64 samples, or each answer; the mean over rows. Most of an answer is the sentence around
@@ -107,10 +106,6 @@ class CompareConfig(Paths):
     relearn_learning_rate: float | None = None
     """Learning rate of that, which moves all parameters [default: that of tuning, or with LoRA,
     whose rates are too large for it, 1e-4]."""
-    relearn_margin: Annotated[float, Hidden] = 0.05
-    """Distance from the retrained model's relearned probability that counts as resistant."""
-    relearn_factor: Annotated[float, Hidden] = 1.2
-    """Factor by which the strength grows until a method resists."""
     relearn_tries: int = 3
     """Most strengths tried for that, 0 for none."""
     suite: bool = False
@@ -149,13 +144,9 @@ class CompareConfig(Paths):
         require(len(self.seeds) > 0, "seeds", self.seeds, "at least one")
         seeds = self.seeds
         require(min(seeds) >= 0 and len(set(seeds)) == len(seeds), "seeds", seeds, "0, 1, 2, …")
-        for name in ("forget_rows", "retain_rows", "tries", "rate_tries"):
-            value, least = getattr(self, name), 2 if name.endswith("rows") else 1
-            require(value >= least, name.replace("_", "-"), value, f"at least {least}")
+        require_least(self, forget_rows=2, retain_rows=2, tries=1)
+        require_least(self, relearn_steps=0, relearn_tries=0)
         tolerance = self.equal_tolerance
         require(0 < tolerance < 1, "equal-tolerance", tolerance, "in (0, 1)")
-        require(self.relearn_steps >= 0, "relearn-steps", self.relearn_steps, "0 or more")
         rate = self.relearn_learning_rate
         require(rate is None or rate > 0, "relearn-learning-rate", rate, "above 0")
-        require(self.relearn_tries >= 0, "relearn-tries", self.relearn_tries, "0 or more")
-        require(self.relearn_factor > 1, "relearn-factor", self.relearn_factor, "above 1")

@@ -32,7 +32,7 @@ from perta.recipes._plan import Asked, Load, Sizes
 from perta.recipes.compare._draw import Draw, make_draw
 from perta.recipes.compare._edits import WeightEdit, ask_edit, forget_loss, prepare_edit
 from perta.recipes.compare._model import Bench, Knowledge, means
-from perta.recipes.compare._paths import TrainingPath, prepare_path
+from perta.recipes.compare._paths import RATE_TRIES, TrainingPath, prepare_path
 from perta.recipes.compare._search import nearest
 from perta.recipes.compare._spec import (
     EditSpec,
@@ -67,14 +67,16 @@ _IN_KEY = (
     "fixed",
     "relearn_steps",
     "relearn_learning_rate",
-    "relearn_margin",
-    "relearn_factor",
     "relearn_tries",
 )
 
 _EQUAL_BY = {"facts": f"hit_{SAMPLES}", "answers": "probability"}
 """Column of what `--equal-by` names."""
 
+_MARGIN = 0.05
+"""Distance from the retrained model's relearned probability that counts as resistant."""
+_FACTOR = 1.2
+"""Factor by which the strength grows until a method resists."""
 _SUITE = 5
 """About how often the TOFU evaluation reads a row: with paraphrases, wrong answers and its own."""
 
@@ -229,7 +231,7 @@ class _Seed:
         if isinstance(spec, EditSpec | TrainingSpec):
             passes += 2 * measured + config.tries * forget + config.relearn_tries * relearned
         if isinstance(spec, TrainingSpec):
-            epochs = config.rate_tries * (spec.training.epochs or spec.method.epochs)
+            epochs = RATE_TRIES * (spec.training.epochs or spec.method.epochs)
             passes += epochs * (2 * learn + 1) * forget
         return Load(passes)
 
@@ -327,12 +329,12 @@ class _Seed:
         The weights are those of `equal` now, to which `relearned` is added. Returns every strength
         tried, and the measures at the first that resists, if one does.
         """
-        limit = self._references["retrained"]["equal"]["relearned"] + self._config.relearn_margin
+        limit = self._references["retrained"]["equal"]["relearned"] + _MARGIN
         strength = equal["strength"]
         equal |= self._after(bench.relearned())
         points = [{"strength": strength, "relearned": equal["relearned"]}]
         while points[-1]["relearned"] > limit and len(points) <= self._config.relearn_tries:
-            strength *= self._config.relearn_factor
+            strength *= _FACTOR
             if strength > largest:
                 break
             move(strength)
@@ -408,7 +410,7 @@ class _Seed:
             made: _Contender
             if isinstance(spec, TrainingSpec):
                 ends = self._known()
-                made = prepare_path(self._config, self._draw, spec, bench, self._full, *ends)
+                made = prepare_path(self._draw, spec, bench, self._full, *ends)
             else:
                 made = prepare_edit(self._config, self._draw, spec)
             self._prepared = (spec.name, made)
@@ -455,8 +457,6 @@ class _Seed:
             settings |= spec.method.code
         if isinstance(spec, EditSpec):
             settings |= {"loss_on": forget_loss(config, draw, spec)}
-        if isinstance(spec, TrainingSpec):
-            settings |= {"rate_tries": config.rate_tries}
         inputs = {name: fingerprint(file) for name, file in draw.files.items()}
         models = (*_REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}

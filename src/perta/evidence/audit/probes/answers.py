@@ -33,7 +33,7 @@ from perta.evidence.scoring.items import ScoringOptions
 
 Words = Sequence[str]
 
-BEST_OF = 16
+_BEST_OF = 16
 """The k of the score, leak@k."""
 _LEAST_LENGTH = 32
 """Tokens after which a drawn answer is cut at the earliest."""
@@ -158,7 +158,7 @@ class Drawn(Probe):
 
     group = "sampling"
     source = "leak@k, arXiv 2511.04934; estimator of arXiv 2107.03374"
-    unit = f"probability that one of {BEST_OF} answers says the fact"
+    unit = f"probability that one of {_BEST_OF} answers says the fact"
     by_row = False  # how often one of few answers says it is chance
     thrifty = True
     temperature: float
@@ -177,7 +177,7 @@ class Drawn(Probe):
             for k in sorted({*doubling, n})
             if known
         }
-        scores = [None if c is None else leak_at(n, c, min(BEST_OF, n)) for c in hits]
+        scores = [None if c is None else leak_at(n, c, min(_BEST_OF, n)) for c in hits]
         return Rows(scores, {"answers": n, "hits": hits, "leak_at": curve})
 
     def _hits(self, view: View, name: str, place: int) -> int | None:
@@ -215,7 +215,7 @@ class DrawnPlainly(Drawn):
     """As the model is."""
 
     name, title = "drawn", "The fact in answers drawn again and again"
-    question = f"If somebody asked {BEST_OF} times, would the fact be said once?"
+    question = f"If somebody asked {_BEST_OF} times, would the fact be said once?"
     temperature = 1.0
 
 
@@ -223,7 +223,7 @@ class DrawnSharply(Drawn):
     """As chat programs commonly draw."""
 
     name, title = "drawn-0.8", "The fact in drawn answers, as chat programs draw them"
-    question = f"The same, of {BEST_OF} answers at temperature 0.8?"
+    question = f"The same, of {_BEST_OF} answers at temperature 0.8?"
     level = "full"
     temperature = 0.8
 

@@ -39,7 +39,7 @@ _SIDES: tuple[tuple[str, Callable[[Array], Array]], ...] = (
 )
 
 
-class Attack(Probe):
+class _Attack(Probe):
     """A membership attack."""
 
     group = "membership"
@@ -166,7 +166,7 @@ def _compared(figures: Judgement, difference: Interval, gap: float, name: str) -
     return replace(figures, reason=f"{why}; more rows would tell")
 
 
-class Loss(Attack):
+class Loss(_Attack):
     """The answer's loss."""
 
     name, title = "loss", "Told apart by the loss"
@@ -189,7 +189,7 @@ class Zlib(Loss):
         return Rows([metrics.zlib_score(loss, text) for loss, text in texts])
 
 
-class MinK(Attack):
+class MinK(_Attack):
     """The least likely 40% of the tokens."""
 
     name, title = "min-k", "Told apart by the least likely words"
@@ -198,7 +198,7 @@ class MinK(Attack):
     of = "min_k"
 
 
-class MinKPlusPlus(Attack):
+class MinKPlusPlus(_Attack):
     """The same, standardised over the vocabulary."""
 
     name, title = "min-k++", "Told apart by the least likely words among all words"
