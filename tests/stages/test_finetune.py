@@ -20,6 +20,7 @@ from perta.errors import ConfigError, DivergenceError, OutputExistsError
 from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.loss import answer_logits, example_losses, losses_of
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, TuneConfig, TunedType
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig
@@ -130,17 +131,31 @@ def test_weight_decay_moves_weights_that_learn_nothing(world: World) -> None:
     assert moved == {0.0: False, 0.1: True}
 
 
-def test_lora_is_merged_and_leaves_other_weights_alone(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_dtype", [None, "float32"])
+def test_lora_is_kept_or_merged_and_leaves_other_weights_alone(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_dtype: TunedType | None,
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
     settings = TuneConfig(epochs=20, learning_rate=2e-2, lora_rank=8, gradient_checkpointing=True)
-    output = finetune_checkpoint(config(world, tmp_path / "f", settings))
+    output = finetune_checkpoint(config(world, tmp_path / "f", settings, save_dtype=save_dtype))
+    held = {file.name for file in output.iterdir()}
+    kept = {"adapter_config.json", "adapter_model.safetensors", "perta.json"}
+    assert held == kept if save_dtype is None else "model.safetensors" in held
+    manifest = read_manifest(output)
+    output = resolve_checkpoint(output, exact=True)  # the adapter names its base
     base, tuned = open_index(world.base).tensors, open_index(output).tensors
     assert list(base) == list(tuned)
     changed = {
         name for name in base if not torch.equal(read_tensor(base[name]), read_tensor(tuned[name]))
     }
     assert changed == {name for name in base if "proj" in name}
-    manifest = read_manifest(output)
+    model = load_model(output, ComputeConfig())
+    losses = losses_of(model, encoded_forget(world), batch_size=1, pad=0)
     assert manifest is not None
+    assert manifest["final_losses"] == pytest.approx(losses, rel=1e-4)
     assert manifest["final_loss"] < manifest["epoch_losses"][0]
 
 

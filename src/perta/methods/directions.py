@@ -279,6 +279,7 @@ class Project(Directions):
     strength = 2.7
     layers: ClassVar[Literal["mlp", "all"]] = "mlp"
     searched = True
+    by_rows = True
     rho: float = option(default=3.0, help="weight ρ of the retain moments", within="[0, inf)")
 
     def solve(
@@ -328,6 +329,7 @@ class Input(_OfBothSets):
     )
     formula = "direction tau (C_f + mu I) (C_f + rho C_r + (lambda + mu) I)^-1"
     strength = 2.3
+    by_rows = True
     rho: float = option(default=100.0, help="weight ρ of the retain moments", within="[0, inf)")
     forget_damping: float = option(
         default=30.0,

@@ -286,14 +286,18 @@ class Combination(Edit):
 class Directions(Edit):
     """A method that solves for the direction of every linear layer: `solve`."""
 
+    # Whether Δ = τ R, where R does not depend on τ: then `solve` gets factors of τ in its place.
+    by_rows: ClassVar[bool] = False
+
     @abstractmethod
     def solve(
         self, vectors: Sequence[Tensor], inputs: SideMoments, outputs: Callable[[int], SideMoments]
     ) -> Iterable[Direction]:
         """Directions of layers that read the same input, one each.
 
-        `vectors` are their τ, (out, in) float64; `inputs` has the input's second moment on every
-        set needed, and `outputs` gives those of the output gradients by a layer's place.
+        `vectors` are their τ, (out, in) float64; with `by_rows` they may be A, (r, in), of τ = B A,
+        and what is found is that of A. `inputs` has the input's second moment on every set needed,
+        and `outputs` gives those of the output gradients by a layer's place.
         """
 
 

@@ -1,7 +1,7 @@
 """From what the user names to a local checkpoint folder.
 
 folder with safetensors ── as it is
-adapter folder ─────────── merged into its base, kept in the cache
+adapter folder ─────────── merged into its base, kept in the cache; a task vector of LoRA is not
 quantised folder ───────── dequantised, kept in the cache
 GGUF file ──────────────── dequantised to float32, kept in the cache
 hub id ─────────────────── downloaded by huggingface_hub, into its own cache
@@ -21,11 +21,12 @@ from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
 from perta.models.complete import check_checkpoint
 from perta.models.formats.adapters import adapter_settings, merge_adapter
 from perta.models.formats.gguf import read_gguf
+from perta.models.formats.low_rank import is_adapter, steps_of
 from perta.models.formats.quantised import WRITTEN, dequantise, stored_format
 from perta.models.load import plain_errors, save_model
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
-from perta.store.checkpoint import GGUF
+from perta.store.checkpoint import GGUF, open_index
 from perta.store.fingerprint import content_of, files_of, fingerprint, is_as_written
 from perta.store.record import ADAPTER_CONFIG, make_manifest, write_manifest
 from perta.version import __version__
@@ -57,6 +58,17 @@ def resolve_checkpoint(
         CheckpointError: it cannot be read or merged, or is of another model than it says.
     """
     return _resolve(reference, base=base, exact=exact)
+
+
+def resolve_tuned(reference: str | Path, base: Path) -> Path:
+    """The same for a checkpoint tuned from a resolved base, exact; errors as there.
+
+    An adapter of plain LoRA stays as it is: its task vector is two thin factors.
+    """
+    path = Path(reference).expanduser()
+    if is_adapter(path) and steps_of(path, open_index(base)) is not None:
+        return path
+    return resolve_checkpoint(reference, base=base, exact=True)
 
 
 def quantised_checkpoint(reference: str | Path) -> Path | None:

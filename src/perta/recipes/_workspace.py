@@ -60,7 +60,7 @@ class Workspace:
     measured: Path  # model at which importance and moments are measured
     sets: Mapping[str, str]  # name -> file or `datasets` id
     tune: TuneConfig
-    save_dtype: TunedType = "float32"  # of tuned models
+    save_dtype: TunedType | None = None  # of tuned models; an adapter is kept without one
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     moments: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig

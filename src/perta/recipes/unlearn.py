@@ -33,7 +33,8 @@ from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
 from perta.models.formats.gguf_write import gguf_plan
-from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
+from perta.models.formats.low_rank import open_tuned
+from perta.models.resolve import quantised_checkpoint, resolve_checkpoint, resolve_tuned
 from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
 from perta.recipes._plan import Asked, Sizes
@@ -202,7 +203,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     tuned = {
-        name: resolve_checkpoint(given, base=base, exact=True)
+        name: resolve_tuned(given, base)
         for name in (FORGET_CHECKPOINT, "retain_checkpoint")
         if (given := getattr(config, name)) is not None
     }
@@ -213,7 +214,8 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
         sources = {BASE: base, FORGET: tuned.get(FORGET_CHECKPOINT, base)}
         if "retain_checkpoint" in tuned:
             sources[RETAIN] = tuned["retain_checkpoint"]
-        opened = {role: open_index(folder) for role, folder in sources.items()}
+        start = open_index(base)
+        opened = {role: open_tuned(folder, start) for role, folder in sources.items()}
         targets = plan_edit(open_index(full), opened, config.weighting)
         if get_method(config.weighting.method).needs.moments:
             check_linear(targets)

@@ -29,7 +29,7 @@ from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
 from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
-from perta.models.formats.adapters import adapter_settings
+from perta.models.formats.adapters import adapter_settings, lasting_name
 from perta.models.formats.gguf_write import gguf_plan
 from perta.models.formats.quantised import quantised_tensors
 from perta.models.load import pick_device
@@ -37,6 +37,7 @@ from perta.models.resolve import (
     base_of_adapter,
     quantised_checkpoint,
     resolve_checkpoint,
+    resolve_tuned,
     tell_plain,
 )
 from perta.options import ComputeConfig, SaveType, WeightingConfig
@@ -169,8 +170,7 @@ def _write_adapter(config: EditConfig, folder: Path, edited: Path, full: Path) -
         # Its tokenizer or chat template, where it has its own.
         copy_companions(own, folder)
         (folder / "config.json").unlink(missing_ok=True)
-    if (place := Path(named).expanduser()).exists():
-        named = str(place.resolve())
+    named = lasting_name(named)
     adapter = write_adapter(folder, edited, full, reference, named=named, rank=rank)
     shutil.copyfile(edited / "README.md", folder / "README.md")
     share, cut = adapter.stored.stored_share or 0.0, len(adapter.truncated)
@@ -207,16 +207,13 @@ def _find_inputs(config: EditConfig) -> dict[str, Path]:
         for place, checkpoint in enumerate(config.forget_checkpoints)
     }
     tuned["retain_checkpoint"] = config.retain_checkpoint
+    base = resolve_checkpoint(config.base)
     folders = {
         "full": resolve_checkpoint(
             config.full, base=config.base, exact=config.output_format != "checkpoint"
         ),
-        "base": resolve_checkpoint(config.base),
-        **{
-            name: resolve_checkpoint(checkpoint, base=config.base, exact=True)
-            for name, checkpoint in tuned.items()
-            if checkpoint is not None
-        },
+        "base": base,
+        **{name: resolve_tuned(given, base) for name, given in tuned.items() if given is not None},
         "forget_importance": config.forget_importance,
         "retain_importance": config.retain_importance,
         "forget_moments": config.forget_moments,

@@ -22,6 +22,7 @@ from perta.engine.train.optimizer import resumable
 from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
 from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
+from perta.models.formats.low_rank import load_tuned, save_tuned
 from perta.models.load import (
     counting_tokens,
     load_model,
@@ -29,7 +30,6 @@ from perta.models.load import (
     longest_input,
     pad_id,
     round_weights,
-    save_model,
     stored_dtype,
 )
 from perta.models.loss import losses_of
@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 def finetune_checkpoint(config: FinetuneConfig) -> Path:
     """Tune a checkpoint on a data set, write it and return its folder (`perta finetune`)."""
     loss_on = config.tune.loss_on or "answer"
-    config = replace(config, tune=replace(config.tune, loss_on=loss_on))
+    keeps = config.save_dtype is None and config.tune.lora_rank > 0
+    save_dtype = None if keeps else config.save_dtype or "float32"
+    config = replace(config, tune=replace(config.tune, loss_on=loss_on), save_dtype=save_dtype)
     subject = read_subject("base", config)
     base, encoded = subject.checkpoint, subject.encoded
     count = sample_count(config.samples, "samples", len(encoded))
@@ -74,11 +76,12 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
             pad=subject.pad,
             dtype=config.compute.dtype,
             resume=resume,
+            merges=not keeps,
         )
         _warn_if_not_learned(tuned, chosen.encoded, config.data)
         if config.save_dtype == "base":
             round_weights(model, stored_dtype(base), config.tune.seed)
-        save_model(model, subject.tokenizer, folder, base)
+        save_tuned(model, subject.tokenizer, folder, base, config.base)
         return _told(chosen, tuned, sources)
 
     with resumable(config.output, key, config.tune.save_every or 0) as resume:
@@ -117,7 +120,7 @@ def check_learned(
     tokenizer, losses, tokens = load_tokenizer(base), [], 0
     examples: list[Encoded] = []
     for folder in (base, given):
-        model = load_model(folder, compute)
+        model = load_tuned(folder, base, compute)
         with counting_tokens(model) as counted:
             if not examples:
                 read = (rows, tokenizer, data_config)

@@ -95,9 +95,10 @@ class FinetuneConfig(Paths):
     samples: str | None = None
     """Tune on a sample, seeded by --seed: a share such as 0.2, or a count such as 500 [default:
     all]."""
-    save_dtype: TunedType = "float32"
+    save_dtype: TunedType | None = None
     """Type the tuned weights are stored in. float32 keeps the small differences from the base
-    that make up a task vector; `base` takes the base checkpoint's own type."""
+    that make up a task vector; `base` takes the base checkpoint's own type [default: float32;
+    with --lora-rank the adapter is kept as it is]."""
     overwrite: Overwrite = False
     tune: TuneConfig = field(default_factory=TuneConfig)
     data_config: DataConfig = field(default_factory=DataConfig)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import TUNE, make_world
 from perta.data.examples import load_examples
-from perta.errors import ConfigError
+from perta.errors import ConfigError, NotLearnedError
 from perta.methods.registry import with_defaults
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.options import ComputeConfig, WeightingConfig
@@ -124,6 +127,36 @@ def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
         step = 0.0 if is_left else only["scaling_coef"] * (tuned - base)
         torch.testing.assert_close(total, base + step, rtol=1e-5, atol=1e-6)
         assert is_left <= torch.equal(total, base)
+
+
+def test_rounds_of_adapters_are_one_adapter(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No model of full size is written but the output; a given adapter is that of round 1."""
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    tune = replace(run[0].tune, lora_rank=4, learning_rate=2e-2)
+    config = replace(run[0], tune=tune, output=tmp_path / "clean")
+    unlearn(config)
+    made, first = (config.work_folder / name for name in ("forget_rounds", "forget_checkpoint"))
+    rounds = (read_manifest(made) or {})["rounds"]
+    assert json.loads((made / "adapter_config.json").read_text())["r"] == 4 * len(rounds)
+    assert left_by(config, made, tmp_path / "edited") == rounds[-1]["left"]
+    largest = max(p.stat().st_size for p in config.work_folder.rglob("*.safetensors"))
+    assert largest < (config.output / "model.safetensors").stat().st_size
+    assert not (tmp_path / "cache" / "merged").exists()
+    given = replace(config, forget_checkpoint=str(first), output=tmp_path / "given", work_dir=None)
+    with pytest.raises(NotLearnedError, match="does not know the rows to forget: its loss"):
+        unlearn(given)
+    monkeypatch.setattr("perta.stages.finetune._FIT", 10.0)
+    unlearn(given)
+    said = re.findall(r"its loss on the facts is ([\d.]+) nats", capsys.readouterr().err)
+    record = read_manifest(first) or {}
+    assert [float(loss) for loss in said] == [pytest.approx(record["final_loss"], abs=1e-3)]
+    stored = [load_file(place / "model.safetensors") for place in (config.output, given.output)]
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
 
 
 def test_a_first_round_that_leaves_nothing_is_the_forget_checkpoint(

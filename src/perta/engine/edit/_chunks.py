@@ -21,6 +21,7 @@ from torch import Tensor
 from perta.engine.edit.plan import BASE, DIRECTION, FULL, IMPORTANCE_ROLES, Target, forget_role
 from perta.errors import CorruptCheckpointError
 from perta.methods.method import Block, Edit, Side
+from perta.models.formats.low_rank import ThinEntry, read_thin
 from perta.options import WeightingConfig
 from perta.store.arithmetic import difference, square_norm
 from perta.store.checkpoint import TensorEntry, is_float, opened, read_into
@@ -124,7 +125,32 @@ class Reader:
             raise _not_finite(self.entry)
 
 
+class _StepReader(Reader):
+    """Chunks of a step that is kept as two factors, float32; its base is not looked at."""
+
+    def __init__(self, entry: ThinEntry) -> None:
+        self.entry = entry
+        self._thin = read_thin(entry)
+
+    def read(self, begin: int, count: int) -> Tensor:
+        """Make a chunk of the step."""
+        return self._thin.part(begin, count)
+
+
 Readers = Mapping[str, Reader]  # role -> reader
+
+
+def steps_from_base(readers: Readers, roles: Iterable[str], begin: int, count: int) -> list[Tensor]:
+    """A chunk of what each of some models differs by from the base, if that is read; float32."""
+    steps: list[Tensor] = []
+    base = None
+    for reader in map(readers.__getitem__, roles):
+        if BASE not in readers or isinstance(reader, _StepReader):
+            steps.append(reader.read(begin, count))
+        else:
+            base = readers[BASE].load(begin, count) if base is None else base
+            steps.append(reader.read_difference(base, begin, count))
+    return steps
 
 
 def read_importance(reader: Reader, begin: int, count: int) -> Tensor:
@@ -197,26 +223,22 @@ class Blocks:
         averaged = {role for role, means in self.averages.items() if target.full.name in means}
         entries = {FULL: target.full, **target.sources}
         with ExitStack() as stack:
-            yield {
-                role: Reader(
-                    entries[role], stack.enter_context(opened(entries[role].file)), role, buffers
-                )
-                for role in roles
-                if role not in averaged
-            }
+
+            def reader(role: str, entry: TensorEntry) -> Reader:
+                if isinstance(entry, ThinEntry):
+                    return _StepReader(entry)
+                return Reader(entry, stack.enter_context(opened(entry.file)), role, buffers)
+
+            yield {role: reader(role, entries[role]) for role in roles if role not in averaged}
 
     def task_vectors(self, readers: Readers, begin: int, count: int) -> list[Tensor]:
         """What the method combines: every τ, or what takes its place; each in its own buffer."""
         if DIRECTION in readers:
             return [readers[DIRECTION].read(begin, count)]
-        base = readers[BASE].load(begin, count) if BASE in readers else None
-        vectors: list[Tensor] = []
-        while reader := readers.get(forget_role(len(vectors))):
-            if base is None:
-                vectors.append(reader.read(begin, count))
-            else:
-                vectors.append(reader.read_difference(base, begin, count))
-        return vectors
+        roles: list[str] = []
+        while (role := forget_role(len(roles))) in readers:
+            roles.append(role)
+        return steps_from_base(readers, roles, begin, count)
 
     def block(self, target: Target, readers: Readers, begin: int, count: int) -> Block:
         """Importance and settings of a chunk."""

@@ -28,10 +28,10 @@ from perta.engine.edit._chunks import (
     Span,
     in_threads,
     spans,
+    steps_from_base,
 )
 from perta.engine.edit._passes import average_importance, find_cuts, find_unused
 from perta.engine.edit.plan import (
-    BASE,
     FULL,
     RETAIN,
     EditInputs,
@@ -120,8 +120,7 @@ class Editor:
             step.sums = Sums(weighting * count, norm, norm * (weighting * scaling_coef) ** 2)
         retain_coef = method.retain_coef if RETAIN in readers else 0.0
         if retain_coef != 0:
-            base = readers[BASE].load(begin, count)
-            retain_vector = readers[RETAIN].read_difference(base, begin, count)
+            (retain_vector,) = steps_from_base(readers, [RETAIN], begin, count)
             step.sums.delta = square_norm(delta.sub_(retain_vector.mul_(retain_coef)))
         step.is_still = scaling_coef == retain_coef == 0
 

@@ -4,12 +4,13 @@
     retain moments ────────────────┼─ one solve a layer ── Δ, float32, checkpoint names
     forget moments (not all) ──────┘
 
-Layers that read the same input are solved at once.
+Layers that read the same input are solved at once. A task vector of two thin factors, τ = B A,
+stays one where the method multiplies τ from the right: Δ = B (A M⁻¹), and r rows are solved for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,6 +20,14 @@ from torch import Tensor
 
 from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
 from perta.methods.method import Direction, Directions, Side, mean
+from perta.models.formats.low_rank import (
+    Thin,
+    ThinEntry,
+    joined,
+    named_tensors,
+    open_tuned,
+    read_thin,
+)
 from perta.parallel import count, gathered, share, stream
 from perta.progress import track
 from perta.store.checkpoint import CheckpointIndex, TensorEntry, open_index, read_tensor
@@ -42,7 +51,8 @@ def check_moments(folder: Path, models: Collection[Path], gradients: bool) -> Mo
     return opened
 
 
-_Solved = tuple[str, Tensor, dict[str, float]]
+_Matrix = Tensor | Thin
+_Solved = tuple[str, _Matrix, dict[str, float]]
 """A weight's name, its Δ, and what the solve reports."""
 
 
@@ -59,11 +69,11 @@ class Solver:
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def run(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and Δ of every weight, float32, as the checkpoint stores it."""
+        """Yield name and Δ of every weight, or its factors, float32, in the stored orientation."""
         with track("Direction", len(self.names)) as advance:
             for name, delta, facts in stream(Solver._run, self):
                 self.layers[name] = facts
-                yield name, delta
+                yield from named_tensors(name, delta)
                 advance()
 
     def _run(self) -> Iterator[_Solved]:
@@ -80,24 +90,36 @@ class Solver:
         """Layers with one input."""
         vectors = [self._task_vector(name) for name in names]
         try:
-            found = list(self._solve(names, vectors))
+            found = self._solve(names, vectors)
         except DivergenceError as error:
             raise DivergenceError(f"{names[0]}: {error}") from None
-        for name, vector, direction in zip(names, vectors, found, strict=True):
+        for name, vector, (delta, direction) in zip(names, vectors, found, strict=True):
             facts = {
                 "task_vector_norm": float(vector.norm()),
-                "direction_norm": float(direction.delta.norm()),
+                "direction_norm": float(delta.norm()),
                 "condition": direction.condition,
                 "damping": direction.damping,
             }
-            yield name, self._as_stored(name, direction.delta).float().cpu(), facts
+            yield name, self._as_stored(name, delta), facts
 
-    def _solve(self, names: Sequence[str], vectors: Sequence[Tensor]) -> Iterable[Direction]:
+    def _solve(
+        self, names: Sequence[str], vectors: Sequence[_Matrix]
+    ) -> list[tuple[_Matrix, Direction]]:
+        """Δ of every layer, and how it was found."""
+
         def outputs(place: int) -> dict[Side, Tensor]:
-            return self._moments(MomentFolder.output_moment, names[place], len(vectors[place]))
+            return self._moments(MomentFolder.output_moment, names[place], len(rows[place]))
 
-        inputs = self._moments(MomentFolder.input_moment, names[0], vectors[0].shape[1])
-        return self.method.solve(vectors, inputs, outputs)
+        thin = [v if self.method.by_rows and isinstance(v, Thin) else None for v in vectors]
+        rows = [
+            factors.right if factors else v.whole() if isinstance(v, Thin) else v
+            for v, factors in zip(vectors, thin, strict=True)
+        ]
+        inputs = self._moments(MomentFolder.input_moment, names[0], rows[0].shape[1])
+        return [
+            (Thin(factors.left, found.delta) if factors else found.delta, found)
+            for factors, found in zip(thin, self.method.solve(rows, inputs, outputs), strict=True)
+        ]
 
     def _moments(
         self, read: Callable[[MomentFolder, str], Tensor], name: str, width: int
@@ -114,15 +136,18 @@ class Solver:
             found[side] = moment.to(self.device)
         return found
 
-    def _task_vector(self, name: str) -> Tensor:
+    def _task_vector(self, name: str) -> _Matrix:
         """τ of one weight, (out, in) float64."""
-        base, *tuned = (
-            read_tensor(cast(TensorEntry, index.find(name))).to(self.device, torch.float64)
-            for index in (self.base, *self.tuned)
-        )
-        return self._as_stored(name, mean(tuned).sub_(base))
+        start, *entries = (cast(TensorEntry, i.find(name)) for i in (self.base, *self.tuned))
+        steps = [read_thin(e, self.device) for e in entries if isinstance(e, ThinEntry)]
+        whole = [e for e in entries if not isinstance(e, ThinEntry) and e != start]
+        if not whole:  # the others leave this weight as it is
+            return self._as_stored(name, joined(steps, start.shape, 1 / len(entries)))
+        base, *tuned = (read_tensor(e).to(self.device, torch.float64) for e in (start, *whole))
+        vectors = [*(other.sub_(base) for other in tuned), *(step.whole() for step in steps)]
+        return self._as_stored(name, mean(vectors))
 
-    def _as_stored(self, name: str, weight: Tensor) -> Tensor:
+    def _as_stored(self, name: str, weight: _Matrix) -> _Matrix:
         """Turn a weight from its stored orientation to (out, in), or back."""
         return weight.t() if name in self._transposed else weight
 
@@ -158,7 +183,8 @@ def open_solver(
                     "both with the same `perta moments` settings and checkpoint."
                 )
     names = choose(retain)
-    start, *others = (open_index(folder) for folder in (base, *tuned))
+    start = open_index(base)
+    others = [open_tuned(folder, start) for folder in tuned]
     for index in others:
         for name in names:
             shapes = [entry.shape if (entry := i.find(name)) else None for i in (start, index)]

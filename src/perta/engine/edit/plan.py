@@ -17,6 +17,7 @@ import torch
 from perta.errors import CheckpointMismatchError, ConfigError, CorruptCheckpointError, some
 from perta.methods.method import Edit, Side
 from perta.models.complete import refuse_quantised
+from perta.models.formats.low_rank import open_direction, open_tuned
 from perta.models.layers import mlp_names
 from perta.models.trust import read_config
 from perta.options import WeightingConfig
@@ -278,7 +279,7 @@ def open_sources(method: Edit, inputs: EditInputs) -> dict[str, CheckpointIndex]
                 f"`{method.name}` subtracts a direction that was computed before: give the "
                 "direction's folder, or use `perta edit` with the moment folders."
             )
-        return {**sources, DIRECTION: open_index(inputs.direction)}
+        return {**sources, DIRECTION: open_direction(inputs.direction)}
     if not needs.importance:
         return sources
     order = method.order
@@ -327,7 +328,7 @@ def _open_checkpoints(method: Edit, inputs: EditInputs) -> dict[str, CheckpointI
                 f"nothing. The {kind} checkpoint is the base tuned on the {kind} set; make it with "
                 f"`perta finetune --base {base} --data {kind.upper()}_SET --output ...`."
             )
-        sources[role] = open_index(folder)
+        sources[role] = open_tuned(folder, sources[BASE])
     return sources
 
 

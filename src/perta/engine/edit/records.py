@@ -14,8 +14,9 @@ import torch
 
 from perta.errors import CheckpointMismatchError
 from perta.methods.method import Edit
+from perta.models.formats.low_rank import ThinEntry, open_tuned, read_thin
 from perta.progress import warn
-from perta.store.checkpoint import open_index, read_tensor
+from perta.store.checkpoint import TensorEntry, open_index, read_tensor
 from perta.store.measured.importance import read_sidecar
 from perta.store.measured.moments import open_moments
 from perta.store.record import read_manifest
@@ -96,7 +97,7 @@ def _check_starts(
             wrong = f"was tuned from {other}, but a {name} is tuned from the base"
         elif side not in used or (side == "forget" and rows in forget_rows):
             continue
-        elif _is_the_same(folder, full):
+        elif _is_the_same(folder, full, base):
             wrong = f"is {full} itself, which learned all rows, not those of one set"
         elif side == "forget" and rows and (start, rows) == (whole.get("base"), whole.get("data")):
             wrong = f"was tuned on all rows that {full} was tuned on; without them it is the base"
@@ -108,16 +109,23 @@ def _check_starts(
         )
 
 
-def _is_the_same(tuned: Path, full: Path) -> bool:
-    """Whether a checkpoint holds θ_full, also in a wider type or as an adapter's exact weights."""
-    theirs = open_index(tuned)
-    pairs = [(entry, theirs.find(name)) for name, entry in open_index(full).tensors.items()]
-    return all(
-        other is not None
-        and entry.shape == other.shape
-        and torch.equal(read_tensor(entry), read_tensor(other).to(entry.dtype))
-        for entry, other in pairs
-    )
+def _is_the_same(tuned: Path, full: Path, base: Path) -> bool:
+    """Whether a checkpoint holds θ_full, also in a wider type or as an adapter of the base."""
+    start = open_index(base)
+    theirs = open_tuned(tuned, start)
+
+    def holds(name: str, entry: TensorEntry) -> bool:
+        other = theirs.find(name)
+        if other is None or other.shape != entry.shape:
+            return False
+        ours = read_tensor(entry)
+        if not isinstance(other, ThinEntry):
+            return torch.equal(ours, read_tensor(other).to(ours.dtype))
+        whole = read_thin(other).whole() + read_tensor(start.tensors[other.name])
+        # Who merged it may have rounded in between.
+        return torch.allclose(ours.double(), whole, rtol=torch.finfo(ours.dtype).eps, atol=1e-7)
+
+    return all(holds(name, entry) for name, entry in open_index(full).tensors.items())
 
 
 def _rows_of(side: str, folders: Mapping[str, Path]) -> dict[str, Path]:

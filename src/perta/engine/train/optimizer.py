@@ -187,12 +187,12 @@ class Trainer:
             for parameter, (value, _) in zip(parameters, before, strict=True):
                 parameter.copy_(value)
 
-    def finish(self) -> Any:
-        """The trained model in evaluation mode, an adapter merged."""
+    def finish(self, merges: bool = True) -> Any:
+        """The trained model in evaluation mode, an adapter merged or left on it."""
         if self.settings.gradient_checkpointing:
             _set_checkpointing(self.model, False, self.products)
-        done = self.model.merge_and_unload() if self.settings.tunes_adapter else self.model
-        return done.eval()
+        merges &= self.settings.tunes_adapter
+        return (self.model.merge_and_unload() if merges else self.model).eval()
 
     def state(self) -> dict[str, Any]:
         """All that steps have changed, as plain values and tensors."""

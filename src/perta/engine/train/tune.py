@@ -88,6 +88,7 @@ def tune_until_learned(
     pad: int,
     dtype: DType = "auto",
     resume: Resume | None = None,
+    merges: bool = True,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a model; without a learning rate of the user's, at the first that learns the set.
 
@@ -95,14 +96,14 @@ def tune_until_learned(
     at the first. The tokens of the outcome are those of all tries. Errors as of `tune`.
     """
     if not config.finds_rate:
-        return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume)
+        return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume, merges=merges)
 
     def tried(factor: float, epochs: int) -> tuple[PreTrainedModel, Tuned]:
         model = load()
         rate = factor * _usual_rate(model, config)
         settings = replace(config, learning_rate=rate, epochs=epochs)
         kept = resume if (factor, epochs) == (_RATES[0], config.epochs) else None
-        return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept)
+        return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept, merges=merges)
 
     tokens, best, share = 0, _RATES[0], -1.0
     for factor in _RATES:
@@ -135,8 +136,9 @@ def tune(
     dtype: DType = "auto",
     resume: Resume | None = None,
     after_epoch: Callable[[int], None] | None = None,
+    merges: bool = True,
 ) -> tuple[PreTrainedModel, Tuned]:
-    """Tune a float32 model in memory with AdamW, in place; an adapter is merged.
+    """Tune a float32 model in memory with AdamW, in place; `merges` an adapter, or leaves it on.
 
     The loss of a step is the mean over its examples of the mean negative log-likelihood of
     their answer tokens, the same per-example loss importance is taken of. `dtype` is the type of
@@ -147,7 +149,7 @@ def tune(
         DivergenceError: the loss is not finite, or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or _usual_rate(model, config))
-    run = (model, examples, config, pad, product_type_of(model, dtype))
+    run = (model, examples, config, pad, product_type_of(model, dtype), merges)
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _tune(*run, Own(resume), after_epoch)
@@ -160,13 +162,14 @@ def _tune(
     config: TuneConfig,
     pad: int,
     products: torch.dtype,
+    merges: bool,
     resume: Own[Resume],
     after_epoch: Callable[[int], None] | None,
 ) -> tuple[PreTrainedModel, Tuned]:
     trainer = Trainer.of(model, config, len(examples), products)
     learning = _Learning(trainer, config, len(examples), after_epoch)
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume.value)
-    done = trainer.finish()
+    done = trainer.finish(merges)
     final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
     losses = tuple(learning.epoch_losses)
     tokens = len(losses) * sum(len(e.input_ids) for e in examples)

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 _NAME = "default"
 
 _ADDS_INPUT = (
@@ -79,7 +79,7 @@ _BLIND = (
     "VERA",
 )
 """Types whose layers are built without a look at the base's values."""
-_BLIND_STARTS = (True, False, "gaussian", "eva")
+BLIND_STARTS = (True, False, "gaussian", "eva")
 """Initial values of LoRA for which the same holds; `pissa` and others start from the base's."""
 
 
@@ -104,12 +104,18 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
             "no weight, so there is nothing to merge or to edit. Tune with LoRA or another type "
             "that changes weights."
         )
-    if not (adapter / _WEIGHTS).is_file():
+    if not (adapter / WEIGHTS).is_file():
         raise CheckpointError(
-            f"{adapter} has no {_WEIGHTS}. Pickle files are never loaded; save the adapter again "
+            f"{adapter} has no {WEIGHTS}. Pickle files are never loaded; save the adapter again "
             "with safe_serialization."
         )
     return settings
+
+
+def lasting_name(reference: str) -> str:
+    """How an adapter names its base, wherever it is read: a whole path, or a hub id as it is."""
+    place = Path(reference).expanduser()
+    return str(place.resolve()) if place.exists() else reference
 
 
 def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> None:
@@ -168,7 +174,7 @@ class _Merge:
 
         config = PeftConfig.from_pretrained(str(adapter))
         start = getattr(config, "init_lora_weights", True)
-        if config.peft_type in _BLIND and start in _BLIND_STARTS:
+        if config.peft_type in _BLIND and start in BLIND_STARTS:
             model: Any = _placeholders(adapter, index.folder)
             merge = _load(adapter, config, index, model, streams=True)
             if merge.plan() is None:
@@ -346,8 +352,8 @@ def _placeholders(adapter: Path, base: Path) -> PreTrainedModel:
     model = build()
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    wholes = {f"{_PREFIX}{name}.{end}" for end in ("weight", "base_layer.weight")}
-    rows = [e.shape[0] for e in read_header(adapter / _WEIGHTS)[0] if e.name in wholes]
+    wholes = {f"{PREFIX}{name}.{end}" for end in ("weight", "base_layer.weight")}
+    rows = [e.shape[0] for e in read_header(adapter / WEIGHTS)[0] if e.name in wholes]
     if rows and rows[0] != config.get_text_config().vocab_size:
         config.get_text_config().vocab_size = rows[0]
         model = build()
@@ -374,7 +380,7 @@ def _load(
     without_patterns(config, model, adapter)
     adapted = PeftModel(model, config, _NAME)
     inside = dict(adapted.named_parameters(remove_duplicate=False))
-    stored = read_header(adapter / _WEIGHTS)[0]
+    stored = read_header(adapter / WEIGHTS)[0]
     given = {inside[entry.name] for entry in stored if entry.name in inside}.intersection(names)
     for parameter in given:
         parameter.data = torch.empty(parameter.shape)
@@ -448,7 +454,7 @@ def _load_values(adapted: Any, adapter: Path, base: Path, *, is_trainable: bool 
 
 
 def _shown(names: Sequence[str]) -> str:
-    return some(sorted(name.removeprefix(_PREFIX) for name in names))
+    return some(sorted(name.removeprefix(PREFIX) for name in names))
 
 
 _UNLOAD = "unload_and_optionally_merge_module"

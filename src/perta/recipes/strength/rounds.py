@@ -34,10 +34,10 @@ from transformers import PreTrainedModel
 
 from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
+from perta.models.formats.low_rank import is_adapter, load_tuned, save_tuned, write_sum
 from perta.models.layers import Slot, late_slots, stored_weights
 from perta.models.load import (
     counting_tokens,
-    load_model,
     load_tokenizer,
     pad_id,
     picked,
@@ -117,7 +117,7 @@ def write_rounds(
             run = _Run(edit, unseen, config, compute, scratch)
             with counting_tokens(run.model) as tokens:
                 rounds = run.all(most)
-            save_model(run.total, run.tokenizer, folder, Path(edit.base))
+            run.write(folder)
         passes = 3 * run.tuned + tokens()
         return {"rounds": [asdict(made) for made in rounds], "passes": passes}
 
@@ -130,8 +130,7 @@ class _Run:
 
     Attributes:
         model: θ_full less what the rounds so far take.
-        total: the forget checkpoint of the rounds so far; a GPU has no room for it.
-        tokens: that were tuned on.
+        tuned: tokens that were tuned on.
     """
 
     def __init__(
@@ -146,8 +145,9 @@ class _Run:
         self._compute, self._scratch = compute, scratch
         self.tokenizer = load_tokenizer(Path(edit.base))
         self.model = self._load(edit.full)
-        self.total = self._load(edit.base, "cpu")
         self.tuned = 0
+        # Task vectors so far: checkpoint, α_k, and the parameters that are left out.
+        self._taken: list[tuple[Path, float, frozenset[str]]] = []
         self._pad = pad_id(self.tokenizer)
 
     def all(self, most: int) -> list[Round]:
@@ -183,11 +183,12 @@ class _Run:
         dtype, device = self._compute.dtype, self.model.device
         torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
         base = self._load(self._edit.base)
-        model, tuned = tune(base, examples, self._config, pad=self._pad, dtype=dtype)
+        merges = not self._config.lora_rank
+        model, tuned = tune(base, examples, self._config, pad=self._pad, dtype=dtype, merges=merges)
         self.tuned += tuned.tokens
         folder = self._scratch / f"round_{number}"
         folder.mkdir()
-        save_model(model, self.tokenizer, folder, Path(self._edit.base))
+        save_tuned(model, self.tokenizer, folder, Path(self._edit.base), self._edit.base)
         del base, model
         torch.nn.Module.to(self.model, device)
         return folder
@@ -241,17 +242,29 @@ class _Run:
         chosen = search_coarsely(forgets, 2 * LARGEST if late else LARGEST)
         return chosen, left(chosen or 0.0)
 
-    @torch.no_grad()
     def _add(self, checkpoint: Path, weight: float, late: Sequence[Slot]) -> None:
-        """Add a round's task vector to the forget checkpoint."""
-        tuned, base = (self._load(folder, "cpu") for folder in (checkpoint, self._edit.base))
-        names = {name for name, _ in late}
-        for (name, total), other, start in zip(
-            self.total.named_parameters(), tuned.parameters(), base.parameters(), strict=True
-        ):
-            if name not in names:
-                total.add_(other - start, alpha=weight)
+        """Make a round's task vector part of the forget checkpoint."""
+        self._taken.append((checkpoint, weight, frozenset(name for name, _ in late)))
+
+    @torch.no_grad()
+    def write(self, folder: Path) -> None:
+        """Write the forget checkpoint: an adapter where every round left one."""
+        base = Path(self._edit.base)
+        if all(is_adapter(checkpoint) for checkpoint, _, _ in self._taken):
+            write_sum(folder, self._taken)
+            return
+        total, start = (self._load(base, "cpu") for _ in range(2))  # a GPU has no room for them
+        for checkpoint, weight, late in self._taken:
+            tuned = self._load(checkpoint, "cpu")
+            for (name, mine), other, old in zip(
+                total.named_parameters(), tuned.parameters(), start.parameters(), strict=True
+            ):
+                if name not in late:
+                    mine.add_(other - old, alpha=weight)
+        save_model(total, self.tokenizer, folder, base)
 
     def _load(self, folder: str | Path, device: Device | None = None) -> PreTrainedModel:
         compute = replace(self._compute, device=device or self._compute.device)
-        return load_model(Path(folder), compute, dtype=torch.float32)
+        model = load_tuned(Path(folder), Path(self._edit.base), compute, dtype=torch.float32)
+        merged: PreTrainedModel = model.merge_and_unload() if is_adapter(Path(folder)) else model
+        return merged
