@@ -296,6 +296,36 @@ def test_edits_are_equal_to_the_byte(runs: tuple[Path, Path], world: World, tmp_
         assert one.read_bytes() == four.read_bytes(), method
 
 
+def test_task_vectors_of_lora_are_those_of_one_process(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuned, given, solved for and edited with; from the same adapter to the byte."""
+    monkeypatch.setattr("perta.stages.finetune._FIT", 10.0)  # so few weights learn nothing here
+    runs = ("--method", "perta-project", "--alpha", 1, "--no-evaluate")
+    for size in (1, 2):
+        lora = request(world, tmp_path / f"out {size}", *runs, "--lora-rank", 2)
+        assert finish(start(size, lora, tmp_path / f"log {size}"), 120) == [0] * size
+    works = [tmp_path / f"out {size}.work" for size in (1, 2)]
+    first, second = (
+        load_file(w / "forget_checkpoint" / "adapter_model.safetensors") for w in works
+    )
+    assert not [*_differences(first, second)]
+    named = [token for name, place in vars(world).items() for token in (f"--{name}", place)]
+    given = ("--forget-checkpoint", works[0] / "forget_checkpoint")
+    for size in (1, 2):
+        output = ("--output", tmp_path / f"given {size}")
+        program = command("unlearn", *named, "--dtype", "float32", *runs, *given, *output)
+        assert finish(start(size, program, tmp_path / f"log {size}"), 120) == [0] * size
+    one, two = (tmp_path / f"given {size}" / "model.safetensors" for size in (1, 2))
+    assert not [*_differences(load_file(one), load_file(two))]
+    common = ("edit", "--full", world.full, "--base", world.base, *given, "--method", "tv")
+    for size in (1, 4):
+        program = command(*common, "--output", tmp_path / f"edit {size}")
+        assert finish(start(size, program, tmp_path / f"log {size}")) == [0] * size
+    one, four = (tmp_path / f"edit {size}" / "model.safetensors" for size in (1, 4))
+    assert one.read_bytes() == four.read_bytes()
+
+
 def test_shards_are_written_in_place_by_all_processes(
     runs: tuple[Path, Path], world: World, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def direction(parts: Parts, method: str, name: str, tau: Tensor) -> Tensor:
     """Δ of a stored weight in float64, solved whole."""
     forget, retain = (open_moments(parts.measured[f"{s}_moments"]) for s in ("forget", "retain"))
     c_f, c_r = (matrix(folder.input_moment(name)) for folder in (forget, retain))
+    delta: Tensor
     is_turned, eye = name in retain.facts["transposed"], torch.eye(len(c_r)).double()
     tau = tau.T if is_turned else tau
     if method == "perta-project":

@@ -19,7 +19,7 @@ def adapter(base: Path, folder: Path, seed: int, **settings: Any) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
     torch.manual_seed(seed)
-    peft.get_peft_model(model, config).save_pretrained(folder, save_embedding_layers=False)
+    peft.get_peft_model(model, config).save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def weights(base: Path, *adapters: tuple[Path, float]) -> dict[str, torch.Tensor]:
