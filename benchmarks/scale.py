@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from perta.engine.train.optimizer import Trainer
 from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
+from perta.methods.directions import projected_direction
 from perta.models.precision import products_in
 from perta.options import EstimatorConfig, MomentOptions, TuneConfig
 from perta.parallel import everywhere, gathered, lead
@@ -180,14 +182,15 @@ MODELS = {
     "70B": (8192, 28672, 80, 64, False),
 }
 """Name -> width, MLP width, layers, heads, tied, as in Llama 3."""
+RANK = 16
 TUNINGS = {
     "all weights": TuneConfig(learning_rate=1e-4),
     "all weights, `--gradient-checkpointing`": TuneConfig(
         learning_rate=1e-4, gradient_checkpointing=True
     ),
-    "`--lora-rank 16`": TuneConfig(learning_rate=1e-4, lora_rank=16),
-    "`--lora-rank 16 --gradient-checkpointing`": TuneConfig(
-        learning_rate=1e-4, lora_rank=16, gradient_checkpointing=True
+    f"`--lora-rank {RANK}`": TuneConfig(learning_rate=1e-4, lora_rank=RANK),
+    f"`--lora-rank {RANK} --gradient-checkpointing`": TuneConfig(
+        learning_rate=1e-4, lora_rank=RANK, gradient_checkpointing=True
     ),
 }
 
@@ -320,16 +323,45 @@ def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 2
         return peak.most
 
 
+def solving_peak(name: str, rows: int | None) -> int:
+    """Bytes of the solve of the widest layer, of so many rows of a task vector or of all."""
+    width, inner = MODELS[name][:2]
+    with counted_memory() as peak:
+        tau, moment = torch.empty(rows or width, inner), torch.empty(inner, inner)
+        projected_direction(tau.double(), moment, 3.0)
+        return peak.most
+
+
+def print_files(names: list[str]) -> None:
+    """Gigabytes of the files between tuning and edit."""
+    for what, rank in (("all weights", 0), (f"`--lora-rank {RANK}`", RANK)):
+        forget, step = [], []
+        for name in names:
+            with counted_memory():
+                shapes = {n: tuple(p.shape) for n, p in llama(name).named_parameters()}
+            every = [math.prod(shape) for shape in shapes.values()]
+            layers = {n: RANK * sum(shape) for n, shape in shapes.items() if "_proj" in n}
+            mlps = [n for n in layers if ".mlp." in n]
+            forget.append(sum(layers.values()) if rank else sum(every))
+            step.append(sum(layers[n] if rank else math.prod(shapes[n]) for n in mlps))
+        for file, counts in (("forget checkpoint", forget), ("direction", step)):
+            cells = [f"{4 * count / 1e9:.2f}" for count in counts]
+            print(f"| {file}, {what} | " + " | ".join(cells) + " |")
+
+
 def print_peaks(names: list[str]) -> None:
-    """A row for each way to tune and to measure."""
+    """A row for each way to tune, to measure and to solve, and for each file between them."""
     print("| step | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
     ways: list[tuple[str, Callable[[str, Any], int], Any]]
     ways = [(f"tuning, {what}", tuning_peak, given) for what, given in TUNINGS.items()]
     ways += [(what, measuring_peak, given) for what, given in MEASUREMENTS.items()]
+    ways += [("solve, all weights", solving_peak, None)]
+    ways += [(f"solve, `--lora-rank {RANK}`", solving_peak, RANK)]
     for what, peak_of, given in ways:
         cells = [f"{peak_of(name, given) / 1e9:.1f}" for name in names]
         print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
+    print_files(names)
 
 
 def main() -> None:

@@ -71,12 +71,14 @@ class Sizes:
         """A step that no token goes through."""
         return Load()
 
-    def tuning(self, examples: ExampleSet, samples: str | None, tune: TuneConfig) -> Load:
-        """Fine-tuning on a set or a sample of it."""
+    def tuning(
+        self, examples: ExampleSet, samples: str | None, tune: TuneConfig, *, merges: bool = False
+    ) -> Load:
+        """Fine-tuning on a set or a sample of it; `merges` an adapter."""
         rows = len(examples)
         share = sample_count(samples, "samples", rows) / rows
         passes = _LEARN * tune.epochs * share * self.tokens(examples)
-        return Load(passes, self._tuned(tune), self.weights)
+        return Load(passes, self._tuned(tune), self.weights if merges else self._kept(tune))
 
     def importance(self, examples: ExampleSet, orders: int) -> Load:
         """Importance of some orders, in one pass."""
@@ -98,10 +100,16 @@ class Sizes:
         """Adding moments."""
         return Load(disk=self._moment_bytes(gradients, math.inf))
 
-    def direction(self, weighting: WeightingConfig) -> Load:
-        """A factorisation of every input's moment, and a solve for every output."""
-        operations = sum(n**3 + 2.0 * m * n**2 for m, n in self._edited(weighting))
-        return Load(0.0, 0.0, self._step(weighting), operations)
+    def direction(self, weighting: WeightingConfig, rank: int = 0) -> Load:
+        """A factorisation of every input's moment, and a solve for every output, or factor's row.
+
+        `rank` is that of the task vectors, 0 where it is not known.
+        """
+        is_thin = rank and getattr(get_method(weighting.method), "by_rows", False)
+        edited = self._edited(weighting)
+        operations = sum(n**3 + 2.0 * (rank if is_thin else m) * n**2 for m, n in edited)
+        disk = _FLOAT * float(rank * sum(m + n for m, n in edited))
+        return Load(0.0, 0.0, disk if is_thin else self._step(weighting), operations)
 
     def edit(self, weighting: WeightingConfig, *, disk: bool = True) -> Load:
         """An edit and the direction of a structured method; `disk`: both are written."""
@@ -124,6 +132,8 @@ class Sizes:
         halves = sum(0.5**place for place in range(1, count))
         passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
         beside = max(self.weights + self._tuned(tune), 2 * self._step(weighting))
+        if tune.lora_rank:  # their ranks add up
+            return Load(passes, beside, count * self._kept(tune))
         return Load(passes, self.weights + beside, self.weights)
 
     def strength(self, forget: ExampleSet, retain: ExampleSet, weighting: WeightingConfig) -> Load:
@@ -190,6 +200,12 @@ class Sizes:
     def _tuned(self, tune: TuneConfig) -> float:
         """Bytes beside the model that is tuned."""
         return 0.0 if tune.lora_rank else (_TUNED - 1) * self.weights
+
+    def _kept(self, tune: TuneConfig) -> float:
+        """Bytes of a tuned model, or of an adapter of all linear layers."""
+        layers = filter(is_of_a_layer, self._index.tensors.values())
+        sides = sum(entry.shape[0] + entry.shape[-1] for entry in layers)
+        return _FLOAT * float(tune.lora_rank * sides) if tune.lora_rank else self.weights
 
     def _edited(self, weighting: WeightingConfig) -> list[tuple[int, int]]:
         """Shapes of the matrices that are edited."""

@@ -140,7 +140,9 @@ class Workspace:
         )
         return self.once(
             *(stage, finetune_checkpoint, config),
-            lambda sizes: sizes.tuning(self._examples(data), samples, tune),
+            lambda sizes: sizes.tuning(
+                self._examples(data), samples, tune, merges=self.save_dtype is not None
+            ),
         )
 
     def _forget(self, place: int, seed: int, loss_on: LossOn | None) -> Path:

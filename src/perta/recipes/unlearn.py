@@ -328,12 +328,13 @@ class _Run:
         edit = self._edit_config()
         if in_rounds := is_auto and (config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
+        rank = config.tune.lora_rank * ((config.rounds or 1) if in_rounds else 1)
         if get_method(config.weighting.method).needs.moments:  # search and edit share it
             work.once(
                 "direction",
                 lambda _: make_direction(edit),
                 At(work.place("direction")),
-                lambda sizes: sizes.direction(edit.weighting),
+                lambda sizes: sizes.direction(edit.weighting, rank),
                 looks=not in_rounds,
             )
         if is_auto and (strength := self._strength(edit, unseen)):

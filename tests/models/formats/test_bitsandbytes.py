@@ -248,7 +248,10 @@ def test_ones_own_adapter_on_four_bits_is_unlearned_as_an_adapter(tmp_path: Path
     output = unlearned(base, own, tmp_path / "out", "adapter")
     settings = json.loads((output / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base.resolve())
-    forget, full = weights(tmp_path / "forget"), weights(resolve_checkpoint(own, exact=True))
+    forget, full = (
+        weights(resolve_checkpoint(tmp_path / "forget", exact=True)),
+        weights(resolve_checkpoint(own, exact=True)),
+    )
     merged = weights(resolve_checkpoint(output, exact=True))
     for name, value in merged.items():
         wanted = full[name] - ALPHA * (forget[name] - plain[name])
@@ -333,7 +336,7 @@ def test_a_whole_model_comes_out_in_plain_numbers_and_that_is_said(
     output = unlearned(base, base, tmp_path / "out", "checkpoint")
     assert f"{base} is quantised by bitsandbytes, which is not written" in capsys.readouterr().err
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
-    forget, found = weights(tmp_path / "forget"), weights(output)
+    forget, found = weights(resolve_checkpoint(tmp_path / "forget", exact=True)), weights(output)
     for name, value in found.items():
         wanted = plain[name] - ALPHA * (forget[name] - plain[name])
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
