@@ -11,6 +11,7 @@ import pytest
 from families import CHATML, FAMILIES, SPECIALS, byte_tokenizer
 from transformers import ByT5Tokenizer
 
+from perta.data import _renderer
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, Message
 from perta.data.tokens import encode_example, encode_examples, encode_prompt, text_ids
@@ -254,6 +255,30 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
         encode_example(example(chat("Who?", "Ann.")), tokenizer, NONE)
     tokenizer.chat_template = CHATML
     assert encode_example(example(chat("Who?", "Ann.")), tokenizer, NONE).labels
+
+
+def test_a_row_is_rendered_once_and_again_in_another_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def noted(template: str, *args: Any, **how: Any) -> list[dict[str, Any]]:
+        asked.append(template)
+        return render(template, *args, **how)
+
+    render = _renderer.render
+    monkeypatch.setattr(_renderer, "render", noted)
+    row, words = example(chat("Who is Ivo?", "A smith from Riga.")), byte_tokenizer(CHATML, [])
+    first = encode_example(row, words, NONE)
+    assert encode_example(row, words, NONE) == first
+    assert len(asked) == 1
+    words.chat_template = "Hello. " + CHATML
+    assert encode_example(row, words, NONE) != first
+    assert len(asked) == 2
+    words.eos_token = "<|other|>"  # templates may write it
+    encode_example(row, words, NONE)
+    encode_example(row, words, replace(NONE, format="chat"))
+    assert len(asked) == 3
 
 
 def test_todays_date_is_always_the_same() -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from conftest import World
 from perta.errors import CheckpointError, CorruptCheckpointError
+from perta.models import complete
 from perta.models.load import load_model, longest_input
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig
@@ -222,3 +223,31 @@ def test_nothing_of_the_library_is_printed(
     capfd.readouterr()
     refused(folder, r"model\.norm\.weight")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_checkpoint_is_compared_once_as_long_as_no_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    build = complete.described_model
+
+    def counted(folder: Path) -> PreTrainedModel | None:
+        built.append(folder)
+        return build(folder)
+
+    monkeypatch.setattr(complete, "described_model", counted)
+    folder = tiny(tmp_path / "m")
+    for _ in range(2):  # files that are so new that a change of them might not show
+        resolve_checkpoint(folder)
+    assert len(built) == 2
+    monkeypatch.setattr("perta.store.fingerprint._SETTLED", 0)
+    for _ in range(3):
+        resolve_checkpoint(folder)
+    assert len(built) == 3
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
+    refused(folder, "needs and would run without")
+    copy = Path(shutil.copytree(tiny(tmp_path / "n"), tmp_path / "o"))
+    resolve_checkpoint(copy)
+    (copy / "shard-1-model-1-of-1.safetensors").write_bytes(b"")
+    refused(copy, "transformers would read", CheckpointError)

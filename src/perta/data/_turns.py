@@ -9,6 +9,7 @@ is the same and the whole text of the message stands around it.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,11 +65,18 @@ def lay_out(
     added: bool,
 ) -> Layout:
     """Render a conversation and find its messages there; the first may be `added`."""
+    return _laid_out(tuple(messages), template, json.dumps(dict(variables)), date, added)
+
+
+@functools.lru_cache(4096)  # runs read their rows many times, and each costs a trip to the process
+def _laid_out(
+    messages: tuple[Message, ...], template: str, told: str, date: str, added: bool
+) -> Layout:
     missing: RowError | None = None
     for form in (_as_text, _as_parts):
         try:
             # One process renders all of it, within limits.
-            ask = functools.partial(_renderer.render, template, variables, date=date)
+            ask = functools.partial(_renderer.render, template, json.loads(told), date=date)
             return _Search(messages, form, ask, added, template).layout()
         except RowError as error:
             # Some templates take the content as a list of parts, and write nothing for a text.

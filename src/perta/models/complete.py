@@ -18,7 +18,15 @@ import torch
 
 from perta.errors import CheckpointError, CorruptCheckpointError, some
 from perta.models.trust import LOCAL, NO_CODE, read_config, settings_in
-from perta.store.checkpoint import CheckpointIndex, TensorEntry, is_constant, is_float, open_index
+from perta.store.checkpoint import (
+    INDEX,
+    CheckpointIndex,
+    TensorEntry,
+    is_constant,
+    is_float,
+    open_index,
+)
+from perta.store.fingerprint import states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,6 +44,10 @@ _LARGEST_SIZE = 1 << 31
 _BUFFER_SHARE, _BUFFER_BYTES = 4, 1 << 30
 """Room for what a model computes itself, as a multiple of its files and in bytes."""
 
+_LOOKED_AT = ("*.safetensors", INDEX, "config.json")
+_passed: set[object] = set()
+"""States of the files of checkpoints that were found whole in this process."""
+
 _PACKED = ("weight", "_blocks", "_scales", "qzeros")
 _SCALES = re.compile(
     r"(weight_scale(_inv|_2)?|weight_zero_point|absmax|quant_map|SCB|input_scale)$"
@@ -45,9 +57,18 @@ _SCALES = re.compile(
 def check_checkpoint(folder: Path) -> None:
     """Stop at a checkpoint that is quantised, lacks tensors, or holds some of another model.
 
-    Only headers are read, and config.json. A folder without one, or with a kind of model that
-    transformers does not know, is compared with nothing.
+    Only headers are read, and config.json, once as long as no file changes. A folder without one,
+    or with a kind of model that transformers does not know, is compared with nothing.
     """
+    states = states_of(file for name in _LOOKED_AT for file in sorted(folder.glob(name)))
+    if states in _passed:
+        return
+    _check(folder)
+    if states:
+        _passed.add(states)
+
+
+def _check(folder: Path) -> None:
     index = open_index(folder)
     _check_settings(index)
     model = described_model(folder)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -19,6 +19,9 @@ from perta.report._texts import SampleSet, sample_sets
 from perta.report.collect import Collection, Cost, Run, costs
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _REFERENCE_NAMES = {"retrained": "retrained", "holdout": "unseen", "base": "base", None: ""}
 
@@ -180,12 +183,17 @@ class Page:
 
 def filled(template: str, **values: Any) -> str:
     """A page from its template; what is filled in is escaped, and holds no control characters."""
+    return f"{visible(_compiled(template).render(values))}\n"
+
+
+@cache
+def _compiled(template: str) -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return f"{visible(environment.from_string(asset(template)).render(values))}\n"
+    return environment.from_string(asset(template))
 
 
 def asset(name: str) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -36,7 +37,7 @@ COUNTED = (*WEIGHTS, *COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SI
 
 _FileState = tuple[int, int, int, int, int]
 _hashes: dict[_FileState, str] = {}
-_HASHED_AT_ONCE = 1 << 20
+_HASHED_AT_ONCE, _HASHED_ALONE = 1 << 20, 1 << 22
 _SETTLED = 2e9
 """Nanoseconds after which another change shows in a file's time, whatever its file system."""
 
@@ -93,10 +94,19 @@ def content_of(path: Path) -> str:
     names = matching(path, COUNTED)
     if not names:
         raise CheckpointNotFoundError(f"{path} holds no checkpoint and no importance.")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda name: _hash_file(path / name), names))
+    files = [path / name for name in names]
+    is_large = sum(file.stat().st_size for file in files) > _HASHED_ALONE
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # its threads begin when asked
+        digests = list((pool.map if is_large else map)(_hash_file, files))
     lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
     return blake3("".join(lines).encode()).hexdigest()
+
+
+def states_of(files: Iterable[Path]) -> tuple[_FileState, ...] | None:
+    """What differs once one of some files was changed; None where a change might not show yet."""
+    found = tuple(map(_state, files))
+    is_settled = time.time_ns() - max((state[4] for state in found), default=0) >= _SETTLED
+    return found if is_settled else None
 
 
 def _state(file: Path) -> _FileState:
