@@ -2,7 +2,8 @@
 
     python benchmarks/audit.py worlds OUT --seeds 93   # audits of tiny models, one seed a world
     python benchmarks/audit.py table OUT               # what today's rule says of them
-    python benchmarks/audit.py again AUDIT.json ...    # the same of any audits
+    python benchmarks/audit.py again AUDIT.json ...    # the same of any audits, folders of one name
+                                                       # together, as if their rows were one set's
     python benchmarks/audit.py draws                   # drawn scores: heavy tails, coverage
     python benchmarks/audit.py --quick                 # all of it, tiny, to see that it works
 
@@ -22,6 +23,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,9 @@ def judge_again(audit: Mapping[str, Any], yardsticks: str = "all") -> dict[str, 
     found = {}
     for entry in audit["probes"]:
         is_membership = entry["group"] == "membership"
-        if entry["group"] == "collateral" or (is_membership and yardsticks == "holdout"):
+        if yardsticks != "all" and entry["group"] == "collateral":
+            continue  # it has none
+        if is_membership and yardsticks == "holdout":
             continue
         gone = {"retrained", "base"} - {yardsticks} if yardsticks != "all" else set[str]()
         if entry["name"] == "reference" and "base" in gone:
@@ -172,22 +176,65 @@ def print_table(out: Path) -> None:
         print(f"| `{name}` | " + " | ".join(f"{a} of {b}" if b else "–" for a, b in cells) + " |")
 
 
+def pooled(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of several audits as those of one; no two of them share a row or a subject."""
+    several = len(audits) > 1
+
+    def apart(place: int, audit: Mapping[str, Any]) -> dict[str, Any]:
+        numbers = {
+            key: {n: [_APART * place + i for i in found] for n, found in audit[key].items()}
+            for key in ("row_numbers", "subject_numbers")
+        }
+        # Which rows are near is told by their places.
+        left_out = "kept-near" if several else None
+        probes = {p["name"]: p for p in audit["probes"] if p["name"] != left_out}
+        return {**numbers, "probes": probes}
+
+    whole = _joined([apart(place, audit) for place, audit in enumerate(audits)])
+    return {**whole, "probes": [*whole["probes"].values()]}
+
+
+_APART = 1000
+"""Between the numbers of rows, and of subjects, of two audits that are judged as one."""
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Lists end to end, mappings by the keys that all have; of anything else the first."""
+    first = parts[0]
+    if isinstance(first, list):
+        return [*chain(*parts)]
+    if isinstance(first, dict):
+        shared = [key for key in first if all(key in part for part in parts)]
+        return {key: _joined([part[key] for part in parts]) for key in shared}
+    return first
+
+
 def print_again(files: Sequence[Path]) -> None:
-    """Verdict, value and worst row of every probe, an audit a column; the rest as it was judged."""
-    audits = [json.loads(file.read_text("utf-8")) for file in files]
-    cells: dict[str, list[str]] = defaultdict(list)
-    for i, audit in enumerate(audits):
-        again = judge_again(audit)
-        for probe in audit["probes"]:
-            verdict = again[probe["name"]].verdict if probe["name"] in again else probe["verdict"]
-            row = probe["worst_row"]
-            parts = [verdict, f"{probe['value']['value']:.3f}"]
-            parts += [f"worst {row['value']:.3f}"] if row else []
-            cells[probe["name"]] += ["–"] * (i - len(cells[probe["name"]])) + [", ".join(parts)]
-    print("| probe | " + " | ".join(file.parent.name for file in files) + " |")
-    print("| --- |" + " --- |" * len(files))
-    for name, row in cells.items():
-        print(f"| {name} | " + " | ".join(row + ["–"] * (len(files) - len(row))) + " |")
+    """A column for audits in folders of one name: what each probe says, and how often it does."""
+    by_name: dict[str, list[Any]] = defaultdict(list)
+    for file in files:
+        by_name[file.parent.name].append(json.loads(file.read_text("utf-8")))
+    columns = [judge_again(pooled(audits)) for audits in by_name.values()]
+    print(f"| probe | {' | '.join(f'`{name}`' for name in by_name)} |")
+    print("| --- |" + " --- |" * len(columns))
+    for name in dict.fromkeys(chain(*columns)):
+        cells = [_cell(column[name]) if name in column else "–" for column in columns]
+        print(f"| `{name}` | {' | '.join(cells)} |")
+    for verdict, letter in _LETTERS.items():
+        counts = [sum(j.verdict == verdict for j in column.values()) for column in columns]
+        print(f"| {verdict} ({letter}) | {' | '.join(map(str, counts))} |")
+
+
+_LETTERS = {"passed": "+", "not sure": "?", "leaks": "L", "harmed": "H"}
+
+
+def _cell(judgement: Judgement) -> str:
+    """A letter, and what leaks: the worst row where rows do, else the mean."""
+    letter, worst = _LETTERS[judgement.verdict], judgement.worst_row
+    if judgement.verdict not in ("leaks", "harmed") or judgement.value is None:
+        return letter
+    figure = worst[1] if worst and judgement.leaking_rows else judgement.value.value
+    return f"**{letter}** {figure:.2f}"
 
 
 # --- drawn scores -----------------------------------------------------------------------------

@@ -8,7 +8,9 @@
     perta audit WORK/seed-1/kept/tv --full WORK/seed-1/full --retrained WORK/seed-1/retrained ... \
         --output WORK/seed-1/audits/tv
 
-Models are kept with `--keep`, and the table has their audits.
+    python benchmarks/audit.py again WORK/seed-*/audits/*/audit.json
+
+Models are kept with `--keep`.
 
 Every seed draws 24 people with six questions each. Three are to be forgotten; of the others two
 thirds gave five rows each to the methods, their sixth rows and all rows of the last third are seen
@@ -514,7 +516,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print one table a seed, in Markdown, and one of the audits."""
+    """Print one table a seed, in Markdown."""
     journal, heads = options.work / "results.jsonl", [head for head, _ in _CELLS]
     for number in options.seeds:
         (gold,) = _found(journal, {"seed": number, "method": "retrained"})
@@ -529,34 +531,6 @@ def table(options: argparse.Namespace) -> None:
                 row = (_cell(cells, names) for _, names in _CELLS)
                 _print_row(f"`{_slug(method)}`{rate}", *row)
         print()
-    audits = {
-        (method, number): json.loads(place.read_text())
-        for number in options.seeds
-        for method in METHODS
-        if (place := _audit_of(options.work, number, method)).exists()
-    }
-    if audits:
-        _print_audits(audits)
-
-
-def _audit_of(work: Path, seed: int, method: str) -> Path:
-    return work / f"seed-{seed}" / "audits" / _slug(method) / "audit.json"
-
-
-def _print_audits(audits: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """A column a model: verdict, value and worst row of every probe."""
-    _print_row("probe", *(f"`{_slug(method)}`, seed {number}" for method, number in audits))
-    _print_row(*["---"] * (1 + len(audits)))
-    by_model = [{probe["name"]: probe for probe in found["probes"]} for found in audits.values()]
-    for name in dict.fromkeys(name for probes in by_model for name in probes):
-        found = [probes.get(name) for probes in by_model]
-        _print_row(name, *(_verdict(probe) if probe else "–" for probe in found))
-
-
-def _verdict(probe: Mapping[str, Any]) -> str:
-    parts = (("", probe["value"]), ("worst ", probe["worst_row"]))
-    figures = [f"{word}{part['value']:.3f}" for word, part in parts if part]
-    return ", ".join([probe["verdict"], *figures])
 
 
 _CELLS: tuple[tuple[str, tuple[str, ...]], ...] = (

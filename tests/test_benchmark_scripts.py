@@ -281,7 +281,7 @@ def test_the_simulation_of_the_audit_runs_at_toy_size(capsys: pytest.CaptureFixt
     audit.main(["--quick"])
     told = capsys.readouterr().out
     assert "| `fact` | 0 of 1 |" in told
-    assert "| fact | " in told
+    assert "| not sure (?) | " in told
     assert told.count("Student's, 3") == sum(draw.tail == 3 for draw in audit.DRAWS)
 
 
@@ -296,3 +296,39 @@ def test_a_stored_audit_is_judged_as_it_was(tmp_path: Path) -> None:
         beside = audit.judge_again(made, "base")["fact"].yardstick
         assert beside is not None
         assert beside[0] == "base"
+
+
+def test_audits_in_folders_of_one_name_are_judged_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import audit
+
+    def write(place: str, last: float) -> Path:
+        """Eight rows about nobody in particular, all unknown but the last."""
+        scores = {"full": [1.0] * 8, "retrained": [1e-4] * 8, "cleaned": [1e-4] * 7 + [last]}
+        probe = {"name": "fact", "group": "verbatim", "scores": scores, "other_scores": {}}
+        numbers = {"row_numbers": {"forget": [*range(1, 9)]}, "subject_numbers": {"forget": []}}
+        file = tmp_path / place / "audit.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"probes": [{**probe, "more": {}}], **numbers}), "utf-8")
+        return file
+
+    mine, other = write("1/mine", 1e-4), write("1/other", 1e-4)
+    audit.print_again([mine, other])
+    # Of eight rows of which none is left up to 1 - .025^(1/8) = .37 may be, of sixteen .21.
+    assert "| `fact` | ? | ? |" in capsys.readouterr().out
+    worse = write("2/other", 0.9)
+    audit.print_again([mine, other, write("2/mine", 1e-4), worse])
+    assert capsys.readouterr().out.splitlines() == [
+        "| probe | `mine` | `other` |",
+        "| --- | --- | --- |",
+        "| `fact` | + | **L** 0.90 |",
+        "| passed (+) | 1 | 0 |",
+        "| not sure (?) | 0 | 0 |",
+        "| leaks (L) | 0 | 1 |",
+        "| harmed (H) | 0 | 0 |",
+    ]
+    both = audit.pooled([json.loads(file.read_text("utf-8")) for file in (other, worse)])
+    (found,) = audit.judge_again(both).values()
+    assert found.value is not None
+    assert (found.value.n, found.worst_row) == (16, (1008, 0.9))
