@@ -185,15 +185,15 @@ def pooled(audits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             key: {n: [_APART * place + i for i in found] for n, found in audit[key].items()}
             for key in ("row_numbers", "subject_numbers")
         }
-        # Which rows are near is told by their places.
-        left_out = "kept-near" if several else None
-        probes = {p["name"]: p for p in audit["probes"] if p["name"] != left_out}
+        probes = {p["name"]: p for p in audit["probes"] if not several or p["name"] not in _ALONE}
         return {**numbers, "probes": probes}
 
     whole = _joined([apart(place, audit) for place, audit in enumerate(audits)])
     return {**whole, "probes": [*whole["probes"].values()]}
 
 
+_ALONE = ("kept-near", "world", "general-text")
+"""Probes of rows that are told by their places, or are the same in every audit."""
 _APART = 1000
 """Between the numbers of rows, and of subjects, of two audits that are judged as one."""
 
