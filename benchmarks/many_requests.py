@@ -4,59 +4,85 @@
 
 and for a look `WORK --base tiny --counts 1 2 --people 12 --epochs 40 --learning-rate 0.01`.
 Fictitious people, six questions each; the full model is tuned on all of them. Each request is one
-person. For every count N: N requests applied in turn, the same N in one edit, and a model tuned
-without them. Every step is resumed where it stands; WORK/results.json has every figure.
+person. For every count N, all of it judged on the first N people together:
+
+    in turn      N requests, each applied to the checkpoint of the one before
+    one edit     the same N in one edit of the full model
+    kept         one edit of the full model by the sum of what the N in turn subtracted, with one
+                 strength for all: θ_f = θ₀ + Σ αᵢ (θ_f,i − θ₀), no round beyond
+    retrained    the base tuned without any of the people who ever ask
+
+Some who stay are kept from every edit: what is lost on them is what nothing protected. A model
+learns half of the rows again, and is asked for the other half. Models that were looked at are
+deleted, so the whole needs some ten copies of the model. Each step goes on where it was stopped;
+WORK/results.json has every figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
 from perta.models.demo.tiny import write_tiny_checkpoint
+from perta.methods.registry import at_strength, with_defaults
+from perta.models.load import load_model, load_tokenizer, pad_id, save_model
 from perta.options import ComputeConfig, DataConfig, ScoringConfig, TuneConfig
 from perta.recipes.requests import add_request, apply_requests, read_state, start_ledger
-from perta.recipes.settings import RequestsAddConfig, RequestsApplyConfig, RequestsInitConfig
+from perta.recipes.settings import (
+    RequestsAddConfig,
+    RequestsApplyConfig,
+    RequestsInitConfig,
+)
+from perta.recipes.strength.choose import calibrate, choose_strength, surprises_of
 from perta.stages.bench import write_people
+from perta.stages.edit import edit_checkpoint
 from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import EvaluateConfig, FinetuneConfig, PeopleConfig
-from perta.store.ledger import Entry
+from perta.stages.settings import EditConfig, EvaluateConfig, FinetuneConfig, PeopleConfig
 from perta.store.record import read_manifest
 
-QUESTIONS = 6
-MEASURES = ("probability", "fact_probability", "extraction_strength")
+QUESTIONS, ASIDE = 6, 5
+FACTS = "forget_fact_probability"
 DATA = DataConfig(chat_template=False)
+Row = dict[str, float]
 
 
 class World:
     """One seed: its people, its models and its ledgers."""
 
-    def __init__(self, folder: Path, base: str, seed: int, most: int, given: Any) -> None:
-        self.folder, self.seed, self.most = folder, seed, most
+    def __init__(self, folder: Path, seed: int, given: Any) -> None:
+        self.folder, self.seed, self.most = folder, seed, max(given.counts)
+        self.counts: list[int] = sorted(given.counts)
         self.compute = ComputeConfig(threads=given.threads)
-        self.people = folder / "people"
-        if not self.people.exists():
-            count = given.people
+        people = folder / "people"
+        if not people.exists():
             write_people(
                 PeopleConfig(
-                    output=self.people,
-                    people=count,
+                    output=people,
+                    people=given.people,
                     questions=QUESTIONS,
-                    forget_people=most,
+                    forget_people=self.most,
                     people_seed=seed,
                 )
             )
-        self.base = base
-        if base == "tiny":
+        self.asking, self.staying = (
+            self.by_person(people / f) for f in ("forget.jsonl", "retain.jsonl")
+        )
+        self.known = self.file("known", self.asking + self.staying[:-ASIDE])
+        self.base = given.base
+        if given.base == "tiny":
             self.base = str(folder / "base")
             if not (folder / "base").exists():
-                rows = load_examples(self.people / "full.jsonl").examples
+                rows = load_examples(people / "full.jsonl").examples
                 (folder / "base").mkdir()
                 texts = [text for row in rows for text in (row.prompt, row.answer)]
                 write_tiny_checkpoint(folder / "base", texts)
@@ -65,37 +91,36 @@ class World:
             learning_rate=given.learning_rate, batch_size=12, stop_loss=0.02, seed=seed, **epochs
         )
         self.forget_tune = TuneConfig(seed=seed, **epochs)
-        self.full = self.tuned("full", self.people / "full.jsonl")
+        self.full = self.tuned(self.base, "full", self.asking + self.staying, self.tune)
+        self.retrained = self.tuned(self.base, "retrained", self.staying, self.tune)
 
-    def rows(self, people: slice) -> list[dict[str, Any]]:
-        """Rows of some of the people who ask."""
-        rows = load_examples(self.people / "forget.jsonl").examples
-        names = list(dict.fromkeys(row.fields["person"] for row in rows))[people]
-        return [dict(row.fields) for row in rows if row.fields["person"] in names]
+    def by_person(self, file: Path) -> list[list[dict[str, Any]]]:
+        """Rows of a file, those of each person together."""
+        people: dict[str, list[dict[str, Any]]] = {}
+        for row in load_examples(file).examples:
+            people.setdefault(row.fields["person"], []).append(dict(row.fields))
+        return list(people.values())
 
-    def tuned(self, name: str, data: Path) -> Path:
-        """The base model tuned on some rows."""
+    def file(self, name: str, people: list[list[dict[str, Any]]]) -> Path:
+        """A file with the rows of some people."""
+        file = self.folder / f"{name}.jsonl"
+        return write_jsonl([row for rows in people for row in rows], file)
+
+    def tuned(self, base: str | Path, name: str, people: Any, tune: TuneConfig) -> Path:
+        """A model tuned on the rows of some people."""
         return finetune_checkpoint(
             FinetuneConfig(
-                base=self.base,
-                data=str(data),
+                base=str(base),
+                data=str(self.file(f"tuned-{name}", people)),
                 output=self.folder / name,
-                tune=self.tune,
+                tune=tune,
                 data_config=DATA,
                 compute=self.compute,
             )
         )
 
-    def retrained(self, count: int) -> Path:
-        """The model tuned without the first people who ask."""
-        rows = [dict(e.fields) for e in load_examples(self.people / "retain.jsonl").examples]
-        data = self.folder / f"without-{count}.jsonl"
-        return self.tuned(
-            f"retrained-{count}", write_jsonl([*rows, *self.rows(slice(count, None))], data)
-        )
-
-    def ledger(self, name: str, groups: list[list[int]]) -> list[Entry]:
-        """A ledger with requests by person, each group applied in one edit; its `apply` entries."""
+    def applied(self, name: str, people: range) -> Path:
+        """The checkpoint once some people's requests are applied, those that wait in one edit."""
         folder = self.folder / name
         if not folder.exists():
             start_ledger(
@@ -103,76 +128,194 @@ class World:
                     folder=folder,
                     base=self.base,
                     full=str(self.full),
-                    retain=str(self.people / "full.jsonl"),
+                    retain=str(self.known),
                     data_config=DATA,
                 )
             )
-        for group in groups:
-            known = {request.name: request for request in read_state(folder).requests}
-            for person in group:
-                if (request := f"person-{person}") not in known:
-                    rows = self.rows(slice(person, person + 1))
-                    file = write_jsonl(rows, self.folder / f"{request}.jsonl")
-                    add_request(
-                        RequestsAddConfig(
-                            folder=folder, forget=str(file), name=request, data_config=DATA
-                        )
-                    )
-            if any(request.applied is None for request in read_state(folder).requests):
-                apply_requests(
-                    RequestsApplyConfig(
+        for person in people:
+            if f"{person}" not in {request.name for request in read_state(folder).requests}:
+                add_request(
+                    RequestsAddConfig(
                         folder=folder,
-                        tune=self.forget_tune,
+                        forget=str(self.file(f"asks-{person}", [self.asking[person]])),
+                        name=f"{person}",
                         data_config=DATA,
-                        compute=self.compute,
                     )
                 )
-        return [entry for entry in read_state(folder).entries if entry.kind == "apply"]
+        if any(request.applied is None for request in read_state(folder).requests):
+            apply_requests(
+                RequestsApplyConfig(
+                    folder=folder, tune=self.forget_tune, data_config=DATA, compute=self.compute
+                )
+            )
+        return read_state(folder).current[0]
 
-    def measured(self, name: str, checkpoint: Path, count: int) -> dict[str, float]:
-        """Figures of a model on the first people who asked and on those who stay."""
-        forget = write_jsonl(self.rows(slice(count)), self.folder / f"first-{count}.jsonl")
-        found = evaluate_checkpoint(
+    def kept(self, count: int, run: Path, checkpoint: Path) -> Path:
+        """θ_f of all requests so far, that of one more added to it."""
+        made, before = self.folder / "kept" / f"{count}", self.folder / "kept" / f"{count - 1}"
+        if not made.exists():
+            record = (read_manifest(checkpoint) or {})["unlearn"]
+            made.parent.mkdir(exist_ok=True)
+            total, more, base = (
+                load_model(Path(place), self.compute, dtype=torch.float32)
+                for place in (before if count > 1 else self.base, run / "forget_rounds", self.base)
+            )
+            weight = record["strength"]["scaling_coef"]
+            with torch.no_grad():
+                for into, one, start in zip(
+                    total.parameters(), more.parameters(), base.parameters(), strict=True
+                ):
+                    into.add_(one - start, alpha=weight)
+            partial = made.with_suffix(".partial")
+            save_model(total, load_tokenizer(Path(self.base)), partial, Path(self.base))
+            partial.rename(made)
+        shutil.rmtree(before, ignore_errors=True)
+        return made
+
+    def by_kept(self, count: int, work: Path) -> Path:
+        """One edit of the full model by what was subtracted in turn."""
+        edit = EditConfig(
+            base=self.base,
+            full=str(self.full),
+            forget_checkpoint=str(self.folder / "kept" / f"{count}"),
+            retain_moments=self.folder / "in-turn" / "moments",
+            output=self.folder / f"kept-{count}",
+            direction=self.folder / f"kept-{count}.work" / "direction",
+            edit_threads=self.compute.threads,
+        )
+        files = {"forget": self.folder / f"first-{count}.jsonl", "retain": work / "retain.jsonl"}
+        sets = {name: load_examples(file, DATA) for name, file in files.items()}
+        unseen = calibrate(self.full, Path(self.base), sets, DATA, self.compute)
+        found = choose_strength(edit, sets, unseen, 0.1, self.seed, DATA, self.compute)
+        weighting = at_strength(with_defaults(edit.weighting), found.scaling_coef)
+        return edit_checkpoint(replace(edit, weighting=weighting))
+
+    # --- what is measured ---------------------------------------------------------------------
+
+    def evaluated(self, name: str, checkpoint: Path, forget: Any, retain: Any) -> Any:
+        """Evaluation of a model, without texts."""
+        return evaluate_checkpoint(
             EvaluateConfig(
                 checkpoint=str(checkpoint),
-                forget=str(forget),
-                retain=str(self.people / "retain.jsonl"),
-                output=self.folder / "evaluations" / f"{name}-{count}.json",
+                forget=str(self.file(f"forget-{name}", forget)),
+                retain=str(self.file(f"retain-{name}", retain)),
+                output=self.folder / "evaluations" / f"{name}.json",
                 scoring=ScoringConfig(generate=False),
                 data_config=DATA,
                 compute=self.compute,
             )
         )
-        names = (f"{side}_{measure}" for side in ("forget", "retain") for measure in MEASURES)
-        return {name: found[name]["agg_value"] for name in names if name in found}
 
-    def seconds(self, ledger: str, entries: list[Entry]) -> float:
-        """What the edits of some entries and their moments took, evaluation left out."""
-        folder, total = self.folder / ledger, 0.0
-        for entry in entries:
-            run = read_manifest(folder / entry.facts["checkpoint"]) or {}
-            moments = read_manifest(folder / "work" / str(entry.number) / "moments") or {}
-            total += run["unlearn"]["seconds"]["total"] + sum(moments.get("seconds", {}).values())
-        return total
+    def measured(self, way: str, checkpoint: Path, count: int) -> Row:
+        """Figures of a model on the first people who asked and on those who stay."""
+        name, first = f"{way}-{count}", self.asking[:count]
+        seen = self.evaluated(name, checkpoint, first, self.staying[:-ASIDE])
+        aside = self.evaluated(f"{name}-aside", checkpoint, first, self.staying[-ASIDE:])
+        facts = per_row(seen)
+        row = {"forget facts": mean(facts), "worst row": max(facts)}
+        row |= self.standing(checkpoint, count)
+        for side, found in (("protected", seen), ("aside", aside)):
+            row[f"{side} answers"] = found["retain_probability"]["agg_value"]
+            row[f"{side} facts"] = found["retain_fact_probability"]["agg_value"]
+            row[f"{side} extracted"] = found["retain_extraction_strength"]["agg_value"]
+        again = [rows[::2] for rows in first]
+        tuned = self.tuned(checkpoint, f"again-{name}", again, TuneConfig(
+            epochs=3, learning_rate=self.tune.learning_rate or 3e-4, batch_size=12, seed=self.seed, stop_loss=0,
+        ))  # fmt: skip
+        other = [rows[1::2] for rows in first]
+        found = self.evaluated(f"{name}-again", tuned, other, self.staying[-ASIDE:])
+        row["other half, one half relearned"] = mean(per_row(found))
+        shutil.rmtree(tuned)
+        return row
 
-    def compared(self, counts: list[int]) -> dict[str, dict[str, float]]:
+    def standing(self, checkpoint: Path, count: int) -> Row:
+        """Shares of rows that stand out or are far beyond unseen, by the rule of the search."""
+        forget = load_examples(self.folder / f"first-{count}.jsonl", DATA)
+        unseen = calibrate(self.full, Path(self.base), {"forget": forget}, DATA, self.compute)
+        model = load_model(checkpoint, self.compute, dtype=torch.float32)
+        pad = pad_id(load_tokenizer(Path(self.base)))
+        now = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
+        beyond, rows = unseen.over_forgotten(now), len(now)
+        found = {"stand out": len(unseen.standing_out(now)) / rows}
+        return found if beyond is None else {**found, "far beyond unseen": len(beyond) / rows}
+
+    def cost(self, checkpoint: Path, *more: Path) -> Row:
+        """What made a checkpoint, and moments beside it: tokens passed, seconds, bytes written."""
+        run = (read_manifest(checkpoint) or {})["unlearn"]
+        made = [read_manifest(place) or {} for place in more]
+        edits = {k: v for k, v in run["passes"].items() if not k.startswith("evaluate")}
+        return {
+            "thousand token passes": (
+                sum(edits.values()) + sum(m.get("passes", 0) for m in made)
+            ) / 1000,
+            "seconds": run["seconds"]["total"] + sum(sum(m.get("seconds", {}).values()) for m in made),
+        }  # fmt: skip
+
+    def compared(self) -> dict[str, Row]:
         """Way and number of requests -> figures."""
-        found: dict[str, dict[str, float]] = {}
-        turn = self.ledger("in-turn", [[person] for person in range(self.most)])
-        for count in counts:
-            joint = self.ledger(f"joint-{count}", [[*range(count)]])
-            models = {
-                "full": self.full,
-                "retrained": self.retrained(count),
-                "in turn": self.folder / "in-turn" / turn[count - 1].facts["checkpoint"],
-                "one edit": self.folder / f"joint-{count}" / joint[-1].facts["checkpoint"],
-            }
-            for name, model in models.items():
-                key = name.replace(" ", "-")
-                found[f"{name}, {count}"] = self.measured(key, model, count)
-            found[f"in turn, {count}"]["seconds"] = self.seconds("in-turn", turn[:count])
-            found[f"one edit, {count}"]["seconds"] = self.seconds(f"joint-{count}", joint)
-        return found
+        file = self.folder / "found.json"
+        found: dict[str, Row] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+
+        def once(key: str, make: Any) -> None:
+            if key not in found:
+                found[key] = make()
+                file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+        def edited(way: str, count: int, make: Any) -> None:
+            if f"{way}, {count}" in found:
+                return
+            model = make()
+            more = [model.parents[1] / "work" / model.name / "moments"] if way == "one edit" else []
+            row = self.measured(way.replace(" ", "-"), model, count)
+            if way == "one edit":
+                row |= self.cost(model, *more)
+            once(f"{way}, {count}", lambda: row)
+            for place in (
+                self.folder / f"joint-{count}",
+                model,
+                model.with_name(f"{model.name}.work"),
+            ):
+                shutil.rmtree(place, ignore_errors=True)
+
+        for count in range(1, self.most + 1):
+            if f"cost of {count}" not in found:
+                model = self.applied("in-turn", range(count))
+                work = self.folder / "in-turn" / "work" / model.name
+                self.kept(count, work / "run", model)
+                for place in model.parent.iterdir():
+                    if place.name.partition(".")[0] != model.name:
+                        shutil.rmtree(place) if place.is_dir() else place.unlink()
+                if count in self.counts:
+                    self.file(f"first-{count}", self.asking[:count])
+                    once(f"full, {count}", lambda: self.measured("full", self.full, count))
+                    once(
+                        f"retrained, {count}",
+                        lambda: self.measured("retrained", self.retrained, count),
+                    )
+                    once(f"in turn, {count}", lambda: self.measured("in-turn", model, count))
+                    if count > 1:
+                        edited("kept", count, lambda: self.by_kept(count, work))
+                        edited(
+                            "one edit", count, lambda: self.applied(f"joint-{count}", range(count))
+                        )
+                once(f"cost of {count}", lambda: self.cost(model, work / "moments"))
+                shutil.rmtree(work)
+            if count in self.counts:
+                for name in found["cost of 1"]:
+                    found[f"in turn, {count}"][name] = sum(
+                        found[f"cost of {n}"][name] for n in range(1, count + 1)
+                    )
+        return {name: row for name, row in found.items() if not name.startswith("cost of")}
+
+
+def per_row(found: Mapping[str, Any]) -> list[float]:
+    """Probability of each forget row's fact."""
+    return [next(iter(row.values())) for row in found[FACTS]["value_by_index"].values()]
+
+
+def mean(values: list[float]) -> float:
+    """The mean."""
+    return sum(values) / len(values)
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -203,8 +346,7 @@ def main() -> None:
     for seed in given.seeds:
         folder = given.work / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        world = World(folder, given.base, seed, max(given.counts), given)
-        results[str(seed)] = world.compared(given.counts)
+        results[str(seed)] = World(folder, seed, given).compared()
         (given.work / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(table(results))
 
