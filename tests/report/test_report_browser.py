@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from report_cases import EVIL, SECRET, write_demo
+from test_audit_page import random_rows, run_audit
 
+from perta.data.rows import write_jsonl
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
 
@@ -256,3 +260,36 @@ def test_prints_to_paper(browser: Browser, reports: dict[str, Path]) -> None:
     assert page.locator("#verdict details[open]").count() == 1
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details[open]").count() == 0
+
+
+def test_an_audit_fits_a_phone_and_is_two_pages_in_print(browser: Browser, tmp_path: Path) -> None:
+    rows, given = random_rows(0), []
+    texts = [str(value) for group in rows.values() for row in group for value in row.values()]
+    for name, group in rows.items():
+        given += [f"--{name}", str(write_jsonl(group, tmp_path / f"{name}.jsonl"))]
+    models = ("cleaned", "full", "base", "retrained", "shadow", "shadow")
+    for seed, name in enumerate(models):
+        (tmp_path / f"{seed}").mkdir()
+        write_tiny_checkpoint(tmp_path / f"{seed}", texts, seed=seed)
+        given += [f"--{name}", str(tmp_path / f"{seed}")] if seed else []
+    output = ["--output", str(tmp_path / "out"), "--samples", "4", "--max-new-tokens", "4"]
+    audit = run_audit([str(tmp_path / "0"), *given, "--level", "full", *output])
+    # Untrained models: nothing can be told, and each check has a reason of one line or two.
+    assert {probe["verdict"] for probe in audit["probes"]} == {"not sure"}
+    phone = visit(browser, tmp_path / "out" / "audit.html", PHONE).page
+    cells = phone.locator(".found td")
+    assert cells.count() == 5 * len(audit["probes"])
+    assert all(
+        box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0]
+        for cell in cells.all()
+        if (box := cell.bounding_box())
+    )
+    assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    printed = visit(browser, tmp_path / "out" / "audit.html").page
+    printed.emulate_media(media="print")
+    reasons = printed.locator(".found .why")
+    assert all(reason.is_visible() for reason in reasons.all())
+    assert printed.get_by_text("For engineers:").is_visible()
+    printed.add_style_tag(content="details { display: none }")
+    pages = re.findall(rb"/Type /Page\b", printed.pdf(prefer_css_page_size=True))
+    assert len(pages) == 2

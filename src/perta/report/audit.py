@@ -17,6 +17,8 @@ from statistics import fmean
 from typing import Any
 
 from perta.errors import ConfigError, DataError
+from perta.evidence.audit.probes.frames import FRAMES, Frames
+from perta.evidence.audit.registry import PROBES
 from perta.options import ComputeConfig, DataConfig
 from perta.report._page import filled
 from perta.report.settings import AuditPageConfig
@@ -37,6 +39,19 @@ _FORM = {
     },
 }
 _SETS = ("forget", "retain", "holdout", "world", "general")
+_NEEDS = {
+    "base": "the base model",
+    "full": "the full model",
+    "retrained": "a retrained model",
+    "forget": "rows that were removed",
+    "retain": "rows that were to stay",
+    "holdout": "rows that no model has seen",
+    "world": "facts of the world",
+    "general": "other text",
+    "wrong answers": "wrong answers beside the right ones",
+    "paraphrases": "the questions in other words",
+}
+"""What `Need` and sets are called on the page."""
 _NUMBERS = ("samples", "retain_rows", "max_new_tokens", "seed")
 _MODELS = ("full", "base", "retrained", "shadow")
 _OPTIONS = (*_MODELS, *_SETS, "level", "probes", *_NUMBERS, "output")
@@ -141,7 +156,7 @@ def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> 
             for role, place in _models(settings).items()
         ],
         digest=_digest((folder / AUDIT).read_bytes()),
-        command=_command(settings, config),
+        command=[shlex.quote(part) for part in _command(settings, config)],
         version=__version__,
     )
 
@@ -159,7 +174,9 @@ def _check(probe: Mapping[str, Any]) -> _Check:
     return _Check(
         probe["title"],
         probe["verdict"],
-        "–" if value is None else f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})",
+        "–"
+        if value is None
+        else f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})",
         "–" if yardstick is None else f"{yardstick['value']:.3f} ({yardstick['name']})",
         "–" if subject is None else f"{subject['value']:.3f} (no. {subject['subject']})",
         probe["reason"],
@@ -177,8 +194,8 @@ def _part(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
         "mean of the full model": None if probe["full"] is None else _figure(probe["full"]),
         "worst row": row and f"{row['row']} ({_figure(row['value'])})",
         "worst subject": subject and f"{subject['subject']} ({_figure(subject['value'])})",
-        "rows still there": ", ".join(map(str, probe["leaking_rows"])),
-        "subjects still there": ", ".join(map(str, probe["leaking_subjects"])),
+        "rows still there": _ranges(probe["leaking_rows"]),
+        "subjects still there": _ranges(probe["leaking_subjects"]),
         **{name: _figure(value) for name, value in probe["notes"].items()},
     }
     scores = {"forget": probe["scores"], **probe["other_scores"]}
@@ -204,16 +221,35 @@ def _figure(value: float) -> str:
 
 
 def _not_checked(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Reason -> names of the probes that did not run, or the rows that were not judged, for it."""
+    """Reason -> titles of the probes that did not run, or the rows that were not judged, for it."""
+    titles = {probe.name: probe.title for probe in PROBES}
     found: dict[str, list[str]] = {}
     for entry in audit["not_checked"]:
-        found.setdefault(entry["why"], []).append(entry["name"])
+        start, needs, names = entry["why"].partition("it needs ")
+        told = " and ".join(_NEEDS.get(name, name) for name in names.split(" and "))
+        title = titles.get(entry["name"], entry["name"])
+        found.setdefault(f"{start}{needs}{told}", []).append(title)
     for name, rows in audit.get("not_judged", {}).items():
         why = "the model has no words for the facts"
-        found.setdefault(why, []).append(f"{name}: row {', '.join(map(str, rows))}")
+        found.setdefault(why, []).append(f"{_NEEDS[name]}: rows {_ranges(rows)}")
+    for probe in audit["probes"]:
+        asked = probe["more"].get("cleaned", {}).get("forget", {}).get("ways", ())
+        if probe["name"] == Frames.name and (lacks := [one for one in FRAMES if one not in asked]):
+            found["no row could be asked so"] = [f"{probe['title']}: {', '.join(lacks)}"]
     if "world" in audit.get("built_in", ()):
         found["only the questions that come with perta were asked"] = ["other facts of the world"]
-    return [(why, ", ".join(names)) for why, names in found.items()]
+    return [(why, "; ".join(names)) for why, names in found.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as `1-3, 7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _named(settings: Mapping[str, Any]) -> list[str]:
@@ -224,7 +260,7 @@ def _named(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _command(settings: Mapping[str, Any], config: AuditPageConfig) -> str:
+def _command(settings: Mapping[str, Any], config: AuditPageConfig) -> list[str]:
     """The command that makes the same audit and page, in its folder of the same working folder."""
     usual = {f.name: f.default for kind in (DataConfig, ComputeConfig) for f in fields(kind)}
     told = {name: settings.get(name) for name in (*_OPTIONS, *usual)}
@@ -236,7 +272,7 @@ def _command(settings: Mapping[str, Any], config: AuditPageConfig) -> str:
         for one in (value if isinstance(value, list | tuple) else [value])
         for option in _option(name, one)
     ]
-    return shlex.join(["perta", "audit", str(settings["checkpoint"]), *given])
+    return ["perta", "audit", str(settings["checkpoint"]), *given]
 
 
 def _option(name: str, value: object) -> list[str]:
