@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import TUNE, World
 from perta.errors import CheckpointError, ConfigError
-from perta.options import ScoringConfig, WeightingConfig
+from perta.options import ScoringConfig, TuneConfig, WeightingConfig
 from perta.recipes.clean import clean
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
+from perta.stages.edit import edit_checkpoint
+from perta.stages.settings import EditConfig
 from perta.store.checkpoint import copy_companions, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 
@@ -144,6 +146,34 @@ def test_a_killed_run_and_merged_adapters_are_cleaned(
     unlearn(replace(tv, output=tmp_path / "other", evaluate=False))
     shutil.rmtree(tmp_path / "other")
     assert clean(tmp_path / "other").deleted == (tmp_path / "other.work" / "forget_checkpoint",)
+
+
+def test_what_was_given_to_a_run_is_named_and_stays(world: World, tmp_path: Path) -> None:
+    at_one = WeightingConfig(method="tv", scaling_coef=1.0)
+    first = replace(config(world, tmp_path / "first", "tv"), weighting=at_one, evaluate=False)
+    unlearn(first)
+    given = tmp_path / "first.work" / "forget_checkpoint"
+    second = replace(
+        first, output=tmp_path / "second", forget_checkpoint=str(given), tune=TuneConfig()
+    )
+    unlearn(second)
+    before = fingerprint(given)
+    for output in (second.output, edit_checkpoint(edit_of(world, given, tmp_path / "third"))):
+        done = clean(output)
+        assert given not in done.deleted
+        assert f"{given}: a model tuned on the forget set, which is yours to delete" in done.left
+        assert fingerprint(given) == before
+    assert clean(first.output).deleted == (given,)
+
+
+def edit_of(world: World, given: Path, output: Path) -> EditConfig:
+    return EditConfig(
+        base=str(world.base),
+        full=str(world.full),
+        forget_checkpoint=str(given),
+        output=output,
+        weighting=WeightingConfig(method="tv", scaling_coef=1.0),
+    )
 
 
 def test_what_is_no_run_is_not_cleaned(world: World, tmp_path: Path) -> None:

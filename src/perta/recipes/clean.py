@@ -3,10 +3,11 @@
     OUTPUT.work ── forget checkpoints, directions, measurements of the forget set, evaluations,
                    copies of rows
     OUTPUT.* ───── states of unfinished training, a direction, journals, unfinished outputs
-    elsewhere ──── forget checkpoints that the record names; merged adapters in the cache
+    elsewhere ──── a direction that the record names; merged adapters in the cache
 
-Only what this package wrote is deleted, and only where its own record says what it is. Moments and
-importance of retained rows stay: they hold nothing of what was removed, and the next run uses them.
+Only what this package wrote is deleted, and only where its own record says what it is. What was
+given to the run stays and is named: it may be another run's. Moments and importance of retained
+rows stay: they hold nothing of what was removed, and the next run uses them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ _Record = Mapping[str, Any]
 
 _TUNED = {"finetune", "rounds"}
 _MEASURED = {"importance", "moments"}
+_GIVEN = {
+    FORGET_CHECKPOINT: "a model tuned on the forget set",
+    "forget_importance": "importance on the forget set",
+    "forget_moments": "moments of the forget set",
+}
 
 
 @dataclass(frozen=True)
@@ -119,22 +125,13 @@ def _unfinished(output: Path) -> Iterator[Path]:
 
 
 def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
-    """What the record names, if it is still what was read and this package made it."""
-    settings = record.get("settings", {})
-    if record.get("stage") != "edit":
+    """The direction of an edit, if it is still the one that was subtracted."""
+    written = record.get("settings", {}).get("direction")
+    if record.get("stage") != "edit" or not isinstance(written, str):
         return
-    tuned = settings.get(FORGET_CHECKPOINT)
-    places = [*tuned] if isinstance(tuned, list) else [tuned]
-    places += [settings.get(name) for name in ("forget_importance", "forget_moments", "direction")]
-    own = {print_ for name, print_ in inputs.items() if name.startswith("forget") and print_}
-    own |= {inputs["direction"]} if "direction" in inputs else set()
-    own -= {inputs.get("full", ""), inputs.get("base", "")}
-    for written in places:
-        place = Path(written) if isinstance(written, str) else None
-        made = _record_of(place) if place else None
-        if place and made and made.get("content") in own and made.get("stage") != "people":
-            yield place.absolute()
-            yield from _unfinished(place.absolute())
+    made = _record_of(Path(written)) or {}
+    if made.get("stage") == "direction" and made.get("content") == inputs.get("direction"):
+        yield Path(written).absolute()
 
 
 def _cached(inputs: Mapping[str, str]) -> Iterator[Path]:
@@ -179,6 +176,11 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
     return stage == "direction"
 
 
+def _several(written: object) -> list[str]:
+    """Places in a record, which has one as text and several as a list."""
+    return [one for one in (written if isinstance(written, list) else [written]) if one]
+
+
 def _left(
     output: Path,
     record: _Record,
@@ -188,13 +190,16 @@ def _left(
 ) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})
-    sources = {**record.get("settings", {}), **whole.get("sources", {})}
+    given = record.get("settings", {}), whole.get("sources", {})
+    sources = {**given[0], **given[1]}
     for name, what in (("forget", "the forget set"), ("full", "the model that knows it")):
         if isinstance(sources.get(name), str):
             yield f"{sources[name]}: {what}, which is yours to delete"
-    tuned = whole.get("sources", {}).get(FORGET_CHECKPOINT)
-    if isinstance(tuned, str) and Path(tuned).absolute() not in deleted:
-        yield f"{tuned}: a model tuned on the forget set, which is yours to delete"
+    for name, what in _GIVEN.items():
+        for place in dict.fromkeys(one for by in given for one in _several(by.get(name))):
+            there = Path(place).absolute()
+            if there not in deleted and not there.is_relative_to(work.absolute()):
+                yield f"{place}: {what}, which is yours to delete"
     for other in sorted(output.parent.glob(f"*{WORK}")):
         same = [made.get("inputs", {}).get("data") for made in _records(other)]
         if other != work and inputs.get("forget") in same:
