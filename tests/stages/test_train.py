@@ -29,7 +29,7 @@ from perta.options import (
     WeightingConfig,
 )
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import aggregates, unlearn
+from perta.recipes.unlearn import aggregates, plan_unlearn, unlearn
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig, TrainConfig
 from perta.stages.train import train_checkpoint
@@ -144,17 +144,33 @@ def test_a_missing_input_is_named_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refusals_keep_prompts_rows_and_order(world: World, tmp_path: Path) -> None:
+def test_refusals_keep_prompts_rows_and_order(world: World) -> None:
     forget = load_examples(world.forget)
     refused = refuse(forget, seed=1)
     for old, new in zip(forget.examples, refused.examples, strict=True):
         assert (old.prompt, old.row) == (new.prompt, new.row)
         assert new.answer in REFUSALS
     assert refused == refuse(forget, seed=1)
+
+
+@pytest.mark.parametrize("method", ["altpo", "dpo", "idkpo"])
+def test_plain_text_has_no_refusals_and_no_model_is_loaded_for_it(
+    world: World, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "Once upon a time."}\n', "utf-8")
-    with pytest.raises(ConfigError, match="no question to refuse"):
-        refuse(load_examples(text), seed=0)
+    monkeypatch.setattr("perta.stages.train.load_model", None)
+    output = tmp_path / "out"
+    chosen = {"weighting": WeightingConfig(method=method), "tune": TuneConfig()}
+    asked = world.request(output, forget=str(text), **chosen)
+    for run in (
+        lambda: train_checkpoint(stage(world, output, method, forget=str(text))),
+        lambda: plan_unlearn(asked),
+        lambda: unlearn(asked),
+    ):
+        with pytest.raises(ConfigError, match="no question to refuse"):
+            run()
+    assert list(tmp_path.iterdir()) == [text]
 
 
 @pytest.mark.parametrize("method", ["dpo", "idkpo"])

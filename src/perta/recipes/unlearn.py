@@ -26,6 +26,7 @@ from typing import Any, cast
 from perta.data.examples import Example, ExampleSet
 from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
+from perta.engine.train.refusals import check_questions
 from perta.engine.train.unlearn import with_method_defaults
 from perta.evidence.audit.document import told_in_short
 from perta.evidence.audit.probe import Role
@@ -220,6 +221,8 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
         if get_method(config.weighting.method).needs.moments:
             check_linear(targets)
     sets = load_sets(config)
+    if training is not None:
+        check_questions(training, sets["forget"])
     split, held_back = split_retain(config, sets)
     record = RunRecord.of(config, base, full, tuned, sets, held_back)
     judged = config.retain

@@ -19,7 +19,7 @@ from perta.data.tokens import encode_examples
 from perta.engine.edit.formats.requantise import write_quantised
 from perta.engine.edit.stored import TensorSummary, stored_of, tell_stored
 from perta.engine.train.optimizer import Resume, resumable
-from perta.engine.train.refusals import with_refusals
+from perta.engine.train.refusals import check_questions, with_refusals
 from perta.engine.train.unlearn import unlearn_by_training, with_method_defaults
 from perta.errors import ConfigError
 from perta.methods.card import training_card
@@ -166,7 +166,10 @@ def needed_sets(method: Training, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _load_sets(config: TrainConfig, method: Training) -> dict[str, ExampleSet]:
     sources = needed_sets(method, {"forget": config.forget, "retain": config.retain})
-    return {name: load_examples(place, config.data_config) for name, place in sources.items()}
+    sets = {name: load_examples(place, config.data_config) for name, place in sources.items()}
+    if "forget" in sets:
+        check_questions(method, sets["forget"])
+    return sets
 
 
 def _encode(

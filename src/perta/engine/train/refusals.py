@@ -71,10 +71,10 @@ def with_refusals(
 
     `encoded` are the token sequences of `examples`, the forget set, and `model` is θ_full. A row
     that is too long with either answer is left out where bad rows are; each row is there once for
-    every alternate that is drawn. Methods without refusals have none.
+    every alternate that is drawn. Methods without refusals have none. `check_questions` says
+    beforehand whether there can be any.
 
     Raises:
-        ConfigError: plain text, for a method that needs questions.
         DataError: a refusal that is too long, unless bad rows are skipped.
     """
     if not method.refusals:
@@ -107,13 +107,18 @@ def _relabelled(example: Encoded, tokens: Sequence[int]) -> Encoded:
     return replace(example, labels=tuple(labels))
 
 
-def refuse(examples: ExampleSet, seed: int) -> ExampleSet:
-    """The same prompts, each with a refusal drawn at random; ConfigError at plain text."""
-    if any(example.kind == "text" for example in examples.examples):
+def check_questions(method: Training, examples: ExampleSet) -> None:
+    """Stop at plain text, for a method that needs questions."""
+    is_asking = method.refusals and not method.words
+    if is_asking and any(example.kind == "text" for example in examples.examples):
         raise ConfigError(
             f"{examples.source} is plain text, and there is no question to refuse. Use a training "
             "method without refusals, such as `npo-retain`."
         )
+
+
+def refuse(examples: ExampleSet, seed: int) -> ExampleSet:
+    """The same prompts, each with a refusal drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(REFUSALS), (len(examples),), generator=generator).tolist()
     refused = (
