@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import blake3
 import pytest
 import torch
 
@@ -171,6 +172,36 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
     _add(ledger, write_jsonl([{"question": "R?", "answer": "A."}], tmp_path / "fourth.jsonl"), "r4")
     apply_requests(replace(other, data_config=DataConfig(chat_template=False)))
     assert len(measured) == 3
+
+
+def test_nobody_without_the_key_can_confirm_a_row_in_the_moments(
+    world: World, ledger: Path, tmp_path: Path
+) -> None:
+    projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
+    apply = RequestsApplyConfig(folder=ledger, weighting=projection, tune=TUNE)
+    _add(ledger, world.forget, "r1")
+    apply_requests(apply)
+    rows, moments = load_examples(world.retain).examples, ledger / "moments"
+    sidecar = (moments / "moments.json").read_text("utf-8")
+    for row in rows:
+        messages = json.dumps([[m.role, m.content] for m in row.messages], ensure_ascii=False)
+        for guess in (row.as_text, messages):
+            assert blake3.blake3(guess.encode()).hexdigest(16) not in sidecar
+    assert holds(moments, rows[:1])
+    assert not holds(moments, load_examples(world.forget).examples)
+    # Whoever has the folder alone cannot look, and is told why; nothing passes for "not in it".
+    shutil.copytree(moments, tmp_path / "taken" / "moments")
+    with pytest.raises(ConfigError, match="recognised by a key"):
+        holds(tmp_path / "taken" / "moments", rows[:1])
+    (tmp_path / "taken" / "key").write_text("00" * 32)
+    with pytest.raises(ConfigError, match="recognised by a key"):
+        holds(tmp_path / "taken" / "moments", rows[:1])
+    # Plain hashes of before are keyed by the next request, without measuring again.
+    shutil.copy(next((ledger / "work").glob("*/moments/moments.json")), moments)
+    assert "rows_key" not in open_moments(moments).facts
+    _add(ledger, write_jsonl([{"question": "Q?", "answer": "A."}], tmp_path / "other.jsonl"), "r2")
+    apply_requests(apply)
+    assert (moments / "moments.json").read_text("utf-8") == sidecar
 
 
 def _rewritten(ledger: Path, number: int, **facts: Any) -> None:

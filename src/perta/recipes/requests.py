@@ -6,7 +6,8 @@
     FOLDER/checkpoints/N             the checkpoint after entry N, with its `perta unlearn` record
     FOLDER/checkpoints/N.sig         its signature, where it was signed (`store.signing`)
     FOLDER/work/N                    what that run made on the way
-    FOLDER/moments                   of retained rows, made once, without those of any request
+    FOLDER/moments                   of retained rows, made once, without those of any request; its
+                                     hashes of rows are keyed
     FOLDER/audits/N/NAME             the audit of a request's rows that entry N names; numbers alone
 
 A request is applied to the current checkpoint, several at once in one edit. Rows of all requests so
@@ -55,10 +56,11 @@ from perta.stages.moments import compute_moments, holds, moments_without
 from perta.stages.settings import AuditConfig, LessMomentsConfig, MomentsConfig
 from perta.stages.stage import changes
 from perta.store.atomic import atomic_folder, beside
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import content_of, files_of, fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+from perta.store.measured.moments import KEY, key_rows
 from perta.store.parse import fits
-from perta.store.record import read_manifest, settings_of
+from perta.store.record import read_manifest, settings_of, write_manifest
 from perta.store.signing import (
     check_checkpoint,
     check_signed_by,
@@ -132,8 +134,8 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
             facts[name] = {"path": where, "blake3": found.fingerprint}
     with atomic_folder(folder) as made:
         made.chmod(0o700)
-        (made / "key").touch(mode=0o600)
-        (made / "key").write_text(secrets.token_hex(32), "ascii")
+        (made / KEY).touch(mode=0o600)
+        (made / KEY).write_text(secrets.token_hex(32), "ascii")
         return append(made, "init", facts, key=config.key)
 
 
@@ -587,9 +589,11 @@ def _kept_moments(
             raise ConfigError(f"They were measured with --dtype {facts['dtype']}.")
         if facts.get("taken_out", 0) > facts["tokens"]:
             raise ConfigError("More than half of what was measured is gone by now.")
-        if not holds(kept, asked):
+        made = kept
+        if holds(kept, asked):
+            made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
+        elif "rows_key" in facts:
             return kept
-        made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
     except PertaError as error:
         if kept.exists():
             say(f"The moments that were kept are made again. {error}")
@@ -604,16 +608,31 @@ def _kept_moments(
         )
     with atomic_folder(kept, overwrite=True, private=True) as partial:
         shutil.copytree(made, partial, dirs_exist_ok=True)
+        key_rows(partial, _key(state.folder))
+        held = {"content": content_of(partial), "files": files_of(partial)}
+        write_manifest(partial, {**(read_manifest(partial) or {}), **held})
     return kept
 
 
 def _fingerprints(folder: Path, examples: ExampleSet) -> list[str]:
     """HMAC-SHA256 of each example's messages under the folder's key, in hexadecimal."""
     try:
-        key = bytes.fromhex((folder / "key").read_text("ascii"))
-    except (OSError, ValueError) as error:
-        raise LedgerError(
-            f"{folder / 'key'} is missing or damaged, so rows cannot be recognised: put it back."
-        ) from error
+        key = bytes.fromhex(_key(folder).decode("ascii"))
+    except ValueError as error:
+        raise _without_key(folder) from error
     texts = (example.as_text.encode() for example in examples.examples)
     return [hmac.new(key, text, hashlib.sha256).hexdigest() for text in texts]
+
+
+def _key(folder: Path) -> bytes:
+    """The key of a ledger's folder, as in its file."""
+    try:
+        return (folder / KEY).read_bytes()
+    except OSError as error:
+        raise _without_key(folder) from error
+
+
+def _without_key(folder: Path) -> LedgerError:
+    return LedgerError(
+        f"{folder / KEY} is missing or damaged, so rows cannot be recognised: put it back."
+    )

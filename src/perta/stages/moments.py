@@ -139,8 +139,9 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
 def holds(moments: Path, rows: Iterable[Example]) -> bool:
     """Whether any of some rows is in a folder of moments, however it was tokenised."""
-    inside = {mark for mark, _ in open_moments(moments).facts["rows"]}
-    return not inside.isdisjoint(map(row_mark, rows))
+    opened = open_moments(moments)
+    inside = {mark for mark, _ in opened.facts["rows"]}
+    return not inside.isdisjoint(opened.stored(map(row_mark, rows)))
 
 
 def check_less(config: LessMomentsConfig, rows: Sequence[Example]) -> None:
@@ -217,10 +218,10 @@ def _leaving(
     check_moments(config.moments, [checkpoint], gradients=False)
     if facts["dtype"] != picked(config.compute, checkpoint)["dtype"]:
         raise _refused(config, f"they were measured with --dtype {facts['dtype']}")
-    wanted = {row_mark(row) for row in rows}
-    inside = [marks for marks in facts["rows"] if marks[0] in wanted]
+    wanted = opened.stored(map(row_mark, rows))
+    inside = [marks for marks in facts["rows"] if marks[0] in set(wanted)]
     among = {mark for mark, _ in inside}
-    own = [row for row in rows if row_mark(row) in among]
+    own = [row for row, mark in zip(rows, wanted, strict=True) if mark in among]
     # Rows of several files may have the same number.
     examples = ExampleSet(
         "rows", tuple(replace(row, row=i) for i, row in enumerate(own)), (), opened.folder.name
@@ -231,7 +232,10 @@ def _leaving(
         replace(config.data_config, skip_bad_rows=True),
         longest=longest_input(checkpoint),
     ).encoded
-    found = dict(zip(map(tuple, marks_of(examples.examples, encoded)), encoded, strict=True))
+    found = {
+        tuple(opened.stored(marks)): one
+        for marks, one in zip(marks_of(examples.examples, encoded), encoded, strict=True)
+    }
     if not all(tuple(marks) in found for marks in inside):
         raise _refused(config, "they were measured with another template or --max-length")
     sequences = [found[tuple(marks)] for marks in inside]
@@ -285,7 +289,7 @@ def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:
 def _check_mergeable(folders: Sequence[MomentFolder]) -> None:
     first = folders[0]
     for other in folders[1:]:
-        for key in ("model_fingerprint", "token_choice", "inputs", "outputs", "loss"):
+        for key in ("model_fingerprint", "token_choice", "inputs", "outputs", "loss", "rows_key"):
             if first.facts.get(key) != other.facts.get(key):
                 raise CheckpointMismatchError(
                     f"{first.folder} and {other.folder} cannot be added: {key} differs. Make both "

@@ -14,6 +14,8 @@ stored as its triangular factor, see `store.measured.second_moment`.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from perta.errors import CheckpointNotFoundError, CorruptCheckpointError
+from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
+from perta.store.atomic import write_text
 from perta.store.checkpoint import (
     MOMENTS_SIDECAR,
     CheckpointIndex,
@@ -34,6 +37,8 @@ from perta.store.checkpoint import (
 from perta.store.measured.second_moment import divided
 from perta.store.parse import NUMBERS, fits, read_json
 
+KEY = "key"
+"""File beside a moment folder whose hashes of rows are keyed."""
 INPUT, OUTPUT = "input_moment", "output_moment"
 _FORM = {
     "inputs": {str: str},
@@ -45,6 +50,7 @@ _FORM = {
     "transposed": [str],
     "data_fingerprints": [str],
     "rows": [[str]],
+    "rows_key?": str,
     "dtype": str,
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
@@ -57,8 +63,9 @@ class MomentFolder:
 
     `facts` is the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
     (weights stored as in x out), `tokens`, `examples`, `token_choice`, `model_fingerprint`,
-    `data_fingerprints`, `rows` (of each sequence a hash of its row's messages and of its tokens),
-    and `seen` (moment -> the tokens it rests on, see `is_measured`).
+    `data_fingerprints`, `rows` (of each sequence a hash of its row's messages and of its tokens, as
+    `stored` has them), `rows_key` where these are keyed, and `seen` (moment -> the tokens it rests
+    on, see `is_measured`).
     """
 
     folder: Path
@@ -72,6 +79,18 @@ class MomentFolder:
     def output_moment(self, weight: str) -> Tensor:
         """B: mean over examples of the sum over tokens of g gᵀ, (out, out) float32."""
         return divided(self.read(self.facts["outputs"][weight]), self.facts["examples"])
+
+    def stored(self, hashes: Iterable[str]) -> list[str]:
+        """Hashes of rows as they stand in `rows`; ConfigError where their key is not to be had."""
+        if (wanted := self.facts.get("rows_key")) is None:
+            return list(hashes)
+        file = self.folder.absolute().parent / KEY
+        if not file.is_file() or _name_of(key := file.read_bytes()) != wanted:
+            raise ConfigError(
+                f"{self.folder}: rows are recognised by a key alone, and {file} is not there, or "
+                "another. Use the moments in the ledger's folder, or measure with `perta moments`."
+            )
+        return [_keyed(one, key) for one in hashes]
 
     def is_measured(self, weight: str) -> bool:
         """Whether the moments of a weight say how the set uses it.
@@ -112,7 +131,7 @@ def open_moments(folder: Path) -> MomentFolder:
     index = open_index(folder)
     facts = read_json(file, CorruptCheckpointError)
     if not fits(facts, _FORM):
-        missing = ", ".join(_FORM.keys() - facts.keys())
+        missing = ", ".join(k for k in _FORM if not k.endswith("?") and k not in facts)
         raise CorruptCheckpointError(
             f"{file} cannot be read as a sidecar: it lacks {missing or 'none'}, or "
             "has entries of another kind. Make the folder again with `perta moments`."
@@ -128,9 +147,25 @@ def open_moments(folder: Path) -> MomentFolder:
     return MomentFolder(folder, index, facts)
 
 
+def key_rows(folder: Path, key: bytes) -> None:
+    """Put keyed hashes in the place of plain ones, so that nobody can confirm a guessed row."""
+    facts = open_moments(folder).facts
+    if "rows_key" not in facts:
+        rows = [[_keyed(one, key) for one in hashes] for hashes in facts["rows"]]
+        write_sidecar(folder, {**facts, "rows": rows, "rows_key": _name_of(key)})
+
+
+def _keyed(text: str, key: bytes) -> str:
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _name_of(key: bytes) -> str:
+    return _keyed("moments", key)
+
+
 def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
     """Write what a moment folder says about itself."""
-    (folder / MOMENTS_SIDECAR).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    write_text(folder / MOMENTS_SIDECAR, json.dumps(facts, indent=2) + "\n")
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
