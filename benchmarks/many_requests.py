@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ import torch
 
 from perta.data.examples import load_examples
 from perta.data.rows import write_jsonl
-from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.methods.registry import at_strength, with_defaults
+from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer, pad_id, save_model
 from perta.options import ComputeConfig, DataConfig, ScoringConfig, TuneConfig
 from perta.recipes.requests import add_request, apply_requests, read_state, start_ledger
@@ -51,7 +51,7 @@ from perta.stages.settings import EditConfig, EvaluateConfig, FinetuneConfig, Pe
 from perta.store.record import read_manifest
 
 QUESTIONS, ASIDE = 6, 5
-FACTS = "forget_fact_probability"
+FACTS, _COST = "forget_fact_probability", "cost of"
 DATA = DataConfig(chat_template=False)
 Row = dict[str, float]
 
@@ -218,10 +218,14 @@ class World:
             row[f"{side} answers"] = found["retain_probability"]["agg_value"]
             row[f"{side} facts"] = found["retain_fact_probability"]["agg_value"]
             row[f"{side} extracted"] = found["retain_extraction_strength"]["agg_value"]
-        again = [rows[::2] for rows in first]
-        tuned = self.tuned(checkpoint, f"again-{name}", again, TuneConfig(
-            epochs=3, learning_rate=self.tune.learning_rate or 3e-4, batch_size=12, seed=self.seed, stop_loss=0,
-        ))  # fmt: skip
+        again = TuneConfig(
+            epochs=3,
+            learning_rate=self.tune.learning_rate,
+            batch_size=12,
+            stop_loss=0,
+            seed=self.seed,
+        )
+        tuned = self.tuned(checkpoint, f"again-{name}", [rows[::2] for rows in first], again)
         other = [rows[1::2] for rows in first]
         found = self.evaluated(f"{name}-again", tuned, other, self.staying[-ASIDE:])
         row["other half, one half relearned"] = mean(per_row(found))
@@ -239,73 +243,74 @@ class World:
         found = {"stand out": len(unseen.standing_out(now)) / rows}
         return found if beyond is None else {**found, "far beyond unseen": len(beyond) / rows}
 
-    def cost(self, checkpoint: Path, *more: Path) -> Row:
-        """What made a checkpoint, and moments beside it: tokens passed, seconds, bytes written."""
+    def cost(self, checkpoint: Path) -> Row:
+        """What made a checkpoint, and the moments for it: tokens passed and seconds."""
         run = (read_manifest(checkpoint) or {})["unlearn"]
-        made = [read_manifest(place) or {} for place in more]
+        moments = checkpoint.parents[1] / "work" / checkpoint.name / "moments"
+        made = read_manifest(moments) or {}
         edits = {k: v for k, v in run["passes"].items() if not k.startswith("evaluate")}
-        return {
-            "thousand token passes": (
-                sum(edits.values()) + sum(m.get("passes", 0) for m in made)
-            ) / 1000,
-            "seconds": run["seconds"]["total"] + sum(sum(m.get("seconds", {}).values()) for m in made),
-        }  # fmt: skip
+        seconds = run["seconds"]["total"] + sum(made.get("seconds", {}).values())
+        passes = sum(edits.values()) + made.get("passes", 0)
+        return {"thousand token passes": passes / 1000, "seconds": seconds}
 
     def compared(self) -> dict[str, Row]:
         """Way and number of requests -> figures."""
         file = self.folder / "found.json"
         found: dict[str, Row] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-
-        def once(key: str, make: Any) -> None:
-            if key not in found:
-                found[key] = make()
-                file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-        def edited(way: str, count: int, make: Any) -> None:
-            if f"{way}, {count}" in found:
-                return
-            model = make()
-            more = [model.parents[1] / "work" / model.name / "moments"] if way == "one edit" else []
-            row = self.measured(way.replace(" ", "-"), model, count)
-            if way == "one edit":
-                row |= self.cost(model, *more)
-            once(f"{way}, {count}", lambda: row)
-            for place in (
-                self.folder / f"joint-{count}",
-                model,
-                model.with_name(f"{model.name}.work"),
-            ):
-                shutil.rmtree(place, ignore_errors=True)
-
         for count in range(1, self.most + 1):
-            if f"cost of {count}" not in found:
-                model = self.applied("in-turn", range(count))
-                work = self.folder / "in-turn" / "work" / model.name
-                self.kept(count, work / "run", model)
-                for place in model.parent.iterdir():
-                    if place.name.partition(".")[0] != model.name:
-                        shutil.rmtree(place) if place.is_dir() else place.unlink()
-                if count in self.counts:
-                    self.file(f"first-{count}", self.asking[:count])
-                    once(f"full, {count}", lambda: self.measured("full", self.full, count))
-                    once(
-                        f"retrained, {count}",
-                        lambda: self.measured("retrained", self.retrained, count),
-                    )
-                    once(f"in turn, {count}", lambda: self.measured("in-turn", model, count))
-                    if count > 1:
-                        edited("kept", count, lambda: self.by_kept(count, work))
-                        edited(
-                            "one edit", count, lambda: self.applied(f"joint-{count}", range(count))
-                        )
-                once(f"cost of {count}", lambda: self.cost(model, work / "moments"))
-                shutil.rmtree(work)
-            if count in self.counts:
-                for name in found["cost of 1"]:
-                    found[f"in turn, {count}"][name] = sum(
-                        found[f"cost of {n}"][name] for n in range(1, count + 1)
-                    )
-        return {name: row for name, row in found.items() if not name.startswith("cost of")}
+            if f"{_COST} {count}" in found:
+                continue
+            model = self.applied("in-turn", range(count))
+            work = self.folder / "in-turn" / "work" / model.name
+            self.kept(count, work / "run", model)
+            for place in model.parent.iterdir():  # those of the requests before
+                if place.name.partition(".")[0] != model.name:
+                    _delete(place)
+            ways = self.ways(count, model, work) if count in self.counts else {}
+            for way, measure in ways.items():
+                if f"{way}, {count}" not in found:
+                    found[f"{way}, {count}"] = measure()
+                    file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            found[f"{_COST} {count}"] = self.cost(model)
+            file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            _delete(work)
+        for count in self.counts:
+            costs = [found[f"{_COST} {n}"] for n in range(1, count + 1)]
+            found[f"in turn, {count}"] |= {k: sum(cost[k] for cost in costs) for k in costs[0]}
+        return {name: row for name, row in found.items() if not name.startswith(_COST)}
+
+    def ways(self, count: int, model: Path, work: Path) -> dict[str, Callable[[], Row]]:
+        """Way -> what measures it, after so many requests in turn."""
+        self.file(f"first-{count}", self.asking[:count])
+        ways: dict[str, Callable[[], Row]] = {
+            "full": lambda: self.measured("full", self.full, count),
+            "retrained": lambda: self.measured("retrained", self.retrained, count),
+            "in turn": lambda: self.measured("in-turn", model, count),
+        }
+        if count > 1:
+            ways["kept"] = lambda: self.measured_once("kept", self.by_kept(count, work), count)
+            ways["one edit"] = lambda: self.jointly(count)
+        return ways
+
+    def jointly(self, count: int) -> Row:
+        """Figures of one edit, and its cost."""
+        model = self.applied(f"joint-{count}", range(count))
+        cost = self.cost(model)
+        return self.measured_once("one-edit", model, count) | cost
+
+    def measured_once(self, way: str, model: Path, count: int) -> Row:
+        """Figures of a model that is deleted then."""
+        row = self.measured(way, model, count)
+        for place in (self.folder / f"joint-{count}", model, model.with_name(f"{model.name}.work")):
+            _delete(place)
+        return row
+
+
+def _delete(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
 
 
 def per_row(found: Mapping[str, Any]) -> list[float]:
