@@ -188,7 +188,7 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
     for one in worst:
         assert f"{one['value']:.3f} (no. {one['subject']})" in page
     unchecked = html.unescape(page).partition("What was not checked")[2].partition("</ul>")[0]
-    for told in (
+    for line in (
         "The fact in drawn answers, as chat programs draw them; The fact, after some training; "
         "The fact between the layers; The fact in the model's states, put into the full one "
         "(left out at level standard)",
@@ -197,7 +197,7 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
         "facts of the world: rows 1–40 (the model has no words for the facts)",
         "The fact, asked for in other ways: in two steps (no row could be asked so)",
     ):
-        assert told in unchecked
+        assert line in unchecked
     assert hashlib.sha256((out / "audit.json").read_bytes()).hexdigest() in page
     assert "No record beside the model" in page
     assert "leaves one, perta.json" in page

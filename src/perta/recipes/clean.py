@@ -178,7 +178,7 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
 
 def _several(written: object) -> list[str]:
     """Places in a record, which has one as text and several as a list."""
-    return [one for one in (written if isinstance(written, list) else [written]) if one]
+    return [str(one) for one in (written if isinstance(written, list) else [written]) if one]
 
 
 def _left(
