@@ -513,6 +513,15 @@ def test_without_any_yardstick_nothing_begins(config: AuditConfig) -> None:
         replace(config, retrained=None, base=None, holdout=None)
 
 
+def test_what_the_probes_asked_for_lack_is_told_and_nothing_of_others(config: AuditConfig) -> None:
+    asked = replace(config, holdout=None, probes=("loss", "zlib"))
+    with pytest.raises(
+        ConfigError,
+        match=r"^No probe can be run: loss: it needs holdout; zlib: it needs holdout\.$",
+    ):
+        audit_checkpoint(asked)
+
+
 def test_an_output_that_cannot_be_written_stops_before_the_models(
     config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -325,7 +325,9 @@ class _Audit:
         self.material = self._material()
         self.possible, lacking = self._possible()
         if not self.possible:
-            raise ConfigError("No probe can be run: " + "; ".join(f"{n}: {w}" for n, w in lacking))
+            asked = {probe.name for probe in self.probes}
+            why = "; ".join(f"{name}: {why}" for name, why in lacking if name in asked)
+            raise ConfigError(f"No probe can be run: {why}.")
         self._tell_cost()
         config.output.mkdir(mode=0o700, parents=True, exist_ok=True)
         where = {"device": self.settings["device"], "dtype": self.settings["dtype"]}
