@@ -122,7 +122,8 @@ def test_the_command_of_the_page_makes_the_same_audit(tmp_path: Path, options: l
         (tmp_path / name).mkdir()
         write_tiny_checkpoint(tmp_path / name, texts, seed=seed)
     models = [str(tmp_path / "cleaned"), "--full", str(tmp_path / "full")]
-    given = [*models, "--base", str(tmp_path / "a base"), *options]
+    few = options or ["--max-new-tokens", "8", "--samples", "4"]
+    given = [*models, "--base", str(tmp_path / "a base"), *few]
     for seed in (3, 4) if options else ():
         shadow = tmp_path / f"shadow {seed}"
         shadow.mkdir()

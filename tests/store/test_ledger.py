@@ -45,15 +45,13 @@ def test_no_byte_can_be_changed(tmp_path: Path, key: Path) -> None:
     for name in (LEDGER, HEAD):
         whole = (folder / name).read_bytes()
         for place in range(len(whole)):
-            for other in (b" ", b"0", b"\n"):
-                if whole[place : place + 1] == other:
-                    continue
-                (folder / name).write_bytes(whole[:place] + other + whole[place + 1 :])
+            # One of these each, in turn: every byte is changed, and one more put before it.
+            others = [b for b in (b" ", b"0", b"\n") if whole[place : place + 1] != b]
+            other = others[place % len(others)]
+            for changed in (other + whole[place + 1 :], b" " + whole[place:]):
+                (folder / name).write_bytes(whole[:place] + changed)
                 with pytest.raises(LedgerError):
                     read_ledger(folder)
-            (folder / name).write_bytes(whole[:place] + b" " + whole[place:])
-            with pytest.raises(LedgerError):
-                read_ledger(folder)
         (folder / name).write_bytes(whole)
     assert len(read_ledger(folder)) == 2
 
