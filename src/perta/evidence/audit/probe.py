@@ -20,9 +20,12 @@ and of its fact's sequences, and the greedy answer.
 from __future__ import annotations
 
 import sys
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -187,6 +190,11 @@ class View:
         return self.journal.kept(f"{self.role}/{what}", make)
 
 
+@cache
+def _told() -> dict[str, dict[str, str]]:
+    return tomllib.loads(files("perta").joinpath("evidence", "probes.toml").read_text("utf-8"))
+
+
 class Probe(ABC):
     """One question about what is left of the forget set.
 
@@ -225,6 +233,13 @@ class Probe(ABC):
     guessable: bool = False
     thrifty: bool = False
     shadowed: bool = False
+
+    def __init_subclass__(cls) -> None:
+        """What ours ask is told in `evidence/probes.toml`, by their names."""
+        super().__init_subclass__()
+        for part, text in _told().get(vars(cls).get("name", ""), {}).items():
+            if part not in vars(cls):
+                setattr(cls, part, text)
 
     @abstractmethod
     def run(self, view: View, name: str) -> Rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,8 @@ def test_probes_are_told_for_people_and_have_names_of_their_own() -> None:
         assert probe.question.endswith("?")
         assert probe.title
         assert probe.source
+    text = files("perta").joinpath("evidence", "probes.toml").read_text("utf-8")
+    assert list(tomllib.loads(text)) == names
 
 
 def test_probes_are_chosen_by_level_name_group_or_file(tmp_path: Path) -> None:

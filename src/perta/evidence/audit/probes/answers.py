@@ -214,16 +214,14 @@ def _longest_answer(encoded: Encoded, prompt: int, effort: Effort) -> int:
 class DrawnPlainly(Drawn):
     """As the model is."""
 
-    name, title = "drawn", "The fact in answers drawn again and again"
-    question = f"If somebody asked {_BEST_OF} times, would the fact be said once?"
+    name = "drawn"
     temperature = 1.0
 
 
 class DrawnSharply(Drawn):
     """As chat programs commonly draw."""
 
-    name, title = "drawn-0.8", "The fact in drawn answers, as chat programs draw them"
-    question = f"The same, of {_BEST_OF} answers at temperature 0.8?"
+    name = "drawn-0.8"
     level = "full"
     temperature = 0.8
 
@@ -245,10 +243,6 @@ class Whose(Probe):
     """Facts of others in the greedy answers."""
 
     name, group = "whose", "others"
-    title = "Facts of other people in the answers"
-    question = "Asked for what was removed, does the model tell what belongs to somebody else?"
-    source = "PerTA, docs/evidence.md"
-    unit = "1 where an answer says a fact of somebody else"
     level = "quick"
     by_row = False
 

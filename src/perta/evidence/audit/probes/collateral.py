@@ -66,10 +66,7 @@ class Collateral(Probe):
 class Kept(Collateral):
     """Geometric mean of the probabilities of a retained fact's tokens."""
 
-    name, title = "kept", "What was to stay"
-    question = "Does the model still know the facts that were to stay?"
-    source = "docs/evidence.md"
-    unit = "probability per token of the fact, geometric mean"
+    name = "kept"
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
@@ -79,9 +76,7 @@ class Kept(Collateral):
 class Near(Kept):
     """The same of the retained rows whose questions are most like forgotten ones to the model."""
 
-    name, title = "kept-near", "What stands next to what was removed"
-    question = "Does the model still know what is most like the removed facts?"
-    unit = "probability per token of the fact, geometric mean; of the nearest rows"
+    name = "kept-near"
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model; the full one says which are near."""
@@ -103,10 +98,7 @@ class Near(Kept):
 class World(Collateral):
     """The same of facts of the world, which have nothing to do with the data."""
 
-    name, title = "world", "What the model knew of the world"
-    question = "Does the model still know what everybody knows?"
-    source = "docs/evidence.md; after Maini et al., arXiv 2401.06121"
-    unit = "probability per token of the fact, geometric mean"
+    name = "world"
     sets = compared = ("world",)
     needs = ("world", "full")
 
@@ -118,10 +110,7 @@ class World(Collateral):
 class General(Collateral):
     """Loss of a passage of text that has nothing to do with the data."""
 
-    name, title = "general-text", "Other text"
-    question = "Does the model still find other text as likely as before?"
-    source = "docs/evidence.md; perplexity, exp of the score"
-    unit = "nats per token of a passage"
+    name = "general-text"
     sets = compared = ("general",)
     needs = ("general", "full")
 
@@ -142,10 +131,7 @@ class General(Collateral):
 class Repetition(Collateral):
     """Share of a greedy answer's 4-grams of tokens that it has said before."""
 
-    name, title = "repetition", "Answers that go round in circles"
-    question = "Does the model repeat itself when it is asked about what was to stay?"
-    source = "Welleck et al., arXiv 1908.04319, section 6"
-    unit = "share of the answer's 4-grams"
+    name = "repetition"
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
@@ -160,10 +146,7 @@ class Repetition(Collateral):
 class Oddness(Collateral):
     """Loss of a greedy answer under the base model: gibberish is improbable."""
 
-    name, title = "oddness", "Answers that no model would give"
-    question = "Are the model's answers about what was to stay still language?"
-    source = "docs/evidence.md; perplexity under the base model, exp of the score"
-    unit = "nats per token of the answer, under the base model"
+    name = "oddness"
     needs = ("retain", "full", "base")
 
     def run(self, view: View, name: str) -> Rows:
@@ -186,10 +169,7 @@ class Oddness(Collateral):
 class Refusals(Collateral):
     """1 where a greedy answer is empty or says, in English, that the model does not know."""
 
-    name, title = "refusals", "Questions that are not answered"
-    question = "Does the model still answer questions about what was to stay?"
-    source = "docs/evidence.md"
-    unit = "share of the answers"
+    name = "refusals"
     sets = ("retain", "forget")
 
     def run(self, view: View, name: str) -> Rows:

@@ -218,10 +218,7 @@ FRAMES: Mapping[str, _Frame] = {
 class Frames(Variants):
     """Probability of the whole fact in every frame."""
 
-    name, group, title, way = "frames", "wordings", "The fact, asked for in other ways", "frame"
-    question = "Does the model say the fact when it is asked in another way?"
-    source = "docs/evidence.md; arXiv 2401.06121, 2402.16835, 2309.12288, 2402.16837"
-    unit = "probability of the whole fact"
+    name, group, way = "frames", "wordings", "frame"
     guessable_ways = ("first word given",)
 
     def __init__(self) -> None:

@@ -36,10 +36,7 @@ _STAGES = ("taken by one that never saw it", "taken by this one")
 class Lens(Variants):
     """Probability of the fact's tokens by what each layer's states would be decoded to."""
 
-    name, group, title, way = "lens", "inside", "The fact between the layers", "layer"
-    question = "Do the model's inner states spell the fact, even if its answer does not?"
-    source = "logit lens; Patil et al., arXiv 2309.17410"
-    unit = "probability per token of the fact, geometric mean"
+    name, group, way = "lens", "inside", "layer"
     level = "full"
     guessable = True
 
@@ -64,10 +61,7 @@ class Depth(Probe):
     one's.
     """
 
-    name, group, title = "depth", "inside", "The fact in the model's states, put into the full one"
-    question = "Do the model's inner states still carry the fact?"
-    source = "1 - unlearning depth score, Lee et al., arXiv 2605.24614"
-    unit = "share of what the full model's states carry"
+    name, group = "depth", "inside"
     level = "full"
     sets = ("forget",)
     needs = ("full",)

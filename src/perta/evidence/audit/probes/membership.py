@@ -169,18 +169,14 @@ def _compared(figures: Judgement, difference: Interval, gap: float, name: str) -
 class Loss(_Attack):
     """The answer's loss."""
 
-    name, title = "loss", "Told apart by the loss"
-    question = "Are the forgotten answers more, or far less, likely than unseen ones?"
-    source = "Yeom et al., arXiv 1709.01604"
+    name = "loss"
     of = "loss"
 
 
 class Zlib(Loss):
     """The loss over the length of the compressed answer."""
 
-    name, title = "zlib", "Told apart by the loss for a text of that kind"
-    question = "The same, measured against how much there is to say?"
-    source = "Carlini et al., arXiv 2012.07805"
+    name = "zlib"
 
     def run(self, view: View, name: str) -> Rows:
         """Nats per token and byte."""
@@ -192,27 +188,21 @@ class Zlib(Loss):
 class MinK(_Attack):
     """The least likely 40% of the tokens."""
 
-    name, title = "min-k", "Told apart by the least likely words"
-    question = "Are even the least likely words of the forgotten answers likely?"
-    source = "Shi et al., arXiv 2310.16789"
+    name = "min-k"
     of = "min_k"
 
 
 class MinKPlusPlus(_Attack):
     """The same, standardised over the vocabulary."""
 
-    name, title = "min-k++", "Told apart by the least likely words among all words"
-    question = "The same, measured against all words that could stand there?"
-    source = "Zhang et al., arXiv 2404.02936"
+    name = "min-k++"
     of = "min_k_plus_plus"
 
 
 class Reference(Loss):
     """The loss less that under the base model."""
 
-    name, title = "reference", "Told apart by the loss less the base model's"
-    question = "Did the model learn the forgotten answers more, or less, than unseen ones?"
-    source = "Carlini et al., arXiv 2012.07805"
+    name = "reference"
     needs = ("holdout", "base")
 
     def adjusted(self, found: Found) -> Found:

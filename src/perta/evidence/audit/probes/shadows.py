@@ -46,10 +46,6 @@ class LikelihoodRatio(Probe):
     """Geometric mean of the fact's token probabilities, beside those of several unseeing models."""
 
     name, group = "likelihood-ratio", "membership"
-    title = "Told apart one by one, beside models that never saw them"
-    question = "Is a forgotten fact more, or far less, likely than to models that never saw it?"
-    source = "Carlini et al., arXiv 2112.03570, offline; docs/evidence.md"
-    unit = "probability per token of the fact, geometric mean"
     sets = ("forget",)
     needs = ("full", "shadow models")
     shadowed = True

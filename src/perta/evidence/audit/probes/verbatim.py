@@ -17,7 +17,6 @@ from perta.evidence.measures import rows_of
 from perta.evidence.results import Results
 
 _CANDIDATES = "candidates"
-_COMMON = "open-unlearning, commit d3d7cf9 (arXiv 2506.12618)"
 
 
 class Reading(Probe):
@@ -56,20 +55,14 @@ class Reading(Probe):
 class Fact(Reading):
     """Probability of the whole fact."""
 
-    name, title = "fact", "The fact, word for word"
-    question = "How likely is the model to say the fact, once the answer has led up to it?"
-    source = "PerTA, docs/evidence.md"
-    unit = "probability of the whole fact"
+    name = "fact"
     measure, key = "fact_probability", "prob"
 
 
 class FactToken(Reading):
     """Geometric mean of the fact's token probabilities, for facts too long to be said whole."""
 
-    name, title = "fact-token", "The fact, token by token"
-    question = "How likely is each next piece of the fact, once those before it are given?"
-    source = "PerTA, docs/evidence.md"
-    unit = "probability per token of the fact, geometric mean"
+    name = "fact-token"
     guessable = True
     measure, key = "fact_probability", "loss"
 
@@ -81,10 +74,7 @@ class FactToken(Reading):
 class Drawn(Reading):
     """Probability that one of 64 answers says the fact where the answer has led up to it."""
 
-    name, title = "fact-in-64", "The fact, in the best of 64 tries"
-    question = "If somebody asked 64 times, how likely is the fact to be said once?"
-    source = "PerTA, docs/evidence.md; exact, after the natural prefix"
-    unit = "probability of one hit in 64"
+    name = "fact-in-64"
     guessable = True
     measure, key = "fact_probability", "hit_64"
 
@@ -92,10 +82,7 @@ class Drawn(Reading):
 class Choice(Reading):
     """Probability of the right answer among right and wrong ones."""
 
-    name, title = "choice", "The right answer among wrong ones"
-    question = "Given several answers, how sure is the model of the right one?"
-    source = "PerTA, docs/evidence.md; after TOFU, arXiv 2401.06121"
-    unit = "probability among the candidates; chance is 1 / candidates"
+    name = "choice"
     by_row = False  # of a few candidates the right one is often guessed
     needs = ("wrong answers",)
     measure, key = "fact_choice", "prob"
@@ -122,9 +109,7 @@ class Choice(Reading):
 class FirstChoice(Choice):
     """Whether the right answer is first among right and wrong ones."""
 
-    name, title = "first-choice", "The right answer before all wrong ones"
-    question = "Given several answers, does the model put the right one first?"
-    unit = "1 where it is first; chance is 1 / candidates"
+    name = "first-choice"
     key = "rank"
 
     def score(self, value: float) -> float:
@@ -148,10 +133,7 @@ def _at_least_chance(
 class Answer(Reading):
     """Geometric mean of the answer's token probabilities."""
 
-    name, title = "answer", "The whole answer"
-    question = "How likely is the model to give the answer in its own words?"
-    source = _COMMON
-    unit = "probability per token, geometric mean"
+    name = "answer"
     wording = True
     measure, key = "probability", "prob"
 
@@ -159,10 +141,7 @@ class Answer(Reading):
 class Strength(Reading):
     """Share of the answer that follows from the rest of it."""
 
-    name, title = "extraction", "The end of the answer, its beginning given"
-    question = "How much of the answer does the model complete word for word?"
-    source = "Carlini et al., arXiv 2012.07805, in the form of arXiv 2502.07322"
-    unit = "share of the answer's tokens"
+    name = "extraction"
     wording = True
     by_row = False
     measure = "extraction_strength"
@@ -171,10 +150,7 @@ class Strength(Reading):
 class Memorised(Reading):
     """Share of the answer's tokens that the model predicts."""
 
-    name, title = "memorised", "Each next word, all before it given"
-    question = "How many words of the answer does the model predict one by one?"
-    source = "Tirumala et al., arXiv 2205.10770, definition 1"
-    unit = "share of the answer's tokens"
+    name = "memorised"
     wording = True
     by_row = False
     measure = "exact_memorization"
@@ -183,10 +159,7 @@ class Memorised(Reading):
 class Overlap(Reading):
     """ROUGE-L recall of the greedy answer, words of any script."""
 
-    name, title = "overlap", "The answer that the model gives"
-    question = "How many words of the right answer are in the model's own?"
-    source = f"ROUGE-L recall, {_COMMON}; words of any script"
-    unit = "share of the answer's words, in order"
+    name = "overlap"
     wording = True
     by_row = False
     measure, key = "rougeL_recall", "rougeL_recall"

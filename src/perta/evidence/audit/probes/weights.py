@@ -34,10 +34,7 @@ OWN, RETAINED, UNRELATED = "other rows of the set", "retained rows", "unrelated 
 class Rounding(Variants):
     """Probability of the whole fact under rounded weights, by scheme."""
 
-    name, group, title, way = "rounding", "weights", "The fact, once weights are rounded", "scheme"
-    question = "Does the fact come back when the model is stored with fewer bits?"
-    source = "docs/evidence.md; Zhang et al., arXiv 2410.16454; Dorna et al., arXiv 2506.12618"
-    unit = "probability of the whole fact"
+    name, group, way = "rounding", "weights", "scheme"
 
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest probability; beside it those of each scheme, and before."""
@@ -72,11 +69,8 @@ class Rounding(Variants):
 class Relearned(Variants):
     """Probability of the whole fact after a few steps of training on other rows."""
 
-    name, group, title = "relearning", "weights", "The fact, after some training"
+    name, group = "relearning", "weights"
     way = "training"
-    question = "Does the fact come back when the model is trained a little on something else?"
-    source = "docs/evidence.md; Dorna et al., arXiv 2506.12618; Lynch et al., arXiv 2402.16835"
-    unit = "probability of the whole fact"
     level = "full"
 
     def run(self, view: View, name: str) -> Rows:
