@@ -307,6 +307,7 @@ def rewrite(adapter: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
     [
         (lambda held: held.pop(min(held)), CheckpointMismatchError, "its file lacks|asks for"),
         (lambda held: held.pop(max(held)), CheckpointMismatchError, "its file lacks|asks for"),
+        (lambda held: [held.pop(min(held)) for _ in "AB"], CheckpointMismatchError, "asks for"),
         (lambda held: held[min(held)].fill_(float("nan")), CorruptCheckpointError, "NaN or Inf"),
     ],
 )

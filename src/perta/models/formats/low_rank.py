@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from perta.errors import CorruptCheckpointError
 from perta.models.formats.adapters import (
     BLIND_STARTS,
     PREFIX,
@@ -98,9 +99,17 @@ class ThinEntry(TensorEntry):
 
 
 def read_thin(entry: ThinEntry, device: torch.device | None = None) -> Thin:
-    """The factors of a step, float64; the scale is in the left one."""
+    """The factors of a step, float64; the scale is in the left one.
+
+    CorruptCheckpointError where they are not finite.
+    """
     left, right = (read_tensor(e).to(device, torch.float64) for e in (entry.left, entry.right))
     thin = Thin(left * entry.scale, right)
+    if not bool(thin.left.isfinite().all() and right.isfinite().all()):
+        raise CorruptCheckpointError(
+            f"{entry.file}: the factors of {entry.name} hold NaN or Inf. The adapter is damaged, "
+            "or its training diverged; make it again."
+        )
     return thin.t() if entry.turned else thin
 
 
@@ -190,9 +199,8 @@ def steps_of(adapter: Path, base: CheckpointIndex) -> dict[str, ThinEntry] | Non
         stored = base.find(module.removeprefix(PREFIX) + ".weight")
         if left is None or right is None or stored is None:
             return None
-        if not len(left.shape) == len(right.shape) == 2 or {left.shape[1], right.shape[0]} != {
-            rank
-        }:
+        sizes = (*left.shape[1:], *right.shape[:1], len(right.shape))
+        if sizes != (rank, rank, 2) or not (is_float(left) and is_float(right)):
             return None
         is_turned = stored.name in transposed
         step = _thin_entry(stored.name, left, right, alpha / rank, is_turned)
@@ -200,8 +208,9 @@ def steps_of(adapter: Path, base: CheckpointIndex) -> dict[str, ThinEntry] | Non
             return None
         steps[stored.name] = step
     asked = {n for n in base.tensors if _is_asked_for(n.removesuffix(".weight"), targets)}
-    suits = all(is_float(e) and not name_ends_with(e.name, HEADS) for e in steps.values())
-    return steps if suits and not factors and steps.keys() == asked else None
+    if factors or steps.keys() != asked or any(name_ends_with(name, HEADS) for name in steps):
+        return None
+    return steps
 
 
 def _is_asked_for(module: str, targets: Sequence[str]) -> bool:
