@@ -102,7 +102,7 @@ def tuned(kind: str, **more: Any) -> dict[str, Any]:
     return {"change": change.detach(), "losses": losses}
 
 
-TRAINED = ("npo", "npo-sam", "dpo", "kl", "pdu:fixed_epochs=0", "rmu", "retain-finetune")
+TRAINED = ("npo", "npo-sam", "dpo", "kl", "jensun", "pdu:fixed_epochs=0", "rmu", "retain-finetune")
 
 
 def unlearned(method: str) -> dict[str, Any]:

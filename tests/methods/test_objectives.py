@@ -218,6 +218,27 @@ def test_the_middle_of_two_predictions_is_as_far_from_both() -> None:
     assert jensen_shannon(new, new).tolist() == pytest.approx([0.0] * 5, abs=1e-15)
 
 
+@pytest.mark.parametrize("step", [0.0, 1e-4, 1e-2, 1.0, 100.0])
+def test_the_jensen_shannon_divergence_is_exact_where_it_is_small(step: float) -> None:
+    """In float32, against the definition in float64; its gradient at no distance is 0 itself."""
+    torch.manual_seed(0)
+    old = 2 * torch.randn(20, 101)
+    new = (old + step * torch.randn(20, 101)).requires_grad_()
+    found = jensen_shannon(new, old)
+    (gradient,) = torch.autograd.grad(found.sum(), new)
+    wide = new.detach().double().requires_grad_()
+    p, q = wide.softmax(-1), old.double().softmax(-1)
+    parts = [torch.xlogy(side, side) - torch.xlogy(side, (p + q) / 2) for side in (p, q)]
+    wanted = (parts[0] + parts[1]).sum(-1) / 2
+    (exact,) = torch.autograd.grad(wanted.sum(), wide)
+    if step == 0.0:
+        assert not found.any()
+        assert not gradient.any()
+    else:
+        torch.testing.assert_close(found.double(), wanted, rtol=5e-3, atol=0)
+        assert float((gradient.double() - exact).norm() / exact.norm()) < 2e-3
+
+
 def test_the_distance_is_the_mean_square_over_components() -> None:
     found = distance(torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([3.0, 2.0]))
     assert found.tolist() == [2.0, 9.0]
