@@ -17,10 +17,12 @@ from torch import Tensor
 
 from conftest import World
 from helpers import weighting as chosen
+from perta.engine.edit.memory import EditedModel
 from perta.errors import CheckpointError, CheckpointMismatchError, CorruptCheckpointError
-from perta.models.load import load_tokenizer
+from perta.models.load import load_model, load_tokenizer
 from perta.models.resolve import resolve_checkpoint
-from perta.stages.edit import edit_checkpoint
+from perta.options import ComputeConfig
+from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.importance import compute_importance
 from perta.stages.moments import compute_moments
 from perta.stages.settings import EditConfig, ImportanceConfig, MomentsConfig
@@ -189,6 +191,28 @@ def test_a_direction_keeps_the_factors(parts: Parts, tmp_path: Path) -> None:
         assert layers[name]["task_vector_norm"] == pytest.approx(float(step.norm()), rel=1e-6)
         delta = stored[f"{name}.left"].double() @ stored[f"{name}.right"].double()
         assert layers[name]["direction_norm"] == pytest.approx(float(delta.norm()), rel=1e-6)
+
+
+def test_a_thin_direction_is_tried_as_it_is_stored(parts: Parts, tmp_path: Path) -> None:
+    """In memory at any strength, from factors: nothing of full size is held of Δ."""
+    found = parts.edited(tmp_path / "out", "perta-project", parts.adapters[0])
+    config = EditConfig(
+        full=str(parts.full),
+        base=str(parts.base),
+        forget_checkpoint=str(parts.adapters[0]),
+        retain_moments=parts.measured["retain_moments"],
+        output=tmp_path / "out",
+        weighting=chosen(method="perta-project", layers="all"),
+    )
+    changes = load_changes(config, ComputeConfig(device="cpu"))
+    for name, step in parts.steps[0].items():
+        assert vars(changes.tensors[name].delta)["left"].shape == (step.shape[0], 3)
+    model = load_model(parts.full, ComputeConfig(device="cpu"), dtype=torch.float32)
+    edited = EditedModel(model, changes)
+    for strength in (2.0, 0.7):
+        edited.move(strength)
+    stored = model.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from perta.data.tokens import encode_examples
 from perta.engine.edit.plan import BASE, FORGET, is_of_a_layer, plan_edit
 from perta.engine.moments import ENOUGH
 from perta.errors import CheckpointError
+from perta.methods.method import Directions
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, with_defaults
 from perta.models.load import load_tokenizer, longest_input
@@ -105,8 +106,7 @@ class Sizes:
 
         `rank` is that of the task vectors, 0 where it is not known.
         """
-        is_thin = rank and getattr(get_method(weighting.method), "by_rows", False)
-        edited = self._edited(weighting)
+        is_thin, edited = self._is_thin(weighting, rank), self._edited(weighting)
         operations = sum(n**3 + 2.0 * (rank if is_thin else m) * n**2 for m, n in edited)
         disk = _FLOAT * float(rank * sum(m + n for m, n in edited))
         return Load(0.0, 0.0, disk if is_thin else self._step(weighting), operations)
@@ -131,16 +131,19 @@ class Sizes:
         """Rounds of tuning on half of the rows each time, and a search after each."""
         halves = sum(0.5**place for place in range(1, count))
         passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
-        beside = max(self.weights + self._tuned(tune), 2 * self._step(weighting))
+        search = self._search(weighting, tune.lora_rank)
+        beside = max(self.weights + self._tuned(tune), search)
         if tune.lora_rank:  # their ranks add up
             return Load(passes, beside, count * self._kept(tune))
         return Load(passes, self.weights + beside, self.weights)
 
-    def strength(self, forget: ExampleSet, retain: ExampleSet, weighting: WeightingConfig) -> Load:
-        """The search for the strength."""
+    def strength(
+        self, forget: ExampleSet, retain: ExampleSet, weighting: WeightingConfig, rank: int = 0
+    ) -> Load:
+        """The search for the strength; `rank` as of `direction`."""
         tokens = self.tokens(forget)
         passes = _STRENGTHS * (tokens + min(self.tokens(retain), 4 * tokens))
-        return Load(passes, 2 * self._step(weighting))
+        return Load(passes, self._search(weighting, rank))
 
     def training(
         self, method: Training, run: TrainingRun, forget: ExampleSet, retain: ExampleSet | None
@@ -206,6 +209,15 @@ class Sizes:
         layers = filter(is_of_a_layer, self._index.tensors.values())
         sides = sum(entry.shape[0] + entry.shape[-1] for entry in layers)
         return _FLOAT * float(tune.lora_rank * sides) if tune.lora_rank else self.weights
+
+    def _is_thin(self, weighting: WeightingConfig, rank: int) -> bool:
+        """Whether a direction keeps the factors of task vectors."""
+        method = get_method(weighting.method)
+        return rank > 0 and isinstance(method, Directions) and method.by_rows
+
+    def _search(self, weighting: WeightingConfig, rank: int) -> float:
+        """Bytes of the edited weights as they were, and of Δ."""
+        return (1 if self._is_thin(weighting, rank) else 2) * self._step(weighting)
 
     def _edited(self, weighting: WeightingConfig) -> list[tuple[int, int]]:
         """Shapes of the matrices that are edited."""

@@ -438,7 +438,9 @@ class _Run:
                 config.data_config,
                 config.compute,
             ),
-            lambda sizes: sizes.strength(used["forget"], used["retain"], config.weighting),
+            lambda sizes: sizes.strength(
+                used["forget"], used["retain"], config.weighting, config.tune.lora_rank
+            ),
         )
         if found:
             write_text(work.place(STRENGTH), json.dumps(asdict(found), indent=1) + "\n")

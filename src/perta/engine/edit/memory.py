@@ -1,8 +1,9 @@
 """The edit in a loaded model: θ_full − α Δ at any α, with the very values that would be stored.
 
-Δ comes from the source that the files come from, and is kept in memory; a strength is then one pass
-over the weights that it moves, and no checkpoint. Values are rounded as the edit rounds them, by
-the tensors of the checkpoint, so what is tried is what would be written.
+Δ comes from the source that the files come from, and is kept in memory, or the factors of a thin
+one; a strength is then one pass over the weights that it moves, and no checkpoint. Values are
+rounded as the edit rounds them, by the tensors of the checkpoint, so what is tried is what would be
+written.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from perta.engine.edit._chunks import CHUNK
 from perta.engine.edit._stream import Step, check_effect, edit_share, open_edit
-from perta.engine.edit.plan import EditInputs, Target
+from perta.engine.edit.plan import DIRECTION, EditInputs, Target
 from perta.methods.registry import at_strength
+from perta.models.formats.low_rank import Thin, ThinEntry, read_thin
 from perta.models.load import save_type, stored_dtype
 from perta.options import SaveType, WeightingConfig
 from perta.parallel import Own
@@ -34,18 +36,23 @@ if TYPE_CHECKING:
 class _Change:
     """What an edit does to one tensor of θ_full; `delta` is None where it stays."""
 
-    delta: Tensor | None  # Δ, float32, in the stored shape
+    delta: Tensor | Thin | None  # Δ in the stored shape, float32, or its factors
     dtype: torch.dtype  # in which the edit stores the tensor
     rounded: Callable[[Tensor], Tensor]  # float32 values -> that type, as the edit rounds them
+
+    def step(self, device: torch.device) -> Tensor | None:
+        """Δ itself, float32; None where the tensor stays."""
+        delta = self.delta.whole().float() if isinstance(self.delta, Thin) else self.delta
+        return None if delta is None else delta.to(device)
 
     @torch.no_grad()
     def applied(self, full: Tensor, scaling_coef: float) -> Tensor:
         """The tensor at a strength: float32, with values of the stored type."""
-        values = full.to(self.dtype).to(torch.float32)
-        if self.delta is None:
+        values, delta = full.to(self.dtype).to(torch.float32), self.step(full.device)
+        if delta is None:
             return values
         # In two steps, as the edit does it: a fused one differs in the last bit.
-        return self.rounded(values - self.delta * scaling_coef).to(torch.float32)
+        return self.rounded(values - delta * scaling_coef).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -103,15 +110,20 @@ def changes_of(
     editor = open_edit(inputs, at_strength(weighting, 1.0), threads, chunk)
     targets = [target for target in editor.targets if target.alias_of is None]
     edited = replace(editor, targets=[target for target in targets if target.sources])
-    kept = {t.full.name: torch.empty(t.full.shape) for t in edited.targets}
+    # A direction is Δ itself at this strength.
+    sources = ((t.full.name, t.sources.get(DIRECTION)) for t in edited.targets)
+    thin = {name: entry for name, entry in sources if isinstance(entry, ThinEntry)}
+    whole = (target.full for target in edited.targets if target.full.name not in thin)
+    kept = {entry.name: torch.empty(entry.shape) for entry in whole}
 
     def keep(target: Target, steps: Iterator[Step]) -> None:
-        values = kept[target.full.name].view(-1)
+        values = kept.get(target.full.name)
         for step in steps:
             delta = cast(Tensor, step.delta)
             if not math.isfinite(square_norm(delta)):
                 step.refuse_infinite(torch.float32)
-            values[step.begin : step.begin + step.count] = delta
+            if values is not None:
+                values.view(-1)[step.begin : step.begin + step.count] = delta
 
     check_effect(edit_share(edited, keep, Own(None)), edited, inputs)
     full, seed = open_index(inputs.full), weighting.weighting_seed
@@ -127,7 +139,9 @@ def changes_of(
         rounded = partial(round_as_stored, dtype=dtype, place=Place(seed, name))
         if name in formats:
             dtype, rounded = torch.float32, formats[name]
-        delta = kept.pop(name).to(device) if name in kept else None
+        delta: Tensor | Thin | None = kept.pop(name).to(device) if name in kept else None
+        if name in thin:  # Apple's GPUs have no float64
+            delta = read_thin(thin[name], None if device and device.type == "mps" else device)
         found[name] = _Change(delta, dtype, rounded)
     return Changes(full, found)
 

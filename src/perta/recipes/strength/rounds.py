@@ -27,9 +27,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from perta.engine.train.tune import tune
@@ -207,12 +208,13 @@ class _Run:
         names = {entry.name for entry in found if entry}
         kept = {name: c for name, c in changes.tensors.items() if name not in names}
         located = replace(changes, tensors=kept).located(self.model)
-        steps = [(m, where, c.delta) for m, where, c in located if c.delta is not None]
+        steps = [(m, where, c) for m, where, c in located if c.delta is not None]
         now, unseen = 0.0, self._unseen
 
         def surprises(scaling_coef: float, places: Sequence[int]) -> list[float]:
             nonlocal now
-            for memory, where, delta in steps:
+            for memory, where, change in steps:
+                delta = cast(Tensor, change.step(memory.device))
                 memory[where] = memory[where].sub(delta, alpha=scaling_coef - now)
             now = scaling_coef
             facts = [unseen.facts[place] for place in places]
