@@ -250,20 +250,29 @@ FAMILIES: dict[str, tuple[str, Settings]] = {
     ),
     "BERT as a decoder": ("bert", {"is_decoder": True}),
 }
+ROPE: Settings = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+VISION: Settings = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+QWEN_VISION: Settings = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 24,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+}
 MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
     "Gemma 3": (
         "gemma3",
         {"model_type": "gemma3_text"},
         {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 8,
-                "patch_size": 4,
-                "model_type": "siglip_vision_model",
-            },
+            "vision_config": {**VISION, "model_type": "siglip_vision_model"},
             "mm_tokens_per_image": 4,
         },
     ),
@@ -293,11 +302,7 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
         "qwen2_vl",
         {
             "model_type": "qwen2_vl_text",
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [1, 1, 2],
-            },
+            "rope_parameters": ROPE,
         },
         {
             "vision_config": {
@@ -314,42 +319,19 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
         "qwen2_5_vl",
         {
             "model_type": "qwen2_5_vl_text",
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [1, 1, 2],
-            },
+            "rope_parameters": ROPE,
         },
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "num_heads": 2,
-                "intermediate_size": 24,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-            }
-        },
+        {"vision_config": QWEN_VISION},
     ),
     "Qwen3-VL": (
         "qwen3_vl",
         {
             "model_type": "qwen3_vl_text",
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [1, 1, 2],
-                "mrope_interleaved": True,
-            },
+            "rope_parameters": {**ROPE, "mrope_interleaved": True},
         },
         {
             "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "num_heads": 2,
-                "intermediate_size": 24,
-                "out_hidden_size": 32,
-                "patch_size": 4,
+                **QWEN_VISION,
                 "num_position_embeddings": 16,
                 "deepstack_visual_indexes": [0],
             }
@@ -365,49 +347,17 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
             "linear_value_head_dim": 8,
             "layer_types": ["linear_attention", "full_attention"],
         },
-        {
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 16,
-                "num_heads": 2,
-                "intermediate_size": 24,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-            }
-        },
+        {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16}},
     ),
     "Mistral 3": (
         "mistral3",
         {"model_type": "mistral"},
-        {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 8,
-                "patch_size": 4,
-                "model_type": "pixtral",
-                "head_dim": 8,
-            }
-        },
+        {"vision_config": {**VISION, "model_type": "pixtral", "head_dim": 8}},
     ),
     "LLaVA": (
         "llava",
         {"model_type": "llama"},
-        {
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 8,
-                "patch_size": 4,
-                "model_type": "clip_vision_model",
-                "projection_dim": 8,
-            }
-        },
+        {"vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 8}},
     ),
     "Llama 4": (
         "llama4",
@@ -420,12 +370,7 @@ MULTIMODAL: dict[str, tuple[str, Settings, Settings]] = {
         },
         {
             "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "image_size": 8,
-                "patch_size": 4,
+                **VISION,
                 "vision_output_dim": 16,
                 "projector_input_dim": 16,
                 "projector_output_dim": 16,
