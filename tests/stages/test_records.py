@@ -235,7 +235,7 @@ def test_every_flipped_bit_of_a_saved_state_is_seen(
     whole = finetune_checkpoint(replace(config, output=tmp_path / "whole"))
     for place in (0.2, 0.5, 0.8):
         with monkeypatch.context() as patch:
-            patch.setattr(finetune_stage, "save_model", None)
+            patch.setattr(finetune_stage, "save_tuned", None)
             with pytest.raises(TypeError):
                 finetune_checkpoint(config)
         state = tmp_path / "out.resume" / "state.pt"

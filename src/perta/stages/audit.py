@@ -189,11 +189,7 @@ def _unseen(holdout: ExampleSet, others: Sequence[ExampleSet]) -> ExampleSet:
 
 
 def _refuse_same(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> None:
-    """Stop where two of the models are one and the same.
-
-    Raises:
-        ConfigError: they are.
-    """
+    """Stop with a ConfigError where two of the models are one and the same."""
     marks = {**inputs, "cleaned": inputs.get("merged", inputs["checkpoint"])}
     for one, other in combinations(folders, 2):
         if marks[one] == marks[other]:
@@ -210,11 +206,7 @@ def _refuse_other_parts(
     inputs: Mapping[str, str],
     earlier: Iterable[str],
 ) -> None:
-    """Stop where records know a model as something else than it is given as.
-
-    Raises:
-        DataError: they do.
-    """
+    """Stop with a DataError where records know a model as something else than it is given as."""
     own = read_manifest(Path(config.checkpoint).expanduser())
     read = [own, *(read_manifest(folder) for folder in folders.values())]
     records = {str(record["content"]): record for record in read if record}
@@ -244,11 +236,7 @@ def _is_full(config: AuditConfig, mark: str, known: Request) -> bool:
 
 
 def _refuse_other_kinds(folders: Mapping[Role, Path]) -> None:
-    """Stop where models cannot be compared token by token.
-
-    Raises:
-        CheckpointMismatchError: their shapes or tokenizers differ.
-    """
+    """Stop with a CheckpointMismatchError where shapes or tokenizers of the models differ."""
     words = load_tokenizer(folders["cleaned"]).get_vocab()
     shape = _shape(folders["cleaned"])
     for role, folder in folders.items():

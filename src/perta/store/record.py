@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,19 @@ def make_manifest(
 
 def versions() -> dict[str, str]:
     """Versions of what computed a result."""
-    from importlib.metadata import version
-
     names = ("torch", "transformers", "safetensors")
     return {
         "perta": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **{name: _version(name) for name in names},
     }
+
+
+@cache
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
