@@ -232,14 +232,14 @@ def test_divergence_writes_nothing(world: World, tmp_path: Path) -> None:
 
 
 @contextmanager
-def killed_before_saving(module: str) -> Iterator[None]:
+def killed_before_saving(writes: str) -> Iterator[None]:
     """A stage that has trained is interrupted before it writes its checkpoint."""
 
     def kill(*_args: Any, **_more: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{module}.save_model", kill)
+        patch.setattr(writes, kill)
         yield
 
 
@@ -248,7 +248,7 @@ def test_a_killed_stage_leaves_its_state_and_goes_on(
 ) -> None:
     whole = train_checkpoint(stage(world, tmp_path / "whole", "npo-retain"))
     config = stage(world, tmp_path / "out", "npo-retain")
-    with killed_before_saving("perta.stages.train"), pytest.raises(KeyboardInterrupt):
+    with killed_before_saving("perta.stages.train.save_model"), pytest.raises(KeyboardInterrupt):
         train_checkpoint(config)
     assert {p.name for p in tmp_path.iterdir()} == {"whole", "out.resume"}
     output = train_checkpoint(config)
@@ -265,7 +265,7 @@ def test_a_killed_fine_tune_goes_on_when_asked_to(world: World, tmp_path: Path) 
         )
 
     whole = finetune_checkpoint(config("whole", None))
-    with killed_before_saving("perta.stages.finetune"), pytest.raises(KeyboardInterrupt):
+    with killed_before_saving("perta.stages.finetune.save_tuned"), pytest.raises(KeyboardInterrupt):
         finetune_checkpoint(config("out", 1))
     assert (tmp_path / "out.resume" / "state.pt").exists()
     assert fingerprint(finetune_checkpoint(config("out", 1))) == fingerprint(whole)
