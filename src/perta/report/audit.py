@@ -47,7 +47,7 @@ _NEEDS = {
     "retain": "rows that were to stay",
     "holdout": "rows that no model has seen",
     "world": "facts of the world",
-    "general": "other text",
+    "general": "general text",
     "wrong answers": "wrong answers beside the right ones",
     "paraphrases": "the questions in other words",
 }
