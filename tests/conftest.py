@@ -25,7 +25,7 @@ from perta.stages.settings import FinetuneConfig, PeopleConfig
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 torch.cpu._is_amx_tile_supported = lambda: False  # the suite's bits depend on no processor
-os.fsync = lambda _descriptor: None  # nothing here outlives the machine
+os.fsync = lambda fd: None  # noqa: ARG005 - nothing here outlives the machine
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 TUNE = TuneConfig(epochs=30, learning_rate=5e-3, batch_size=2)
