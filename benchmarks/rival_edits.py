@@ -25,7 +25,9 @@ from perta.store.measured.second_moment import matrix
 
 KEPT_MASS = 0.8
 LAST_LAYERS = 1 / 8
-COLLAPSED, RATE, LORA_RATE = 512, 0.05, 0.01
+COLLAPSED, LORA_RATE = 512, 0.01
+STEP = 0.01
+"""Length of a step, as a share of the weights'."""
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -80,7 +82,8 @@ def collapsed_ascent(model: Any, batches: Sequence[Batch]) -> None:
     """A step up the forget loss along the collapsed gradient of the MLPs' weights, in place.
 
     The gradient is taken where an adapter has learned the forget set for an epoch of plain descent,
-    which is taken off again.
+    which is taken off again. It is tiny where the rows are known by heart, and rounding would eat
+    a step in proportion, so the step has a length of its own: its strength is looked for anyway.
     """
     adapted = get_peft_model(model, LoraConfig(target_modules=list(PROJECTIONS)))
     tuned = [p for name, p in adapted.named_parameters() if "lora_" in name]
@@ -103,8 +106,12 @@ def collapsed_ascent(model: Any, batches: Sequence[Batch]) -> None:
             total.add_(gradient)
     adapted.unload()
     with torch.no_grad():
-        for weight, total in zip(weights, sums, strict=True):
-            weight.add_(collapsed(total, COLLAPSED), alpha=RATE)
+        steps = [collapsed(total, COLLAPSED) for total in sums]
+        norms = [
+            torch.cat([t.flatten() for t in part]).double().norm() for part in (weights, steps)
+        ]
+        for weight, step in zip(weights, steps, strict=True):
+            weight.add_(step, alpha=float(STEP * norms[0] / norms[1]))
     model.requires_grad_(True)
 
 

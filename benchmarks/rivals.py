@@ -320,10 +320,10 @@ class Seed:
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
         return {**spent, **self.scaled(target)}
 
-    def scaled(self, target: float, largest: float = 16.0) -> dict[str, Any]:
+    def scaled(self, target: float) -> dict[str, Any]:
         """Scale the step from the full model to the one in memory until it has the target."""
         end, start = self.weights(), list(self.read(self.folder / "full").parameters())
-        return self._between(start, end, target, largest)
+        return self._between(start, end, target, largest=16.0)
 
     def _unoffered(self, method: str, target: float) -> dict[str, Any]:
         """An edit by others, scaled."""
@@ -346,7 +346,7 @@ class Seed:
             tokens = sum(len(example.input_ids) for example in self.encoded["forget"])
             operations = 2 * (FORWARD + BACKWARD) * tokens
         seconds = time.perf_counter() - started
-        found = self.scaled(target, largest=16.0 if method == "kfac" else 1e4)
+        found = self.scaled(target)
         return {"operations": operations, "seconds": seconds, **found}
 
     def _repaired(self, method: str, rate: float | None, target: float) -> dict[str, Any]:

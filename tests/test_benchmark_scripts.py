@@ -198,6 +198,15 @@ def test_the_step_of_a_collapsed_gradient_goes_up_the_loss() -> None:
         name for name in before if name.removesuffix(".weight").endswith(PROJECTIONS)
     }
     assert sum(losses_of(model, rows, batch_size=4, pad=0)) > sum(losses)
+    squares = [
+        sum(float((p - start).detach().square().sum()) for p, start in pairs)
+        for pairs in (
+            [(p, before[name]) for name, p in model.named_parameters()],
+            [(before[name], torch.zeros(())) for name in changed],
+        )
+    ]
+    # However small the gradient: a step of the weights' last bits is no direction.
+    assert math.sqrt(squares[0] / squares[1]) == pytest.approx(0.01, rel=1e-3)
     assert all(p.requires_grad for p in model.parameters())
 
 
