@@ -244,11 +244,17 @@ def assert_close(parts: Parts, found: dict[str, Tensor], wanted: dict[str, Tenso
 
 def test_adapters_and_whole_checkpoints_go_together(parts: Parts, tmp_path: Path) -> None:
     one, two = parts.adapters
-    merged = [resolve_checkpoint(adapter, base=parts.base, exact=True) for adapter in (one, two)]
+    few = tmp_path / "few"  # leaves most layers alone, which halves the mean there
+    target = min(parts.steps[0]).removesuffix(".weight").rpartition(".")[2]
+    lora(parts.base, few, 2, target_modules=[target])
+    adapters = (one, two, few)
+    merged = [resolve_checkpoint(adapter, base=parts.base, exact=True) for adapter in adapters]
     for method in ("tv", "perta-project"):
-        wanted = parts.edited(tmp_path / f"{method} whole", method, *merged)
-        found = parts.edited(tmp_path / f"{method} mixed", method, merged[0], two)
-        assert_close(parts, found, wanted)
+        for thin, whole in zip(adapters[1:], merged[1:], strict=True):
+            name = f"{method} {thin.name}"
+            wanted = parts.edited(tmp_path / f"{name} whole", method, merged[0], whole)
+            found = parts.edited(tmp_path / f"{name} mixed", method, merged[0], thin)
+            assert_close(parts, found, wanted)
     wanted = parts.edited(tmp_path / "whole", "msa", merged[0], retain_checkpoint=str(merged[1]))
     found = parts.edited(tmp_path / "thin", "msa", one, retain_checkpoint=str(two))
     assert_close(parts, found, wanted)

@@ -140,8 +140,8 @@ class Solver:
         """τ of one weight, (out, in) float64."""
         start, *entries = (cast(TensorEntry, i.find(name)) for i in (self.base, *self.tuned))
         steps = [read_thin(e, self.device) for e in entries if isinstance(e, ThinEntry)]
-        whole = [e for e in entries if not isinstance(e, ThinEntry) and e != start]
-        if not whole:  # the others leave this weight as it is
+        whole = [e for e in entries if not isinstance(e, ThinEntry)]
+        if all(e == start for e in whole):  # adapters that leave this weight as it is
             return self._as_stored(name, joined(steps, start.shape, 1 / len(entries)))
         base, *tuned = (read_tensor(e).to(self.device, torch.float64) for e in (start, *whole))
         vectors = [*(other.sub_(base) for other in tuned), *(step.whole() for step in steps)]
