@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,10 +211,12 @@ def _requests(world: World, place: Path) -> object:
     """A ledger, each step of which is taken if it is not done."""
     folder = place / "ledger"
     if not folder.exists():
-        base, full = str(world.base), str(world.full)
-        start_ledger(
-            RequestsInitConfig(folder=folder, base=base, full=full, retain=str(world.retain))
-        )
+        given: dict[str, Any] = {n: str(getattr(world, n)) for n in ("base", "full", "retain")}
+        with pytest.MonkeyPatch.context() as patch:
+            # Hashes of rows depend on the ledger's key, which is drawn.
+            drawn = SimpleNamespace(token_hex=lambda size: "5e" * size)
+            patch.setattr("perta.recipes.requests.secrets", drawn)
+            start_ledger(RequestsInitConfig(folder=folder, **given))
     if not read_state(folder).requests:
         add_request(RequestsAddConfig(folder=folder, forget=str(world.forget), name="r1"))
     if read_state(folder).requests[0].applied is None:
