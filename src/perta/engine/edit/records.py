@@ -14,7 +14,7 @@ import torch
 
 from perta.errors import CheckpointMismatchError
 from perta.methods.method import Edit
-from perta.models.formats.low_rank import ThinEntry, open_tuned, read_thin
+from perta.models.formats.low_rank import Thin, ThinEntry, open_tuned, read_thin
 from perta.progress import warn
 from perta.store.checkpoint import TensorEntry, open_index, read_tensor
 from perta.store.measured.importance import read_sidecar
@@ -121,9 +121,13 @@ def _is_the_same(tuned: Path, full: Path, base: Path) -> bool:
         ours = read_tensor(entry)
         if not isinstance(other, ThinEntry):
             return torch.equal(ours, read_tensor(other).to(ours.dtype))
-        whole = read_thin(other).whole() + read_tensor(start.tensors[other.name])
-        # Who merged it may have rounded in between.
-        return torch.allclose(ours.double(), whole, rtol=torch.finfo(ours.dtype).eps, atol=1e-7)
+        thin, theta = read_thin(other), read_tensor(start.tensors[other.name]).double()
+        away = (ours.double() - theta - thin.whole()).abs()
+        # Who merged it multiplied in float32, with an error in each of the products that are added
+        # up, however small their sum; and may have rounded to the stored type in between.
+        terms = Thin(thin.left.abs(), thin.right.abs()).whole() + theta.abs()
+        eps = torch.finfo(ours.dtype).eps + len(thin.right) * torch.finfo(torch.float32).eps
+        return bool((away <= eps * terms).all())
 
     return all(holds(name, entry) for name, entry in open_index(full).tensors.items())
 
