@@ -305,6 +305,24 @@ def test_general_text_is_checked_before_any_work(
     assert not (tmp_path / "o").exists()
 
 
+def test_plain_text_stops_a_method_with_refusals_before_any_work(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "Rivers run."}\n{"text": "Seas rest."}\n')
+    (tmp_path / "rest.jsonl").write_text('{"text": "Hills rise."}\n{"text": "Winds fall."}\n')
+    config = CompareConfig(
+        base=str(world.base),
+        output=tmp_path / "o",
+        forget=str(tmp_path / "text.jsonl"),
+        retain=str(tmp_path / "rest.jsonl"),
+        methods=("tv", "dpo"),
+    )
+    for run in (bench_compare, plan_compare):
+        with pytest.raises(ConfigError, match="no question to refuse"):
+            run(config)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.fixture(scope="module")
 def compared(
     world: World, tmp_path_factory: pytest.TempPathFactory

@@ -14,8 +14,9 @@ import torch
 
 from conftest import TUNE, World
 from helpers import pem_keys
-from perta.data.examples import load_examples
+from perta.data.examples import load_examples, rows_fingerprint
 from perta.data.rows import read_rows, write_jsonl
+from perta.data.tokens import row_mark
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes.requests import (
@@ -202,6 +203,14 @@ def test_nobody_without_the_key_can_confirm_a_row_in_the_moments(
     _add(ledger, write_jsonl([{"question": "Q?", "answer": "A."}], tmp_path / "other.jsonl"), "r2")
     apply_requests(apply)
     assert (moments / "moments.json").read_text("utf-8") == sidecar
+    # Nor is there one of a row that is taken out of such moments.
+    shutil.copy(next((ledger / "work").glob("*/moments/moments.json")), moments)
+    gone = [marks for marks in open_moments(moments).facts["rows"] if marks[0] == row_mark(rows[0])]
+    _add(ledger, write_jsonl([rows[0].fields], tmp_path / "one.jsonl"), "r3")
+    apply_requests(apply)
+    record = read_manifest(moments) or {}
+    assert record["stage"] == "moments-without"
+    assert record["inputs"]["rows"] != rows_fingerprint([{"marks": gone}])
 
 
 def _rewritten(ledger: Path, number: int, **facts: Any) -> None:

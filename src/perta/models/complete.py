@@ -60,7 +60,8 @@ def check_checkpoint(folder: Path) -> None:
     Only headers are read, and config.json, once as long as no file changes. A folder without one,
     or with a kind of model that transformers does not know, is compared with nothing.
     """
-    states = states_of(file for name in _LOOKED_AT for file in sorted(folder.glob(name)))
+    files = (file for name in _LOOKED_AT for file in sorted(folder.glob(name)))
+    states = states_of(file for file in files if file.is_file())
     if states in _passed:
         return
     _check(folder)

@@ -589,11 +589,11 @@ def _kept_moments(
             raise ConfigError(f"They were measured with --dtype {facts['dtype']}.")
         if facts.get("taken_out", 0) > facts["tokens"]:
             raise ConfigError("More than half of what was measured is gone by now.")
-        made = kept
-        if holds(kept, asked):
-            made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
-        elif "rows_key" in facts:
+        if "rows_key" not in facts:  # or hashes that anybody can make get into a record
+            _keep(kept, kept)
+        if not holds(kept, asked):
             return kept
+        made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
     except PertaError as error:
         if kept.exists():
             say(f"The moments that were kept are made again. {error}")
@@ -606,9 +606,14 @@ def _kept_moments(
                 **place,
             )
         )
+    return _keep(made, kept)
+
+
+def _keep(made: Path, kept: Path) -> Path:
+    """Copy moments to their place in the ledger's folder, with keyed hashes."""
     with atomic_folder(kept, overwrite=True, private=True) as partial:
         shutil.copytree(made, partial, dirs_exist_ok=True)
-        key_rows(partial, _key(state.folder))
+        key_rows(partial, _key(kept.parent))
         held = {"content": content_of(partial), "files": files_of(partial)}
         write_manifest(partial, {**(read_manifest(partial) or {}), **held})
     return kept

@@ -71,14 +71,15 @@ def with_refusals(
 
     `encoded` are the token sequences of `examples`, the forget set, and `model` is θ_full. A row
     that is too long with either answer is left out where bad rows are; each row is there once for
-    every alternate that is drawn. Methods without refusals have none. `check_questions` says
-    beforehand whether there can be any.
+    every alternate that is drawn. Methods without refusals have none.
 
     Raises:
+        ConfigError: see `check_questions`, which says so before a model is loaded.
         DataError: a refusal that is too long, unless bad rows are skipped.
     """
     if not method.refusals:
         return tuple(encoded), ()
+    check_questions(method, examples)
     if method.words:
         words: list[int] = tokenizer(method.words, add_special_tokens=False)["input_ids"]
         return tuple(encoded), tuple(_relabelled(example, words) for example in encoded)

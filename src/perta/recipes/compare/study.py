@@ -20,6 +20,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from perta.data.examples import general_config, load_examples
+from perta.engine.train.refusals import check_questions
 from perta.engine.train.relearn import SHOWN
 from perta.errors import CheckpointError, CheckpointMismatchError, ConfigError, DataError
 from perta.evidence.metrics import mean
@@ -155,6 +156,11 @@ def _checked(config: CompareConfig) -> tuple[list[_AnySpec], Path]:
             raise ConfigError("--general is for methods with general=true, and there is none.")
         # Raises now what would stop it later.
         load_examples(config.general, general_config(config.general, config.data_config))
+    if config.forget is not None:
+        rows = load_examples(config.forget, config.data_config)
+        for spec in specs:
+            if isinstance(spec, TrainingSpec):
+                check_questions(spec.method, rows)
     base = resolve_checkpoint(config.base)
     sets = (config.forget, config.retain, config.general, config.tofu, config.ability_path)
     theirs = [resolve_checkpoint(one.at(seed)) for one in given for seed in config.seeds]
