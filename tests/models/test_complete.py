@@ -251,3 +251,7 @@ def test_a_checkpoint_is_compared_once_as_long_as_no_file_changes(
     resolve_checkpoint(copy)
     (copy / "shard-1-model-1-of-1.safetensors").write_bytes(b"")
     refused(copy, "transformers would read", CheckpointError)
+    (copy / "shard-1-model-1-of-1.safetensors").unlink()
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    refused(copy, "neither model.safetensors nor", CheckpointError)

@@ -237,7 +237,7 @@ class Probe(ABC):
     def __init_subclass__(cls) -> None:
         """What ours ask is told in `evidence/probes.toml`, by their names."""
         super().__init_subclass__()
-        for part, text in _told().get(vars(cls).get("name", ""), {}).items():
+        for part, text in _told().get(str(vars(cls).get("name")), {}).items():
             if part not in vars(cls):
                 setattr(cls, part, text)
 

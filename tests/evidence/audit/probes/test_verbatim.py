@@ -138,6 +138,7 @@ def test_probes_are_chosen_by_level_name_group_or_file(tmp_path: Path) -> None:
         (OWN.replace("question, source", "query, source"), "lacks question"),
         (OWN.replace('"short"', '"fact"'), "there is a probe fact already"),
         (OWN.replace('"short"', "5"), "Short has name of another form"),
+        (OWN.replace('"short"', '["fact"]'), "Short has name of another form"),
         (f"{OWN}\n    sets, compared = 'forget', ['unseen']", "has sets, compared of another form"),
         (
             f"{OWN}\n    needs, level, unit = ('luck',), 'deep', 1",
