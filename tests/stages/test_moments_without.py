@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.stages.moments import compute_moments, holds, merge_moments, moments_without
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
-from perta.store.measured.moments import MomentFolder, open_moments
+from perta.store.measured.moments import MomentFolder, key_rows, open_moments
 from perta.store.measured.second_moment import matrix, without
 
 
@@ -171,6 +173,33 @@ def test_merged_moments_know_the_rows_of_all_sets(world: World, tmp_path: Path) 
     facts = open_moments(merge_moments(again)).facts
     assert facts["tokens"] == open_moments(both).facts["tokens"]
     assert facts["taken_out"] == open_moments(one).facts["tokens"]
+
+
+def test_moments_of_a_ledger_are_merged_with_others(world: World, tmp_path: Path) -> None:
+    one, other = (measure(world.base, s, tmp_path / s.stem) for s in (world.forget, world.retain))
+    kept = {key: tmp_path / key / "moments" for key in ("a", "b")}
+    for key, folder in kept.items():
+        shutil.copytree(one, folder)
+        (folder / "perta.json").unlink()
+        key_rows(folder, key.encode())
+        (folder.parent / "key").write_text(key)
+    plain = merge_moments(MergeMomentsConfig(folders=(other, one), output=tmp_path / "plain"))
+    config = MergeMomentsConfig(folders=(other, kept["a"]), output=tmp_path / "a" / "both")
+    both = open_moments(merge_moments(config))
+    for name in both.index.tensors:
+        assert torch.equal(both.read(name), open_moments(plain).read(name))
+    assert both.facts["rows"] == [
+        [hmac.digest(b"a", mark.encode(), "sha256").hex()[:32] for mark in marks]
+        for marks in open_moments(plain).facts["rows"]
+    ]
+    assert holds(both.folder, load_examples(world.retain).examples)
+    several = MergeMomentsConfig(folders=tuple(kept.values()), output=tmp_path / "none")
+    with pytest.raises(ConfigError, match="several ledgers"):
+        merge_moments(several)
+    (tmp_path / "a" / "key").unlink()
+    with pytest.raises(ConfigError, match="recognised by a key"):
+        merge_moments(replace(config, output=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_moment_that_rounding_would_drown_is_no_moment() -> None:

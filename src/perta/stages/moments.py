@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = ("examples", "examples_available")
-_LISTS = ("data_fingerprints", "rows")
 
 SHARD_BYTES = 2 << 30
 """Size at which a file of moments is written and the next one begun."""
@@ -110,10 +109,17 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     Raises:
         CheckpointMismatchError: the folders are of different models, layers or settings.
-        ConfigError: a data set is counted twice.
+        ConfigError: a data set is counted twice, or rows are recognised by two keys, or by one
+            that is not there.
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
+    keyed = next((f for f in folders if "rows_key" in f.facts), folders[0])
+    rows = [
+        marks if "rows_key" in f.facts else keyed.stored(marks)
+        for f in folders
+        for marks in f.facts["rows"]
+    ]
 
     def look() -> dict[str, str]:
         return {f"moments_{i}": fingerprint(f.folder) for i, f in enumerate(folders, start=1)}
@@ -122,11 +128,12 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
         names = list(folders[0].index.tensors)
         write_shards(folder, ((name, _sum(folders, name)) for name in names), SHARD_BYTES)
         facts = {
-            **folders[0].facts,
+            **keyed.facts,
             "seen": _seen(folders),
             "tokens": sum(f.facts["tokens"] for f in folders),
             **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},
-            **{key: [d for f in folders for d in f.facts[key]] for key in _LISTS},
+            "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
+            "rows": rows,
             "taken_out": sum(f.facts.get("taken_out", 0) for f in folders),
             "versions": versions(),
         }
@@ -289,12 +296,19 @@ def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:
 def _check_mergeable(folders: Sequence[MomentFolder]) -> None:
     first = folders[0]
     for other in folders[1:]:
-        for key in ("model_fingerprint", "token_choice", "inputs", "outputs", "loss", "rows_key"):
+        for key in ("model_fingerprint", "token_choice", "inputs", "outputs", "loss"):
             if first.facts.get(key) != other.facts.get(key):
                 raise CheckpointMismatchError(
                     f"{first.folder} and {other.folder} cannot be added: {key} differs. Make both "
                     "with the same `perta moments` settings and checkpoint."
                 )
+    keyed = [folder for folder in folders if "rows_key" in folder.facts]
+    if len({folder.facts["rows_key"] for folder in keyed}) > 1:
+        names = " and ".join(str(folder.folder) for folder in keyed)
+        raise ConfigError(
+            f"{names} are of several ledgers, and no key recognises the rows of all of them. Leave "
+            "all but one out, or measure with `perta moments`."
+        )
     seen: dict[str, Path] = {}
     for folder in folders:
         for data in folder.facts["data_fingerprints"]:
