@@ -15,7 +15,11 @@ from perta.errors import OutputExistsError
 from perta.options import ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import plan_unlearn, unlearn
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.settings import FinetuneConfig
 from perta.store.record import read_manifest
+
+LORA = replace(TUNE, lora_rank=4, learning_rate=2e-2)
 
 
 def config(world: World, output: Path, method: str = "perta-project", **more: Any) -> UnlearnConfig:
@@ -48,6 +52,9 @@ def announced(err: str) -> list[str]:
         ("ssd:selection=2", {"evaluate": False}),
         ("npo-retain", {"training": TrainSettings(epochs=1)}),
         ("retrain", {"training": TrainSettings(epochs=1)}),
+        ("perta-project", {"tune": LORA, "rounds": 1}),
+        ("perta-input", {"tune": LORA, "forget_seeds": 3, "weighting": {"scaling_coef": 1.0}}),
+        ("perta-project", {"tune": LORA, "forget_checkpoint": True, "rounds": 3}),
     ],
 )
 def test_a_run_takes_the_steps_of_its_plan(
@@ -62,6 +69,11 @@ def test_a_run_takes_the_steps_of_its_plan(
         text.write_text(json.dumps({"text": "Bread is baked in an oven, at high heat."}) + "\n")
         more = {**more, "general": str(text)}
     settings = config(world, tmp_path / "out", method, **more)
+    if "forget_checkpoint" in more:  # a whole one, to which rounds add adapters
+        tuned = FinetuneConfig(
+            base=str(world.base), data=str(world.forget), output=tmp_path / "tuned", tune=TUNE
+        )
+        settings = replace(settings, forget_checkpoint=str(finetune_checkpoint(tuned)))
     before = tree(tmp_path)
     plan = plan_unlearn(settings)
     assert tree(tmp_path) == before

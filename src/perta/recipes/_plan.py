@@ -126,14 +126,22 @@ class Sizes:
         return Load(2 * self.tokens(forget))
 
     def rounds(
-        self, forget: ExampleSet, count: int, tune: TuneConfig, weighting: WeightingConfig
+        self,
+        forget: ExampleSet,
+        count: int,
+        tune: TuneConfig,
+        weighting: WeightingConfig,
+        rank: int,
     ) -> Load:
-        """Rounds of tuning on half of the rows each time, and a search after each."""
+        """Rounds of tuning on half of the rows each time, and a search after each.
+
+        `rank` is that of every task vector, 0 where one is whole.
+        """
         halves = sum(0.5**place for place in range(1, count))
         passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
-        search = self._search(weighting, tune.lora_rank)
+        search = self._search(weighting, rank)
         beside = max(self.weights + self._tuned(tune), search)
-        if tune.lora_rank:  # their ranks add up
+        if rank:  # their ranks add up
             return Load(passes, beside, count * self._kept(tune))
         return Load(passes, self.weights + beside, self.weights)
 

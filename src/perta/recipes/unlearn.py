@@ -34,7 +34,7 @@ from perta.methods.method import Method
 from perta.methods.objectives import Training
 from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
 from perta.models.formats.gguf_write import gguf_plan
-from perta.models.formats.low_rank import open_tuned
+from perta.models.formats.low_rank import is_adapter, open_tuned
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint, resolve_tuned
 from perta.options import LossOn, SaveType, with_options
 from perta.progress import running, say, telling_once
@@ -331,7 +331,7 @@ class _Run:
         edit = self._edit_config()
         if in_rounds := is_auto and (config.rounds or 1) > 1:
             edit = self._rounds(edit, unseen)
-        rank = config.tune.lora_rank * ((config.rounds or 1) if in_rounds else 1)
+        rank = self._rank * ((config.rounds or 1) if in_rounds else len(edit.forget_checkpoints))
         if get_method(config.weighting.method).needs.moments:  # search and edit share it
             work.once(
                 "direction",
@@ -408,6 +408,12 @@ class _Run:
         asked = self.config.tune.loss_on
         return learned_by_forgetting(asked, self.sets["forget"], structured=structured)
 
+    @property
+    def _rank(self) -> int:
+        """Rank of each task vector, 0 where one that was given is whole."""
+        given = self.record.folders.get(FORGET_CHECKPOINT)
+        return self.config.tune.lora_rank if given is None or is_adapter(given) else 0
+
     def _rounds(self, edit: EditConfig, unseen: Unseen | None) -> EditConfig:
         """The edit with a forget checkpoint of several rounds."""
         config, work = self.config, self.work
@@ -419,7 +425,9 @@ class _Run:
             "rounds",
             lambda at: write_rounds(at, edit, cast(Unseen, unseen), tune, config.compute, most),
             At(output, work.replaces(output)),
-            lambda sizes: sizes.rounds(self.used["forget"], most, config.tune, config.weighting),
+            lambda sizes: sizes.rounds(
+                self.used["forget"], most, config.tune, config.weighting, self._rank
+            ),
             looks=False,
         )
         return replace(edit, forget_checkpoint=str(made))
@@ -439,7 +447,7 @@ class _Run:
                 config.compute,
             ),
             lambda sizes: sizes.strength(
-                used["forget"], used["retain"], config.weighting, config.tune.lora_rank
+                used["forget"], used["retain"], config.weighting, self._rank
             ),
         )
         if found:
