@@ -166,6 +166,18 @@ def test_what_was_given_to_a_run_is_named_and_stays(world: World, tmp_path: Path
     assert clean(first.output).deleted == (given,)
 
 
+def test_what_a_run_made_is_not_told_as_given_from_another_folder(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    unlearn(replace(config(world, Path("out"), "tv"), evaluate=False))
+    monkeypatch.chdir(tmp_path)
+    done = clean(tmp_path / "there" / "out")
+    assert tmp_path / "there" / "out.work" / "forget_checkpoint" in done.deleted
+    assert not [line for line in done.left if "forget_checkpoint" in line]
+
+
 def edit_of(world: World, given: Path, output: Path) -> EditConfig:
     return EditConfig(
         base=str(world.base),

@@ -190,13 +190,14 @@ def _left(
 ) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})
-    given = record.get("settings", {}), whole.get("sources", {})
-    sources = {**given[0], **given[1]}
+    # A whole run gave its edit what it had made itself, by a path that may no longer lead there.
+    given = whole.get("sources") or record.get("settings", {})
+    sources = {**record.get("settings", {}), **given}
     for name, what in (("forget", "the forget set"), ("full", "the model that knows it")):
         if isinstance(sources.get(name), str):
             yield f"{sources[name]}: {what}, which is yours to delete"
     for name, what in _GIVEN.items():
-        for place in dict.fromkeys(one for by in given for one in _several(by.get(name))):
+        for place in dict.fromkeys(_several(given.get(name))):
             there = Path(place).absolute()
             if there not in deleted and not there.is_relative_to(work.absolute()):
                 yield f"{place}: {what}, which is yours to delete"
