@@ -21,7 +21,8 @@ from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.loss import answer_logits, example_losses, losses_of
 from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, DataConfig, TuneConfig, TunedType
+from perta.options import ComputeConfig, DataConfig, TuneConfig, TunedType, WeightingConfig
+from perta.recipes.unlearn import unlearn
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig
 from perta.store.checkpoint import open_index, read_tensor
@@ -217,6 +218,21 @@ def test_a_finished_output_is_reused_and_a_different_one_refused(
         finetune_checkpoint(config(world, tmp_path / "f", other))
     finetune_checkpoint(config(world, tmp_path / "f", other, overwrite=True))
     assert (output / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_an_output_of_another_version_is_not_called_changed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = TuneConfig(epochs=1)
+    run = world.request(tmp_path / "out", tune=short, evaluate=False)
+    asked = replace(run, weighting=WeightingConfig(method="tv", scaling_coef=1.0))
+    unlearn(asked)
+    finetune_checkpoint(config(world, tmp_path / "f", short))
+    monkeypatch.setattr("perta.store.record.__version__", "0.1.9")
+    with pytest.raises(OutputExistsError, match="f exists and was made by another version of"):
+        finetune_checkpoint(config(world, tmp_path / "f", short))
+    with pytest.raises(OutputExistsError, match="out exists and was made by another version of"):
+        unlearn(asked)
 
 
 def test_a_damaged_output_is_not_reused(world: World, tmp_path: Path) -> None:

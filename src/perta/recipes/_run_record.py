@@ -13,7 +13,7 @@ from perta.methods.method import Method
 from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.recipes.settings import WORK, UnlearnConfig
-from perta.stages.stage import changes, exists_error
+from perta.stages.stage import changed_or_older, changes, exists_error
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
 from perta.store.provenance import FORGET_CHECKPOINT
@@ -93,8 +93,9 @@ class RunRecord:
         elif "unlearn" not in manifest:
             why = f"was made by `perta {manifest.get('stage')}`"
         else:
-            changed = changes(manifest["unlearn"], self.settings, self.inputs)
-            why = f"was made with other {', '.join(changed)}" if changed else "was changed since"
+            made = manifest["unlearn"]
+            changed = ", ".join(changes(made, self.settings, self.inputs))
+            why = f"was made with other {changed}" if changed else changed_or_older(made, self.key)
         raise exists_error(output, why)
 
     def check(self, made: Iterable[Path]) -> None:

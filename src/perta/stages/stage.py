@@ -270,7 +270,8 @@ class _Wanted:
         """Stop before any work when the output is there and is not what would be made."""
         refuse_other(self.stage, self.place, self.settings, self.inputs)
         if self.place.output.exists() and not self.place.overwrite:
-            raise exists_error(self.place.output, "was changed since")
+            manifest = read_manifest(self.place.output) or {}
+            raise exists_error(self.place.output, changed_or_older(manifest, self._key))
 
     def check_unchanged(self, look: Callable[[], Mapping[str, str]] | None) -> None:
         """Stop where inputs are not those that the record would name."""
@@ -332,6 +333,13 @@ def exists_error(output: Path, why: str) -> OutputExistsError:
     return OutputExistsError(
         f"{output} exists and {why}. Choose another --output, or pass --overwrite to replace it."
     )
+
+
+def changed_or_older(manifest: Mapping[str, Any], key: str) -> str:
+    """Why what was made with these settings and inputs, as its record says, is not reused."""
+    if manifest.get("key") == key:
+        return "was changed since"
+    return "was made by another version of perta"
 
 
 def changes(
