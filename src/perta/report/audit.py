@@ -48,6 +48,7 @@ _NEEDS = {
     "holdout": "rows that no model has seen",
     "world": "facts of the world",
     "general": "general text",
+    "shadow models": "other models that never had the rows",
     "wrong answers": "wrong answers beside the right ones",
     "paraphrases": "the questions in other words",
 }
