@@ -178,6 +178,36 @@ def test_what_a_run_made_is_not_told_as_given_from_another_folder(
     assert not [line for line in done.left if "forget_checkpoint" in line]
 
 
+def test_a_run_given_from_its_own_folder_is_cleaned_once_and_is_no_other_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = config(world, Path("out"), "perta-project")
+    unlearn(
+        replace(settings, evaluate=False, weighting=replace(settings.weighting, scaling_coef=1.0))
+    )
+    for dry_run in (True, False):
+        done = clean(Path("out"), dry_run=dry_run)
+        places = [place.resolve() for place in done.deleted]
+        assert tmp_path / "out.work" / "direction" in places
+        assert len(places) == len(set(places))
+        assert not [line for line in done.left if "another run's" in line]
+
+
+def test_a_run_of_the_same_name_in_the_folder_of_the_call_stays(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        unlearn(replace(config(world, Path("out"), "tv"), evaluate=False))
+    done = clean(Path("../here/out"))
+    assert [place.resolve() for place in done.deleted] == [
+        tmp_path / "here" / "out.work" / "forget_checkpoint"
+    ]
+    assert (tmp_path / "there" / "out.work" / "forget_checkpoint").is_dir()
+
+
 def edit_of(world: World, given: Path, output: Path) -> EditConfig:
     return EditConfig(
         base=str(world.base),

@@ -90,10 +90,16 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
 
 
 def _work(output: Path, record: _Record) -> Path:
-    written = record.get("unlearn", {}).get("settings", {}).get("work_dir")
+    settings = record.get("unlearn", {}).get("settings", {})
+    places = [settings.get(name) for name in ("work_dir", "output")]
+    if all(isinstance(place, str) for place in places):
+        written, named = map(Path, places)
+        # From another folder than the run's a relative path may lead to the files of another run.
+        is_its_own = written.is_absolute() or named.resolve() == output.resolve()
+        if is_its_own and written.is_dir():
+            return written.absolute()
     # A run that was moved as a whole still has its work folder beside it.
-    is_there = isinstance(written, str) and Path(written).is_dir()
-    return Path(written) if is_there else beside(output, WORK)
+    return beside(output, WORK)
 
 
 def _records(folder: Path) -> list[_Record]:
@@ -199,7 +205,7 @@ def _left(
     for name, what in _GIVEN.items():
         for place in dict.fromkeys(_several(given.get(name))):
             there = Path(place).absolute()
-            if there not in deleted and not there.is_relative_to(work.absolute()):
+            if there not in deleted and not there.is_relative_to(work):
                 yield f"{place}: {what}, which is yours to delete"
     for other in sorted(output.parent.glob(f"*{WORK}")):
         same = [made.get("inputs", {}).get("data") for made in _records(other)]
