@@ -193,7 +193,8 @@ def test_the_page_says_what_was_found_and_what_not(audited: tuple[Path, list[str
         "The fact in drawn answers, as chat programs draw them; The fact, after some training; "
         "The fact between the layers; The fact in the model's states, put into the full one "
         "(left out at level standard)",
-        "Told apart one by one, beside models that never saw them (it needs shadow models)",
+        "Told apart one by one, beside models that never saw them "
+        "(it needs other models that never had the rows)",
         "What the model knew of the world (it needs facts of the world)",
         "facts of the world: rows 1–40 (the model has no words for the facts)",
         "The fact, asked for in other ways: in two steps (no row could be asked so)",
