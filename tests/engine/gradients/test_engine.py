@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -386,9 +387,28 @@ compiled = pytest.mark.skipif(
 )
 
 
-@compiled
+@pytest.fixture(params=["one thread", "three threads", "kernel"])
+def add_product(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[powers.Means, powers.Product], None]]:
+    """The ways to raise a product in registers; that of a GPU in Triton's interpreter."""
+    if request.param == "kernel":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+            pytest.skip("Triton's interpreter takes scalars as NumPy before 2.4 gave them")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        yield powers._add_product_on_gpu
+        return
+    if vars(powers)["_compiled"] is None:
+        pytest.skip("installed without a C compiler, or no AVX2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if request.param == "one thread" else 3)
+    yield powers._add_product_compiled
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 @pytest.mark.parametrize("orders", [(1.0,), (2.0,), (1.0, 2.0)])
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("height", "width", "segments"),
     [
@@ -400,12 +420,12 @@ compiled = pytest.mark.skipif(
         (5, 3, ((0, 0), (0, 0))),
     ],
 )
-def test_compiled_powers_equal_the_definition(
+def test_powers_in_registers_equal_the_definition(
     height: int,
     width: int,
     segments: powers.Segments,
-    threads: int,
     orders: tuple[float, ...],
+    add_product: Callable[[powers.Means, powers.Product], None],
 ) -> None:
     rows = segments[-1][1] + 2
     generator = torch.Generator().manual_seed(3)
@@ -416,15 +436,7 @@ def test_compiled_powers_equal_the_definition(
         gradient = left[start:stop].double().t() @ right[start:stop].double()
         for order in orders:
             expected[order] = expected[order] + gradient.abs() ** order / len(segments)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        powers._add_product_compiled(
-            powers.Means(means, 1 / len(segments)),
-            powers.Product(left, right, segments),
-        )
-    finally:
-        torch.set_num_threads(before)
+    add_product(powers.Means(means, 1 / len(segments)), powers.Product(left, right, segments))
     for order in orders:
         assert relative_error(means[order], expected[order]) < 3e-6
 

@@ -15,7 +15,7 @@ What bounds the cost on a CPU, for P weights in linear layers, B examples and T 
 products: a (1536, 576) weight with 8 examples of 64 tokens takes 1.2 times its plain gradient for
 order 2 and 1.35 times for orders 1 and 2, on one thread or two. Where it was not compiled, and for
 other orders and types, a block of all gradients at a time goes through the second-level cache:
-two to three times.
+two to three times. `_triton.py` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from perta.models.precision import wide_product
+from perta.progress import warn
 
 try:
     from perta.engine.gradients import _powers as _compiled
@@ -154,18 +155,17 @@ def _add_at(target: Tensor, place: Tensor, values: Tensor) -> None:
 def _add_products(means: Means, products: Sequence[Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
     product = products[0] if len(products) == 1 else _joined(products)
-    if _compiled and product.left.is_cpu and _suits_compiled(means):
-        _add_product_compiled(means, product)
-    else:
-        _add_product_together(means, product)
-
-
-def _suits_compiled(means: Means) -> bool:
-    """Whether `_powers.c` can add to these means."""
-    return means.by_order.keys() <= {1.0, 2.0} and all(
-        mean.is_cpu and mean.dtype == torch.float32 and mean.is_contiguous()
+    device = product.left.device
+    in_registers = means.by_order.keys() <= {1.0, 2.0} and all(
+        mean.device == device and mean.dtype == torch.float32 and mean.is_contiguous()
         for mean in means.by_order.values()
     )
+    if in_registers and _compiled and device.type == "cpu":
+        _add_product_compiled(means, product)
+    elif in_registers and _has_kernel(device):
+        _add_product_on_gpu(means, product)
+    else:
+        _add_product_together(means, product)
 
 
 def _joined(products: Sequence[Product]) -> Product:
@@ -199,6 +199,38 @@ def _add_product_compiled(means: Means, product: Product) -> None:
         means.weight,
         torch.get_num_threads(),
     )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the kernel of `_triton.py` can be compiled and run there."""
+    if device.type != "cuda":
+        return False
+    try:
+        ones = torch.ones(1, 1, device=device)
+        _add_product_on_gpu(Means({1.0: ones, 2.0: ones}, 1.0), Product(ones, ones, ((0, 1),)))
+    except ImportError:  # installed without Triton
+        return False
+    except Exception as error:  # no compiler, or a GPU that it was not written for
+        warn(f"the kernel for gradients cannot run on {device}: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def _add_product_on_gpu(means: Means, product: Product) -> None:
+    """Form and raise the gradients in registers; see `_triton.py`."""
+    from perta.engine.gradients import _triton  # takes a second to import
+
+    dtype = torch.promote_types(product.left.dtype, product.right.dtype)
+    left, right = (factor.to(dtype).contiguous() for factor in (product.left, product.right))
+    bounds = _bounds(product.segments, left.device)
+    _triton.add_powers(left, right, bounds, means.by_order, means.weight)
+
+
+@functools.lru_cache(maxsize=2)
+def _bounds(segments: Segments, device: torch.device) -> Tensor:
+    """Segments as a tensor (B, 2), copied once for all layers of a batch."""
+    return torch.tensor(segments, dtype=torch.int32, device=device)
 
 
 def _add_product_together(means: Means, product: Product) -> None:
