@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --cpu          # all of it at toy size, to find mistakes here first
 
     correct      every engine on the GPU against the CPU in float32, and bfloat16 against both
-    importance   the engine against a plain pass, by batch and block size
+    importance   the engine, with its kernel and without, against a plain pass
     moments      products by type, and the sums of a whole model
     solve        a layer's direction in float64
     finetune     tokens per second and peak memory, all weights and LoRA
     evaluation   new tokens per second by batch
+    small        tuning, scoring and moments of a model of 135M, where launching is what takes time
     request      whole requests: three seeds, each of forget01, forget05 and forget10
 
 Each section has `--minutes`, and a failed one does not stop the others. `--model` and `--data` are
@@ -25,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,8 +48,8 @@ from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.methods.directions import projected_direction
 from perta.models.demo.tiny import tiny_llama
-from perta.models.loss import example_losses
-from perta.models.precision import wide_product
+from perta.models.loss import example_losses, losses_of
+from perta.models.precision import products_in, wide_product
 from perta.options import DType, MomentOptions, TuneConfig
 from perta.progress import set_quiet
 from perta.recipes.unlearn import unlearn
@@ -61,6 +63,7 @@ QUICKLY: dict[str, Any] = {"method": "tv", "alpha": 1.0, "generate": False, "epo
 """A request at toy size."""
 SIZES = {
     "toy": (64, 128, 2, 4, 2, 211),
+    "135M": (576, 1536, 30, 9, 3, 49152),
     "1B": (2048, 8192, 16, 32, 8, 128256),
     "8B": (4096, 14336, 32, 32, 8, 128256),
 }
@@ -177,6 +180,10 @@ def correct(run: Run) -> None:
         errors = {f"order_{p:g}": worst(found.by_order[p], exact[p]) for p in (1.0, 2.0)}
         tell("correct", what=f"importance, {what}", **errors)
 
+    for dtype in (torch.float32, torch.bfloat16):
+        error = _kernel_error(run, dtype)
+        tell("correct", what=f"products in registers, {dtype}", error=error)
+
     def moments(model: Any) -> dict[str, Tensor]:
         plan = plan_moments(model, rows, gradients=True, pad=PAD)
         return dict(sum_moments(model, rows, plan, MomentOptions(), pad=PAD))
@@ -205,8 +212,26 @@ def correct(run: Run) -> None:
     tell("correct", what="greedy answers", same=texts[0] == texts[1])
 
 
+def _kernel_error(run: Run, dtype: torch.dtype) -> float:
+    """Largest error of means of powers, by the kernel or compiled pass there is, to float64's."""
+    generator = torch.Generator().manual_seed(1)
+    segments = ((0, 70), (70, 71), (75, 300), (300, 300))
+    left, right = (
+        torch.randn(310, n, generator=generator).to(run.device, dtype) for n in (331, 203)
+    )
+    means = {p: torch.zeros(331, 203, device=run.device) for p in (1.0, 2.0)}
+    powers.add_pieces(powers.Means(means, 0.25), [powers.Product(left, right, segments)])
+    exact = {p: torch.zeros(331, 203, dtype=torch.float64) for p in means}
+    for start, stop in segments:
+        gradient = left[start:stop].double().cpu().t() @ right[start:stop].double().cpu()
+        for order, total in exact.items():
+            total += gradient.abs() ** order / 4
+    found = {str(p): mean.double().cpu() for p, mean in means.items()}
+    return worst(found, {str(p): total for p, total in exact.items()})
+
+
 def importance(run: Run) -> None:
-    """The engine against a plain pass; block sizes of the product."""
+    """The engine, with its kernel and without, against a plain pass."""
     for size, mean, count, sizes in (("1B", 80, 32, (8, 32)), ("8B", 80, 16, (8,))):
         model = run.llama(size, torch.bfloat16)
         rows = rows_of(run.pick(count, 4), run.pick(mean, 12), model.config.vocab_size)
@@ -223,18 +248,18 @@ def importance(run: Run) -> None:
             base = run.seconds(plain, 2)
             about = {"size": size, "batch": batch}
             tell("importance", **about, what="plain", tokens_per_s=tokens / base, peak=run.peak())
-            kept = powers._DEVICE_BYTES
-            for orders in ((2.0,), (1.0, 2.0)):
-                for block in run.pick((256, 64, 24), (256,)):
+            has_kernel = powers._has_kernel
+            # Two orders of 8B in float32 take 64 GB.
+            for orders in ((2.0,), (1.0, 2.0))[: 1 if size == "8B" else 2]:
+                for what in ("kernel", "operations"):
                     run.clean()
-                    powers._DEVICE_BYTES = block << 20
+                    powers._has_kernel = has_kernel if what == "kernel" else lambda _: False
                     try:
-                        engine = partial(batched_moments, model, batches, orders)
-                        spent = run.seconds(engine, 2)
+                        spent = run.seconds(partial(batched_moments, model, batches, orders), 2)
                     finally:
-                        powers._DEVICE_BYTES = kept
+                        powers._has_kernel = has_kernel
                     figures = {"ratio": spent / base, "peak": run.peak()}
-                    tell("importance", **about, orders=orders, block_mb=block, **figures)
+                    tell("importance", **about, orders=orders, what=what, **figures)
 
 
 def moments(run: Run) -> None:
@@ -307,6 +332,34 @@ def evaluation(run: Run) -> None:
         tell("evaluation", batch=batch, new_tokens_per_s=speed, peak=run.peak())
 
 
+def small(run: Run) -> None:
+    """Rows per second of a model of the shape of SmolLM2-135M."""
+    rows = rows_of(run.pick(512, 8), run.pick(80, 12), SIZES["toy" if run.toy else "135M"][-1])
+    for batch in run.pick((4, 16, 32), (4,)):
+        model = run.llama("135M", torch.float32)
+        config = TuneConfig(epochs=1, batch_size=batch, stop_loss=0)
+        tune(model, rows[:batch], config, pad=PAD)
+        started = time.perf_counter()
+        tune(model, rows, config, pad=PAD)
+        run.wait()
+        seconds = time.perf_counter() - started
+        tell("small", what="tune", batch=batch, rows_per_s=len(rows) / seconds, peak=run.peak())
+    with products_in(torch.bfloat16, run.device):
+        for batch in run.pick((16, 128), (4,)):
+            score = partial(losses_of, model, rows, batch_size=batch, pad=PAD)
+            speed = len(rows) / run.seconds(score, 1)
+            tell("small", what="score", batch=batch, rows_per_s=speed)
+        plan = plan_moments(model, rows, gradients=False, pad=PAD)
+        for batch in run.pick((8, 64), (4,)):
+
+            def sums(batch: int = batch) -> None:
+                for _ in sum_moments(model, rows, plan, MomentOptions(), pad=PAD, batch_size=batch):
+                    pass
+
+            speed = len(rows) / run.seconds(sums, 1)
+            tell("small", what="moments", batch=batch, rows_per_s=speed)
+
+
 def request(run: Run) -> None:
     """Whole requests: the full model is tuned first, then each set is forgotten with each seed."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -356,7 +409,8 @@ def request(run: Run) -> None:
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
-    f.__name__: f for f in (correct, importance, moments, solve, finetune, evaluation, request)
+    f.__name__: f
+    for f in (correct, importance, moments, solve, finetune, evaluation, small, request)
 }
 
 
@@ -400,6 +454,7 @@ def main(arguments: list[str]) -> int:
             with limit(given.minutes):
                 SECTIONS[name](run)
         except Exception as error:  # the others may have figures all the same
+            traceback.print_exc()
             failed += 1
             tell(name, failed=f"{type(error).__name__}: {error}")
         run.clean()

@@ -4,6 +4,7 @@
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 0 --methods npo --rates 1e-4
     python benchmarks/rivals.py run WORK --base SMOLLM2_FOLDER --seeds 1 --methods sage-npo-retain
     python benchmarks/rivals.py run WORK2 --base SMOLLM2_FOLDER --seeds 0 --tofu TOFU_FOLDER
+    python benchmarks/rivals.py run WORK3 --base SMOLLM2_FOLDER --tofu TOFU_FOLDER --split forget10
     python benchmarks/rivals.py table WORK --seeds 1 2
     perta audit WORK/seed-1/kept/tv --full WORK/seed-1/full --retrained WORK/seed-1/retrained ... \
         --output WORK/seed-1/audits/tv
@@ -15,7 +16,9 @@ Models are kept with `--keep`.
 Every seed draws 24 people with six questions each. Three are to be forgotten; of the others two
 thirds gave five rows each to the methods, their sixth rows and all rows of the last third are seen
 by none. Ten more people are seen by no model. `--tofu` draws eight authors instead: one to forget,
-two seen by no model, and of the rest as before, with one row of five new. A method is measured at
+two seen by no model, and of the rest as before, with one row of five new. With `--split` they are
+all of TOFU's: its own to forget, and of the first twenty, whose wrong answers it has, two that no
+model sees, six that no method does, and the rest with one new row of five. A method is measured at
 the smallest strength, or the shortest training, at which the facts are hit in 64 samples no more
 often than .01 above the model retrained without them. `default` is `perta unlearn` as it comes: it
 knows no retrained model.
@@ -82,6 +85,7 @@ PEOPLE, QUESTIONS, FORGOTTEN, OTHERS = 24, 6, 3, 10
 SAMPLES, MARGIN, NEAR, STEPS = 64, 0.01, 0.003, 12
 EPOCHS, BATCH = 20, 6
 ROWS_OF_TOFU, NEW_OF_TOFU = 20, 5  # rows of an author, one of how many of which is new
+SPLITS = ("forget01", "forget05", "forget10")
 EDITS = ("tv", "msa", "perta-grad", "perta-fisher", "perta-project")
 TRAINED: dict[str, float | None] = {  # rates chosen on seed 0 of three each; None: as published
     "graddiff": 5e-5,
@@ -98,9 +102,15 @@ SETS = ("forget", "paraphrased", "new people", "new rows")
 DATA = DataConfig(format="qa", chat_template=False)
 
 
-def draw(seed: int, tofu: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+def draw(
+    seed: int, tofu: Path | None = None, split: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """The rows of a seed by what they are for."""
-    forget, retain, others = _authors(seed, tofu) if tofu else _people(seed)
+    given: list[dict[str, Any]] = []
+    if tofu and split:
+        forget, retain, others, given = _split(seed, tofu, split)
+    else:
+        forget, retain, others = _authors(seed, tofu) if tofu else _people(seed)
     every = NEW_OF_TOFU if tofu else QUESTIONS
     names = list(dict.fromkeys(row["person"] for row in retain))
     parts: dict[str, list[dict[str, Any]]] = {"protected": [], "new rows": [], "new people": []}
@@ -110,6 +120,8 @@ def draw(seed: int, tofu: Path | None = None) -> dict[str, list[dict[str, Any]]]
         is_new_row = place % every == person % every
         part = "new people" if person % 3 == 2 else "new rows" if is_new_row else "protected"
         parts[part].append(row)
+    parts["protected"] += given
+    retain = [*retain, *given]
     asked_otherwise = [{**row, "question": row["paraphrased_question"]} for row in forget]
     full = [*retain, *forget]
     return {
@@ -126,20 +138,35 @@ def _people(seed: int) -> tuple[list[dict[str, Any]], ...]:
     return *split_people(mine, forget_people=FORGOTTEN, seed=seed), others
 
 
-def _authors(seed: int, tofu: Path) -> tuple[list[dict[str, Any]], ...]:
-    """The same of eight of TOFU's authors: one, five and two."""
+def _by_author(tofu: Path, *names: str) -> list[list[dict[str, Any]]]:
+    """Rows of TOFU's files, author by author."""
     rows = [
         json.loads(line)
-        for name in ("forget10_perturbed", "retain_perturbed")
+        for name in names
         for line in (tofu / f"{name}.jsonl").read_text("utf-8").splitlines()
     ]
-    authors = [
+    return [
         [
-            {**row, "person": f"author {place // ROWS_OF_TOFU}"}
+            {**row, "person": f"{names[0]}, author {place // ROWS_OF_TOFU}"}
             for row in rows[place:][:ROWS_OF_TOFU]
         ]
         for place in range(0, len(rows), ROWS_OF_TOFU)
     ]
+
+
+def _split(seed: int, tofu: Path, split: str) -> tuple[list[dict[str, Any]], ...]:
+    """The same of all of TOFU's authors, and rows of the others, all of which methods see."""
+    retain = f"retain{100 - int(split.removeprefix('forget'))}"
+    known = _by_author(tofu, "retain_perturbed")
+    given = _by_author(tofu, retain)[len(known) :]
+    random.Random(seed).shuffle(known)
+    forget = _by_author(tofu, f"{split}_perturbed")
+    return [*chain(*forget)], [*chain(*known[2:])], [*chain(*known[:2])], [*chain(*given)]
+
+
+def _authors(seed: int, tofu: Path) -> tuple[list[dict[str, Any]], ...]:
+    """The same of eight of TOFU's authors: one, five and two."""
+    authors = _by_author(tofu, "forget10_perturbed", "retain_perturbed")
     random.Random(seed).shuffle(authors)
     return authors[2], [*chain(*authors[3:8])], [*chain(*authors[:2])]
 
@@ -147,9 +174,23 @@ def _authors(seed: int, tofu: Path) -> tuple[list[dict[str, Any]], ...]:
 class Seed:
     """The rows and models of one seed, and one model in memory that moves between weights."""
 
-    def __init__(self, work: Path, base: Path, seed: int, tofu: Path | None = None) -> None:
+    def __init__(
+        self,
+        work: Path,
+        base: Path,
+        seed: int,
+        tofu: Path | None = None,
+        split: str | None = None,
+    ) -> None:
         self.folder, self.base, self.seed = work / f"seed-{seed}", base, seed
-        self.epochs, rows = 6 if tofu else 10, draw(seed, tofu)
+        rows = draw(seed, tofu, split)
+        self.tune = TuneConfig(
+            epochs=6 if tofu else 10,
+            learning_rate=3e-4,
+            batch_size=16 if split else 12,
+            stop_loss=0.02,
+            seed=seed,
+        )
         self.files = {
             name: write_jsonl(part, self.folder / "data" / f"{name.replace(' ', '_')}.jsonl")
             for name, part in rows.items()
@@ -181,19 +222,12 @@ class Seed:
         output = self.folder / name
         if not output.exists():
             data = "full" if name == "full" else "retain"
-            tune = TuneConfig(
-                epochs=self.epochs,
-                learning_rate=3e-4,
-                batch_size=12,
-                stop_loss=0.02,
-                seed=self.seed,
-            )
             finetune_checkpoint(
                 FinetuneConfig(
                     base=str(self.base),
                     data=str(self.files[data]),
                     output=output,
-                    tune=tune,
+                    tune=self.tune,
                     data_config=DATA,
                 )
             )
@@ -501,7 +535,8 @@ def run(options: argparse.Namespace) -> None:
                 key = {"seed": number, "method": method, "asked rate": rate}
                 if _found(journal, key):
                     continue
-                seed = seed or Seed(options.work, options.base, number, options.tofu)
+                place = (options.tofu, options.split)
+                seed = seed or Seed(options.work, options.base, number, *place)
                 gold = _found(journal, {"seed": number, "method": "retrained"})
                 try:
                     made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
@@ -578,6 +613,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--tofu", type=Path, help="folder of TOFU's files, in place of people")
+    parser.add_argument("--split", choices=SPLITS, help="all of TOFU, by one of its own splits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=float, nargs="+", default=[None])

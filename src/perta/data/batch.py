@@ -80,6 +80,17 @@ def collate(examples: Sequence[Encoded], pad_id: int, index: Sequence[int] | Non
     return Batch(input_ids, attention_mask, labels, places, weights)
 
 
+_ON_GPU = 8
+_MOST_TOKENS = 1 << 12
+"""Tokens of one pass, padding included, unless a single row has more: activations of a model of 8B
+take some 10 GB in a backward pass then."""
+
+
+def rows_per_pass(usual: int, device: torch.device) -> int:
+    """Rows of a pass in which nothing is trained; as few as a CPU wants leave a GPU idle."""
+    return usual * _ON_GPU if device.type == "cuda" else usual
+
+
 def bucketed(
     examples: Sequence[Encoded],
     batch_size: int,
@@ -89,16 +100,21 @@ def bucketed(
     """Cut examples into batches of similar length, so that little is spent on padding.
 
     With a generator, examples of about one length meet in a random order and the batches come in a
-    random order (training); without one the order is by length (evaluation).
+    random order (training); without one the order is by length, and batches of long examples have
+    fewer (evaluation).
     """
     order = list(range(len(examples)))
     if generator is not None:
         # Stable sort by a coarse length keeps the shuffle among examples of similar length.
         order = torch.randperm(len(order), generator=generator).tolist()
         order.sort(key=lambda i: len(examples[i].input_ids) // 8)
-    else:
-        order.sort(key=lambda i: len(examples[i].input_ids))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    if generator is not None:
+        groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    else:
+        groups = []
+        for i in sorted(order, key=lambda i: len(examples[i].input_ids)):
+            rows = len(groups[-1]) if groups else batch_size
+            if rows == batch_size or (rows + 1) * len(examples[i].input_ids) > _MOST_TOKENS:
+                groups.append([])
+            groups[-1].append(i)
     return [collate([examples[i] for i in group], pad_id, group) for group in groups]

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from perta.data.batch import IGNORE, Encoded, bucketed
+from perta.data.batch import IGNORE, Encoded, bucketed, rows_per_pass
 from perta.data.examples import (
     FACT_COLUMN,
     PARAPHRASED,
@@ -463,7 +463,7 @@ def _losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad: int) ->
     """Loss of every labelled token of every example, nats."""
     device = next(model.parameters()).device
     losses: list[list[float]] = [[] for _ in examples]
-    for batch in bucketed(examples, _BATCH, pad):
+    for batch in bucketed(examples, rows_per_pass(_BATCH, device), pad):
         answers = answer_logits(model, batch.to(device))
         values = token_losses(answers).tolist()
         for example, value in zip(answers.example.tolist(), values, strict=True):

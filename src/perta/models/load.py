@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from perta.data.batch import rows_per_pass
 from perta.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -151,6 +152,11 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     if name == "cuda":
         _repeat_on_gpus()
     return torch.device(name)
+
+
+def batch_of(compute: ComputeConfig, usual: int) -> int:
+    """Rows of a pass in which nothing is trained: what was asked for, else by the device."""
+    return compute.pass_batch_size or rows_per_pass(usual, pick_device(compute))
 
 
 def _repeat_on_gpus() -> None:

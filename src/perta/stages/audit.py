@@ -48,6 +48,7 @@ from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
 from perta.models.facts import Fact, find_facts, is_told, subjects
 from perta.models.load import (
+    batch_of,
     counting_tokens,
     load_model,
     load_tokenizer,
@@ -305,7 +306,7 @@ class _Audit:
             config.level,
             config.samples or _SAMPLES[config.level],
             config.seed,
-            config.compute.batch(16),
+            batch_of(config.compute, 16),
             config.max_new_tokens,
         )
         self.tokenizer = load_tokenizer(self.folders["cleaned"])

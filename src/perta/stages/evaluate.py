@@ -12,7 +12,7 @@ from perta.data.examples import ExampleSet, load_examples
 from perta.evidence.quick import quick_evaluation
 from perta.evidence.results import Results
 from perta.models.facts import Fact, find_facts, is_told
-from perta.models.load import load_model, load_tokenizer, longest_input, picked
+from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
 from perta.progress import track
@@ -50,7 +50,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
                 *(model, tokenizer, sets, config.scoring, config.data_config),
                 lambda *_: advance(1),
                 facts=facts,
-                batch_size=config.compute.batch(16),
+                batch_size=batch_of(config.compute, 16),
             )
 
     reads = [folder, *([base] if base else [])]

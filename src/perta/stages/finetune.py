@@ -24,6 +24,7 @@ from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
 from perta.models.formats.low_rank import load_tuned, save_tuned
 from perta.models.load import (
+    batch_of,
     counting_tokens,
     load_model,
     load_tokenizer,
@@ -126,7 +127,7 @@ def check_learned(
                 read = (rows, tokenizer, data_config)
                 facts = find_facts(*read, base=model, longest=longest_input(base))
                 examples = [fact.encoded for fact in facts]
-            size, pad = compute.batch(16), pad_id(tokenizer)
+            size, pad = batch_of(compute, 16), pad_id(tokenizer)
             found = everywhere(losses_of, model, examples, batch_size=size, pad=pad)
         losses.append(sum(found) / len(found))
         tokens += counted()

@@ -30,7 +30,7 @@ from perta.engine.gradients.engine import (
     abs_of_mean,
     batched_moments,
 )
-from perta.models.load import exact_on_cpu
+from perta.models.load import batch_of, exact_on_cpu
 from perta.options import EstimatorConfig, SumsOn
 from perta.parallel import Own, everywhere, portion
 from perta.progress import track
@@ -53,7 +53,7 @@ def compute_importance(config: ImportanceConfig) -> Path:
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
         chosen = sample(subject.encoded.encoded, config.estimator)
-        size = config.compute.batch(8)
+        size = batch_of(config.compute, 8)
         moments = estimate(
             model,
             chosen,

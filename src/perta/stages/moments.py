@@ -38,7 +38,7 @@ from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
-from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
@@ -66,7 +66,7 @@ def compute_moments(config: MomentsConfig) -> Path:
         plan = plan_moments(model, given, gradients=config.gradients, pad=pad)
         encoded = sample_for_moments(plan, given, config.options)
         seen: dict[str, Seen] = {}
-        size = config.compute.batch(8)
+        size = batch_of(config.compute, 8)
         sums = sum_moments(
             model, encoded, plan, config.options, pad=pad, batch_size=size, seen=seen
         )
@@ -189,7 +189,7 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
             raise _refused(config, "the rows reach other layers than those that stay")
         options = replace(config.options, tokens=facts["token_choice"])
         less: dict[str, Seen] = {}
-        size = config.compute.batch(8)
+        size = batch_of(config.compute, 8)
         sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
         write_shards(folder, _left(config, opened, sums), SHARD_BYTES)
         tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}

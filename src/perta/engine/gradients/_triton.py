@@ -15,7 +15,7 @@ _TALL, _WIDE, _DEEP = 128, 128, 32
 """Rows and columns of a tile of the parameter, and rows of the factors that are read at a time."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
     left, right, bounds, first, second,
     weight, examples, height, width, left_stride, right_stride,

@@ -42,7 +42,7 @@ from perta.evidence.published._shared import (
 from perta.evidence.results import Results, decode, missing, rouge_row, table
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions
 from perta.evidence.settings import MuseConfig
-from perta.models.load import longest_input
+from perta.models.load import batch_of, longest_input
 from perta.options import DataConfig
 
 _SUBSETS = {
@@ -122,7 +122,7 @@ class Muse(Benchmark[MuseConfig]):
             ],
             "settings": (config.compat, str(model.dtype)),
         }
-        batch_size = config.compute.batch(16)
+        batch_size = batch_of(config.compute, 16)
         options = published_options(model, tokenizer, batch_size, compat=config.compat)
         with open_journal(given.journal, depends_on, {"model": model}) as journal:
             outcomes = {

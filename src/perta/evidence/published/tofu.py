@@ -50,7 +50,7 @@ from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, gradient_norm_score
 from perta.evidence.settings import PeopleBenchConfig, TofuConfig
-from perta.models.load import load_model
+from perta.models.load import batch_of, load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig
 from perta.progress import track
@@ -180,7 +180,7 @@ class _TofuMetrics(Benchmark[_TofuLike]):
             reference_model=other,
             compat=config.compat,
             limit=config.limit,
-            batch_size=config.compute.batch(16),
+            batch_size=batch_of(config.compute, 16),
             gradient_norms=config.gradient_norms,
             journal=given.journal,
         )

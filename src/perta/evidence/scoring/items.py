@@ -35,12 +35,19 @@ from perta.parallel import Own, alone, everywhere, gathered, share
 from perta.temporary import temporarily
 
 _COMPAT_BATCHES = 8  # batches after which compatible runs report what is done
-_MOST_LOGITS = 2048
-"""New tokens of one pass, unless a single answer has more, to bound the memory of logits."""
 
-_PASS_COST_CPU, _PASS_COST = 16, 2048
-"""Tokens that take as long as a pass's fixed costs: reading the weights on CPUs, where little
-runs at once; launching kernels elsewhere."""
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass of a kind of device may have."""
+
+    logits: int  # new tokens, unless a single answer has more, to bound the memory of logits
+    cost: int
+    """Tokens that take as long as a pass's fixed costs: reading the weights on CPUs, where little
+    runs at once; launching kernels elsewhere."""
+
+
+_ON_CPU, _ELSEWHERE = _Pass(2048, 16), _Pass(8192, 2048)
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class _Run:
     ) -> None:
         self.model, self.items, self.options, self.finish = model, items, options, finish
         self.scores: dict[int, list[Score]] = {i: [] for i in range(len(items))}
-        self.pass_cost = _PASS_COST_CPU if model.device.type == "cpu" else _PASS_COST
+        self.bounds = _ON_CPU if model.device.type == "cpu" else _ELSEWHERE
         self.growing: list[_Growing] = []
         self.state: Prefixes | None = None
         self.root: Prefixes | None = None
@@ -211,7 +218,7 @@ class _Run:
             trees[i] = grow_tree(i, sequences, self.root_length)
         level = [segment for tops in trees.values() for segment in tops]
         while level:
-            for part in _rows_that_fit(level, self.options.batch_size, self.pass_cost):
+            for part in _rows_that_fit(level, self.options.batch_size, self.bounds):
                 self._feed(part)
             level = [child for segment in level for child in segment.children]
         for i, tops in trees.items():
@@ -399,7 +406,7 @@ def _path_score(path: Sequence[Segment], encoded: Encoded) -> Score:
 
 
 def _rows_that_fit(
-    segments: Sequence[Segment], batch_size: int, pass_cost: int
+    segments: Sequence[Segment], batch_size: int, bounds: _Pass
 ) -> list[list[Segment]]:
     """Batches of segments of similar length, within bounds of rows and logits."""
     todo = sorted((s for s in segments if s.to_feed), key=lambda s: len(s.to_feed))
@@ -410,7 +417,7 @@ def _rows_that_fit(
         logits += length
         rows = len(batches[-1]) if batches else batch_size
         padding = (length - width) * rows
-        if rows == batch_size or logits > _MOST_LOGITS or padding > pass_cost:
+        if rows == batch_size or logits > bounds.logits or padding > bounds.cost:
             batches.append([])
             logits = length
         width = length

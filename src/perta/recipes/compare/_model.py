@@ -24,7 +24,14 @@ from perta.evidence.results import Results
 from perta.evidence.settings import AbilityConfig
 from perta.methods.objectives import Training
 from perta.models.facts import SAMPLES, FactScore, hit_probability, score_facts, share_beyond
-from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, save_model
+from perta.models.load import (
+    batch_of,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    save_model,
+)
 from perta.models.loss import losses_of
 from perta.options import DataConfig, ScoringConfig
 from perta.recipes.compare._draw import Draw
@@ -184,7 +191,7 @@ class Bench:
 
     @property
     def _batch(self) -> int:
-        return self._config.compute.batch(16)
+        return batch_of(self._config.compute, 16)
 
 
 def relearning_rate(config: CompareConfig) -> float:

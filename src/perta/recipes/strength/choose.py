@@ -40,7 +40,7 @@ from typing import Final, Literal
 import torch
 from transformers import PreTrainedModel
 
-from perta.data.batch import Encoded, seeded_sample
+from perta.data.batch import Encoded, rows_per_pass, seeded_sample
 from perta.data.examples import ExampleSet
 from perta.data.tokens import encode_examples
 from perta.engine.edit.memory import EditedModel
@@ -285,7 +285,8 @@ def _losses(
     model: PreTrainedModel, groups: Sequence[Sequence[Encoded]], pad: int
 ) -> list[list[float]]:
     """Mean loss of each sequence, nats per labelled token; what they begin with is shared."""
-    options = ScoringOptions(Masking(pad), batch_size=_BATCH_SIZE)
+    rows = rows_per_pass(_BATCH_SIZE, model.device)
+    options = ScoringOptions(Masking(pad), batch_size=rows)
     outcomes = run_items(model, [Item(tuple(group)) for group in groups], options)
     return [[score.loss for score in outcome.scores] for outcome in outcomes]
 
