@@ -36,12 +36,14 @@ from perta.methods.registry import at_strength, with_defaults
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.models.load import load_model, load_tokenizer, pad_id, save_model
 from perta.options import ComputeConfig, DataConfig, ScoringConfig, TuneConfig
-from perta.recipes.requests import add_request, apply_requests, read_state, start_ledger
-from perta.recipes.settings import (
+from perta.recipes.requests.apply import apply_requests
+from perta.recipes.requests.settings import (
     RequestsAddConfig,
     RequestsApplyConfig,
     RequestsInitConfig,
 )
+from perta.recipes.requests.state import read_state
+from perta.recipes.requests.take import add_request, start_ledger
 from perta.recipes.strength.choose import calibrate, choose_strength, surprises_of
 from perta.stages.bench import write_people
 from perta.stages.edit import edit_checkpoint

@@ -24,16 +24,14 @@ from perta.options import MAIN, Repeated
 from perta.parallel import lead
 from perta.progress import PlainConsole
 from perta.recipes.compare.settings import CompareConfig
-from perta.recipes.settings import (
-    DemoConfig,
+from perta.recipes.requests.settings import (
     LedgerConfig,
-    RepairConfig,
     RequestsAddConfig,
     RequestsApplyConfig,
     RequestsInitConfig,
     RequestsRecheckConfig,
-    UnlearnConfig,
 )
+from perta.recipes.settings import DemoConfig, RepairConfig, UnlearnConfig
 from perta.report.settings import AuditPageConfig, ReportConfig, Wanted
 from perta.stages.settings import (
     AuditConfig,
@@ -385,7 +383,7 @@ app.command(_requests)
 @_requests.command(name="init")
 def _init(config: RequestsInitConfig) -> None:
     """Begin a ledger for a model and its data."""
-    from perta.recipes.requests import start_ledger
+    from perta.recipes.requests.take import start_ledger
 
     _note(f"Ledger: {config.folder}; head {start_ledger(config).hash}")
 
@@ -393,7 +391,7 @@ def _init(config: RequestsInitConfig) -> None:
 @_requests.command(name="add")
 def _add(config: RequestsAddConfig) -> None:
     """Take a request down: rows that have to go."""
-    from perta.recipes.requests import add_request
+    from perta.recipes.requests.take import add_request
 
     entry = add_request(config)
     _note(f"{config.name}: {entry.facts['rows']} rows; head {entry.hash}")
@@ -402,7 +400,7 @@ def _add(config: RequestsAddConfig) -> None:
 @_requests.command(name="apply")
 def _apply(config: RequestsApplyConfig) -> None:
     """Forget all that waits, in one edit of the newest checkpoint."""
-    from perta.recipes.requests import apply_requests
+    from perta.recipes.requests.apply import apply_requests
 
     entry = apply_requests(config)
     facts = entry.facts
@@ -420,7 +418,7 @@ def _status(folder: Path, *, json: _AsJson = False) -> None:
         folder: of the ledger.
         json: print them as one JSON object.
     """
-    from perta.recipes.requests import read_state
+    from perta.recipes.requests.state import read_state
     from perta.terminal import print_json, print_requests
 
     state = read_state(folder)
@@ -436,7 +434,7 @@ def _status(folder: Path, *, json: _AsJson = False) -> None:
 def _recheck(config: RequestsRecheckConfig) -> None:
     """Look for the facts of all earlier requests in the newest checkpoint."""
     from perta.evidence.audit.document import told_in_short
-    from perta.recipes.requests import recheck_requests
+    from perta.recipes.requests.look import recheck_requests
 
     entry = recheck_requests(config)
     for name, rows in entry.facts["still_there"].items():
@@ -461,7 +459,7 @@ def _verify(
         public_key: file of a public key (PEM): with an Ed25519 key every entry must be signed with
             one that is given, with a key of a curve every checkpoint that is there.
     """
-    from perta.recipes.requests import verify_requests
+    from perta.recipes.requests.look import verify_requests
     from perta.store.ledger import public_keys
     from perta.store.signing import short
 
@@ -480,7 +478,8 @@ def _verify(
 @_requests.command(name="clean")
 def _clean(config: LedgerConfig) -> None:
     """Delete rows, work folders and older checkpoints of requests that were applied."""
-    from perta.recipes.requests import clean_requests, read_state
+    from perta.recipes.requests.clean import clean_requests
+    from perta.recipes.requests.state import read_state
 
     _, gone = clean_requests(config)
     for place in gone:

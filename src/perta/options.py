@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
@@ -153,6 +154,14 @@ def require_least(config: object, **least: int) -> None:
         value, flag = getattr(config, name), option_name(config, name).replace("_", "-")
         wanted = f"{low} or more" if low == 0 else f"at least {low}"
         require(value is None or value >= low, flag, value, wanted)
+
+
+def require_day(flag: str, text: str | None, example: str) -> None:
+    """Stop with a `ConfigError` at what is no day as in ISO 8601."""
+    try:
+        date.fromisoformat(example if text is None else text)
+    except ValueError:
+        require(False, flag, text, f"a day such as {example}")
 
 
 def require_unicode(config: object) -> None:

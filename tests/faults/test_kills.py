@@ -31,21 +31,18 @@ from conftest import World
 from perta.evidence.settings import PeopleBenchConfig
 from perta.options import ScoringConfig, TrainSettings, TuneConfig, WeightingConfig
 from perta.progress import set_quiet
-from perta.recipes.requests import (
-    add_request,
-    apply_requests,
-    clean_requests,
-    read_state,
-    start_ledger,
-    verify_requests,
-)
-from perta.recipes.settings import (
+from perta.recipes.requests.apply import apply_requests
+from perta.recipes.requests.clean import clean_requests
+from perta.recipes.requests.look import verify_requests
+from perta.recipes.requests.settings import (
     LedgerConfig,
     RequestsAddConfig,
     RequestsApplyConfig,
     RequestsInitConfig,
-    UnlearnConfig,
 )
+from perta.recipes.requests.state import read_state
+from perta.recipes.requests.take import add_request, start_ledger
+from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.report.settings import ReportConfig
 from perta.report.write import write_report
@@ -215,7 +212,7 @@ def _requests(world: World, place: Path) -> object:
         with pytest.MonkeyPatch.context() as patch:
             # Hashes of rows depend on the ledger's key, which is drawn.
             drawn = SimpleNamespace(token_hex=lambda size: "5e" * size)
-            patch.setattr("perta.recipes.requests.secrets", drawn)
+            patch.setattr("perta.recipes.requests.take.secrets", drawn)
             start_ledger(RequestsInitConfig(folder=folder, **given))
     if not read_state(folder).requests:
         add_request(RequestsAddConfig(folder=folder, forget=str(world.forget), name="r1"))

@@ -19,22 +19,18 @@ from perta.data.rows import read_rows, write_jsonl
 from perta.data.tokens import row_mark
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
-from perta.recipes.requests import (
-    add_request,
-    apply_requests,
-    clean_requests,
-    read_state,
-    recheck_requests,
-    start_ledger,
-    verify_requests,
-)
-from perta.recipes.settings import (
+from perta.recipes.requests.apply import apply_requests
+from perta.recipes.requests.clean import clean_requests
+from perta.recipes.requests.look import recheck_requests, verify_requests
+from perta.recipes.requests.settings import (
     LedgerConfig,
     RequestsAddConfig,
     RequestsApplyConfig,
     RequestsInitConfig,
     RequestsRecheckConfig,
 )
+from perta.recipes.requests.state import read_state
+from perta.recipes.requests.take import add_request, start_ledger
 from perta.stages.moments import compute_moments, holds
 from perta.stages.settings import MomentsConfig
 from perta.store.fingerprint import fingerprint
@@ -138,7 +134,7 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
         measured.append(config.output)
         return compute_moments(config)
 
-    monkeypatch.setattr("perta.recipes.requests.compute_moments", measure)
+    monkeypatch.setattr("perta.recipes.requests.apply.compute_moments", measure)
     monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
     projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
     apply = RequestsApplyConfig(folder=ledger, weighting=projection, tune=TUNE)

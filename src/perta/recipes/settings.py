@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +11,6 @@ from cyclopts import Parameter
 
 from perta.data.rows import as_source
 from perta.errors import ConfigError
-from perta.evidence.settings import Level
 from perta.options import (
     ComputeConfig,
     DataConfig,
@@ -25,7 +23,6 @@ from perta.options import (
     OutputFormat,
     Overwrite,
     Paths,
-    Repeated,
     SaveType,
     ScoringConfig,
     TrainSettings,
@@ -216,84 +213,3 @@ class RepairConfig(Paths):
         super().__post_init__()
         if (self.retain is None) == (self.retain_moments is None):
             raise ConfigError("Give the examples to keep, --retain, or their --retain-moments.")
-
-
-@Flat
-@dataclass(frozen=True, kw_only=True)
-class LedgerConfig:
-    """What every step of `perta requests` that writes to the ledger has."""
-
-    folder: Path
-    """Folder of the ledger."""
-    operator: str | None = None
-    """Who does it, for the ledger."""
-    key: Path | None = None
-    """File with an Ed25519 private key (PEM) to sign the entry with."""
-
-
-@Flat
-@dataclass(frozen=True, kw_only=True)
-class RequestsInitConfig(LedgerConfig):
-    """`perta requests init`."""
-
-    base: str
-    """Model before it saw the data: folder, GGUF file, LoRA adapter folder or hub id."""
-    full: str
-    """Checkpoint that requests are applied to: the base model tuned on all of the data."""
-    retain: str
-    """All of the data, or what is to be kept of it: rows of requests are taken out."""
-    holdout: str | None = None
-    """Examples the model has never seen."""
-    data_config: DataConfig = field(default_factory=DataConfig)
-
-
-@Flat
-@dataclass(frozen=True, kw_only=True)
-class RequestsAddConfig(LedgerConfig):
-    """`perta requests add`."""
-
-    forget: str
-    """Rows of the request."""
-    name: str
-    """Name of the request, such as a ticket number."""
-    received: str | None = None
-    """Day it came in, as in 2026-11-27."""
-    data_config: DataConfig = field(default_factory=DataConfig)
-
-    def __post_init__(self) -> None:
-        if self.received is not None:
-            try:
-                date.fromisoformat(self.received)
-            except ValueError:
-                require(False, "received", self.received, "a day such as 2026-11-27")
-
-
-@Flat
-@dataclass(frozen=True, kw_only=True)
-class RequestsApplyConfig(LedgerConfig):
-    """`perta requests apply`."""
-
-    again: Annotated[tuple[str, ...], Repeated] = ()
-    """Forget this request once more, beside those that wait."""
-    retain_budget: float = 0.1
-    """Largest rise of the mean loss on a sample of the data to keep, in nats per token."""
-    fail_unless: Wanted | None = None
-    """Leave the ledger as it is unless forgetting and retention are met, or at least partly."""
-    model_key: Path | None = None
-    """File with a private key of the curve P-256, P-384 or P-521 (PEM) to sign the cleaned
-    checkpoint with, as OpenSSF model signing has it."""
-    weighting: WeightingConfig = field(default_factory=WeightingConfig)
-    tune: TuneConfig = field(default_factory=TuneConfig)
-    data_config: DataConfig = field(default_factory=DataConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-
-
-@Flat
-@dataclass(frozen=True, kw_only=True)
-class RequestsRecheckConfig(LedgerConfig):
-    """`perta requests recheck`."""
-
-    level: Level = "quick"
-    """How much the audit of each request's rows looks at."""
-    data_config: DataConfig = field(default_factory=DataConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
-from perta.options import Flat, Paths, Repeated, require, require_least, require_unicode
+from perta.options import Flat, Paths, Repeated, require_day, require_least, require_unicode
 
 Wanted = Literal["met", "partly"]
 """The least that a verdict has to be."""
@@ -63,7 +62,4 @@ class AuditPageConfig(Paths):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_unicode(self)
-        try:
-            date.fromisoformat(self.received or "2000-01-01")
-        except ValueError:
-            require(False, "received", self.received, "a day such as 2026-03-31")
+        require_day("received", self.received or None, "2026-03-31")

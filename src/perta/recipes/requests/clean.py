@@ -1,0 +1,54 @@
+"""What holds forgotten data, deleted from a ledger's folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from perta.progress import warn
+from perta.recipes.requests.settings import LedgerConfig
+from perta.recipes.requests.state import opened
+from perta.store.ledger import Entry
+
+
+def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
+    """Delete what holds forgotten data (`perta requests clean`).
+
+    Rows of requests that are forgotten go, and with them all work folders and every cleaned
+    checkpoint but the newest: an older one still knows what later requests removed. Rows that the
+    last look found to be still there stay, so that they can be forgotten again. Base, full model
+    and the data sets are the user's and stay, and so does what a link points to; a warning says so.
+
+    Raises:
+        LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
+    """
+    with opened(config) as state:
+        newest = state.newest()
+        applied = [request for request in state.requests if request.applied is not None]
+        forgotten = [request for request in applied if request.is_forgotten]
+        kept = {r.name for r in state.requests} - {r.name for r in forgotten}
+        # Rows of no request are what an `add` left that was cut off.
+        found = [
+            p for p in _within(state.folder / "rows") if p.name.removesuffix(".jsonl") not in kept
+        ]
+        found += _within(state.folder / "work")
+        found += [
+            place
+            for place in _within(state.folder / "checkpoints")
+            if place.name.partition(".")[0] != newest.name
+        ]
+        gone = [place for place in found if not place.is_symlink()]
+        for link in (place for place in found if place not in gone):
+            warn(f"{link} is a link: what it points to is yours to delete")
+        for place in gone:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        facts = {
+            "names": [request.name for request in forgotten],
+            "deleted": [str(place.relative_to(state.folder)) for place in gone],
+        }
+        return state.write("clean", config, facts), gone
+
+
+def _within(folder: Path) -> list[Path]:
+    """What lies in a folder; of a link to one, the link."""
+    return [folder] if folder.is_symlink() else sorted(folder.glob("*"))

@@ -1,0 +1,226 @@
+"""What a ledger says, and whether models, sets and rows still are what it names."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perta.data.examples import ExampleSet, load_examples
+from perta.data.rows import read_rows
+from perta.errors import LedgerError
+from perta.options import DataConfig
+from perta.recipes.requests.settings import LedgerConfig
+from perta.store.atomic import beside
+from perta.store.fingerprint import fingerprint
+from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
+from perta.store.measured.moments import KEY
+from perta.store.parse import fits
+
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Names of requests."""
+_SOURCE = {"path": str, "blake3": str}
+_FORM: Mapping[str, Any] = {
+    "init": {**dict.fromkeys(("base", "full", "retain", "holdout?"), _SOURCE)},
+    "add": {"name": str, "received": (str, type(None)), "rows": int, "rows_hmac_sha256": [str]},
+    "apply": {
+        **{"names": [str], "before": str, "after": str, "checkpoint": str, "met": bool},
+        **{"verdict": (str, type(None)), "signed?": {"public_key": str, "sha256": str}},
+    },
+    "recheck": {"still_there": {str: [int]}},
+    "clean": {"names": [str]},
+}
+"""What the facts of each kind of entry are read as."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where one request stands."""
+
+    name: str
+    received: str | None  # day it came in, as the user gave it
+    rows: int
+    applied: int | None = None  # entry that applied it last; None while it waits
+    verdict: str | None = None
+    met: bool = False  # whether that found its rows forgotten
+    # rows that a `recheck` since then found to stand out; None before one
+    still_there: int | None = None
+    cleaned: bool = False  # whether its rows are gone
+
+    @property
+    def is_forgotten(self) -> bool:
+        """By the last look at it."""
+        return self.met if self.still_there is None else self.still_there == 0
+
+
+@dataclass(frozen=True)
+class State:
+    """What a ledger says: `current` is the newest checkpoint, and its fingerprint there.
+
+    Methods raise a LedgerError where something is gone or is not what the ledger names.
+    """
+
+    folder: Path
+    start: Mapping[str, Any] = field(repr=False)
+    requests: tuple[Request, ...]
+    current: tuple[Path, str]
+    entries: tuple[Entry, ...] = field(repr=False)
+
+    def of(self, kind: str) -> list[Entry]:
+        """The entries of a kind."""
+        return [entry for entry in self.entries if entry.kind == kind]
+
+    def newest(self) -> Path:
+        """The newest checkpoint."""
+        check_fingerprint(*self.current)
+        return self.current[0]
+
+    def model(self, name: str) -> Path:
+        """Base or full model."""
+        source = self.start[name]
+        check_fingerprint(Path(source["path"]), source["blake3"])
+        return Path(source["path"])
+
+    def examples(self, name: str, data_config: DataConfig) -> ExampleSet:
+        """Retain or held-out set."""
+        found = load_examples(self.start[name]["path"], data_config)
+        if found.fingerprint != self.start[name]["blake3"]:
+            raise LedgerError(
+                f"{found.source} is not the {name} set that the ledger names: it was changed. Put "
+                "it back, or begin a new ledger from the newest checkpoint."
+            )
+        return found
+
+    def holdout(self, data_config: DataConfig) -> str | None:
+        """Where the held-out set lies, where there is one."""
+        return self.examples("holdout", data_config).source if "holdout" in self.start else None
+
+    def rows_file(self, name: str) -> Path:
+        """Where the rows of a request lie."""
+        return self.folder / "rows" / f"{name}.jsonl"
+
+    def rows(self, requests: Sequence[Request], data_config: DataConfig) -> list[dict[str, Any]]:
+        """The rows of some requests, which must be those that were asked for."""
+        asked = {entry.facts["name"]: entry.facts["rows_hmac_sha256"] for entry in self.of("add")}
+        rows: list[dict[str, Any]] = []
+        for request in requests:
+            file = self.rows_file(request.name)
+            if not file.is_file():
+                raise LedgerError(
+                    f"{file}, the rows of {request.name}, is gone. If a `perta requests clean` was "
+                    "cut off, run it again; if not, put the file back."
+                )
+            if self.fingerprints(load_examples(file, data_config)) != asked[request.name]:
+                raise LedgerError(
+                    f"{file} does not hold the rows that {request.name} asked for: it or the key "
+                    "was changed, or the options that name columns are not those of `perta "
+                    "requests add`."
+                )
+            rows += read_rows(str(file), "")
+        return rows
+
+    def fingerprints(self, examples: ExampleSet) -> list[str]:
+        """HMAC-SHA256 of each example's messages under the folder's key, in hexadecimal."""
+        try:
+            key = bytes.fromhex(self.key().decode("ascii"))
+        except ValueError as error:
+            raise self._without_key() from error
+        texts = (example.as_text.encode() for example in examples.examples)
+        return [hmac.new(key, text, hashlib.sha256).hexdigest() for text in texts]
+
+    def key(self) -> bytes:
+        """The key of the folder's fingerprints, as in its file."""
+        try:
+            return (self.folder / KEY).read_bytes()
+        except OSError as error:
+            raise self._without_key() from error
+
+    def _without_key(self) -> LedgerError:
+        return LedgerError(
+            f"{self.folder / KEY} is missing or damaged, so rows cannot be recognised: put it back."
+        )
+
+    def write(self, kind: str, config: LedgerConfig, facts: Mapping[str, Any]) -> Entry:
+        """Add an entry, with who did it, to the ledger; call it within `opened`."""
+        facts = {**facts, "operator": config.operator}
+        return append(self.folder, kind, facts, key=config.key)
+
+
+@contextmanager
+def opened(config: LedgerConfig) -> Iterator[State]:
+    """The ledger for a step that writes to it; no other process does meanwhile."""
+    folder = _folder(config.folder)
+    with locked(folder, config.key):
+        yield read_state(folder)
+
+
+def read_state(folder: Path) -> State:
+    """What a ledger says, once its chain is checked."""
+    folder = _folder(folder)
+    entries = read_ledger(folder)
+    _check_facts(folder, entries)
+    start = entries[0].facts
+    requests: dict[str, Request] = {}
+    current = (Path(start["full"]["path"]), start["full"]["blake3"])
+    for entry in entries:
+        facts = entry.facts
+        if entry.kind == "add":
+            requests[facts["name"]] = Request(facts["name"], facts["received"], facts["rows"])
+        elif entry.kind == "apply":
+            current = (folder / facts["checkpoint"], facts["after"])
+            change = {"applied": entry.number, "verdict": facts["verdict"], "met": facts["met"]}
+            change["still_there"] = None
+            _change(requests, dict.fromkeys(facts["names"], change))
+        elif entry.kind == "recheck":
+            _change(requests, {i: {"still_there": len(r)} for i, r in facts["still_there"].items()})
+        elif entry.kind == "clean":
+            _change(requests, {name: {"cleaned": True} for name in facts["names"]})
+    return State(folder, start, tuple(requests.values()), current, tuple(entries))
+
+
+def check_fingerprint(place: Path, wanted: str) -> None:
+    """Stop with a LedgerError at a model that is gone, or not what the ledger says."""
+    if not place.exists():
+        raise LedgerError(f"{place} is gone, and the ledger says it should be there.")
+    if fingerprint(place) != wanted:
+        raise LedgerError(f"{place} is not what the ledger says: it was changed.")
+
+
+def signature_file(checkpoint: Path) -> Path:
+    """Where a checkpoint's signature lies."""
+    return beside(checkpoint, ".sig")
+
+
+def _folder(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    if not (folder / LEDGER).is_file():
+        raise LedgerError(f"{folder} holds no ledger. `perta requests init` makes one.")
+    return folder
+
+
+def _check_facts(folder: Path, entries: Sequence[Entry]) -> None:
+    """Stop at entries that fit their chain and that this package has not written."""
+    known = set[str]()
+    for entry in entries:
+        facts, number = entry.facts, entry.number
+        fits_ = fits(facts, _FORM.get(entry.kind, bool)) and (entry.kind == "init") == (number == 1)
+        if fits_ and entry.kind == "add":
+            fits_ = bool(ID.fullmatch(facts["name"])) and facts["name"] not in known
+            known.add(facts["name"])
+        elif fits_ and entry.kind == "apply":
+            fits_ = facts["checkpoint"] == f"checkpoints/{number}"
+        if not fits_ or not known.issuperset(facts.get("names", facts.get("still_there", ()))):
+            raise LedgerError(
+                f"{folder / LEDGER}, line {number} is no entry that perta writes, though its hash "
+                "fits: somebody else wrote it."
+            )
+
+
+def _change(requests: dict[str, Request], changes: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, change in changes.items():
+        requests[name] = replace(requests[name], **change)
