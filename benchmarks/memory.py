@@ -63,7 +63,7 @@ def main() -> None:
             forget, retain = (str(work / f"{part}.jsonl") for part in ("forget", "retain"))
             base = str(work / "base")
             tune = ["finetune", "--base", base, "--epochs", "1", "--data"]
-            run = ["perta.cli", "--quiet"]
+            run = ["perta", "--quiet"]
             libraries = ["transformers.models.auto.modeling_auto"]
             peaks = [peak(libraries, options.threads)]
             peaks.append(peak([*run, *tune, forget, "--output", str(work / "f")], options.threads))

@@ -468,7 +468,7 @@ def test_samples_are_shown_by_evaluate(perta: Run, given: tuple[str, ...]) -> No
 
 def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "perta.cli", "finetune", "--base", str(world.base),
+        sys.executable, "-m", "perta", "finetune", "--base", str(world.base),
         "--data", str(world.retain), "--output", str(tmp_path / "f"), "--epochs", "100000",
         "--stop-loss", "0",
     ]  # fmt: skip

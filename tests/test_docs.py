@@ -108,7 +108,7 @@ def test_options_on_the_pages_and_in_messages_exist(
     # The command line knows options of before too, and `parallel` how to start many processes.
     source = ROOT / "src" / "perta"
     told = [p for kind in ("*.py", "words.toml") for p in source.rglob(kind)]
-    pages += [p for p in told if p not in (source / "cli.py", source / "parallel.py")]
+    pages += [p for p in told if p not in (source / "cli" / "_session.py", source / "parallel.py")]
     named = {(p.name, o) for p in pages for o in re.findall(option, p.read_text("utf-8"))}
     assert [(page, o) for page, o in named if o not in known and o != "--no-"] == []
 
