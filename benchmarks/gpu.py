@@ -49,9 +49,10 @@ from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.methods.directions import projected_direction
 from perta.models.demo.tiny import tiny_llama
+from perta.models.load import pick_device
 from perta.models.loss import example_losses, losses_of
 from perta.models.precision import products_in, wide_product
-from perta.options import DType, MomentOptions, TuneConfig
+from perta.options import ComputeConfig, DType, MomentOptions, TuneConfig
 from perta.progress import set_quiet
 from perta.recipes.unlearn import unlearn
 from perta.stages.finetune import finetune_checkpoint
@@ -180,6 +181,12 @@ def correct(run: Run) -> None:
     }.items():
         errors = {f"order_{p:g}": worst(found.by_order[p], exact[p]) for p in (1.0, 2.0)}
         tell("correct", what=f"importance, {what}", **errors)
+    # Attention over some hundreds of tokens is where two runs may differ.
+    long = bucketed(rows_of(8, run.pick(400, 40), 97), 4, PAD)
+    for dtype in (torch.float32, torch.bfloat16):
+        one, other = (batched_moments(model(dtype), long, (2.0,)).by_order[2.0] for _ in range(2))
+        same = all(torch.equal(one[name], other[name]) for name in one)
+        tell("correct", what=f"importance of long rows, {dtype}, twice", same_bits=same)
 
     for dtype in (torch.float32, torch.bfloat16):
         error = _kernel_error(run, dtype)
@@ -203,10 +210,10 @@ def correct(run: Run) -> None:
     tau, _ = step(tiny_llama(97), "float32")
     types: tuple[DType, ...] = ("float32", "bfloat16")
     for products in types:
-        (one, losses), (other, again) = (step(model(), products) for _ in range(2))
-        cosine = float(torch.cosine_similarity(one, tau, dim=0))
-        same = {"same_bits": torch.equal(one, other), "same_losses": losses == again}
-        tell("correct", what=f"fine-tune, {products}", cosine=cosine, **same)
+        (first, losses), (second, again) = (step(model(), products) for _ in range(2))
+        cosine = float(torch.cosine_similarity(first, tau, dim=0))
+        equal = {"same_bits": torch.equal(first, second), "same_losses": losses == again}
+        tell("correct", what=f"fine-tune, {products}", cosine=cosine, **equal)
     items = [Item((row,), row.input_ids[:4]) for row in rows]
     options = ScoringOptions(Masking(PAD), max_new_tokens=8)
     texts = [[o.generated for o in run_items(m, items, options)] for m in (tiny_llama(97), model())]
@@ -442,7 +449,8 @@ def main(arguments: list[str]) -> int:
     if not given.cpu and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --cpu runs everything at toy size")
     set_quiet(True)
-    run = Run(torch.device("cpu" if given.cpu else "cuda"), given.cpu, given.model, given.data)
+    device = pick_device(ComputeConfig(device="cpu" if given.cpu else "cuda"))
+    run = Run(device, given.cpu, given.model, given.data)
     card = "none" if run.toy else torch.cuda.get_device_name()
     tell("machine", gpu=card, torch=torch.__version__)
     failed = 0

@@ -81,7 +81,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 _NO_SPACE = ("no space left on device", "disk quota exceeded", "failed writing file")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,20 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from conftest import TUNE, World
-from perta.data.batch import Encoded
+from perta.data.batch import IGNORE, Encoded, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
+from perta.engine.gradients.engine import batched_moments
 from perta.engine.moments import plan_moments, sum_moments
 from perta.engine.train.optimizer import Resume
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import unlearn_by_training
 from perta.models import precision
+from perta.models.demo.tiny import tiny_llama
 from perta.models.load import load_model, load_tokenizer, pick_device, picked
 from perta.models.loss import losses_of
 from perta.models.precision import product_type, products_in, wide_product
@@ -270,17 +275,56 @@ def test_records_and_keys_say_which_type(world: World, tmp_path: Path) -> None:
 # --- the same bits twice -------------------------------------------------------------------------
 
 
-def test_algorithms_on_gpus_are_those_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU, as far as anybody asks; how algorithms are chosen is put back."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        assert pick_device(ComputeConfig(device="cpu")).type == "cpu"
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert pick_device(ComputeConfig()).type == "cuda"
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    finally:
-        torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_algorithms_on_gpus_are_those_that_repeat() -> None:
+    assert pick_device(ComputeConfig(device="cpu")).type == "cpu"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert pick_device(ComputeConfig()).type == "cuda"
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_repeats_too_though_torch_would_only_warn(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    rows = [Encoded((5, 6, 7, 8, 9), (IGNORE, IGNORE, 7, 8, 9), row) for row in (1, 2)]
+
+    def means() -> dict[str, Tensor]:
+        model, batches = tiny_llama(97), [collate(rows, 0)]
+        found = batched_moments(model, batches, (1.0,), gradient_checkpointing=checkpointing)
+        return found.by_order[1.0]
+
+    before = means()
+    pick_device(ComputeConfig(device="cuda"))
+    modes: list[tuple[str, int]] = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(*args: Any, **named: Any) -> Tensor:
+        modes.append(("forward", torch.get_deterministic_debug_mode()))
+        found = attention(*args, **named)
+        found.register_hook(
+            lambda _: modes.append(("backward", torch.get_deterministic_debug_mode()))
+        )
+        return found
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    after = means()
+    assert {mode for _, mode in modes} == {2}
+    assert {what for what, _ in modes} == {"forward", "backward"}
+    assert torch.get_deterministic_debug_mode() == 1
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_run_on_the_cpu_leaves_the_gpus_alone(
@@ -293,6 +337,7 @@ def test_a_run_on_the_cpu_leaves_the_gpus_alone(
     def touched(*_: object, **__: object) -> None:
         raise AssertionError("a GPU was used")
 
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # asks a driver
     for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
         monkeypatch.setattr(torch.cuda, name, touched)
     settings = TrainSettings(epochs=2, learning_rate=1e-3, accumulation=1)

@@ -266,13 +266,16 @@ def _is_few(unit: _Unit, tokens: int) -> bool:
     return unit.kind == "input" and few(tokens, unit.width)
 
 
+def _wide_on(device: torch.device) -> torch.device:
+    """Where float64 is computed: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class _Sum:
     """The sum of x xᵀ: float32 products, of many rows where these are narrow, and a float64 sum."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        # Apple's GPUs have no float64.
-        place = "cpu" if device.type == "mps" else device
-        self._total = torch.zeros(width, width, dtype=torch.float64, device=place)
+        self._total = torch.zeros(width, width, dtype=torch.float64, device=_wide_on(device))
         self._waiting: list[Tensor] = []
 
     def add(self, rows: Tensor) -> None:
@@ -314,7 +317,8 @@ class _Rows:
         rows, sums = summed(torch.tensor([sum(map(len, self._rows)), int(self._sum is not None)]))
         if sums or not few(int(rows), self._width):
             return self._summed_up().result()
-        return factor(torch.cat(gathered(torch.cat([torch.empty(0, self._width), *self._rows]))))
+        own = torch.cat([torch.empty(0, self._width), *self._rows])
+        return factor(torch.cat(gathered(own)).to(_wide_on(self._device)))
 
     def _summed_up(self) -> _Sum:
         self._sum = self._sum or _Sum(self._width, self._device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from perta.data.batch import rows_per_pass
 from perta.errors import (
@@ -71,8 +72,8 @@ def load_model(
         model: PreTrainedModel = loaded[0]
         if dtype == torch.bfloat16 != stored_dtype(folder):
             _round_again(model, load(dtype=torch.float32)[0])
-    _require_finite(model, folder)
     torch.nn.Module.to(model, device)
+    _require_finite(model, folder)
     model.eval()
     return model
 
@@ -161,10 +162,43 @@ def batch_of(compute: ComputeConfig, usual: int) -> int:
 
 def _repeat_on_gpus() -> None:
     """Take the algorithms that give the same bits twice; torch warns of what has none."""
+    from transformers import AttentionInterface
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing reads what it has not written, and filling it takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Kernels of attention have such algorithms too, but take them only where torch does not warn.
+    AttentionInterface.register("sdpa", _strict_attention)
+
+
+def _strict_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The library's attention, to which torch gives no other algorithms, forward and backward."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not torch.is_grad_enabled():
+        return sdpa_attention_forward(module, query, key, value, *args, **named)
+    query, key, value = _Switch.apply("warn", query, key, value)  # type: ignore[no-untyped-call]
+    with temporarily(torch.set_deterministic_debug_mode, "error", "warn"):
+        found, weights = sdpa_attention_forward(module, query, key, value, *args, **named)
+    (found,) = _Switch.apply("error", found)  # type: ignore[no-untyped-call]
+    return found, weights
+
+
+class _Switch(torch.autograd.Function):
+    """Tensors as they are; when their gradients come, torch warns of algorithms or takes none."""
+
+    @staticmethod
+    def forward(ctx: Any, mode: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.mode = mode
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        torch.set_deterministic_debug_mode(ctx.mode)
+        return None, *gradients
 
 
 def picked(compute: ComputeConfig, checkpoint: Path) -> dict[str, str]:
@@ -278,7 +312,7 @@ def _require_finite(model: PreTrainedModel, folder: Path) -> None:
             )
 
 
-def generate(model: PreTrainedModel, prompt: Sequence[int], **settings: Any) -> torch.Tensor:
+def generate(model: PreTrainedModel, prompt: Sequence[int], **settings: Any) -> Tensor:
     """New tokens behind a prompt, (answers, …), by the library's own loop and these settings."""
     from transformers import GenerationConfig
 
@@ -287,7 +321,7 @@ def generate(model: PreTrainedModel, prompt: Sequence[int], **settings: Any) -> 
     # Gaps would be filled from the model's own, such as a repetition penalty or a temperature.
     put = partial(setattr, model, "generation_config")
     with temporarily(put, GenerationConfig(), model.generation_config):
-        found: torch.Tensor = model.generate(  # type: ignore[operator]
+        found: Tensor = model.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), generation_config=how
         )
     return found[:, len(prompt) :]

@@ -202,7 +202,7 @@ class _Learning:
         model, depth = self.trainer.model, self._row_depth
         losses = add_gradient(
             self.trainer, lambda rows: example_losses(model, rows), batch, 1 / size, above=depth
-        )
+        ).cpu()  # once, for a GPU waits at each number that is read
         highest = losses.max().item()
         self._wanting |= depth is None or highest > depth
         self._step += losses.sum().item()
