@@ -181,13 +181,14 @@ class Seed:
         seed: int,
         tofu: Path | None = None,
         split: str | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.base, self.seed = work / f"seed-{seed}", base, seed
-        rows = draw(seed, tofu, split)
+        self.asked, rows = asked or {}, draw(seed, tofu, split)
         self.tune = TuneConfig(
             epochs=6 if tofu else 10,
-            learning_rate=3e-4,
-            batch_size=16 if split else 12,
+            learning_rate=8e-4 if split else 3e-4,
+            batch_size=64 if split else 12,
             stop_loss=0.02,
             seed=seed,
         )
@@ -326,7 +327,7 @@ class Seed:
         del self.model  # room for the stages
         is_default = method == "default"
         output = self.folder / "cleaned"
-        asked: dict[str, Any] = {} if is_default else {"method": method, "alpha": 1.0}
+        asked = {**self.asked, **({} if is_default else {"method": method, "alpha": 1.0})}
         made = unlearn(
             base=str(self.base),
             full=str(self.folder / "full"),
@@ -535,8 +536,8 @@ def run(options: argparse.Namespace) -> None:
                 key = {"seed": number, "method": method, "asked rate": rate}
                 if _found(journal, key):
                     continue
-                place = (options.tofu, options.split)
-                seed = seed or Seed(options.work, options.base, number, *place)
+                given = (options.tofu, options.split, _asked(options))
+                seed = seed or Seed(options.work, options.base, number, *given)
                 gold = _found(journal, {"seed": number, "method": "retrained"})
                 try:
                     made = seed.run(method, rate, gold[0]["hit"] + MARGIN if gold else 0.0)
@@ -548,6 +549,12 @@ def run(options: argparse.Namespace) -> None:
                 print(json.dumps(line), flush=True)
                 with journal.open("a") as file:
                     file.write(json.dumps(line) + "\n")
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked of the forget checkpoint."""
+    names = ("batch_size", "learning_rate")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def table(options: argparse.Namespace) -> None:
@@ -614,6 +621,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     parser.add_argument("--tofu", type=Path, help="folder of TOFU's files, in place of people")
     parser.add_argument("--split", choices=SPLITS, help="all of TOFU, by one of its own splits")
+    parser.add_argument("--batch-size", type=int, help="of the forget checkpoint")
+    parser.add_argument("--learning-rate", type=float, help="of the forget checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=float, nargs="+", default=[None])
