@@ -703,23 +703,16 @@ def test_a_training_path_has_the_values_that_would_be_stored(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("equal_by", ["facts", "answers"])
 def test_forgetting_is_equal_by_facts_or_by_answers(
-    world: World, tmp_path: Path, equal_by: Literal["facts", "answers"]
+    compared: tuple[CompareConfig, list[Any]],
+    tmp_path: Path,
+    equal_by: Literal["facts", "answers"],
 ) -> None:
-    config = CompareConfig(
-        base=str(world.base),
-        output=tmp_path / "out",
-        methods=("tv",),
-        seeds=(0,),
-        people=4,
-        questions=2,
-        forget_people=1,
-        tries=3,
-        equal_by=equal_by,
-        fixed=False,
-        relearn_steps=0,
-        tune=CompareTune(**asdict(TUNE)),
-    )
-    by_name = {record["method"]: record for record in bench_compare(config)}
+    config, records = compared
+    if equal_by != config.equal_by:
+        alone = replace(config, output=tmp_path / "out", methods=("tv",), general=None, suite=False)
+        alone = replace(alone, tries=3, equal_by=equal_by, fixed=False, relearn_steps=0)
+        config, records = alone, list(bench_compare(alone))
+    by_name = {record["method"]: record for record in records}
     results = read_results(config.output / "results" / "tv_seed-0.json")
     facts = _column(results, "forget_fact_probability", "prob")
     answers = _column(results, "forget_probability", "prob")
