@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from perta.errors import ConfigError
 from perta.evidence.settings import Evaluated, Level
-from perta.options import (  # noqa: F401
+from perta.options import (
     MOST_ORDER,
     ComputeConfig,
     DataConfig,
@@ -21,7 +21,6 @@ from perta.options import (  # noqa: F401
     EstimatorConfig,
     FileType,
     Flat,
-    LossOn,
     MethodText,
     MomentOptions,
     OutputFormat,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from perta.options import (  # noqa: F401
+from perta.options import (  # noqa: F401 - annotations of inherited fields are read here
     ComputeConfig,
     DataConfig,
     Flat,
