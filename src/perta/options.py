@@ -21,7 +21,7 @@ from perta.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-C = TypeVar("C", bound="DataclassInstance")
+_C = TypeVar("_C", bound="DataclassInstance")
 
 Format = Literal["auto", "qa", "completion", "chat", "text"]
 _Granularity = Literal["element", "row", "tensor"]
@@ -121,7 +121,7 @@ def _unlearn_name(field: str) -> str:
 _ALIASES = {"alpha": "scaling_coef"}
 
 
-def with_options(config: C | type[C], given: Mapping[str, Any]) -> C:
+def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
     """A configuration, or one of a class, with options as the command line names them."""
     own = {item.name for item in fields(config)}
     mine = {name: value for name, value in given.items() if name in own}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Any]
 
 SETS = ("forget", "retain", "holdout")
-COLUMNS = {
+_COLUMNS = {
     "loss": "loss",
     "probability": "prob.",
     "rougeL_recall": "ROUGE-L",
@@ -36,13 +36,13 @@ def print_comparison(models: Mapping[str, Results]) -> None:
     """One table per set: a row per model, a column per metric."""
     for name in SETS:
         known = {key for results in models.values() for key in results}
-        present = [metric for metric in COLUMNS if f"{name}_{metric}" in known]
+        present = [metric for metric in _COLUMNS if f"{name}_{metric}" in known]
         if present:
             rows = (
                 (model, *(_cell(results.get(f"{name}_{metric}")) for metric in present))
                 for model, results in models.items()
             )
-            columns = ("model", *(COLUMNS[metric] for metric in present))
+            columns = ("model", *(_COLUMNS[metric] for metric in present))
             _print_table(f"{name} set", columns, rows, right=range(1, len(columns)))
 
 

@@ -507,7 +507,7 @@ def test_shards_are_cut_where_the_limit_says(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = open_moments(measured(world, tmp_path / "whole"))
-    monkeypatch.setattr("perta.stages.moments.SHARD_BYTES", 1)
+    monkeypatch.setattr("perta.store.measured.moments._SHARD_BYTES", 1)
     parts = open_moments(measured(world, tmp_path / "parts"))
     assert len(whole.index.shards) == 1
     assert len(parts.index.shards) == len(parts.index.tensors) > 2

@@ -65,6 +65,16 @@ def excess(
     return mean_interval(differences, least, most, groups_of(shared, subjects[0]), confidence)
 
 
+def kept(after: Values, before: Values, had: float, subjects: Mapping[str, int]) -> Interval:
+    """Share that is kept of `had`, over the rows that have both; none loses more than it had."""
+    shared = [i for i in after if i in before]
+    differences = [after[i] - before[i] for i in shared]
+    least = min([-before[i] for i in shared] + differences)
+    most = max([1 - before[i] for i in shared] + differences)
+    found = mean_interval(differences, least, most, groups_of(shared, subjects))
+    return Interval(*(1 + end / had for end in (found.value, found.low, found.high)), found.n)
+
+
 def left_of_rows(after: Values, before: Values, reference: Values, *, paired: bool) -> Values:
     """Share left of each row; rows that the full model hardly knew better are left out."""
     usual = fmean(reference.values()) if reference else 0.0

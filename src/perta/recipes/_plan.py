@@ -37,7 +37,7 @@ from perta.stages.stage import NotMadeError, Place, only_asking
 from perta.store.checkpoint import CheckpointIndex, open_index
 from perta.store.costs import BACKWARD, FORWARD, Plan, Step, title_of
 
-P = TypeVar("P", bound=Place)
+_P = TypeVar("_P", bound=Place)
 
 _SAMPLE = 64
 """Rows of a set whose tokens are counted."""
@@ -274,8 +274,8 @@ class Asked:
     def look(
         self,
         name: str,
-        run: Callable[[P], object],
-        config: P,
+        run: Callable[[_P], object],
+        config: _P,
         load: Callable[[Sizes], Load],
         *,
         looks: bool = True,

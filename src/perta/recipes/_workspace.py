@@ -47,8 +47,8 @@ from perta.stages.stage import Place
 from perta.store.costs import passes_of, seconds_of, title_of
 from perta.store.record import check_separate, read_manifest
 
-T = TypeVar("T")
-P = TypeVar("P", bound=Place)
+_T = TypeVar("_T")
+_P = TypeVar("_P", bound=Place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +248,8 @@ class Workspace:
     def once(
         self,
         stage: str,
-        run: Callable[[P], Path],
-        config: P,
+        run: Callable[[_P], Path],
+        config: _P,
         load: Callable[[Sizes], Load],
         *,
         looks: bool = True,
@@ -263,15 +263,15 @@ class Workspace:
         return self.made[stage]
 
     def timed(
-        self, stage: str, run: Callable[[], T], load: Callable[[Sizes], Load] = Sizes.small
-    ) -> T | None:
+        self, stage: str, run: Callable[[], _T], load: Callable[[Sizes], Load] = Sizes.small
+    ) -> _T | None:
         """`made_by` for what is in no folder; None where steps are only asked for."""
         if self.asked is None:
             return self.made_by(stage, run)
         self.asked.note(stage, load(self.asked.sizes))
         return None
 
-    def made_by(self, stage: str, run: Callable[[], T]) -> T:
+    def made_by(self, stage: str, run: Callable[[], _T]) -> _T:
         """Run a stage and note its duration, by its output's own record where that has one."""
         started = time.perf_counter()
         with step(stage, title_of(stage)):

@@ -50,16 +50,13 @@ from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments, write_shards
 from perta.store.record import ADAPTER_CONFIG, check_separate, read_manifest, settings_of
 
-SHARD_BYTES = 2 << 30
-"""Size at which a file of the direction is written and the next one begun."""
-
 
 def _write_direction(output: Path, solver: Solver, folders: Mapping[str, Path]) -> Path:
     """Write a weighted direction, float32 under the checkpoint's names, or reuse what is there."""
     settings = {**solver.method.record(), "device": solver.device.type, "names": solver.names}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        write_shards(folder, solver.run(), SHARD_BYTES)
+        write_shards(folder, solver.run())
         return {"layers": solver.layers}
 
     is_ours = (read_manifest(output) or {}).get("stage") == "direction"

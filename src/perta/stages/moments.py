@@ -54,9 +54,6 @@ if TYPE_CHECKING:
 
 _ROWS = ("examples", "examples_available")
 
-SHARD_BYTES = 2 << 30
-"""Size at which a file of moments is written and the next one begun."""
-
 
 def compute_moments(config: MomentsConfig) -> Path:
     """Measure moments on a data set, write them and return the folder (`perta moments`)."""
@@ -70,7 +67,7 @@ def compute_moments(config: MomentsConfig) -> Path:
         sums = sum_moments(
             model, encoded, plan, config.options, pad=pad, batch_size=size, seen=seen
         )
-        write_shards(folder, sums, SHARD_BYTES)
+        write_shards(folder, sums)
         tokens = count_tokens(encoded, config.options.tokens)
         if len(encoded) < len(given):
             say(
@@ -126,7 +123,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     def make(folder: Path) -> Mapping[str, Any]:
         names = list(folders[0].index.tensors)
-        write_shards(folder, ((name, _sum(folders, name)) for name in names), SHARD_BYTES)
+        write_shards(folder, ((name, _sum(folders, name)) for name in names))
         facts = {
             **keyed.facts,
             "seen": _seen(folders),
@@ -191,7 +188,7 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
         less: dict[str, Seen] = {}
         size = batch_of(config.compute, 8)
         sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
-        write_shards(folder, _left(config, opened, sums), SHARD_BYTES)
+        write_shards(folder, _left(config, opened, sums))
         tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}
         left = {
             **facts,

@@ -36,7 +36,6 @@ from perta.store.parse import fits, parse_json, read_json
 
 _SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MANIFEST = "perta.json"
 IMPORTANCE_SIDECAR = "importance.json"
 MOMENTS_SIDECAR = "moments.json"
 

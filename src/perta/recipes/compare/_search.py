@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LARGEST = 64.0
+_LARGEST = 64.0
 """Strength beyond which no search goes."""
 
 
@@ -33,7 +33,7 @@ def search_equal(
     """
     below, made = Try(0.0, start), list[Try]()
     strength = first
-    while len(made) < tries and strength <= LARGEST:
+    while len(made) < tries and strength <= _LARGEST:
         made.append(Try(strength, measure(strength)))
         if abs(made[-1].known - target) <= tolerance:
             break

@@ -21,7 +21,7 @@ from perta.methods.registry import (
 )
 from perta.options import MomentOptions, Tokens, TrainSettings, WeightingConfig
 
-At = Literal["base", "full"]
+_At = Literal["base", "full"]
 
 _EDIT = ("granularity", "weighting_seed", "layers", "include", "exclude")
 _MEASURING = ("tokens", "at", "share", "general", "forget_seeds")
@@ -49,7 +49,7 @@ class EditSpec(_Spec):
 
     weighting: WeightingConfig  # defaults filled in; the strength is the harness's to choose
     tokens: Tokens = MomentOptions.tokens  # that count in the moments
-    at: At | None = None  # where importance and moments are measured; None for the method's own
+    at: _At | None = None  # where importance and moments are measured; None for the method's own
     share: float = 1.0  # of the protected retain rows that they are taken of
     general: bool = False  # whether moments of general text are added to the retain rows'
     forget_seeds: int = 0  # forget checkpoints; 0 for as many as the method needs
@@ -145,7 +145,7 @@ def _edit_spec(text: str, name: str, settings: Mapping[str, Any]) -> EditSpec:
     is_share = 0 <= share <= 1 and (share > 0 or adds)
     for key, value, fits, wanted in (
         ("tokens", tokens, tokens in get_args(Tokens), "all or answer"),
-        ("at", at, at in get_args(At), "base or full"),
+        ("at", at, at in get_args(_At), "base or full"),
         ("general", general, isinstance(general, bool), "true or false"),
         ("forget_seeds", seeds, seeds >= 1, "at least 1"),
         ("share", f"{share:g}", is_share, "in (0, 1], or 0 with general=true"),

@@ -23,14 +23,13 @@ from statistics import fmean
 
 from perta.evidence.audit.judge import FALSE_ALARMS, standing_out
 from perta.evidence.audit.judge import Yardstick as Usual
-from perta.evidence.intervals import Interval, mean_interval, share_interval, upper_end
+from perta.evidence.intervals import Interval, share_interval, upper_end
 from perta.evidence.measures import (
     BY_ROW,
     FACTS,
     FORGET_CORE,
     RETAIN_CORE,
     Reading,
-    groups_of,
     measure_of,
     numbers_of,
     read_repeats,
@@ -48,6 +47,7 @@ from perta.evidence.remains import (
     SMALLEST_GAP,
     Values,
     excess,
+    kept,
     left_of_rows,
     lost_subjects,
     rows_still_there,
@@ -325,37 +325,30 @@ def _retain_check(
     if before is None or before.value <= SMALLEST_GAP:
         return check
     share = after.value / before.value
-    kept = _kept(after, before, subjects)
+    interval = _kept(after, before, subjects)
     people: tuple[int, ...] = ()
     if after.examples and key != "model_utility":
         people = lost_subjects(after.examples, before.examples, subjects)
-    status = _retain_status(share, kept.low if kept else None)
+    status = _retain_status(share, interval.low if interval else None)
     return replace(
         check,
         share=share,
-        share_low=kept.low if kept else None,
-        share_high=kept.high if kept else None,
+        share_low=interval.low if interval else None,
+        share_high=interval.high if interval else None,
         status=worst([status, "partly"]) if people else status,
         subjects=people,
     )
 
 
 def _kept(after: Reading, before: Reading, subjects: Mapping[str, int]) -> Interval | None:
-    """Share that is kept; a row can lose no more than it had."""
-    shared = [i for i in after.examples if i in before.examples]
-    if not shared:
+    """Share that is kept, with its interval."""
+    if after.examples.keys().isdisjoint(before.examples):
         if after.interval is None:
             return None
         # A value of several sets: its own interval, the value before taken as it is.
         low, high = (end / before.value for end in (after.interval.low, after.interval.high))
         return Interval(after.value / before.value, low, high, after.interval.n)
-    differences = [after.examples[i] - before.examples[i] for i in shared]
-    least = min([-before.examples[i] for i in shared] + differences)
-    most = max([1 - before.examples[i] for i in shared] + differences)
-    groups = groups_of(shared, subjects)
-    found = mean_interval(differences, least, most, groups)
-    low, high = 1 + found.low / before.value, 1 + found.high / before.value
-    return Interval(1 + found.value / before.value, low, high, found.n)
+    return kept(after.examples, before.examples, before.value, subjects)
 
 
 def _retain_status(share: float, low: float | None) -> Status:

@@ -54,6 +54,8 @@ _FORM = {
     "dtype": str,
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
+_SHARD_BYTES = 2 << 30
+"""Size at which a file of sums or of a direction is written and the next one begun."""
 _EXPECTED = 10  # tokens of an average expert from which one without any counts as not used
 
 
@@ -168,8 +170,8 @@ def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
     write_text(folder / MOMENTS_SIDECAR, json.dumps(facts, indent=2) + "\n")
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    """Write tensors as they come, never holding much more than `limit` bytes, a shard, of them."""
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors as they come, never holding much more than a shard of them."""
     weight_map: dict[str, str] = {}
     waiting: dict[str, Tensor] = {}
     total = 0
@@ -184,7 +186,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
     for name, tensor in tensors:
         waiting[name] = tensor
         total += tensor.numel() * tensor.dtype.itemsize
-        if sum(t.numel() * t.dtype.itemsize for t in waiting.values()) >= limit:
+        if sum(t.numel() * t.dtype.itemsize for t in waiting.values()) >= _SHARD_BYTES:
             flush()
     flush()
     # Over the index that each shard's own write left.

@@ -30,6 +30,7 @@ from perta.evidence.remains import (
     KEPT,
     KEPT_PARTLY,
     SMALLEST_GAP,
+    kept,
     lost_subjects,
     subject_means,
 )
@@ -189,9 +190,9 @@ class Refusals(Collateral):
         return replace(judgement, notes={**judgement.notes, **notes})
 
 
-def repeated(tokens: Sequence[int], size: int = _GRAM) -> float:
+def repeated(tokens: Sequence[int]) -> float:
     """1 - different n-grams / n-grams; 0 where there is none."""
-    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -244,29 +245,24 @@ def judge_kept(found: Found, name: str) -> Judgement:
         return Judgement("not sure", "no row that was to stay was measured before and after")
     had = fmean(before[i] for i in shared)
     people = found.people(name)
-    groups = groups_of(shared, people)
-    value = mean_interval([after[i] for i in shared], groups=groups)
+    value = mean_interval([after[i] for i in shared], groups=groups_of(shared, people))
     subject, row = _worst(found, name, after, before)
     figures = Judgement("not sure", "", value, full=had, worst_subject=subject, worst_row=row)
     if had <= SMALLEST_GAP:
         return replace(figures, reason="the full model knew too little of these rows to tell")
-    differences = [after[i] - before[i] for i in shared]
-    least = min(-before[i] for i in shared)
-    most = max(1 - before[i] for i in shared)
-    change = mean_interval(differences, least, most, groups)
-    kept, low, high = (1 + end / had for end in (change.value, change.low, change.high))
+    share = kept(after, before, had, people)
     lost = lost_subjects(after, before, people)
-    notes = {"kept": kept, "kept, low": low, "kept, high": high}
+    notes = {"kept": share.value, "kept, low": share.low, "kept, high": share.high}
     figures = replace(figures, notes=notes)
     if lost:
         many = f"{len(lost)} subject{'s' if len(lost) > 1 else ''}"
         return replace(figures, verdict="harmed", reason=f"less than half is kept of {many}")
     verdict: Verdict = "not sure"
-    if kept >= KEPT and low >= KEPT_PARTLY:
+    if share.value >= KEPT and share.low >= KEPT_PARTLY:
         verdict = "passed"
-    elif kept < KEPT and high < 1:
+    elif share.value < KEPT and share.high < 1:
         verdict = "harmed"
-    return replace(figures, verdict=verdict, reason=f"{100 * kept:.0f}% is kept")
+    return replace(figures, verdict=verdict, reason=f"{100 * share.value:.0f}% is kept")
 
 
 def judge_rise(found: Found, most: float, name: str, *, bounded: bool) -> Judgement:
