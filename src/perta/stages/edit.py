@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -106,31 +106,28 @@ def edit_checkpoint(
     if "direction" in given:
         inputs["direction"] = fingerprint(given["direction"])
 
-    def edit(folder: Path, save_dtype: SaveType, wide: Collection[str] = ()) -> EditSummary:
-        return write_edit(
-            folder,
-            _as_inputs(given),
-            config.weighting,
-            save_dtype=save_dtype,
-            wide=wide,
-            threads=config.edit_threads,
-            fingerprints=inputs,
-        )
+    edit = partial(
+        write_edit,
+        inputs=_as_inputs(given),
+        weighting=config.weighting,
+        threads=config.edit_threads,
+        fingerprints=inputs,
+    )
 
     def make(folder: Path) -> Mapping[str, Any]:
         made: dict[str, Any] = {"done": method.done, "equation": method.equation}
         made |= as_part(part_of)
         original, seed = given.get("quantised"), config.weighting.weighting_seed
         if config.output_format == "checkpoint" and original is None:
-            summary = edit(folder, cast(SaveType, config.save_dtype))
+            summary = edit(folder, save_dtype=cast(SaveType, config.save_dtype))
             tell_stored("edit", summary.stored)
             return {"edit": asdict(summary), **made}
         with scratch_folder(beside(config.output, ".edited")) as whole:
             if original is not None:
-                summary = edit(whole, "full", quantised_tensors(open_index(original)))
+                summary = edit(whole, wide=quantised_tensors(open_index(original)))
                 stored = write_quantised(folder, original, whole, seed)
             else:
-                summary = edit(whole, "float32")
+                summary = edit(whole, save_dtype="float32")
                 if plan is None:
                     adapter = _write_adapter(config, folder, whole, given["full"])
                     return {"edit": asdict(summary), "adapter": asdict(adapter), **made}
