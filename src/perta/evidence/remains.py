@@ -72,7 +72,8 @@ def kept(after: Values, before: Values, had: float, subjects: Mapping[str, int])
     least = min([-before[i] for i in shared] + differences)
     most = max([1 - before[i] for i in shared] + differences)
     found = mean_interval(differences, least, most, groups_of(shared, subjects))
-    return Interval(*(1 + end / had for end in (found.value, found.low, found.high)), found.n)
+    share, low, high = (1 + end / had for end in (found.value, found.low, found.high))
+    return Interval(share, low, high, found.n)
 
 
 def left_of_rows(after: Values, before: Values, reference: Values, *, paired: bool) -> Values:
