@@ -486,6 +486,38 @@ def test_a_killed_run_leaves_nothing_half_written(world: World, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_ledger_of_requests_from_its_first_entry_to_its_last(
+    perta: Run, world: World, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger"
+
+    def step(name: str, *more: object) -> Ran:
+        found = perta("requests", name, "--folder", ledger, *more)
+        assert found.status == 0, found.err
+        return found
+
+    def entries() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (ledger / "ledger.jsonl").read_text().splitlines()]
+
+    models = ("--base", world.base, "--full", world.full, "--retain", world.retain)
+    assert "Ledger: " in step("init", *models).out
+    added = step("add", "--forget", world.forget, "--name", "r1", "--operator", "A. Smith").out
+    assert added.startswith("r1: 2 rows; head ")
+    assert entries()[-1]["facts"]["operator"] == "A. Smith"
+    applied = step("apply", "--method", "interpolate", "--alpha", 1, *TUNE).out
+    assert "Applied: r1\nVerdict: " in applied
+    assert f"Head: {entries()[-1]['hash']}" in applied
+    assert "r1: 0 facts stand out" in step("recheck").out
+    (told,) = json.loads(perta("requests", "status", ledger, "--json").out)["requests"]
+    assert (told["name"], told["rows"], told["applied"], told["still_there"]) == ("r1", 2, 3, 0)
+    assert "│ r1 " in perta("requests", "status", ledger).out
+    assert f"Deleted: {ledger}/rows/r1.jsonl" in step("clean").out
+    checked = perta("requests", "verify", ledger, "--head", entries()[0]["hash"])
+    assert f"5 entries fit, 0 of them signed; head {entries()[-1]['hash']}" in checked.out
+    wrong = perta("requests", "add", "--folder", ledger, "--forget", "x", "--name", "../r1")
+    assert (wrong.status, len(entries())) == (1, 5)
+
+
 def test_clean_lists_what_it_deletes(perta: Run, world: World, tmp_path: Path) -> None:
     (tmp_path / "out.work").mkdir()
     refused = perta("clean", tmp_path / "out")
