@@ -6,16 +6,20 @@ import ctypes
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from perta.data.batch import Batch, Encoded, bucketed
+from perta.data.batch import Batch, Encoded, bucketed, rows_per_pass
 from perta.engine.train.optimizer import Resume, Trainer, step_groups
+from perta.models.loss import losses_of
 from perta.models.precision import products_in
 from perta.parallel import count, place, summed, told
 from perta.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Parameters of `mallopt` of the GNU C library: what we set, and about what it sets by itself.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -109,6 +113,18 @@ def add_gradient(
         if len(weighted):
             (weight * weighted.sum()).backward()
     return summed(values)
+
+
+def losses_after(
+    trainer: Trainer, model: PreTrainedModel, examples: Sequence[Encoded], pad: int
+) -> list[float]:
+    """Loss of every example once training is done, with the products that it was done in."""
+    rows = max(trainer.settings.batch_size, rows_per_pass(_ROWS, model.device))
+    with products_in(trainer.products, model.device):
+        return losses_of(model, examples, batch_size=rows, pad=pad)
+
+
+_ROWS = 16  # of a pass in which nothing is trained
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perta.data.batch import Batch, Encoded
-from perta.engine.train._loop import add_gradient, train
+from perta.engine.train._loop import add_gradient, losses_after, train
 from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
-from perta.models.loss import example_losses, losses_of
+from perta.models.loss import example_losses
 from perta.models.precision import product_type_of
 from perta.options import DType, TuneConfig
 from perta.parallel import Own, everywhere
@@ -170,7 +170,7 @@ def _tune(
     learning = _Learning(trainer, config, len(examples), after_epoch)
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume.value)
     done = trainer.finish(merges)
-    final = losses_of(done, examples, batch_size=config.batch_size, pad=pad)
+    final = losses_after(trainer, done, examples, pad)
     losses = tuple(learning.epoch_losses)
     tokens = len(losses) * sum(len(e.input_ids) for e in examples)
     rate = trainer.settings.learning_rate or 0.0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from perta.data.batch import Batch, Encoded, bucketed, collate
-from perta.engine.train._loop import add_gradient, train
+from perta.engine.train._loop import add_gradient, losses_after, train
 from perta.engine.train._steering import (
     chosen_layer,
     layer_activations,
@@ -47,7 +47,7 @@ from perta.methods.objectives import (
     jensen_shannon,
 )
 from perta.methods.registry import parse
-from perta.models.loss import answer_logits, losses_of, mean_by_example
+from perta.models.loss import answer_logits, mean_by_example
 from perta.models.precision import product_type_of, products_in
 from perta.options import DType, TrainSettings
 from perta.parallel import Own, everywhere, portion, share, summed
@@ -161,7 +161,7 @@ def _unlearn(
     done = trainer.finish()
     for name, parameter in done.named_parameters():
         parameter.requires_grad_(trainable[name])
-    final = losses_of(done, measured, batch_size=settings.batch_size, pad=pad)
+    final = losses_after(trainer, done, measured, pad)
     _warn_if_ruined(final, done.config.vocab_size, method)
     terms_of = (tuple(run.seen.forget_terms), tuple(run.seen.retain_terms))
     tokens = (run.seen.forget_tokens, run.seen.retain_tokens)
