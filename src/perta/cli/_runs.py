@@ -88,9 +88,9 @@ def audit(
         page: what the page says beside, and where a bundle goes.
         json: print the verdicts as one JSON object in place of tables.
     """
-    from perta.evidence.audit.document import without_scores
+    from perta.evidence.audit.document import AUDIT, without_scores
     from perta.report.audit import refuse_foreign, write_audit_page
-    from perta.stages.audit import AUDIT, audit_checkpoint
+    from perta.stages.audit import audit_checkpoint
     from perta.store.record import settings_of
     from perta.terminal import print_audit, print_json
 

@@ -6,6 +6,7 @@ kernels that a configuration names would be fetched and run as well, so they are
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,11 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "run. Remove the entry; transformers then chooses one of its own."
             )
     return config
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a checkpoint's config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def settings_in(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.refusals import check_questions
 from perta.engine.train.unlearn import with_method_defaults
-from perta.evidence.audit.document import told_in_short
+from perta.evidence.audit.document import AUDIT, told_in_short
 from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
 from perta.methods.objectives import Training
@@ -69,7 +69,7 @@ from perta.report.collect import collect
 from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, judge
 from perta.report.write import write_report
-from perta.stages.audit import AUDIT, quick_audit
+from perta.stages.audit import quick_audit
 from perta.stages.edit import edit_checkpoint, make_direction
 from perta.stages.finetune import Fit, check_learned, learned_by_forgetting
 from perta.stages.moments import check_less, holds

@@ -17,18 +17,18 @@ from statistics import fmean
 from typing import Any
 
 from perta.errors import ConfigError, DataError
+from perta.evidence.audit.document import AUDIT, SCHEMA
 from perta.evidence.audit.probes.frames import FRAMES, Frames
-from perta.evidence.audit.registry import PROBES
+from perta.evidence.audit.registry import PROBES, SETS
 from perta.options import ComputeConfig, DataConfig
 from perta.report._page import filled
 from perta.report.settings import AuditPageConfig
 from perta.store.atomic import atomic_file, check_writable, write_text
 from perta.store.parse import fits, read_json
-from perta.store.record import check_output, read_manifest, refuse_changed
+from perta.store.record import MANIFEST, check_output, read_manifest, refuse_changed
 from perta.version import __version__
 
-AUDIT, PAGE, SUMS = "audit.json", "audit.html", "SHA256SUMS"
-_SCHEMA = "perta-audit/1"
+PAGE, SUMS = "audit.html", "SHA256SUMS"
 _OWN = (AUDIT, PAGE, "audit.journal")
 _FORM = {
     "probes": list,
@@ -38,7 +38,6 @@ _FORM = {
         **dict.fromkeys(("content", "created"), str),
     },
 }
-_SETS = ("forget", "retain", "holdout", "world", "general")
 _NEEDS = {
     "base": "the base model",
     "full": "the full model",
@@ -55,7 +54,7 @@ _NEEDS = {
 """What `Need` and sets are called on the page."""
 _NUMBERS = ("samples", "retain_rows", "max_new_tokens", "seed")
 _MODELS = ("full", "base", "retrained", "shadow")
-_OPTIONS = (*_MODELS, *_SETS, "level", "probes", *_NUMBERS, "output")
+_OPTIONS = (*_MODELS, *SETS, "level", "probes", *_NUMBERS, "output")
 """Settings of an audit of its own; those of data and computing have names of their own."""
 _COUNTED = {
     "passed": "{n} passed",
@@ -117,7 +116,7 @@ def refuse_foreign(folder: Path, config: AuditPageConfig, settings: Mapping[str,
             f"Give a file of its own, such as {folder}.zip."
         )
     check_writable(config.bundle)
-    reads = [str(settings[name]) for name in _SETS if settings.get(name)]
+    reads = [str(settings[name]) for name in SETS if settings.get(name)]
     reads += _models(settings).values()
     check_output(config.bundle, reads, overwrite=True, ours=_is_bundle)
 
@@ -125,8 +124,8 @@ def refuse_foreign(folder: Path, config: AuditPageConfig, settings: Mapping[str,
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / AUDIT
     audit: Any = read_json(file, DataError)
-    if not fits(audit, _FORM) or audit.get("schema") != _SCHEMA:
-        raise DataError(f"{file} is no audit of the form {_SCHEMA}. Run `perta audit` again.")
+    if not fits(audit, _FORM) or audit.get("schema") != SCHEMA:
+        raise DataError(f"{file} is no audit of the form {SCHEMA}. Run `perta audit` again.")
     refuse_changed(audit, file)
     return dict(audit)
 
@@ -293,7 +292,7 @@ def _write_bundle(folder: Path, file: Path) -> None:
     settings = _read(folder)["perta"]["settings"]
     parts = {name: (folder / name).read_bytes() for name in (AUDIT, PAGE)}
     for role, place in _models(settings).items():
-        if (record := Path(place) / "perta.json").is_file():
+        if (record := Path(place) / MANIFEST).is_file():
             parts[f"records/{role}.json"] = record.read_bytes()
     sums = "".join(f"{_digest(data)}  {name}\n" for name, data in sorted(parts.items()))
     parts[SUMS] = sums.encode()

@@ -32,7 +32,7 @@ from perta.data.examples import (
 )
 from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
-from perta.evidence.audit.document import Looked, document_of, document_of_results, entry_of
+from perta.evidence.audit.document import AUDIT, Looked, document_of, document_of_results, entry_of
 from perta.evidence.audit.probe import (
     SHADOW,
     Effort,
@@ -68,8 +68,6 @@ from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
 from perta.store.provenance import STATED, Request, refuse_claim, requests_of, with_earlier
 from perta.store.record import check_output, check_separate, read_manifest, settings_of
-
-AUDIT = "audit.json"
 
 _Row = TypeVar("_Row")
 

@@ -50,7 +50,7 @@ from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import open_index
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
-from perta.store.record import settings_of, stage_key
+from perta.store.record import ADAPTER_CONFIG, settings_of, stage_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -249,7 +249,7 @@ def _solve(
 def _adapter(config: TrainConfig) -> Path:
     """The adapter folder given as the full model."""
     folder = Path(str(config.full)).expanduser()
-    if not (folder / "adapter_config.json").exists():
+    if not (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"`influence` works on LoRA weights, but {config.full} is no adapter folder. Give "
             "--full the folder that PEFT's `save_pretrained` wrote, or use another method."

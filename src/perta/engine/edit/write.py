@@ -34,7 +34,7 @@ from perta.engine.edit.stored import Stored, TensorSummary, check_stored, stored
 from perta.errors import CorruptCheckpointError, DivergenceError
 from perta.methods.card import model_card
 from perta.models.load import rename_type, save_type, stored_dtype
-from perta.models.trust import read_config
+from perta.models.trust import read_config, write_config
 from perta.options import SaveType, WeightingConfig
 from perta.progress import track
 from perta.store.arithmetic import Place, square_norm, subtract
@@ -207,7 +207,7 @@ def _write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
         return
     config = read_config(full)
     rename_type(config, save_dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_config(folder, config)
 
 
 def _header_bytes(file: Path) -> bytes:

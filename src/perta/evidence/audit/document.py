@@ -16,7 +16,8 @@ from perta.evidence.measures import read_subjects, row_number, rows_of
 from perta.evidence.results import Results
 from perta.evidence.settings import Level
 
-_SCHEMA = "perta-audit/1"
+AUDIT, SCHEMA = "audit.json", "perta-audit/1"
+"""Name of the file, and of its form."""
 _VERDICTS: tuple[Verdict, ...] = ("passed", "leaks", "not sure")
 
 
@@ -48,7 +49,7 @@ def document_of(
     yardsticks = {name: inputs.get(name) for name in ("retrained", "base", "full")}
     shadows = [mark for name, mark in inputs.items() if name.startswith(SHADOW)]
     return {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         "level": level,
         "model": {name: inputs[name] for name in names if name in inputs},
         "yardsticks": {**yardsticks, "shadows": shadows, "holdout rows": counts["holdout"]},

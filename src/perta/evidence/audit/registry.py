@@ -50,8 +50,9 @@ PROBES: tuple[type[Probe], ...] = (
 """In the order in which they are told."""
 
 _TEXTS = ("name", "group", "title", "question", "source")
-_SETS = ("forget", "retain", "holdout", "world", "general")
-_NAMES = {"sets": _SETS, "compared": _SETS, "needs": get_args(Need)}
+SETS = ("forget", "retain", "holdout", "world", "general")
+"""Options of an audit that name rows."""
+_NAMES = {"sets": SETS, "compared": SETS, "needs": get_args(Need)}
 
 
 def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:

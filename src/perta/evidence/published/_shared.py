@@ -25,6 +25,9 @@ from perta.progress import say
 from perta.store.atomic import write_text
 from perta.store.fingerprint import content_of
 
+QA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
+"""Rows of questions and answers, as both benchmarks have them."""
+
 
 def hub_files(data: str, folder: str, parts: Mapping[Path | str, tuple[str, str, str]]) -> Path:
     """A folder with a benchmark's files, each downloaded once: file -> (id, subset, split)."""

@@ -32,6 +32,7 @@ from perta.evidence.benchmark import (
     run_with_journal,
 )
 from perta.evidence.published._shared import (
+    QA,
     attack_entry,
     hub_files,
     load_file,
@@ -59,7 +60,6 @@ _TEXT_LENGTH = 2048
 _STOPS = ("\n\n", "\nQuestion", "Question:")
 """A knowmem answer ends before the first of these."""
 
-_QA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
 _VERBATIM = DataConfig(format="completion", prompt_column="prompt", answer_column="gt")
 _TEXT = DataConfig(format="text", text_column="text")
 
@@ -179,7 +179,7 @@ class _Files:
         """Questions behind ten in-context pairs."""
         name = f"{split}_knowmem"
         files = [f"{self.config.corpus}_knowmem_{split}_{kind}.jsonl" for kind in ("qa", "qa_icl")]
-        questions, shots = self._load(files[0], _QA), load_file(self.folder, files[1], _QA)
+        questions, shots = self._load(files[0], QA), load_file(self.folder, files[1], QA)
         if questions is None or shots is None:
             absent = files[0] if questions is None else files[1]
             return _Subset(name, reason=f"{absent} is not there")

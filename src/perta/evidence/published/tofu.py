@@ -37,6 +37,7 @@ from perta.evidence.benchmark import (
     run_with_journal,
 )
 from perta.evidence.published._shared import (
+    QA,
     attack_entry,
     hub_files,
     load_file,
@@ -52,7 +53,6 @@ from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, gradient
 from perta.evidence.settings import PeopleBenchConfig, TofuConfig
 from perta.models.load import batch_of, load_model
 from perta.models.resolve import resolve_checkpoint
-from perta.options import DataConfig
 from perta.progress import track
 from perta.store.fingerprint import fingerprint
 
@@ -87,8 +87,6 @@ _ATTACKS = {
     "gradnorm": "it was left out",
 }
 """Membership attacks, and why one may not have been run."""
-
-_DATA = DataConfig(format="qa", prompt_column="question", answer_column="answer")
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
             name,
             file,
             paraphrased,
-            load_file(folder, file, _DATA, limit),
+            load_file(folder, file, QA, limit),
             cut=limit is not None,
         )
         for name, file, paraphrased in plan
@@ -427,9 +425,9 @@ def make_item(
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -> Encoded:
     """Tokens and labels of question and answer; without a chat template at most 512, then eos."""
-    chat = uses_chat_template(example, tokenizer, _DATA)
+    chat = uses_chat_template(example, tokenizer, QA)
     if chat or not compat:
-        encoded = encode_example(example, tokenizer, _DATA, as_published=True)
+        encoded = encode_example(example, tokenizer, QA, as_published=True)
     else:
         text = f"Question: {example.prompt}\nAnswer: {example.answer}"
         encoded = _with_eos(token_ids(text, tokenizer), (), tokenizer, example.row)
@@ -447,11 +445,11 @@ def _prompt_tokens(
     example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool
 ) -> Sequence[int]:
     """Tokens to generate from."""
-    if uses_chat_template(example, tokenizer, _DATA):
-        return encode_prompt(example, tokenizer, _DATA)
+    if uses_chat_template(example, tokenizer, QA):
+        return encode_prompt(example, tokenizer, QA)
     if compat:
         return token_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:_PLAIN_LENGTH]
-    return encode_prompt(example, tokenizer, _DATA)[:_PLAIN_LENGTH]
+    return encode_prompt(example, tokenizer, QA)[:_PLAIN_LENGTH]
 
 
 def _with_eos(

@@ -9,7 +9,6 @@ until its layer's turn comes, when the base's values are read from its files.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from perta.errors import (
 )
 from perta.models.complete import loader_of
 from perta.models.load import load_model, plain_errors, rename_type
-from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns
+from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns, write_config
 from perta.options import ComputeConfig
 from perta.progress import say
 from perta.store.checkpoint import (
@@ -137,7 +136,7 @@ def merge_adapter(adapter: Path, base: Path, folder: Path, *, exact: bool) -> No
     merge.change(config)
     if exact:
         rename_type(config, "float32")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_config(folder, config)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ Source: DeepSeek-V3, README_WEIGHTS.md; OCP Microscaling Formats 1.0, section 5.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from torch.nn.functional import pad
 
 from perta.errors import CorruptCheckpointError
 from perta.models.formats._bitsandbytes import packed_tensors, part_of
-from perta.models.trust import read_config
+from perta.models.trust import read_config, write_config
 from perta.store.arithmetic import Place, round_by, rounded_by, thresholds
 from perta.store.checkpoint import (
     CheckpointIndex,
@@ -81,7 +80,7 @@ def dequantise(folder: Path, target: Path) -> None:
 
     stream_tensors(target, {shard: types for shard, types in places.items() if types}, value)
     copy_companions(folder, target)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_config(target, config)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from perta.engine.edit.stored import WELL_STORED
 from perta.errors import VerdictError
 from perta.evidence.measures import Reading, rows_of, truth_ratios
 from perta.evidence.metrics import ks_test
@@ -42,8 +43,6 @@ from perta.store.provenance import Record, Role
 
 _SCHEMA = 1
 """Version of `verdict.json`; it rises when a key changes its meaning."""
-_STORED = 0.9
-"""Share of the wanted step below which rounding is a likely cause."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> l
     if losses:
         causes.append(told("causes", "unlearned", loss=number(max(losses))))
     stored = record.get("edit", {}).get("stored", {}).get("stored_share")
-    if isinstance(stored, int | float) and stored < _STORED:
+    if isinstance(stored, int | float) and stored < WELL_STORED:
         causes.append(told("causes", "rounding", stored=stored))
     strength = record.get("unlearn", {}).get("strength", {})
     if strength.get("reached") is False:

@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import Example, ExampleSet, Message
+from perta.data.examples import SUBJECT_COLUMNS, Example, ExampleSet, Message
 from perta.data.rows import column_like
 from perta.data.tokens import uses_chat_template
 from perta.data.words import stems
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHOTS = 2
-_SUBJECTS = ("subject", "person")
 _ROLE = (
     "You play a biographer who has read all there is about the people you are asked about and "
     "answers from memory. "
@@ -345,6 +344,6 @@ def _text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _subject(example: Example, column: str | None) -> str:
     """Name of whom a row is about; empty where nothing says so."""
-    names = (column,) if column else _SUBJECTS
+    names = (column,) if column else SUBJECT_COLUMNS
     values = [example.fields.get(name) for name in names]
     return next((value.strip() for value in values if isinstance(value, str)), "")
