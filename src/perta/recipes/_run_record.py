@@ -13,7 +13,7 @@ from perta.methods.method import Method
 from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.recipes.settings import WORK, UnlearnConfig
-from perta.stages.stage import changed_or_older, changes, exists_error
+from perta.stages.stage import changed_or_older, exists_error, other_origin
 from perta.store.atomic import recover
 from perta.store.fingerprint import fingerprint, is_as_written
 from perta.store.provenance import FORGET_CHECKPOINT
@@ -86,17 +86,11 @@ class RunRecord:
         if self.config.overwrite or not output.exists():
             return
         manifest = read_manifest(output)
-        if manifest is None:
-            why = "was not made by perta"
-        elif manifest.get("part_of") == self.key:
+        if manifest and manifest.get("part_of") == self.key:
             return  # this very run was killed before it wrote its record
-        elif "unlearn" not in manifest:
-            why = f"was made by `perta {manifest.get('stage')}`"
-        else:
-            made = manifest["unlearn"]
-            changed = ", ".join(changes(made, self.settings, self.inputs))
-            why = f"was made with other {changed}" if changed else changed_or_older(made, self.key)
-        raise exists_error(output, why)
+        made = (manifest or {}).get("unlearn")
+        why = other_origin(manifest, made, self.settings, self.inputs)
+        raise exists_error(output, why or changed_or_older(made or {}, self.key))
 
     def check(self, made: Iterable[Path]) -> None:
         """Stop where an input is not what this run began with, or a stage read something else."""

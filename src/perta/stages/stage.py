@@ -316,16 +316,24 @@ def refuse_other(
     if place.overwrite or not output.exists():
         return
     manifest = read_manifest(output)
+    made = manifest if manifest and manifest.get("stage") == stage else None
+    if why := other_origin(manifest, made, settings, inputs):
+        raise exists_error(output, why)
+
+
+def other_origin(
+    manifest: Mapping[str, Any] | None,
+    made: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+) -> str | None:
+    """Why an output with this manifest is another one; `made` is the part of it to compare with."""
     if manifest is None:
-        why = "was not made by perta"
-    elif manifest.get("stage") != stage:
-        why = f"was made by `perta {manifest.get('stage')}`"
-    else:
-        changed = changes(manifest, settings, inputs)
-        if not changed:
-            return
-        why = f"was made with other {', '.join(changed)}"
-    raise exists_error(output, why)
+        return "was not made by perta"
+    if made is None:
+        return f"was made by `perta {manifest.get('stage')}`"
+    changed = changes(made, settings, inputs)
+    return f"was made with other {', '.join(changed)}" if changed else None
 
 
 def exists_error(output: Path, why: str) -> OutputExistsError:
