@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ _MAKE_MODEL_KEY = (
 
 def entry_key(file: Path) -> Ed25519PrivateKey:
     """The key of a PEM file without a password, to sign entries with; a ConfigError without one."""
-    _require_cryptography("Signing", ConfigError)
+    _required("cryptography", "sign", "Signing", ConfigError)
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     key = _private_key(file, "key", _MAKE_ENTRY_KEY)
@@ -48,7 +49,7 @@ def sign_hash(key: Ed25519PrivateKey, sha256: str) -> dict[str, str]:
 
 def check_hash(sha256: str, signature: Any, where: str) -> None:
     """Stop with a LedgerError at what is no `sign_hash` of a hash; `where` is for the message."""
-    _require_cryptography(f"{where} is signed, and checking that", LedgerError)
+    _required("cryptography", "sign", f"{where} is signed, and checking that", LedgerError)
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -64,7 +65,7 @@ def check_hash(sha256: str, signature: Any, where: str) -> None:
 
 def public_key(file: Path) -> str:
     """A public key as entries and checkpoints name it: Ed25519 in hexadecimal, others as PEM."""
-    _require_cryptography("--public-key", ConfigError)
+    _required("cryptography", "sign", "--public-key", ConfigError)
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -86,7 +87,7 @@ def public_key(file: Path) -> str:
 
 def model_key(file: Path) -> str:
     """The public half, PEM, of a key that can sign checkpoints; a ConfigError if it cannot."""
-    _model_signing("--model-key", ConfigError)
+    _required("model_signing", "signing", "--model-key", ConfigError)
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
     key = _private_key(file, "model-key", _MAKE_MODEL_KEY)
@@ -104,7 +105,8 @@ def sign_checkpoint(folder: Path, signature: Path, key: Path) -> dict[str, str]:
     Returns:
         The public key, and the SHA-256 of the file, for `check_checkpoint`.
     """
-    public, signing = model_key(key), _model_signing("--model-key", ConfigError).signing
+    public = model_key(key)
+    signing = _required("model_signing", "signing", "--model-key", ConfigError).signing
     with atomic_file(signature, overwrite=True) as partial:
         signing.Config().use_elliptic_key_signer(private_key=key).sign(folder, partial)
     return {"public_key": public, "sha256": hashlib.sha256(signature.read_bytes()).hexdigest()}
@@ -112,7 +114,8 @@ def sign_checkpoint(folder: Path, signature: Path, key: Path) -> dict[str, str]:
 
 def check_checkpoint(folder: Path, signature: Path, signed: Mapping[str, str]) -> None:
     """Stop with a LedgerError where a folder is not what `sign_checkpoint` signed."""
-    verifying = _model_signing(f"{folder} is signed, and checking that", LedgerError).verifying
+    what = f"{folder} is signed, and checking that"
+    verifying = _required("model_signing", "signing", what, LedgerError).verifying
     try:
         found = hashlib.sha256(signature.read_bytes()).hexdigest()
     except OSError as error:
@@ -180,20 +183,10 @@ def _pem(key: Any) -> str:
     return made.decode("ascii")
 
 
-def _require_cryptography(what: str, error: type[PertaError]) -> None:
+def _required(module: str, extra: str, what: str, error: type[PertaError]) -> Any:
+    """A package that signing needs, or an error that says of what and how to get it."""
     try:
-        import cryptography  # noqa: F401
+        return import_module(module)
     except ImportError:
-        raise error(
-            f"{what} needs the package `cryptography`: pip install 'perta[sign]'."
-        ) from None
-
-
-def _model_signing(what: str, error: type[PertaError]) -> Any:
-    try:
-        import model_signing
-    except ImportError:
-        raise error(
-            f"{what} needs the package `model-signing`: pip install 'perta[signing]'."
-        ) from None
-    return model_signing
+        name = module.replace("_", "-")
+        raise error(f"{what} needs the package `{name}`: pip install 'perta[{extra}]'.") from None
