@@ -31,7 +31,8 @@ from perta.errors import ConfigError, DivergenceError, EmptyDatasetError
 from perta.methods.objectives import GradDiff, Training, control_vector
 from perta.methods.registry import known, parse
 from perta.models.loss import example_losses, losses_of
-from perta.options import DataConfig, TrainSettings, TuneConfig
+from perta.models.precision import products_in
+from perta.options import DataConfig, DType, TrainSettings, TuneConfig
 
 TRAINED = [name for name in known(Training) if name != "influence"]  # it solves
 QUICK = TrainSettings(epochs=2, learning_rate=1e-3, batch_size=3, accumulation=1)
@@ -128,6 +129,19 @@ def test_the_forget_answers_become_less_likely(method: str, tuned: Any) -> None:
     assert list(trained.final_losses) == pytest.approx(
         losses_of(done, FORGET, batch_size=1, pad=3), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_learned_is_asked_in_the_products_that_tuned(dtype: DType) -> None:
+    settings = TuneConfig(epochs=1, batch_size=2, learning_rate=1e-3)
+    done, tuned = tune(model_of(), RETAIN, settings, pad=0, dtype=dtype)
+    products = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    found = {}
+    for name, kind in products.items():
+        with products_in(kind, torch.device("cpu")):
+            found[name] = losses_of(done, RETAIN, batch_size=len(RETAIN), pad=0)
+    assert found["float32"] != found["bfloat16"]
+    assert list(tuned.final_losses) == found[dtype]
 
 
 def loss_by_hand(model: Any, example: Encoded) -> Tensor:
