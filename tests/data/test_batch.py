@@ -12,12 +12,12 @@ def of_length(tokens: int, row: int) -> Encoded:
 
 
 def test_a_pass_has_no_more_tokens_than_fit_and_every_row_once() -> None:
-    lengths = [5000, 100, 2000, 40, 1500, 100, 4096, 60]
+    lengths = [5000, 100, 1400, 40, 1400, 100, 4096, 60, 1400]
     examples = [of_length(n, row) for row, n in enumerate(lengths, 1)]
     batches = bucketed(examples, 4, 0)
-    # By length: 40, 60, 100 and 100 are four; two of 2,000 at most fill 4,096 tokens.
+    # By length: 40, 60, 100 and 100 are four; three of 1,400 are over 4,096 tokens.
     sizes = [[lengths[i] for i in batch.index.tolist()] for batch in batches]
-    assert sizes == [[40, 60, 100, 100], [1500, 2000], [4096], [5000]]
+    assert sizes == [[40, 60, 100, 100], [1400, 1400], [1400], [4096], [5000]]
 
 
 def test_batches_of_training_are_of_the_size_asked_for_however_long() -> None:
