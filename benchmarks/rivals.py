@@ -351,7 +351,7 @@ class Seed:
         for pattern in ("*importance*", "*direction*", "retain_checkpoint*", "*moments*"):
             _delete(*(self.folder / "edits.work").glob(pattern))
         if is_default:
-            strength = made.manifest.get("strength", {})
+            strength = record.get("strength", {})
             return {**spent, "alpha": strength.get("scaling_coef"), "reached": True}
         return {**spent, **self.scaled(target)}
 

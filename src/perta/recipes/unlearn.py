@@ -340,7 +340,9 @@ class _Run:
                 lambda sizes: sizes.direction(edit.weighting, rank),
                 looks=not in_rounds,
             )
-        if is_auto and (strength := self._strength(edit, unseen)):
+        made = read_manifest(Path(str(edit.forget_checkpoint))) if in_rounds else None
+        has_rounds = bool((made or {}).get("rounds"))
+        if is_auto and (strength := self._strength(edit, unseen, in_rounds=has_rounds)):
             found["strength"] = asdict(strength)
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         work.timed("edit", lambda: self._edited(edit))
@@ -432,7 +434,9 @@ class _Run:
         )
         return replace(edit, forget_checkpoint=str(made))
 
-    def _strength(self, edit: EditConfig, unseen: Unseen | None) -> Strength | None:
+    def _strength(
+        self, edit: EditConfig, unseen: Unseen | None, *, in_rounds: bool
+    ) -> Strength | None:
         """Search for the strength and save every point of it as `strength.json`."""
         config, work, used = self.config, self.work, self.used
         found = work.timed(
@@ -445,6 +449,7 @@ class _Run:
                 config.strength_seed,
                 config.data_config,
                 config.compute,
+                in_rounds=in_rounds,
             ),
             lambda sizes: sizes.strength(
                 used["forget"], used["retain"], config.weighting, self._rank

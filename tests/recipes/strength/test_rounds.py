@@ -67,6 +67,26 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert record["seconds"]["rounds"] > 0
 
 
+def test_rows_that_rounds_leave_do_not_decide_the_strength(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The budget would allow more; the strength is that of the rounds, and the rows are named."""
+    config = replace(run[0], rounds=2, output=tmp_path / "last")
+    record = unlearn(config).manifest["unlearn"]["strength"]
+    made = read_manifest(config.work_folder / "forget_rounds") or {}
+    left = made["rounds"][-1]["left"]
+    assert left
+    assert record["standing_out"] == left
+    assert not record["reached"]
+    assert record["scaling_coef"] == record["largest"] == 1
+    assert record["retain_loss"] - record["retain_loss_before"] < config.retain_budget
+    rows = ", ".join(map(str, left))
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{len(left)} of 6 facts still stand out after the rounds: rows {rows}. A strength" in said
+    )
+
+
 def left_by(config: UnlearnConfig, made: Path, output: Path, **settings: Any) -> list[int]:
     """Rows that stand out after the edit that users make of a written checkpoint."""
     weighting = with_defaults(replace(PROJECT, scaling_coef=1.0, **settings))

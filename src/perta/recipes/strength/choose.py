@@ -4,16 +4,17 @@ The weighted direction is held in memory and subtracted from a loaded model, wit
 would be stored (see `engine.edit.memory`), so a try costs passes over a few rows, and no
 checkpoint.
 
-What a model finds of a fact (see `facts`) is its surprise s, in nats: the fact's loss, or
--log of the fact's probability among right and wrong answers. Of n rows to forget, row i stands out
-where s_i is below what facts that a model truly has not seen have, u_1 <= ... <= u_m:
+What a model finds of a fact (see `facts`) is its surprise s, in nats: the fact's loss, or -log of
+the larger of its probability among right and wrong answers and that of a hit in 16 samples, for
+wrong answers may be likely too. Of n rows to forget, row i stands out where s_i is below what facts
+that a model truly has not seen have, u_1 <= ... <= u_m:
 
 - with a held-out set, u are the losses of its facts under the full model, and row i stands out
   below u_k. k is the largest number with which a set of n rows that truly are unseen would have
   none below u_k at least half of the time, by order alone, prod_{j<k} (m - j) / (m + n - j) >= 1/2,
   and at least 1. If more than half of the rows are below the lower quartile of u, those stand
   out too: rows that all lie at the edge are not like unseen ones;
-- else, where every row has wrong answers, u are the choices under the base model on the same rows.
+- else, where every row has wrong answers, u are those under the base model on the same rows.
   All answers have one style, so what tuning taught about style cancels. Row i stands out below
   min(u of row i, lower quartile of u, log of the number of answers), the last being chance;
 - else u are the losses under the base model on the same rows, and row i stands out below
@@ -22,6 +23,9 @@ where s_i is below what facts that a model truly has not seen have, u_1 <= ... <
 The lower quartile is u_k with k = floor((m + 1) / 4), at least 1. A row is over-forgotten above
 median + 2 (u_{m+1-k} - median), k as for the held-out set, which marks it as removed; fewer than 8
 unseen facts tell nothing of that.
+
+After rounds no strength is above theirs: for the last rows all others, and what is retained, would
+pay.
 
 Few of the retained rows decide how far the strength may go, and only where the forget set is there
 or a look is due; rows that keep a strength from passing are looked at first. Rows that gave moments
@@ -47,7 +51,7 @@ from perta.engine.edit.memory import EditedModel
 from perta.errors import ConfigError
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
-from perta.models.facts import Fact, fact_score, find_facts
+from perta.models.facts import Fact, fact_score, find_facts, hit_probability
 from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, pad_id
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
@@ -66,6 +70,10 @@ BASE: Final = "base model on the forget set"
 
 _RETAIN_ROWS: Final = (16, 64)
 """Least and most retained rows that are tried; between them four a row to forget."""
+
+_SAMPLES = 16
+"""Samples of which one may say a fact: at the chance of six answers, .17, 64 of them say it once
+more often than not."""
 
 _ROWS = 4
 """Forget rows that are looked at first, those that stood out most; twice as many follow."""
@@ -147,6 +155,7 @@ class Strength:
     Attributes:
         reached: whether every row looks unseen at it; otherwise it is, of those tried within the
             retain budget, the one at which the fewest rows stand out, and by the least.
+        largest: strength above which none was tried: that of the rounds, 1, where there were any.
         standing_out: numbers of the rows that still stand out.
         over_forgotten: numbers of the rows that are forgotten far beyond what is unseen; None
             where there are too few unseen facts to tell.
@@ -160,6 +169,7 @@ class Strength:
 
     scaling_coef: float
     reached: bool
+    largest: float
     calibrated_on: Calibration
     standing_out: tuple[int, ...]
     over_forgotten: tuple[int, ...] | None
@@ -270,11 +280,13 @@ def edge_of(rows: int, unseen: int) -> int:
 def surprises_of(
     model: PreTrainedModel, facts: Sequence[Fact], kind: Calibration, pad: int
 ) -> list[float]:
-    """Surprise of each fact, nats, finite: choice among answers for `CHOICES`, else the loss."""
+    """Surprise of each fact, nats, finite: choice or hits for `CHOICES`, else the loss."""
     if kind == CHOICES:
         losses = _losses(model, [fact.sequences for fact in facts], pad)
         scores = [fact_score(fact, values) for fact, values in zip(facts, losses, strict=True)]
-        values = [-math.log(score.choice) if score.choice else _MOST for score in scores]
+        hits = (hit_probability(score.log_probability, _SAMPLES) for score in scores)
+        known = [max(score.choice or 0.0, hit) for score, hit in zip(scores, hits, strict=True)]
+        values = [-math.log(chance) if chance else _MOST for chance in known]
     else:
         values = [loss for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]
     # A model that overflows knows nothing any more; the retained rows will say the same.
@@ -302,11 +314,14 @@ def choose_strength(
     seed: int,
     data_config: DataConfig,
     compute: ComputeConfig,
+    *,
+    in_rounds: bool = False,
 ) -> Strength:
     """Search for the strength of an edit, and say what was found; ConfigError if none is above 0.
 
     The edit's checkpoints are local folders, and its own strength is not used; `unseen` is of the
-    same forget set. Weights are float32 whatever `compute` says.
+    same forget set. `in_rounds` says that the forget checkpoint is the sum of rounds, at 1.
+    Weights are float32 whatever `compute` says.
     """
     full = resolve_checkpoint(edit.full, base=edit.base)
     tokenizer, longest = load_tokenizer(full), longest_input(full)
@@ -318,7 +333,8 @@ def choose_strength(
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as tokens:
         edited, budget = EditedModel(model, changes), retain_budget
-        trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer))
+        largest = 1.0 if in_rounds else LARGEST
+        trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer), largest)
         scaling_coef, reached = trials.search()
         if not scaling_coef:
             raise ConfigError(
@@ -332,6 +348,7 @@ def choose_strength(
         found = Strength(
             scaling_coef,
             reached,
+            largest,
             unseen.calibrated_on,
             _numbers(unseen, unseen.standing_out(surprises)),
             None if over is None else _numbers(unseen, over),
@@ -359,9 +376,10 @@ class Trials:
         retain: Sequence[Encoded],
         retain_budget: float,
         pad: int,
+        largest: float = LARGEST,
     ) -> None:
         self._edited, self._unseen, self._retain = edited, unseen, retain
-        self._budget, self._pad = retain_budget, pad
+        self._budget, self._pad, self._largest = retain_budget, pad, largest
         self._surprises: dict[float, dict[int, float]] = {}
         self._losses: dict[float, float] = {}
         # How far each row was from looking unseen when it was last looked at.
@@ -369,12 +387,12 @@ class Trials:
 
     def search(self) -> tuple[float, bool]:
         """The strength to use, and whether every row looks unseen at it."""
-        found = search_strength(self.forgets, self.fits)
+        found = search_strength(self.forgets, self.fits, self._largest)
         if found.scaling_coef is None:
             return max(found.within, key=self._rank), False
         if found.scaling_coef:
             # A look beyond, to be able to say that the curve is not monotone.
-            self.forgets(min(2 * found.scaling_coef, LARGEST))
+            self.forgets(min(2 * found.scaling_coef, self._largest))
         return found.scaling_coef, True
 
     def _rank(self, scaling_coef: float) -> tuple[int, float]:
@@ -491,12 +509,20 @@ def _report(found: Strength) -> None:
             "The curve is not monotone: some larger strengths forget less, or cost less, than "
             "smaller ones. strength.json in the work folder has all that were tried."
         )
-    if not found.reached:
-        shown = ", ".join(map(str, found.standing_out[:_SHOWN_ROWS]))
-        more = len(found.standing_out) - _SHOWN_ROWS
+    if not found.standing_out:
+        return
+    shown = ", ".join(map(str, found.standing_out[:_SHOWN_ROWS]))
+    more = len(found.standing_out) - _SHOWN_ROWS
+    rows = f"rows {shown}{f' and {more} more' if more > 0 else ''}"
+    still = f"{len(found.standing_out)} of {len(found.rows)} facts still stand out"
+    if found.scaling_coef == found.largest < LARGEST:
         warn(
-            f"{len(found.standing_out)} of {len(found.rows)} facts still stand out at the best "
-            f"strength within the retain budget of {found.retain_budget:g} nats per token: rows "
-            f"{shown}{f' and {more} more' if more > 0 else ''}. Raise --retain-budget, tune the "
-            "forget checkpoint longer, or choose another method."
+            f"{still} after the rounds: {rows}. A strength of all rows that reaches the last ones "
+            "takes more from what is retained; give --scaling-coef a larger number for that."
+        )
+    else:
+        warn(
+            f"{still} at the best strength within the retain budget of {found.retain_budget:g} "
+            f"nats per token: {rows}. Raise --retain-budget, tune the forget checkpoint longer, or "
+            "choose another method."
         )

@@ -18,8 +18,9 @@ checkpoint
 
     θ_f = θ₀ + Σ_k α_k τ_k,
 
-whose strength, 1 for the rounds as they were, is then searched for as that of any other. Where no
-round found a strength θ_f is θ₀ + τ_0, of all blocks. What stands out is said in `strength`.
+whose strength is then searched for up to 1, that of the rounds as they were. Where no round found a
+strength it is searched for as any other's, and θ_f is θ₀ + τ_0, of all blocks. What stands out is
+said in `strength`.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def write_rounds(
     def look() -> dict[str, str]:
         return {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
 
-    judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
+    judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on, "choice": "or hits"}
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
     settings |= judged | picked(compute, Path(edit.full)) | {"first": "without the late blocks"}

@@ -297,16 +297,22 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> l
     if isinstance(stored, int | float) and stored < WELL_STORED:
         causes.append(told("causes", "rounding", stored=stored))
     strength = record.get("unlearn", {}).get("strength", {})
-    if strength.get("reached") is False:
+    # After rounds the search ends at 1, and elsewhere at the budget.
+    ended = strength.get("scaling_coef") == strength.get("largest") == 1
+    if strength.get("reached") is False and not ended:
         causes.append(told("causes", "budget", budget=number(strength.get("retain_budget"))))
-    if causes or not surely:  # what may be chance needs no more strength
-        return causes
+    # What may be chance needs no more strength.
+    return causes if causes or not surely else _too_small(run, strength)
+
+
+def _too_small(run: Run, strength: Mapping[str, Any]) -> list[str]:
+    """That the strength is, by how it was found."""
+    if left := strength.get("standing_out"):
+        return [told("causes", "rounds", rows=len(left), alpha=run.alpha)]
     if strength:
         rows = strength.get("calibrated_on")
-        causes.append(told("causes", "calibration", rows=rows, alpha=run.alpha))
-    elif run.alpha is not None:
-        causes.append(told("causes", "strength", alpha=run.alpha))
-    return causes
+        return [told("causes", "calibration", rows=rows, alpha=run.alpha)]
+    return [] if run.alpha is None else [told("causes", "strength", alpha=run.alpha)]
 
 
 def _fact_sources(run: Run) -> Counter[str]:
