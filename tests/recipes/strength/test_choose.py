@@ -94,8 +94,8 @@ def test_a_likely_fact_stands_out_among_likelier_wrong_answers(
     monkeypatch.setattr("perta.recipes.strength.choose._losses", losses)
     model: Any = None
     assert surprises_of(model, facts(3, wrong=5), CHOICES, 0) == [
-        pytest.approx(0.5830, abs=1e-4),
-        pytest.approx(-math.log(0.0264), abs=1e-3),  # 1 − (1 − e⁻⁷)¹⁶ = .0145, chosen .0264
+        pytest.approx(0.58287, abs=1e-5),
+        pytest.approx(math.log(1 + 5 * math.exp(2))),  # chosen .0263; 1 − (1 − e⁻⁷)¹⁶ = .0145
         1000.0,
     ]
 
