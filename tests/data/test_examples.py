@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from perta.data.batch import IGNORE, Encoded, bucketed, collate
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_example, encode_examples, encode_prompt
 from perta.engine.gradients.engine import batched_moments
-from perta.errors import DataError, EmptyDatasetError
+from perta.errors import ConfigError, DataError, EmptyDatasetError
 from perta.models.demo.tiny import tiny_tokenizer
 from perta.options import DataConfig
 
@@ -75,6 +76,26 @@ def test_the_fingerprint_is_of_the_rows_not_the_file(tmp_path: Path) -> None:
     moved = load_examples(write(tmp_path / "elsewhere.jsonl", QA))
     changed = load_examples(write(tmp_path / "a.jsonl", QA[:1]))
     assert one.fingerprint == moved.fingerprint != changed.fingerprint
+
+
+def test_the_fingerprint_is_under_a_key_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(home: str) -> str:
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / home))
+        return load_examples(QA).fingerprint
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(found, ["one"] * 8))) == 1
+    key = tmp_path / "one" / "perta" / "key"
+    assert (len(key.read_bytes()), key.stat().st_mode & 0o777) == (32, 0o600)
+    assert found("other") != found("one")
+    key.write_bytes(b"short")
+    with pytest.raises(ConfigError, match="32 bytes of a key"):
+        found("one")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="XDG_CONFIG_HOME"):
+        found("file")
 
 
 def test_line_separators_inside_text_do_not_split_rows(tmp_path: Path) -> None:

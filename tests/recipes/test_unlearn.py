@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import blake3
 import datasets
 import pytest
 import torch
@@ -22,13 +24,13 @@ from perta.errors import (
     OutputExistsError,
     PertaError,
 )
-from perta.options import EstimatorConfig, ScoringConfig, WeightingConfig
+from perta.options import EstimatorConfig, ScoringConfig, TrainSettings, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, aggregates, unlearn
 from perta.report.collect import collect
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
-from perta.store.record import read_manifest
+from perta.store.record import read_manifest, stage_key
 
 
 def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
@@ -92,6 +94,33 @@ def test_the_manifest_traces_the_result(run: tuple[UnlearnConfig, Unlearned], wo
     assert set(record["seconds"]) >= {"finetune", "forget_importance", "retain_importance", "edit"}
     assert record["evaluation"]["after"]["forget_loss"] > 0
     assert len(manifest["edit"]["tensors"]) > 10
+
+
+@pytest.mark.parametrize("method", ["edit", "npo-retain"])
+def test_what_is_published_confirms_no_guess_at_the_rows(
+    run: tuple[UnlearnConfig, Unlearned], world: World, tmp_path: Path, method: str
+) -> None:
+    if method == "edit":
+        folder, record = run[1].folder, run[1].manifest["unlearn"]
+    else:
+        training = TrainSettings(epochs=1, accumulation=1)
+        weighting = WeightingConfig(method=method)
+        asked = config(world, tmp_path / "out", weighting=weighting, training=training)
+        folder = unlearn(asked).folder
+        record = (read_manifest(folder) or {})["unlearn"]
+    key = Path(os.environ["XDG_CONFIG_HOME"], "perta", "key").read_bytes()
+    guessed = dict(record["inputs"])
+    for name in ("forget", "retain"):
+        rows = [json.loads(r) for r in getattr(world, name).read_text("utf-8").splitlines()]
+        text = "".join(json.dumps(r, sort_keys=True, ensure_ascii=False) + "\n" for r in rows)
+        assert record["inputs"][name] == blake3.blake3(text.encode(), key=key).hexdigest()
+        guessed[name] = blake3.blake3(text.encode()).hexdigest()
+    written = [p.read_bytes() for p in folder.rglob("*") if p.is_file()]
+    known = [guessed["forget"], guessed["retain"]]
+    known.append(stage_key("unlearn", record["settings"], guessed))
+    assert not any(value.encode() in data for value in known for data in written)
+    assert record["key"].encode() in b"".join(written)
+    assert record["key"] == stage_key("unlearn", record["settings"], record["inputs"])
 
 
 def test_the_edit_is_the_formula(run: tuple[UnlearnConfig, Unlearned], world: World) -> None:

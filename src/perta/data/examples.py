@@ -30,6 +30,7 @@ from perta.data.rows import as_source, column_like, numbered_rows
 from perta.errors import ConfigError, DataError, EmptyDatasetError, PertaError
 from perta.options import DataConfig
 from perta.progress import warn
+from perta.store.fingerprint import own_key
 
 FACT_COLUMN, SUBJECT_COLUMNS = "fact", ("subject", "person")
 PARAPHRASED, WRONG = "paraphrased_answer", "perturbed_answer"
@@ -78,7 +79,7 @@ class ExampleSet:
     source: str
     examples: tuple[Example, ...] = field(repr=False)
     skipped: tuple[str, ...] = field(repr=False)  # what was left out and why, one line a row
-    fingerprint: str  # BLAKE3 of all rows' content
+    fingerprint: str  # `rows_fingerprint` of all rows
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -177,9 +178,9 @@ def check_apart(sets: Mapping[str, ExampleSet]) -> None:
             )
 
 
-def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
-    """BLAKE3 of rows as canonical JSON, one line each."""
-    digest = blake3()
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]], key: bytes | None = None) -> str:
+    """BLAKE3 of rows as canonical JSON, one line each, under 32 bytes: by default `own_key`."""
+    digest = blake3(key=key or own_key())
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")

@@ -23,7 +23,11 @@ def _write_card(
             "# Unlearned checkpoint\n",
             f"{done}\n",
             *_table("setting", "value", settings),
-            *(_table("input", "BLAKE3 hash of its content", inputs) if inputs else []),
+            *(
+                _table("input", "BLAKE3 hash of its content, of rows under a key", inputs)
+                if inputs
+                else []
+            ),
             f"{caveat} The licence of the original model applies.\n",
         ]
     )

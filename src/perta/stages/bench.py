@@ -89,9 +89,7 @@ def run_benchmark(benchmark: Benchmark[Any], config: BenchmarkConfig) -> Results
 
 
 def _data_fingerprint(data: Path) -> str:
-    if data.is_file():
-        return fingerprint(data)
-    files = sorted(data.glob("*.jsonl"))
+    files = [data] if data.is_file() else sorted(data.glob("*.jsonl"))
     return rows_fingerprint([{"name": file.name, "content": fingerprint(file)} for file in files])
 
 

@@ -1,17 +1,22 @@
 """Fingerprints: what a file or folder holds, as one hash, wherever it lies; code that is run too.
 
+Those of rows are under a key of the user's: whoever guesses a row could check a plain hash of it.
+
 A file is hashed once and remembered by its number, size and time of change. A folder that this
 package wrote is compared with its record whenever it is hashed to be used.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +105,45 @@ def content_of(path: Path) -> str:
         digests = list((pool.map if is_large else map)(_hash_file, files))
     lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
     return blake3("".join(lines).encode()).hexdigest()
+
+
+def own_key() -> bytes:
+    """The user's 32 bytes under which sets of rows are hashed, made where there are none.
+
+    They lie in `$XDG_CONFIG_HOME/perta/key` or `~/.config/perta/key`. ConfigError where they cannot
+    be kept there.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+        place = root / "perta" / "key"
+        key = place.read_bytes() if place.exists() else _new_key(place)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"The key of the fingerprints of sets cannot be kept: {error}. Let XDG_CONFIG_HOME "
+            "name a folder that you can write to, the same one in every run."
+        ) from error
+    if len(key) != _KEY_BYTES:
+        raise ConfigError(
+            f"{place} does not hold the {_KEY_BYTES} bytes of a key: it was changed. Put it back, "
+            "or delete it: what was made under it is then no longer recognised."
+        )
+    return key
+
+
+_KEY_BYTES = 32
+
+
+def _new_key(place: Path) -> bytes:
+    """Make the key, or read the one that another process makes at the same time."""
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place.touch(0o600)
+    with place.open("r+b") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if not (key := file.read()):
+            key = secrets.token_bytes(_KEY_BYTES)
+            file.write(key)
+    return key
 
 
 def states_of(files: Iterable[Path]) -> tuple[_FileState, ...] | None:

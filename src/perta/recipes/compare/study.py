@@ -440,13 +440,17 @@ class _Seed:
             "bench compare",
             {"seed": self._draw.seed, **settings},
             {
-                "forget": fingerprint(self._draw.files["forget"]),
-                "retain": fingerprint(self._draw.files["unseen"]),
+                "forget": self._rows("forget"),
+                "retain": self._rows("unseen"),
             },
             content=content_of_results(results),
             **cost,
         )
         write_text(self._results_file("results", name), results_json({**results, "perta": made}))
+
+    def _rows(self, name: str) -> str:
+        """Fingerprint of the rows in one of the draw's files."""
+        return load_examples(self._draw.files[name], self._config.data_config).fingerprint
 
     def _results_file(self, folder: str, name: str) -> Path:
         return self._config.output / folder / f"{name}_seed-{self._draw.seed}.json"
@@ -463,7 +467,7 @@ class _Seed:
             settings |= spec.method.code
         if isinstance(spec, EditSpec):
             settings |= {"loss_on": forget_loss(config, draw, spec)}
-        inputs = {name: fingerprint(file) for name, file in draw.files.items()}
+        inputs = {name: self._rows(name) for name in draw.files}
         models = (*_REFERENCES, "forget_checkpoint")
         inputs |= {name: fingerprint(getattr(draw, name)) for name in models}
         if isinstance(spec, GivenSpec):

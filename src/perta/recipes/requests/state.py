@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perta.data.examples import ExampleSet, load_examples
+from perta.data.examples import ExampleSet, load_examples, rows_fingerprint
 from perta.data.rows import read_rows
 from perta.errors import LedgerError
 from perta.options import DataConfig
@@ -89,7 +89,7 @@ class State:
     def examples(self, name: str, data_config: DataConfig) -> ExampleSet:
         """Retain or held-out set."""
         found = load_examples(self.start[name]["path"], data_config)
-        if found.fingerprint != self.start[name]["blake3"]:
+        if set_fingerprint(found, self._secret()) != self.start[name]["blake3"]:
             raise LedgerError(
                 f"{found.source} is not the {name} set that the ledger names: it was changed. Put "
                 "it back, or begin a new ledger from the newest checkpoint."
@@ -126,10 +126,7 @@ class State:
 
     def fingerprints(self, examples: ExampleSet) -> list[str]:
         """HMAC-SHA256 of each example's messages under the folder's key, in hexadecimal."""
-        try:
-            key = bytes.fromhex(self.key().decode("ascii"))
-        except ValueError as error:
-            raise self._without_key() from error
+        key = self._secret()
         texts = (example.as_text.encode() for example in examples.examples)
         return [hmac.new(key, text, hashlib.sha256).hexdigest() for text in texts]
 
@@ -138,6 +135,13 @@ class State:
         try:
             return (self.folder / KEY).read_bytes()
         except OSError as error:
+            raise self._without_key() from error
+
+    def _secret(self) -> bytes:
+        """The same as bytes."""
+        try:
+            return bytes.fromhex(self.key().decode("ascii"))
+        except ValueError as error:
             raise self._without_key() from error
 
     def _without_key(self) -> LedgerError:
@@ -181,6 +185,11 @@ def read_state(folder: Path) -> State:
         elif entry.kind == "clean":
             _change(requests, {name: {"cleaned": True} for name in facts["names"]})
     return State(folder, start, tuple(requests.values()), current, tuple(entries))
+
+
+def set_fingerprint(examples: ExampleSet, key: bytes) -> str:
+    """That of a ledger's retain or held-out set, under the folder's key."""
+    return rows_fingerprint([example.fields for example in examples.examples], key)
 
 
 def check_fingerprint(place: Path, wanted: str) -> None:

@@ -11,7 +11,7 @@ from perta.errors import ConfigError, OutputExistsError
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.recipes._request import write_rows
 from perta.recipes.requests.settings import RequestsAddConfig, RequestsInitConfig
-from perta.recipes.requests.state import ID, opened
+from perta.recipes.requests.state import ID, opened, set_fingerprint
 from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import Entry, append
@@ -27,17 +27,18 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
     full = resolve_checkpoint(config.full, base=config.base)
     models = {"base": base, "full": quantised_checkpoint(config.full) or full}
     facts: dict[str, Any] = {"operator": config.operator}
+    key = secrets.token_bytes(32)
     for name, place in models.items():
         facts[name] = {"path": str(place.absolute()), "blake3": fingerprint(place)}
     for name in ("retain", "holdout"):
         if (source := getattr(config, name)) is not None:
             found, file = load_examples(source, config.data_config), Path(source).expanduser()
             where = str(file.absolute()) if file.exists() else source
-            facts[name] = {"path": where, "blake3": found.fingerprint}
+            facts[name] = {"path": where, "blake3": set_fingerprint(found, key)}
     with atomic_folder(folder) as made:
         made.chmod(0o700)
         (made / KEY).touch(mode=0o600)
-        (made / KEY).write_text(secrets.token_hex(32), "ascii")
+        (made / KEY).write_text(key.hex(), "ascii")
         return append(made, "init", facts, key=config.key)
 
 
