@@ -183,6 +183,22 @@ def test_rows_that_were_forgotten_too_well_pay_for_none(yardstick: str) -> None:
         assert judge_remains(made).leaking_rows == wanted, far
 
 
+def test_what_the_yardsticks_differ_by_limits_a_row_whatever_became_of_the_others() -> None:
+    # The base model lies 1 above and 1 below the retrained one by turns: s = sqrt((4 + 16) / 20).
+    # By the other rows, forgotten e^12 times too well, and by how rows differ it would be far more.
+    limit = float(t.ppf(1 - 0.025 / 16, 20))
+    logits = [-2.0, -8.0] * 8
+    retrained = [sigmoid(z) for z in logits]
+    base = [sigmoid(z + 1 - i // 2 % 2 * 2) for i, z in enumerate(logits)]
+    cleaned, full = [sigmoid(z - 12) for z in logits], [1.0] * 16
+    for far, wanted in ((0.99, ()), (1.01, (3,))):
+        cleaned[2] = sigmoid(logits[2] + far * limit)
+        full[2] = 1.2 * cleaned[2]
+        made = found(cleaned, full, retrained=retrained, base=base)
+        assert judge_remains(made).leaking_rows == wanted, far
+    assert judge_remains(found(cleaned, full, retrained=retrained)).leaking_rows == ()
+
+
 def test_a_row_stands_out_from_unseen_rows_by_a_limit_worked_out_by_hand() -> None:
     # Their odds are e^-5 and e^-3, eight each: s = sqrt((4 + 16) / 19), 15 degrees and four more.
     unseen = [sigmoid(-5.0), sigmoid(-3.0)] * 8

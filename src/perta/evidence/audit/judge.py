@@ -20,8 +20,10 @@ from the yardstick as often up as down, normally on that scale; what is left of 
 be above it. Rows that were forgotten too well lie far below, and must not pay for one that was
 not. So of the same rows the limit is at most the one from sqrt(2) (phi(y_j) less their mean): two
 models that never saw a row differ no more than the rows of one do among themselves, for these
-differ by the same chance and by what they are. Four rows that differ by 1 are added, so that few
-rows tell something too. Subjects are judged in the same way, by their means.
+differ by the same chance and by what they are. Beside the retrained model it is also at most the
+one from the base model's differences, of either sign: the cleaned model is not in there. Four rows
+that differ by 1 are added, so that few rows tell something too. Subjects are judged in the same
+way, by their means.
 
     leaks      a row that stands out has more than half left, or a subject of several rows stands
                out, or more than one in twenty rows do; or share > 0.10 for every yardstick, and
@@ -238,7 +240,7 @@ def standing_out(
         means = subject_means(scores, people).items()
         return scores, {str(s): value for s, value in means if counts[s] > 1}
 
-    limit = _limit(after, yardsticks[0], ways * sum(map(len, both(after))))
+    limit = _limit(after, yardsticks, ways * sum(map(len, both(after))))
     usual = [both(yardstick.of(after)) for yardstick in yardsticks]
     rows, subjects = (
         {
@@ -266,17 +268,22 @@ def _least(place: str, after: Values, before: Values, references: Sequence[Value
     return min(shares)
 
 
-def _limit(values: Values, yardstick: Yardstick, tests: int) -> float:
-    """How far on the scale of `logit` one of so many unseen rows may lie above the yardstick."""
+def _limit(values: Values, yardsticks: Sequence[Yardstick], tests: int) -> float:
+    """How far on the scale of `logit` one of so many unseen rows may lie above the best of them."""
+    yardstick, *others = yardsticks
     usual = {place: logit(value) for place, value in yardstick.values.items()}
     mean = fmean(usual.values())
     spread = math.fsum((value - mean) ** 2 for value in usual.values())
     if not yardstick.paired:
         return _end(spread, len(usual) - 1, tests)
-    gaps = [logit(values[place]) - usual[place] for place in values if place in usual]
-    below = [gap for gap in gaps if gap <= 0]
-    own = _end(math.fsum(gap**2 for gap in below), len(below), tests)
-    return min(own, _end(2 * spread, len(usual) - 1, tests))
+
+    def apart(scores: Values) -> list[float]:
+        return [logit(scores[place]) - usual[place] for place in scores if place in usual]
+
+    below = [gap for gap in apart(values) if gap <= 0]
+    known = [below, *filter(None, (apart(other.values) for other in others if other.paired))]
+    ends = [_end(math.fsum(gap**2 for gap in gaps), len(gaps), tests) for gaps in known]
+    return min(*ends, _end(2 * spread, len(usual) - 1, tests))
 
 
 def _end(squares: float, freedom: int, tests: int) -> float:
