@@ -90,6 +90,9 @@ def test_the_fingerprint_is_under_a_key_of_the_user(
     key = tmp_path / "one" / "perta" / "key"
     assert (len(key.read_bytes()), key.stat().st_mode & 0o777) == (32, 0o600)
     assert found("other") != found("one")
+    key.write_bytes(b"")  # as it is for a moment while another process makes it
+    found("one")
+    assert len(key.read_bytes()) == 32
     key.write_bytes(b"short")
     with pytest.raises(ConfigError, match="32 bytes of a key"):
         found("one")

@@ -116,7 +116,8 @@ def own_key() -> bytes:
     try:
         root = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
         place = root / "perta" / "key"
-        key = place.read_bytes() if place.exists() else _new_key(place)
+        key = place.read_bytes() if place.exists() else b""
+        key = key or _new_key(place)  # empty while another process writes it
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"The key of the fingerprints of sets cannot be kept: {error}. Let XDG_CONFIG_HOME "
