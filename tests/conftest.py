@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch counts GPUs; what tests start inherits it
+
 import pytest
 import torch
 

@@ -326,12 +326,17 @@ def _join() -> _World:
 
     global _world
     store, rank, size = next(iter(rendezvous("env://")))
-    has_cuda = torch.cuda.is_available()
-    if has_cuda:
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        torch.cuda.set_device(local % torch.cuda.device_count())
+    gpu = ""
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
+        torch.cuda.set_device(local)
+        gpu = str(torch.cuda.get_device_properties(local).uuid)
+    store.set(f"gpu {rank}", gpu)
+    gpus = {store.get(f"gpu {other}") for other in range(size)}
+    # NCCL refuses a GPU that is another process's too; gloo sends its tensors through the CPU.
+    own_gpus = len(gpus) == size and b"" not in gpus
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        "cpu:gloo,cuda:nccl" if own_gpus else "gloo",
         store=PrefixStore("group", store),
         rank=rank,
         world_size=size,

@@ -24,7 +24,7 @@ from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
 from perta.store.record import read_manifest, write_manifest
 
-CPU = ComputeConfig(device="cpu", dtype="float32")
+CPU = ComputeConfig(device="cpu", dtype="float32", threads=1)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -71,6 +71,8 @@ def test_the_step_lacks_what_retained_inputs_see(
         )
     record: Any = read_manifest(config.output)
     assert record["settings"]["method"] == "sage"
+    assert record["settings"]["solve_device"] == "cpu"  # as all else: a GPU solves otherwise
+    assert record["settings"]["edit_threads"] == 1
     assert "unlearned by other means" in record["done"]
 
 

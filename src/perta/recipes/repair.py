@@ -50,6 +50,8 @@ def repair_checkpoint(config: RepairConfig) -> Path:
         base=config.unlearned,
         output=config.output,
         retain_moments=config.retain_moments or _measured(config),
+        solve_device=config.compute.device,
+        edit_threads=config.compute.threads,
         save_dtype=config.save_dtype,
         overwrite=config.overwrite,
         weighting=weighting,
