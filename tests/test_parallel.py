@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +30,9 @@ from perta.engine.train.unlearn import unlearn_by_training
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.models.facts import Fact, score_facts
-from perta.models.load import load_model
+from perta.models.load import load_model, pick_device
 from perta.options import ComputeConfig, EstimatorConfig, MomentOptions, TrainSettings, TuneConfig
+from perta.parallel import everywhere, lead
 from perta.stages.importance import estimate
 from perta.store.atomic import beside
 from processes import finish, free_port, ran, start
@@ -204,6 +206,35 @@ def test_every_computation_is_that_of_one_process(
     alone: dict[str, Any], together: dict[str, Any]
 ) -> None:
     assert not [*_differences(alone, together)]
+
+
+def repeats() -> None:
+    print("repeats:", torch.is_deterministic_algorithms_warn_only_enabled())
+
+
+@pytest.mark.parametrize("gpus", [["one", "one"], ["one", ""]])
+def test_processes_without_a_gpu_each_meet_over_gloo(tmp_path: Path, gpus: list[str]) -> None:
+    """NCCL refuses a GPU that another process has, and has nothing to say to one on a CPU."""
+
+    def work() -> None:
+        print(torch.distributed.get_backend_config())
+        pick_device(ComputeConfig(device="cuda"))
+        everywhere(repeats)
+
+    def program() -> None:
+        gpu = gpus[int(os.environ["RANK"])]
+        driver: Any = torch.cuda
+        driver.is_available, driver.device_count = lambda: bool(gpu), lambda: 1
+        driver.set_device = print
+        driver.get_device_properties = lambda _: SimpleNamespace(uuid=gpu)
+        lead(work)
+
+    assert finish(start(2, program, tmp_path)) == [0, 0]
+    told = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert "cuda:gloo" in told[0]
+    assert "nccl" not in told[0]
+    # Each takes the algorithms that give the same bits twice.
+    assert ["repeats: True" in log for log in told] == [True, True]
 
 
 # --- whole commands -------------------------------------------------------------------------------

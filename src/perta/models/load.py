@@ -32,6 +32,7 @@ from perta.models.complete import check_checkpoint, check_loaded, described_mode
 from perta.models.precision import product_type
 from perta.models.trust import LOCAL, read_config
 from perta.options import ComputeConfig, SaveType
+from perta.parallel import everywhere
 from perta.store.arithmetic import Place, round_as_stored
 from perta.store.checkpoint import copy_companions, open_index
 from perta.store.record import ADAPTER_CONFIG
@@ -151,7 +152,7 @@ def pick_device(compute: ComputeConfig) -> torch.device:
     if name != "cpu" and not units[name].is_available():
         raise ConfigError(f"--device {name}: torch sees no such device here. Use --device auto.")
     if name == "cuda":
-        _repeat_on_gpus()
+        everywhere(_repeat_on_gpus)
     return torch.device(name)
 
 
