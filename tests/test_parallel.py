@@ -209,7 +209,7 @@ def test_every_computation_is_that_of_one_process(
 
 
 def repeats() -> None:
-    print("repeats:", torch.is_deterministic_algorithms_warn_only_enabled())
+    sys.stdout.write(f"repeats: {torch.is_deterministic_algorithms_warn_only_enabled()}\n")
 
 
 @pytest.mark.parametrize("gpus", [["one", "one"], ["one", ""]])
@@ -217,7 +217,7 @@ def test_processes_without_a_gpu_each_meet_over_gloo(tmp_path: Path, gpus: list[
     """NCCL refuses a GPU that another process has, and has nothing to say to one on a CPU."""
 
     def work() -> None:
-        print(torch.distributed.get_backend_config())
+        sys.stdout.write(torch.distributed.get_backend_config())
         pick_device(ComputeConfig(device="cuda"))
         everywhere(repeats)
 
