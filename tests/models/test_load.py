@@ -276,7 +276,9 @@ def test_a_sentencepiece_file_alone_names_what_reads_it(
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_saved_weights_are_as_open_as_other_files(world: World, tmp_path: Path, mask: int) -> None:
+def test_saved_weights_are_as_open_as_other_files(
+    world: World, tmp_path: Path, mask: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = os.umask(mask)
     try:
         save_model(load_model(world.base, CPU), load_tokenizer(world.base), tmp_path, None)
@@ -285,3 +287,4 @@ def test_saved_weights_are_as_open_as_other_files(world: World, tmp_path: Path, 
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes["model.safetensors"] == 0o666 & ~mask
     assert set(modes.values()) == {0o666 & ~mask}
+    assert capsys.readouterr().err == ""  # no bar of the library's

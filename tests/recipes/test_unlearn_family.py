@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,6 +123,11 @@ def test_a_forget_checkpoint_of_other_code_takes_the_place_of_the_fine_tune(
         assert record["forget_checkpoint"][loss] == pytest.approx(sum(losses) / len(losses))
     assert any(str(given) in line for line in clean(settings.output).left)
     assert given.is_dir()
+    refused = bare_copy(tuned["retain"], tmp_path / "refused")
+    settings = replace(settings, output=tmp_path / "none", forget_checkpoint=str(refused))
+    with pytest.raises(NotLearnedError, match="does not know the rows to forget"):
+        unlearn(settings)
+    assert not list(tmp_path.glob("none*"))
 
 
 def test_a_given_forget_checkpoint_stands_for_the_first_seed(

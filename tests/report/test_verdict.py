@@ -470,6 +470,7 @@ def remembered(
     usual: Sequence[float] = (0.05,) * 20,
     after: Sequence[float] = (0.983,) * 20,
     status: str = "not",
+    tuning: Json | None = None,
     **record: Any,
 ) -> Verdict:
     """A verdict on an edit that changed nothing, or what these probabilities say."""
@@ -477,7 +478,7 @@ def remembered(
     edit["edit"].update(record.pop("edit", {}))
     edit.update(record)
     tune = tuned("forget_checkpoint", "F", 1)
-    tune.update(final_loss=loss, learned=loss <= 0.2)
+    tune.update({"final_loss": loss, "learned": loss <= 0.2, **(tuning or {})})
     write(folder / "edited" / "perta.json", edit)
     write(folder / "forget" / "perta.json", tune)
 
@@ -500,6 +501,13 @@ def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     assert "Tune it again with more --epochs" in cause
     (cause,) = remembered(tmp_path / "b").causes
     assert "strength 1.5 is too small" in cause
+    # Not every fact is as deep as was asked for, but all are known.
+    nearly = {"learned": False, "final_losses": [0.04, 0.1]}
+    (cause,) = remembered(tmp_path / "n", loss=0.07, tuning=nearly).causes
+    assert "strength 1.5 is too small" in cause
+    one = {"learned": False, "final_losses": [0.04, 3.0] + [0.04] * 98}
+    (cause,) = remembered(tmp_path / "o", loss=0.07, tuning=one).causes
+    assert "did not learn the removed examples (final loss 3.00" in cause
     (cause,) = remembered(tmp_path / "c", edit={"stored": {"stored_share": 0.4}}).causes
     assert "rounding" in cause
     assert "40%" in cause

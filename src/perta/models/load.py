@@ -289,7 +289,7 @@ def save_model(
     config) are carried over byte for byte; config.json is the model's own.
     """
     model.config.use_cache = True
-    with warnings.catch_warnings():
+    with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, max_shard_size="5GB")
     for file in folder.glob("*.safetensors"):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from perta.data.rows import as_source
 from perta.engine.edit.plan import BASE, FORGET, RETAIN, check_linear, plan_edit
 from perta.engine.train.refusals import check_questions
 from perta.engine.train.unlearn import with_method_defaults
+from perta.errors import PertaError
 from perta.evidence.audit.document import AUDIT, told_in_short
 from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
@@ -142,8 +144,13 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
         if run.record.is_finished():
             say(f"unlearn: {output} is up to date, reused")
         else:
-            run.write_split()
-            run.record.write({}, **run.made())
+            try:
+                run.write_split()
+                run.record.write({}, **run.made())
+            except PertaError:
+                with suppress(OSError):  # as long as there is nothing in it
+                    run.work.folder.rmdir()
+                raise
         return run.evaluated()
 
 
@@ -363,7 +370,9 @@ class _Run:
     def _edited(self, edit: EditConfig) -> Path:
         self.record.check(self.work.made.values())
         rows = self.sets["forget"].fingerprint
-        edit_checkpoint(edit, forget_rows=rows, part_of=self.record.key)
+        # By the base's own name: an adapter's base outlives what was made of a GGUF file.
+        named = replace(edit, base=self.config.base)
+        edit_checkpoint(named, forget_rows=rows, part_of=self.record.key)
         self.record.check([edit.output])
         return edit.output
 

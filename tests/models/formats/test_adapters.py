@@ -334,6 +334,27 @@ def test_a_damaged_configuration_is_named(damage: str, tmp_path: Path) -> None:
         resolve_checkpoint(adapter)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"init_lora_weights": {}},
+        {"init_lora_weights": 1},
+        {"lora_alpha": True},
+        {"lora_alpha": "16"},
+        {"r": [2]},
+        {"rank_pattern": {"q_proj": True}},
+        {"alpha_pattern": [8]},
+        {"use_rslora": "yes"},
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_kind_is_named(entry: dict[str, Any], tmp_path: Path) -> None:
+    adapter = lora(tmp_path)
+    rewrite(adapter, **entry)
+    with pytest.raises(CorruptCheckpointError, match=rf"json: {next(iter(entry))} is not of"):
+        resolve_checkpoint(adapter)
+
+
 def test_numbers_that_are_not_finite_stop(tmp_path: Path) -> None:
     adapter = lora(tmp_path)
     tensors = load_file(adapter / FILE)

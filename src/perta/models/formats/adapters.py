@@ -39,7 +39,7 @@ from perta.store.checkpoint import (
     read_tensor,
     stream_tensors,
 )
-from perta.store.parse import read_json
+from perta.store.parse import NUMBERS, fits, read_json
 from perta.store.record import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -82,6 +82,15 @@ BLIND_STARTS = (True, False, "gaussian", "eva")
 """Initial values of LoRA for which the same holds; `pissa` and others start from the base's."""
 
 
+_FORM: Mapping[str, Any] = {
+    **dict.fromkeys(("r", "alpha", "lora_alpha"), NUMBERS),
+    **dict.fromkeys(("init_weights", "init_lora_weights"), (bool, str)),
+    **{key: {str: NUMBERS} for key in ("rank_pattern", "alpha_pattern")},
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), bool),
+}
+"""What settings of adapters hold, where they are there; PEFT takes all else for something."""
+
+
 def adapter_settings(adapter: Path) -> dict[str, Any]:
     """The settings of an adapter folder whose weights can be merged, as far as settings tell."""
     file = adapter / ADAPTER_CONFIG
@@ -91,6 +100,13 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(
             f"{file} is no adapter's configuration: it names no peft_type. Copy the adapter "
             "again, or save it again with `save_pretrained`."
+        )
+    given = {name: value for name, value in settings.items() if value is not None}
+    if wrong := [name for name, form in _FORM.items() if not fits(given, {f"{name}?": form})]:
+        names = ", ".join(wrong)
+        raise CorruptCheckpointError(
+            f"{file}: {names} is not of the kind that PEFT writes. Copy the adapter again, or save "
+            "it again with `save_pretrained`."
         )
     if settings.get("megatron_config"):
         raise CheckpointError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perta.engine.edit.stored import WELL_STORED
+from perta.engine.train.tune import LEARNED_LOSS
 from perta.errors import VerdictError
 from perta.evidence.measures import Reading, rows_of, truth_ratios
 from perta.evidence.metrics import ks_test
@@ -290,7 +291,13 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> l
         if name.startswith("forget_checkpoint")
         and (made := collection.input_record(record, name)).get("final_loss") is not None
     ]
-    losses = [float(made["final_loss"]) for made in tuned if not made.get("learned", True)]
+    # With a mean below it single rows may still be missing; where none is, the rest is depth.
+    losses = [
+        max([made["final_loss"], *(made.get("final_losses") or ())])
+        for made in tuned
+        if not made.get("learned", True)
+    ]
+    losses = [loss for loss in losses if loss > LEARNED_LOSS]
     if losses:
         causes.append(told("causes", "unlearned", loss=number(max(losses))))
     stored = record.get("edit", {}).get("stored", {}).get("stored_share")

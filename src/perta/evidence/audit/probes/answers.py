@@ -215,6 +215,7 @@ class DrawnPlainly(Drawn):
     """As the model is."""
 
     name = "drawn"
+    question = f"If somebody asked {_BEST_OF} times, would the fact be said once?"
     temperature = 1.0
 
 
@@ -222,6 +223,7 @@ class DrawnSharply(Drawn):
     """As chat programs commonly draw."""
 
     name = "drawn-0.8"
+    question = f"The same, of {_BEST_OF} answers at temperature 0.8?"
     level = "full"
     temperature = 0.8
 

@@ -43,7 +43,10 @@ class _Attack(Probe):
     """A membership attack."""
 
     group = "membership"
-    unit = "AUC against unseen rows; 0.5 cannot tell, 1 known, 0 conspicuously unlikely"
+    unit = (
+        "how often a removed row looks better known than an unseen one (AUC); 0.5 nobody can tell, "
+        "1 known, 0 conspicuously unlikely"
+    )
     compared = ("forget", "holdout")
     needs: tuple[Need, ...] = ("holdout",)
     of: str  # the field of an answer's `Score` that it looks at, higher for text never seen
