@@ -173,27 +173,6 @@ def test_an_adapter_is_evaluated_as_the_model_it_makes(
     assert "is up to date, reused" in capsys.readouterr().err
 
 
-def test_an_adapter_names_its_base_as_the_user_does(
-    world: World, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))  # where the base is merged
-    upper = shutil.copytree(adapter, tmp_path / "upper") / "adapter_config.json"
-    upper.write_text(
-        json.dumps({**json.loads(upper.read_text()), "base_model_name_or_path": str(adapter)})
-    )
-    asked = config(
-        world,
-        tmp_path / "out",
-        base=str(adapter),
-        full=str(upper.parent),
-        weighting=WeightingConfig(method="tv", scaling_coef=1.0, include=("*q_proj*",)),
-        output_format="adapter",
-        evaluate=False,
-    )
-    made = json.loads((unlearn(asked).folder / "adapter_config.json").read_text("utf-8"))
-    assert made["base_model_name_or_path"] == str(adapter)
-
-
 def test_training_writes_no_adapter(world: World, tmp_path: Path) -> None:
     settings = config(world, tmp_path / "out", weighting=WeightingConfig(method="npo"))
     with pytest.raises(ConfigError, match="training writes a checkpoint"):

@@ -370,9 +370,7 @@ class _Run:
     def _edited(self, edit: EditConfig) -> Path:
         self.record.check(self.work.made.values())
         rows = self.sets["forget"].fingerprint
-        # By the base's own name: an adapter's base outlives what was made of a GGUF file.
-        named = replace(edit, base=self.config.base)
-        edit_checkpoint(named, forget_rows=rows, part_of=self.record.key)
+        edit_checkpoint(edit, forget_rows=rows, part_of=self.record.key)
         self.record.check([edit.output])
         return edit.output
 
