@@ -334,6 +334,34 @@ def test_a_damaged_configuration_is_named(damage: str, tmp_path: Path) -> None:
         resolve_checkpoint(adapter)
 
 
+def test_what_adalora_left_of_the_ranks_is_read(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    ranks: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", total_step=6, target_modules=LAYERS, lora_alpha=8.5, **ranks
+    )
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = peft.get_peft_model(model, config)
+        trained = [p for n, p in adapted.named_parameters() if "lora_" in n and "ranknum" not in n]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        for step in range(1, 6):
+            adapted(TOKENS, labels=TOKENS).loss.backward()
+            adapted.base_model.update_and_allocate(step)
+            adapted.zero_grad()
+        adapted.save_pretrained(tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "base"))
+    left = json.loads((adapter / "adapter_config.json").read_text())["rank_pattern"]
+    assert {type(kept) for kept in next(iter(left.values()))} == {bool}
+    assert {sum(kept) for kept in left.values()} != {4}
+    check(adapter)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -89,6 +89,8 @@ _FORM: Mapping[str, Any] = {
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), bool),
 }
 """What settings of adapters hold, where they are there; PEFT takes all else for something."""
+_PRUNED: Mapping[str, Any] = {"rank_pattern": {str: [bool]}}
+"""What those of AdaLoRA hold in its place: which ranks training left."""
 
 
 def adapter_settings(adapter: Path) -> dict[str, Any]:
@@ -102,7 +104,8 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
             "again, or save it again with `save_pretrained`."
         )
     given = {name: value for name, value in settings.items() if value is not None}
-    if wrong := [name for name, form in _FORM.items() if not fits(given, {f"{name}?": form})]:
+    forms = {**_FORM, **(_PRUNED if kind == "ADALORA" else {})}
+    if wrong := [name for name, form in forms.items() if not fits(given, {f"{name}?": form})]:
         names = ", ".join(wrong)
         raise CorruptCheckpointError(
             f"{file}: {names} is not of the kind that PEFT writes. Copy the adapter again, or save "
