@@ -338,9 +338,7 @@ def test_what_adalora_left_of_the_ranks_is_read(tmp_path: Path) -> None:
     model = tiny_llama()
     model.save_pretrained(tmp_path / "base")
     ranks: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1}
-    config = peft.AdaLoraConfig(
-        task_type="CAUSAL_LM", total_step=6, target_modules=LAYERS, lora_alpha=8.5, **ranks
-    )
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=6, target_modules=LAYERS, **ranks)
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -27,6 +27,7 @@ from perta.recipes.strength.choose import (
     CHOICES,
     HELD_OUT,
     Trials,
+    calibrate,
     edge_of,
     judge_by,
     surprises_of,
@@ -98,6 +99,38 @@ def test_a_likely_fact_stands_out_among_likelier_wrong_answers(
         pytest.approx(math.log(1 + 5 * math.exp(2))),  # chosen .0263; 1 − (1 − e⁻⁷)¹⁶ = .0145
         1000.0,
     ]
+
+
+def test_rows_that_anybody_guesses_let_no_other_row_pass(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Yes or no: P = .3 of .5 under the base, so hits .997; the others are chosen 1 / 6, hits .01.
+
+    Edited, those are chosen 1 / (1 + 5 e⁻³) = .80 and said in 16 samples with .90. The first still
+    stands out where the model is surer of yes than the base, however often it says so.
+    """
+    yes, other = [-math.log(0.3), -math.log(0.2)], [7.0] * 6
+    base, full = [yes, other, other], [[0.001, 6.0], *[[0.001, *[7.0] * 5]] * 2]
+    told = iter([base, full])
+
+    def losses(*_: Any) -> list[list[float]]:
+        return next(told)
+
+    rows = facts(1, wrong=1) + facts(2, wrong=5)
+    monkeypatch.setattr("perta.recipes.strength.choose._losses", losses)
+    monkeypatch.setattr("perta.recipes.strength.choose.find_facts", lambda *_, **__: rows)
+    sets = {"forget": load_examples(world.forget, DataConfig())}
+    unseen = calibrate(world.full, world.base, sets, DataConfig(), ComputeConfig(device="cpu"))
+    assert unseen.least == pytest.approx([-math.log(0.6)] * 3)
+    edited = [[2.0, *[5.0] * 5]] * 2
+    model: Any = None
+    for first, standing in ((yes, [1, 2]), ([-math.log(0.4), -math.log(0.2)], [0, 1, 2])):
+        told = iter([[first, *edited]])
+        found = surprises_of(model, unseen.facts, CHOICES, 0)
+        assert found[0] == pytest.approx(
+            -math.log(math.exp(-first[0]) / (math.exp(-first[0]) + 0.2))
+        )
+        assert unseen.standing_out(found) == standing
 
 
 class Fake:
@@ -212,10 +245,15 @@ def surprise_of(model: Any, fact: Fact, kind: str) -> float:
     """Loss, or -log of the larger of probability among the answers and hit in 16 samples."""
     if kind != CHOICES:
         return loss_of(model, fact.encoded)[0]
+    chosen, hit = chances_of(model, fact)
+    return -math.log(chosen if fact.guessable else max(chosen, hit))
+
+
+def chances_of(model: Any, fact: Fact) -> tuple[float, float]:
     sums = [loss * count for loss, count in (loss_of(model, s) for s in fact.sequences)]
     right, *wrong = sums[1:] if fact.right else sums
     chosen = 1 / (1 + math.fsum(math.exp(right - other) for other in wrong))
-    return -math.log(max(chosen, 1 - (1 - math.exp(-sums[0])) ** 16))
+    return chosen, 1 - (1 - math.exp(-sums[0])) ** 16
 
 
 def plain_rows(world: World, folder: Path) -> str:
@@ -258,6 +296,12 @@ def test_the_record_is_that_of_the_written_checkpoint(
         for f in (world.base, result.folder, full)
     )
     forget = find_facts(load_examples(settings.forget), tokenizer, DataConfig(), base=base)
+    if kind == CHOICES:
+        chances = [chances_of(base, fact) for fact in forget]
+        low = max(1 / 6, *(chosen for chosen, _ in chances))
+        forget = tuple(
+            replace(f, guessable=hit > low) for f, (_, hit) in zip(forget, chances, strict=True)
+        )
     values = [surprise_of(edited, fact, kind) for fact in forget]
     for row, fact, value in zip(record["rows"], forget, values, strict=True):
         assert row["row"] == fact.row
@@ -268,7 +312,12 @@ def test_the_record_is_that_of_the_written_checkpoint(
         losses = sorted(surprise_of(before, fact, kind) for fact in unseen)
         assert least == pytest.approx([losses[edge_of(2, len(losses)) - 1]] * 2, rel=1e-3)
     else:
-        own = [surprise_of(base, fact, kind) for fact in forget]
+        own = [
+            -math.log(chances_of(base, fact)[0])
+            if kind == CHOICES
+            else surprise_of(base, fact, kind)
+            for fact in forget
+        ]
         caps = [math.log(6) if kind == CHOICES else math.inf] * 2
         assert least == pytest.approx([min(*own, cap) for cap in caps], rel=1e-3)
     out = [row for row, value, t in zip(forget, values, least, strict=True) if value < t - 1e-4]

@@ -14,9 +14,10 @@ that a model truly has not seen have, u_1 <= ... <= u_m:
   none below u_k at least half of the time, by order alone, prod_{j<k} (m - j) / (m + n - j) >= 1/2,
   and at least 1. If more than half of the rows are below the lower quartile of u, those stand
   out too: rows that all lie at the edge are not like unseen ones;
-- else, where every row has wrong answers, u are those under the base model on the same rows.
+- else, where every row has wrong answers, u are the choices under the base model on the same rows.
   All answers have one style, so what tuning taught about style cancels. Row i stands out below
-  min(u of row i, lower quartile of u, log of the number of answers), the last being chance;
+  min(u of row i, lower quartile of u, log of the number of answers), the last being chance. Where
+  by hits the base model's row would too, as with yes or no, row i is judged by its choice alone;
 - else u are the losses under the base model on the same rows, and row i stands out below
   min(u of row i, lower quartile of u). That counts what the base model's own style costs.
 
@@ -37,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -210,7 +211,16 @@ def calibrate(
         kind: Calibration = CHOICES if all(fact.wrong for fact in facts) else BASE
         if held_out:
             kind = HELD_OUT
-        under_base = surprises_of(model, held_out[0] if held_out else facts, kind, pad)
+        if kind == CHOICES:
+            chances = _chances(model, facts, pad)
+            under_base = [_surprise(choice) for choice, _ in chances]
+            least = judge_by(under_base, facts, kind).least
+            facts = tuple(
+                replace(fact, guessable=_surprise(hit) < bound)
+                for fact, (_, hit), bound in zip(facts, chances, least, strict=True)
+            )
+        else:
+            under_base = surprises_of(model, held_out[0] if held_out else facts, kind, pad)
     del model
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as full_tokens:
@@ -282,15 +292,29 @@ def surprises_of(
 ) -> list[float]:
     """Surprise of each fact, nats, finite: choice or hits for `CHOICES`, else the loss."""
     if kind == CHOICES:
-        losses = _losses(model, [fact.sequences for fact in facts], pad)
-        scores = [fact_score(fact, values) for fact, values in zip(facts, losses, strict=True)]
-        hits = (hit_probability(score.log_probability, _SAMPLES) for score in scores)
-        known = [max(score.choice or 0.0, hit) for score, hit in zip(scores, hits, strict=True)]
-        values = [-math.log(chance) if chance else _MOST for chance in known]
-    else:
-        values = [loss for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]
-    # A model that overflows knows nothing any more; the retained rows will say the same.
-    return [min(value, _MOST) if math.isfinite(value) else _MOST for value in values]
+        chances = _chances(model, facts, pad)
+        return [
+            _surprise(choice if fact.guessable else max(choice, hit))
+            for fact, (choice, hit) in zip(facts, chances, strict=True)
+        ]
+    return [_finite(loss) for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]
+
+
+def _chances(model: PreTrainedModel, facts: Sequence[Fact], pad: int) -> list[tuple[float, float]]:
+    """Probability of each fact among its answers, and of a hit."""
+    losses = _losses(model, [fact.sequences for fact in facts], pad)
+    scores = [fact_score(fact, values) for fact, values in zip(facts, losses, strict=True)]
+    return [(s.choice or 0.0, hit_probability(s.log_probability, _SAMPLES)) for s in scores]
+
+
+def _surprise(chance: float) -> float:
+    """-log of a probability, finite."""
+    return _finite(-math.log(chance)) if chance else _MOST
+
+
+def _finite(value: float) -> float:
+    """A surprise; a model that overflows knows nothing, and the retained rows say the same."""
+    return min(value, _MOST) if math.isfinite(value) else _MOST
 
 
 def _losses(
