@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from perta.data.batch import Batch, Encoded, bucketed, collate
+from perta.engine import gradients
 from perta.engine.gradients import powers
 from perta.engine.gradients.engine import (
     Moments,
@@ -439,6 +443,35 @@ def test_powers_in_registers_equal_the_definition(
     add_product(powers.Means(means, 1 / len(segments)), powers.Product(left, right, segments))
     for order in orders:
         assert relative_error(means[order], expected[order]) < 3e-6
+
+
+def test_a_gpu_is_asked_for_its_kernel_by_type_and_with_whole_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+
+    def add_powers(left: Tensor, right: Tensor, *_: object) -> None:
+        # What is compiled for a side of one is not what layers take.
+        assert left.shape[1] % 16 == right.shape[1] % 16 == 0
+        if left.dtype == torch.bfloat16:
+            raise RuntimeError("no such instruction")
+
+    kernel = SimpleNamespace(add_powers=add_powers)
+    monkeypatch.setitem(sys.modules, f"{gradients.__name__}._triton", kernel)
+    monkeypatch.setattr(gradients, "_triton", kernel, raising=False)
+    monkeypatch.setattr(powers, "warn", told.append)
+    powers._has_kernel.cache_clear()
+    with FakeTensorMode():
+        found = [
+            powers._has_kernel(torch.device("cuda", 0), t) for t in (torch.float32, torch.bfloat16)
+        ]
+    powers._has_kernel.cache_clear()
+    powers._bounds.cache_clear()
+    assert found == [True, False]
+    assert told == [
+        "the kernel for gradients in torch.bfloat16 cannot run on cuda:0: RuntimeError: no such "
+        "instruction"
+    ]
 
 
 @compiled

@@ -155,14 +155,14 @@ def _add_at(target: Tensor, place: Tensor, values: Tensor) -> None:
 def _add_products(means: Means, products: Sequence[Product]) -> None:
     """Add the powers of sum_k left_kb^T right_kb of each example b."""
     product = products[0] if len(products) == 1 else _joined(products)
-    device = product.left.device
+    device, dtype = product.left.device, _shared_type(product)
     in_registers = means.by_order.keys() <= {1.0, 2.0} and all(
         mean.device == device and mean.dtype == torch.float32 and mean.is_contiguous()
         for mean in means.by_order.values()
     )
     if in_registers and _compiled and device.type == "cpu":
         _add_product_compiled(means, product)
-    elif in_registers and _has_kernel(device):
+    elif in_registers and _has_kernel(device, dtype):
         _add_product_on_gpu(means, product)
     else:
         _add_product_together(means, product)
@@ -201,18 +201,26 @@ def _add_product_compiled(means: Means, product: Product) -> None:
     )
 
 
+def _shared_type(product: Product) -> torch.dtype:
+    """The type that holds the numbers of both factors."""
+    return torch.promote_types(product.left.dtype, product.right.dtype)
+
+
 @functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    """Whether the kernel of `_triton.py` can be compiled and run there."""
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel of `_triton.py` can be compiled and run there for factors of a type."""
     if device.type != "cuda":
         return False
     try:
-        ones = torch.ones(1, 1, device=device)
-        _add_product_on_gpu(Means({1.0: ones, 2.0: ones}, 1.0), Product(ones, ones, ((0, 1),)))
+        # Whole tiles, as most layers have: what is compiled for one row needs less of a GPU.
+        factor = torch.ones(64, 256, dtype=dtype, device=device)
+        means = {order: torch.zeros(256, 256, device=device) for order in (1.0, 2.0)}
+        _add_product_on_gpu(Means(means, 1.0), Product(factor, factor, ((0, 64),)))
     except ImportError:  # installed without Triton
         return False
     except Exception as error:  # no compiler, or a GPU that it was not written for
-        warn(f"the kernel for gradients cannot run on {device}: {type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        warn(f"the kernel for gradients in {dtype} cannot run on {device}: {why}")
         return False
     return True
 
@@ -221,7 +229,7 @@ def _add_product_on_gpu(means: Means, product: Product) -> None:
     """Form and raise the gradients in registers; see `_triton.py`."""
     from perta.engine.gradients import _triton  # takes a second to import
 
-    dtype = torch.promote_types(product.left.dtype, product.right.dtype)
+    dtype = _shared_type(product)
     left, right = (factor.to(dtype).contiguous() for factor in (product.left, product.right))
     bounds = _bounds(product.segments, left.device)
     _triton.add_powers(left, right, bounds, means.by_order, means.weight)
