@@ -250,7 +250,8 @@ class ComputeConfig:
     """CPU threads [default: all cores]."""
     pass_batch_size: int | None = None
     """Examples per pass where nothing is trained: importance, moments and evaluation; it does not
-    change the result [default: 16 for evaluation, otherwise 8; on a GPU eight times as many]."""
+    change the result; long ones are fewer [default: 16 for evaluation, otherwise 8; on a GPU eight
+    times as many]."""
 
     def __post_init__(self) -> None:
         require_least(self, threads=1, pass_batch_size=1)
