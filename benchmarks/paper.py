@@ -99,8 +99,8 @@ class Work:
     Attributes:
         forget: tokens of the forget set.
         share: of the forget set in all tuning tokens.
-        example: tokens per example.
-        batch: tokens per step of tuning, and per batch of importance and moments.
+        batch: tokens per step of tuning.
+        at_once: tokens per pass of importance, moments and evaluation, which the package bounds.
         epochs: of tuning, for the forget checkpoint and for retraining alike.
         sample: retain tokens that importance and moments see, per forget token; moments once for
             all requests.
@@ -111,8 +111,8 @@ class Work:
 
     forget: float = 10e6
     share: float = 0.01
-    example: float = 200
     batch: float = 65_536
+    at_once: float = 4_096
     epochs: float = 5
     sample: float = 2
     evaluated: float = 2e6
@@ -161,7 +161,6 @@ class Stage:
 def stages(model: Model, work: Work) -> list[Stage]:
     """Every stage, retraining first."""
     size, measured = float(model.parameters), work.measured
-    batches, examples = measured / work.batch, measured / work.example
     protected = work.protected
 
     def tuning(name: str, tokens: float) -> Stage:
@@ -176,15 +175,15 @@ def stages(model: Model, work: Work) -> list[Stage]:
         Stage(
             "importance, one order",
             6 * size * measured,
-            # Each example's gradient is written and read back, the sums once per batch.
-            (8 * examples + (4 + 8) * batches) * size,
+            # The sums are read and written once per pass; gradients stay in registers.
+            (4 + 8) * measured / work.at_once * size,
             (2 + 2 * 4) * size,
             (2 + 4) * size,
         ),
         Stage(
             "retain moments, once",
             2 * size * protected,
-            (2 * size + 16 * model.moments) * protected / work.batch,
+            (2 * size + 16 * model.moments) * protected / work.at_once,
             2 * size + 4 * model.moments,
             2 * size + 8 * model.moments,
             single=2 * model.moments * protected,
@@ -204,7 +203,7 @@ def stages(model: Model, work: Work) -> list[Stage]:
         Stage(
             "evaluation",
             2 * size * (work.evaluated + work.generated),
-            2 * size * (work.evaluated / work.batch + work.generated / work.parallel),
+            2 * size * (work.evaluated / work.at_once + work.generated / work.parallel),
             2 * size,
             2 * size,
         ),

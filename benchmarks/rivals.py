@@ -628,6 +628,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[None])
     parser.add_argument("--keep", nargs="*", choices=METHODS, default=())
     options = parser.parse_args()
+    if options.split and not options.tofu:
+        parser.error("--split is one of TOFU's: give --tofu as well")
     set_quiet(True)
     {"run": run, "table": table}[options.what](options)
 

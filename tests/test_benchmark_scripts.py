@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers import tiny_llama
+from perta.data.batch import Encoded, bucketed
 from perta.methods.directions import projected_direction
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -58,6 +59,30 @@ def test_tables_on_the_page_are_those_of_the_script() -> None:
     page = (SCRIPTS.parent / "docs" / "scale.md").read_text("utf-8")
     for model in MODELS:
         assert table(model, Work(), Node()) in page
+
+
+def test_passes_on_paper_are_as_large_as_the_package_makes_them() -> None:
+    from paper import MODELS, Work, stages
+
+    rows = [Encoded((3,) * 64, (3,) * 64, row) for row in range(1, 200)]
+    assert bucketed(rows, 128, 0)[0].input_ids.numel() == Work().at_once
+    # Two bytes a weight, read twice, and a sum in float32, read and written, for each pass.
+    work, size = Work(forget=4096, sample=2), MODELS[0].parameters
+    (importance,) = (s for s in stages(MODELS[0], work) if s.name.startswith("importance"))
+    assert importance.traffic == 3 * (4 + 8) * size
+
+
+def test_a_split_is_refused_without_the_files_it_splits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import rivals
+
+    given = ["rivals.py", "run", str(tmp_path / "work"), "--base", "b", "--split", "forget10"]
+    monkeypatch.setattr("sys.argv", given)
+    monkeypatch.setattr(rivals, "run", print)
+    with pytest.raises(SystemExit):
+        rivals.main()
+    assert "give --tofu as well" in capsys.readouterr().err
 
 
 def test_memory_is_counted_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
