@@ -120,7 +120,7 @@ def own_key() -> bytes:
         key = key or _new_key(place)  # empty while another process writes it
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"The key of the fingerprints of sets cannot be kept: {error}. Let XDG_CONFIG_HOME "
+            f"The key of the fingerprints of sets cannot be kept ({error}). Let XDG_CONFIG_HOME "
             "name a folder that you can write to, the same one in every run."
         ) from error
     if len(key) != _KEY_BYTES:

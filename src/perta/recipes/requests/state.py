@@ -91,8 +91,9 @@ class State:
         found = load_examples(self.start[name]["path"], data_config)
         if set_fingerprint(found, self._secret()) != self.start[name]["blake3"]:
             raise LedgerError(
-                f"{found.source} is not the {name} set that the ledger names: it was changed. Put "
-                "it back, or begin a new ledger from the newest checkpoint."
+                f"{found.source} is not the {name} set that the ledger names: it was changed, or "
+                "an earlier version began the ledger. Put it back, or begin a new ledger from the "
+                "newest checkpoint."
             )
         return found
 
