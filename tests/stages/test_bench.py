@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from perta.data.rows import write_jsonl
 from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.evidence.people import generate_people
 from perta.evidence.settings import MuseConfig, TofuConfig
+from perta.options import ComputeConfig
 from perta.stages.bench import bench_muse, bench_tofu
 
 
@@ -172,6 +174,36 @@ def test_general_ability_from_a_local_task(world: World, tmp_path: Path) -> None
     )
     results = bench_ability(settings)
     assert 0 <= results["perta_people/acc"]["agg_value"] <= 1
+
+
+@pytest.mark.parametrize(("given", "rows"), [(None, 16), (40, 40)])
+def test_a_gpu_gets_no_more_rows_of_the_harness_which_bounds_no_tokens(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, rows: int
+) -> None:
+    import sys
+
+    from perta.evidence.settings import AbilityConfig
+    from perta.stages.bench import bench_ability
+
+    asked: list[Any] = []
+
+    def evaluate(**named: Any) -> None:
+        asked.append(named["batch_size"])
+        raise ValueError("enough")
+
+    manager = SimpleNamespace(TaskManager=lambda *_, **__: SimpleNamespace(match_tasks=list))
+    harness = SimpleNamespace(simple_evaluate=evaluate, tasks=manager, __version__="0")
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", manager)
+    monkeypatch.setattr("perta.models.load.pick_device", lambda _: torch.device("cuda"))
+    compute = ComputeConfig(dtype="float32", pass_batch_size=given)
+    output = tmp_path / "b.json"
+    settings = AbilityConfig(
+        checkpoint=str(world.full), output=output, tasks=("a",), compute=compute
+    )
+    with pytest.raises(DataError, match="enough"):
+        bench_ability(settings)
+    assert asked == [rows]
 
 
 def test_without_the_harness_the_error_says_how_to_get_it(

@@ -28,7 +28,7 @@ from perta.evidence.settings import (
     PeopleBenchConfig,
     TofuConfig,
 )
-from perta.models.load import batch_of, load_model, load_tokenizer, picked
+from perta.models.load import load_model, load_tokenizer, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import PeopleConfig
@@ -123,7 +123,8 @@ def bench_ability(config: AbilityConfig) -> Results:
                 tasks=list(config.tasks),
                 task_manager=manager,
                 device=where["device"],
-                batch_size=batch_of(config.compute, 16),
+                # The harness bounds no tokens, so a GPU gets no more rows.
+                batch_size=config.compute.pass_batch_size or 16,
                 limit=config.limit,
                 bootstrap_iters=0,
                 log_samples=False,
