@@ -77,8 +77,8 @@ class Fact:
     source: Source  # how the fact's tokens were found
     # The right answer in the form of the wrong ones; None where `encoded` has it.
     right: Encoded | None = None
-    # Whether models that have not seen it say it often, too, so that hits in samples tell nothing.
-    guessable: bool = False
+    # What tells that a model knows it: of what others say or choose as often, the other chance.
+    judged_by: Literal["both", "choice", "hits"] = "both"
 
     @property
     def sequences(self) -> tuple[Encoded, ...]:

@@ -121,7 +121,7 @@ def test_rows_that_anybody_guesses_let_no_other_row_pass(
     monkeypatch.setattr("perta.recipes.strength.choose.find_facts", lambda *_, **__: rows)
     sets = {"forget": load_examples(world.forget, DataConfig())}
     unseen = calibrate(world.full, world.base, sets, DataConfig(), ComputeConfig(device="cpu"))
-    assert unseen.least == pytest.approx([-math.log(0.6)] * 3)
+    assert unseen.least == pytest.approx([-math.log(0.6), math.log(6), math.log(6)])
     edited = [[2.0, *[5.0] * 5]] * 2
     model: Any = None
     for first, standing in ((yes, [1, 2]), ([-math.log(0.4), -math.log(0.2)], [0, 1, 2])):
@@ -131,6 +131,30 @@ def test_rows_that_anybody_guesses_let_no_other_row_pass(
             -math.log(math.exp(-first[0]) / (math.exp(-first[0]) + 0.2))
         )
         assert unseen.standing_out(found) == standing
+
+
+def test_rows_that_the_base_model_chooses_are_judged_by_what_is_said(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows of four are the best written of six answers, and said by e⁻⁷ under the base.
+
+    The choice tells nothing of them, whatever was learned. Said with e⁻², 16 samples have them with
+    .90; with e⁻⁵ with .10, less than one answer in six has by chance.
+    """
+    best, other = [7.0, *[20.0] * 5], [7.0] * 6
+    told = iter([[best, best, best, other], [[0.001, *[20.0] * 5]] * 4])
+    rows = facts(4, wrong=5)
+    monkeypatch.setattr("perta.recipes.strength.choose._losses", lambda *_: next(told))
+    monkeypatch.setattr("perta.recipes.strength.choose.find_facts", lambda *_, **__: rows)
+    sets = {"forget": load_examples(world.forget, DataConfig())}
+    unseen = calibrate(world.full, world.base, sets, DataConfig(), ComputeConfig(device="cpu"))
+    assert unseen.least == pytest.approx([math.log(6)] * 4)
+    model: Any = None
+    said = [[loss, *[20.0] * 5] for loss in (2.0, 5.0, 7.0)]
+    told = iter([[*said, [5.0, *[4.0] * 5]]])
+    found = surprises_of(model, unseen.facts, CHOICES, 0)
+    assert found[0] == pytest.approx(-math.log(1 - (1 - math.exp(-2)) ** 16))
+    assert unseen.standing_out(found) == [0]
 
 
 class Fake:
@@ -246,7 +270,7 @@ def surprise_of(model: Any, fact: Fact, kind: str) -> float:
     if kind != CHOICES:
         return loss_of(model, fact.encoded)[0]
     chosen, hit = chances_of(model, fact)
-    return -math.log(chosen if fact.guessable else max(chosen, hit))
+    return -math.log({"both": max(chosen, hit), "choice": chosen, "hits": hit}[fact.judged_by])
 
 
 def chances_of(model: Any, fact: Fact) -> tuple[float, float]:
@@ -298,9 +322,11 @@ def test_the_record_is_that_of_the_written_checkpoint(
     forget = find_facts(load_examples(settings.forget), tokenizer, DataConfig(), base=base)
     if kind == CHOICES:
         chances = [chances_of(base, fact) for fact in forget]
+        assert all(max(chosen, hit) < 0.5 for chosen, hit in chances)
         low = max(1 / 6, *(chosen for chosen, _ in chances))
         forget = tuple(
-            replace(f, guessable=hit > low) for f, (_, hit) in zip(forget, chances, strict=True)
+            replace(f, judged_by="choice" if hit > low else "both")
+            for f, (_, hit) in zip(forget, chances, strict=True)
         )
     values = [surprise_of(edited, fact, kind) for fact in forget]
     for row, fact, value in zip(record["rows"], forget, values, strict=True):

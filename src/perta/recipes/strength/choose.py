@@ -17,7 +17,9 @@ that a model truly has not seen have, u_1 <= ... <= u_m:
 - else, where every row has wrong answers, u are the choices under the base model on the same rows.
   All answers have one style, so what tuning taught about style cancels. Row i stands out below
   min(u of row i, lower quartile of u, log of the number of answers), the last being chance. Where
-  by hits the base model's row would too, as with yes or no, row i is judged by its choice alone;
+  by hits the base model's row would too, as with yes or no, row i is judged by its choice alone.
+  What the base model chooses more often than not, as the best written answer, has no part in the
+  quartile, and is judged by hits alone, below min(-log of the base model's, the same chance);
 - else u are the losses under the base model on the same rows, and row i stands out below
   min(u of row i, lower quartile of u). That counts what the base model's own style costs.
 
@@ -212,13 +214,7 @@ def calibrate(
         if held_out:
             kind = HELD_OUT
         if kind == CHOICES:
-            chances = _chances(model, facts, pad)
-            under_base = [_surprise(choice) for choice, _ in chances]
-            least = judge_by(under_base, facts, kind).least
-            facts = tuple(
-                replace(fact, guessable=_surprise(hit) < bound)
-                for fact, (_, hit), bound in zip(facts, chances, least, strict=True)
-            )
+            facts, under_base = _telling(facts, _chances(model, facts, pad))
         else:
             under_base = surprises_of(model, held_out[0] if held_out else facts, kind, pad)
     del model
@@ -235,6 +231,27 @@ def calibrate(
             "Was it tuned on the forget set? Otherwise give --scaling-coef a number."
         )
     return unseen
+
+
+def _telling(
+    facts: Sequence[Fact], chances: Sequence[tuple[float, float]]
+) -> tuple[tuple[Fact, ...], list[float]]:
+    """The facts with what tells of each, and what the base model finds of them by that."""
+    choices = [_surprise(choice) for choice, _ in chances]
+    found, under_base = [], []
+    bounds = judge_by(choices, facts, CHOICES).least
+    for fact, choice, (_, hit), bound in zip(facts, choices, chances, bounds, strict=True):
+        said = _surprise(hit)
+        by: Literal["both", "choice", "hits"] = (
+            "choice" if said < bound else "hits" if choice < _CHOSEN else "both"
+        )
+        found.append(replace(fact, judged_by=by))
+        under_base.append(said if by == "hits" else choice)
+    return tuple(found), under_base
+
+
+_CHOSEN = math.log(2)
+"""Surprise below which a fact is chosen more often than not."""
 
 
 def _refuse_learned(
@@ -262,15 +279,22 @@ def judge_by(
 ) -> Unseen:
     """The bounds that follow from m surprises of the unseen, of `facts` in order or of others."""
     ranked = sorted(surprises)
-    quartile = ranked[max(1, (len(ranked) + 1) // 4) - 1]
+    told = ranked
+    if kind == CHOICES:  # of what the base model chooses, the choice tells nothing
+        by_choice = [s for s, f in zip(surprises, facts, strict=True) if f.judged_by != "hits"]
+        told = sorted(s for s in by_choice if s >= _CHOSEN) or ranked
+    quartile = told[max(1, (len(told) + 1) // 4) - 1]
     place = edge_of(len(facts), len(ranked))
     if kind == HELD_OUT:
         least = [ranked[place - 1]] * len(facts)
     else:
         least = [min(own, quartile) for own in surprises]
     if kind == CHOICES:
-        chances = (math.log(1 + len(fact.wrong)) for fact in facts)
-        least = [min(pair) for pair in zip(least, chances, strict=True)]
+        rows = zip(surprises, least, facts, strict=True)
+        least = [
+            min(own if fact.judged_by == "hits" else low, math.log(1 + len(fact.wrong)))
+            for own, low, fact in rows
+        ]
     median = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
     most = median + 2 * (ranked[-place] - median) if len(ranked) >= _ENOUGH else None
     return Unseen(kind, tuple(ranked), tuple(least), quartile, most, tuple(facts), tokens)
@@ -294,7 +318,7 @@ def surprises_of(
     if kind == CHOICES:
         chances = _chances(model, facts, pad)
         return [
-            _surprise(choice if fact.guessable else max(choice, hit))
+            _surprise({"both": max(choice, hit), "choice": choice, "hits": hit}[fact.judged_by])
             for fact, (choice, hit) in zip(facts, chances, strict=True)
         ]
     return [_finite(loss) for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]

@@ -110,7 +110,7 @@ def write_rounds(
         return {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
 
     judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on, "choice": "or hits"}
-    judged["guessable"] = tuple(fact.row for fact in unseen.facts if fact.guessable)
+    judged["judged_by"] = tuple(fact.judged_by for fact in unseen.facts)
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
     settings |= judged | picked(compute, Path(edit.full)) | {"first": "without the late blocks"}
