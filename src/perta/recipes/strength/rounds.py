@@ -109,8 +109,8 @@ def write_rounds(
     def look() -> dict[str, str]:
         return {name: fingerprint(Path(str(place))) for name, place in folders.items() if place}
 
-    judged = {"least": unseen.least, "calibrated_on": unseen.calibrated_on, "choice": "or hits"}
-    judged["judged_by"] = tuple(fact.judged_by for fact in unseen.facts)
+    judged: dict[str, Any] = {"least": unseen.least, "calibrated_on": unseen.calibrated_on}
+    judged["chances"] = tuple(fact.judged_by for fact in unseen.facts)
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
     settings |= judged | picked(compute, Path(edit.full)) | {"first": "without the late blocks"}
