@@ -517,7 +517,7 @@ def test_the_likely_cause_is_named(tmp_path: Path) -> None:
     strength = {"strength": {"reached": False, "retain_budget": 0.1}}
     (cause,) = remembered(tmp_path / "d", unlearn={"settings": {}, **strength}).causes
     assert "--retain-budget" in cause
-    rounds = {"reached": False, "scaling_coef": 1.0, "largest": 1.0, "standing_out": [3]}
+    rounds = {"reached": False, "scaling_coef": 1.0, "in_rounds": True, "standing_out": [3]}
     (cause,) = remembered(tmp_path / "e", unlearn={"settings": {}, "strength": rounds}).causes
     assert "left facts that stand out, 1 of them. Give --scaling-coef a number above 1.5" in cause
     (cause,) = remembered(tmp_path / "t", stage="train").causes

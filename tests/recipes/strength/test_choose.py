@@ -170,7 +170,7 @@ class Fake:
 
 
 def trials(
-    monkeypatch: pytest.MonkeyPatch, edges: list[float], harm: float, **largest: float
+    monkeypatch: pytest.MonkeyPatch, edges: list[float], harm: float, **usual: float
 ) -> tuple[Trials, Fake]:
     """Rows that are forgotten from a strength of their own; loss `harm` · α on retained rows."""
     fake, unseen = Fake(), judge_by([1.0] * 20, facts(len(edges)), BASE)
@@ -187,7 +187,7 @@ def trials(
     rows = [replace(fact, encoded=replace(fact.encoded, row=fact.row)) for fact in unseen.facts]
     retain = [Encoded((1, 2), (IGNORE, 2), 0)] * 8
     judged = replace(unseen, facts=tuple(rows))
-    made = Trials(fake, judged, retain, 0.1, 0, **largest)  # type: ignore[arg-type]
+    made = Trials(fake, judged, retain, 0.1, 0, **usual)  # type: ignore[arg-type]
     return made, fake
 
 
@@ -199,16 +199,22 @@ def test_the_last_row_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.is_monotone()
 
 
-def test_no_strength_above_the_largest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_rounds_more_is_taken_only_where_it_reaches_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of which the last needs 2.9; at `harm` .04 the budget of .1 ends at 2.5."""
     edges = [0.4, 0.5, 0.8, 2.9]
-    made, fake = trials(monkeypatch, edges, 0.01, largest=1.0)
+    made, _ = trials(monkeypatch, edges, 0.04, usual=1.0)
     assert made.search() == (1.0, False)
-    assert max(strength for strength, *_ in fake.asked) == 1
-    made, fake = trials(monkeypatch, edges[:3], 0.01, largest=1.0)
+    made, _ = trials(monkeypatch, edges, 0.2, usual=1.0)  # 1 is beyond the budget
     strength, reached = made.search()
-    assert reached
-    assert 0.8 <= strength <= 0.8 * 1.05
-    assert max(strength for strength, *_ in fake.asked) == 1
+    assert not reached
+    assert 0.45 < strength <= 0.5
+    for most, harm in ((2.9, 0.01), (0.8, 0.04)):
+        made, _ = trials(monkeypatch, [edge for edge in edges if edge <= most], harm, usual=1.0)
+        strength, reached = made.search()
+        assert reached
+        assert most <= strength <= most * 1.05
 
 
 def test_few_rows_reject_a_strength(monkeypatch: pytest.MonkeyPatch) -> None:

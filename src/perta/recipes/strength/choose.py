@@ -27,8 +27,8 @@ The lower quartile is u_k with k = floor((m + 1) / 4), at least 1. A row is over
 median + 2 (u_{m+1-k} - median), k as for the held-out set, which marks it as removed; fewer than 8
 unseen facts tell nothing of that.
 
-After rounds no strength is above theirs: for the last rows all others, and what is retained, would
-pay.
+After rounds a strength above theirs, 1, is taken only where it reaches every row: short of that
+all others, and what is retained, would pay for nothing.
 
 Few of the retained rows decide how far the strength may go, and only where the forget set is there
 or a look is due; rows that keep a strength from passing are looked at first. Rows that gave moments
@@ -158,7 +158,7 @@ class Strength:
     Attributes:
         reached: whether every row looks unseen at it; otherwise it is, of those tried within the
             retain budget, the one at which the fewest rows stand out, and by the least.
-        largest: strength above which none was tried: that of the rounds, 1, where there were any.
+        in_rounds: whether the forget checkpoint is the sum of rounds, whose own strength is 1.
         standing_out: numbers of the rows that still stand out.
         over_forgotten: numbers of the rows that are forgotten far beyond what is unseen; None
             where there are too few unseen facts to tell.
@@ -172,7 +172,7 @@ class Strength:
 
     scaling_coef: float
     reached: bool
-    largest: float
+    in_rounds: bool
     calibrated_on: Calibration
     standing_out: tuple[int, ...]
     over_forgotten: tuple[int, ...] | None
@@ -381,8 +381,8 @@ def choose_strength(
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as tokens:
         edited, budget = EditedModel(model, changes), retain_budget
-        largest = 1.0 if in_rounds else LARGEST
-        trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer), largest)
+        usual = 1.0 if in_rounds else math.inf
+        trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer), usual)
         scaling_coef, reached = trials.search()
         if not scaling_coef:
             raise ConfigError(
@@ -396,7 +396,7 @@ def choose_strength(
         found = Strength(
             scaling_coef,
             reached,
-            largest,
+            in_rounds,
             unseen.calibrated_on,
             _numbers(unseen, unseen.standing_out(surprises)),
             None if over is None else _numbers(unseen, over),
@@ -424,10 +424,10 @@ class Trials:
         retain: Sequence[Encoded],
         retain_budget: float,
         pad: int,
-        largest: float = LARGEST,
+        usual: float = math.inf,
     ) -> None:
         self._edited, self._unseen, self._retain = edited, unseen, retain
-        self._budget, self._pad, self._largest = retain_budget, pad, largest
+        self._budget, self._pad, self._usual = retain_budget, pad, usual
         self._surprises: dict[float, dict[int, float]] = {}
         self._losses: dict[float, float] = {}
         # How far each row was from looking unseen when it was last looked at.
@@ -435,12 +435,16 @@ class Trials:
 
     def search(self) -> tuple[float, bool]:
         """The strength to use, and whether every row looks unseen at it."""
-        found = search_strength(self.forgets, self.fits, self._largest)
+        found = search_strength(self.forgets, self.fits)
         if found.scaling_coef is None:
-            return max(found.within, key=self._rank), False
+            # What reaches not all is not worth what it takes.
+            if self._usual < LARGEST and self.fits(self._usual):
+                return self._usual, False
+            below = [strength for strength in found.within if strength < self._usual]
+            return max(below, key=self._rank), False
         if found.scaling_coef:
             # A look beyond, to be able to say that the curve is not monotone.
-            self.forgets(min(2 * found.scaling_coef, self._largest))
+            self.forgets(min(2 * found.scaling_coef, LARGEST))
         return found.scaling_coef, True
 
     def _rank(self, scaling_coef: float) -> tuple[int, float]:
@@ -563,10 +567,11 @@ def _report(found: Strength) -> None:
     more = len(found.standing_out) - _SHOWN_ROWS
     rows = f"rows {shown}{f' and {more} more' if more > 0 else ''}"
     still = f"{len(found.standing_out)} of {len(found.rows)} facts still stand out"
-    if found.scaling_coef == found.largest < LARGEST:
+    if found.in_rounds and found.scaling_coef == 1:
         warn(
-            f"{still} after the rounds: {rows}. A strength of all rows that reaches the last ones "
-            "takes more from what is retained; give --scaling-coef a larger number for that."
+            f"{still} after the rounds: {rows}. No strength within the retain budget of "
+            f"{found.retain_budget:g} nats per token reaches them all. Raise --retain-budget, or "
+            "give --scaling-coef a number above 1, which takes more from what is retained."
         )
     else:
         warn(

@@ -18,9 +18,9 @@ checkpoint
 
     θ_f = θ₀ + Σ_k α_k τ_k,
 
-whose strength is then searched for up to 1, that of the rounds as they were. Where no round found a
-strength it is searched for as any other's, and θ_f is θ₀ + τ_0, of all blocks. What stands out is
-said in `strength`.
+whose strength is then searched for as any other's, but is 1, that of the rounds as they were, where
+none reaches every row. Where no round found a strength θ_f is θ₀ + τ_0, of all blocks. What stands
+out is said in `strength`.
 """
 
 from __future__ import annotations

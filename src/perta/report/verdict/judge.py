@@ -304,8 +304,8 @@ def _likely_causes(run: Run, collection: Collection, forgetting: Statement) -> l
     if isinstance(stored, int | float) and stored < WELL_STORED:
         causes.append(told("causes", "rounding", stored=stored))
     strength = record.get("unlearn", {}).get("strength", {})
-    # After rounds the search ends at 1, and elsewhere at the budget.
-    ended = strength.get("scaling_coef") == strength.get("largest") == 1
+    # What rounds left is not paid for where no strength reaches it; elsewhere the budget ends it.
+    ended = strength.get("in_rounds") and strength.get("scaling_coef") == 1
     if strength.get("reached") is False and not ended:
         causes.append(told("causes", "budget", budget=number(strength.get("retain_budget"))))
     # What may be chance needs no more strength.
