@@ -49,11 +49,11 @@ class Found:
     within: tuple[float, ...] = ()
 
 
-def search_strength(forgets: Question, fits: Question, largest: float = LARGEST) -> Found:
+def search_strength(forgets: Question, fits: Question) -> Found:
     """Look for the smallest strength that forgets and fits.
 
     Every range of passing strengths that spans a factor of `RATIO`, between `FIRST` and
-    `largest`, is found, however the rest of the curve runs, unless the budget was exceeded at
+    `LARGEST`, is found, however the rest of the curve runs, unless the budget was exceeded at
     every strength of an octave before it: what lies behind is a model that collapses. Narrower
     ranges are found where they lie between a strength that falls short and one that goes too far.
 
@@ -75,8 +75,7 @@ def search_strength(forgets: Question, fits: Question, largest: float = LARGEST)
     if forgets(0.0):
         return Found(0.0)
     low, was_forgotten, exceeded = 0.0, False, 0
-    # Powers of the ratio are rounded.
-    for place, high in enumerate(strength for strength in _GRID if strength < 1.01 * largest):
+    for place, high in enumerate(_GRID):
         is_forgotten = forgets(high)
         if is_forgotten and not was_forgotten:
             # What is just enough may be within the budget where a little more is not.
