@@ -307,6 +307,11 @@ class TrainingRun:
         return option_name(self, name).replace("_", "-")
 
 
+LEARNED_LOSS = 0.2
+"""Mean example loss in nats per token at which a set counts as learned: an answer's tokens then
+have a geometric mean probability of 0.82."""
+
+
 @_panel("Fine-tuning", 3)
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainingRun):

@@ -19,7 +19,7 @@ from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet
 from perta.data.tokens import EncodedSet
 from perta.engine.train.optimizer import resumable
-from perta.engine.train.tune import LEARNED_FACT, LEARNED_LOSS, Tuned, tune_until_learned
+from perta.engine.train.tune import LEARNED_FACT, Tuned, tune_until_learned
 from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
 from perta.models.formats.low_rank import load_tuned, save_tuned
@@ -34,7 +34,7 @@ from perta.models.load import (
     stored_dtype,
 )
 from perta.models.loss import losses_of
-from perta.options import ComputeConfig, DataConfig, LossOn, sample_count
+from perta.options import LEARNED_LOSS, ComputeConfig, DataConfig, LossOn, sample_count
 from perta.parallel import everywhere
 from perta.progress import say, warn
 from perta.stages.settings import FinetuneConfig

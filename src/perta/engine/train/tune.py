@@ -19,7 +19,7 @@ from perta.engine.train.optimizer import Resume, Trainer
 from perta.errors import DivergenceError
 from perta.models.loss import example_losses
 from perta.models.precision import product_type_of
-from perta.options import DType, TuneConfig
+from perta.options import LEARNED_LOSS, DType, TuneConfig
 from perta.parallel import Own, everywhere
 from perta.progress import say
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-LEARNED_LOSS = 0.2
-"""Mean example loss in nats per token at which a set counts as learned: an answer's tokens then
-have a geometric mean probability of 0.82."""
 LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
 _RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from perta.engine.edit.stored import WELL_STORED
-from perta.engine.train.tune import LEARNED_LOSS
 from perta.errors import VerdictError
 from perta.evidence.measures import Reading, rows_of, truth_ratios
 from perta.evidence.metrics import ks_test
+from perta.options import LEARNED_LOSS
 from perta.report.collect import Collection, Run
 from perta.report.settings import Wanted
 from perta.report.verdict._checks import (
