@@ -211,7 +211,9 @@ def _requests(world: World, place: Path) -> object:
         given: dict[str, Any] = {n: str(getattr(world, n)) for n in ("base", "full", "retain")}
         with pytest.MonkeyPatch.context() as patch:
             # Hashes of rows depend on the ledger's key, which is drawn.
-            drawn = SimpleNamespace(token_hex=lambda size: "5e" * size)
+            drawn = SimpleNamespace(
+                token_hex=lambda size: "5e" * size, token_bytes=lambda size: b"\x5e" * size
+            )
             patch.setattr("perta.recipes.requests.take.secrets", drawn)
             start_ledger(RequestsInitConfig(folder=folder, **given))
     if not read_state(folder).requests:

@@ -188,7 +188,7 @@ def test_a_forget_checkpoint_that_does_not_know_the_rows_is_refused_with_figures
         ):
             unlearn(settings)
         assert not settings.output.exists()
-        assert made(settings) == set()
+        assert not settings.work_folder.exists()
 
 
 def test_settings_of_a_fine_tune_that_does_not_take_place_are_refused(

@@ -440,8 +440,7 @@ class Trials:
             # What reaches not all is not worth what it takes.
             if self._usual < LARGEST and self.fits(self._usual):
                 return self._usual, False
-            below = [strength for strength in found.within if strength < self._usual]
-            return max(below, key=self._rank), False
+            return max(found.within, key=self._rank), False
         if found.scaling_coef:
             # A look beyond, to be able to say that the curve is not monotone.
             self.forgets(min(2 * found.scaling_coef, LARGEST))
