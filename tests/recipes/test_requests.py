@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from perta.data.rows import read_rows, write_jsonl
 from perta.data.tokens import row_mark
 from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
+from perta.recipes._request import hold_back
 from perta.recipes.requests.apply import apply_requests
 from perta.recipes.requests.clean import clean_requests
 from perta.recipes.requests.look import recheck_requests, verify_requests
@@ -169,6 +171,33 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
     _add(ledger, write_jsonl([{"question": "R?", "answer": "A."}], tmp_path / "fourth.jsonl"), "r4")
     apply_requests(replace(other, data_config=DataConfig(chat_template=False)))
     assert len(measured) == 3
+
+
+def test_a_run_measures_its_own_moments_where_most_of_those_kept_are_of_rows_it_judges_by(
+    world: World, tmp_path: Path
+) -> None:
+    def rows(long: Sequence[int]) -> list[dict[str, Any]]:
+        return [
+            {"question": f"Question {n}?", "answer": "So it is. " * (30 if n in long else 1)}
+            for n in range(40)
+        ]
+
+    short = load_examples(write_jsonl(rows([]), tmp_path / "short.jsonl"))
+    held = hold_back(short, None, None).held_back
+    assert held is not None
+    data = write_jsonl(rows([e.row - 1 for e in held.examples]), tmp_path / "all.jsonl")
+    models = {"base": str(world.base), "full": str(world.full)}
+    start_ledger(RequestsInitConfig(folder=tmp_path / "ledger", retain=str(data), **models))
+    _add(tmp_path / "ledger", world.forget, "r1")
+    projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
+    apply = RequestsApplyConfig(folder=tmp_path / "ledger", weighting=projection, tune=TUNE)
+    entry = apply_requests(apply)
+    record = read_manifest(tmp_path / "ledger" / entry.facts["checkpoint"])
+    assert record is not None
+    assert record["unlearn"]["held_back"]["rows"] == len(held)
+    assert "retain_moments" not in record["unlearn"]["inputs"]
+    measured = open_moments(tmp_path / "ledger/work/3/run/retain_moments")
+    assert not holds(measured.folder, load_examples(data).examples[held.examples[0].row - 1 :][:1])
 
 
 def test_nobody_without_the_key_can_confirm_a_row_in_the_moments(

@@ -18,13 +18,13 @@ from perta.methods.registry import parse
 from perta.models.load import picked
 from perta.options import DataConfig, MomentOptions
 from perta.progress import say
-from perta.recipes._request import write_rows
+from perta.recipes._request import hold_back, write_rows
 from perta.recipes.requests.settings import RequestsApplyConfig
 from perta.recipes.requests.state import Request, State, opened, signature_file
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import unlearn
 from perta.report.verdict.judge import require_verdict
-from perta.stages.moments import compute_moments, holds, moments_without
+from perta.stages.moments import check_less, compute_moments, holds, moments_without
 from perta.stages.settings import LessMomentsConfig, MomentsConfig
 from perta.stages.stage import changes
 from perta.store.atomic import atomic_folder
@@ -123,7 +123,7 @@ def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
 def _kept_moments(
     config: RequestsApplyConfig, state: State, work: Path, retain: Path
 ) -> Path | None:
-    """Moments of retained rows: those of the last request without the rows of this one."""
+    """Moments of retained rows: the last request's without the rows of this one, if they serve."""
     method = parse(config.weighting.method, Method)
     if not isinstance(method, Edit) or "retain" not in method.needs.moments:
         return None
@@ -143,9 +143,9 @@ def _kept_moments(
             raise ConfigError("More than half of what was measured is gone by now.")
         if "rows_key" not in facts:  # or hashes that anybody can make get into a record
             _keep(kept, kept, state)
-        if not holds(kept, asked):
-            return kept
-        made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
+        if holds(kept, asked):
+            made = moments_without(LessMomentsConfig(moments=kept, checkpoint=base, **place), asked)
+            _keep(made, kept, state)
     except PertaError as error:
         if kept.exists():
             say(f"The moments that were kept are made again. {error}")
@@ -158,14 +158,31 @@ def _kept_moments(
                 **place,
             )
         )
-    return _keep(made, kept, state)
+        _keep(made, kept, state)
+    less = LessMomentsConfig(moments=kept, checkpoint=base, **place)
+    return kept if _serve(less, retain) else None
 
 
-def _keep(made: Path, kept: Path, state: State) -> Path:
+def _serve(config: LessMomentsConfig, retain: Path) -> bool:
+    """Whether the rows that retention is judged on can be taken out of kept moments."""
+    rows = load_examples(retain, config.data_config)
+    held = hold_back(rows, None, config.data_config.subject_column).held_back
+    try:
+        if held is not None and holds(config.moments, held.examples):
+            check_less(config, held.examples)
+    except ConfigError:
+        say(
+            "Few rows gave the moments that are kept, and retention is judged on most of them: "
+            "this run measures its own."
+        )
+        return False
+    return True
+
+
+def _keep(made: Path, kept: Path, state: State) -> None:
     """Copy moments to their place in the ledger's folder, with keyed hashes."""
     with atomic_folder(kept, overwrite=True, private=True) as partial:
         shutil.copytree(made, partial, dirs_exist_ok=True)
         key_rows(partial, state.key())
         held = {"content": content_of(partial), "files": files_of(partial)}
         write_manifest(partial, {**(read_manifest(partial) or {}), **held})
-    return kept
