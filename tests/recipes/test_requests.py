@@ -186,8 +186,14 @@ def test_a_run_measures_its_own_moments_where_most_of_those_kept_are_of_rows_it_
     held = hold_back(short, None, None).held_back
     assert held is not None
     data = write_jsonl(rows([e.row - 1 for e in held.examples]), tmp_path / "all.jsonl")
-    models = {"base": str(world.base), "full": str(world.full)}
-    start_ledger(RequestsInitConfig(folder=tmp_path / "ledger", retain=str(data), **models))
+    start_ledger(
+        RequestsInitConfig(
+            folder=tmp_path / "ledger",
+            base=str(world.base),
+            full=str(world.full),
+            retain=str(data),
+        )
+    )
     _add(tmp_path / "ledger", world.forget, "r1")
     projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
     apply = RequestsApplyConfig(folder=tmp_path / "ledger", weighting=projection, tune=TUNE)
