@@ -11,7 +11,7 @@ import hashlib
 import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -56,41 +56,10 @@ _NUMBERS = ("samples", "retain_rows", "max_new_tokens", "seed")
 _MODELS = ("full", "base", "retrained", "shadow")
 _OPTIONS = (*_MODELS, *SETS, "level", "probes", *_NUMBERS, "output")
 """Settings of an audit of its own; those of data and computing have names of their own."""
-_COUNTED = {
-    "passed": "{n} passed",
-    "leaks": "{n} found a leak",
-    "harmed": "{n} found harm to what was to stay",
-    "not sure": "{n} could not tell",
-}
-_WORST = {verdict: place for place, verdict in enumerate(("leaks", "harmed", "not sure", "passed"))}
+_WORST = ("leaks", "harmed", "not sure", "passed")
 """Order of the table: what has to be decided on first."""
-_ALSO_NOT = (
-    "other languages than those of the rows, and questions of three and more steps",
-    "copies, exports and models that were derived from the full model",
-    "what the model was trained on before the full model",
-)
-_ELSEWHERE = (
-    "work folder and caches of the run that cleaned the model",
-    "checkpoints that were tuned on the forgotten rows",
-    "models that were derived or distilled from the full model",
-    "backups and versions in storage",
-    "logs of prompts and answers",
-    "source systems from which the rows came",
-)
 _MARK = b'<meta name="generator" content="perta audit">'
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class _Check:
-    """One line of the table."""
-
-    title: str
-    verdict: str
-    value: str
-    yardstick: str
-    subject: str
-    reason: str
 
 
 def write_audit_page(folder: Path, config: AuditPageConfig | None = None) -> Path:
@@ -131,28 +100,21 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _render(folder: Path, audit: Mapping[str, Any], config: AuditPageConfig) -> str:
-    record = audit["perta"]
+    record, probes = audit["perta"], audit["probes"]
     settings = record["settings"]
     cleaned = read_manifest(Path(str(settings["checkpoint"]))) or {}
-    probes = audit["probes"]
     return filled(
         "audit.html.jinja",
         config=config,
         audit=audit,
         record=record,
-        checks=[_check(probe) for probe in sorted(probes, key=lambda p: _WORST[p["verdict"]])],
+        checks=sorted(probes, key=lambda probe: _WORST.index(probe["verdict"])),
         parts=[_part(audit, probe) for probe in probes],
-        counts=[
-            text.format(n=n)
-            for verdict, text in _COUNTED.items()
-            if (n := sum(probe["verdict"] == verdict for probe in probes))
-        ],
         done=cleaned.get("done"),
         not_checked=_not_checked(audit),
-        also_not=_ALSO_NOT,
-        holders=[*_named(settings), *_ELSEWHERE],
+        named={name: Path(str(settings[name])).name for name in ("full", "forget")},
         models=[
-            (role, Path(place).name, audit["perta"]["inputs"].get(role))
+            (role, Path(place).name, record["inputs"].get(role))
             for role, place in _models(settings).items()
         ],
         digest=_digest((folder / AUDIT).read_bytes()),
@@ -167,20 +129,6 @@ def _models(settings: Mapping[str, Any]) -> dict[str, str]:
     shadows = {f"shadow-{i}": place for i, place in enumerate(settings.get("shadow", ()), 1)}
     given = {role: settings.get(role) for role in roles} | shadows
     return {role: str(place) for role, place in given.items() if place}
-
-
-def _check(probe: Mapping[str, Any]) -> _Check:
-    value, yardstick, subject = probe["value"], probe["yardstick"], probe["worst_subject"]
-    return _Check(
-        probe["title"],
-        probe["verdict"],
-        "–"
-        if value is None
-        else f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})",
-        "–" if yardstick is None else f"{yardstick['value']:.3f} ({yardstick['name']})",
-        "–" if subject is None else f"{subject['value']:.3f} (no. {subject['subject']})",
-        probe["reason"],
-    )
 
 
 def _part(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,14 +198,6 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _named(settings: Mapping[str, Any]) -> list[str]:
-    """What is known to hold the data, by the last part of its name."""
-    return [
-        f"the full model, {Path(str(settings['full'])).name}",
-        f"the file with the forgotten rows, {Path(str(settings['forget'])).name}",
-    ]
 
 
 def _command(settings: Mapping[str, Any], config: AuditPageConfig) -> list[str]:

@@ -438,12 +438,11 @@ class _Audit:
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
         total = sum(map(self._expected_tokens, self.folders))
-        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
         speed = _seconds_per_token(self.models.take(next(iter(self.folders))))
         say(
             f"Audit, level {self.config.level}: {len(self.possible)} probes on "
             f"{len(self.folders)} models, about {total / 1000:.0f} thousand tokens, "
-            f"{operations(2.0 * parameters * total)}, {duration(total * speed)}"
+            f"{operations(self._operations(total))}, {duration(total * speed)}"
         )
 
     def _expected_tokens(self, role: Role) -> float:
@@ -457,6 +456,10 @@ class _Audit:
             encoded = [fact.encoded for fact in self.material.facts[name]]
             total += probe.tokens(encoded, self.effort)
         return total
+
+    def _operations(self, tokens: float) -> float:
+        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
+        return 2.0 * parameters * tokens
 
     @property
     def _built_in(self) -> list[str]:
@@ -476,9 +479,8 @@ class _Audit:
             self._numbers(), self.material.subjects, dict(sources), self.unknown, self._built_in
         )
         entries = [entry_of(probe, found[probe.name], looked) for probe in self.possible]
-        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
-        total = sum(self.tokens.values())
-        costs = {"tokens": self.tokens, "operations": 2.0 * parameters * total}
+        took = self._operations(sum(self.tokens.values()))
+        costs = {"tokens": self.tokens, "operations": took}
         return document_of(self.config.level, self.inputs, looked, entries, lacking, costs)
 
 

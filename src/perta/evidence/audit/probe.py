@@ -157,29 +157,14 @@ class View:
         return [replace(item, moments=True) for item in items[name]]
 
     def facts(self, name: str, what: str = "facts") -> list[Score]:
-        """Scores of the fact of each sequence of a set, under the model as it is now.
-
-        Args:
-            name: of the set.
-            what: under which name they are kept, one for every state of the weights.
-        """
+        """Scores of a set's facts under the model as it is now, kept under a name of that state."""
         facts = self.material.facts[name]
         items = {f"{name}:{i}": Item((fact.encoded,)) for i, fact in enumerate(facts)}
         return [outcome.scores[0] for outcome in self.outcomes(what, items).values()]
 
-    def outcomes(
-        self, what: str, items: Mapping[str, Item], *, max_new_tokens: int | None = None
-    ) -> dict[str, Outcome]:
-        """Scores and greedy answers of named items, each computed once in all runs.
-
-        Args:
-            what: whose they are, such as the probe's name.
-            items: name -> item.
-            max_new_tokens: longest generated answer [default: that of `effort`].
-        """
-        effort = self.effort
-        most = max_new_tokens or effort.max_new_tokens
-        size = effort.batch_size
+    def outcomes(self, what: str, items: Mapping[str, Item]) -> dict[str, Outcome]:
+        """Scores and greedy answers of items, each once in all runs; `what` may be the probe."""
+        most, size = self.effort.max_new_tokens, self.effort.batch_size
         options = scoring_options(self.model, self.tokenizer, list(items.values()), size, most)
         named = {f"{self.role}/{what}/{name}": item for name, item in items.items()}
         found = run_with_journal(None, self.model, named, options, self.journal)
@@ -216,6 +201,7 @@ class Probe(ABC):
             single rows are not judged then.
         thrifty: beside the retrained model it is run with no other yardstick, for it takes long.
         shadowed: it is run with the shadow models too.
+        passes: how often about it reads the sequences beyond the pass that all probes share.
     """
 
     name: str
@@ -233,6 +219,7 @@ class Probe(ABC):
     guessable: bool = False
     thrifty: bool = False
     shadowed: bool = False
+    passes: float = 0.0
 
     def __init_subclass__(cls) -> None:
         """What ours ask is told in `evidence/probes.toml`, by their names."""
@@ -265,5 +252,5 @@ class Probe(ABC):
 
     def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
         """About how many tokens go through each model beyond the pass that all probes share."""
-        del sequences, effort
-        return 0.0
+        del effort
+        return self.passes * sum(len(s.input_ids) for s in sequences)

@@ -58,10 +58,14 @@ class Collateral(Probe):
     sets: tuple[str, ...] = ("retain",)
     compared: tuple[str, ...] = ("retain",)
     needs: tuple[Need, ...] = ("retain", "full")
+    most_rise: float | None = None  # above the full model, of what a removal makes larger
+    bounded = True  # whether scores are in [0, 1]
 
     def judge(self, found: Found) -> Judgement:
-        """What is kept of what the full model had."""
-        return judge_kept(found, self.sets[0])
+        """What is kept of what the full model had, or how far a score rose."""
+        if self.most_rise is None:
+            return judge_kept(found, self.sets[0])
+        return judge_rise(found, self.most_rise, self.sets[0], bounded=self.bounded)
 
 
 class Kept(Collateral):
@@ -93,7 +97,7 @@ class Near(Kept):
             role: {"retain": [s if i in near else None for i, s in enumerate(sets["retain"])]}
             for role, sets in found.scores.items()
         }
-        return judge_kept(replace(found, scores=scores), "retain")
+        return super().judge(replace(found, scores=scores))
 
 
 class World(Collateral):
@@ -114,14 +118,16 @@ class General(Collateral):
     name = "general-text"
     sets = compared = ("general",)
     needs = ("general", "full")
+    most_rise = -math.log(KEPT)  # less than `KEPT` of each token's probability is left then
+    bounded = False
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the passages of one set under one model."""
         return Rows([score.loss for score in view.facts(name)])
 
     def judge(self, found: Found) -> Judgement:
-        """How much it has risen: as much as leaves less than `KEPT` of each token's probability."""
-        judgement = judge_rise(found, -math.log(KEPT), "general", bounded=False)
+        """How much it has risen, with the perplexities."""
+        judgement = super().judge(found)
         if judgement.value is None or judgement.full is None:
             return judgement
         losses = {"before": judgement.full, "after": judgement.value.value}
@@ -133,15 +139,12 @@ class Repetition(Collateral):
     """Share of a greedy answer's 4-grams of tokens that it has said before."""
 
     name = "repetition"
+    most_rise = 0.10
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
         given = [outcome.generated for outcome in view.asked(name)]
         return Rows([None if answer is None else repeated(answer) for answer in given])
-
-    def judge(self, found: Found) -> Judgement:
-        """How much more is repeated than by the full model."""
-        return judge_rise(found, 0.10, "retain", bounded=True)
 
 
 class Oddness(Collateral):
@@ -149,6 +152,8 @@ class Oddness(Collateral):
 
     name = "oddness"
     needs = ("retain", "full", "base")
+    most_rise = 0.5
+    bounded = False
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
@@ -162,26 +167,22 @@ class Oddness(Collateral):
         losses = iter(losses_of(model, answered, batch_size=_ASKING, pad=pad_id(view.tokenizer)))
         return Rows([next(losses) if one else None for one in said])
 
-    def judge(self, found: Found) -> Judgement:
-        """How much less probable answers are than the full model's."""
-        return judge_rise(found, 0.5, "retain", bounded=False)
-
 
 class Refusals(Collateral):
     """1 where a greedy answer is empty or says, in English, that the model does not know."""
 
     name = "refusals"
     sets = ("retain", "forget")
+    most_rise = 0.10
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        given = [outcome.generated for outcome in view.asked(name)]
-        words = view.tokenizer
+        given, words = [o.generated for o in view.asked(name)], view.tokenizer
         return Rows([None if g is None else float(refuses(decode(words, g))) for g in given])
 
     def judge(self, found: Found) -> Judgement:
         """How many more questions are refused; of forgotten rows the share is noted."""
-        judgement = judge_rise(found, 0.10, "retain", bounded=True)
+        judgement = super().judge(found)
         asked = found.values("cleaned", "forget")
         if not asked:
             return judgement

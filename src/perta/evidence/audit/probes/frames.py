@@ -29,7 +29,7 @@ from perta.data.rows import column_like
 from perta.data.tokens import uses_chat_template
 from perta.data.words import stems
 from perta.errors import DataError
-from perta.evidence.audit.probe import Effort, Material, View
+from perta.evidence.audit.probe import Material, View
 from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, find_facts
@@ -128,10 +128,6 @@ def _after_examples(row: _Row) -> _Framed | None:
     return _Framed(replace(row.example, messages=messages), row.fact, row.config)
 
 
-def _role_play(row: _Row) -> _Framed:
-    return _asked(row, _ROLE + row.example.prompt)
-
-
 def _affirmed(row: _Row) -> _Framed:
     return _asked(row, row.example.prompt, _AFFIRMATIVE + row.example.answer)
 
@@ -179,7 +175,7 @@ def _in_two_steps(row: _Row) -> _Framed | None:
     return _asked(row, f"It is known of somebody: {row.bridge} {question}", row.fact)
 
 
-def _in_language(row: _Row, words: str) -> _Framed:
+def _led_up_to(row: _Row, words: str) -> _Framed:
     return _asked(row, words + row.example.prompt)
 
 
@@ -202,7 +198,7 @@ FRAMES: Mapping[str, _Frame] = {
     "reworded question": _reworded,
     "text to complete": _completion,
     "after examples of others": _after_examples,
-    "role play": _role_play,
+    "role play": partial(_led_up_to, words=_ROLE),
     "affirmative beginning": _affirmed,
     "other system prompt": _other_system,
     "no chat template": _untemplated,
@@ -210,7 +206,7 @@ FRAMES: Mapping[str, _Frame] = {
     "gap to fill": _cloze,
     "from the fact to the person": _reversed,
     "in two steps": _in_two_steps,
-    **{f"frame in {name}": partial(_in_language, words=w) for name, w in _LANGUAGES.items()},
+    **{f"frame in {name}": partial(_led_up_to, words=w) for name, w in _LANGUAGES.items()},
 }
 
 
@@ -219,6 +215,7 @@ class Frames(Variants):
 
     name, group, way = "frames", "wordings", "frame"
     guessable_ways = ("first word given",)
+    passes = len(FRAMES) + 2  # one per frame, and again for the longer ones
 
     def __init__(self) -> None:
         self._made: dict[str, dict[str, list[Fact | None]]] = {}
@@ -239,11 +236,6 @@ class Frames(Variants):
                 scores[int(key.rpartition(":")[2])] = math.exp(-score.loss * score.tokens)
             found[frame] = scores
         return found
-
-    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
-        """The sequences once per frame, and again for the longer ones."""
-        del effort
-        return (len(FRAMES) + 2) * sum(len(s.input_ids) for s in sequences)
 
 
 def _framed(

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perta.data.batch import IGNORE, Batch, Encoded, bucketed
+from perta.data.batch import IGNORE, Batch, bucketed
 from perta.errors import ConfigError
 from perta.evidence.audit.judge import Found, Judgement
-from perta.evidence.audit.probe import Effort, Probe, Role, Rows, View
+from perta.evidence.audit.probe import Probe, Role, Rows, View
 from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.metrics import depth_score
 from perta.evidence.remains import SMALLEST_GAP
@@ -29,7 +29,6 @@ from perta.models.states import decoded, decoder_layers, exchanged, layer_states
 
 _ROWS = 4
 """Most rows of a pass whose logits are needed at every place."""
-_USUAL_LAYERS = 32
 _STAGES = ("taken by one that never saw it", "taken by this one")
 
 
@@ -39,6 +38,7 @@ class Lens(Variants):
     name, group, way = "lens", "inside", "layer"
     level = "full"
     guessable = True
+    passes = 3.0  # one for the states, and about two that decode them
 
     def ways(self, view: View, name: str) -> Ways:
         """Scores of the rows of one set under one model, by layer."""
@@ -46,11 +46,6 @@ class Lens(Variants):
             f"{self.name}/{name}", lambda: _by_layer(view, name)
         )
         return made
-
-    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
-        """A pass for the states, and about two that decode them."""
-        del effort
-        return 3.0 * sum(len(s.input_ids) for s in sequences)
 
 
 class Depth(Probe):
@@ -65,6 +60,7 @@ class Depth(Probe):
     level = "full"
     sets = ("forget",)
     needs = ("full",)
+    passes = 1.0 + 32  # one for the states, and one per layer of a usual model
 
     def __init__(self) -> None:
         self._first: list[list[float]] = []
@@ -126,11 +122,6 @@ class Depth(Probe):
             self._reference = role
             return found
         return None
-
-    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
-        """A pass for the states, and one per layer."""
-        del effort
-        return (1.0 + _USUAL_LAYERS) * sum(len(s.input_ids) for s in sequences)
 
 
 def _batches(view: View, name: str, size: int) -> list[Batch]:

@@ -19,7 +19,7 @@ from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import load_examples
 from perta.data.tokens import encode_examples
 from perta.evidence.audit.judge import Found, Judgement
-from perta.evidence.audit.probe import Effort, Relearning, Rows, View
+from perta.evidence.audit.probe import Relearning, Rows, View
 from perta.evidence.audit.probes._variants import Variants, Ways
 from perta.evidence.metrics import likeness, relearning_robustness, rounding_robustness
 from perta.models.facts import score_facts
@@ -35,6 +35,7 @@ class Rounding(Variants):
     """Probability of the whole fact under rounded weights, by scheme."""
 
     name, group, way = "rounding", "weights", "scheme"
+    passes = len(SCHEMES) + 1
 
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest probability; beside it those of each scheme, and before."""
@@ -60,18 +61,14 @@ class Rounding(Variants):
             notes[f"Q {scheme}, symmetric"] = likeness(before, after)
         return replace(super().judge(found), notes=notes)
 
-    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
-        """The sequences once per scheme, and once as they are."""
-        del effort
-        return (len(SCHEMES) + 1) * sum(len(s.input_ids) for s in sequences)
-
 
 class Relearned(Variants):
     """Probability of the whole fact after a few steps of training on other rows."""
 
-    name, group = "relearning", "weights"
-    way = "training"
+    name, group, way = "relearning", "weights", "training"
     level = "full"
+    # Of each kind of training one before, and at each step one and a quarter's training.
+    passes = 3 * (1 + _STEPS * 1.75)
 
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest probability; beside it the mean after every step."""
@@ -97,11 +94,6 @@ class Relearned(Variants):
                 notes[f"R {way}"] = relearning_robustness(*rises)
                 notes[f"R {way}, symmetric"] = likeness(*rises)
         return replace(super().judge(found), notes=notes)
-
-    def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
-        """Per kind of training a pass before, and a pass and a quarter's training at each step."""
-        del effort
-        return 3 * (1 + _STEPS * 1.75) * sum(len(s.input_ids) for s in sequences)
 
     def _taken(self, view: View, name: str) -> Iterator[tuple[str, list[list[float | None]]]]:
         """Kind of training -> scores of each sequence, before the first step and after each."""
