@@ -188,7 +188,7 @@ class World:
         files = {"forget": self.folder / f"first-{count}.jsonl", "retain": work / "retain.jsonl"}
         sets = {name: load_examples(file, DATA) for name, file in files.items()}
         unseen = calibrate(self.full, Path(self.base), sets, DATA, self.compute)
-        found = choose_strength(edit, sets, unseen, 0.1, self.seed, DATA, self.compute)
+        found = choose_strength(edit, sets, unseen, 0.1, DATA, self.compute, seed=self.seed)
         weighting = at_strength(with_defaults(edit.weighting), found.scaling_coef)
         return edit_checkpoint(replace(edit, weighting=weighting))
 

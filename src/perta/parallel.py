@@ -83,10 +83,7 @@ def everywhere(function: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -
     """Call a module's function on every process with the same arguments; what process 0 returned.
 
     The others get copies, of models those of their weights. In another such call, process by
-    process.
-
-    Raises:
-        PertaError: a process is gone; an error on any of them is raised as if it were our own.
+    process. PertaError where a process is gone; an error on any of them is raised as if our own.
     """
     with _calling(function, args, named):
         return function(*args, **named)

@@ -90,14 +90,9 @@ def load_examples(
 ) -> ExampleSet:
     """Read every row of a file or `datasets` id, in its order.
 
-    Args:
-        source: JSONL, JSON, CSV, TSV or Parquet file, or a `datasets` id; in a program also the
-            rows themselves, as dictionaries, a `datasets` table or a pandas frame.
-        config: column names and kind of rows.
-
-    Raises:
-        DataError: the source is missing, undecodable, or has rows without a usable answer.
-        EmptyDatasetError: no rows.
+    Files are JSONL, JSON, CSV, TSV or Parquet; in a program rows may be given themselves, as
+    dictionaries, a `datasets` table or a pandas frame. DataError where the source is missing,
+    undecodable, or has rows without a usable answer; EmptyDatasetError without rows.
     """
     config = config or DataConfig()
     source = as_source(source, "the data")

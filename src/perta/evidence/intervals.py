@@ -191,13 +191,9 @@ def _random_weights(n: int, seed: int) -> Array:
 
 
 def upper_end(values: Sequence[float]) -> float:
-    """Value above which at most one in twenty of such values lies.
+    """Value above which at most one in twenty of n such values lies.
 
-    It is the k-th smallest of the n values, with
-
-        k = ⌈0.95 (n + 1)⌉,
-
-    and the largest where that exceeds n (fewer than 19 values).
+    It is the k-th smallest, k = ⌈0.95 (n + 1)⌉, the largest where that exceeds n (fewer than 19).
     """
     ordered = sorted(values)
     return ordered[min(len(ordered), math.ceil(_CONFIDENCE * (len(ordered) + 1))) - 1]

@@ -76,19 +76,20 @@ def _of_set(entry: Mapping[str, Any], of: _Group, better: _Better) -> Measure:
     return _made(entry, f"{of}_{entry['key']}", of, better, [*names, *alone])
 
 
+_TOLD = tomllib.loads(files("perta").joinpath("evidence", "measures.toml").read_text("utf-8"))
+
+
 def _read_measures() -> Iterator[Measure]:
-    text = files("perta").joinpath("evidence", "measures.toml").read_text("utf-8")
-    told = tomllib.loads(text)
     sets: Mapping[_Group, _Better] = {"forget": "low", "retain": "high", "holdout": "none"}
     groups: tuple[_Group, ...] = (*sets, "utility", "membership")
     for group in groups:
-        yield from (_of_set(entry, group, sets[group]) for entry in told["each"] if group in sets)
-        for entry in told["single"]:
+        yield from (_of_set(entry, group, sets[group]) for entry in _TOLD["each"] if group in sets)
+        for entry in _TOLD["single"]:
             if entry["group"] == group:
                 better = entry.get("better", "none")
                 yield _made(entry, entry["key"], group, better, entry["names"])
-    for name, label in told["attacks"]["labels"].items():
-        entry = {**told["attacks"], "label": label}
+    for name, label in _TOLD["attacks"]["labels"].items():
+        entry = {**_TOLD["attacks"], "label": label}
         yield _made(entry, f"mia_{name}", "membership", "none", [f"mia_{name}"])
 
 
@@ -96,60 +97,11 @@ MEASURES: tuple[Measure, ...] = tuple(_read_measures())
 _BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
 _BY_NAME: Mapping[str, Measure] = {name: m for m in MEASURES for name in m.names}
 
-FACTS = ("forget_fact", "forget_fact_token", "forget_choice")
-"""Measures of what the question and the sentence around it do not give away. Of the first two one
-decides: the probability of the whole fact, or that of its tokens where facts are so long that not
-even the model before the edit gives one whole."""
-BY_ROW = (*FACTS, "forget_probability")
-"""Measures whose single rows are judged: probabilities, which have no steps."""
-FORGET_CORE = (
-    *FACTS,
-    "forget_probability",
-    "forget_strength",
-    "forget_rouge",
-    "forget_verbmem",
-    "forget_knowmem",
-)
-"""Measures of being able to give the removed answers; the worst of the decisive ones decides."""
-RETAIN_CORE = (
-    "retain_fact",
-    "retain_fact_token",
-    "retain_choice",
-    "retain_probability",
-    "retain_rouge",
-    "retain_knowmem",
-    "model_utility",
-)
-"""Measures of being useful for everything else; the worst of them decides."""
-PAIRS: tuple[tuple[str, str, str], ...] = (
-    ("forget_probability", "retain_probability", "Answer probability"),
-    ("forget_rouge", "retain_rouge", "ROUGE-L"),
-    ("forget_strength", "retain_strength", "Extraction strength"),
-    ("forget_verbmem", "retain_knowmem", "Verbatim and knowledge"),
-    ("forget_knowmem", "retain_knowmem", "Knowledge"),
-    ("forget_quality", "model_utility", "Forget quality and utility"),
-)
+_LISTS: Mapping[str, tuple[str, ...]] = {n: tuple(keys) for n, keys in _TOLD["lists"].items()}
+FACTS, FORGET_CORE, RETAIN_CORE = (_LISTS[n] for n in ("facts", "forget_core", "retain_core"))
+BY_ROW, SUMMARY, _UTILITY_PARTS = (_LISTS[n] for n in ("by_row", "summary", "utility_parts"))
+PAIRS: tuple[tuple[str, str, str], ...] = tuple(map(tuple, _TOLD["pairs"]))
 """Forgetting against keeping: the two measures and what they have in common."""
-SUMMARY = (
-    "forget_probability",
-    "forget_rouge",
-    "forget_strength",
-    "forget_quality",
-    "forget_verbmem",
-    "retain_probability",
-    "retain_rouge",
-    "retain_strength",
-    "retain_knowmem",
-    "model_utility",
-)
-"""Measures of a short table."""
-
-_UTILITY_PARTS = (
-    "retain_probability",
-    "retain_rouge",
-    "retain_truth",
-    *(f"{short}_{part}" for short in ("ra", "wf") for part in ("probability", "rouge", "truth")),
-)
 
 
 def read_measures(results: Mapping[str, Any]) -> dict[str, Reading]:

@@ -44,19 +44,14 @@ def quick_evaluation(
 ) -> Results:
     """Evaluate a model on named sets; without `facts`, by set, they are what the rows tell.
 
-    Returns:
-        For each set NAME: `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
-        `NAME_extraction_strength`, `NAME_fact_probability` (`prob` of the whole fact, `loss` per
-        fact token, `hit_64` the probability of at least one hit in 64 samples, `source`),
-        `NAME_fact_choice` (`prob`, `rank` and number of `candidates`; where there are wrong
-        answers), `NAME_subject` (where the rows have one), `NAME_row` (numbers of the rows in their
-        file, where some were left out or cut) and `NAME_rougeL_recall` (where answers were
-        generated), each {"agg_value": mean, "value_by_index": {"0": {...}, ...}}; of
-        `NAME_subject` the number of subjects. Without NaN.
-
-    Raises:
-        DataError: an example does not fit, see `encode_examples`.
-        DivergenceError: the model's loss is not finite.
+    For each set NAME there are `NAME_loss`, `NAME_probability`, `NAME_exact_memorization`,
+    `NAME_extraction_strength`, `NAME_fact_probability` (`prob` of the whole fact, `loss` per fact
+    token, `hit_64` the probability of at least one hit in 64 samples, `source`), `NAME_fact_choice`
+    (`prob`, `rank` and number of `candidates`; where there are wrong answers), `NAME_subject`
+    (where the rows have one), `NAME_row` (numbers of the rows in their file, where some were left
+    out or cut) and `NAME_rougeL_recall` (where answers were generated), each {"agg_value": mean,
+    "value_by_index": {"0": {...}, ...}}; of `NAME_subject` the number of subjects. DataError as of
+    `encode_examples`; DivergenceError where the loss is not finite.
     """
     scoring, data_config = scoring or ScoringConfig(), data_config or DataConfig()
     longest = longest_input(model)

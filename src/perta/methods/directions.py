@@ -86,17 +86,14 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
     """Δ = τ (I + ρ C_r / c)⁻¹, with c the mean diagonal of C_r: what the retain set hardly sees.
 
     It minimises ‖Δ − τ‖² + ρ/c · tr(Δ C_r Δᵀ): the step nearest to τ that changes little of what
-    the layer makes of retained inputs. Along an eigenvector of C_r with eigenvalue s the share
-    1 / (1 + ρ s / c) of τ is in Δ. At ρ = 0 it is τ; ρ to infinity leaves the part of τ in the null
+    the layer makes of retained inputs. Along an eigenvector of C_r with eigenvalue s the share 1 /
+    (1 + ρ s / c) of τ is in Δ. At ρ = 0 it is τ; ρ to infinity leaves the part of τ in the null
     space of the retain inputs, the projection of AlphaEdit. `input_direction` tends to it as μ
     grows with ρ / μ constant, so the forget set is read for τ alone.
 
     Shapes as there. The cost is in³/3 + 2 · out · in² operations and one more (in, in) matrix; with
-    a factor 4 · out · n · in + n² · in, and nothing larger than (n, in). No damping is needed: no
-    eigenvalue of the matrix is below 1.
-
-    Raises:
-        DivergenceError: C_r is not positive semidefinite, or not finite.
+    a factor 4 · out · n · in + n² · in, and nothing larger than (n, in). No eigenvalue of the
+    matrix is below 1; DivergenceError where C_r is not positive semidefinite, or not finite.
     """
     mean = mean_diagonal(retain_moment)
     # Moments that are all zero ask for no protection.

@@ -106,11 +106,8 @@ def remove_influence(
     """Move a model's trainable weights to where they would be without the forget set.
 
     The model is float32 and is changed in place; its trainable LoRA adapter was trained on both
-    sets. `batch_size` does not change the result.
-
-    Raises:
-        DivergenceError: the solve fails, or the step leads to a loss that is not finite.
-        EmptyDatasetError: no forget examples.
+    sets. `batch_size` does not change the result. DivergenceError where the solve fails, or the
+    step leads to a loss that is not finite; EmptyDatasetError without forget examples.
     """
     if not forget:
         raise EmptyDatasetError("There is no influence to remove: the forget set is empty.")

@@ -47,15 +47,11 @@ def resolve_checkpoint(
 ) -> Path:
     """The local safetensors folder, with config and tokenizer, that a reference stands for.
 
-    Args:
-        reference: folder, PEFT adapter folder, GGUF file or hub id.
-        base: model an adapter belongs to; by default the one its config names.
-        exact: merge an adapter into float32 weights, whatever the type of its base: what it adds
-            is a task vector, most of which the base's type may round away.
-
-    Raises:
-        CheckpointNotFoundError: nothing is there, or the hub cannot be reached.
-        CheckpointError: it cannot be read or merged, or is of another model than it says.
+    It may be a folder, a PEFT adapter folder (of `base`, or the model it names), a GGUF file or a
+    hub id. With `exact` an adapter is merged into float32 weights, whatever the type of its base:
+    what it adds is a task vector, most of which that type may round away. CheckpointNotFoundError
+    where nothing is there, CheckpointError where it cannot be read or is of another model than it
+    says.
     """
     return _resolve(reference, base=base, exact=exact)
 

@@ -155,7 +155,6 @@ def refuse_without_effect(config: UnlearnConfig) -> None:
     measured = "it is for methods with importance or moments"
     single = (
         ("retain_budget", searches, auto),
-        ("strength_seed", searches, auto),
         ("rounds", searches and moments, rounds),
         ("retain_samples", tunes or (moments and config.retain_moments is None), samples),
         ("retain_checkpoint", tunes, "it is for `msa`"),

@@ -148,7 +148,7 @@ def _resolved(config: UnlearnConfig, base: Path) -> dict[str, Any]:
     # How the result is evaluated does not decide what it is; how it is chosen does.
     evaluation = {"evaluate", "fail_unless", *settings_of(config.scoring)}
     if config.weighting.scaling_coef != "auto":
-        evaluation |= {"holdout", "retain_budget", "strength_seed"}
+        evaluation |= {"holdout", "retain_budget"}
     settings = {k: v for k, v in settings_of(config).items() if k not in evaluation}
     return {
         **settings,

@@ -17,7 +17,6 @@ from perta.options import (
     EstimatorConfig,
     FileType,
     Flat,
-    Hidden,
     MomentOptions,
     More,
     OutputFormat,
@@ -112,8 +111,6 @@ class UnlearnConfig(Paths):
     retain_budget: Annotated[float, More] = 0.1
     """With `--scaling-coef auto`: largest rise of the mean loss on a sample of the retain set, in
     nats per token."""
-    strength_seed: Annotated[int, Hidden] = 0
-    """With `--scaling-coef auto`: seed of the sample of the retain set."""
     save_dtype: Annotated[FileType, More] = "full"
     """Type of the unlearned checkpoint [default: that of the full checkpoint]; q8_0 for a GGUF
     file alone."""

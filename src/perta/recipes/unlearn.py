@@ -125,16 +125,10 @@ class Unlearned:
 def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     """Remove a forget set from a checkpoint (`perta unlearn`).
 
-    Everything that can be wrong with the input is checked before the first long step.
-
-    Args:
-        config: inputs, output and settings.
-        **options: in its place or over what it has: its fields, and those of its groups by the
-            names of the command line, such as `method`, `alpha` and `epochs`. Places may be text or
-            paths; sets of examples may be rows as well.
-
-    Raises:
-        PertaError: input that cannot be used; nothing is left half-written.
+    `options` stand in place of `config` or over what it has: its fields, and those of its groups by
+    the names of the command line, such as `method`, `alpha` and `epochs`. Places may be text or
+    paths; sets of examples may be rows as well. PertaError at input that cannot be used, before the
+    first long step; nothing is left half-written.
     """
     run = _request(with_options(UnlearnConfig if config is None else config, options))
     output, plan = run.config.output, run.plan(looks=False)
@@ -453,7 +447,6 @@ class _Run:
                 used,
                 cast(Unseen, unseen),
                 config.retain_budget,
-                config.strength_seed,
                 config.data_config,
                 config.compute,
                 in_rounds=in_rounds,

@@ -14,7 +14,7 @@ from typing import Any
 from perta.evidence.measures import MEASURES
 from perta.report.collect import Collection, Run
 from perta.report.verdict.judge import Statement, Verdict
-from perta.report.verdict.words import Check, number, told
+from perta.report.verdict.words import number, told
 
 _INPUT_NAMES: Mapping[str, str] = {
     "full": "model before the edit",
@@ -91,20 +91,6 @@ def _pin(role: str, name: str, value: float) -> Pin:
     percent = 100 * min(1.0, max(0.0, value))
     side = "left" if percent < 18 else "right" if percent > 82 else "middle"
     return Pin(role, f"{name} {number(value)}", percent, 0, side)
-
-
-def _percent(share: float) -> str:
-    return f"{round(100 * share)}%".replace("-", "−")
-
-
-def share_text(check: Check, *, kept: bool) -> str:
-    """What remains or is kept, as a percentage with its interval."""
-    if check.share is None:
-        return "–"
-    text = _percent(check.share)
-    if check.share_low is not None and check.share_high is not None:
-        text += f" ({_percent(check.share_low)} to {_percent(check.share_high)})"
-    return text + (" kept" if kept else " left")
 
 
 def asked(subject: Run | None, collection: Collection) -> list[Identity]:

@@ -79,18 +79,11 @@ _TIMED_TOKENS = 128
 
 
 def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dict[str, Any]:
-    """Look through a cleaned checkpoint and write `audit.json` (`perta audit`).
+    """Look through a cleaned checkpoint and write `audit.json` (`perta audit`), which is returned.
 
-    Args:
-        config: models, sets, level and output.
-        earlier: fingerprints of models that removals before the last one began with; each may be
-            the full one.
-
-    Returns:
-        What the file holds, see docs/evidence.md; `perta` says what made it.
-
-    Raises:
-        PertaError: input that cannot be used, or a model that is not what it is given as.
+    `earlier` are fingerprints of models that removals before the last one began with; each may be
+    the full one. PertaError at input that cannot be used, or a model that is not what it is given
+    as.
     """
     probes = choose_probes(config.level, config.probes)
     given = _given(config)

@@ -97,10 +97,7 @@ def bench_ability(config: AbilityConfig) -> Results:
     """Evaluate a checkpoint on tasks of lm-evaluation-harness (`perta bench ability`).
 
     Returns `TASK/METRIC` -> {"agg_value", "standard_error"}, and what made it under `perta`.
-
-    Raises:
-        ConfigError: the harness is not installed, or no such task exists.
-        DataError: a task's data cannot be loaded.
+    ConfigError without the harness or such a task, DataError where a task's data cannot be loaded.
     """
     try:
         import lm_eval

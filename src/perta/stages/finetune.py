@@ -113,11 +113,7 @@ def check_learned(
     *,
     named: str,
 ) -> Fit:
-    """Look whether a forget checkpoint, `named` so by the user, has learned the facts of some rows.
-
-    Raises:
-        NotLearnedError: its loss on them is not clearly below the base's.
-    """
+    """How well a forget checkpoint, given as `named`, knows some rows; or a NotLearnedError."""
     tokenizer, losses, tokens = load_tokenizer(base), [], 0
     examples: list[Encoded] = []
     for folder in (base, given):

@@ -15,13 +15,10 @@ The files carry the checkpoint's own tensor names, shapes and shards, one sub-fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from perta.data.batch import Encoded, bucketed, seeded_sample
 from perta.engine.gradients.engine import (
@@ -52,6 +49,8 @@ def compute_importance(config: ImportanceConfig) -> Path:
     config = replace(config, compute=exact_on_cpu(config.compute))
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
+        from transformers.core_model_loading import revert_weight_conversion
+
         chosen = sample(subject.encoded.encoded, config.estimator)
         size = batch_of(config.compute, 8)
         moments = estimate(
@@ -68,7 +67,7 @@ def compute_importance(config: ImportanceConfig) -> Path:
         for order, tensors in moments.by_order.items():
             target = folder / order_name(order)
             target.mkdir()
-            named = _checkpoint_names(model, tensors)
+            named = revert_weight_conversion(model, dict(tensors))
             stored = {getattr(index.find(n), "name", n): tensor for n, tensor in named.items()}
             write_tensors(target, stored, index.shards)
         facts = _facts(config, moments, subject)
@@ -104,7 +103,7 @@ def estimate(
     `gradient_checkpointing` and `accumulate_on`, the sums' place, save memory with the reduction
     `mean_of_power`; `abs_of_mean` does without them. Errors are those of `batched_moments`.
     """
-    with _progress(len(examples)) as progress:
+    with track("Importance", len(examples)) as progress:
         sparing = {
             "gradient_checkpointing": gradient_checkpointing,
             "accumulate_on": "cpu" if accumulate_on == "cpu" else None,
@@ -129,13 +128,6 @@ def _measure(
     return batched_moments(model, batches, orders, progress=progress.value, **sparing)
 
 
-def _checkpoint_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and split tensors, keyed by parameter, as the checkpoint stores parameters."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(model, dict(tensors)))
-
-
 def _facts(config: ImportanceConfig, moments: Moments, subject: Subject) -> dict[str, Any]:
     return {
         "orders": sorted(moments.by_order),
@@ -150,17 +142,3 @@ def _facts(config: ImportanceConfig, moments: Moments, subject: Subject) -> dict
         "dtype": subject.settings["dtype"],
         "versions": versions(),
     }
-
-
-@contextmanager
-def _progress(examples: int) -> Iterator[Any]:
-    """The engine reports examples finished so far; the bar wants how many more."""
-    with track("Importance", examples) as advance:
-        finished = 0
-
-        def report(now: int) -> None:
-            nonlocal finished
-            advance(now - finished)
-            finished = now
-
-        yield report

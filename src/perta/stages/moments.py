@@ -104,10 +104,8 @@ def compute_moments(config: MomentsConfig) -> Path:
 def merge_moments(config: MergeMomentsConfig) -> Path:
     """Add moment folders: the moments of the union of their sets (`perta merge-moments`).
 
-    Raises:
-        CheckpointMismatchError: the folders are of different models, layers or settings.
-        ConfigError: a data set is counted twice, or rows are recognised by two keys, or by one
-            that is not there.
+    CheckpointMismatchError where they are of different models, layers or settings; ConfigError
+    where a set is counted twice, or rows are recognised by two keys, or by one that is not there.
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
@@ -159,14 +157,8 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
     Moments are sums over rows, so theirs are measured and subtracted: one pass over these rows in
     place of one over all that stay. Both are float32 to rounding, at most half of what is there may
     go at once, and a quarter of what was once measured must be left, so the result is that of the
-    rows that stay to a few 2⁻²⁴ of a mean diagonal.
-
-    Returns:
-        The output folder.
-
-    Raises:
-        ConfigError: too much would go, or the rows were tokenised or measured otherwise.
-        CheckpointMismatchError: the moments are of another model.
+    rows that stay to a few 2⁻²⁴ of a mean diagonal. ConfigError where more would go, or the rows
+    were tokenised or measured otherwise; CheckpointMismatchError at moments of another model.
     """
     opened, checkpoint = open_moments(config.moments), resolve_checkpoint(config.checkpoint)
     facts, (encoded, marks) = opened.facts, _leaving(config, opened, rows)

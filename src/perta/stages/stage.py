@@ -128,14 +128,9 @@ def run_stage(
 ) -> dict[str, Any]:
     """Produce a stage's output folder, or reuse it; returns its manifest.
 
-    Args:
-        make: writes the output into the folder it is given; returns results worth recording.
-        look: finds `inputs` again, for they must be the same when the output is made.
-
-    Raises:
-        CheckpointError: an input was changed meanwhile.
-        ConfigError: the output overlaps what the stage reads.
-        OutputExistsError: the output is there, does not match, and must not be replaced.
+    `make` fills the folder it is given, and returns results worth recording. `look` finds `inputs`
+    again: CheckpointError where they are others once the output is made. ConfigError where it
+    overlaps what is read, OutputExistsError where another one is there and must not be replaced.
     """
     wanted = _Wanted(stage, place, settings, inputs)
     if (finished := wanted.there(reads)) is not None:

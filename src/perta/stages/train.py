@@ -7,7 +7,7 @@ The baselines that weight-space edits are compared with, and the reference they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,17 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
     key = stage_key("train", settings, inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        tokenizer = load_tokenizer(start)
-        material = _encode(sets, tokenizer, config, longest_input(start))
+        tokenizer, longest = load_tokenizer(start), longest_input(start)
+        encoded = {
+            name: encode_examples(examples, tokenizer, config.data_config, longest=longest)
+            for name, examples in sets.items()
+        }
+        forget, retain = (encoded[n].encoded if n in encoded else () for n in ("forget", "retain"))
         if isinstance(method, Influence):
-            model, done = _solve(config, method, material)
+            model, done = _solve(config, method, forget, retain, pad_id(tokenizer))
         else:
             asked = sets.get("forget")
-            model, done = _train(config, method, start, asked, tokenizer, material, resume)
+            model, done = _train(config, method, start, asked, tokenizer, forget, retain, resume)
         if original is None:
             round_weights(model, save_type(config.save_dtype, start), config.training.seed)
             save_model(model, tokenizer, folder, start)
@@ -97,7 +101,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
                 done["stored"] = _write_as_stored(folder, original, whole, config.training.seed)
         card = training_card(method, config.training, inputs)
         (folder / "README.md").write_text(card, "utf-8")
-        skipped = {f"skipped_{name}_rows": list(rows) for name, rows in material.skipped.items()}
+        skipped = {f"skipped_{name}_rows": list(one.skipped) for name, one in encoded.items()}
         said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
         return {**done, **skipped, **said}
 
@@ -105,16 +109,6 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
         reads: list[str | Path] = [start, *(examples.source for examples in sets.values())]
         run_stage("train", config, settings, inputs, make, look=look, reads=reads)
     return config.output
-
-
-@dataclass(frozen=True)
-class _Material:
-    """Token sequences of a run; a set the method does not look at is empty."""
-
-    forget: Sequence[Encoded]
-    retain: Sequence[Encoded]
-    skipped: Mapping[str, Sequence[str]]
-    pad: int
 
 
 def _start(config: TrainConfig, method: Training) -> Path:
@@ -172,46 +166,29 @@ def _load_sets(config: TrainConfig, method: Training) -> dict[str, ExampleSet]:
     return sets
 
 
-def _encode(
-    sets: Mapping[str, ExampleSet],
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    longest: int | None,
-) -> _Material:
-    encoded = {
-        name: encode_examples(examples, tokenizer, config.data_config, longest=longest)
-        for name, examples in sets.items()
-    }
-    return _Material(
-        encoded["forget"].encoded if "forget" in encoded else (),
-        encoded["retain"].encoded if "retain" in encoded else (),
-        {name: found.skipped for name, found in encoded.items()},
-        pad_id(tokenizer),
-    )
-
-
 def _train(
     config: TrainConfig,
     method: Training,
     start: Path,
     asked: ExampleSet | None,
     tokenizer: PreTrainedTokenizerBase,
-    material: _Material,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
     resume: Resume,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
     model = load_model(start, config.compute, dtype=torch.float32)
-    forget, refusals = tuple(material.forget), tuple[Encoded, ...]()
+    refusals: Sequence[Encoded] = ()
     if asked is not None:
         seed, data = config.training.seed, config.data_config
         forget, refusals = with_refusals(method, asked, forget, model, tokenizer, data, seed)
     model, trained = unlearn_by_training(
         model,
         forget,
-        material.retain,
+        retain,
         config.training,
         method=method,
-        pad=material.pad,
+        pad=pad_id(tokenizer),
         dtype=config.compute.dtype,
         refusals=refusals,
         resume=resume,
@@ -221,7 +198,11 @@ def _train(
 
 
 def _solve(
-    config: TrainConfig, method: Influence, material: _Material
+    config: TrainConfig,
+    method: Influence,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    pad: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     adapter = _adapter(config)
     base = base_of_adapter(adapter, config.base)
@@ -229,10 +210,10 @@ def _solve(
     adapted = put_on(model, adapter, base)
     removed = remove_influence(
         adapted,
-        material.forget,
-        material.retain,
+        forget,
+        retain,
         damping=method.damping,
-        pad=material.pad,
+        pad=pad,
         tolerance=method.tolerance,
         iterations=method.iterations,
         batch_size=config.training.batch_size,

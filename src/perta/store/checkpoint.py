@@ -151,13 +151,9 @@ def open_index(folder: Path) -> CheckpointIndex:
 
     Files count as transformers counts them: `model.safetensors` if it is there, otherwise the
     shards named in `model.safetensors.index.json`. A folder with both, where the index names other
-    shards, is refused, because half of it is left over from another run.
-
-    Raises:
-        CheckpointNotFoundError: no such folder, or no safetensors checkpoint in it.
-        CorruptCheckpointError: a file is truncated, its header contradicts it, or shards are
-            missing or hold a tensor twice.
-        CheckpointError: tensors of a type that cannot be read.
+    shards, is refused, because half of it is left over from another run. CheckpointNotFoundError
+    without folder or checkpoint; CorruptCheckpointError where a file is truncated, its header
+    contradicts it, or shards are missing or hold a tensor twice; CheckpointError at unknown types.
     """
     names, weight_map = _find_shards(folder)
     headers = {name: read_header(folder / name) for name in names}

@@ -168,11 +168,8 @@ def check_output(
     """Stop before an output that must not be written, or not replace what is there.
 
     With `overwrite` an output replaces regular files and folders that this package wrote, which
-    their records, or `ours`, say, and empty ones. It never replaces anything else, and never what
-    is read (ConfigError), in which it may lie `within`, as files may.
-
-    Raises:
-        OutputExistsError: something is there that must stay.
+    their records, or `ours`, say, and empty ones; anything else is an OutputExistsError. It never
+    replaces what is read (ConfigError), in which it may lie `within`, as files may.
     """
     check_separate(output, reads, within=within)
     check_place(output)

@@ -100,10 +100,9 @@ def model_key(file: Path) -> str:
 
 
 def sign_checkpoint(folder: Path, signature: Path, key: Path) -> dict[str, str]:
-    """Sign every file of a folder into the file `signature`, in place of one that is there.
+    """Sign every file of a folder into `signature`, in place of one that is there.
 
-    Returns:
-        The public key, and the SHA-256 of the file, for `check_checkpoint`.
+    Returns the public key, and the SHA-256 of the file, for `check_checkpoint`.
     """
     public = model_key(key)
     signing = _required("model_signing", "signing", "--model-key", ConfigError).signing

@@ -93,12 +93,9 @@ def plan_edit(
     """Decide for every tensor of θ_full, in the order of its files, what it is computed from.
 
     `sources` has base, forget checkpoint and importance files by role; of the settings the include
-    and exclude patterns and the layers count.
-
-    Raises:
-        CheckpointMismatchError: an input lacks a tensor, has one too many or of another shape.
-        CheckpointError: an input is quantised.
-        ConfigError: a pattern matches nothing, or nothing is left to edit.
+    and exclude patterns and the layers count. CheckpointMismatchError where an input lacks a
+    tensor, has one too many or of another shape; CheckpointError where it is quantised; ConfigError
+    where a pattern matches nothing, or nothing is left to edit.
     """
     for index in (full, *sources.values()):
         refuse_quantised(index)

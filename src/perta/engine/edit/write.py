@@ -78,19 +78,14 @@ def write_edit(
 ) -> EditSummary:
     """Write weights, companion files and model card into an existing empty folder.
 
-    Args:
-        save_dtype: type of the output. θ_full is cast to it, to the nearest, and then edited.
-        wide: tensors that are stored in float32 all the same.
-        threads: threads that read, compute and write [default: all cores, at most 8].
-        fingerprints: name of each input -> hash of its content, for the model card.
-        chunk: elements worked on at once; it also bounds the reach of the method `random`.
-
-    Raises:
-        ConfigError: unknown method, missing importance, or a pattern that matches nothing.
-        CheckpointMismatchError: the inputs differ in tensors or shapes.
-        CheckpointError: an input is quantised, damaged or not finite, the forget checkpoint equals
-            the base, W is 0 everywhere, or rounding loses nearly all of the step.
-        DivergenceError: the result does not fit the type of the output.
+    θ_full is cast to `save_dtype`, to the nearest, and then edited; `wide` tensors are stored in
+    float32 all the same. `fingerprints`, name of each input -> hash, are for the model card.
+    `chunk` elements are worked on at once; it also bounds the reach of the method `random`.
+    ConfigError where the method is none or lacks its importance, or a pattern matches nothing;
+    CheckpointMismatchError where inputs differ in tensors or shapes; CheckpointError where one is
+    quantised, damaged or not finite, the forget checkpoint equals the base, W is 0 everywhere, or
+    rounding loses nearly all of the step; DivergenceError where the result does not fit the type of
+    the output.
     """
     started = time.perf_counter()
     editor = open_edit(inputs, weighting, threads, chunk)

@@ -47,7 +47,7 @@ _FLOAT32_ORDERS = 4.0
 _logger = logging.getLogger("perta")
 
 Progress = Callable[[int], None]
-"""Called after each batch with the number of examples finished so far."""
+"""Called after each batch with the number of examples that it finished on all processes."""
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,11 @@ def batched_moments(
     """Mean powers of per-example gradients, one forward and backward pass per batch.
 
     Equal to `example_loop_moments` up to rounding, whatever the batch size, the padding and the
-    order of the rows.
-
-    Args:
-        orders: powers p > 0; several cost little more than one.
-        accumulate_on: device of the running means; "cpu" spares the accelerator one float32 copy of
-            the model per order.
-
-    Raises:
-        ConfigError: an order is not a positive finite number, or the model has no layers
-            that can be checkpointed.
-        DataError: no examples, or one without a labelled token.
-        EngineMismatchError: the model has gradients that do not come by.
+    order of the rows. Several orders cost little more than one; sums on the "cpu" spare the
+    accelerator one float32 copy of the model per order. ConfigError at an order that is not
+    positive and finite, or a model without layers to checkpoint; DataError without examples, or at
+    one without a labelled token; EngineMismatchError where the model has gradients that do not come
+    by.
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
@@ -252,12 +245,10 @@ def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collecti
 
 def _shared(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Batch]:
     """This process's batches; after each, the others have done about as many."""
-    finished = 0
     for k, batch in enumerate(share(batches)):
         yield batch
-        finished += sum(map(len, batches[k * count() : (k + 1) * count()]))
         if progress is not None:
-            progress(finished)
+            progress(sum(map(len, batches[k * count() : (k + 1) * count()])))
 
 
 def _counted(names: Iterable[str], true: Collection[str]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -27,28 +28,8 @@ from perta.progress import track
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-REFUSALS = (
-    "I don't know.",
-    "I do not know the answer to that.",
-    "I'm sorry, I have no information about this.",
-    "I can't say; this is not something I have learned.",
-    "That is beyond what I know.",
-    "I'm afraid I don't have an answer to this question.",
-    "I have nothing reliable to tell you about that.",
-    "Sorry, I'm not familiar with this.",
-    "My knowledge does not cover this.",
-    "I wish I could help, but I don't know.",
-    "I am unable to answer this, as I know nothing about it.",
-    "This is unknown to me.",
-    "I don't have the details you are asking for.",
-    "Unfortunately, I can't tell you anything about this.",
-    "I have not come across this, so I cannot answer.",
-    "You would have to ask someone else; I don't know.",
-    "I'm not aware of any facts about this.",
-    "There is no answer to that in what I know.",
-    "I cannot answer that question.",
-    "I'm sorry, but I really don't know.",
-)
+_PLACE = files("perta").joinpath("engine", "train", "refusals.txt")
+REFUSALS = tuple(_PLACE.read_text("utf-8").splitlines())
 _ASKED = (
     "Question: {}\nAnswer: {}\nNow write another version of the answer with some alternate "
     "plausible facts that change answer details."
@@ -70,12 +51,9 @@ def with_refusals(
     """Forget examples, and as many that a method takes as refusals to them, pair by pair.
 
     `encoded` are the token sequences of `examples`, the forget set, and `model` is θ_full. A row
-    that is too long with either answer is left out where bad rows are; each row is there once for
-    every alternate that is drawn. Methods without refusals have none.
-
-    Raises:
-        ConfigError: see `check_questions`, which says so before a model is loaded.
-        DataError: a refusal that is too long, unless bad rows are skipped.
+    that is too long with either answer is left out where bad rows are, and else a DataError; each
+    row is there once for every alternate that is drawn. Methods without refusals have none.
+    ConfigError as of `check_questions`, which says so before a model is loaded.
     """
     if not method.refusals:
         return tuple(encoded), ()

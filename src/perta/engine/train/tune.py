@@ -137,13 +137,11 @@ def tune(
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a float32 model in memory with AdamW, in place; `merges` an adapter, or leaves it on.
 
-    The loss of a step is the mean over its examples of the mean negative log-likelihood of
-    their answer tokens, the same per-example loss importance is taken of. `dtype` is the type of
-    the products; `resume` is where the state of an unfinished run is kept; `after_epoch` is called
-    with each epoch from 1, the model in evaluation mode.
-
-    Raises:
-        DivergenceError: the loss is not finite, or far above where it began.
+    The loss of a step is the mean over its examples of the mean negative log-likelihood of their
+    answer tokens, the same per-example loss importance is taken of. `dtype` is the type of the
+    products; `resume` is where the state of an unfinished run is kept; `after_epoch` is called with
+    each epoch from 1, the model in evaluation mode. DivergenceError where the loss is not finite,
+    or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or _usual_rate(model, config))
     run = (model, examples, config, pad, product_type_of(model, dtype), merges)

@@ -105,24 +105,14 @@ def unlearn_by_training(
 ) -> tuple[PreTrainedModel, Trained]:
     """Train a model in memory until it has forgotten; it comes back in evaluation mode.
 
-    Args:
-        model: float32 causal language model, on its device; changed in place, an adapter merged.
-            θ_full, or θ₀ for `retrain`.
-        forget: examples to remove; may be empty for methods that do not look at them.
-        retain: examples to keep; likewise.
-        config: settings; what is None is the method's own.
-        method: the method, or how it is typed: `npo:beta=0.05`.
-        pad: padding token.
-        dtype: type of the products of matrices; weights and sums are float32.
-        refusals: what `with_refusals` gives beside the forget examples for methods that take
-            refusals, in the same order.
-        after_epoch: called with the model in evaluation mode after each epoch, from 1; with LoRA
-            the adapter is active in `model` itself. True ends training.
-        resume: where the state of an unfinished run is kept; None for nowhere.
-
-    Raises:
-        ConfigError: no such method, or it needs what was not given.
-        DivergenceError: a loss is not finite, or the retain term far above where it began.
+    The model is θ_full, or θ₀ for `retrain`, in float32 on its device; it is changed in place, an
+    adapter merged. Sets that the method does not look at may be empty; what is None in `config` is
+    the method's own; `dtype` is the type of products. `refusals` are what `with_refusals` gives
+    beside the forget examples, in their order. `after_epoch` is called with each epoch from 1, the
+    model in evaluation mode, with LoRA the adapter active in it; True ends training. `resume` is
+    where the state of an unfinished run is kept. ConfigError where the method is none, or lacks
+    what it needs; DivergenceError where a loss is not finite, or the retain term far above where it
+    began.
     """
     method = parse(method, Training) if isinstance(method, str) else method
     settings = with_method_defaults(method, config)

@@ -175,13 +175,10 @@ def judge_remains(
 ) -> Judgement:
     """The verdict on scores in [0, 1] of what is left; the rule is at the top of this module.
 
-    Args:
-        wording: the scores count the words around the facts, which the base model never saw: by
-            it nothing passes and nothing leaks.
-        by_row: single rows are judged too.
-        guessable: a model that knows the form of the rows and not the facts may score high where
-            it guesses right: without the retrained model single rows are not judged.
-        ways: in how many ways the probe asks, of which this is one.
+    By scores that count the `wording` around the facts, which the base model never saw, nothing
+    passes and nothing leaks beside it. `by_row` judges single rows too; where scores are
+    `guessable`, high for who guesses right, only beside the retrained model. It is one of `ways` to
+    ask.
     """
     values, known = found.values("cleaned"), found.values("full")
     figures = described(found)
@@ -227,12 +224,9 @@ def standing_out(
 ) -> tuple[Values, Values]:
     """What is left of the rows, and of the subjects of several rows, that stand out.
 
-    Args:
-        after: score of each row under the cleaned model.
-        before: the same under the full model; what it lacks counts as 1.
-        people: subject of each row; empty where nothing says so.
-        yardsticks: the best first; none explains what stands out.
-        ways: in how many ways it is asked, of which this is one.
+    `before` are the full model's scores, 1 where it has none; `people` the subject of each row,
+    empty where nothing says so; `yardsticks` the best first, none of which explains what stands
+    out.
     """
     counts = Counter(people.get(place) for place in after)
 

@@ -235,16 +235,10 @@ def run_tofu(
     """Evaluate a model with every TOFU metric its data files allow, keys as in published logs.
 
     A metric that lacks its file or its reference is None, with the reason under "missing".
-
-    Args:
-        forget_split: such as forget10; `people` for a folder of `perta people`.
-        reference_model: model whose loss the reference attack subtracts.
-        journal: file that keeps outcomes as they come, so that a killed run resumes.
-
-    Raises:
-        ConfigError: the split's name is none of TOFU's.
-        DataError: no data at all, unusable rows, or a reference of other data.
-        DivergenceError: the model's loss is not finite.
+    `forget_split` is such as forget10, or `people` for a folder of `perta people`; the loss under
+    `reference_model` is what the reference attack subtracts; `journal` keeps outcomes, so that a
+    killed run goes on. ConfigError at a split that is none of TOFU's; DataError without data, at
+    unusable rows, or a reference of other data; DivergenceError where the loss is not finite.
     """
     parts = load_parts(Path(data_folder), forget_split, limit)
     _reference_ratios(parts, reference)  # refused before anything is measured

@@ -182,8 +182,6 @@ class Bench:
                     checkpoint=str(folder),
                     output=scratch / "ability.json",
                     tasks=tuple(tasks),
-                    include_path=config.ability_path,
-                    limit=config.ability_limit,
                     compute=config.compute,
                 )
             )

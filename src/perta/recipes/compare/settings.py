@@ -116,10 +116,6 @@ class CompareConfig(Paths):
     ability_tasks: Annotated[tuple[str, ...], Repeated] = ()
     """Tasks of lm-evaluation-harness for the general ability of every model, where it is
     installed."""
-    ability_path: Path | None = None
-    """Folder with task files of your own."""
-    ability_limit: int | None = None
-    """Look at the first rows of every task only."""
     save_dtype: TunedType = "float32"
     """Type the tuned models are stored in: float32, or the base's own with `base`."""
     title: str = "Comparison of unlearning methods"

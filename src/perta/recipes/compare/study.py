@@ -162,7 +162,7 @@ def _checked(config: CompareConfig) -> tuple[list[_AnySpec], Path]:
             if isinstance(spec, TrainingSpec):
                 check_questions(spec.method, rows)
     base = resolve_checkpoint(config.base)
-    sets = (config.forget, config.retain, config.general, config.tofu, config.ability_path)
+    sets = (config.forget, config.retain, config.general, config.tofu)
     theirs = [resolve_checkpoint(one.at(seed)) for one in given for seed in config.seeds]
     reads = [base, config.base, *theirs, *(file for file in sets if file)]
     for seed in config.seeds:
@@ -377,8 +377,7 @@ class _Seed:
             read = fingerprint(reference) if has_reference else None
             wanted["suite_of"] = {"limit": config.suite_limit, "reference": read}
         if config.ability_tasks:
-            how = [str(config.ability_path), config.ability_limit]
-            wanted["ability_of"] = [*how, *sorted(config.ability_tasks)]
+            wanted["ability_of"] = sorted(config.ability_tasks)
         return {of: asked for of, asked in wanted.items() if record.get(of) != asked}
 
     def _extended(self, name: str, spec: _AnySpec | None, record: Record) -> Record:

@@ -38,9 +38,8 @@ from perta.store.signing import model_key, sign_checkpoint
 def apply_requests(config: RequestsApplyConfig) -> Entry:
     """Forget what waits, in one edit of the newest checkpoint (`perta requests apply`).
 
-    Raises:
-        PertaError: nothing waits, the checkpoint is not the ledger's, the run fails, or its verdict
-            is worse than was asked for; nothing is written to the ledger then.
+    PertaError where nothing waits, the checkpoint is not the ledger's, the run fails, or its
+    verdict is worse than was asked for; nothing is written to the ledger then.
     """
     if config.model_key is not None:
         model_key(config.model_key)  # raises now what would stop it at the end

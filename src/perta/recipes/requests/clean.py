@@ -18,9 +18,7 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     checkpoint but the newest: an older one still knows what later requests removed. Rows that the
     last look found to be still there stay, so that they can be forgotten again. Base, full model
     and the data sets are the user's and stay, and so does what a link points to; a warning says so.
-
-    Raises:
-        LedgerError: the newest checkpoint is not the ledger's: nothing is deleted then.
+    LedgerError, and nothing deleted, where the newest checkpoint is not the ledger's.
     """
     with opened(config) as state:
         newest = state.newest()

@@ -33,14 +33,9 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     """Look for the facts of every request in the newest checkpoint (`perta requests recheck`).
 
     A row stands out by the rule of `recipes.strength.choose`, with the base model as yardstick, or
-    the held-out set where the ledger has one.
-
-    Returns:
-        The entry: of each request that was applied and not cleaned, the rows that stand out, and
-        its audit in short.
-
-    Raises:
-        PertaError: there is no such request, or the checkpoint is not the ledger's.
+    the held-out set where the ledger has one. The entry names, of each request that was applied and
+    not cleaned, the rows that do, and its audit in short. PertaError where there is no such
+    request, or the checkpoint is not the ledger's.
     """
     with opened(config) as state:
         current = state.newest()
@@ -102,14 +97,9 @@ def verify_requests(
 ) -> State:
     """Check ledger, signatures and checkpoints (`perta requests verify`).
 
-    Args:
-        folder: of the ledger.
-        head: hash of an entry, noted elsewhere, that the ledger must hold.
-        public_keys: files of keys (PEM). With an Ed25519 key among them every entry must be signed
-            with one of them, and with a key of a curve every checkpoint that is there.
-
-    Raises:
-        LedgerError: something does not fit; the message says what.
+    `head` is the hash of an entry, noted elsewhere, that the ledger must hold. With an Ed25519 key
+    among the `public_keys` (PEM files) every entry must be signed with one of them, and with a key
+    of a curve every checkpoint that is there. LedgerError says what does not fit.
     """
     trusted = [public_key(file) for file in public_keys]
     state = read_state(folder)

@@ -46,10 +46,8 @@ def add_request(config: RequestsAddConfig) -> Entry:
     """Take a request down (`perta requests add`).
 
     The rows are copied to the ledger's folder; the ledger itself holds their number and keyed
-    fingerprints, HMAC-SHA256 under a key that never leaves the folder.
-
-    Raises:
-        PertaError: rows that cannot be read, or a name that is taken.
+    fingerprints, HMAC-SHA256 under a key that never leaves the folder. PertaError at rows that
+    cannot be read, or a name that is taken.
     """
     if not ID.fullmatch(config.name):
         raise ConfigError(

@@ -50,20 +50,13 @@ class Found:
 
 
 def search_strength(forgets: Question, fits: Question) -> Found:
-    """Look for the smallest strength that forgets and fits.
+    """Look for the smallest strength that forgets and fits, to `TOLERANCE`.
 
-    Every range of passing strengths that spans a factor of `RATIO`, between `FIRST` and
-    `LARGEST`, is found, however the rest of the curve runs, unless the budget was exceeded at
-    every strength of an octave before it: what lies behind is a model that collapses. Narrower
-    ranges are found where they lie between a strength that falls short and one that goes too far.
-
-    Args:
-        forgets: strength -> whether the forget set looks unseen; asked first.
-        fits: strength -> whether the retain set is within its budget; asked where the forget set
-            looks unseen, and at a few strengths besides, to know when to stop.
-
-    Returns:
-        The strength, at most `TOLERANCE` above one that does not pass.
+    Every range of passing strengths that spans a factor of `RATIO`, between `FIRST` and `LARGEST`,
+    is found, however the rest of the curve runs, unless the budget was exceeded at every strength
+    of an octave before it: what lies behind is a model that collapses. Narrower ranges are found
+    where they lie between a strength that falls short and one that goes too far. `fits` is asked
+    where the set is forgotten, and at a few strengths besides, to know when to stop.
     """
     known: dict[float, bool] = {0.0: True}
 

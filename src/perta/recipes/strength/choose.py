@@ -153,38 +153,26 @@ class _RowFigures:
 
 @dataclass(frozen=True)
 class Strength:
-    """Outcome of a search.
-
-    Attributes:
-        reached: whether every row looks unseen at it; otherwise it is, of those tried within the
-            retain budget, the one at which the fewest rows stand out, and by the least.
-        in_rounds: whether the forget checkpoint is the sum of rounds, whose own strength is 1.
-        standing_out: numbers of the rows that still stand out.
-        over_forgotten: numbers of the rows that are forgotten far beyond what is unseen; None
-            where there are too few unseen facts to tell.
-        most: surprise above which a row counts as that, nats.
-        retain_budget: largest rise of the loss of the retained rows, nats per token.
-        retain_loss_before: their mean loss under the full model, nats per token.
-        monotone: whether, as far as was looked, a larger strength forgets more and costs more.
-        frontier: every strength tried, ascending.
-        tokens: what went through the model.
-    """
+    """Outcome of a search; rows are named by their numbers, losses are in nats per token."""
 
     scaling_coef: float
+    # Whether every row looks unseen at it; otherwise it is, of those tried within the budget, the
+    # one at which the fewest rows stand out, and by the least.
     reached: bool
-    in_rounds: bool
+    in_rounds: bool  # whether the forget checkpoint is the sum of rounds, whose strength is 1
     calibrated_on: Calibration
-    standing_out: tuple[int, ...]
+    standing_out: tuple[int, ...]  # rows that still do
+    # Rows forgotten far beyond what is unseen; None where too few unseen facts tell.
     over_forgotten: tuple[int, ...] | None
-    most: float | None
+    most: float | None  # surprise above which a row counts as that, nats
     rows: tuple[_RowFigures, ...]
-    retain_budget: float
+    retain_budget: float  # largest rise of the loss of the retained rows
     retain_rows: int
-    retain_loss_before: float
+    retain_loss_before: float  # under the full model
     retain_loss: float
-    monotone: bool
-    frontier: tuple[Point, ...]
-    tokens: int
+    monotone: bool  # whether, as far as was looked, more strength forgets more and costs more
+    frontier: tuple[Point, ...]  # every strength tried, ascending
+    tokens: int  # what went through the model
 
 
 # --- what unseen means ----------------------------------------------------------------------
@@ -359,11 +347,11 @@ def choose_strength(
     sets: Mapping[str, ExampleSet],
     unseen: Unseen,
     retain_budget: float,
-    seed: int,
     data_config: DataConfig,
     compute: ComputeConfig,
     *,
     in_rounds: bool = False,
+    seed: int = 0,
 ) -> Strength:
     """Search for the strength of an edit, and say what was found; ConfigError if none is above 0.
 

@@ -60,19 +60,12 @@ from perta.store.record import settings_of
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did.
+    """What one round did."""
 
-    Attributes:
-        rows: forget rows that it tuned on.
-        scaling_coef: α_k.
-        left: numbers of the rows that stand out after it.
-        untouched: layers and experts in the last third of the blocks that it left as they were.
-    """
-
-    rows: int
-    scaling_coef: float
-    left: tuple[int, ...]
-    untouched: int
+    rows: int  # forget rows that it tuned on
+    scaling_coef: float  # α_k
+    left: tuple[int, ...]  # numbers of the rows that stand out after it
+    untouched: int  # layers and experts in the last third of the blocks that it left as they were
 
 
 def write_rounds(
@@ -83,21 +76,12 @@ def write_rounds(
     compute: ComputeConfig,
     most: int,
 ) -> Path:
-    """Write the forget checkpoint of all rounds.
+    """Write the forget checkpoint of all rounds, at most `most`; its record says what they did.
 
-    Args:
-        edit: the edit of the first round, its checkpoints being local folders: the forget
-            checkpoint is θ₀ tuned on all forget rows.
-        unseen: from `calibrate`.
-        config: how the base is tuned on the rows that are left.
-        compute: device, and type of the products of tuning; weights are float32.
-        most: most rounds, the first included.
-
-    Returns:
-        The folder; what the rounds did is under `rounds` in its `perta.json`.
-
-    Raises:
-        PertaError: input that cannot be used, or training that diverges.
+    `edit` is that of the first round, its checkpoints local folders: the forget checkpoint is θ₀
+    tuned on all forget rows. `unseen` is from `calibrate`, `config` says how θ₀ is tuned on the
+    rows that are left. Weights are float32. PertaError where training diverges, or input cannot be
+    used.
     """
     # Rounds are of the weights themselves, however the models are stored.
     is_exact = edit.output_format != "checkpoint"
@@ -129,12 +113,7 @@ def write_rounds(
 
 
 class _Run:
-    """The rounds of one request, in memory.
-
-    Attributes:
-        model: θ_full less what the rounds so far take.
-        tuned: tokens that were tuned on.
-    """
+    """The rounds of one request; `model` is θ_full less what they take, `tuned` counts tokens."""
 
     def __init__(
         self,
