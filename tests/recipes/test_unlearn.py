@@ -26,12 +26,16 @@ from perta.errors import (
     PertaError,
 )
 from perta.options import EstimatorConfig, ScoringConfig, TrainSettings, WeightingConfig
+from perta.recipes.requests.settings import RequestsInitConfig
+from perta.recipes.requests.take import start_ledger
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import Unlearned, aggregates, unlearn
+from perta.recipes.unlearn import Unlearned, aggregates, plan_unlearn, unlearn
 from perta.report.collect import collect
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
 from perta.store.record import read_manifest, stage_key
+
+TRAINS = WeightingConfig(method="npo-retain")
 
 
 def config(world: World, output: Path, **more: Any) -> UnlearnConfig:
@@ -377,6 +381,31 @@ def test_a_model_of_another_shape_stops_before_any_work(
     with pytest.raises(CheckpointMismatchError):
         unlearn(replace(config(world, tmp_path / "out"), base=str(tmp_path / "other")))
     assert not (tmp_path / "out.work").exists()
+
+
+def test_a_base_that_reads_rows_as_other_tokens_stops_before_any_work(
+    world: World, tmp_path: Path
+) -> None:
+    base, out = shutil.copytree(world.base, tmp_path / "base"), tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = None  # as pretrained models have none
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base)
+    for settings in (config(world, out), world.request(out, weighting=TRAINS)):
+        with pytest.raises(
+            CheckpointMismatchError, match=r"other tokens \(row 1 of .*forget.jsonl"
+        ):
+            unlearn(replace(settings, base=str(base)))
+        assert not out.exists()
+        assert not settings.work_folder.exists()
+    ledger = RequestsInitConfig(
+        folder=out, base=str(base), full=str(world.full), retain=str(world.retain)
+    )
+    with pytest.raises(CheckpointMismatchError, match="other tokens"):
+        start_ledger(ledger)
+    assert not out.exists()
+    plain = replace(config(world, out).data_config, chat_template=False)
+    assert plan_unlearn(replace(config(world, out), base=str(base), data_config=plain)).steps
 
 
 def test_forgetting_what_is_to_be_kept_is_refused_or_warned_about(

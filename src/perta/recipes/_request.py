@@ -27,15 +27,18 @@ from perta.data.examples import (
     rows_fingerprint,
 )
 from perta.data.rows import split_by
+from perta.data.tokens import encode_examples
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import check_records, tuned_on
-from perta.errors import ConfigError
+from perta.errors import CheckpointMismatchError, ConfigError
 from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, parse
 from perta.models.facts import subjects
+from perta.models.load import load_tokenizer
 from perta.options import DataConfig, option_name, sample_count
 from perta.progress import say
+from perta.recipes.requests.settings import RequestsInitConfig
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
@@ -49,6 +52,8 @@ _MOST = 0.25
 _SUBJECTS = 10
 """Subjects from which on they are held back whole."""
 _SEED = 0
+_COMPARED = 64
+"""Rows that tell whether two tokenizers read them alike."""
 
 PROTECTED, HELD_BACK = "retain_protected.jsonl", "retain_held_back.jsonl"
 
@@ -251,6 +256,27 @@ def check_retain_moments(
         raise ConfigError(
             f"--retain-moments {folder} holds the moments of --general {sets['general'].source} "
             "already. Make them again without it, or leave it out."
+        )
+
+
+def check_same_tokens(
+    config: UnlearnConfig | RequestsInitConfig, base: Path, full: Path, rows: ExampleSet
+) -> None:
+    """Stop where the base model would be tuned on other tokens than the full model reads."""
+    few = replace(rows, examples=rows.examples[:_COMPARED])
+    found = [
+        encode_examples(few, load_tokenizer(folder), config.data_config).encoded
+        for folder in (base, full)
+    ]
+    different = [one.row for one, other in zip(*found, strict=False) if one != other]
+    if different or len(found[0]) != len(found[1]):
+        row = f" (row {different[0]} of {rows.source} is the first)" if different else ""
+        raise CheckpointMismatchError(
+            f"--base {config.base} and --full {config.full} read rows as other tokens{row}: their "
+            "tokenizers or chat templates differ, so what is tuned and measured at the base would "
+            "not be what the full model reads. Give a copy of the base with the tokenizer files "
+            "and chat template of the full model, or --no-chat-template if the full model was "
+            "tuned without one."
         )
 
 

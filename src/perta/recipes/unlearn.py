@@ -48,6 +48,7 @@ from perta.recipes._request import (
     check_options,
     check_places,
     check_retain_moments,
+    check_same_tokens,
     check_tuned,
     load_sets,
     page_of,
@@ -224,6 +225,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     sets = load_sets(config)
     if training is not None:
         check_questions(training, sets["forget"])
+    check_same_tokens(config, base, full, sets["forget"])
     split, held_back = split_retain(config, sets)
     record = RunRecord.of(config, base, full, tuned, sets, held_back)
     judged = config.retain

@@ -9,7 +9,7 @@ from typing import Any
 from perta.data.examples import load_examples
 from perta.errors import ConfigError, OutputExistsError
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
-from perta.recipes._request import write_rows
+from perta.recipes._request import check_same_tokens, write_rows
 from perta.recipes.requests.settings import RequestsAddConfig, RequestsInitConfig
 from perta.recipes.requests.state import ID, opened, set_fingerprint
 from perta.store.atomic import atomic_folder
@@ -33,6 +33,7 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
     for name in ("retain", "holdout"):
         if (source := getattr(config, name)) is not None:
             found, file = load_examples(source, config.data_config), Path(source).expanduser()
+            check_same_tokens(config, base, full, found)
             where = str(file.absolute()) if file.exists() else source
             facts[name] = {"path": where, "blake3": set_fingerprint(found, key)}
     with atomic_folder(folder) as made:
