@@ -38,7 +38,6 @@ from perta.models.facts import subjects
 from perta.models.load import load_tokenizer
 from perta.options import DataConfig, option_name, sample_count
 from perta.progress import say
-from perta.recipes.requests.settings import RequestsInitConfig
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
 from perta.report.write import refuse_foreign_page
@@ -259,20 +258,17 @@ def check_retain_moments(
         )
 
 
-def check_same_tokens(
-    config: UnlearnConfig | RequestsInitConfig, base: Path, full: Path, rows: ExampleSet
-) -> None:
+def check_same_tokens(base: Path, full: Path, rows: ExampleSet, data_config: DataConfig) -> None:
     """Stop where the base model would be tuned on other tokens than the full model reads."""
     few = replace(rows, examples=rows.examples[:_COMPARED])
     found = [
-        encode_examples(few, load_tokenizer(folder), config.data_config).encoded
-        for folder in (base, full)
+        encode_examples(few, load_tokenizer(folder), data_config).encoded for folder in (base, full)
     ]
     different = [one.row for one, other in zip(*found, strict=False) if one != other]
     if different or len(found[0]) != len(found[1]):
         row = f" (row {different[0]} of {rows.source} is the first)" if different else ""
         raise CheckpointMismatchError(
-            f"--base {config.base} and --full {config.full} read rows as other tokens{row}: their "
+            f"--base ({base}) and --full ({full}) read rows as other tokens{row}: their "
             "tokenizers or chat templates differ, so what is tuned and measured at the base would "
             "not be what the full model reads. Give a copy of the base with the tokenizer files "
             "and chat template of the full model, or --no-chat-template if the full model was "

@@ -225,7 +225,7 @@ def _checked(config: UnlearnConfig, training: Training | None) -> _Run:
     sets = load_sets(config)
     if training is not None:
         check_questions(training, sets["forget"])
-    check_same_tokens(config, base, full, sets["forget"])
+    check_same_tokens(base, full, sets["forget"], config.data_config)
     split, held_back = split_retain(config, sets)
     record = RunRecord.of(config, base, full, tuned, sets, held_back)
     judged = config.retain

@@ -33,7 +33,7 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
     for name in ("retain", "holdout"):
         if (source := getattr(config, name)) is not None:
             found, file = load_examples(source, config.data_config), Path(source).expanduser()
-            check_same_tokens(config, base, full, found)
+            check_same_tokens(base, full, found, config.data_config)
             where = str(file.absolute()) if file.exists() else source
             facts[name] = {"path": where, "blake3": set_fingerprint(found, key)}
     with atomic_folder(folder) as made:
