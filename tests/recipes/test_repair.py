@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import World
+from conftest import TUNE, World
 from helpers import tiny_llama
 from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, MomentOptions
 from perta.recipes.repair import repair_checkpoint
 from perta.recipes.settings import RepairConfig
+from perta.stages.finetune import finetune_checkpoint
 from perta.stages.moments import compute_moments
-from perta.stages.settings import MomentsConfig
+from perta.stages.settings import FinetuneConfig, MomentsConfig
 from perta.store.checkpoint import copy_companions, open_index, read_tensor, write_tensors
 from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
@@ -154,3 +156,36 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(
         with pytest.raises(ConfigError, match="--retain-moments"):
             replace(config, **more)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "theirs"]
+
+
+def test_adapters_are_repaired_as_the_models_they_make(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    adapters = [
+        finetune_checkpoint(
+            FinetuneConfig(
+                base=str(world.base),
+                data=str(data),
+                output=tmp_path / name,
+                tune=replace(TUNE, epochs=2, lora_rank=2),
+                compute=CPU,
+            )
+        )
+        for name, data in (("full", world.retain), ("theirs", world.forget))
+    ]
+    merged = [resolve_checkpoint(adapter) for adapter in adapters]
+    found = []
+    for name, (full, theirs) in {"adapters": adapters, "merged": merged}.items():
+        config = RepairConfig(
+            full=str(full),
+            unlearned=str(theirs),
+            retain=str(world.retain),
+            output=tmp_path / name,
+            compute=CPU,
+        )
+        found.append(tensors(repair_checkpoint(config)))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    assert not all(torch.equal(v, found[0][name]) for name, v in tensors(merged[0]).items())

@@ -15,6 +15,7 @@ from pathlib import Path
 from perta.engine.edit.plan import BASE, plan_edit
 from perta.errors import ConfigError
 from perta.methods.registry import get_method
+from perta.models.formats.low_rank import is_adapter
 from perta.models.resolve import resolve_checkpoint
 from perta.options import WeightingConfig
 from perta.recipes.settings import RepairConfig
@@ -46,7 +47,8 @@ def repair_checkpoint(config: RepairConfig) -> Path:
     refuse_other("edit", config, settings, inputs)
     plan_edit(open_index(full), {BASE: open_index(theirs)}, weighting)
     edit = EditConfig(
-        full=config.full,
+        # An edit would merge an adapter into its --base, which is THEIRS here.
+        full=str(full) if is_adapter(Path(config.full).expanduser()) else config.full,
         base=config.unlearned,
         output=config.output,
         retain_moments=config.retain_moments or _measured(config),
