@@ -27,10 +27,9 @@ from perta.models.resolve import resolve_checkpoint
 from perta.progress import reused, say
 from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
-from perta.store.checkpoint import matches
+from perta.store.checkpoint import GGUF, matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
 from perta.store.record import (
-    ADAPTER_CONFIG,
     MANIFEST,
     NOT_IN_KEY,
     check_output,
@@ -148,9 +147,13 @@ def run_stage(
 
 
 def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
-    """`checkpoint` -> fingerprint; of an own adapter its record's, and `merged` the model's."""
+    """`checkpoint` -> fingerprint; of an own output that is converted to be read its record's.
+
+    Such are adapters, GGUF files and quantised checkpoints; `merged` is what they are read as.
+    """
     merged, own = fingerprint(folder), Path(reference).expanduser()
-    if (own / ADAPTER_CONFIG).exists() and is_as_written(own):
+    own = own.parent if own.name == GGUF and own.is_file() else own
+    if own != folder and is_as_written(own):
         return {"checkpoint": content_of(own), "merged": merged}
     return {"checkpoint": merged}
 

@@ -31,9 +31,11 @@ from perta.models.load import load_model, load_tokenizer
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
 from perta.recipes.unlearn import aggregates, unlearn
+from perta.report.collect import collect
 from perta.stages.edit import edit_checkpoint, load_changes
+from perta.stages.evaluate import evaluate_checkpoint
 from perta.stages.finetune import finetune_checkpoint
-from perta.stages.settings import EditConfig, FinetuneConfig
+from perta.stages.settings import EditConfig, EvaluateConfig, FinetuneConfig
 from perta.store.arithmetic import Place
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.record import read_manifest
@@ -418,3 +420,18 @@ def test_a_whole_run_of_a_file(world: World, tmp_path: Path) -> None:
     assert done.after is not None
     before, after = aggregates(done.before), aggregates(done.after)
     assert after["forget_probability"] < 0.6 * before["forget_probability"]
+    # Results of the file, or of its folder, are of the model that the record is about.
+    (own,) = collect([str(done.folder)]).by_role("edited")
+    assert own.results["forget_fact_probability"]["value_by_index"]
+    for i, named in enumerate((done.folder, done.folder / "model.gguf")):
+        results = tmp_path / f"{i}.json"
+        evaluate_checkpoint(
+            EvaluateConfig(
+                checkpoint=str(named),
+                forget=str(world.forget),
+                output=results,
+                scoring=ScoringConfig(generate=False),
+            )
+        )
+        edited = collect([str(done.folder), str(results)]).by_role("edited")
+        assert all(run.record == done.manifest for run in edited)

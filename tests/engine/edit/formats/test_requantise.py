@@ -431,6 +431,8 @@ def whole_run(world: World, base: Path, full: Path, method: str, alpha: Any) -> 
     assert done.after is not None
     before, after = aggregates(done.before), aggregates(done.after)
     assert after["forget_probability"] < 0.9 * before["forget_probability"]
+    # What was measured is known as what the record is about, so rows are judged.
+    assert done.after["perta"]["inputs"]["checkpoint"] == done.manifest["content"]
     return done.folder
 
 
