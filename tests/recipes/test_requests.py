@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +34,17 @@ from perta.recipes.requests.settings import (
 )
 from perta.recipes.requests.state import read_state
 from perta.recipes.requests.take import add_request, start_ledger
+from perta.stages.finetune import finetune_checkpoint
 from perta.stages.moments import compute_moments, holds
-from perta.stages.settings import MomentsConfig
+from perta.stages.settings import FinetuneConfig, MomentsConfig
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import HEAD, LEDGER, append, read_ledger
 from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
 from perta.store.record import read_manifest
+
+sys.path.append(str(Path(__file__).parents[1] / "engine" / "edit" / "formats"))
+from test_requantise import as_fp8
 
 METHOD = WeightingConfig(method="interpolate", scaling_coef=1.0)
 """Back to the base model, which is the yardstick: nothing stands out after it."""
@@ -125,6 +130,44 @@ def test_a_second_request_starts_where_the_first_ended(
     removed = {e.messages for e in (*first, *second)}
     assert removed.isdisjoint({e.messages for e in kept.examples})
     assert len(kept) == len(load_examples(world.retain)) - 2
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fp8"])
+def test_models_that_are_converted_to_be_read_live_on_without_the_cache(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    everything = world.forget.with_name("full.jsonl")
+    if kind == "fp8":
+        full = as_fp8(world.full, tmp_path / "full")
+    else:
+        tune = replace(TUNE, lora_rank=4, learning_rate=2e-2)
+        full = finetune_checkpoint(
+            FinetuneConfig(
+                base=str(world.base), data=str(everything), output=tmp_path / "full", tune=tune
+            )
+        )
+    ledger = tmp_path / "ledger"
+    start = start_ledger(
+        RequestsInitConfig(
+            folder=ledger, base=str(world.base), full=str(full), retain=str(everything)
+        )
+    )
+    assert start.facts["full"] == {"path": str(full), "blake3": fingerprint(full)}
+    _add(ledger, world.forget, "r1")
+    apply = RequestsApplyConfig(folder=ledger, weighting=WEAK, tune=TUNE)
+    apply_requests(apply)
+    shutil.rmtree(tmp_path / "cache")
+    looked = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
+    assert looked["still_there"] == {"r1": [1, 2]}
+    assert list(looked["audits"]) == ["r1"]
+    (later, *_) = load_examples(world.retain).examples
+    _add(ledger, write_jsonl([later.fields], tmp_path / "later.jsonl"), "r2")
+    apply_requests(apply)
+    clean_requests(LedgerConfig(folder=ledger))  # the first checkpoint and its record go
+    again = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
+    assert list(again["audits"]) == ["r1", "r2"]
+    verify_requests(ledger)
 
 
 def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(

@@ -16,6 +16,7 @@ from perta.evidence.audit.document import summary_of
 from perta.methods.method import Edit, Method
 from perta.methods.registry import parse
 from perta.models.load import picked
+from perta.models.resolve import resolve_checkpoint
 from perta.options import DataConfig, MomentOptions
 from perta.progress import say
 from perta.recipes._request import hold_back, write_rows
@@ -126,7 +127,8 @@ def _kept_moments(
     method = parse(config.weighting.method, Method)
     if not isinstance(method, Edit) or "retain" not in method.needs.moments:
         return None
-    kept, base = state.folder / "moments", state.start["base"]["path"]
+    kept = state.folder / "moments"
+    base = str(resolve_checkpoint(state.start["base"]["path"]))
     place: dict[str, Any] = {
         **{"output": work / "moments", "overwrite": True},
         **{"data_config": config.data_config, "compute": config.compute},

@@ -12,6 +12,7 @@ from perta.data.examples import load_examples
 from perta.errors import ConfigError, LedgerError
 from perta.evidence.audit.document import summary_of
 from perta.models.load import load_model, load_tokenizer, pad_id
+from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.recipes.requests.settings import RequestsRecheckConfig
 from perta.recipes.requests.state import (
@@ -25,6 +26,7 @@ from perta.recipes.requests.state import (
 from perta.recipes.strength.choose import calibrate, surprises_of
 from perta.stages.audit import audit_checkpoint
 from perta.stages.settings import AuditConfig
+from perta.store.fingerprint import fingerprint
 from perta.store.ledger import LEDGER, Entry
 from perta.store.signing import check_checkpoint, check_signed_by, is_model_key, public_key
 
@@ -38,11 +40,12 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
     request, or the checkpoint is not the ledger's.
     """
     with opened(config) as state:
-        current = state.newest()
+        current = resolve_checkpoint(state.newest())
         chosen = [r for r in state.requests if r.applied is not None and not r.cleaned]
         if not chosen:
             raise ConfigError(f"{state.folder} has no request that was applied and has its rows.")
-        base, full = state.model("base"), state.model("full")
+        base = resolve_checkpoint(state.model("base"))
+        full = resolve_checkpoint(state.model("full"), base=base)
         holdout = state.holdout(config.data_config)
         sets: dict[str, str | Path] = {"holdout": holdout} if holdout else {}
         state.rows(chosen, config.data_config)  # as they were asked for
@@ -56,25 +59,28 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
             now = surprises_of(model, unseen.facts, unseen.calibrated_on, pad)
             found[request.name] = [unseen.facts[place].row for place in unseen.standing_out(now)]
             say(f"{request.name}: {len(found[request.name])} of {request.rows} rows stand out")
-        audits = _audits(config, state, chosen)
+        # Of a model that is its base again there is nothing to compare.
+        is_base = fingerprint(current) == fingerprint(base)
+        audits = {} if is_base else _audits(config, state, chosen, fingerprint(full))
         facts = {"checkpoint": state.current[1], "still_there": found, "audits": audits}
         return state.write("recheck", config, facts)
 
 
 def _audits(
-    config: RequestsRecheckConfig, state: State, requests: Sequence[Request]
+    config: RequestsRecheckConfig, state: State, requests: Sequence[Request], full: str
 ) -> dict[str, Any]:
-    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`."""
-    start, (current, print_) = state.start, state.current
-    if print_ == start["base"]["blake3"]:
-        return {}  # nothing to compare with
+    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`.
+
+    `full` is the fingerprint of the full model as it is read.
+    """
+    start = state.start
     number = str(len(state.entries) + 1)
     (state.folder / "audits").mkdir(mode=0o700, exist_ok=True)
     return {
         request.name: summary_of(
             audit_checkpoint(
                 AuditConfig(
-                    str(current),
+                    str(state.current[0]),
                     full=start["full"]["path"],
                     base=start["base"]["path"],
                     forget=str(state.rows_file(request.name)),
@@ -85,7 +91,7 @@ def _audits(
                     data_config=config.data_config,
                     compute=config.compute,
                 ),
-                earlier=[start["full"]["blake3"]],
+                earlier=[start["full"]["blake3"], full],
             )
         )
         for request in requests

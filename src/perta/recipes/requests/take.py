@@ -25,7 +25,7 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
         raise OutputExistsError(f"{folder} is there already. Give a new folder.")
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
-    models = {"base": base, "full": quantised_checkpoint(config.full) or full}
+    models = {"base": _lasting(config.base, base), "full": _lasting(config.full, full)}
     facts: dict[str, Any] = {"operator": config.operator}
     key = secrets.token_bytes(32)
     for name, place in models.items():
@@ -41,6 +41,12 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
         (made / KEY).touch(mode=0o600)
         (made / KEY).write_text(key.hex(), "ascii")
         return append(made, "init", facts, key=config.key)
+
+
+def _lasting(reference: str, found: Path) -> Path:
+    """Where a model lies: what the cache holds of an adapter or a GGUF file may be deleted."""
+    own = Path(reference).expanduser()
+    return own if own.exists() else quantised_checkpoint(reference) or found
 
 
 def add_request(config: RequestsAddConfig) -> Entry:
