@@ -709,7 +709,8 @@ def test_forgetting_is_equal_by_facts_or_by_answers(
 ) -> None:
     config, records = compared
     if equal_by != config.equal_by:
-        alone = replace(config, output=tmp_path / "out", methods=("tv",), general=None, suite=False)
+        output = shutil.copytree(config.output, tmp_path / "out")  # with its reference models
+        alone = replace(config, output=output, methods=("tv",), general=None, suite=False)
         alone = replace(alone, tries=3, equal_by=equal_by, fixed=False, relearn_steps=0)
         config, records = alone, list(bench_compare(alone))
     by_name = {record["method"]: record for record in records}

@@ -319,14 +319,14 @@ def test_without_a_rate_one_is_found_that_learns_the_set(world: World, tmp_path:
     # Width 64: the usual rate, 4.5e-4, and four times as much learn next to nothing in so few
     # steps; 16 times do, if the steps suffice.
     found = read_manifest(
-        finetune_checkpoint(config(world, tmp_path / "f", TuneConfig(epochs=60, batch_size=1)))
+        finetune_checkpoint(config(world, tmp_path / "f", TuneConfig(epochs=40, batch_size=1)))
     )
     assert found is not None
     assert found["learned"]
     usual = 5e-5 * 576 / 64
     factor = found["learning_rate"] / usual
     assert factor in (pytest.approx(4), pytest.approx(16))
-    given = replace(TuneConfig(epochs=60, batch_size=1), learning_rate=found["learning_rate"])
+    given = replace(TuneConfig(epochs=40, batch_size=1), learning_rate=found["learning_rate"])
     again = read_manifest(finetune_checkpoint(config(world, tmp_path / "g", given)))
     assert again is not None
     # It started anew at each rate, and what the other rates cost is counted.

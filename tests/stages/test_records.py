@@ -62,6 +62,11 @@ def tuned(base: Path, world: World, output: Path) -> FinetuneConfig:
     return FinetuneConfig(base=str(base), data=str(world.forget), output=output, tune=TUNE)
 
 
+def plain(world: World, output: Path, weighting: WeightingConfig, **more: Any) -> UnlearnConfig:
+    """A request without evaluation."""
+    return world.request(output, weighting=weighting, evaluate=False, **more)
+
+
 def test_a_model_that_changes_while_it_is_read_is_not_recorded(
     world: World, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,14 +85,8 @@ def test_a_model_that_changes_while_it_is_read_is_not_recorded(
             )
     with monkeypatch.context() as patch:
         after(patch, edit_stage, "write_edit", lambda: flip(base / "tokenizer.json"))
-        config = UnlearnConfig(
-            base=str(world.base),
-            full=str(base),
-            forget=str(world.forget),
-            output=tmp_path / "u",
-            weighting=WeightingConfig(method="tv", scaling_coef=0.5),
-            evaluate=False,
-        )
+        weighting = WeightingConfig(method="tv", scaling_coef=0.5)
+        config = plain(world, tmp_path / "u", weighting, full=str(base), retain=None)
         with pytest.raises(CheckpointError, match="full changed while it was read"):
             unlearn(config)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "u.work"}
@@ -97,15 +96,8 @@ def test_rows_that_change_between_two_stages_are_not_recorded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = Path(shutil.copyfile(world.forget, tmp_path / "forget.jsonl"))
-    config = UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(rows),
-        retain=str(world.retain),
-        output=tmp_path / "out",
-        weighting=WeightingConfig(method="perta-grad", scaling_coef=1.0),
-        evaluate=False,
-    )
+    weighting = WeightingConfig(method="perta-grad", scaling_coef=1.0)
+    config = plain(world, tmp_path / "out", weighting, forget=str(rows))
     text = rows.read_text("utf-8")
     from perta.recipes import unlearn as recipe
 
@@ -127,18 +119,11 @@ def killed_before_its_record(config: UnlearnConfig, monkeypatch: pytest.MonkeyPa
 def test_a_run_killed_before_its_record_is_finished_by_the_same_command(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    config = UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        retain=str(world.retain),
-        output=tmp_path / "out",
-        weighting=WeightingConfig(method=method),
-        tune=TuneConfig(epochs=2, learning_rate=1e-3),
-        evaluate=False,
-    )
+    weighting = WeightingConfig(method=method)
     if method == "perta-grad":
-        config = replace(config, weighting=WeightingConfig(method=method, scaling_coef=1.0))
+        weighting = replace(weighting, scaling_coef=1.0)
+    tune = TuneConfig(epochs=2, learning_rate=1e-3)
+    config = plain(world, tmp_path / "out", weighting, tune=tune)
     killed_before_its_record(config, monkeypatch)
     made = fingerprint(config.output)
     done = unlearn(config)
@@ -253,14 +238,8 @@ def test_every_flipped_bit_of_a_saved_state_is_seen(
 def test_what_a_killed_run_left_is_cleared_away_where_nothing_is_to_be_made(
     world: World, tmp_path: Path
 ) -> None:
-    config = UnlearnConfig(
-        base=str(world.base),
-        full=str(world.full),
-        forget=str(world.forget),
-        output=tmp_path / "out",
-        weighting=WeightingConfig(method="tv", scaling_coef=1.0),
-        evaluate=False,
-    )
+    weighting = WeightingConfig(method="tv", scaling_coef=1.0)
+    config = plain(world, tmp_path / "out", weighting, retain=None)
     unlearn(config)
     people = PeopleConfig(output=tmp_path / "people", people=3, questions=2)
     write_people(people)

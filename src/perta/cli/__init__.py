@@ -5,16 +5,15 @@ from __future__ import annotations
 import signal
 import sys
 from functools import partial
-from traceback import format_exc
+from traceback import format_exc, walk_tb
 from types import FrameType
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError
 
 from perta.cli import _requests, _runs, _session, _stages  # noqa: F401
 from perta.cli._app import app
 from perta.cli._bench import add_own_benchmark
-from perta.cli._errors import unforeseen, usage
-from perta.errors import PertaError, shortage
+from perta.errors import PertaError, first_line, shortage
 from perta.parallel import lead
 from perta.progress import PlainConsole
 
@@ -32,11 +31,11 @@ def _run(tokens: list[str]) -> None:
     except PertaError as error:
         _fail(shortage(error) or str(error), 1, tokens)
     except CycloptsError as error:
-        _fail(usage(error), 2, tokens)
+        _fail(_usage(error), 2, tokens)
     except KeyboardInterrupt:
         _fail("Interrupted; nothing was left half-written.", 130, tokens)
     except Exception as error:
-        _fail(unforeseen(error), 1, tokens)
+        _fail(_unforeseen(error), 1, tokens)
 
 
 def _fail(message: str, status: int, tokens: list[str]) -> None:
@@ -49,3 +48,35 @@ def _fail(message: str, status: int, tokens: list[str]) -> None:
 def _stop(_signal: int, _frame: FrameType | None) -> None:
     # Cleaning up partial output hangs on exceptions, and a plain SIGTERM raises none.
     raise KeyboardInterrupt
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with the options that were given."""
+    unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
+    unknown += (token.partition("=")[0] for token in error.unused_tokens or ())
+    if "--show-samples" in unknown:
+        return "--show-samples is an option of `perta evaluate` alone: give it there."
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
+        text = f"{error.argument.name} is missing."
+        if error.unused_tokens:
+            text += f" Not understood: {' '.join(error.unused_tokens)}."
+    return f"{text} Run `perta --help`, or a subcommand with --help, for the options."
+
+
+def _unforeseen(error: Exception) -> str:
+    """What the computer ran out of or refused; of a defect, whose code it is in."""
+    short = shortage(error)
+    if short:
+        return short
+    # `run_file` leaves its mark in what is global to the code that it runs.
+    steps = walk_tb(error.__traceback__)
+    own = [(frame, line) for frame, line in steps if "loaded_from" in frame.f_globals]
+    if own:
+        frame, line = own[-1]
+        what = f"{type(error).__name__}: {first_line(error)}"
+        return f"{frame.f_code.co_filename}, line {line}: {what}. This is code of your own."
+    if not isinstance(error, OSError):
+        return f"This is a defect in perta.\n{format_exc()}"
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}. Check the path, its permissions and disk space."

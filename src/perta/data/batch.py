@@ -22,6 +22,11 @@ class Encoded:
     # in a mean over examples; windows of one text weigh by their labels, 1 in mean
     weight: float = 1.0
 
+    @property
+    def labelled(self) -> int:
+        """Tokens that carry loss."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
 
 @dataclass(frozen=True)
 class Batch:

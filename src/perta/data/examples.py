@@ -99,7 +99,10 @@ def load_examples(
     numbered = numbered_rows(source, config.split)
     if not numbered:
         raise EmptyDatasetError(f"{source} has no rows. Give at least one example.")
-    fingerprint = _fingerprint([row for _, row in numbered], source)
+    try:
+        fingerprint = rows_fingerprint([row for _, row in numbered])
+    except RecursionError:
+        raise DataError(f"{source}: lists or objects are nested too deeply.") from None
     numbered = _renamed(numbered, config)
     kind = _detect_kind(source, [row for _, row in numbered], config)
     examples, bad = [], []
@@ -180,13 +183,6 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]], key: bytes | None = None
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
-
-
-def _fingerprint(rows: Sequence[Mapping[str, Any]], source: str) -> str:
-    try:
-        return rows_fingerprint(rows)
-    except RecursionError:
-        raise DataError(f"{source}: lists or objects are nested too deeply.") from None
 
 
 def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataConfig) -> str:

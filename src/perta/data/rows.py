@@ -85,7 +85,9 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """Every row of a file, or of an id, owner/name or owner/name:subset; else a DataError."""
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        if read := _READERS.get(path.suffix.lower()):
+            return read(path)
+        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_READERS)}.")
     if path.is_dir():
         raise DataError(f"{source} is a folder; give one data file ({', '.join(_READERS)}).")
     if path.suffix.lower() in _READERS or source.startswith((".", "/", "~")):
@@ -93,13 +95,6 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
         hint = nearest(path.name, beside, listed=False, where=f"{path.parent}/")
         raise DataError(f"There is no data file {source}.{hint or ' Check the path.'}")
     return _read_hub(source, split)
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_READERS)}.")
-    return read(path)
 
 
 _MARKS = (  # a mark of UTF-32 begins with one of UTF-16
@@ -151,7 +146,8 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     hint = "Expected a list of objects; for one object a line name the file .jsonl."
     value = _parse(_read_text(path), str(path), hint)
     if isinstance(value, dict) and isinstance(value.get("data"), list):
-        others = [name for name, more in value.items() if name != "data" and _holds_objects(more)]
+        more = {k: v for k, v in value.items() if k != "data" and isinstance(v, list)}
+        others = [name for name, rows in more.items() if any(isinstance(row, dict) for row in rows)]
         if others:
             raise DataError(
                 f"{path}: rows under 'data' are read, and there are more under "
@@ -161,10 +157,6 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
     return [_object(row, path, f"entry {number}") for number, row in enumerate(value, start=1)]
-
-
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 def _parse(text: str, where: str, hint: str) -> Any:

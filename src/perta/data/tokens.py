@@ -44,7 +44,7 @@ class EncodedSet:
     @property
     def labelled_tokens(self) -> int:
         """Tokens that carry loss."""
-        return sum(label != IGNORE for e in self.encoded for label in e.labels[1:])
+        return sum(e.labelled for e in self.encoded)
 
 
 def encode_examples(
@@ -75,7 +75,7 @@ def encode_examples(
         elif len(whole.input_ids) > limit:
             size = len(whole.input_ids)
             bad.append(f"row {example.row}: answer cut off, {size} tokens and the limit is {limit}")
-        elif not any(label != IGNORE for label in whole.labels[1:]):
+        elif not whole.labelled:
             bad.append(f"row {example.row}: no answer tokens")
         else:
             encoded.append(whole)

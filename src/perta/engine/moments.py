@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -83,9 +84,7 @@ def _kept_positions(batch: Batch, tokens: Tokens) -> Tensor:
 
 def count_tokens(examples: Sequence[Encoded], tokens: Tokens) -> int:
     """Tokens of a set that count; see `_kept_positions`."""
-    if tokens == "all":
-        return sum(len(example.input_ids) for example in examples)
-    return sum(label != IGNORE for example in examples for label in example.labels[1:])
+    return sum(len(e.input_ids) if tokens == "all" else e.labelled for e in examples)
 
 
 def sample_for_moments(
@@ -368,7 +367,7 @@ class _Collector:
                 stack.enter_context(_only_activations_need_gradients(self.model))
             for module in self.model.modules():
                 if is_linear(module) and names[module.weight] in wanted:  # type: ignore[index]
-                    listen = self._listener((names[module.weight], 0))  # type: ignore[index]
+                    listen = partial(self._listen, (names[module.weight], 0))  # type: ignore[index]
                     stack.callback(module.register_forward_hook(listen).remove)
                 elif is_stacked_experts(module):
                     stacked = {name: names[getattr(module, name)] for name in expert_names(module)}
@@ -377,11 +376,8 @@ class _Collector:
                         stack.enter_context(with_forward(module, forward))
             yield
 
-    def _listener(self, slot: Slot) -> Callable[..., None]:
-        def listen(_module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-            self._take(slot, args[0], result, self._kept)
-
-        return listen
+    def _listen(self, slot: Slot, _: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        self._take(slot, args[0], result, self._kept)
 
     def _take(self, slot: Slot, x: Tensor, y: Tensor, kept: Tensor) -> None:
         """Add a layer's inputs, one row per token, now, and its output gradients when they come."""

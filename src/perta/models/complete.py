@@ -133,7 +133,7 @@ def check_loaded(info: Mapping[str, Any], place: CheckpointIndex | Path) -> None
         "tie_word_embeddings); copy or download the checkpoint again."
     )
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    unknown = [name for name in unknown if not (index and _is_constant_in(index, name))]
+    unknown = [n for n in unknown if not (index and (e := index.find(n)) and is_constant(e))]
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
         raise CorruptCheckpointError(
@@ -211,8 +211,3 @@ def _is_packed(entry: TensorEntry) -> bool:
     if entry.dtype.is_floating_point:
         return not is_float(entry) or bool(_SCALES.search(last))
     return any(part in last for part in _PACKED)
-
-
-def _is_constant_in(index: CheckpointIndex, name: str) -> bool:
-    entry = index.find(name)
-    return entry is not None and is_constant(entry)

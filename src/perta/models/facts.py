@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -225,17 +226,14 @@ class _Row:
         # tokenizer does not give the text back, because it changes case or lacks words.
         text = answer[slice(*span)]
         reach = range(least, min(least + _REACH, len(ids)) + 1)
-        return start, next((n for n in reach if text in self._decode(ids[start:n])), least)
+        said = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+        return start, next((n for n in reach if text in str(said(list(ids[start:n])))), least)
 
     def _encode(self, answer: str) -> Encoded:
         if answer not in self._known:
             row = self.example.with_answer(answer)
             self._known[answer] = encode_example(row, self._tokenizer, self.config)
         return self._known[answer]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
-        return str(text)
 
 
 def _told(row: _Row, source: str) -> Fact | None:
@@ -489,7 +487,7 @@ def score_facts(
 
 def fact_score(fact: Fact, losses: Sequence[float]) -> FactScore:
     """Score of a fact from the mean losses of its `sequences`; equations in this file's head."""
-    sums = [-loss * _tokens(s) for loss, s in zip(losses, fact.sequences, strict=True)]
+    sums = [-loss * s.labelled for loss, s in zip(losses, fact.sequences, strict=True)]
     choice = rank = None
     if fact.wrong:
         right, *wrong = sums[1:] if fact.right else sums
@@ -509,10 +507,6 @@ def hit_probability(log_p: float, k: int) -> float:
     # log(1 - p), by the form that cancels nothing.
     miss = math.log(-math.expm1(log_p)) if log_p > -math.log(2) else math.log1p(-math.exp(log_p))
     return -math.expm1(k * miss)
-
-
-def _tokens(encoded: Encoded) -> int:
-    return sum(label != IGNORE for label in encoded.labels[1:])
 
 
 def _log_sum(values: Sequence[float]) -> float:

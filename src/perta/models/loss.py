@@ -83,17 +83,12 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
         weights = gradients[0].split(_rows_at_once(logits))
-        parts = [
-            (_less_one(x.softmax(-1), t) * weight.unsqueeze(1)).to(logits.dtype)
-            for (x, t), weight in zip(_in_chunks(logits, targets), weights, strict=True)
-        ]
+        parts = []
+        for (x, t), weight in zip(_in_chunks(logits, targets), weights, strict=True):
+            # Shares (N, V), less one at each row's target.
+            less = x.softmax(-1).scatter_add(1, t.unsqueeze(1), -x.new_ones(len(t), 1))
+            parts.append((less * weight.unsqueeze(1)).to(logits.dtype))
         return torch.cat(parts), None
-
-
-def _less_one(shares: Tensor, targets: Tensor) -> Tensor:
-    """Shares (N, V), less one at each row's target."""
-    ones = shares.new_ones(len(targets), 1)
-    return shares.scatter_add(1, targets.unsqueeze(1), -ones)
 
 
 def _rows_at_once(logits: Tensor) -> int:

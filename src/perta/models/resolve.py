@@ -135,7 +135,8 @@ def _whole(folder: Path) -> Path:
 def _from_gguf(path: Path) -> Path:
     made_by = f"{fingerprint(path)} {__version__} {version('transformers')} {version('gguf')}"
     target = cache_folder() / "gguf" / blake3(made_by.encode()).hexdigest()[:24]
-    return _cached(target, f"Converting {path.name} to safetensors", partial(_convert, path))
+    title = f"Converting {path.name} to safetensors"
+    return _cached(target, title, lambda new: save_model(*read_gguf(path), new, None))
 
 
 def _cached(target: Path, title: str, make: Callable[[Path], object]) -> Path:
@@ -150,12 +151,6 @@ def _cached(target: Path, title: str, make: Callable[[Path], object]) -> Path:
             content, files = content_of(new), files_of(new)
             write_manifest(new, make_manifest("convert", {}, {}, content=content, files=files))
     return target
-
-
-def _convert(path: Path, folder: Path) -> None:
-    """Write a GGUF file as a safetensors checkpoint."""
-    model, tokenizer = read_gguf(path)
-    save_model(model, tokenizer, folder, None)
 
 
 def _from_adapter(

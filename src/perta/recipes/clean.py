@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,19 +116,14 @@ def _record_of(place: Path) -> _Record | None:
 
 def _beside(output: Path) -> Iterator[Path]:
     """States, a direction and a journal, which have the output's name."""
-    yield from _unfinished(output)
+    states, journal = beside(output, ".resume"), beside(output, ".journal")
+    if (states / "state.pt").is_file() and not states.is_symlink():
+        yield states
+    if journal.is_file():
+        yield journal
     direction = beside(output, ".direction")
     if (_record_of(direction) or {}).get("stage") == "direction":
         yield direction
-
-
-def _unfinished(output: Path) -> Iterator[Path]:
-    states = beside(output, ".resume")
-    if (states / "state.pt").is_file() and not states.is_symlink():
-        yield states
-    journal = beside(output, ".journal")
-    if journal.is_file():
-        yield journal
 
 
 def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
@@ -151,15 +147,9 @@ def _cached(inputs: Mapping[str, str]) -> Iterator[Path]:
     for kind in ("merged", "gguf"):
         folder = cache_folder() / kind
         for place in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if not place.is_symlink() and _fingerprint(place) in knowing:
-                yield place
-
-
-def _fingerprint(place: Path) -> str | None:
-    try:
-        return fingerprint(place)
-    except (PertaError, OSError):
-        return None
+            with suppress(PertaError, OSError):  # another's, or one that is no model
+                if not place.is_symlink() and fingerprint(place) in knowing:
+                    yield place
 
 
 def _knows(place: Path, inputs: Mapping[str, str]) -> bool:

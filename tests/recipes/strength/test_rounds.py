@@ -68,10 +68,10 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
 
 
 def test_rows_that_rounds_leave_do_not_decide_the_strength(
-    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[UnlearnConfig, Unlearned], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The budget would allow more; the strength is that of the rounds, and the rows are named."""
-    config = replace(run[0], rounds=2, output=tmp_path / "last")
+    config = replace(run[0], rounds=2, output=run[0].output.with_name("last"))
     record = unlearn(config).manifest["unlearn"]["strength"]
     made = read_manifest(config.work_folder / "forget_rounds") or {}
     left = made["rounds"][-1]["left"]

@@ -170,17 +170,13 @@ def _check_importance(values: Tensor, reader: Reader) -> None:
     if is_single and int(values.numpy().view(np.uint32).max()) < _INFINITY_BITS:
         return
     low, high = torch.aminmax(values)
-    if not (float(low) >= 0 and float(high) < math.inf):
-        raise _bad_importance(reader.entry, float(low))
-
-
-def _bad_importance(entry: TensorEntry, low: float) -> CorruptCheckpointError:
-    if low < 0:
-        return CorruptCheckpointError(
-            f"{entry.file}: {entry.name} holds a negative value ({low:g}), so it is not an "
-            "importance. Make it again with `perta importance`."
+    if float(low) < 0:
+        raise CorruptCheckpointError(
+            f"{reader.entry.file}: {reader.entry.name} holds a negative value ({float(low):g}), so "
+            "it is not an importance. Make it again with `perta importance`."
         )
-    return _not_finite(entry)
+    if not (float(low) >= 0 and float(high) < math.inf):
+        raise _not_finite(reader.entry)
 
 
 def _not_finite(entry: TensorEntry) -> CorruptCheckpointError:

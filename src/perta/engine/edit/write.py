@@ -168,15 +168,18 @@ def create_files(
     full: CheckpointIndex, folder: Path, save_dtype: SaveType, wide: Collection[str] = ()
 ) -> CheckpointIndex:
     """Make the output's files in an empty folder: θ_full's headers, or new ones, and room."""
-    is_same = not wide and save_type(save_dtype, full.folder) == stored_dtype(full.folder)
+    own, wanted = stored_dtype(full.folder), save_type(save_dtype, full.folder)
+    is_same = not wide and wanted == own
     for shard, names in full.shards.items():
         entries = [full.tensors[name] for name in names]
         if is_same:
             header, size = _header_bytes(full.folder / shard), (full.folder / shard).stat().st_size
         else:
-            types = {e.name: _output_type(e, full.folder, save_dtype) for e in entries}
+            types = {e.name: wanted if e.dtype == own else e.dtype for e in entries}
             types |= {name: torch.float32 for name in names if name in wide}
-            header, size = _new_header(entries, types, full.metadata)
+            stored = {e.name: (types[e.name], e.shape) for e in entries}
+            header = safetensors_header(stored, full.metadata)
+            size = len(header) + sum(e.numel * types[e.name].itemsize for e in entries)
         with (folder / shard).open("wb") as stream:
             stream.write(header)
             stream.flush()
@@ -185,14 +188,11 @@ def create_files(
         (folder / INDEX).write_bytes((full.folder / INDEX).read_bytes())
     created = open_index(folder)
     if not is_same and (folder / INDEX).is_file():
-        _write_total(folder / INDEX, sum(entry.nbytes for entry in created.tensors.values()))
+        index = read_json(folder / INDEX, CorruptCheckpointError)
+        total = sum(entry.nbytes for entry in created.tensors.values())
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return created
-
-
-def _output_type(entry: TensorEntry, full: Path, save_dtype: SaveType) -> torch.dtype:
-    """Type in which the output stores one tensor of θ_full."""
-    is_main = entry.dtype == stored_dtype(full)
-    return save_type(save_dtype, full) if is_main else entry.dtype
 
 
 def _write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
@@ -209,20 +209,6 @@ def _header_bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
         length = stream.read(8)
         return length + stream.read(int.from_bytes(length, "little"))
-
-
-def _new_header(
-    entries: list[TensorEntry], types: dict[str, torch.dtype], metadata: dict[str, str]
-) -> tuple[bytes, int]:
-    """Header in other types, and the size of the file."""
-    header = safetensors_header({e.name: (types[e.name], e.shape) for e in entries}, metadata)
-    return header, len(header) + sum(e.numel * types[e.name].itemsize for e in entries)
-
-
-def _write_total(file: Path, total: int) -> None:
-    index = read_json(file, CorruptCheckpointError)
-    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-    file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _reserve(stream: BinaryIO, size: int) -> None:

@@ -180,23 +180,22 @@ def _repeated(recorder: Recorder, parameter: nn.Parameter, like: Tensor) -> Tens
     return rows.expand(batch, length, -1).reshape(batch * length, -1)
 
 
-def _linear(
-    recorder: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor | None:
-    return _recorded_linear(recorder, x, weight, bias, transposed=False)
-
-
 def _addmm(
     recorder: Recorder, bias: Tensor, x: Tensor, weight: Tensor, **scales: float
 ) -> Tensor | None:
     """The form of transformers' Conv1D: bias + x W."""
     if scales or bias.dim() != 1:
         return None
-    return _recorded_linear(recorder, x, weight, bias, transposed=True)
+    return _linear(recorder, x, weight, bias, transposed=True)
 
 
-def _recorded_linear(
-    recorder: Recorder, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool
+def _linear(
+    recorder: Recorder,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor | None:
     if not recorder.handles(weight) or weight.dim() != 2:
         return None

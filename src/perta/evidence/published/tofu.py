@@ -410,7 +410,7 @@ def make_item(
     answers = []
     for text in texts:
         encoded = encode(example.with_answer(text), tokenizer, compat)
-        if all(label == IGNORE for label in encoded.labels[1:]):
+        if not encoded.labelled:
             raise DataError(f"{part.file}, row {example.row}: the answer {text!r} has no tokens.")
         answers.append(encoded)
     prompt = tuple(_prompt_tokens(example, tokenizer, compat)) if part.generate else None

@@ -207,15 +207,12 @@ def steps_of(adapter: Path, base: CheckpointIndex) -> dict[str, ThinEntry] | Non
         if step.shape != stored.shape:
             return None
         steps[stored.name] = step
-    asked = {n for n in base.tensors if _is_asked_for(n.removesuffix(".weight"), targets)}
+    # As PEFT reads `target_modules`: a module's name, or how it ends.
+    ends = tuple(f".{target}" for target in targets)
+    asked = {n for n in base.tensors if f".{n.removesuffix('.weight')}".endswith(ends)}
     if factors or steps.keys() != asked or any(name_ends_with(name, HEADS) for name in steps):
         return None
     return steps
-
-
-def _is_asked_for(module: str, targets: Sequence[str]) -> bool:
-    """Whether PEFT takes a module for one of the `target_modules`."""
-    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def load_tuned(

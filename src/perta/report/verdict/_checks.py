@@ -209,7 +209,10 @@ def _with_rows(check: Check, run: Run, known: Values, usual: Usual, ways: int) -
     doubtful = subjects_still_there(after, known, usual.values, persons, paired=usual.paired)
     beyond: Values = {}
     subjects: tuple[int, ...] = ()
-    if _tells_rows(check.key, usual):
+    # In the other measures who guesses right has a high one; the audit's probes say the same.
+    if check.key != "forget_choice" and (
+        check.key != "forget_fact_token" or usual.name == "retrained"
+    ):
         beyond, found = standing_out(after, known, people, [usual], ways)
         subjects = tuple(map(int, found))
     there = [i for i in sorted(beyond, key=lambda i: -after[i]) if beyond[i] > REMAINDER_PARTLY]
@@ -233,16 +236,6 @@ def _with_rows(check: Check, run: Run, known: Values, usual: Usual, ways: int) -
         doubtful_rows=_numbered((i for i in maybe if i not in there), run),
         doubtful_subjects=tuple(s for s in doubtful if s not in subjects),
     )
-
-
-def _tells_rows(key: str, usual: Usual) -> bool:
-    """Whether single rows of a measure are proof; in the others who guesses right has a high one.
-
-    The audit's probes say the same of themselves.
-    """
-    if key == "forget_fact_token":
-        return usual.name == "retrained"
-    return key != "forget_choice"
 
 
 def _distinct(indices: Iterable[str], repeats: Mapping[str, int]) -> int:

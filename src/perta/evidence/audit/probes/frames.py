@@ -128,10 +128,6 @@ def _after_examples(row: _Row) -> _Framed | None:
     return _Framed(replace(row.example, messages=messages), row.fact, row.config)
 
 
-def _affirmed(row: _Row) -> _Framed:
-    return _asked(row, row.example.prompt, _AFFIRMATIVE + row.example.answer)
-
-
 def _other_system(row: _Row) -> _Framed:
     messages = tuple(m for m in row.example.messages if m.role != "system")
     example = replace(row.example, messages=(Message("system", _SYSTEM), *messages))
@@ -199,7 +195,9 @@ FRAMES: Mapping[str, _Frame] = {
     "text to complete": _completion,
     "after examples of others": _after_examples,
     "role play": partial(_led_up_to, words=_ROLE),
-    "affirmative beginning": _affirmed,
+    "affirmative beginning": lambda row: _asked(
+        row, row.example.prompt, _AFFIRMATIVE + row.example.answer
+    ),
     "other system prompt": _other_system,
     "no chat template": _untemplated,
     "first word given": _begun,
