@@ -473,6 +473,17 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "tuned" / "perta.json", tuned("full", "d0", 1))
     with pytest.raises(DataError, match="Nothing to report"):
         collect([str(tmp_path / "tuned")])
+    # Beside a folder that holds some, too: a yardstick that is stated is not left out in silence.
+    folder = tmp_path / "results"
+    write(folder / "one.json", results("edited", 0.1, 0.9))
+    with pytest.raises(DataError, match="neither results"):
+        collect([str(folder), f"retrained={tmp_path / 'empty'}"])
+    with pytest.raises(DataError, match=r"^retrained=.*tuned: there are no results of one model"):
+        collect([str(folder), f"retrained={tmp_path / 'tuned'}"])
+    assert collect([f"retrained={folder}"]).by_role("retrained")
+    write(folder / "two.json", results("full", 0.9, 0.9))
+    with pytest.raises(DataError, match="no results of one model"):
+        collect([f"retrained={folder}"])
     with pytest.raises(ConfigError, match="name at least one"):
         write_report(ReportConfig(output=tmp_path / "r.html"))
 

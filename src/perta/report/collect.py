@@ -256,31 +256,38 @@ class _Found:
             self.records.setdefault(content, record)
             self._places.setdefault(content, place)
 
-    def _remember_children(self, folder: Path, *, named: bool = False) -> None:
-        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
-            found = read_manifest(child) if child.is_dir() else None
-            if found is not None:
-                self._remember(found, child, named=named)
+    def _remember_children(self, folder: Path, *, named: bool = False) -> bool:
+        """Whether there are any."""
+        children = sorted(folder.iterdir()) if folder.is_dir() else ()
+        found = [(read_manifest(child), child) for child in children if child.is_dir()]
+        for record, child in found:
+            if record is not None:
+                self._remember(record, child, named=named)
+        return any(record is not None for record, _ in found)
 
     def _add_folder(self, folder: Path, label: str | None) -> None:
-        record = read_manifest(folder)
+        record, before = read_manifest(folder), len(self.items)
         if record is not None:
             self._remember(record, folder, named=True)
             if "unlearn" in record:
                 self._add_unlearned(folder, record, label)
             elif is_unlearned(record) and label:
                 self.items.append(_Item(folder.name, folder, {}, label, "edited", record))
-            return
-        before = len(self.items)
-        results = folder / "results"
-        for file in sorted((results if results.is_dir() else folder).glob("*.json")):
-            if _is_results(_load(file)):
-                self._add_file(file, None)
-        self._remember_children(folder, named=True)
-        if len(self.items) == before and not self.records:
+        else:
+            results = folder / "results"
+            files = sorted((results if results.is_dir() else folder).glob("*.json"))
+            files = [file for file in files if _is_results(_load(file))]
+            for file in files:
+                self._add_file(file, label if len(files) == 1 else None)
+            if not self._remember_children(folder, named=True) and not files:
+                raise DataError(
+                    f"{folder} holds neither results (*.json, or a folder results/) nor a record "
+                    f"({MANIFEST}) of an output of perta."
+                )
+        if label and label not in {item.label for item in self.items[before:]}:
             raise DataError(
-                f"{folder} holds neither results (*.json, or a folder results/) nor a record "
-                f"({MANIFEST}) of an output of perta."
+                f"{label}={folder}: there are no results of one model that could have that name. "
+                "Give the file of them, as `perta evaluate` writes it."
             )
 
     def _add_unlearned(self, folder: Path, record: Record, label: str | None) -> None:
