@@ -103,8 +103,13 @@ def summarise(
             require_finite(outcome.scores[0], f"example {i} of {name}")
         results |= _summary(name, items[name], mine, tokenizer)
         results |= _fact_summary(name, facts[name], mine)
-        results |= _row_summary(name, facts[name])
-        results |= _subject_summary(name, sets[name], facts[name], subject_column)
+        rows = [fact.row for fact in facts[name]]
+        if rows != list(range(1, len(rows) + 1)):
+            results[f"{name}_row"] = _numbered("row", rows)
+        fields = {example.row: example.fields for example in sets[name].examples}
+        numbers = subjects([fields[row] for row in rows], subject_column)
+        if numbers is not None:
+            results[f"{name}_subject"] = _numbered("subject", numbers)
     return results
 
 
@@ -201,25 +206,6 @@ def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome])
     if any(choices):
         summary[f"{name}_fact_choice"] = table(choices, "prob")
     return summary
-
-
-def _row_summary(name: str, facts: Sequence[Fact]) -> Results:
-    """Which row of its file each one is, where that is not its place."""
-    rows = [fact.row for fact in facts]
-    if rows == list(range(1, len(rows) + 1)):
-        return {}
-    return {f"{name}_row": _numbered("row", rows)}
-
-
-def _subject_summary(
-    name: str, examples: ExampleSet, facts: Sequence[Fact], column: str | None
-) -> Results:
-    """Whom or what each row is about, as a number."""
-    fields = {example.row: example.fields for example in examples.examples}
-    numbers = subjects([fields[fact.row] for fact in facts], column)
-    if numbers is None:
-        return {}
-    return {f"{name}_subject": _numbered("subject", numbers)}
 
 
 def _numbered(key: str, numbers: Sequence[int]) -> Results:

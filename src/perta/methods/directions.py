@@ -61,10 +61,8 @@ def input_direction(
     With a factor of the forget side the product with C_f takes 4 · out · n · in, not 2 · out · in²,
     and without μ the solve 2 · n · in² in place of 2 · out · in². With factors of n rows together,
     at most in / 2, nothing larger than (n, in) is formed, and about 8 · out · n · in + n² · in
-    operations are all.
-
-    Raises:
-        DivergenceError: the matrix is not positive definite; the damping is too small.
+    operations are all. DivergenceError where the matrix is not positive definite: too small a
+    damping.
     """
     damping = _resolved_damping(damping, forget_moment, retain_moment)
     forget = mean_diagonal(forget_moment)

@@ -9,7 +9,6 @@ Everything goes through the public stages, so a second run reuses what is finish
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,15 +52,17 @@ def run_demo(config: DemoConfig, *, shows: bool = True) -> dict[str, dict[str, A
         config = replace(config, compute=replace(config.compute, threads=1))
     page = check_report_folder(config.output)
     results = _Demo(config, config.output).results()
-    report = write_report(
-        ReportConfig(
-            results=(str(config.output),),
-            output=page,
-            title="Demo of unlearning",
-        )
-    )
+    shown = (str(config.output),)
+    report = write_report(ReportConfig(results=shown, output=page, title="Demo of unlearning"))
     if shows:
-        _show(config, results)
+        print_comparison(results)
+        print_costs(*costs(collect([str(config.output)])))
+        console().print(
+            f"{_FORGET_PEOPLE / _PEOPLE:.0%} of the people are forgotten here; the cost falls with "
+            "that share."
+        )
+        names = ("full", "retrained", "perta-project")
+        print_samples({name: results[name] for name in names}, 1)
         minutes = (time.perf_counter() - started) / 60
         console().print(
             f"Report: {report}\nEverything is in {config.output}; this run took {minutes:.1f} "
@@ -78,17 +79,6 @@ def plan_demo(config: DemoConfig) -> Plan:
         demo = _Demo(config, Path(scratch), asks=True)
         demo.results()
         return cast(Asked, demo.asked).plan(config.output, config.output)
-
-
-def _show(config: DemoConfig, results: Mapping[str, dict[str, Any]]) -> None:
-    """Print what came of it."""
-    print_comparison(results)
-    print_costs(*costs(collect([str(config.output)])))
-    share = _FORGET_PEOPLE / _PEOPLE
-    console().print(
-        f"{share:.0%} of the people are forgotten here; the cost falls with that share."
-    )
-    print_samples({name: results[name] for name in ("full", "retrained", "perta-project")}, 1)
 
 
 class _Demo:

@@ -148,7 +148,12 @@ def collect(paths: Iterable[str]) -> Collection:
     order = (*_REFERENCES, "edited")
     place = {role: i for i, role in enumerate(order)}
     named = _relabel(sorted(_distinct(runs), key=lambda run: place.get(run.role, len(order))))
-    notices = (*found.notices, *_stated(named), *_unknown(named))
+    stated = (
+        f"{run.label} is the {_REFERENCES[run.role]} as stated by the user; no record confirms it."
+        for run in named
+        if run.stated
+    )
+    notices = (*found.notices, *stated, *_unknown(named))
     return Collection(_judgeable(named), found.records, notices)
 
 
@@ -459,15 +464,6 @@ def _judgeable(runs: list[Run]) -> tuple[Run, ...]:
         replace(run, role="edited", method=run.label) if run.role == "other" else run
         for run in runs
     )
-
-
-def _stated(runs: list[Run]) -> list[str]:
-    """Sentences on references that rest on the user's word."""
-    return [
-        f"{run.label} is the {_REFERENCES[run.role]} as stated by the user; no record confirms it."
-        for run in runs
-        if run.stated
-    ]
 
 
 def _unknown(runs: list[Run]) -> list[str]:

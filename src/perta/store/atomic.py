@@ -157,7 +157,9 @@ def _making(output: Path, overwrite: bool) -> Iterator[Path]:
     try:
         with _hidden(output) as run:
             yield run / _NEW
-            _sync_all(run / _NEW)
+            for place in (*(run / _NEW).rglob("*"), run / _NEW):
+                if not place.is_symlink():
+                    _sync(place)
             _check_output(output, overwrite)
             _put_in_place(run, output)
     finally:
@@ -294,14 +296,8 @@ def _clear(run: Path) -> None:
         run.rmdir()
 
 
-def _sync_all(path: Path) -> None:
-    """Have a file, or a folder with all that is in it, on the disk itself."""
-    for place in (*path.rglob("*"), path):
-        if not place.is_symlink():
-            _sync(place)
-
-
 def _sync(place: Path) -> None:
+    """Have a file or a folder on the disk itself."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -193,15 +193,9 @@ def _recorded(
         if name.endswith("_moments"):
             yield from _of_moments(of, name, made, records, general)
         elif made and name not in ("full", "base"):
-            yield _noted_as(name), of(made)
-
-
-def _noted_as(name: str) -> str:
-    """How a run notes the stage that made an input: `forget_checkpoint_2` is `finetune_2`."""
-    for part, stage in _OF_INPUT.items():
-        if name.startswith(part):
-            return stage + name.removeprefix(part)
-    return name
+            # As a run notes the stage that made it: `forget_checkpoint_2` is `finetune_2`.
+            part = next((part for part in _OF_INPUT if name.startswith(part)), "")
+            yield _OF_INPUT.get(part, "") + name.removeprefix(part), of(made)
 
 
 def _of_moments(

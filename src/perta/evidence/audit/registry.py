@@ -80,7 +80,10 @@ def _load_probe(path: Path) -> Probe:
     """The probe that a Python file defines; a ConfigError as `own_class`, or a name of ours."""
     own: type[Probe] = own_class(path, Probe, _TEXTS)
     odd = [part for part in (*_TEXTS, "unit") if not isinstance(getattr(own, part), str)]
-    odd += [part for part, known in _NAMES.items() if not _names(getattr(own, part), known)]
+    for part, known in _NAMES.items():
+        names = getattr(own, part)
+        if not (isinstance(names, tuple | list) and all(name in known for name in names)):
+            odd.append(part)
     odd += [] if own.level in LEVELS else ["level"]
     if odd:
         raise ConfigError(
@@ -90,8 +93,3 @@ def _load_probe(path: Path) -> Probe:
     if own.name in {probe.name for probe in PROBES}:
         raise ConfigError(f"{path}: there is a probe {own.name} already. Name it otherwise.")
     return own()
-
-
-def _names(value: object, known: Sequence[str]) -> bool:
-    """Whether a value is a tuple or list of known names."""
-    return isinstance(value, tuple | list) and all(name in known for name in value)

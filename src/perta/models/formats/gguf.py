@@ -10,7 +10,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, sections `[ll
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,20 +132,15 @@ def _check_values(path: Path, model: PreTrainedModel, shapes: Mapping[str, Any])
     tied = model.config.get_text_config().tie_word_embeddings
     left = {_FREQUENCIES, *_LONG_ROPE, *(["output.weight"] if tied else [])}
     held = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in left)
-    parts = (*model.parameters(), *_stored_buffers(model))
-    taken = sum(part.numel() for part in parts)
+    taken = sum(tensor.numel() for tensor in model.parameters())
+    for module in model.modules():
+        stored = dict(module.named_buffers(recurse=False))
+        taken += sum(stored[n].numel() for n in stored.keys() - module._non_persistent_buffers_set)
     if held != taken:
         raise CorruptCheckpointError(
             f"{path} holds {held:,} values, and the model of its header takes {taken:,}: tensors "
             "would be left out, or invented. Convert the model again, without extra heads."
         )
-
-
-def _stored_buffers(model: PreTrainedModel) -> Iterator[Tensor]:
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield buffer
 
 
 # --- positions --------------------------------------------------------------------------------
