@@ -8,7 +8,12 @@ from functools import partial
 from traceback import format_exc, walk_tb
 from types import FrameType
 
-from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError
+from cyclopts import (
+    CycloptsError,
+    MissingArgumentError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from perta.cli import _requests, _runs, _session, _stages  # noqa: F401
 from perta.cli._app import app
@@ -57,6 +62,11 @@ def _usage(error: CycloptsError) -> str:
     if "--show-samples" in unknown:
         return "--show-samples is an option of `perta evaluate` alone: give it there."
     text = " ".join(str(error).split())
+    if isinstance(error, UnusedCliTokensError):
+        text = (
+            f"Not understood: {' '.join(error.unused_tokens or ())}. Of several values each has the "
+            "option before it, and one with spaces stands in quotes."
+        )
     if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
         text = f"{error.argument.name} is missing."
         if error.unused_tokens:

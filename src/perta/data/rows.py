@@ -90,6 +90,10 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
         raise DataError(f"{path}: unknown kind of file. Use one of {', '.join(_READERS)}.")
     if path.is_dir():
         raise DataError(f"{source} is a folder; give one data file ({', '.join(_READERS)}).")
+    if path.exists():
+        raise DataError(
+            f"{source} is a pipe or a device, which no run can read twice. Save its rows in a file."
+        )
     if path.suffix.lower() in _READERS or source.startswith((".", "/", "~")):
         beside = [p.name for p in path.parent.glob("*")]
         hint = nearest(path.name, beside, listed=False, where=f"{path.parent}/")
