@@ -64,8 +64,8 @@ def _usage(error: CycloptsError) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnusedCliTokensError):
         text = (
-            f"Not understood: {' '.join(error.unused_tokens or ())}. Of several values each has the "
-            "option before it, and one with spaces stands in quotes."
+            f"Not understood: {' '.join(error.unused_tokens or ())}. Of several values each has "
+            "the option before it, and one with spaces stands in quotes."
         )
     if isinstance(error, MissingArgumentError) and error.keyword is None and error.argument:
         text = f"{error.argument.name} is missing."
