@@ -53,6 +53,8 @@ def resolve_checkpoint(
     where nothing is there, CheckpointError where it cannot be read or is of another model than it
     says.
     """
+    if base is not None and Path(base).expanduser() == Path(reference).expanduser():
+        base = None  # an adapter that is the base model is not its own base
     return _resolve(reference, base=base, exact=exact)
 
 

@@ -401,6 +401,11 @@ def test_an_adapter_in_its_bases_folder(tmp_path: Path) -> None:
     assert not (merged / "adapter_config.json").exists()
 
 
+def test_an_adapter_that_is_the_base_model_is_not_its_own_base(tmp_path: Path) -> None:
+    adapter = lora(tmp_path)
+    assert resolve_checkpoint(adapter, base=adapter) == resolve_checkpoint(adapter)
+
+
 def test_adapters_on_each_other(tmp_path: Path) -> None:
     first, second = lora(tmp_path / "a"), lora(tmp_path / "b")
     rewrite(second, base_model_name_or_path=str(first))
