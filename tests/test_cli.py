@@ -587,6 +587,7 @@ def test_escape_sequences_of_files_do_not_reach_the_terminal(perta: Run, tmp_pat
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "Out of memory"),
         (OSError(28, "No space left on device", "x.json"), "The disk is full: x.json"),
         (Exception("I/O error: No space left on device (os error 28)"), "The disk is full"),
+        (Exception("I/O error: File too large (os error 27)"), "error: File too large. Check the"),
         (RuntimeError("shapes do not fit"), "a defect in perta"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 from functools import partial
@@ -86,7 +88,11 @@ def _unforeseen(error: Exception) -> str:
         frame, line = own[-1]
         what = f"{type(error).__name__}: {first_line(error)}"
         return f"{frame.f_code.co_filename}, line {line}: {what}. This is code of your own."
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries in Rust say it
+        error = OSError(int(told[1]), os.strerror(int(told[1])))
     if not isinstance(error, OSError):
         return f"This is a defect in perta.\n{format_exc()}"
     place = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{place}. Check the path, its permissions and disk space."
+    return (
+        f"{error.strerror or error}{place}. Check the path, its permissions, disk space and limits."
+    )
