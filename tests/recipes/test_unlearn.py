@@ -25,7 +25,13 @@ from perta.errors import (
     OutputExistsError,
     PertaError,
 )
-from perta.options import EstimatorConfig, ScoringConfig, TrainSettings, WeightingConfig
+from perta.options import (
+    EstimatorConfig,
+    ScoringConfig,
+    TrainSettings,
+    TuneConfig,
+    WeightingConfig,
+)
 from perta.recipes.requests.settings import RequestsInitConfig
 from perta.recipes.requests.take import start_ledger
 from perta.recipes.settings import UnlearnConfig
@@ -568,7 +574,8 @@ def test_what_cannot_be_written_stops_the_run_at_once(world: World, tmp_path: Pa
 def test_a_forget_set_that_no_rate_teaches_stops_before_the_edit(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.engine.train.tune._RATES", (1e-3, 2e-3))
+    rates = "perta.engine.train.tune._RATES"
+    monkeypatch.setattr(rates, (1e-3, 2e-3))
     with pytest.raises(NotLearnedError, match=r"Only 0% .* stops before the edit"):
         unlearn(
             base=str(world.base),
@@ -578,3 +585,8 @@ def test_a_forget_set_that_no_rate_teaches_stops_before_the_edit(
             output=tmp_path / "clean",
         )
     assert not (tmp_path / "clean").exists()
+    # What that run left says nothing about one with more epochs, as its message advises.
+    monkeypatch.setattr(rates, (100.0,))
+    run = world.request(tmp_path / "clean", tune=TuneConfig(epochs=40, batch_size=2))
+    unlearn(replace(run, weighting=WeightingConfig(method="tv", scaling_coef=1.0), evaluate=False))
+    assert (tmp_path / "clean").exists()
