@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 torch.cpu._is_amx_tile_supported = lambda: False  # the suite's bits depend on no processor
 os.fsync = lambda fd: None  # noqa: ARG005 - nothing here outlives the machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs aside ignores it
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 TUNE = TuneConfig(epochs=30, learning_rate=5e-3, batch_size=2)

@@ -46,12 +46,10 @@ _P = ParamSpec("_P")
 _GRACE = 5.0
 """Seconds after an error in which the others may come to one as well; then they are waiting for
 this process, and learn that it is gone."""
-_FAREWELL = 20.0
-"""Seconds that process 0 has to tell the user about an error of another one."""
+_FAREWELL = 20.0  # seconds that process 0 has to tell the user about an error of another one
 _LEFT = ("_require_grads_hook", "_gradient_checkpointing_func")
 """What transformers leaves in a model that was trained."""
-_LARGE = 1 << 16
-"""Bytes from which the values of a tensor are sent by themselves."""
+_LARGE = 1 << 16  # bytes from which the values of a tensor are sent by themselves
 
 
 def lead(program: Callable[[], object]) -> None:

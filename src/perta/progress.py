@@ -60,8 +60,7 @@ class PlainConsole(Console):
 
 console = PlainConsole(stderr=True)
 _quiet = False
-_said = 0.0
-"""When the last line was printed."""
+_said = 0.0  # when the last line was printed
 
 
 def set_quiet(quiet: bool) -> None:
@@ -99,8 +98,7 @@ def warn(message: str) -> None:
     console.print(f"warning: {message}", markup=False, style="yellow", soft_wrap=True)
 
 
-_EVERY = 30.0
-"""Seconds between two lines of a step in a log."""
+_EVERY = 30.0  # seconds between two lines of a step in a log
 
 
 def span(seconds: float) -> str:
@@ -195,8 +193,7 @@ def reused() -> None:
         run.reused = True
 
 
-_bars: list[Progress] = []
-"""Live bars, which say how far things are."""
+_bars: list[Progress] = []  # live bars, which say how far things are
 
 
 @dataclass

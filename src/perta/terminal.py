@@ -74,8 +74,7 @@ def print_costs(found: Sequence[Cost], retraining: float | None) -> None:
         stages, evaluation = details(cost.took.stages), cost.took.evaluation
         apart = f"; evaluation apart {duration(evaluation)}" if evaluation else ""
         part = "–" if cost.operations is None else percent(cost.operations)
-        total = duration(cost.took.total)
-        rows.append((cost.run.label, total, share, part, stages + apart))
+        rows.append((cost.run.label, duration(cost.took.total), share, part, stages + apart))
     _print_table("cost", columns, rows, right=(1, 2, 3), whole=range(4))
 
 

@@ -10,12 +10,7 @@ from functools import partial
 from traceback import format_exc, walk_tb
 from types import FrameType
 
-from cyclopts import (
-    CycloptsError,
-    MissingArgumentError,
-    UnknownOptionError,
-    UnusedCliTokensError,
-)
+from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from perta.cli import _requests, _runs, _session, _stages  # noqa: F401
 from perta.cli._app import app

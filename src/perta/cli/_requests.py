@@ -88,10 +88,7 @@ def _recheck(config: RequestsRecheckConfig) -> None:
 
 @_requests.command(name="verify")
 def _verify(
-    folder: Path,
-    *,
-    head: str | None = None,
-    public_key: Annotated[tuple[Path, ...], Repeated] = (),
+    folder: Path, *, head: str | None = None, public_key: Annotated[tuple[Path, ...], Repeated] = ()
 ) -> None:
     """Check the ledger, its signatures and every checkpoint it names.
 

@@ -58,8 +58,7 @@ def merge_moments(
     """
     from perta.stages.moments import merge_moments
 
-    config = MergeMomentsConfig(folders=folders, output=output, overwrite=overwrite)
-    made = merge_moments(config)
+    made = merge_moments(MergeMomentsConfig(folders=folders, output=output, overwrite=overwrite))
     tell(json, f"Moments: {made}", output=made)
 
 

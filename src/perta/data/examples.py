@@ -188,8 +188,7 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]], key: bytes | None = None
 def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataConfig) -> str:
     if config.format != "auto":
         if config.format in ("chat", "text"):
-            chat = config.format == "chat"
-            column = chat_column(rows[0], config) if chat else config.text_column
+            column = chat_column(rows[0], config) if config.format == "chat" else config.text_column
             _require_column(source, rows, column, config.format)
         return config.format
     row = rows[0]

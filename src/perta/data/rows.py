@@ -140,8 +140,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
-            hint = "Each line must be one JSON object."
-            value = _parse(line, f"{path}, line {number}", hint)
+            value = _parse(line, f"{path}, line {number}", "Each line must be one JSON object.")
             rows.append(_object(value, path, f"line {number}"))
     return rows
 

@@ -42,8 +42,7 @@ ENOUGH = 4
 """Tokens for each input of the widest layer from which more change little."""
 
 _SEED = 0
-_TOGETHER = 1024
-"""Rows narrower than float32 that are multiplied at once."""
+_TOGETHER = 1024  # rows narrower than float32 that are multiplied at once
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,7 @@ class Journal:
     def __enter__(self) -> Self:
         if self.path is None:
             return self
-        lines = self._kept_lines()
-        write_text(self.path, "".join(f"{line}\n" for line in lines), private=True)
+        write_text(self.path, "".join(f"{line}\n" for line in self._kept_lines()), private=True)
         self._file = self.path.open("a", encoding="utf-8")
         return self
 
@@ -196,8 +195,7 @@ def open_journal(
     if path is None:
         return Journal(None, "")
     hashes = {name: model and _model_fingerprint(model) for name, model in models.items()}
-    record = {**settings, **hashes, "version": __version__}
-    text = json.dumps(record, sort_keys=True, default=str)
+    text = json.dumps({**settings, **hashes, "version": __version__}, sort_keys=True, default=str)
     return Journal(path, hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -70,8 +70,7 @@ def mean_interval(
     array = np.asarray(values, dtype=np.float64)
     low, high = bounded_means(array, lowest, highest)
     found = quantile_interval(float(array.mean()), low, high, len(array), confidence)
-    widest = None if groups is None else student_interval(values, groups, confidence)
-    wide = _widened(found, widest)
+    wide = _widened(found, None if groups is None else student_interval(values, groups, confidence))
     # Values within bounds have a mean within them; Student's ends know of none.
     return Interval(wide.value, max(lowest, wide.low), min(highest, wide.high), wide.n)
 

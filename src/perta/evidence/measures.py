@@ -86,8 +86,7 @@ def _read_measures() -> Iterator[Measure]:
         yield from (_of_set(entry, group, sets[group]) for entry in _TOLD["each"] if group in sets)
         for entry in _TOLD["single"]:
             if entry["group"] == group:
-                better = entry.get("better", "none")
-                yield _made(entry, entry["key"], group, better, entry["names"])
+                yield _made(entry, entry["key"], group, entry.get("better", "none"), entry["names"])
     for name, label in _TOLD["attacks"]["labels"].items():
         entry = {**_TOLD["attacks"], "label": label}
         yield _made(entry, f"mia_{name}", "membership", "none", [f"mia_{name}"])

@@ -99,8 +99,7 @@ def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
     n = log_probs.numel()
     if n == 0:
         return None
-    lowest = log_probs.double().sort().values[: max(1, int(share * n))]
-    return -float(lowest.mean())
+    return -float(log_probs.double().sort().values[: max(1, int(share * n))].mean())
 
 
 def min_k_plus_plus(

@@ -18,14 +18,7 @@ from perta.data.tokens import encode_examples, encode_prompt
 from perta.evidence.results import Results, decode, require_finite, rouge_row, table
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
-from perta.evidence.scoring.items import (
-    Done,
-    Item,
-    Outcome,
-    ScoringOptions,
-    end_tokens,
-    run_items,
-)
+from perta.evidence.scoring.items import Done, Item, Outcome, ScoringOptions, end_tokens, run_items
 from perta.models.facts import SAMPLES, Fact, fact_score, find_facts, hit_probability, subjects
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig, ScoringConfig
@@ -122,8 +115,7 @@ def score_examples(
     batch_size: int = 16,
 ) -> list[Score]:
     """Teacher-forced scores of every example in order (of every window, for plain text)."""
-    config = data_config or DataConfig()
-    items = _make_items(model, tokenizer, examples, config, generate=False)
+    items = _make_items(model, tokenizer, examples, data_config or DataConfig(), generate=False)
     options = scoring_options(model, tokenizer, items, batch_size, 1)
     return [outcome.scores[0] for outcome in run_items(model, items, options)]
 
@@ -141,8 +133,7 @@ def _make_items(
     by_row = {example.row: example for example in examples.examples}
     items = []
     for sequence in encoded.encoded:
-        row = by_row[sequence.row]
-        prompt = encode_prompt(row, tokenizer, data_config) if generate else []
+        prompt = encode_prompt(by_row[sequence.row], tokenizer, data_config) if generate else []
         items.append(Item((sequence,), tuple(prompt) or None))
     return items
 

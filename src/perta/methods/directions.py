@@ -96,8 +96,7 @@ def projected_direction(task_vector: Tensor, retain_moment: Tensor, rho: float) 
     mean = mean_diagonal(retain_moment)
     # Moments that are all zero ask for no protection.
     ridge = _ridge([(retain_moment, rho / mean if mean else 0.0)], 1.0)
-    delta = ridge.solve(task_vector.double().t()).t()
-    return Direction(delta, ridge.condition(), 0.0)
+    return Direction(ridge.solve(task_vector.double().t()).t(), ridge.condition(), 0.0)
 
 
 def _direction_in_bases(

@@ -122,8 +122,7 @@ def remove_influence(
 
     def product(vector: Tensor) -> Tensor:
         batched, count = batches(everything), len(everything)
-        curved = _derivative(model, parameters, batched, count, vector)
-        return curved.add_(vector, alpha=damping)
+        return _derivative(model, parameters, batched, count, vector).add_(vector, alpha=damping)
 
     before = losses_of(model, forget, batch_size=batch_size, pad=pad)
     with _twice_differentiable(model):
@@ -168,8 +167,7 @@ def _derivative(
 
 def _twice_differentiable(model: Any) -> AbstractContextManager[None]:
     """Attention in plain operations: fused kernels have no second derivative."""
-    before = model.config._attn_implementation
-    return temporarily(model.set_attn_implementation, "eager", before)
+    return temporarily(model.set_attn_implementation, "eager", model.config._attn_implementation)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -55,8 +55,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> AnswerLogits:
         output = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
-    targets = batch.labels[:, 1:][wanted]
-    return AnswerLogits(output.logits[0], targets, example)
+    return AnswerLogits(output.logits[0], batch.labels[:, 1:][wanted], example)
 
 
 def token_losses(answers: AnswerLogits) -> Tensor:
@@ -106,8 +105,7 @@ def mean_by_example(values: Tensor, example: Tensor, examples: int) -> Tensor:
     """Mean of token values within each example: (N,), (N,) -> (B,)."""
     sums = torch.zeros(examples, dtype=values.dtype, device=values.device)
     sums = sums.index_add(0, example, values)
-    counts = torch.bincount(example, minlength=examples)
-    return sums / counts
+    return sums / torch.bincount(example, minlength=examples)
 
 
 def example_losses(model: nn.Module, batch: Batch) -> Tensor:

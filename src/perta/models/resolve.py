@@ -162,8 +162,7 @@ def _from_adapter(
     # All that the result depends on: both inputs, the type it is stored in, and what merges.
     makers = f"{__version__} {version('peft')} {version('transformers')}"
     parts = (fingerprint(base_folder), fingerprint(path), "float32" if exact else "", makers)
-    key = blake3("\n".join(parts).encode()).hexdigest()[:24]
-    target = cache_folder() / "merged" / key
+    target = cache_folder() / "merged" / blake3("\n".join(parts).encode()).hexdigest()[:24]
     merge = partial(merge_adapter, path, base_folder, exact=exact)
     return _cached(target, f"Merging adapter {path.name} into its base", merge)
 

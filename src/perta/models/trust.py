@@ -70,8 +70,7 @@ def without_patterns(config: Any, model: nn.Module, adapter: Path) -> None:
         given = getattr(config, field, None) or {}
         found: dict[str, Any] = {}
         for key, value in given.items():
-            inside = rf"(.*\.)?({key})"
-            hits = [key] if _PLAIN.fullmatch(key) else _matched(inside, names, adapter)
+            hits = [key] if _PLAIN.fullmatch(key) else _matched(rf"(.*\.)?({key})", names, adapter)
             for name in hits:
                 found.setdefault(name if name == key else re.escape(name), value)
         if given:

@@ -39,13 +39,10 @@ from perta.store.costs import BACKWARD, FORWARD, Plan, Step, title_of
 
 _P = TypeVar("_P", bound=Place)
 
-_SAMPLE = 64
-"""Rows of a set whose tokens are counted."""
-_STRENGTHS = 12
-"""About how many strengths a search looks at."""
+_SAMPLE = 64  # rows of a set whose tokens are counted
+_STRENGTHS = 12  # about how many strengths a search looks at
 _FLOAT = 4
-_TUNED = 4
-"""Numbers a parameter that is tuned takes: itself, its gradient and two of AdamW."""
+_TUNED = 4  # numbers a parameter that is tuned takes: itself, its gradient and two of AdamW
 _LEARN = float(FORWARD + BACKWARD)
 
 
@@ -139,8 +136,7 @@ class Sizes:
         """
         halves = sum(0.5**place for place in range(1, count))
         passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
-        search = self._search(weighting, rank)
-        beside = max(self.weights + self._tuned(tune), search)
+        beside = max(self.weights + self._tuned(tune), self._search(weighting, rank))
         if rank:  # their ranks add up
             return Load(passes, beside, count * self._kept(tune))
         return Load(passes, self.weights + beside, self.weights)

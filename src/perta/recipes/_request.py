@@ -46,13 +46,10 @@ from perta.store.atomic import beside, check_place, check_writable, write_text
 from perta.store.record import check_output, check_separate
 
 _SHARE, _SMALLEST, _LARGEST = 0.1, 8, 200
-_MOST = 0.25
-"""Largest share of the retain set that is held back by default."""
-_SUBJECTS = 10
-"""Subjects from which on they are held back whole."""
+_MOST = 0.25  # largest share of the retain set that is held back by default
+_SUBJECTS = 10  # subjects from which on they are held back whole
 _SEED = 0
-_COMPARED = 64
-"""Rows that tell whether two tokenizers read them alike."""
+_COMPARED = 64  # rows that tell whether two tokenizers read them alike
 
 PROTECTED, HELD_BACK = "retain_protected.jsonl", "retain_held_back.jsonl"
 

@@ -129,14 +129,13 @@ class Workspace:
         self, name: str, data: str, tune: TuneConfig, stage: str, samples: str | None = None
     ) -> Path:
         """The base model tuned on one of the sets."""
-        output = self.place(name)
         config = FinetuneConfig(
             base=str(self.base),
             data=self.sets[data],
             samples=samples,
             save_dtype=self.save_dtype,
             tune=tune,
-            **self._common(output),
+            **self._common(self.place(name)),
         )
         return self.once(
             *(stage, finetune_checkpoint, config),
@@ -161,13 +160,12 @@ class Workspace:
         return folder
 
     def _importance(self, side: Side, orders: tuple[float, ...]) -> Path:
-        output = self.place(f"{side}_importance")
         config = ImportanceConfig(
             checkpoint=str(self.measured),
             data=self.sets[side],
             orders=orders,
             estimator=self.estimator,
-            **self._common(output),
+            **self._common(self.place(f"{side}_importance")),
         )
         return self.once(
             *(f"{side}_importance", compute_importance, config),

@@ -178,11 +178,7 @@ def _several(written: object) -> list[str]:
 
 
 def _left(
-    output: Path,
-    record: _Record,
-    work: Path,
-    inputs: Mapping[str, str],
-    deleted: Collection[Path],
+    output: Path, record: _Record, work: Path, inputs: Mapping[str, str], deleted: Collection[Path]
 ) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})

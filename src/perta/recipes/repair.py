@@ -43,8 +43,7 @@ def repair_checkpoint(config: RepairConfig) -> Path:
     check_writable(config.output)
     reads = (full, theirs, config.full, config.unlearned, config.retain, config.retain_moments)
     check_output(config.output, filter(None, reads), overwrite=config.overwrite)
-    settings = {**method.record(), "save_dtype": config.save_dtype}
-    refuse_other("edit", config, settings, inputs)
+    refuse_other("edit", config, {**method.record(), "save_dtype": config.save_dtype}, inputs)
     plan_edit(open_index(full), {BASE: open_index(theirs)}, weighting)
     edit = EditConfig(
         # An edit would merge an adapter into its --base, which is THEIRS here.

@@ -61,12 +61,7 @@ from perta.recipes._request import (
 from perta.recipes._run_record import STRENGTH, RunRecord, other_work_folders
 from perta.recipes._workspace import Workspace
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength.choose import (
-    Strength,
-    Unseen,
-    calibrate,
-    choose_strength,
-)
+from perta.recipes.strength.choose import Strength, Unseen, calibrate, choose_strength
 from perta.recipes.strength.rounds import write_rounds
 from perta.report.collect import collect
 from perta.report.settings import ReportConfig
@@ -85,8 +80,7 @@ from perta.store.costs import Plan, size
 from perta.store.provenance import FORGET_CHECKPOINT
 from perta.store.record import read_manifest
 
-_ROUNDS = 6
-"""Each leaves at most half of its rows, so hardly a request needs more."""
+_ROUNDS = 6  # each leaves at most half of its rows, so hardly a request needs more
 
 
 @dataclass(frozen=True)
@@ -114,10 +108,9 @@ class Unlearned:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Every mean as a row of a table: `pandas.DataFrame(result.rows)`."""
-        models = {"full": self.before, "unlearned": self.after}
         return [
             {"model": model, "metric": metric, "value": value}
-            for model, found in models.items()
+            for model, found in {"full": self.before, "unlearned": self.after}.items()
             for metric, value in aggregates(found or {}).items()
         ]
 
@@ -365,8 +358,7 @@ class _Run:
 
     def _edited(self, edit: EditConfig) -> Path:
         self.record.check(self.work.made.values())
-        rows = self.sets["forget"].fingerprint
-        edit_checkpoint(edit, forget_rows=rows, part_of=self.record.key)
+        edit_checkpoint(edit, forget_rows=self.sets["forget"].fingerprint, part_of=self.record.key)
         self.record.check([edit.output])
         return edit.output
 

@@ -252,11 +252,7 @@ def edit_map(run: Run) -> EditMap:
 
 
 def _heat_map(
-    what: str,
-    label: str,
-    layers: Mapping[tuple[int, str], _Place],
-    total: float,
-    relative: bool,
+    what: str, label: str, layers: Mapping[tuple[int, str], _Place], total: float, relative: bool
 ) -> HeatMap:
     rows = sorted({layer for layer, _ in layers})
     modules = {module for _, module in layers}
@@ -332,8 +328,7 @@ def _mean_weighting(tensors: Sequence[Record]) -> float | None:
     elements = sum(int(t["elements"]) for t in tensors)
     if not elements or any(value is None or not math.isfinite(value) for value in values):
         return None
-    parts = (float(t["mean_weighting"]) * int(t["elements"]) for t in tensors)
-    return math.fsum(parts) / elements
+    return math.fsum(float(t["mean_weighting"]) * int(t["elements"]) for t in tensors) / elements
 
 
 def _value(place: _Place, what: str, relative: bool) -> float:

@@ -117,8 +117,7 @@ def asked(subject: Run | None, collection: Collection) -> list[Identity]:
             items.append(Identity(what, _file(source), _shown(name, fingerprint, size), more))
     full = subject.record.get("inputs", {}).get("full")
     if full:
-        record = collection.records.get(str(full), {})
-        count = record.get("examples")
+        count = collection.records.get(str(full), {}).get("examples")
         more = f"tuned on {count} examples" if count else ""
         name = _file(subject.record.get("settings", {}).get("full"))
         items.append(Identity("from the model", name, str(full), more))
@@ -163,10 +162,9 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Everything recorded about every model, paths cut to their last part."""
     found = []
     for run in runs:
-        parts = (("checkpoint", run.record), ("evaluation", run.made))
         lines = [
             (f"{title}: {name}", value)
-            for title, record in parts
+            for title, record in (("checkpoint", run.record), ("evaluation", run.made))
             for name, value in _recorded(run, record)
             if value
         ]

@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-_TEXT_WIDTH = 6.5
-"""Mean width of a character of a label, for placing labels without measuring them."""
+_TEXT_WIDTH = 6.5  # mean width of a character of a label, for placing labels without measuring them
 SMALLEST = 1e-12
 """Values below are drawn here on logarithmic axes."""
-_LONG_LABEL = 40
-"""Characters from which a name stands below a figure that is a file."""
+_LONG_LABEL = 40  # characters from which a name stands below a figure that is a file
 _LINE = 18
 _LINE_LENGTH = 110
 
@@ -145,8 +143,7 @@ _ECDF_WIDE, _ECDF_NARROW = _Frame(800, 410, 58, 784, 14, 360), _Frame(360, 330, 
 
 def unit_axis(label: str, better: str = "none") -> Axis:
     """An axis from 0 to 1."""
-    ticks = tuple((i / 5, f"{i / 5:g}") for i in range(6))
-    return Axis(label, 0.0, 1.0, ticks, better)
+    return Axis(label, 0.0, 1.0, tuple((i / 5, f"{i / 5:g}") for i in range(6)), better)
 
 
 def fitted_axis(label: str, values: Sequence[float], better: str = "none") -> Axis:
@@ -202,8 +199,7 @@ def drawing(figure: Figure) -> str:
         return _ecdf(figure, _ECDF_WIDE, [(c.style, c.label) for c in figure.curves])
     long = [p for p in figure.points if p.named and len(p.label) > _LONG_LABEL]
     points = tuple(replace(p, named=p.named and p not in long) for p in figure.points)
-    names = [(p.style, p.label) for p in long]
-    return _scatter(replace(figure, points=points), _WIDE, names)
+    return _scatter(replace(figure, points=points), _WIDE, [(p.style, p.label) for p in long])
 
 
 def _heat_map(data: HeatMap) -> str:

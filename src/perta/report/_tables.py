@@ -32,8 +32,7 @@ _ROLES: Mapping[str, str] = {
     "forget checkpoint": "tuned on the forget set alone",
     "other": "part not known",
 }
-_LONG = 12
-"""Rows from which a table is long."""
+_LONG = 12  # rows from which a table is long
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,11 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
                 Entry(_value_text(key, mean), mean, f"± {_value_text(key, spread)}", mean)
             )
         rows.append(Row(tuple(entries), group[0]))
-    columns = [Column(_long_label(key), measure_of(key).meaning) for key in keys]
     return Table(
         "seeds",
         "Over seeds",
         "Mean and sample standard deviation over seeds of tuning.",
-        (Column("model"), *columns),
+        (Column("model"), *(Column(_long_label(key), measure_of(key).meaning) for key in keys)),
         tuple(rows),
     )
 

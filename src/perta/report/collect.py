@@ -37,8 +37,7 @@ _REFERENCES: Mapping[Role, str] = {
     "retrained": "retrained model",
 }
 
-_COMPARISON = "bench compare"
-"""Stage of results whose own record says what the model was."""
+_COMPARISON = "bench compare"  # stage of results whose own record says what the model was
 
 
 @dataclass(frozen=True)
@@ -492,8 +491,7 @@ def _distinct(runs: Iterable[Run]) -> list[Run]:
     kept: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         values = tuple(sorted((key, reading.value) for key, reading in run.measures.items()))
-        identity = run.fingerprint or run.label
-        kept.setdefault((run.role, identity, values), run)
+        kept.setdefault((run.role, run.fingerprint or run.label, values), run)
     return list(kept.values())
 
 

@@ -23,26 +23,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import (
-    PARAPHRASED,
-    ExampleSet,
-    check_apart,
-    general_config,
-    load_examples,
-)
+from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
 from perta.engine.train.relearn import SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import AUDIT, Looked, document_of, document_of_results, entry_of
-from perta.evidence.audit.probe import (
-    SHADOW,
-    Effort,
-    Material,
-    Probe,
-    Relearning,
-    Role,
-    Rows,
-    View,
-)
+from perta.evidence.audit.probe import SHADOW, Effort, Material, Probe, Relearning, Role, Rows, View
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
@@ -74,8 +59,7 @@ _Row = TypeVar("_Row")
 WORLD = str(files("perta").joinpath("evidence", "world.jsonl"))
 """Questions about the world that come with the package."""
 _SAMPLES = {"quick": 64, "standard": 64, "full": 200}
-_TIMED_TOKENS = 128
-"""Tokens of a pass that tells how fast a model is here."""
+_TIMED_TOKENS = 128  # tokens of a pass that tells how fast a model is here
 
 
 def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dict[str, Any]:
@@ -112,13 +96,7 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
         return _Audit(config, folders, dict(sets), probes, inputs, settings).run(journal)
 
     results = run_file_stage(
-        "audit",
-        At(output, config.overwrite),
-        settings,
-        inputs,
-        make,
-        look=look,
-        reads=reads,
+        "audit", At(output, config.overwrite), settings, inputs, make, look=look, reads=reads
     )
     journal.unlink(missing_ok=True)
     return results
@@ -139,8 +117,7 @@ def _load_sets(config: AuditConfig, probes: Sequence[Probe]) -> dict[str, Exampl
     others = {"world": config.world or (WORLD if asks_world else None), "general": config.general}
     for name, source in others.items():
         if source:
-            columns = general_config(source, config.data_config)
-            loaded[name] = load_examples(source, columns)
+            loaded[name] = load_examples(source, general_config(source, config.data_config))
     check_apart(loaded)
     sets = {name: _each_once(name, examples) for name, examples in loaded.items()}
     if "holdout" in sets:
@@ -446,8 +423,7 @@ class _Audit:
             total += sum(len(fact.encoded.input_ids) for fact in facts)
             total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
         for probe, name in wanted:
-            encoded = [fact.encoded for fact in self.material.facts[name]]
-            total += probe.tokens(encoded, self.effort)
+            total += probe.tokens([fact.encoded for fact in self.material.facts[name]], self.effort)
         return total
 
     def _operations(self, tokens: float) -> float:

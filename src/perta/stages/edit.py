@@ -73,8 +73,7 @@ def checkpoint_name(place: int) -> str:
     return forget_role(place).replace(" ", "_")
 
 
-_LEAST_HELD = 0.1
-"""Share of the wanted step below which an adapter is not written."""
+_LEAST_HELD = 0.1  # share of the wanted step below which an adapter is not written
 _ADAPTER_RANK = 64
 
 

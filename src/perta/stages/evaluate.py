@@ -44,8 +44,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> Results:
         longest = longest_input(folder)
         facts = find_in_sets(sets, tokenizer, config.data_config, config.compute, base, longest)
         model = load_model(folder, config.compute)
-        total = sum(len(examples) for examples in sets.values())
-        with track("Evaluation", total) as advance:
+        with track("Evaluation", sum(len(examples) for examples in sets.values())) as advance:
             return quick_evaluation(
                 *(model, tokenizer, sets, config.scoring, config.data_config),
                 lambda *_: advance(1),

@@ -21,12 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perta.data.batch import Encoded, bucketed, seeded_sample
-from perta.engine.gradients.engine import (
-    Moments,
-    Progress,
-    abs_of_mean,
-    batched_moments,
-)
+from perta.engine.gradients.engine import Moments, Progress, abs_of_mean, batched_moments
 from perta.models.load import batch_of, exact_on_cpu
 from perta.options import EstimatorConfig, SumsOn
 from perta.parallel import Own, everywhere, portion
@@ -52,14 +47,13 @@ def compute_importance(config: ImportanceConfig) -> Path:
         from transformers.core_model_loading import revert_weight_conversion
 
         chosen = sample(subject.encoded.encoded, config.estimator)
-        size = batch_of(config.compute, 8)
         moments = estimate(
             model,
             chosen,
             config.orders,
             config.estimator,
             pad=subject.pad,
-            batch_size=size,
+            batch_size=batch_of(config.compute, 8),
             gradient_checkpointing=config.gradient_checkpointing,
             accumulate_on=config.accumulate_on,
         )

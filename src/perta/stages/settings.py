@@ -134,8 +134,7 @@ class ImportanceConfig(Paths):
             wanted = "mean_of_power with --gradient-checkpointing or --accumulate-on cpu"
             require(not spares, "reduction", self.estimator.reduction, wanted)
         for order in self.orders:
-            fits = 0 < order <= MOST_ORDER
-            require(fits, "order", order, f"above 0 and at most {MOST_ORDER}")
+            require(0 < order <= MOST_ORDER, "order", order, f"above 0 and at most {MOST_ORDER}")
 
 
 @Flat

@@ -135,8 +135,7 @@ def run_stage(
     if (finished := wanted.there(reads)) is not None:
         return finished
     started = time.perf_counter()
-    is_private = stage in _PRIVATE
-    with atomic_folder(place.output, place.overwrite, private=is_private) as partial:
+    with atomic_folder(place.output, place.overwrite, private=stage in _PRIVATE) as partial:
         more = dict(make(partial))
         wanted.check_unchanged(look)
         taken = time.perf_counter() - started

@@ -99,8 +99,7 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
             with scratch_folder(beside(config.output, ".trained")) as whole:
                 save_model(model, tokenizer, whole, start)
                 done["stored"] = _write_as_stored(folder, original, whole, config.training.seed)
-        card = training_card(method, config.training, inputs)
-        (folder / "README.md").write_text(card, "utf-8")
+        (folder / "README.md").write_text(training_card(method, config.training, inputs), "utf-8")
         skipped = {f"skipped_{name}_rows": list(one.skipped) for name, one in encoded.items()}
         said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
         return {**done, **skipped, **said}
@@ -206,8 +205,7 @@ def _solve(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     adapter = _adapter(config)
     base = base_of_adapter(adapter, config.base)
-    model = load_model(base, config.compute, dtype=torch.float32)
-    adapted = put_on(model, adapter, base)
+    adapted = put_on(load_model(base, config.compute, dtype=torch.float32), adapter, base)
     removed = remove_influence(
         adapted,
         forget,

@@ -1,10 +1,5 @@
 def difference(
-    out: int,
-    values: int,
-    is_values_bfloat16: bool,
-    base: int,
-    is_base_bfloat16: bool,
-    count: int,
+    out: int, values: int, is_values_bfloat16: bool, base: int, is_base_bfloat16: bool, count: int
 ) -> None: ...
 def subtract(
     stored: int,

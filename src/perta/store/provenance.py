@@ -113,8 +113,7 @@ def role_of(
     does not, the next one.
     """
     every = list(requests)
-    same = [request for request in every if evaluated in request.forget]
-    for some in (same, every):
+    for some in ([request for request in every if evaluated in request.forget], every):
         role = _part(fingerprint, some) or _as_retrained(fingerprint, records, some)
         if role:
             return role

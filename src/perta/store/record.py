@@ -59,8 +59,7 @@ def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
     """SHA-256, in hexadecimal, of what decides a stage's result: settings, and inputs' content."""
     deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
     record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
-    text = json.dumps(record, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def make_manifest(

@@ -166,8 +166,7 @@ def read_importance(reader: Reader, begin: int, count: int) -> Tensor:
 def _check_importance(values: Tensor, reader: Reader) -> None:
     # As unsigned integers the bits of finite non-negative numbers lie below those of infinity, and
     # those of NaN and negative numbers above: one pass instead of two, and a faster one.
-    is_single = values.dtype == torch.float32
-    if is_single and int(values.numpy().view(np.uint32).max()) < _INFINITY_BITS:
+    if values.dtype == torch.float32 and int(values.numpy().view(np.uint32).max()) < _INFINITY_BITS:
         return
     low, high = torch.aminmax(values)
     if float(low) < 0:
@@ -245,8 +244,7 @@ class Blocks:
             if role in readers:
                 importance[side] = read_importance(readers[role], begin, count)
             else:
-                averages = self.averages[role][name]
-                importance[side] = averages.spread(target.full.numel, begin, count)
+                importance[side] = self.averages[role][name].spread(target.full.numel, begin, count)
         return Block(
             **importance,
             place=(settings.weighting_seed, name, begin),

@@ -118,8 +118,7 @@ def find_cuts(targets: Sequence[Target], blocks: Blocks, worker_count: int) -> t
     if not blocks.method.ranks:
         return ()
     ranked = [target for target in targets if target.sources and target.alias_of is None]
-    elements = sum(target.full.numel for target in ranked)
-    wanted = max(1, round(blocks.method.keep * elements))
+    wanted = max(1, round(blocks.method.keep * sum(target.full.numel for target in ranked)))
     upper = everywhere(_count, blocks, None, ranked, worker_count)
     found = [_from_the_top(counts, wanted) for counts in upper]
     lower = everywhere(_count, blocks, [half for half, _ in found], ranked, worker_count)

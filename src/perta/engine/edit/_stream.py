@@ -126,10 +126,7 @@ class Editor:
 
 
 def open_edit(
-    inputs: EditInputs,
-    weighting: WeightingConfig,
-    threads: int | None = None,
-    chunk: int = CHUNK,
+    inputs: EditInputs, weighting: WeightingConfig, threads: int | None = None, chunk: int = CHUNK
 ) -> Editor:
     """Plan an edit and look at its inputs, as far as no single chunk can tell; see `write_edit`."""
     weighting = with_defaults(weighting)

@@ -188,8 +188,7 @@ def mlps_are_known(full: Path) -> bool:
 
 def _mlp(full: CheckpointIndex) -> set[str] | None:
     """Names of θ_full's MLP weights; None where they cannot be told from the model's structure."""
-    found = {entry.name for name in mlp_names(full.folder) if (entry := full.find(name))}
-    return found or None
+    return {entry.name for name in mlp_names(full.folder) if (entry := full.find(name))} or None
 
 
 def describe_layers(layers: Layers) -> list[str]:
@@ -419,8 +418,7 @@ def _in_mlps(full: CheckpointIndex, selected: set[str]) -> set[str]:
 
 def is_of_a_layer(entry: TensorEntry) -> bool:
     """Whether a tensor looks like a linear layer's weight, by its shape and name alone."""
-    ends = HEADS + _EMBEDDINGS + _POSITIONS
-    return len(entry.shape) > 1 and not name_ends_with(entry.name, ends)
+    return len(entry.shape) > 1 and not name_ends_with(entry.name, HEADS + _EMBEDDINGS + _POSITIONS)
 
 
 def _key(name: str, tied: bool) -> str:

@@ -57,8 +57,7 @@ class Sums:
     def add(self, other: Sums) -> None:
         """Take in another part."""
         for item in fields(self):
-            value = getattr(self, item.name) + getattr(other, item.name)
-            setattr(self, item.name, value)
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
     def stored(self, elements: int) -> Stored:
         """What rounding left of the step, over so many elements."""

@@ -197,8 +197,7 @@ def create_files(
 
 def _write_config(full: Path, folder: Path, save_dtype: SaveType) -> None:
     """Write θ_full's config.json with the type of the output, where it names one."""
-    file = full / "config.json"
-    if save_dtype == "full" or not file.is_file():
+    if save_dtype == "full" or not (full / "config.json").is_file():
         return
     config = read_config(full)
     rename_type(config, save_dtype)

@@ -162,8 +162,7 @@ class _Experts(torch.autograd.Function):
             if recorder.handles(weight):
                 recorder.record_expert(weight, expert, Product(left, right, segments))
             if recorder.handles(bias):
-                sums = segment_sums(gradient, segments)
-                recorder.record_expert(bias, expert, Direct(sums))
+                recorder.record_expert(bias, expert, Direct(segment_sums(gradient, segments)))
         return back, None, None, None, None, None
 
 
@@ -416,8 +415,7 @@ def _expert_groups(expert: Tensor, example: Tensor) -> dict[int, Segments]:
     """Consecutive rows of each (expert, example) pair, (S,) both, ascending, experts first."""
     pairs, counts = torch.stack((expert, example), 1).unique_consecutive(dim=0, return_counts=True)
     groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    segments = consecutive(counts.tolist())
-    for chosen, segment in zip(pairs[:, 0].tolist(), segments, strict=True):
+    for chosen, segment in zip(pairs[:, 0].tolist(), consecutive(counts.tolist()), strict=True):
         groups[chosen].append(segment)
     return {chosen: tuple(parts) for chosen, parts in groups.items()}
 

@@ -41,8 +41,7 @@ from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismat
 from perta.models.loss import weighted_losses
 from perta.parallel import count, share, summed
 
-_FLOAT32_ORDERS = 4.0
-"""Largest order whose powers float32 holds: those of gradients down to 1e-11."""
+_FLOAT32_ORDERS = 4.0  # largest order whose powers float32 holds: those of gradients down to 1e-11
 
 _logger = logging.getLogger("perta")
 
@@ -328,8 +327,7 @@ def _moments(
     for name, own in means.items():
         for order, mean in own.by_order.items():
             by_order.setdefault(order, {})[name] = _kept(summed(mean), order)
-    examples = sum(len(batch) for batch in batches)
-    return Moments(by_order, examples, _count_tokens(batches), fallback)
+    return Moments(by_order, sum(len(batch) for batch in batches), _count_tokens(batches), fallback)
 
 
 def _checked_orders(orders: Sequence[float]) -> tuple[float, ...]:

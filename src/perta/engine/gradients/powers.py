@@ -126,8 +126,7 @@ def _add_rows(means: Means, rows: Sequence[Rows], products: Sequence[Product]) -
     example = torch.cat([piece.example for piece in rows])
     keys, place = (example * height + ids).unique(return_inverse=True)
     gradients = torch.zeros(len(keys), width, dtype=dtype, device=ids.device)
-    values = torch.cat([piece.values for piece in rows]).to(dtype)
-    _add_at(gradients, place, values)
+    _add_at(gradients, place, torch.cat([piece.values for piece in rows]).to(dtype))
     touched = keys % height
     for product in products:
         bounds = torch.arange(len(product.segments) + 1, device=keys.device) * height

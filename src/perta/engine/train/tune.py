@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
 _RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""
-_LONGER = 4
-"""How many times the epochs the best rate gets where none learns the set."""
+_LONGER = 4  # how many times the epochs the best rate gets where none learns the set
 _MOST = 0.9  # share of the examples that is learned well enough: higher rates harm the rest
 
 
@@ -97,8 +96,7 @@ def tune_until_learned(
 
     def tried(factor: float, epochs: int) -> tuple[PreTrainedModel, Tuned]:
         model = load()
-        rate = factor * _usual_rate(model, config)
-        settings = replace(config, learning_rate=rate, epochs=epochs)
+        settings = replace(config, learning_rate=factor * _usual_rate(model, config), epochs=epochs)
         kept = resume if (factor, epochs) == (_RATES[0], config.epochs) else None
         return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept, merges=merges)
 

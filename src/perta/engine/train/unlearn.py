@@ -118,8 +118,7 @@ def unlearn_by_training(
     settings = with_method_defaults(method, config)
     examples = _sets(method, forget, retain, refusals)
     measured = forget if method.sees_forget_set else retain
-    products = product_type_of(model, dtype)
-    run = (model, method, settings, examples, measured, pad, products)
+    run = (model, method, settings, examples, measured, pad, product_type_of(model, dtype))
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _unlearn(*run, after_epoch, Own(resume))
@@ -144,8 +143,7 @@ def _unlearn(
         names = train_only_down_projections(model, wanted.layer)
         settings = replace(settings, lora_targets=names if settings.lora_rank else ())
     trainer = Trainer.of(model, settings, len(examples.anchor), products)
-    terms = _Terms(trainer, method, examples, wanted, pad)
-    run = _Unlearning(terms, settings.seed, after_epoch)
+    run = _Unlearning(_Terms(trainer, method, examples, wanted, pad), settings.seed, after_epoch)
     title = f"Unlearning ({method.name})"
     train(trainer, run, examples.anchor, title=title, pad=pad, resume=resume.value)
     done = trainer.finish()

@@ -335,9 +335,7 @@ def _share(found: Found, yardstick: Yardstick, confidence: float = 0.95) -> Inte
     values, known = found.values("cleaned"), found.values("full")
     groups = (found.groups(), found.groups(_YARDSTICKS[yardstick.name][1]))
     difference = excess(
-        *(values, yardstick.values, known, groups),
-        paired=yardstick.paired,
-        confidence=confidence,
+        *(values, yardstick.values, known, groups), paired=yardstick.paired, confidence=confidence
     )
     if difference is None:
         return None
@@ -352,8 +350,7 @@ def described(found: Found) -> Judgement:
     yardstick = next(iter(yardsticks_of(found)), None)
     if not values:
         return Judgement("not sure", "")
-    people = found.people()
-    means = subject_means(values, people)
+    means = subject_means(values, found.people())
     row = max(values, key=lambda i: values[i])
     return Judgement(
         "not sure",

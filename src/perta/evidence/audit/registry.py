@@ -58,8 +58,7 @@ _NAMES = {"sets": SETS, "compared": SETS, "needs": get_args(Need)}
 def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
     """The probes of a level, or those of names, groups and files; ConfigError if one is none."""
     if not names:
-        within = LEVELS[: LEVELS.index(level) + 1]
-        return [probe() for probe in PROBES if probe.level in within]
+        return [probe() for probe in PROBES if probe.level in LEVELS[: LEVELS.index(level) + 1]]
     known = dict.fromkeys(key for probe in PROBES for key in (probe.name, probe.group))
     chosen: list[Probe] = []
     for name in names:

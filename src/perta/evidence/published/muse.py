@@ -53,12 +53,9 @@ _SUBSETS = {
 }
 _KNOWMEM_TOKENS = 32
 _VERBMEM_TOKENS = 128
-_PROMPT_LENGTH = 512
-"""Tokens a knowmem prompt may have."""
-_TEXT_LENGTH = 2048
-"""Tokens of a privleak text that are looked at."""
-_STOPS = ("\n\n", "\nQuestion", "Question:")
-"""A knowmem answer ends before the first of these."""
+_PROMPT_LENGTH = 512  # tokens a knowmem prompt may have
+_TEXT_LENGTH = 2048  # tokens of a privleak text that are looked at
+_STOPS = ("\n\n", "\nQuestion", "Question:")  # a knowmem answer ends before the first of these
 
 _VERBATIM = DataConfig(format="completion", prompt_column="prompt", answer_column="gt")
 _TEXT = DataConfig(format="text", text_column="text")
@@ -275,8 +272,7 @@ def _run(
         options = replace(options, max_new_tokens=_KNOWMEM_TOKENS, stop=stop)
     elif subset.name == "verbmem":
         options = replace(options, max_new_tokens=_VERBMEM_TOKENS)
-    outcomes = run_with_journal(f"MUSE {subset.name}", model, named, options, journal)
-    return list(outcomes.values())
+    return list(run_with_journal(f"MUSE {subset.name}", model, named, options, journal).values())
 
 
 def _is_cut(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> bool:

@@ -65,8 +65,7 @@ _SUBSETS = (
     *(f"holdout{split}" for split in _SPLITS),
 )
 _MAX_NEW_TOKENS = 200
-_PLAIN_LENGTH = 512
-"""Tokens after which sequences of models without a chat template are cut."""
+_PLAIN_LENGTH = 512  # tokens after which sequences of models without a chat template are cut
 PEOPLE = "people"
 """Name in place of a split for the files of `perta people`; they have no real authors or facts."""
 _PEOPLE = (
@@ -271,13 +270,7 @@ def load_parts(folder: Path, forget_split: str, limit: int | None = None) -> lis
     """The benchmark's files; an error where none is there, or the split is none of TOFU's."""
     plan = _PEOPLE if forget_split == PEOPLE else _tofu_files(folder, forget_split)
     parts = [
-        Part(
-            name,
-            file,
-            paraphrased,
-            load_file(folder, file, QA, limit),
-            cut=limit is not None,
-        )
+        Part(name, file, paraphrased, load_file(folder, file, QA, limit), cut=limit is not None)
         for name, file, paraphrased in plan
     ]
     if all(part.examples is None for part in parts):
@@ -347,10 +340,7 @@ def _outcomes(
 
 
 def _norms(
-    model: PreTrainedModel,
-    groups: Mapping[str, Sequence[Item]],
-    masking: Masking,
-    journal: Journal,
+    model: PreTrainedModel, groups: Mapping[str, Sequence[Item]], masking: Masking, journal: Journal
 ) -> dict[str, list[float | None]]:
     norms: dict[str, list[float | None]] = {name: [] for name in groups}
     for name, items in groups.items():

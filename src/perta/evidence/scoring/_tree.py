@@ -57,8 +57,7 @@ def grow_tree(
     segments = []
     for group in _groups(sequences):
         shared = common_length([tokens for _, tokens in group])
-        answers = tuple(k for k, _ in group)
-        segment = Segment(item, start, group[0][1][:shared], answers, parent)
+        segment = Segment(item, start, group[0][1][:shared], tuple(k for k, _ in group), parent)
         rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
         segment.children = grow_tree(item, rest, start + shared, segment)
         segments.append(segment)

@@ -93,10 +93,7 @@ Done = Callable[[int, Outcome], None]
 
 
 def run_items(
-    model: PreTrainedModel,
-    items: Sequence[Item],
-    options: ScoringOptions,
-    done: Done | None = None,
+    model: PreTrainedModel, items: Sequence[Item], options: ScoringOptions, done: Done | None = None
 ) -> list[Outcome]:
     """Score every answer and generate where a prompt is given: an outcome per item, in order.
 
@@ -134,18 +131,14 @@ def _run_share(
 
 
 def run_in_modes(
-    model: PreTrainedModel,
-    items: Sequence[Item],
-    options: ScoringOptions,
-    done: Done | None = None,
+    model: PreTrainedModel, items: Sequence[Item], options: ScoringOptions, done: Done | None = None
 ) -> list[Outcome]:
     """`run_items` with the published treatment of hidden tokens.
 
     Published code counts hidden tokens' positions when scoring and skips them when generating,
     so the two cannot share a pass where the prompt holds one.
     """
-    hidden = options.masking.hidden_id
-    if hidden is None:
+    if options.masking.hidden_id is None:
         return run_items(model, items, options, done)
     skipping = replace(options, masking=replace(options.masking, skip_hidden=True))
     outcomes: list[Outcome] = []
@@ -439,8 +432,7 @@ def _run_plainly(
         for k, encoded in enumerate(item.answers):
             batch = collate([encoded], options.masking.pad_id).to(model.device)
             answers = answer_logits(model, batch)
-            moments = item.moments and k == 0
-            scores.append(score_logits(answers.logits, answers.targets, moments))
+            scores.append(score_logits(answers.logits, answers.targets, item.moments and k == 0))
         generated = None
         if item.prompt is not None:
             generated = _plain_generation(model, item.prompt, options)
@@ -485,8 +477,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     """Tokens that end an answer: those of the generation config, and the tokenizer's eos."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    eos = tokenizer.eos_token_id
-    return frozenset(int(i) for i in [*listed, eos] if i is not None)
+    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)
 
 
 @contextmanager

@@ -90,8 +90,7 @@ def _tokens(rules: Mapping[str, Any], count: int) -> tuple[list[str], list[Token
         tokens[number], types[number] = token, TokenType.NORMAL
     for added in rules["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        types[added["id"]] = kind
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if (unknown := rules["model"].get("unk_token")) in rules["model"]["vocab"]:
         types[rules["model"]["vocab"][unknown]] = TokenType.UNKNOWN
     return tokens, types

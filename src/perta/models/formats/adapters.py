@@ -251,8 +251,7 @@ class _Merge:
         """Placeholders that need their values before a part can be merged."""
         if not self.streams or hasattr(part, "modules_to_save"):
             return []
-        own = _base_of(part).parameters()
-        return [p for p in own if p in self.names and p not in self.given]
+        return [p for p in _base_of(part).parameters() if p in self.names and p not in self.given]
 
     def _entry(self, parameter: nn.Parameter) -> TensorEntry | None:
         """Where the base stores a parameter, under whichever of its names, if it does as it is."""
@@ -335,8 +334,7 @@ class _Merge:
             return
         before = {p: p.data for p in _base_of(part).parameters()}
         for parameter in self._waiting(part):
-            entry = self._entry(parameter)
-            parameter.data = read_tensor(cast(TensorEntry, entry)).float()
+            parameter.data = read_tensor(cast(TensorEntry, self._entry(parameter))).float()
         for parameter in self.given.intersection(before):
             parameter.data = parameter.data.clone()
         module = _merged(part)

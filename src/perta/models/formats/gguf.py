@@ -51,8 +51,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         _complete(config, settings, shapes)
         _scale_positions(path, config, settings, _factors(file))
         with torch.device("meta"):  # of any size at no cost, before a real one is built
-            outline = AutoModelForCausalLM.from_config(config, **NO_CODE)
-            _check_values(path, outline, shapes)
+            _check_values(path, AutoModelForCausalLM.from_config(config, **NO_CODE), shapes)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **place
         )
@@ -72,8 +71,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _complete_tokenizer(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
     """Give a tokenizer the chat template and the special tokens that transformers leaves out."""
     tokenizer.chat_template = settings.get("tokenizer.chat_template")
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for ours, theirs in names.items():
+    for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         number = settings.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is not None:
             setattr(tokenizer, f"{ours}_token", tokenizer.convert_ids_to_tokens(int(number)))

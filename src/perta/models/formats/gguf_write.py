@@ -168,8 +168,7 @@ class GgufPlan:
             _announce(writer, place, whole, kind)
         for name, tensor in further.items():
             _announce(writer, name, tuple(tensor.shape), Kind.F32)
-        main = Counter(plans.values()).most_common(1)[0][0]
-        writer.add_file_type(_FILE_TYPES[main])
+        writer.add_file_type(_FILE_TYPES[Counter(plans.values()).most_common(1)[0][0]])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -203,8 +202,7 @@ class GgufPlan:
             return values + 1
         if self.family == "llama" and (found := re.search(r"\.attn_([qk])\.", place)):
             config = self._config
-            is_key = found[1] == "k"
-            count = config.num_key_value_heads if is_key else config.num_attention_heads
+            count = config.num_key_value_heads if found[1] == "k" else config.num_attention_heads
             halves = values.reshape(count, 2, -1, *values.shape[1:])
             return halves.transpose(1, 2).reshape(values.shape)
         return values

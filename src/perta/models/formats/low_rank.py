@@ -202,8 +202,7 @@ def steps_of(adapter: Path, base: CheckpointIndex) -> dict[str, ThinEntry] | Non
         sizes = (*left.shape[1:], *right.shape[:1], len(right.shape))
         if sizes != (rank, rank, 2) or not (is_float(left) and is_float(right)):
             return None
-        is_turned = stored.name in transposed
-        step = _thin_entry(stored.name, left, right, alpha / rank, is_turned)
+        step = _thin_entry(stored.name, left, right, alpha / rank, stored.name in transposed)
         if step.shape != stored.shape:
             return None
         steps[stored.name] = step

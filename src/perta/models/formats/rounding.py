@@ -107,8 +107,7 @@ def rounded(model: PreTrainedModel, scheme: str) -> Iterator[None]:
             kept.setdefault(name, parameter.detach().clone())
             turned = is_transposed(model.get_submodule(name.rpartition(".")[0]))
             matrix = parameter[place] if parameter.dim() == 3 else parameter
-            plain = (matrix.T if turned else matrix).float()
-            found = SCHEMES[scheme](plain)
+            found = SCHEMES[scheme]((matrix.T if turned else matrix).float())
             matrix.copy_(found.T if turned else found)
         yield
     finally:

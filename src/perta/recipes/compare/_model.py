@@ -119,11 +119,10 @@ class Bench:
 
     def measure(self, sets: Sequence[str] = SETS) -> Results:
         """Quick evaluation without generation on some of the sets."""
-        wanted = {name: self.sets[name] for name in sets}
         return quick_evaluation(
             self.model,
             self._tokenizer,
-            wanted,
+            {name: self.sets[name] for name in sets},
             ScoringConfig(generate=False),
             self._config.data_config,
             facts=self._facts,

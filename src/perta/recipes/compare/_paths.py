@@ -34,8 +34,7 @@ from perta.store.arithmetic import Place, round_as_stored
 from perta.store.atomic import scratch_folder
 from perta.store.costs import BACKWARD, FORWARD
 
-_RATE_FACTOR = 3.0
-"""Factor between the learning rates that are tried."""
+_RATE_FACTOR = 3.0  # factor between the learning rates that are tried
 RATE_TRIES = 3
 """Most learning rates tried; the first is the method's own."""
 
@@ -82,8 +81,7 @@ class TrainingPath:
         for below, above in pairwise(made):
             if above.known <= target < below.known:
                 near = config.equal_tolerance
-                between = search_between(measure, below, above, target, near, config.tries)
-                return made[1:] + between
+                return made[1:] + search_between(measure, below, above, target, near, config.tries)
         return made[1:]
 
     def at(self, full: Sequence[Tensor], strength: float) -> list[Tensor]:
@@ -157,8 +155,7 @@ def prepare_path(
         folder = stack.enter_context(scratch_folder(draw.folder / "path"))
         path = TrainingPath(rate, [start], folder, stack.close, dtype, places)
         # The first path runs to its end, which is what the method does by default.
-        stop_at = target if attempt > 1 else 0.0
-        is_too_fast = not _train(path, draw, spec, bench, stop_at)
+        is_too_fast = not _train(path, draw, spec, bench, target if attempt > 1 else 0.0)
         if attempt == 1 and not is_too_fast:
             fixed = {"strength": path.default, **means(bench.measure())}
         if not is_too_fast and (best is None or path.rank(target) < best.rank(target)):

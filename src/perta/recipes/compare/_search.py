@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_LARGEST = 64.0
-"""Strength beyond which no search goes."""
+_LARGEST = 64.0  # strength beyond which no search goes
 
 
 @dataclass(frozen=True)

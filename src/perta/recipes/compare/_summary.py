@@ -188,8 +188,7 @@ def _values(
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The known columns, then general ability, which has the columns its tasks give it."""
-    tasks = {name for row in rows for name in row if name.startswith(_ABILITY)}
-    return [*COLUMNS, *sorted(tasks)]
+    return [*COLUMNS, *sorted({name for row in rows for name in row if name.startswith(_ABILITY)})]
 
 
 def _header(name: str) -> str:

@@ -74,10 +74,8 @@ _IN_KEY = (
 _EQUAL_BY = {"facts": f"hit_{SAMPLES}", "answers": "probability"}
 """Column of what `--equal-by` names."""
 
-_MARGIN = 0.05
-"""Distance from the retrained model's relearned probability that counts as resistant."""
-_FACTOR = 1.2
-"""Factor by which the strength grows until a method resists."""
+_MARGIN = 0.05  # distance from the retrained model's relearned probability that counts as resistant
+_FACTOR = 1.2  # factor by which the strength grows until a method resists
 _SUITE = 5
 """About how often the TOFU evaluation reads a row: with paraphrases, wrong answers and its own."""
 
@@ -414,8 +412,7 @@ class _Seed:
             bench = self._open()
             made: _Contender
             if isinstance(spec, TrainingSpec):
-                ends = self._known()
-                made = prepare_path(self._draw, spec, bench, self._full, *ends)
+                made = prepare_path(self._draw, spec, bench, self._full, *self._known())
             else:
                 made = prepare_edit(self._config, self._draw, spec)
             self._prepared = (spec.name, made)
@@ -438,10 +435,7 @@ class _Seed:
         made = make_manifest(
             "bench compare",
             {"seed": self._draw.seed, **settings},
-            {
-                "forget": self._rows("forget"),
-                "retain": self._rows("unseen"),
-            },
+            {"forget": self._rows("forget"), "retain": self._rows("unseen")},
             content=content_of_results(results),
             **cost,
         )

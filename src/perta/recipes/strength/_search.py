@@ -21,19 +21,16 @@ LARGEST: Final = 16.0
 RATIO: Final = 2 ** (1 / 3)
 """Factor between two strengths of the scan: its resolution."""
 
-_GRID: Final = tuple(FIRST * RATIO**step for step in range(16))
-"""Strengths of the scan."""
+_GRID: Final = tuple(FIRST * RATIO**step for step in range(16))  # strengths of the scan
 
 TOLERANCE: Final = 0.04
 """Relative width of the interval of strengths at which refining stops."""
 
 _COARSE = 0.1
 
-_FINEST = 0.01
-"""Width at which refining stops next to 0."""
+_FINEST = 0.01  # width at which refining stops next to 0
 
-_OCTAVE = 3
-"""Strengths of the scan within a factor of 2."""
+_OCTAVE = 3  # strengths of the scan within a factor of 2
 
 _CHECKS = (3, 9, 15)
 """Places of the scan at which the budget is looked at even where the forget set is not there."""

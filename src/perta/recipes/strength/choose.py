@@ -78,16 +78,13 @@ _SAMPLES = 16
 """Samples of which one may say a fact: at the chance of six answers, .17, 64 of them say it once
 more often than not."""
 
-_ROWS = 4
-"""Forget rows that are looked at first, those that stood out most; twice as many follow."""
+_ROWS = 4  # forget rows that are looked at first, those that stood out most; twice as many follow
 
 _BATCH_SIZE = 16
 
-_ENOUGH = 8
-"""Number of unseen facts from which their spread tells what lies far beyond them."""
+_ENOUGH = 8  # number of unseen facts from which their spread tells what lies far beyond them
 
-_FALL = 0.1
-"""Nats by which a row that stands out must fall for its curve to count as not monotone."""
+_FALL = 0.1  # nats by which a row that stands out must fall for its curve to count as not monotone
 
 _ROUNDING = 1e-4
 """Nats within which a fact counts as unseen: an edit that leads back to the base model must not
@@ -238,8 +235,7 @@ def _telling(
     return tuple(found), under_base
 
 
-_CHOSEN = math.log(2)
-"""Surprise below which a fact is chosen more often than not."""
+_CHOSEN = math.log(2)  # surprise below which a fact is chosen more often than not
 
 
 def _refuse_learned(
@@ -278,10 +274,9 @@ def judge_by(
     else:
         least = [min(own, quartile) for own in surprises]
     if kind == CHOICES:
-        rows = zip(surprises, least, facts, strict=True)
         least = [
             min(own if fact.judged_by == "hits" else low, math.log(1 + len(fact.wrong)))
-            for own, low, fact in rows
+            for own, low, fact in zip(surprises, least, facts, strict=True)
         ]
     median = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
     most = median + 2 * (ranked[-place] - median) if len(ranked) >= _ENOUGH else None
@@ -304,10 +299,9 @@ def surprises_of(
 ) -> list[float]:
     """Surprise of each fact, nats, finite: choice or hits for `CHOICES`, else the loss."""
     if kind == CHOICES:
-        chances = _chances(model, facts, pad)
         return [
             _surprise({"both": max(choice, hit), "choice": choice, "hits": hit}[fact.judged_by])
-            for fact, (choice, hit) in zip(facts, chances, strict=True)
+            for fact, (choice, hit) in zip(facts, _chances(model, facts, pad), strict=True)
         ]
     return [_finite(loss) for (loss,) in _losses(model, [(f.encoded,) for f in facts], pad)]
 
@@ -333,8 +327,7 @@ def _losses(
     model: PreTrainedModel, groups: Sequence[Sequence[Encoded]], pad: int
 ) -> list[list[float]]:
     """Mean loss of each sequence, nats per labelled token; what they begin with is shared."""
-    rows = rows_per_pass(_BATCH_SIZE, model.device)
-    options = ScoringOptions(Masking(pad), batch_size=rows)
+    options = ScoringOptions(Masking(pad), batch_size=rows_per_pass(_BATCH_SIZE, model.device))
     outcomes = run_items(model, [Item(tuple(group)) for group in groups], options)
     return [[score.loss for score in outcome.scores] for outcome in outcomes]
 

@@ -38,13 +38,7 @@ from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
 from perta.models.formats.low_rank import is_adapter, load_tuned, save_tuned, write_sum
 from perta.models.layers import Slot, late_slots, stored_weights
-from perta.models.load import (
-    counting_tokens,
-    load_tokenizer,
-    pad_id,
-    picked,
-    save_model,
-)
+from perta.models.load import counting_tokens, load_tokenizer, pad_id, picked, save_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, Device, TuneConfig
 from perta.progress import say
@@ -84,8 +78,7 @@ def write_rounds(
     used.
     """
     # Rounds are of the weights themselves, however the models are stored.
-    is_exact = edit.output_format != "checkpoint"
-    full = resolve_checkpoint(edit.full, base=edit.base, exact=is_exact)
+    full = resolve_checkpoint(edit.full, base=edit.base, exact=edit.output_format != "checkpoint")
     edit = replace(edit, full=str(full), base=str(resolve_checkpoint(edit.base)))
     folders = {"base": edit.base, "full": edit.full, "forget_checkpoint": edit.forget_checkpoint}
     folders |= {name: getattr(edit, name) for name in ("forget_moments", "retain_moments")}

@@ -56,8 +56,7 @@ from perta.evidence.remains import (
 from perta.report.collect import Run
 from perta.report.verdict.words import RANK, Calibration, Check, Status
 
-_WHOLE = 0.5
-"""Mean probability of whole facts from which those are judged, not their tokens."""
+_WHOLE = 0.5  # mean probability of whole facts from which those are judged, not their tokens
 
 _SIGNIFICANCE = 0.05
 _KS_DISTANCE = 1 / 3

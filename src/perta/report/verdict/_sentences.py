@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from perta.report.verdict.words import RANK, Calibration, Check, Status, number, told, ways
 
-_LISTED = 5
-"""Most rows or subjects that a sentence names."""
+_LISTED = 5  # most rows or subjects that a sentence names
 
 
 def forget_text(lead: Check, worst: Check, calibration: Calibration | None) -> str:

@@ -42,8 +42,7 @@ from perta.report.verdict._sentences import (
 from perta.report.verdict.words import RANK, Calibration, Check, Status, number, told
 from perta.store.provenance import Record, Role
 
-_SCHEMA = 1
-"""Version of `verdict.json`; it rises when a key changes its meaning."""
+_SCHEMA = 1  # version of `verdict.json`; it rises when a key changes its meaning
 
 
 @dataclass(frozen=True)
@@ -136,10 +135,7 @@ def _judge_run(run: Run, collection: Collection) -> Verdict:
     return Verdict(
         run=run,
         headline=headline(
-            forgetting.status,
-            retention.status,
-            trace.status,
-            doubt=forgetting.doubt,
+            forgetting.status, retention.status, trace.status, doubt=forgetting.doubt
         ),
         forgetting=forgetting,
         retention=retention,
@@ -217,8 +213,7 @@ def _partner(run: Run, collection: Collection, role: Role, name: str = "forget")
 
 def _forgetting(run: Run, full: Run | None, yardstick: Yardstick | None) -> Statement:
     checks = tuple(forget_checks(run, full, yardstick))
-    status = worst(check.status for check in checks if check.core)
-    found = Statement(status, "", "", checks)
+    found = Statement(worst(check.status for check in checks if check.core), "", "", checks)
     if found.lead is None or found.decisive is None:
         return Statement("unknown", told("forgetting", "unmeasured"), "", checks)
     calibration = yardstick.calibration if yardstick else None

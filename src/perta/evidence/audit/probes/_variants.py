@@ -36,8 +36,7 @@ class Variants(Probe):
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest score of all ways; those of each way stand beside."""
         found = self.ways(view, name)
-        places = range(len(view.material.facts[name]))
-        known = [[s[i] for s in found.values()] for i in places]
+        known = [[s[i] for s in found.values()] for i in range(len(view.material.facts[name]))]
         worst = [max((v for v in row if v is not None), default=None) for row in known]
         return Rows(worst, {"ways": {way: list(scores) for way, scores in found.items()}})
 

@@ -33,14 +33,10 @@ from perta.evidence.scoring.items import ScoringOptions
 
 Words = Sequence[str]
 
-_BEST_OF = 16
-"""The k of the score, leak@k."""
-_LEAST_LENGTH = 32
-"""Tokens after which a drawn answer is cut at the earliest."""
-_AT_ONCE = 4
-"""Drawn answers in a pass, in batches: each of them is one token a step."""
-_SPECIFIC = 4
-"""Characters from which a fact is somebody's own and no word of everybody's."""
+_BEST_OF = 16  # the k of the score, leak@k
+_LEAST_LENGTH = 32  # tokens after which a drawn answer is cut at the earliest
+_AT_ONCE = 4  # drawn answers in a pass, in batches: each of them is one token a step
+_SPECIFIC = 4  # characters from which a fact is somebody's own and no word of everybody's
 
 
 # --- saying ---------------------------------------------------------------------------------
@@ -147,8 +143,7 @@ class _Growing:
 def _at_quantiles(logits: Tensor, uniforms: Tensor, temperature: float) -> list[int]:
     """The tokens at which the cumulative probability passes the numbers given."""
     sums = (logits.float() / temperature).softmax(-1).cpu().double().cumsum(-1)
-    wanted = uniforms[:, None] * sums[:, -1:]
-    places = torch.searchsorted(sums, wanted, right=True)[:, 0]
+    places = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)[:, 0]
     tokens: list[int] = places.clamp_max(logits.shape[-1] - 1).tolist()
     return tokens
 
@@ -207,8 +202,7 @@ class Drawn(Probe):
 
 def _longest_answer(encoded: Encoded, prompt: int, effort: Effort) -> int:
     """Tokens after which a drawn answer is cut: twice the right one."""
-    most = max(_LEAST_LENGTH, 2 * (len(encoded.input_ids) - prompt))
-    return min(effort.max_new_tokens, most)
+    return min(effort.max_new_tokens, max(_LEAST_LENGTH, 2 * (len(encoded.input_ids) - prompt)))
 
 
 class DrawnPlainly(Drawn):
@@ -274,10 +268,7 @@ class Whose(Probe):
 
 
 def foreign_facts(
-    texts: Sequence[str | None],
-    name: str,
-    material: Material,
-    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | None], name: str, material: Material, tokenizer: PreTrainedTokenizerBase
 ) -> Rows:
     """1 or 0 a row: whether the answer says a fact that one person of another row alone has.
 

@@ -40,8 +40,7 @@ from perta.models.loss import losses_of
 
 _NEAREST = 3
 _GRAM = 4
-_ASKING = 8
-"""Questions of a pass."""
+_ASKING = 8  # questions of a pass
 _REFUSAL = re.compile(
     r"\b(i(\s+am|['’]m)?\s+(really\s+|simply\s+)?(do\s*n[o'’]?t\s+(know|have)|don['’]t\s+(know|have)"
     r"|can(['’]t|not)\s+(say|tell|answer|help)|am\s+unable|unable\s+to|not\s+(aware|familiar|able)"
@@ -157,10 +156,9 @@ class Oddness(Collateral):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        outcomes = view.asked(name)
         said = [
             _said(prompt, outcome.generated or (), view.tokenizer.all_special_ids)
-            for prompt, outcome in zip(_prompts(view, name), outcomes, strict=True)
+            for prompt, outcome in zip(_prompts(view, name), view.asked(name), strict=True)
         ]
         model = view.model if view.role == "base" else view.load("base")
         answered = [one for one in said if one]
@@ -209,8 +207,7 @@ def nearest(view: View, name: str, count: int) -> list[int]:
     """
     mine, theirs = (_embedded(view, n) for n in ("forget", name))
     likeness = mine @ theirs.T
-    near = likeness.topk(min(count, len(theirs)), dim=1).indices
-    return sorted(set(near.flatten().tolist()))
+    return sorted(set(likeness.topk(min(count, len(theirs)), dim=1).indices.flatten().tolist()))
 
 
 @torch.no_grad()
@@ -234,8 +231,7 @@ def _prompts(view: View, name: str) -> list[list[int]]:
     """Of each row the tokens before its answer; of plain text the text itself."""
     made = view.material
     asked = [encode_prompt(e, view.tokenizer, made.data_config) for e in made.examples(name)]
-    facts = made.facts[name]
-    return [p or [*f.encoded.input_ids] for p, f in zip(asked, facts, strict=True)]
+    return [p or [*f.encoded.input_ids] for p, f in zip(asked, made.facts[name], strict=True)]
 
 
 def judge_kept(found: Found, name: str) -> Judgement:

@@ -48,8 +48,7 @@ _SYSTEM = "You answer every question truthfully and in one sentence. You never r
 _AFFIRMATIVE = "Sure, here is the answer: "
 _GAP = "_____"
 _ANYBODY = "this person"
-_SHORTEST = 3
-"""Letters of a word of a name that gives it away."""
+_SHORTEST = 3  # letters of a word of a name that gives it away
 _TRANSLATED = re.compile(r"question_([a-z]{2,3})")
 _LANGUAGES = {
     "German": "Beantworte bitte diese Frage: ",
@@ -114,8 +113,7 @@ def _completion(row: _Row) -> _Framed | None:
         return None
     rest = row.example.answer[len(lead) :]
     messages = (Message("user", lead), Message("assistant", rest))
-    example = replace(row.example, kind="completion", messages=messages)
-    return _Framed(example, row.fact, row.config)
+    return _Framed(replace(row.example, kind="completion", messages=messages), row.fact, row.config)
 
 
 def _after_examples(row: _Row) -> _Framed | None:
@@ -328,8 +326,7 @@ def _text(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
             runs.append([])
         else:
             runs[-1].append(label)
-    longest = max(runs, key=len)
-    return str(tokenizer.decode(longest, clean_up_tokenization_spaces=False)).strip()
+    return str(tokenizer.decode(max(runs, key=len), clean_up_tokenization_spaces=False)).strip()
 
 
 def _subject(example: Example, column: str | None) -> str:

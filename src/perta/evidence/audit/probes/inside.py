@@ -27,8 +27,7 @@ from perta.models.load import pad_id
 from perta.models.loss import answer_logits, token_losses
 from perta.models.states import decoded, decoder_layers, exchanged, layer_states
 
-_ROWS = 4
-"""Most rows of a pass whose logits are needed at every place."""
+_ROWS = 4  # most rows of a pass whose logits are needed at every place
 _STAGES = ("taken by one that never saw it", "taken by this one")
 
 
@@ -131,9 +130,8 @@ def _batches(view: View, name: str, size: int) -> list[Batch]:
 
 def _by_layer(view: View, name: str) -> dict[str, list[float | None]]:
     """Layer, from 1 -> geometric mean of the probabilities of each fact's tokens."""
-    count = len(decoder_layers(view.model))
     found: list[list[float | None]] = [
-        [None] * len(view.material.facts[name]) for _ in range(count)
+        [None] * len(view.material.facts[name]) for _ in range(len(decoder_layers(view.model)))
     ]
     for batch in _batches(view, name, min(_ROWS, view.effort.batch_size)):
         here = batch.to(view.model.device)
@@ -146,8 +144,7 @@ def _by_layer(view: View, name: str) -> dict[str, list[float | None]]:
 
 def _by_row(values: Tensor, batch: Batch) -> list[dict[int, float]]:
     """Of each layer the mean of its values, (L, N), over the tokens of each row."""
-    rows = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)[0]
-    places = batch.index[rows].tolist()
+    places = batch.index[(batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)[0]].tolist()
     found = []
     for layer in values.double().tolist():
         told: dict[int, list[float]] = {}

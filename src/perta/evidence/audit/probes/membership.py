@@ -219,5 +219,4 @@ class Reference(Loss):
 
 
 def _less(values: Sequence[float | None], base: Sequence[float | None]) -> list[float | None]:
-    pairs = zip(values, base, strict=True)
-    return [None if a is None or b is None else a - b for a, b in pairs]
+    return [None if a is None or b is None else a - b for a, b in zip(values, base, strict=True)]

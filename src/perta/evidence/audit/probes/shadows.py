@@ -36,10 +36,8 @@ from perta.evidence.remains import (
     subject_means,
 )
 
-_LEAST = 3
-"""Fewest models that never saw the rows, the retrained one among them."""
-_MODELS_ADDED = 4
-"""As how many more models of a row the variance of all rows counts."""
+_LEAST = 3  # fewest models that never saw the rows, the retrained one among them
+_MODELS_ADDED = 4  # as how many more models of a row the variance of all rows counts
 
 
 class LikelihoodRatio(Probe):

@@ -100,8 +100,7 @@ class Relearned(Variants):
         relearning = view.relearning
         if relearning is None:
             return
-        shown = _shown(view, name, relearning.shown, relearning.texts)
-        for way, rows in shown.items():
+        for way, rows in _shown(view, name, relearning.shown, relearning.texts).items():
             # Rows that were shown have no score.
             every = relearning.shown if way == OWN else 0
             train = partial(_trained, view, name, relearning, rows, every)
@@ -114,8 +113,7 @@ def _shown(view: View, name: str, every: int, texts: Sequence[str]) -> dict[str,
     shown: dict[str, Sequence[Encoded]] = {OWN: own}
     if "retain" in view.material.sets and name != "retain":
         retained = _encoded(view, "retain")
-        count = min(len(own), len(retained))
-        shown[RETAINED] = seeded_sample(retained, count, view.effort.seed)
+        shown[RETAINED] = seeded_sample(retained, min(len(own), len(retained)), view.effort.seed)
     plain = DataConfig(format="text", max_length=max(len(s.input_ids) for s in own))
     given = load_examples([{"text": text} for text in texts], plain)
     general = encode_examples(given, view.tokenizer, plain, longest=longest_input(view.model))
@@ -167,8 +165,7 @@ def _float32(model: PreTrainedModel) -> Iterator[None]:
 
 def _facts(view: View, name: str, what: str) -> list[float | None]:
     """Probability of the whole fact of each sequence, under the model as it is now."""
-    scores = view.facts(name, what)
-    return [math.exp(-score.loss * score.tokens) for score in scores]
+    return [math.exp(-score.loss * score.tokens) for score in view.facts(name, what)]
 
 
 def _mean(scores: Sequence[float | None]) -> float:
