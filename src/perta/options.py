@@ -11,8 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import date
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cyclopts import Group, Parameter
 
@@ -123,8 +136,8 @@ _ALIASES = {"alpha": "scaling_coef"}
 
 def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
     """A configuration, or one of a class, with options as the command line names them."""
-    own = {item.name for item in fields(config)}
-    mine = {name: value for name, value in given.items() if name in own}
+    own = get_type_hints(config if isinstance(config, type) else type(config))
+    mine = {name: _taken(name, value, own[name]) for name, value in given.items() if name in own}
     made = config(**mine) if isinstance(config, type) else replace(config, **mine)
     groups = {name: getattr(made, name) for name in own if is_dataclass(getattr(made, name))}
     places = {
@@ -138,8 +151,31 @@ def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
         if place is None:
             hint = nearest(option, [*own, *places], listed=False)
             raise ConfigError(f"There is no option `{option}`.{hint}")
-        changed[place[0]][place[1]] = given[option]
+        group, name = place
+        kind = get_type_hints(type(groups[group]))[name]
+        changed[group][name] = _taken(option, given[option], kind)
     return replace(made, **{name: replace(groups[name], **new) for name, new in changed.items()})
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
+
+
+def _taken(option: str, value: Any, hint: Any) -> Any:
+    """What a program gives for an option; ConfigError where the option takes no such value."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return (value,) if isinstance(value, str) else value
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if str in kinds or Path in kinds:  # rows, places and methods are looked at later
+        return str(value) if is_number else value
+    choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    fits = isinstance(value, str) and value in choices
+    for kind in (kind for kind in kinds if isinstance(kind, type)):
+        is_counted = kind is float or isinstance(value, Integral)
+        fits |= is_number and is_counted if kind in (int, float) else isinstance(value, kind)
+    wanted = [*choices, *(_KINDS[kind] for kind in kinds if kind in _KINDS)]
+    require(fits, option.replace("_", "-"), repr(value), " or ".join(wanted) or str(hint))
+    return value
 
 
 def require(condition: bool, flag: str, value: object, wanted: str) -> None:

@@ -549,6 +549,14 @@ def test_a_file_and_a_condition_are_two_files(
         ({"metod": "tv"}, "no option `metod`. Did you mean `method`"),
         ({"epoch": 1}, "Did you mean `epochs`"),
         ({"learning_rate": -1.0}, "--learning-rate is -1.0"),
+        ({"loss_on": "fact"}, "--loss-on is 'fact'; it must be answer or facts or None"),
+        ({"output_format": "lora"}, "--output-format is 'lora'; it must be checkpoint or"),
+        ({"format": "alpaca"}, "--format is 'alpaca'"),
+        ({"alpha": "1.5"}, "--alpha is '1.5'; it must be auto or a number or None"),
+        ({"epochs": 2.5}, "--epochs is 2.5; it must be a whole number"),
+        ({"generate": 1}, "--generate is 1; it must be True or False"),
+        ({"held_back": 6}, "--held-back 6 leaves none of the"),
+        ({"include": "*.nowhere.*"}, r"--include \*.nowhere.\* matches no tensor"),
     ],
 )
 def test_wrong_keywords_are_one_error(
