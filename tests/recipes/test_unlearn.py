@@ -37,9 +37,11 @@ from perta.recipes.requests.take import start_ledger
 from perta.recipes.settings import UnlearnConfig
 from perta.recipes.unlearn import Unlearned, aggregates, plan_unlearn, unlearn
 from perta.report.collect import collect
+from perta.stages.finetune import finetune_checkpoint
+from perta.stages.settings import FinetuneConfig
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
-from perta.store.record import read_manifest, stage_key
+from perta.store.record import read_manifest, stage_key, write_manifest
 
 TRAINS = WeightingConfig(method="npo-retain")
 
@@ -333,6 +335,25 @@ def test_a_changed_forget_set_redoes_all_that_saw_it(
         Path(name).relative_to(work).parts[0] for name in after if after[name] != before.get(name)
     }
     assert changed == {"forget_checkpoint", "forget_importance"}
+
+
+def test_the_same_edit_by_another_run_has_a_record_of_its_own(world: World, tmp_path: Path) -> None:
+    forget = FinetuneConfig(
+        base=str(world.base), data=str(world.forget), output=tmp_path / "f", tune=TUNE
+    )
+    plain = WeightingConfig(method="tv", scaling_coef=1.0)
+    settings = config(
+        world, tmp_path / "out", weighting=plain, evaluate=False, overwrite=True, tune=TuneConfig(),
+        forget_checkpoint=str(finetune_checkpoint(forget)),
+    )  # fmt: skip
+    first = unlearn(settings).manifest
+    second = unlearn(replace(settings, held_back="2")).manifest
+    assert second["content"] == first["content"]
+    assert second["unlearn"]["settings"]["held_back"] == "2"
+    # What a search noted is not noted again by a run that was given its strength.
+    noted = {**second, "unlearn": {**second["unlearn"], "strength": {"value": 1.0}}}
+    write_manifest(tmp_path / "out", noted)
+    assert "strength" not in unlearn(settings).manifest["unlearn"]
 
 
 def test_an_output_made_otherwise_stops_the_run_at_once(

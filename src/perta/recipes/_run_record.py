@@ -114,10 +114,12 @@ class RunRecord:
             )
 
     def write(self, evaluation: Mapping[str, Any], **found: Any) -> None:
-        """Put the record into the output's, with results; what an earlier write noted stays."""
+        """Put the record into the output's, with results; what the run wrote before stays."""
         manifest = read_manifest(self.config.output) or {}
         manifest.pop("part_of", None)
+        # Of another run the edit may be the same, and what it found is none of this one's.
         earlier = manifest.get("unlearn", {})
+        earlier = earlier if earlier.get("key") == self.key else {}
         manifest["unlearn"] = make_manifest(
             "unlearn",
             self.settings,
