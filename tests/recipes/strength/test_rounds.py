@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from conftest import TUNE, make_world
 from perta.data.examples import load_examples
+from perta.engine.train.tune import tune
 from perta.errors import ConfigError, NotLearnedError
 from perta.methods.registry import with_defaults
 from perta.models.load import load_model, load_tokenizer, pad_id
@@ -59,18 +60,22 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert manifest is not None
     rounds: list[dict[str, Any]] = manifest["rounds"]
     assert rounds[0]["rows"] == 6
-    assert 1 < len(rounds) <= 4
-    for before, after in itertools.pairwise(rounds):
+    assert 2 < len(rounds) <= 4
+    for before, after in itertools.pairwise(rounds[:-1]):
         assert len(before["left"]) == after["rows"]
+    assert (rounds[-1]["rows"], rounds[-1]["scaling_coef"]) == (6, 0.25)
     record = result.manifest["unlearn"]
     assert record["passes"]["rounds"] == manifest["passes"] > 0
     assert record["seconds"]["rounds"] > 0
 
 
 def test_rows_that_rounds_leave_do_not_decide_the_strength(
-    run: tuple[UnlearnConfig, Unlearned], capsys: pytest.CaptureFixture[str]
+    run: tuple[UnlearnConfig, Unlearned],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The budget would allow more; the strength is that of the rounds, and the rows are named."""
+    monkeypatch.setattr("perta.recipes.strength.rounds._LAST", 0.0)
     config = replace(run[0], rounds=2, output=run[0].output.with_name("last"))
     record = unlearn(config).manifest["unlearn"]["strength"]
     made = read_manifest(config.work_folder / "forget_rounds") or {}
@@ -84,7 +89,7 @@ def test_rows_that_rounds_leave_do_not_decide_the_strength(
     rows = ", ".join(map(str, left))
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        f"{len(left)} of 6 facts still stand out after the rounds: rows {rows}. No strength" in said
+        f"{len(left)} of 6 facts still stand out after the rounds: rows {rows}. Allow more" in said
     )
 
 
@@ -148,6 +153,34 @@ def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
         step = 0.0 if is_left else only["scaling_coef"] * (tuned - base)
         torch.testing.assert_close(total, base + step, rtol=1e-5, atol=1e-6)
         assert is_left <= torch.equal(total, base)
+
+
+def test_the_last_round_teaches_the_edited_model_all_rows_again(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    """A quarter of that step is taken."""
+    config, _ = run
+    weighting = with_defaults(replace(PROJECT, scaling_coef=1.0))
+    first = config.work_folder / "forget_checkpoint"
+    unseen, edit = unseen_of(config), edit_of(config, first, tmp_path / "none", weighting)
+    one, two = (
+        write_rounds(At(tmp_path / f"{most}"), edit, unseen, config.tune, config.compute, most)
+        for most in (1, 2)
+    )
+    edited = edit_checkpoint(edit_of(config, one, tmp_path / "edited", weighting))
+    model = load_model(edited, ComputeConfig(), dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    facts, pad = [fact.encoded for fact in unseen.facts], pad_id(load_tokenizer(edited))
+    taught, _ = tune(model, facts, config.tune, pad=pad)
+    stored = [open_index(folder).tensors for folder in (one, two)]
+    missed = moved = 0.0
+    for name, tensor in taught.state_dict().items():
+        if name in stored[0]:
+            at_one, at_two = (read_tensor(tensors[name]).double() for tensors in stored)
+            step = 0.25 * (tensor - before[name]).double()
+            missed += (at_two - at_one - step).square().sum().item()
+            moved += step.square().sum().item()
+    assert missed < 1e-6 * moved  # AdamW enlarges the rounding of where it starts
 
 
 def test_rounds_of_adapters_are_one_adapter(

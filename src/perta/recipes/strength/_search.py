@@ -21,7 +21,7 @@ LARGEST: Final = 16.0
 RATIO: Final = 2 ** (1 / 3)
 """Factor between two strengths of the scan: its resolution."""
 
-_GRID: Final = tuple(FIRST * RATIO**step for step in range(16))  # strengths of the scan
+_GRID: Final = tuple(round(FIRST * RATIO**step, 12) for step in range(16))  # what is scanned
 
 TOLERANCE: Final = 0.04
 """Relative width of the interval of strengths at which refining stops."""
@@ -46,14 +46,14 @@ class Found:
     within: tuple[float, ...] = ()
 
 
-def search_strength(forgets: Question, fits: Question) -> Found:
-    """Look for the smallest strength that forgets and fits, to `TOLERANCE`.
+def search_strength(forgets: Question, fits: Question, largest: float = LARGEST) -> Found:
+    """Look for the smallest strength up to the largest that forgets and fits, to `TOLERANCE`.
 
-    Every range of passing strengths that spans a factor of `RATIO`, between `FIRST` and `LARGEST`,
-    is found, however the rest of the curve runs, unless the budget was exceeded at every strength
-    of an octave before it: what lies behind is a model that collapses. Narrower ranges are found
-    where they lie between a strength that falls short and one that goes too far. `fits` is asked
-    where the set is forgotten, and at a few strengths besides, to know when to stop.
+    Every range of passing strengths that spans a factor of `RATIO`, from `FIRST` on, is found,
+    however the rest of the curve runs, unless the budget was exceeded at every strength of an
+    octave before it: what lies behind is a model that collapses. Narrower ranges are found where
+    they lie between a strength that falls short and one that goes too far. `fits` is asked where
+    the set is forgotten, and at a few strengths besides, to know when to stop.
     """
     known: dict[float, bool] = {0.0: True}
 
@@ -65,7 +65,7 @@ def search_strength(forgets: Question, fits: Question) -> Found:
     if forgets(0.0):
         return Found(0.0)
     low, was_forgotten, exceeded = 0.0, False, 0
-    for place, high in enumerate(_GRID):
+    for place, high in enumerate(strength for strength in _GRID if strength <= largest):
         is_forgotten = forgets(high)
         if is_forgotten and not was_forgotten:
             # What is just enough may be within the budget where a little more is not.

@@ -27,8 +27,8 @@ The lower quartile is u_k with k = floor((m + 1) / 4), at least 1. A row is over
 median + 2 (u_{m+1-k} - median), k as for the held-out set, which marks it as removed; fewer than 8
 unseen facts tell nothing of that.
 
-After rounds a strength above theirs, 1, is taken only where it reaches every row: short of that
-all others, and what is retained, would pay for nothing.
+After rounds the strength is theirs, 1, or the best one below it that the budget allows: above, all
+other rows, and what is retained, would pay for the last ones.
 
 Few of the retained rows decide how far the strength may go, and only where the forget set is there
 or a look is due; rows that keep a strength from passing are looked at first. Rows that gave moments
@@ -362,7 +362,7 @@ def choose_strength(
     model = load_model(full, compute, dtype=torch.float32)
     with counting_tokens(model) as tokens:
         edited, budget = EditedModel(model, changes), retain_budget
-        usual = 1.0 if in_rounds else math.inf
+        usual = 1.0 if in_rounds else None
         trials = Trials(edited, unseen, retain, budget, pad_id(tokenizer), usual)
         scaling_coef, reached = trials.search()
         if not scaling_coef:
@@ -405,7 +405,7 @@ class Trials:
         retain: Sequence[Encoded],
         retain_budget: float,
         pad: int,
-        usual: float = math.inf,
+        usual: float | None = None,
     ) -> None:
         self._edited, self._unseen, self._retain = edited, unseen, retain
         self._budget, self._pad, self._usual = retain_budget, pad, usual
@@ -416,11 +416,10 @@ class Trials:
 
     def search(self) -> tuple[float, bool]:
         """The strength to use, and whether every row looks unseen at it."""
-        found = search_strength(self.forgets, self.fits)
+        if self._usual and self.fits(self._usual):
+            return self._usual, self.forgets(self._usual)
+        found = search_strength(self.forgets, self.fits, self._usual or LARGEST)
         if found.scaling_coef is None:
-            # What reaches not all is not worth what it takes.
-            if self._usual < LARGEST and self.fits(self._usual):
-                return self._usual, False
             return max(found.within, key=self._rank), False
         if found.scaling_coef:
             # A look beyond, to be able to say that the curve is not monotone.
@@ -549,9 +548,8 @@ def _report(found: Strength) -> None:
     still = f"{len(found.standing_out)} of {len(found.rows)} facts still stand out"
     if found.in_rounds and found.scaling_coef == 1:
         warn(
-            f"{still} after the rounds: {rows}. No strength within the retain budget of "
-            f"{found.retain_budget:g} nats per token reaches them all. Raise --retain-budget, or "
-            "give --scaling-coef a number above 1, which takes more from what is retained."
+            f"{still} after the rounds: {rows}. Allow more --rounds, or give --scaling-coef a "
+            "number above 1, which takes more from what is retained."
         )
     else:
         warn(

@@ -1,26 +1,32 @@
 """A forget checkpoint in rounds: what an edit leaves is learned again, and added.
 
 One strength for all rows forgets them unevenly: where the last fact is gone, the first are far
-beyond unseen, and retained rows have paid for that. So each round tunes the base on the rows that
-still stand out, and goes as far as half of them need:
+beyond unseen, and retained rows have paid for that. So each round tunes on the rows that still
+stand out, the first from the base, later ones from what the edit has made of the full model, and
+goes as far as half of them need:
 
     S_0 = all forget rows
     M_0 = θ_full
-    τ_k = (θ₀ tuned on the facts of S_k) − θ₀,   τ_0 without the last third of the blocks
+    τ_0 = (θ₀ tuned on the facts of S_0) − θ₀,   without the last third of the blocks
+    τ_k = (M_k tuned on the facts of S_k) − M_k
     Δ_k = the direction of τ_k
     α_k = the smallest α at which at most half of S_k stands out,   M_{k+1} = M_k − α_k Δ_k
     S_{k+1} = the rows that stand out at M_{k+1}
 
-until none does. A late block sees what earlier ones have looked up, and takes it from whoever has
-it, so the first round widens to all blocks only where half of the rows cannot be had without. The
-directions of the structured methods are linear in τ, so all rounds are one edit, with the forget
-checkpoint
+until none does. The last round is of all rows once more, with α = 1/4. A later τ_k is the step of
+somebody who teaches the edited model the rows again. It is short, and little else lies on it, where
+the base has to learn the whole row; and what the last round takes of it is harder to teach.
+
+A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
+round widens to all blocks only where half of the rows cannot be had without.
+
+The directions of the structured methods are linear in τ, so all rounds are one edit, with the
+forget checkpoint
 
     θ_f = θ₀ + Σ_k α_k τ_k,
 
-whose strength is then searched for as any other's, but is 1, that of the rounds as they were, where
-none reaches every row. Where no round found a strength θ_f is θ₀ + τ_0, of all blocks. What stands
-out is said in `strength`.
+whose strength is then 1, or what the retain budget allows. Where no round found a strength θ_f is
+θ₀ + τ_0, of all blocks, and it is searched for. What stands out is said in `strength`.
 """
 
 from __future__ import annotations
@@ -50,6 +56,9 @@ from perta.stages.stage import Place, run_stage
 from perta.store.atomic import beside, scratch_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
+
+_LAST = 0.25
+"""Strength of the last round: docs/experiments/facts.md."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,12 @@ def write_rounds(
     judged["chances"] = tuple(fact.judged_by for fact in unseen.facts)
     method = get_method(edit.weighting.method).record()
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
-    settings |= judged | picked(compute, Path(edit.full)) | {"first": "without the late blocks"}
+    settings |= judged | picked(compute, Path(edit.full))
+    settings |= {
+        "first": "without the late blocks",
+        "later": "from the edited model",
+        "last": _LAST,
+    }
 
     def make(folder: Path) -> Mapping[str, Any]:
         with scratch_folder(beside(place.output, ".rounds")) as scratch:
@@ -126,12 +140,22 @@ class _Run:
         self._pad = pad_id(self.tokenizer)
 
     def all(self, most: int) -> list[Round]:
-        """Every round until no row stands out, or there were enough, or one finds no strength."""
-        rows: Sequence[int] = range(len(self._unseen.facts))
+        """Rounds until no row stands out, or all but one are done, or none helps; and the last."""
+        every = range(len(self._unseen.facts))
+        rows: Sequence[int] = every
         checkpoint = Path(str(self._edit.forget_checkpoint))
         late: Sequence[Slot] = late_slots(self.model)
         rounds: list[Round] = []
-        while rows and len(rounds) < most:
+
+        def take(scaling_coef: float, left: Sequence[int]) -> None:
+            self._add(checkpoint, scaling_coef, late)
+            numbers = tuple(self._unseen.facts[place].row for place in left)
+            rounds.append(Round(len(rows), scaling_coef, numbers, len(late)))
+            say(
+                f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
+            )
+
+        while rows and len(rounds) < max(most - 1, 1):
             if rounds:
                 checkpoint, late = self._tune(rows, len(rounds)), ()
             scaling_coef, rows_left = self._forget(checkpoint, rows, late)
@@ -143,34 +167,44 @@ class _Run:
                 if not rounds:
                     self._add(checkpoint, 1.0, late)  # the search says how far it gets
                 break
-            self._add(checkpoint, scaling_coef, late)
-            numbers = tuple(self._unseen.facts[place].row for place in rows_left)
-            rounds.append(Round(len(rows), scaling_coef, numbers, len(late)))
-            say(
-                f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
-            )
+            take(scaling_coef, rows_left)
             rows = rows_left
+        if rounds and most > 1:
+            rows, late = every, ()
+            checkpoint = self._tune(rows, len(rounds))
+            _, rows_left = self._forget(checkpoint, rows, late, _LAST)
+            take(_LAST, rows_left)
         return rounds
 
     def _tune(self, rows: Sequence[int], number: int) -> Path:
-        """θ₀ tuned on the facts of some rows."""
+        """θ₀ and the step that teaches `model` the facts of some rows again."""
         examples = [self._unseen.facts[place].encoded for place in rows]
         dtype, device = self._compute.dtype, self.model.device
         torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
-        base = self._load(self._edit.base)
+        taught = self._load(self._edit.full)
+        taught.load_state_dict(self.model.state_dict())
         merges = not self._config.lora_rank
-        model, tuned = tune(base, examples, self._config, pad=self._pad, dtype=dtype, merges=merges)
-        self.tuned += tuned.tokens
+        taught, done = tune(
+            taught, examples, self._config, pad=self._pad, dtype=dtype, merges=merges
+        )
+        self.tuned += done.tokens
+        if merges:  # else it is the step alone
+            torch.nn.Module.to(taught, "cpu")
+            _add(taught, self._load(self._edit.base, "cpu"), less=self.model)
         folder = self._scratch / f"round_{number}"
         folder.mkdir()
-        save_tuned(model, self.tokenizer, folder, Path(self._edit.base), self._edit.base)
-        del base, model
+        save_tuned(taught, self.tokenizer, folder, Path(self._edit.base), self._edit.base)
+        del taught
         torch.nn.Module.to(self.model, device)
         return folder
 
     @torch.no_grad()
     def _forget(
-        self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot]
+        self,
+        checkpoint: Path,
+        rows: Sequence[int],
+        late: Sequence[Slot],
+        given: float | None = None,
     ) -> tuple[float | None, list[int]]:
         """Take from `model`, but its late layers, what half of the rows need, and what is left."""
         with scratch_folder(self._scratch / "changes") as scratch:
@@ -197,6 +231,8 @@ class _Run:
         def left(scaling_coef: float) -> list[int]:
             return unseen.standing_out(surprises(scaling_coef, range(len(unseen.facts))))
 
+        if given is not None:
+            return given, left(given)
         # Of all rows some may look unseen from the start, and count for nothing.
         margins = dict.fromkeys(rows if len(rows) < len(unseen.facts) else left(0.0), 0.0)
 
@@ -231,12 +267,7 @@ class _Run:
             return
         total, start = (self._load(base, "cpu") for _ in range(2))  # a GPU has no room for them
         for checkpoint, weight, late in self._taken:
-            tuned = self._load(checkpoint, "cpu")
-            for (name, mine), other, old in zip(
-                total.named_parameters(), tuned.parameters(), start.parameters(), strict=True
-            ):
-                if name not in late:
-                    mine.add_(other - old, alpha=weight)
+            _add(total, self._load(checkpoint, "cpu"), less=start, weight=weight, without=late)
         save_model(total, self.tokenizer, folder, base)
 
     def _load(self, folder: str | Path, device: Device | None = None) -> PreTrainedModel:
@@ -244,3 +275,20 @@ class _Run:
         model = load_tuned(Path(folder), Path(self._edit.base), compute, dtype=torch.float32)
         merged: PreTrainedModel = model.merge_and_unload() if is_adapter(Path(folder)) else model
         return merged
+
+
+@torch.no_grad()
+def _add(
+    model: PreTrainedModel,
+    other: PreTrainedModel,
+    *,
+    less: PreTrainedModel,
+    weight: float = 1.0,
+    without: frozenset[str] = frozenset(),
+) -> None:
+    """Add to a model's parameters, in place, what others have more than the like of `less`."""
+    for (name, mine), more, old in zip(
+        model.named_parameters(), other.parameters(), less.parameters(), strict=True
+    ):
+        if name not in without:
+            mine.add_(more - old, alpha=weight)
