@@ -130,12 +130,12 @@ class Sizes:
         weighting: WeightingConfig,
         rank: int,
     ) -> Load:
-        """Rounds of tuning on half of the rows each time, and a search after each.
+        """Rounds of tuning on half of the rows each time, at last on all, and a search after each.
 
         `rank` is that of every task vector, 0 where one is whole.
         """
-        halves = sum(0.5**place for place in range(1, count))
-        passes = (_LEARN * tune.epochs * halves + _STRENGTHS * count) * self.tokens(forget)
+        shares = 1 + sum(0.5**place for place in range(1, count - 1))
+        passes = (_LEARN * tune.epochs * shares + _STRENGTHS * count) * self.tokens(forget)
         beside = max(self.weights + self._tuned(tune), self._search(weighting, rank))
         if rank:  # their ranks add up
             return Load(passes, beside, count * self._kept(tune))
