@@ -82,9 +82,8 @@ def write_rounds(
     """Write the forget checkpoint of all rounds, at most `most`; its record says what they did.
 
     `edit` is that of the first round, its checkpoints local folders: the forget checkpoint is θ₀
-    tuned on all forget rows. `unseen` is from `calibrate`, `config` says how θ₀ is tuned on the
-    rows that are left. Weights are float32. PertaError where training diverges, or input cannot be
-    used.
+    tuned on all forget rows. `unseen` is from `calibrate`, `config` says how later rounds tune.
+    Weights are float32. PertaError where training diverges, or input cannot be used.
     """
     # Rounds are of the weights themselves, however the models are stored.
     full = resolve_checkpoint(edit.full, base=edit.base, exact=edit.output_format != "checkpoint")
