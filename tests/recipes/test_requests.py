@@ -245,7 +245,7 @@ def test_a_run_measures_its_own_moments_where_most_of_those_kept_are_of_rows_it_
     assert record is not None
     assert record["unlearn"]["held_back"]["rows"] == len(held)
     assert "retain_moments" not in record["unlearn"]["inputs"]
-    measured = open_moments(tmp_path / "ledger/work/3/run/retain_moments")
+    measured = open_moments(tmp_path / "ledger" / "work" / "3" / "run" / "retain_moments")
     assert not holds(measured.folder, load_examples(data).examples[held.examples[0].row - 1 :][:1])
 
 

@@ -53,9 +53,13 @@ def resolve_checkpoint(
     where nothing is there, CheckpointError where it cannot be read or is of another model than it
     says.
     """
-    if base is not None and Path(base).expanduser() == Path(reference).expanduser():
+    if base is not None and _place(base) == _place(reference):
         base = None  # an adapter that is the base model is not its own base
     return _resolve(reference, base=base, exact=exact)
+
+
+def _place(reference: str | Path) -> Path:
+    return Path(reference).expanduser().resolve()
 
 
 def resolve_tuned(reference: str | Path, base: Path) -> Path:

@@ -401,9 +401,14 @@ def test_an_adapter_in_its_bases_folder(tmp_path: Path) -> None:
     assert not (merged / "adapter_config.json").exists()
 
 
-def test_an_adapter_that_is_the_base_model_is_not_its_own_base(tmp_path: Path) -> None:
-    adapter = lora(tmp_path)
-    assert resolve_checkpoint(adapter, base=adapter) == resolve_checkpoint(adapter)
+def test_an_adapter_that_is_the_base_model_is_not_its_own_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, link = lora(tmp_path), tmp_path / "link"
+    link.symlink_to(adapter)
+    monkeypatch.chdir(tmp_path)
+    for named in (adapter, adapter.relative_to(tmp_path), link):
+        assert resolve_checkpoint(adapter, base=named) == resolve_checkpoint(adapter)
 
 
 def test_adapters_on_each_other(tmp_path: Path) -> None:
