@@ -158,8 +158,8 @@ def extend(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=mask,
             position_ids=torch.tensor(places, device=device),
-            past_key_values=cache,
             use_cache=True,
+            **{_cache_argument(model): cache},
         )
     return Extended(
         output.logits[0],
@@ -181,12 +181,19 @@ def supports_prefixes(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     return (
-        "position_ids" in inspect.signature(model.forward).parameters
+        {"position_ids", _cache_argument(model)}
+        <= inspect.signature(model.forward).parameters.keys()
         and not getattr(model, "_is_stateful", False)
         and not getattr(config, "is_encoder_decoder", False)
         and not getattr(config, "num_kv_shared_layers", 0)
         and kinds <= {"full_attention", "sliding_attention"}
     )
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls the cache it is given: transformers renamed it in 5.24."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _map_cache(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
