@@ -51,6 +51,8 @@ class Own(Probe):
         return Rows([{score}] * len(view.material.facts[name]))
 """
 
+FINE = "return Rows([0.5] * len(view.material.facts[name]))"
+
 
 @pytest.fixture(scope="module")
 def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -338,6 +340,9 @@ def test_a_probe_of_ones_own_may_look_at_the_world(
         ("'high'", ConfigError, "own gave a score of type str"),
         ("__import__('torch').tensor(0.1)", ConfigError, "own gave a score of type Tensor"),
         ("0.0] * 2, {'more': {1}}) or Rows([", ConfigError, "`more` what audit.json cannot hold"),
+        ("0.0] * 2, [1]) or Rows([", ConfigError, "`more` what audit.json cannot hold"),
+        ("0.0] * 2, {'m': float('inf')}) or Rows([", ConfigError, "`more` what audit.json cannot"),
+        ("{'cleaned': 7.0}.get(view.role, 0.5)", ConfigError, "gave 7.0, and scores lie from 0"),
     ],
 )
 def test_scores_that_are_none_stop_the_audit(
@@ -600,7 +605,13 @@ def test_names_that_no_record_could_hold_are_refused(config: AuditConfig) -> Non
 
 
 @pytest.mark.parametrize(
-    "code", ["raise ValueError('no luck')", "return 1 / 0", "return None", "return Rows(5)"]
+    "code",
+    [
+        *("raise ValueError('no luck')", "return 1 / 0", "return None", "return Rows(5)"),
+        *("raise SystemExit(0)", "return self.asked\n\n    passes = 'many'"),
+        *(f"return self.asked\n\n    {part} = 5" for part in ("wording", "judge", "tokens")),
+        *(f"{FINE}\n\n    def {part}: return None" for part in ("judge(*_)", "tokens(*_)")),
+    ],
 )
 def test_a_probe_of_ones_own_that_fails_is_named(
     config: AuditConfig,

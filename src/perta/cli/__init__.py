@@ -36,7 +36,7 @@ def _run(tokens: list[str]) -> None:
         _fail(_usage(error), 2, tokens)
     except KeyboardInterrupt:
         _fail("Interrupted; nothing was left half-written.", 130, tokens)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of a user's own may end the program
         _fail(_unforeseen(error), 1, tokens)
 
 
@@ -71,7 +71,7 @@ def _usage(error: CycloptsError) -> str:
     return f"{text} Run `perta --help`, or a subcommand with --help, for the options."
 
 
-def _unforeseen(error: Exception) -> str:
+def _unforeseen(error: Exception | SystemExit) -> str:
     """What the computer ran out of or refused; of a defect, whose code it is in."""
     short = shortage(error)
     if short:

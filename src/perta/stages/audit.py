@@ -59,6 +59,7 @@ _Row = TypeVar("_Row")
 WORLD = str(files("perta").joinpath("evidence", "world.jsonl"))
 """Questions about the world that come with the package."""
 _SAMPLES = {"quick": 64, "standard": 64, "full": 200}
+_ROUNDING = 1e-6  # how far beyond 0 and 1 a score may lie
 _TIMED_TOKENS = 128  # tokens of a pass that tells how fast a model is here
 
 
@@ -423,7 +424,11 @@ class _Audit:
             total += sum(len(fact.encoded.input_ids) for fact in facts)
             total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
         for probe, name in wanted:
-            total += probe.tokens([fact.encoded for fact in self.material.facts[name]], self.effort)
+            more = probe.tokens([fact.encoded for fact in self.material.facts[name]], self.effort)
+            if not isinstance(more, int | float) or not 0 <= more < math.inf:
+                why = f"The probe {probe.name} has to expect a number of tokens, 0 or more."
+                raise ConfigError(f"{why} Correct its `passes` or `tokens`.")
+            total += more
         return total
 
     def _operations(self, tokens: float) -> float:
@@ -512,7 +517,7 @@ def _checked(probe: Probe, view: View, name: str) -> Rows:
             "plain numbers, None where there is none."
         )
     try:
-        json.dumps(rows.more)
+        json.dumps({**rows.more}, allow_nan=False)
     except (TypeError, ValueError) as error:
         why = f"The probe {probe.name} notes in `more` what audit.json cannot hold: {error}."
         raise ConfigError(why) from error
@@ -522,6 +527,12 @@ def _checked(probe: Probe, view: View, name: str) -> Rows:
             f"The probe {probe.name} gave {rows.scores[bad[0]]} for row "
             f"{view.material.rows(name)[bad[0]]} of the {name} set under the {view.role} model: "
             "its weights are damaged, or the probe is."
+        )
+    usual = type(probe).judge is Probe.judge
+    if usual and (beyond := [s for s in known if not -_ROUNDING <= s <= 1 + _ROUNDING]):
+        raise ConfigError(
+            f"The probe {probe.name} gave {beyond[0]}, and scores lie from 0 to 1: bring them "
+            "there, or give the probe a `judge` of its own."
         )
     return rows
 

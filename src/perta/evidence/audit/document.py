@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from perta.errors import ConfigError
 from perta.evidence.audit.judge import Found, Judgement, Verdict
 from perta.evidence.audit.probe import SHADOW, Probe, Role, Rows
 from perta.evidence.audit.probes.verbatim import Reading
@@ -77,6 +78,11 @@ def entry_of(
         if any(rows.more for rows in by_set.values()):
             more[role] = {name: rows.more for name, rows in by_set.items() if rows.more}
     judgement = probe.judge(Found(scores, looked.rows, looked.subjects, more))
+    if not isinstance(judgement, Judgement) or judgement.verdict not in (*_VERDICTS, "harmed"):
+        raise ConfigError(
+            f"The probe {probe.name} has to judge with a `Judgement`, whose verdict is one of "
+            f"{', '.join(_VERDICTS)} and harmed."
+        )
     parts = ("name", "group", "title", "question", "source", "unit", "level")
     names = sorted({name for by_set in scores.values() for name in by_set})
     by_name = {

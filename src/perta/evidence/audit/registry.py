@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from perta.errors import ConfigError, nearest
 from perta.evidence.audit.probe import Need, Probe
@@ -52,6 +52,12 @@ PROBES: tuple[type[Probe], ...] = (
 _TEXTS = ("name", "group", "title", "question", "source")
 SETS = ("forget", "retain", "holdout", "world", "general")
 """Options of an audit that name rows."""
+_SWITCHES = ("wording", "by_row", "guessable", "thrifty", "shadowed")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys((*_TEXTS, "unit"), str),
+    **dict.fromkeys(_SWITCHES, bool),
+    **dict.fromkeys(("judge", "tokens"), Callable),
+}
 _NAMES = {"sets": SETS, "compared": SETS, "needs": get_args(Need)}
 
 
@@ -78,7 +84,7 @@ def choose_probes(level: Level, names: Sequence[str] = ()) -> list[Probe]:
 def _load_probe(path: Path) -> Probe:
     """The probe that a Python file defines; a ConfigError as `own_class`, or a name of ours."""
     own: type[Probe] = own_class(path, Probe, _TEXTS)
-    odd = [part for part in (*_TEXTS, "unit") if not isinstance(getattr(own, part), str)]
+    odd = [part for part, kind in _KINDS.items() if not isinstance(getattr(own, part), kind)]
     for part, known in _NAMES.items():
         names = getattr(own, part)
         if not (isinstance(names, tuple | list) and all(name in known for name in names)):
