@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TUNE, World
-from perta.errors import CheckpointError, CorruptCheckpointError, DataError
+from perta.errors import CheckpointError, ConfigError, CorruptCheckpointError, DataError
 from perta.models import resolve
 from perta.options import ScoringConfig, TuneConfig, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
@@ -254,3 +254,15 @@ def test_what_a_killed_run_left_is_cleared_away_where_nothing_is_to_be_made(
     unlearn(config)
     write_people(people)
     assert not any(folder.exists() for folder in left)
+
+
+def test_a_number_that_no_record_holds_is_refused(world: World, tmp_path: Path) -> None:
+    tune = replace(TUNE, seed=1 << 70)
+    given = FinetuneConfig(
+        base=str(world.base), data=str(world.forget), output=tmp_path / "out", tune=tune
+    )
+    with pytest.raises(ConfigError, match="--seed is 1180591620717411303424"):
+        finetune_checkpoint(given)
+    with pytest.raises(ConfigError, match="--people-seed is"):
+        write_people(PeopleConfig(output=tmp_path / "out", people_seed=-(1 << 63)))
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, CorruptCheckpointError, DataError, OutputExistsError
-from perta.options import option_name
+from perta.options import option_name, require
 from perta.store.atomic import check_place, write_text
 from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
@@ -56,7 +56,14 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 
 def stage_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """SHA-256, in hexadecimal, of what decides a stage's result: settings, and inputs' content."""
+    """SHA-256, in hexadecimal, of what decides a stage's result: settings, and inputs' content.
+
+    ConfigError at a whole number that no record could hold, and no library takes.
+    """
+    for name, value in settings.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            is_held = not isinstance(one, int) or abs(one) < 1 << 63
+            require(is_held, name.replace("_", "-"), one, "of fewer digits (below 2^63)")
     deciding = {k: v for k, v in settings.items() if k not in NOT_IN_KEY and k not in inputs}
     record = {"stage": stage, "settings": deciding, "inputs": inputs, "version": __version__}
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
