@@ -349,7 +349,7 @@ def test_padding_row_of_the_embedding_has_no_input_gradient(
     without = batched_moments(model, [collate(data, PAD)], [2]).by_order[2.0]
     name = "model.embed_tokens.weight"
     assert not torch.equal(with_padding[name][PAD], without[name][PAD])
-    assert torch.equal(with_padding[name][3:], without[name][3:])
+    torch.testing.assert_close(with_padding[name][3:], without[name][3:])
     if factory is llama_untied:
         assert with_padding[name][PAD].count_nonzero() == 0
 
