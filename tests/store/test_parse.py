@@ -48,6 +48,7 @@ def test_odd_json_is_one_error_with_its_place(tmp_path: Path, text: str) -> None
 HOSTILE_YAML = {
     "deep": "[" * 2000,
     "key": "? [1, 2]\n: 3",
+    "twice": "a: 1\nb: {c: 2, c: 2}",
     "number as key": "1: 2",
     "boolean as key": "yes: 2",
     "date": "a: 2024-13-45",

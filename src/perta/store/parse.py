@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,26 @@ def parse_yaml(text: str | bytes, where: str, error: type[PertaError]) -> Any:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _plain_loader())
     except Exception as reason:  # constructors of dates and numbers raise what they like
         said = " ".join(str(reason).split()) or repr(reason)
         raise error(f"{where} cannot be read as YAML: {said}") from reason
     _refuse_odd(value, where, error, nan=True)
     return value
+
+
+@cache
+def _plain_loader() -> Any:
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]!r} occurs twice")
+            return super().construct_mapping(node, deep)
+
+    return Plain
 
 
 def fits(value: Any, form: Any) -> bool:
