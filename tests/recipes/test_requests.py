@@ -343,8 +343,8 @@ def test_rows_that_are_not_those_that_were_asked_for_are_not_forgotten(
         (rows, rows.read_text().replace("?", "!"), "does not hold the rows that r1 asked for"),
         (rows, "".join(rows.read_text().splitlines(keepends=True)[:1]), "does not hold the rows"),
         (rows, None, "clean` was cut off"),
-        (key, "00" * 32, "it or the key was"),
-        (key, None, "cannot be recognised"),
+        (key, "00" * 32, "the key by which rows are recognised"),
+        (key, None, "the key by which rows are recognised"),
         (base, base.read_text() + " ", "base is not what"),
     ):
         whole = file.read_text()
@@ -354,6 +354,28 @@ def test_rows_that_are_not_those_that_were_asked_for_are_not_forgotten(
         file.write_text(whole)
     assert (ledger / LEDGER).read_bytes() == before
     assert not (ledger / "work").exists()
+
+
+def test_rows_are_taken_down_under_the_ledgers_own_key_alone(world: World, ledger: Path) -> None:
+    before = (ledger / LEDGER).read_bytes()
+    for other in ("", "00", "00" * 32):
+        (ledger / "key").write_text(other)
+        with pytest.raises(LedgerError, match="missing or another one"):
+            _add(ledger, world.forget, "r1")
+    assert (ledger / LEDGER).read_bytes() == before
+
+
+def test_keys_may_lie_in_the_home_folder(
+    world: World, ledger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    public = pem_keys(tmp_path, "own", "ed25519")[1].name
+    config = RequestsAddConfig(
+        folder=Path("~") / ledger.name, forget=str(world.forget), name="r1", key=Path("~/own.pem")
+    )
+    assert add_request(config).signature
+    with pytest.raises(LedgerError, match="line 1 is not signed"):
+        verify_requests(ledger, public_keys=[Path("~") / public])
 
 
 def test_clean_follows_no_link_and_finds_what_failed_runs_left(

@@ -92,6 +92,22 @@ def test_a_crash_between_ledger_and_head_is_no_fault(tmp_path: Path) -> None:
     assert [entry.number for entry in read_ledger(folder)] == [1, 2, 3]
 
 
+def test_an_entry_added_while_a_ledger_is_read_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(tmp_path, "init", {})
+    read, others = Path.read_text, [lambda: append(tmp_path, "add", {})]
+
+    def read_and_write(file: Path, *how: str) -> str:
+        text = read(file, *how)
+        if others:
+            others.pop()()
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_and_write)
+    assert len(read_ledger(tmp_path)) == 2
+
+
 def test_signatures_are_checked_with_the_key_they_name(tmp_path: Path, key: Path) -> None:
     folder = _ledger(tmp_path / "l", 1)
     append(folder, "apply", {}, key=key)

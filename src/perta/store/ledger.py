@@ -95,6 +95,7 @@ def append(folder: Path, kind: str, facts: Mapping[str, Any], *, key: Path | Non
 def read_ledger(folder: Path) -> list[Entry]:
     """Every entry in order; chain, signatures and head are checked, or it is a LedgerError."""
     file = folder / LEDGER
+    head = _head_text(folder)  # before the entries: another process may add one in between
     try:
         text = file.read_text("utf-8")
     except OSError as error:
@@ -110,7 +111,17 @@ def read_ledger(folder: Path) -> list[Entry]:
     for number, text_line in enumerate(whole, start=1):
         lines.append(_checked(text_line, number, previous, file))
         previous = lines[-1]["hash"]
-    _check_head(folder, lines)
+    if head is None:
+        raise LedgerError(
+            f"{folder / HEAD} cannot be read, so nobody can tell whether the ledger's end is "
+            "there. Put it back."
+        )
+    # A crash between the two leaves the head one behind.
+    if head not in [_head(line) for line in lines[-2:]]:
+        raise LedgerError(
+            f"{file} has {len(lines)} entries and its last is not the one that {HEAD} names: its "
+            "end was cut off or added to, or it is another ledger."
+        )
     return [_entry(line) for line in lines]
 
 
@@ -140,20 +151,11 @@ def _checked(text: str, number: int, previous: str, file: Path) -> dict[str, Any
     return dict(line)
 
 
-def _check_head(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    file = folder / HEAD
+def _head_text(folder: Path) -> str | None:
     try:
-        text = file.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise LedgerError(
-            f"{file} cannot be read, so nobody can tell whether the ledger's end is there."
-        ) from error
-    # A crash between the two leaves the head one behind.
-    if text not in [_head(line) for line in lines[-2:]]:
-        raise LedgerError(
-            f"{folder / LEDGER} has {len(lines)} entries and its last is not the one that "
-            f"{file.name} names: its end was cut off or added to, or it is another ledger."
-        )
+        return (folder / HEAD).read_text("utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _head(line: Mapping[str, Any]) -> str:

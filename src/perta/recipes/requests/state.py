@@ -14,7 +14,7 @@ from typing import Any
 from perta.data.examples import ExampleSet, load_examples, rows_fingerprint
 from perta.data.rows import read_rows
 from perta.errors import LedgerError
-from perta.options import DataConfig
+from perta.options import DataConfig, at_home
 from perta.recipes.requests.settings import LedgerConfig
 from perta.store.atomic import beside
 from perta.store.fingerprint import fingerprint
@@ -24,9 +24,11 @@ from perta.store.parse import fits
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of requests."""
+KEY_BYTES = 32
+"""Of the key of a ledger's fingerprints."""
 _SOURCE = {"path": str, "blake3": str}
 _FORM: Mapping[str, Any] = {
-    "init": {**dict.fromkeys(("base", "full", "retain", "holdout?"), _SOURCE)},
+    "init": {**dict.fromkeys(("base", "full", "retain", "holdout?"), _SOURCE), "key?": str},
     "add": {"name": str, "received": (str, type(None)), "rows": int, "rows_hmac_sha256": [str]},
     "apply": {
         **{"names": [str], "before": str, "after": str, "checkpoint": str, "met": bool},
@@ -133,22 +135,20 @@ class State:
 
     def key(self) -> bytes:
         """The key of the folder's fingerprints, as in its file."""
-        try:
-            return (self.folder / KEY).read_bytes()
-        except OSError as error:
-            raise self._without_key() from error
+        return self._secret().hex().encode("ascii")
 
     def _secret(self) -> bytes:
-        """The same as bytes."""
+        """The same as bytes; another one would recognise no row, and an empty one hides none."""
         try:
-            return bytes.fromhex(self.key().decode("ascii"))
-        except ValueError as error:
-            raise self._without_key() from error
-
-    def _without_key(self) -> LedgerError:
-        return LedgerError(
-            f"{self.folder / KEY} is missing or damaged, so rows cannot be recognised: put it back."
-        )
+            found = bytes.fromhex((self.folder / KEY).read_text("ascii"))
+            if len(found) != KEY_BYTES or self.start.get("key", key_mark(found)) != key_mark(found):
+                raise ValueError("another key")
+        except (OSError, ValueError) as error:
+            raise LedgerError(
+                f"{self.folder / KEY}, the key by which rows are recognised, is missing or another "
+                "one: put it back."
+            ) from error
+        return found
 
     def write(self, kind: str, config: LedgerConfig, facts: Mapping[str, Any]) -> Entry:
         """Add an entry, with who did it, to the ledger; call it within `opened`."""
@@ -188,6 +188,11 @@ def read_state(folder: Path) -> State:
     return State(folder, start, tuple(requests.values()), current, tuple(entries))
 
 
+def key_mark(key: bytes) -> str:
+    """What tells a ledger's key from others, and nothing of it: SHA-256 of random bytes."""
+    return hashlib.sha256(key).hexdigest()
+
+
 def set_fingerprint(examples: ExampleSet, key: bytes) -> str:
     """That of a ledger's retain or held-out set, under the folder's key."""
     return rows_fingerprint([example.fields for example in examples.examples], key)
@@ -207,7 +212,7 @@ def signature_file(checkpoint: Path) -> Path:
 
 
 def _folder(folder: Path) -> Path:
-    folder = folder.expanduser().absolute()
+    folder = at_home(folder).absolute()
     if not (folder / LEDGER).is_file():
         raise LedgerError(f"{folder} holds no ledger. `perta requests init` makes one.")
     return folder

@@ -9,9 +9,10 @@ from typing import Any
 from perta.data.examples import load_examples
 from perta.errors import ConfigError, OutputExistsError
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
+from perta.options import at_home
 from perta.recipes._request import check_same_tokens, write_rows
 from perta.recipes.requests.settings import RequestsAddConfig, RequestsInitConfig
-from perta.recipes.requests.state import ID, opened, set_fingerprint
+from perta.recipes.requests.state import ID, KEY_BYTES, key_mark, opened, set_fingerprint
 from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.ledger import Entry, append
@@ -20,19 +21,19 @@ from perta.store.measured.moments import KEY
 
 def start_ledger(config: RequestsInitConfig) -> Entry:
     """Begin a ledger in a new folder (`perta requests init`)."""
-    folder = config.folder.expanduser().absolute()
+    folder = config.folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there already. Give a new folder.")
     base = resolve_checkpoint(config.base)
     full = resolve_checkpoint(config.full, base=config.base)
     models = {"base": _lasting(config.base, base), "full": _lasting(config.full, full)}
-    facts: dict[str, Any] = {"operator": config.operator}
-    key = secrets.token_bytes(32)
+    key = secrets.token_bytes(KEY_BYTES)
+    facts: dict[str, Any] = {"operator": config.operator, "key": key_mark(key)}
     for name, place in models.items():
         facts[name] = {"path": str(place.absolute()), "blake3": fingerprint(place)}
     for name in ("retain", "holdout"):
         if (source := getattr(config, name)) is not None:
-            found, file = load_examples(source, config.data_config), Path(source).expanduser()
+            found, file = load_examples(source, config.data_config), at_home(source)
             check_same_tokens(base, full, found, config.data_config)
             where = str(file.absolute()) if file.exists() else source
             facts[name] = {"path": where, "blake3": set_fingerprint(found, key)}
@@ -45,7 +46,7 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
 
 def _lasting(reference: str, found: Path) -> Path:
     """Where a model lies: what the cache holds of an adapter or a GGUF file may be deleted."""
-    own = Path(reference).expanduser()
+    own = at_home(reference)
     return own if own.exists() else quantised_checkpoint(reference) or found
 
 
