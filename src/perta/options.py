@@ -8,7 +8,6 @@ one raises `ConfigError` naming the flag.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from numbers import Integral, Real
@@ -106,9 +105,18 @@ class Paths:
     def __post_init__(self) -> None:
         """Write the paths out."""
         for name, value in vars(self).items():
-            if isinstance(value, Path):
-                with suppress(RuntimeError):  # of a user who is not there: a name like any other
-                    object.__setattr__(self, name, value.expanduser())
+            several = isinstance(value, tuple) and all(isinstance(one, Path) for one in value)
+            if several or isinstance(value, Path):
+                there = tuple(map(at_home, value)) if several else at_home(value)
+                object.__setattr__(self, name, there)
+
+
+def at_home(place: str | Path) -> Path:
+    """A path, with the home folder for a leading `~`; without one it is a name like any other."""
+    try:
+        return Path(place).expanduser()
+    except RuntimeError:  # there is no such user, or none of this number
+        return Path(place)
 
 
 def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:

@@ -12,11 +12,20 @@ from typing import Any
 
 import pytest
 
-from perta.errors import ConfigError, OutputExistsError
+from perta.data.examples import load_examples
+from perta.errors import CheckpointNotFoundError, ConfigError, DataError, OutputExistsError
+from perta.models.resolve import cache_folder, resolve_checkpoint
 from perta.recipes.settings import UnlearnConfig
 from perta.report.write import companion_folder
 from perta.store import atomic
-from perta.store.atomic import atomic_file, atomic_folder, beside, recover, scratch_folder
+from perta.store.atomic import (
+    atomic_file,
+    atomic_folder,
+    beside,
+    recover,
+    scratch_folder,
+    write_text,
+)
 from perta.store.record import check_output, check_separate, write_manifest
 
 DIES = """
@@ -269,3 +278,20 @@ def test_a_signal_while_an_output_is_begun_leaves_nothing(
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_folder_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("PERTA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as in containers with any number
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint at ~nobody/x"):
+        resolve_checkpoint("~nobody/x")
+    with pytest.raises(DataError, match="no data file ~nobody"):
+        load_examples("~nobody/x.jsonl")
+    with pytest.raises(ConfigError, match="PERTA_CACHE"):
+        cache_folder()
+    write_text(tmp_path / "a", "1")
+    write_text(tmp_path / "a", "2")

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from perta.cli._app import app
 from perta.errors import ConfigError
-from perta.options import Repeated
+from perta.options import Repeated, at_home
 from perta.store.parse import parse_yaml, read_bytes
 
 
@@ -33,7 +33,7 @@ def launch(
         traceback: show the full traceback of an error.
     """
     del traceback  # looked at in `main`, before anything can fail
-    source, session = (None, _Session()) if config is None else _yaml(config)
+    source, session = (None, _Session()) if config is None else _yaml(at_home(config))
     if session.quiet if quiet is None else quiet:
         from perta.progress import set_quiet
 
@@ -42,7 +42,7 @@ def launch(
     for file in method_file or session.method_files:
         from perta.methods.registry import load_methods
 
-        load_methods(file)
+        load_methods(at_home(file))
     app.config = (source,) if source else ()
     try:
         app(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, DataError, first_line, nearest
+from perta.options import at_home
 from perta.progress import visible, warn
 from perta.store.atomic import write_text
 from perta.store.parse import parse_json
@@ -83,7 +84,7 @@ def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:
 
 def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     """Every row of a file, or of an id, owner/name or owner/name:subset; else a DataError."""
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_file():
         if read := _READERS.get(path.suffix.lower()):
             return read(path)

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from perta.errors import CheckpointError, CheckpointNotFoundError, first_line
+from perta.errors import CheckpointError, CheckpointNotFoundError, ConfigError, first_line
 from perta.models.complete import check_checkpoint
 from perta.models.formats.adapters import adapter_settings, merge_adapter
 from perta.models.formats.gguf import read_gguf
 from perta.models.formats.low_rank import is_adapter, steps_of
 from perta.models.formats.quantised import WRITTEN, dequantise, stored_format
 from perta.models.load import plain_errors, save_model
+from perta.options import at_home
 from perta.progress import say
 from perta.store.atomic import atomic_folder, recover
 from perta.store.checkpoint import GGUF, open_index
@@ -39,7 +40,9 @@ def cache_folder() -> Path:
     root = os.environ.get("PERTA_CACHE") or Path(
         os.environ.get("XDG_CACHE_HOME") or "~/.cache", "perta"
     )
-    return Path(root).expanduser()
+    if (folder := at_home(root)).parts[0] == "~":
+        raise ConfigError("This user has no home folder. Let PERTA_CACHE name one for the cache.")
+    return folder
 
 
 def resolve_checkpoint(
@@ -59,7 +62,7 @@ def resolve_checkpoint(
 
 
 def _place(reference: str | Path) -> Path:
-    return Path(reference).expanduser().resolve()
+    return at_home(reference).resolve()
 
 
 def resolve_tuned(reference: str | Path, base: Path) -> Path:
@@ -67,7 +70,7 @@ def resolve_tuned(reference: str | Path, base: Path) -> Path:
 
     An adapter of plain LoRA stays as it is: its task vector is two thin factors.
     """
-    path = Path(reference).expanduser()
+    path = at_home(reference)
     if is_adapter(path) and steps_of(path, open_index(base)) is not None:
         return path
     return resolve_checkpoint(reference, base=base, exact=True)
@@ -90,7 +93,7 @@ def tell_plain(reference: str | Path) -> None:
 
 def _stored_as(reference: str | Path) -> tuple[Path, str | None]:
     """The folder or file that a reference names, and the format it is quantised in, if it is."""
-    path = Path(reference).expanduser()
+    path = at_home(reference)
     if not path.exists():
         path = _from_hub(str(reference), None)
     is_plain = path.is_file() or (path / ADAPTER_CONFIG).exists()
@@ -106,7 +109,7 @@ def _resolve(
     revision: str | None = None,
 ) -> Path:
     text = str(reference)
-    path = Path(text).expanduser()
+    path = at_home(text)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return _from_gguf(path)
@@ -187,7 +190,7 @@ def base_of_adapter(
     )
     if not named:
         raise CheckpointNotFoundError(f"The adapter {adapter} does not name its base model. {cure}")
-    folder = Path(str(named)).expanduser()
+    folder = at_home(str(named))
     if folder.is_dir() and folder.resolve() == adapter.resolve():
         return _whole(folder)
     waiting = (*above, adapter.resolve())

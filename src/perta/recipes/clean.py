@@ -21,6 +21,7 @@ from typing import Any
 
 from perta.errors import ConfigError, PertaError
 from perta.models.resolve import cache_folder
+from perta.options import at_home
 from perta.recipes._request import HELD_BACK, PROTECTED
 from perta.recipes._run_record import STRENGTH
 from perta.recipes.settings import WORK
@@ -51,7 +52,7 @@ class Cleaned:
 
 def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     """Delete what a run, or one that broke off before `run`, left that knows the forget set."""
-    output = run.absolute()
+    output = at_home(run).absolute()
     record = read_manifest(output) or {} if output.is_dir() else {}
     work = _work(output, record)
     if not is_unlearned(record) and (output.exists() or not _records(work)):

@@ -17,7 +17,7 @@ from perta.errors import ConfigError
 from perta.methods.registry import get_method
 from perta.models.formats.low_rank import is_adapter
 from perta.models.resolve import resolve_checkpoint
-from perta.options import WeightingConfig
+from perta.options import WeightingConfig, at_home
 from perta.recipes.settings import RepairConfig
 from perta.stages.edit import edit_checkpoint
 from perta.stages.moments import compute_moments
@@ -47,7 +47,7 @@ def repair_checkpoint(config: RepairConfig) -> Path:
     plan_edit(open_index(full), {BASE: open_index(theirs)}, weighting)
     edit = EditConfig(
         # An edit would merge an adapter into its --base, which is THEIRS here.
-        full=str(full) if is_adapter(Path(config.full).expanduser()) else config.full,
+        full=str(full) if is_adapter(at_home(config.full)) else config.full,
         base=config.unlearned,
         output=config.output,
         retain_moments=config.retain_moments or _measured(config),

@@ -44,7 +44,7 @@ from perta.models.load import (
 )
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.models.trust import LOCAL
-from perta.options import ComputeConfig, DataConfig
+from perta.options import ComputeConfig, DataConfig, at_home
 from perta.progress import running, say, step, track, warn
 from perta.stages.settings import AuditConfig
 from perta.stages.stage import At, evaluated, run_file_stage
@@ -177,7 +177,7 @@ def _refuse_other_parts(
     earlier: Iterable[str],
 ) -> None:
     """Stop with a DataError where records know a model as something else than it is given as."""
-    own = read_manifest(Path(config.checkpoint).expanduser())
+    own = read_manifest(at_home(config.checkpoint))
     read = [own, *(read_manifest(folder) for folder in folders.values())]
     records = {str(record["content"]): record for record in read if record}
     mine = [r for r in requests_of(records) if r.output == inputs["checkpoint"]]

@@ -40,7 +40,7 @@ from perta.models.resolve import (
     resolve_tuned,
     tell_plain,
 )
-from perta.options import ComputeConfig, SaveType, WeightingConfig
+from perta.options import ComputeConfig, SaveType, WeightingConfig, at_home
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
 from perta.stages.stage import At, as_part, refuse_other, run_stage
@@ -154,7 +154,7 @@ def _as_stored(
 
 def _write_adapter(config: EditConfig, folder: Path, edited: Path, full: Path) -> LowRank:
     """Write the edit as an adapter of θ_full, or of what θ_full adapts; tells what it holds."""
-    own, reference, named = Path(config.full).expanduser(), full, config.full
+    own, reference, named = at_home(config.full), full, config.full
     rank = config.adapter_rank or _ADAPTER_RANK
     if (own / ADAPTER_CONFIG).exists():
         settings = adapter_settings(own)

@@ -24,6 +24,7 @@ from perta.data.tokens import EncodedSet, encode_examples
 from perta.errors import CheckpointError, OutputExistsError
 from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
+from perta.options import at_home
 from perta.progress import reused, say
 from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
@@ -150,7 +151,7 @@ def evaluated(reference: str | Path, folder: Path) -> dict[str, str]:
 
     Such are adapters, GGUF files and quantised checkpoints; `merged` is what they are read as.
     """
-    merged, own = fingerprint(folder), Path(reference).expanduser()
+    merged, own = fingerprint(folder), at_home(reference)
     own = own.parent if own.name == GGUF and own.is_file() else own
     if own != folder and is_as_written(own):
         return {"checkpoint": content_of(own), "merged": merged}

@@ -43,6 +43,7 @@ from perta.models.resolve import (
     resolve_checkpoint,
     tell_plain,
 )
+from perta.options import at_home
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
 from perta.stages.stage import as_part, run_stage
@@ -227,7 +228,7 @@ def _solve(
 
 def _adapter(config: TrainConfig) -> Path:
     """The adapter folder given as the full model."""
-    folder = Path(str(config.full)).expanduser()
+    folder = at_home(str(config.full))
     if not (folder / ADAPTER_CONFIG).exists():
         raise ConfigError(
             f"`influence` works on LoRA weights, but {config.full} is no adapter folder. Give "

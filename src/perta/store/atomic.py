@@ -30,6 +30,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from perta.errors import ConfigError, OutputExistsError
+from perta.options import at_home
 from perta.progress import say
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
@@ -124,7 +125,7 @@ def check_place(output: Path) -> None:
     elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         why = "is no file and no folder but a device, a pipe or a socket"
     else:
-        kept = (Path.cwd(), Path.home(), *_mounts())
+        kept = (Path.cwd(), at_home("~"), *_mounts())
         inside = [str(path) for path in kept if path.resolve().is_relative_to(place.resolve())]
         if not inside:
             return

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, CorruptCheckpointError, DataError, OutputExistsError
-from perta.options import option_name, require
+from perta.options import at_home, option_name, require
 from perta.store.atomic import check_place, write_text
 from perta.store.parse import NUMBERS, fits, read_json
 from perta.version import __version__
@@ -196,7 +196,7 @@ def _made_here(output: Path) -> bool:
 def check_separate(output: Path, reads: Iterable[str | Path], *, within: bool = False) -> None:
     """Stop with a ConfigError where an output is, holds, or not `within` lies in, what is read."""
     place = output.resolve()
-    for given in (place for named in reads for place in _read_from(Path(named).expanduser())):
+    for given in (place for named in reads for place in _read_from(at_home(named))):
         other = given.resolve()
         inside = place != other and place.is_relative_to(other)
         if (inside and not within) or other.is_relative_to(place):
@@ -213,5 +213,5 @@ def _read_from(given: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     if given in above or not given.is_dir() or not file.is_file():
         return
     base = read_json(file, CorruptCheckpointError, nan=True).get("base_model_name_or_path")
-    if isinstance(base, str) and (place := Path(base).expanduser()).exists():
+    if isinstance(base, str) and (place := at_home(base)).exists():
         yield from _read_from(place, (*above, given))

@@ -28,7 +28,7 @@ from perta.errors import (
 from perta.models.complete import loader_of
 from perta.models.load import load_model, plain_errors, rename_type
 from perta.models.trust import LOCAL, NO_CODE, read_config, without_patterns, write_config
-from perta.options import ComputeConfig
+from perta.options import ComputeConfig, at_home
 from perta.progress import say
 from perta.store.checkpoint import (
     CheckpointIndex,
@@ -132,7 +132,7 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
 
 def lasting_name(reference: str) -> str:
     """How an adapter names its base, wherever it is read: a whole path, or a hub id as it is."""
-    place = Path(reference).expanduser()
+    place = at_home(reference)
     return str(place.resolve()) if place.exists() else reference
 
 

@@ -29,7 +29,7 @@ from perta.errors import CheckpointError
 from perta.models.formats._gguf_tokenizer import add_tokenizer
 from perta.models.load import load_tokenizer, stored_dtype
 from perta.models.trust import LOCAL, read_config
-from perta.options import FileType, OutputFormat
+from perta.options import FileType, OutputFormat, at_home
 from perta.store.arithmetic import Place, round_as_stored, thresholds
 from perta.store.checkpoint import GGUF, open_index
 
@@ -212,7 +212,7 @@ def gguf_plan(output: OutputFormat, full: str, folder: Path, save: FileType) -> 
     """The plan of a GGUF file, checked; None for another output. `full` is as the user named it."""
     if output != "gguf":
         return None
-    file = Path(full).expanduser()
+    file = at_home(full)
     file = file / GGUF if file.is_dir() else file
     plan = GgufPlan(folder, file if file.is_file() else None, save)
     plan.check()

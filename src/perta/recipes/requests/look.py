@@ -13,6 +13,7 @@ from perta.errors import ConfigError, LedgerError
 from perta.evidence.audit.document import summary_of
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.resolve import resolve_checkpoint
+from perta.options import at_home
 from perta.progress import say
 from perta.recipes.requests.settings import RequestsRecheckConfig
 from perta.recipes.requests.state import (
@@ -107,7 +108,7 @@ def verify_requests(
     among the `public_keys` (PEM files) every entry must be signed with one of them, and with a key
     of a curve every checkpoint that is there. LedgerError says what does not fit.
     """
-    trusted = [public_key(file) for file in public_keys]
+    trusted = [public_key(at_home(file)) for file in public_keys]
     state = read_state(folder)
     if head is not None and head not in {entry.hash for entry in state.entries}:
         raise LedgerError(

@@ -11,6 +11,7 @@ from perta.options import (
     ComputeConfig,
     DataConfig,
     Flat,
+    Paths,
     Repeated,
     TuneConfig,
     WeightingConfig,
@@ -21,7 +22,7 @@ from perta.report.settings import Wanted
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class LedgerConfig:
+class LedgerConfig(Paths):
     """What every step of `perta requests` that writes to the ledger has."""
 
     folder: Path
@@ -62,6 +63,7 @@ class RequestsAddConfig(LedgerConfig):
     data_config: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_day("received", self.received, "2026-11-27")
 
 
