@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -288,3 +289,10 @@ def test_saved_weights_are_as_open_as_other_files(
     assert modes["model.safetensors"] == 0o666 & ~mask
     assert set(modes.values()) == {0o666 & ~mask}
     assert capsys.readouterr().err == ""  # no bar of the library's
+
+
+def test_models_are_loaded_by_several_threads(world: World) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load_model(world.base, ComputeConfig()), range(16)))
+    for model in [*models, load_model(world.base, ComputeConfig())]:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -13,6 +13,7 @@ from functools import partial, partialmethod
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -344,11 +345,17 @@ def _require_config(folder: Path) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' bars, some of tqdm itself, and reports out of the user's output."""
-    logger, tqdm = logging.getLogger("transformers"), import_module("tqdm").tqdm
-    put, shown = partial(setattr, tqdm, "__init__"), tqdm.__init__
-    level = temporarily(logger.setLevel, logging.ERROR, logger.level)
-    with level, temporarily(put, partialmethod(shown, disable=True), shown):
-        yield
+    with _ONE_AT_A_TIME:
+        logger, tqdm = logging.getLogger("transformers"), import_module("tqdm").tqdm
+        put, shown = partial(setattr, tqdm, "__init__"), tqdm.__init__
+        level = temporarily(logger.setLevel, logging.ERROR, logger.level)
+        with level, temporarily(put, partialmethod(shown, disable=True), shown):
+            yield
+
+
+_ONE_AT_A_TIME = RLock()
+"""transformers changes torch and its own classes while it loads: two threads at once would leave
+models without tied weights for the rest of the program."""
 
 
 @contextmanager
