@@ -7,7 +7,7 @@ one raises `ConfigError` naming the flag.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import date
 from numbers import Integral, Real
@@ -100,15 +100,16 @@ _LORA_ALONE = (
 
 
 class Paths:
-    """Options in whose paths a leading `~` is the home folder, wherever they were written."""
+    """Options of the kinds they are to be, in whose paths a leading `~` is the home folder.
+
+    A program may give places as text or as paths, and any whole number for one.
+    """
 
     def __post_init__(self) -> None:
         """Write the paths out."""
-        for name, value in vars(self).items():
-            several = isinstance(value, tuple) and all(isinstance(one, Path) for one in value)
-            if several or isinstance(value, Path):
-                there = tuple(map(at_home, value)) if several else at_home(value)
-                object.__setattr__(self, name, there)
+        for name, hint in get_type_hints(type(self)).items():
+            taken = _taken(option_name(self, name), getattr(self, name), hint)
+            object.__setattr__(self, name, taken)
 
 
 def at_home(place: str | Path) -> Path:
@@ -117,15 +118,6 @@ def at_home(place: str | Path) -> Path:
         return Path(place).expanduser()
     except RuntimeError:  # there is no such user, or none of this number
         return Path(place)
-
-
-def places_of(config: object, *, paths: Sequence[str], texts: Sequence[str]) -> None:
-    """Take places as text or as paths, whichever way they were given in a program."""
-    for names, kind in ((paths, Path), (texts, str)):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not isinstance(value, kind):
-                object.__setattr__(config, name, kind(value))
 
 
 def option_name(config: object, field: str) -> str:
@@ -145,7 +137,7 @@ _ALIASES = {"alpha": "scaling_coef"}
 def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
     """A configuration, or one of a class, with options as the command line names them."""
     own = get_type_hints(config if isinstance(config, type) else type(config))
-    mine = {name: _taken(name, value, own[name]) for name, value in given.items() if name in own}
+    mine = {name: value for name, value in given.items() if name in own}
     made = config(**mine) if isinstance(config, type) else replace(config, **mine)
     groups = {name: getattr(made, name) for name in own if is_dataclass(getattr(made, name))}
     places = {
@@ -172,17 +164,25 @@ def _taken(option: str, value: Any, hint: Any) -> Any:
     """What a program gives for an option; ConfigError where the option takes no such value."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if any(get_origin(kind) is tuple for kind in kinds):
-        return (value,) if isinstance(value, str) else value
+        value = (value,) if isinstance(value, str | Path) and str not in kinds else value
+        several = tuple(value) if isinstance(value, list) else value
+        is_path = isinstance(several, tuple) and all(isinstance(one, Path) for one in several)
+        return tuple(map(at_home, several)) if is_path else several
+    flag = option.replace("_", "-")
+    require(value is not None or NoneType in kinds, flag, value, "given")
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if str in kinds or Path in kinds:  # rows, places and methods are looked at later
-        return str(value) if is_number else value
+    if str in kinds:  # rows and methods are looked at later
+        return str(value) if is_number or isinstance(value, Path) else value
+    if Path in kinds:
+        require(value is None or is_number or isinstance(value, str | Path), flag, value, "a path")
+        return None if value is None else at_home(str(value) if is_number else value)
     choices = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
     fits = isinstance(value, str) and value in choices
     for kind in (kind for kind in kinds if isinstance(kind, type)):
         is_counted = kind is float or isinstance(value, Integral)
         fits |= is_number and is_counted if kind in (int, float) else isinstance(value, kind)
     wanted = [*choices, *(_KINDS[kind] for kind in kinds if kind in _KINDS)]
-    require(fits, option.replace("_", "-"), repr(value), " or ".join(wanted) or str(hint))
+    require(fits, flag, repr(value), " or ".join(wanted) or str(hint))
     return value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -200,6 +201,8 @@ def test_rows_of_programs_are_plain_too() -> None:
     assert example.fields == {"messages": turns, "score": None}
     with pytest.raises(DataError, match="more than one column is named 'answer'"):
         load_examples(Frame(["question", "answer", "answer"], row))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="row 1: expected column -> value, found str"):
+        load_examples(pandas.Series(["Ann."]))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="row 1: the column 0 is named by no text"):
         load_examples([{0: "Who?", 1: "Ann."}])  # type: ignore[dict-item]
 

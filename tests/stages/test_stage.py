@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from conftest import TUNE, World
+from perta.data.rows import read_rows
 from perta.errors import ConfigError, OutputExistsError
 from perta.evidence.settings import PeopleBenchConfig
 from perta.options import TrainSettings, WeightingConfig
@@ -211,3 +212,20 @@ def test_results_that_cannot_be_written_stop_before_the_model(
                 output=tmp_path / "file" / "results.json",
             )
         )
+
+
+def test_a_program_may_give_a_stage_rows_and_places_as_text(world: World, tmp_path: Path) -> None:
+    rows = read_rows(str(world.forget), "")
+    given: dict[str, Any] = {"base": world.base, "data": rows, "output": str(tmp_path / "out")}
+    tuned = finetune_checkpoint(FinetuneConfig(**given, tune=TUNE))
+    assert rows[0]["answer"] not in (tuned / "perta.json").read_text()
+    same = FinetuneConfig(base=str(world.base), data=str(world.forget), output=tuned, tune=TUNE)
+    assert finetune_checkpoint(same) == tuned  # up to date
+    for name, value, wanted in (
+        ("base", None, "--base is None; it must be given"),
+        ("output", None, "--output is None; it must be given"),
+        ("output", b"out", "it must be a path"),
+        ("overwrite", "yes", "it must be True or False"),
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            FinetuneConfig(**{**given, name: value})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perta.errors import ConfigError, DataError, first_line, nearest
-from perta.options import at_home
+from perta.options import Paths, at_home
 from perta.progress import visible, warn
 from perta.store.atomic import write_text
 from perta.store.parse import parse_json
@@ -56,7 +56,7 @@ def as_source(given: Any, name: str) -> str:
     """
     if isinstance(given, (str, Path)):
         return given if isinstance(given, str) else str(given)
-    if hasattr(given, "iloc"):
+    if hasattr(given, "iloc") and hasattr(given, "columns"):
         _refuse_twice([*given.columns], name)
         given = given.to_dict("records")
     if not isinstance(given, Iterable) or isinstance(given, Mapping):
@@ -73,6 +73,20 @@ def as_source(given: Any, name: str) -> str:
         if odd := [column for column in row if not isinstance(column, str)]:
             raise DataError(f"{name}, row {number}: the column {odd[0]!r} is named by no text.")
     return Rows.of(enumerate(rows, start=1), f"{name} (given as rows)")
+
+
+_SETS = ("data", "forget", "retain", "holdout", "general", "world")
+
+
+class Sets(Paths):
+    """Options of which some name examples; for these a program may give rows: see `as_source`."""
+
+    def __post_init__(self) -> None:
+        """Take rows as what they are read from, so that no record holds their texts."""
+        super().__post_init__()
+        for name in vars(self).keys() & {*_SETS}:
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_source(given, name))
 
 
 def numbered_rows(source: str, split: str) -> list[tuple[int, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from perta.data.rows import as_source
+from perta.data.rows import Sets
 from perta.errors import ConfigError
 from perta.options import (
     ComputeConfig,
@@ -27,7 +27,6 @@ from perta.options import (
     TrainSettings,
     TuneConfig,
     WeightingConfig,
-    places_of,
     require,
     require_format,
     require_least,
@@ -36,10 +35,6 @@ from perta.options import (
 from perta.report.settings import Wanted
 from perta.store.atomic import beside
 
-_PATHS, _CHECKPOINTS = (
-    ("output", "work_dir", "retain_moments"),
-    ("base", "full", "forget_checkpoint", "retain_checkpoint"),
-)
 WORK = ".work"
 """What follows an output's name in that of its work folder."""
 SETS = ("forget", "retain", "holdout", "general")
@@ -48,7 +43,7 @@ SETS = ("forget", "retain", "holdout", "general")
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class UnlearnConfig(Paths):
+class UnlearnConfig(Sets):
     """Inputs and output of `perta unlearn`: every stage in order.
 
     In a program, sets of examples may be given as rows in place of a file: see `load_examples`.
@@ -137,11 +132,7 @@ class UnlearnConfig(Paths):
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        places_of(self, paths=_PATHS, texts=_CHECKPOINTS)
         super().__post_init__()
-        for name in SETS:
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, as_source(given, name))
         if self.forget_where is not None and self.retain is not None:
             raise ConfigError(
                 "--forget-where divides one file, so that its other rows are what is kept: leave "

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from perta.data.rows import Sets
 from perta.errors import ConfigError
 from perta.evidence.settings import Evaluated, Level
 from perta.options import (
@@ -43,7 +44,7 @@ from perta.options import (
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Paths):
+class TrainConfig(Sets):
     """Inputs and output of `perta train`."""
 
     method: MethodText
@@ -82,7 +83,7 @@ class TrainConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Paths):
+class FinetuneConfig(Sets):
     """Inputs and output of `perta finetune`."""
 
     base: str
@@ -106,7 +107,7 @@ class FinetuneConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class ImportanceConfig(Paths):
+class ImportanceConfig(Sets):
     """Inputs and output of `perta importance`."""
 
     checkpoint: str
@@ -139,7 +140,7 @@ class ImportanceConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class MomentsConfig(Paths):
+class MomentsConfig(Sets):
     """Inputs and output of `perta moments`."""
 
     checkpoint: str
@@ -247,7 +248,7 @@ class EditConfig(Paths):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Evaluated):
+class EvaluateConfig(Evaluated, Sets):
     """Inputs and output of `perta evaluate`."""
 
     forget: str | None = None
@@ -274,7 +275,7 @@ class EvaluateConfig(Evaluated):
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig(Paths):
+class AuditConfig(Sets):
     """Inputs and output of `perta audit`."""
 
     checkpoint: str = field(kw_only=False)
