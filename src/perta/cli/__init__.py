@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from functools import partial
+from io import TextIOWrapper
 from traceback import format_exc, walk_tb
 from types import FrameType
 
@@ -23,6 +24,8 @@ from perta.progress import PlainConsole
 def main() -> None:
     """Entry point: errors become one message and a status, never a traceback by default."""
     signal.signal(signal.SIGTERM, _stop)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that has no such letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     lead(partial(_run, sys.argv[1:]))
 
 
@@ -79,6 +82,8 @@ def _unforeseen(error: Exception | SystemExit) -> str:
     # `run_file` leaves its mark in what is global to the code that it runs.
     steps = walk_tb(error.__traceback__)
     own = [(frame, line) for frame, line in steps if "loaded_from" in frame.f_globals]
+    if isinstance(error, SystemExit) and not own:
+        raise error  # of the terminal, whose reader went away
     if own:
         frame, line = own[-1]
         what = f"{type(error).__name__}: {first_line(error)}"
