@@ -30,17 +30,17 @@ EOS = 2
 
 
 def write_data(folder: Path, shots: int = 3) -> Path:
-    """All files of a corpus called `tiny`, from fictitious people."""
+    """All files of a corpus, from fictitious people."""
     rows = generate_people(people=12, questions=2, seed=0)
     qa = [{"question": r["question"], "answer": r["answer"]} for r in rows]
     for i, split in enumerate(("forget", "retain")):
-        write_jsonl(qa[4 * i : 4 * i + 3], folder / f"tiny_knowmem_{split}_qa.jsonl")
-        write_jsonl(qa[10 : 10 + shots], folder / f"tiny_knowmem_{split}_qa_icl.jsonl")
+        write_jsonl(qa[4 * i : 4 * i + 3], folder / f"news_knowmem_{split}_qa.jsonl")
+        write_jsonl(qa[10 : 10 + shots], folder / f"news_knowmem_{split}_qa_icl.jsonl")
     texts = [f"{r['answer']} {r['paraphrased_answer']}" for r in rows]
     verbatim = [{"prompt": r["question"], "gt": r["answer"]} for r in rows[:3]]
-    write_jsonl(verbatim, folder / "tiny_verbmem_forget.jsonl")
-    write_jsonl([{"text": t} for t in texts[:4]], folder / "tiny_privleak_forget.jsonl")
-    write_jsonl([{"text": t} for t in texts[12:16]], folder / "tiny_privleak_holdout.jsonl")
+    write_jsonl(verbatim, folder / "news_verbmem_forget.jsonl")
+    write_jsonl([{"text": t} for t in texts[:4]], folder / "news_privleak_forget.jsonl")
+    write_jsonl([{"text": t} for t in texts[12:16]], folder / "news_privleak_holdout.jsonl")
     return folder
 
 
@@ -56,7 +56,7 @@ def run(
     config = MuseConfig(
         checkpoint="",
         output=Path(),
-        corpus="tiny",  # type: ignore[arg-type]
+        corpus="news",
         compute=ComputeConfig(pass_batch_size=batch_size),
         **more,
     )
@@ -80,16 +80,16 @@ def test_knowmem_and_verbmem_equal_plain_generation(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
     results = run(folder)
     for split in ("forget", "retain"):
-        shots = rows_of(folder, f"tiny_knowmem_{split}_qa_icl.jsonl")
+        shots = rows_of(folder, f"news_knowmem_{split}_qa_icl.jsonl")
         start = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in shots)
-        for i, row in enumerate(rows_of(folder, f"tiny_knowmem_{split}_qa.jsonl")):
+        for i, row in enumerate(rows_of(folder, f"news_knowmem_{split}_qa.jsonl")):
             entry = results[f"{split}_knowmem_ROUGE"]["value_by_index"][str(i)]
             prompt = f"{start}Question: {row['question']}\nAnswer: "
             assert entry["input"] == prompt.strip()
             assert entry["generation"] == _cut_answer(plain_answer(prompt, 32))
             assert entry["ground_truth"] == row["answer"]
     rouges = []
-    for i, row in enumerate(rows_of(folder, "tiny_verbmem_forget.jsonl")):
+    for i, row in enumerate(rows_of(folder, "news_verbmem_forget.jsonl")):
         entry = results["forget_verbmem_ROUGE"]["value_by_index"][str(i)]
         assert entry["generation"] == plain_answer(row["prompt"], 128).strip()
         rouges.append(metrics.rouge(row["gt"], entry["generation"])["rougeL_f1"])
@@ -118,7 +118,7 @@ def test_privleak_scores_every_token_of_plain_text(tmp_path: Path, compat: bool)
     sides: dict[str, list[float | None]] = {}
     for side in ("forget", "holdout"):
         sides[side] = []
-        for row in rows_of(folder, f"tiny_privleak_{side}.jsonl"):
+        for row in rows_of(folder, f"news_privleak_{side}.jsonl"):
             ids = torch.tensor([tokenizer(row["text"])["input_ids"]])
             with torch.no_grad():
                 every = model(ids).logits[0, :-1].double().log_softmax(-1)
@@ -157,14 +157,14 @@ def test_long_prompts_are_refused_or_cut_in_compatible_mode(tmp_path: Path) -> N
 
 def test_missing_files_are_reported(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
-    (folder / "tiny_verbmem_forget.jsonl").unlink()
-    (folder / "tiny_privleak_holdout.jsonl").unlink()
-    (folder / "tiny_knowmem_retain_qa_icl.jsonl").unlink()
+    (folder / "news_verbmem_forget.jsonl").unlink()
+    (folder / "news_privleak_holdout.jsonl").unlink()
+    (folder / "news_knowmem_retain_qa_icl.jsonl").unlink()
     results = run(folder)
     for key, file in (
-        ("forget_verbmem_ROUGE", "tiny_verbmem_forget.jsonl"),
-        ("privleak", "tiny_privleak_holdout.jsonl"),
-        ("retain_knowmem_ROUGE", "tiny_knowmem_retain_qa_icl.jsonl"),
+        ("forget_verbmem_ROUGE", "news_verbmem_forget.jsonl"),
+        ("privleak", "news_privleak_holdout.jsonl"),
+        ("retain_knowmem_ROUGE", "news_knowmem_retain_qa_icl.jsonl"),
     ):
         assert results[key]["agg_value"] is None
         assert file in results[key]["missing"]
