@@ -130,11 +130,11 @@ class Sizes:
         weighting: WeightingConfig,
         rank: int,
     ) -> Load:
-        """Rounds of tuning on half of the rows each time, at last on all, and a search after each.
+        """Rounds of tuning on all rows, half of them and so on, at last on all, each with a search.
 
         `rank` is that of every task vector, 0 where one is whole.
         """
-        shares = 1 + sum(0.5**place for place in range(1, count - 1))
+        shares = 1 + sum(0.5**place for place in range(count - 2))
         passes = (_LEARN * tune.epochs * shares + _STRENGTHS * count) * self.tokens(forget)
         beside = max(self.weights + self._tuned(tune), self._search(weighting, rank))
         if rank:  # their ranks add up

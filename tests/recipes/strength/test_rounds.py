@@ -63,7 +63,7 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert 2 < len(rounds) <= 4
     for before, after in itertools.pairwise(rounds[:-1]):
         assert len(before["left"]) == after["rows"]
-    assert (rounds[-1]["rows"], rounds[-1]["scaling_coef"]) == (6, 0.25)
+    assert (rounds[-1]["rows"], rounds[-1]["scaling_coef"]) == (6, 0.5)
     record = result.manifest["unlearn"]
     assert record["passes"]["rounds"] == manifest["passes"] > 0
     assert record["seconds"]["rounds"] > 0
@@ -155,10 +155,39 @@ def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
         assert is_left <= torch.equal(total, base)
 
 
+def test_a_first_round_before_others_goes_a_share_of_the_way(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+) -> None:
+    config, _ = run
+    first, weighting = config.work_folder / "forget_checkpoint", with_defaults(PROJECT)
+    edit = edit_of(config, first, tmp_path / "none", weighting)
+    place = At(tmp_path / "alone")
+    alone = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 1)
+    folders = (alone, config.work_folder / "forget_rounds")
+    all_the_way, share = (
+        (read_manifest(folder) or {})["rounds"][0]["scaling_coef"] for folder in folders
+    )
+    assert share == pytest.approx(0.35 * all_the_way)
+
+
+def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    found = iter([1.0, None])
+    monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
+    strengths = [made["scaling_coef"] for made in (read_manifest(made) or {})["rounds"]]
+    assert strengths == [0.35, 0.5]
+
+
 def test_the_last_round_teaches_the_edited_model_all_rows_again(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
 ) -> None:
-    """A quarter of that step is taken."""
+    """Half of that step is taken."""
     config, _ = run
     weighting = with_defaults(replace(PROJECT, scaling_coef=1.0))
     first = config.work_folder / "forget_checkpoint"
@@ -177,7 +206,7 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
     for name, tensor in taught.state_dict().items():
         if name in stored[0]:
             at_one, at_two = (read_tensor(tensors[name]).double() for tensors in stored)
-            step = 0.25 * (tensor - before[name]).double()
+            step = 0.5 * (tensor - before[name]).double()
             missed += (at_two - at_one - step).square().sum().item()
             moved += step.square().sum().item()
     assert missed < 1e-6 * moved  # AdamW enlarges the rounding of where it starts

@@ -3,7 +3,7 @@
 One strength for all rows forgets them unevenly: where the last fact is gone, the first are far
 beyond unseen, and retained rows have paid for that. So each round tunes on the rows that still
 stand out, the first from the base, later ones from what the edit has made of the full model, and
-goes as far as half of them need:
+goes as far as half of them need, the first a third as far:
 
     S_0 = all forget rows
     M_0 = θ_full
@@ -11,9 +11,10 @@ goes as far as half of them need:
     τ_k = (M_k tuned on the facts of S_k) − M_k
     Δ_k = the direction of τ_k
     α_k = the smallest α at which at most half of S_k stands out,   M_{k+1} = M_k − α_k Δ_k
+    α_0 = 0.35 times that, for others go on from there
     S_{k+1} = the rows that stand out at M_{k+1}
 
-until none does. The last round is of all rows once more, with α = 1/4. A later τ_k is the step of
+until none does. The last round is of all rows once more, with α = 1/2. A later τ_k is the step of
 somebody who teaches the edited model the rows again. It is short, and little else lies on it, where
 the base has to learn the whole row; and what the last round takes of it is harder to teach.
 
@@ -34,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, cast
 
 import torch
@@ -57,8 +59,11 @@ from perta.store.atomic import beside, scratch_folder
 from perta.store.fingerprint import fingerprint
 from perta.store.record import settings_of
 
-_LAST = 0.25
-"""Strength of the last round: docs/experiments/facts.md."""
+_FIRST = 0.35
+"""Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
+
+_LAST = 0.5
+"""Strength of the last round, as there."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def write_rounds(
     settings = {**settings_of(config), **settings_of(edit.weighting), **method, "most": most}
     settings |= judged | picked(compute, Path(edit.full))
     settings |= {
-        "first": "without the late blocks",
+        "first": f"{_FIRST}, without the late blocks",
         "later": "from the edited model",
         "last": _LAST,
     }
@@ -156,8 +161,10 @@ class _Run:
 
         while rows and len(rounds) < max(most - 1, 1):
             if rounds:
-                checkpoint, late = self._tune(rows, len(rounds)), ()
-            scaling_coef, rows_left = self._forget(checkpoint, rows, late)
+                checkpoint, late = self._tune(rows), ()
+            # Without a later one that goes on from there the first goes all the way.
+            share = _FIRST if not rounds and most > 2 else 1.0
+            scaling_coef, rows_left = self._forget(checkpoint, rows, late, share=share)
             if scaling_coef is None and late:
                 late = ()
                 continue
@@ -170,12 +177,12 @@ class _Run:
             rows = rows_left
         if rounds and most > 1:
             rows, late = every, ()
-            checkpoint = self._tune(rows, len(rounds))
-            _, rows_left = self._forget(checkpoint, rows, late, _LAST)
+            checkpoint = self._tune(rows)
+            _, rows_left = self._forget(checkpoint, rows, late, given=_LAST)
             take(_LAST, rows_left)
         return rounds
 
-    def _tune(self, rows: Sequence[int], number: int) -> Path:
+    def _tune(self, rows: Sequence[int]) -> Path:
         """θ₀ and the step that teaches `model` the facts of some rows again."""
         examples = [self._unseen.facts[place].encoded for place in rows]
         dtype, device = self._compute.dtype, self.model.device
@@ -190,8 +197,7 @@ class _Run:
         if merges:  # else it is the step alone
             torch.nn.Module.to(taught, "cpu")
             _add(taught, self._load(self._edit.base, "cpu"), less=self.model)
-        folder = self._scratch / f"round_{number}"
-        folder.mkdir()
+        folder = Path(mkdtemp(dir=self._scratch))
         save_tuned(taught, self.tokenizer, folder, Path(self._edit.base), self._edit.base)
         del taught
         torch.nn.Module.to(self.model, device)
@@ -203,9 +209,14 @@ class _Run:
         checkpoint: Path,
         rows: Sequence[int],
         late: Sequence[Slot],
+        *,
+        share: float = 1.0,
         given: float | None = None,
     ) -> tuple[float | None, list[int]]:
-        """Take from `model`, but its late layers, what half of the rows need, and what is left."""
+        """Take from `model`, but its late layers, a share of what half of the rows need.
+
+        Returns the strength, None where there is none, and the rows that then stand out.
+        """
         with scratch_folder(self._scratch / "changes") as scratch:
             edit = replace(
                 self._edit, forget_checkpoint=str(checkpoint), direction=scratch / "direction"
@@ -250,7 +261,8 @@ class _Run:
             return True
 
         # Without the late blocks it takes two or three times the strength.
-        chosen = search_coarsely(forgets, 2 * LARGEST if late else LARGEST)
+        found_at = search_coarsely(forgets, 2 * LARGEST if late else LARGEST)
+        chosen = None if found_at is None else share * found_at
         return chosen, left(chosen or 0.0)
 
     def _add(self, checkpoint: Path, weight: float, late: Sequence[Slot]) -> None:
