@@ -63,7 +63,8 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert 2 < len(rounds) <= 4
     for before, after in itertools.pairwise(rounds[:-1]):
         assert len(before["left"]) == after["rows"]
-    assert (rounds[-1]["rows"], rounds[-1]["scaling_coef"]) == (6, 0.5)
+    assert rounds[-1]["rows"] == 6
+    assert rounds[-1]["scaling_coef"] in (0.25, 0.5, 0.75, 1.0)
     record = result.manifest["unlearn"]
     assert record["passes"]["rounds"] == manifest["passes"] > 0
     assert record["seconds"]["rounds"] > 0
@@ -75,7 +76,7 @@ def test_rows_that_rounds_leave_do_not_decide_the_strength(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The budget would allow more; the strength is that of the rounds, and the rows are named."""
-    monkeypatch.setattr("perta.recipes.strength.rounds._LAST", 0.0)
+    monkeypatch.setattr("perta.recipes.strength.rounds._LASTS", (0.0,))
     config = replace(run[0], rounds=2, output=run[0].output.with_name("last"))
     record = unlearn(config).manifest["unlearn"]["strength"]
     made = read_manifest(config.work_folder / "forget_rounds") or {}
@@ -181,13 +182,14 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     place = At(tmp_path / "rounds")
     made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
     strengths = [made["scaling_coef"] for made in (read_manifest(made) or {})["rounds"]]
-    assert strengths == [0.35, 0.5]
+    assert len(strengths) == 2
+    assert strengths[0] == 0.35
 
 
 def test_the_last_round_teaches_the_edited_model_all_rows_again(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
 ) -> None:
-    """Half of that step is taken."""
+    """As much of that step is taken as its record says, and that is what comes back."""
     config, _ = run
     weighting = with_defaults(replace(PROJECT, scaling_coef=1.0))
     first = config.work_folder / "forget_checkpoint"
@@ -201,15 +203,53 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     facts, pad = [fact.encoded for fact in unseen.facts], pad_id(load_tokenizer(edited))
     taught, _ = tune(model, facts, config.tune, pad=pad)
+    last = (read_manifest(two) or {})["rounds"][-1]
     stored = [open_index(folder).tensors for folder in (one, two)]
     missed = moved = 0.0
     for name, tensor in taught.state_dict().items():
         if name in stored[0]:
             at_one, at_two = (read_tensor(tensors[name]).double() for tensors in stored)
-            step = 0.5 * (tensor - before[name]).double()
+            step = last["scaling_coef"] * (tensor - before[name]).double()
             missed += (at_two - at_one - step).square().sum().item()
             moved += step.square().sum().item()
     assert missed < 1e-6 * moved  # AdamW enlarges the rounding of where it starts
+    edited = edit_checkpoint(edit_of(config, two, tmp_path / "hardened", weighting))
+    attack = replace(
+        config.tune, epochs=6, batch_size=2, schedule="constant", warmup_ratio=0.0, stop_loss=0.0
+    )
+    model, _ = tune(
+        load_model(edited, ComputeConfig(), dtype=torch.float32), facts[1::3], attack, pad=pad
+    )
+    misses = []
+    for fact in (facts[place] for place in (0, 2, 3, 5)):
+        with torch.no_grad():
+            logits = model(torch.tensor([fact.input_ids])).logits[0, :-1].double()
+        labels = torch.tensor(fact.labels[1:])
+        chances = logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]
+        misses.append((1 - chances.sum().exp().item()) ** 64)
+    assert last["comes_back"] == pytest.approx(1 - sum(misses) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("back", "strength"), [((0.1,), 0.25), ((0.3, 0.2, 0.05), 0.75), ((0.3,) * 4, 1.0)]
+)
+def test_the_last_round_goes_on_until_little_comes_back(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    back: tuple[float, ...],
+    strength: float,
+) -> None:
+    config, _ = run
+    edit = edit_of(
+        config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
+    )
+    found = iter(back)
+    monkeypatch.setattr("perta.recipes.strength.rounds.fmean", lambda _: next(found))
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
+    last = (read_manifest(made) or {})["rounds"][-1]
+    assert (last["scaling_coef"], last["comes_back"]) == (strength, back[-1])
 
 
 def test_rounds_of_adapters_are_one_adapter(

@@ -14,9 +14,10 @@ goes as far as half of them need, the first a third as far:
     α_0 = 0.35 times that, for others go on from there
     S_{k+1} = the rows that stand out at M_{k+1}
 
-until none does. The last round is of all rows once more, with α = 1/2. A later τ_k is the step of
-somebody who teaches the edited model the rows again. It is short, and little else lies on it, where
-the base has to learn the whole row; and what the last round takes of it is harder to teach.
+until none does. A later τ_k is the step of somebody who teaches the edited model the rows again. It
+is short, and little else lies on it, where the base has to learn the whole row. The last round is
+of all rows once more, at the smallest of a few strengths from which little comes back when a copy
+is taught a third of them: facts of the others are then said in 64 samples with .1 in mean.
 
 A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
 round widens to all blocks only where half of the rows cannot be had without.
@@ -35,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from tempfile import mkdtemp
 from typing import Any, cast
 
@@ -42,8 +44,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perta.engine.edit.memory import Changes
 from perta.engine.train.tune import tune
 from perta.methods.registry import get_method
+from perta.models.facts import hit_probability, score_facts
 from perta.models.formats.low_rank import is_adapter, load_tuned, save_tuned, write_sum
 from perta.models.layers import Slot, late_slots, stored_weights
 from perta.models.load import counting_tokens, load_tokenizer, pad_id, picked, save_model
@@ -62,8 +66,14 @@ from perta.store.record import settings_of
 _FIRST = 0.35
 """Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
 
-_LAST = 0.5
-"""Strength of the last round, as there."""
+_LASTS = (0.25, 0.5, 0.75, 1.0)
+"""Strengths of the last round, the first of which is enough that little comes back, as there."""
+
+_STEPS = 6
+_BACK = 0.1
+"""Steps in which a third of the rows is taught, and how likely a fact of the others may then be in
+one of `_SAMPLES` samples."""
+_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Round:
     scaling_coef: float  # α_k
     left: tuple[int, ...]  # numbers of the rows that stand out after it
     untouched: int  # layers and experts in the last third of the blocks that it left as they were
+    comes_back: float | None = None  # of the last: how likely facts are when others were taught
 
 
 def write_rounds(
@@ -107,7 +118,7 @@ def write_rounds(
     settings |= {
         "first": f"{_FIRST}, without the late blocks",
         "later": "from the edited model",
-        "last": _LAST,
+        "last": [*_LASTS, _STEPS, _BACK],
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -116,7 +127,7 @@ def write_rounds(
             with counting_tokens(run.model) as tokens:
                 rounds = run.all(most)
             run.write(folder)
-        passes = 3 * run.tuned + tokens()
+        passes = 3 * run.tuned + run.read + tokens()
         return {"rounds": [asdict(made) for made in rounds], "passes": passes}
 
     run_stage("rounds", place, settings, look(), make, look=look)
@@ -124,7 +135,10 @@ def write_rounds(
 
 
 class _Run:
-    """The rounds of one request; `model` is θ_full less what they take, `tuned` counts tokens."""
+    """The rounds of one request; `model` is θ_full less what they take.
+
+    `tuned` and `read` count tokens of other models.
+    """
 
     def __init__(
         self,
@@ -138,7 +152,7 @@ class _Run:
         self._compute, self._scratch = compute, scratch
         self.tokenizer = load_tokenizer(Path(edit.base))
         self.model = self._load(edit.full)
-        self.tuned = 0
+        self.tuned = self.read = 0
         # Task vectors so far: checkpoint, α_k, and the parameters that are left out.
         self._taken: list[tuple[Path, float, frozenset[str]]] = []
         self._pad = pad_id(self.tokenizer)
@@ -151,10 +165,10 @@ class _Run:
         late: Sequence[Slot] = late_slots(self.model)
         rounds: list[Round] = []
 
-        def take(scaling_coef: float, left: Sequence[int]) -> None:
+        def take(scaling_coef: float, left: Sequence[int], back: float | None = None) -> None:
             self._add(checkpoint, scaling_coef, late)
             numbers = tuple(self._unseen.facts[place].row for place in left)
-            rounds.append(Round(len(rows), scaling_coef, numbers, len(late)))
+            rounds.append(Round(len(rows), scaling_coef, numbers, len(late), back))
             say(
                 f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
             )
@@ -164,7 +178,7 @@ class _Run:
                 checkpoint, late = self._tune(rows), ()
             # Without a later one that goes on from there the first goes all the way.
             share = _FIRST if not rounds and most > 2 else 1.0
-            scaling_coef, rows_left = self._forget(checkpoint, rows, late, share=share)
+            scaling_coef, rows_left = self._forget(checkpoint, rows, late, share)
             if scaling_coef is None and late:
                 late = ()
                 continue
@@ -178,22 +192,13 @@ class _Run:
         if rounds and most > 1:
             rows, late = every, ()
             checkpoint = self._tune(rows)
-            _, rows_left = self._forget(checkpoint, rows, late, given=_LAST)
-            take(_LAST, rows_left)
+            take(*self._harden(checkpoint))
         return rounds
 
     def _tune(self, rows: Sequence[int]) -> Path:
         """θ₀ and the step that teaches `model` the facts of some rows again."""
-        examples = [self._unseen.facts[place].encoded for place in rows]
-        dtype, device = self._compute.dtype, self.model.device
-        torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
-        taught = self._load(self._edit.full)
-        taught.load_state_dict(self.model.state_dict())
-        merges = not self._config.lora_rank
-        taught, done = tune(
-            taught, examples, self._config, pad=self._pad, dtype=dtype, merges=merges
-        )
-        self.tuned += done.tokens
+        device, merges = self.model.device, not self._config.lora_rank
+        taught = self._taught(rows, self._config, merges=merges)
         if merges:  # else it is the step alone
             torch.nn.Module.to(taught, "cpu")
             _add(taught, self._load(self._edit.base, "cpu"), less=self.model)
@@ -203,20 +208,44 @@ class _Run:
         torch.nn.Module.to(self.model, device)
         return folder
 
-    @torch.no_grad()
-    def _forget(
-        self,
-        checkpoint: Path,
-        rows: Sequence[int],
-        late: Sequence[Slot],
-        *,
-        share: float = 1.0,
-        given: float | None = None,
-    ) -> tuple[float | None, list[int]]:
-        """Take from `model`, but its late layers, a share of what half of the rows need.
+    def _taught(
+        self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True
+    ) -> PreTrainedModel:
+        """A copy of `model`, which goes to the CPU, that is taught the facts of some rows."""
+        examples = [self._unseen.facts[place].encoded for place in rows]
+        torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
+        taught = self._load(self._edit.full)
+        taught.load_state_dict(self.model.state_dict())
+        dtype, pad = self._compute.dtype, self._pad
+        taught, done = tune(taught, examples, config, pad=pad, dtype=dtype, merges=merges)
+        self.tuned += done.tokens
+        return taught
 
-        Returns the strength, None where there is none, and the rows that then stand out.
-        """
+    def _comes_back(self) -> float | None:
+        """How likely facts are when others, a third of all, were taught; None with too few."""
+        facts = self._unseen.facts
+        shown = range(1, len(facts), 3)
+        hidden = [replace(f, wrong=(), right=None) for i, f in enumerate(facts) if i % 3 != 1]
+        if not shown:
+            return None
+        device = self.model.device
+        attack = replace(
+            self._config,
+            epochs=_STEPS,
+            batch_size=len(shown),
+            schedule="constant",
+            warmup_ratio=0.0,
+            stop_loss=0.0,
+        )
+        taught = self._taught(shown, attack)
+        found = score_facts(taught, hidden, batch_size=len(shown), pad=self._pad)
+        self.read += sum(len(fact.encoded.input_ids) for fact in hidden)
+        del taught
+        torch.nn.Module.to(self.model, device)
+        return fmean(hit_probability(score.log_probability, _SAMPLES) for score in found)
+
+    def _changes(self, checkpoint: Path, late: Sequence[Slot]) -> Changes:
+        """What the edit takes with a forget checkpoint, at α = 1, but of the late layers."""
         with scratch_folder(self._scratch / "changes") as scratch:
             edit = replace(
                 self._edit, forget_checkpoint=str(checkpoint), direction=scratch / "direction"
@@ -225,15 +254,48 @@ class _Run:
         found = (changes.full.find(weight.name) for weight in stored_weights(self.model, late))
         names = {entry.name for entry in found if entry}
         kept = {name: c for name, c in changes.tensors.items() if name not in names}
-        located = replace(changes, tensors=kept).located(self.model)
-        steps = [(m, where, c) for m, where, c in located if c.delta is not None]
+        return replace(changes, tensors=kept)
+
+    @torch.no_grad()
+    def _move(self, changes: Changes, strength: float) -> None:
+        """Take as much more from `model`."""
+        for memory, where, change in changes.located(self.model):
+            if change.delta is not None:
+                delta = cast(Tensor, change.step(memory.device))
+                memory[where] = memory[where].sub(delta, alpha=strength)
+
+    def _left(self) -> list[int]:
+        """Places of the rows that stand out."""
+        unseen = self._unseen
+        found = surprises_of(self.model, unseen.facts, unseen.calibrated_on, self._pad)
+        return unseen.standing_out(found)
+
+    def _harden(self, checkpoint: Path) -> tuple[float, list[int], float | None]:
+        """Take from `model` until little comes back.
+
+        Returns the strength, the rows that stand out at it, and what comes back.
+        """
+        changes, strength = self._changes(checkpoint, ()), 0.0
+        for following in _LASTS:
+            self._move(changes, following - strength)
+            strength, back = following, self._comes_back()
+            if back is None or back <= _BACK:
+                break
+        return strength, self._left(), back
+
+    def _forget(
+        self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot], share: float
+    ) -> tuple[float | None, list[int]]:
+        """Take from `model`, but its late layers, a share of what half of the rows need.
+
+        Returns the strength, None where there is none, and the rows that then stand out.
+        """
+        changes = self._changes(checkpoint, late)
         now, unseen = 0.0, self._unseen
 
         def surprises(scaling_coef: float, places: Sequence[int]) -> list[float]:
             nonlocal now
-            for memory, where, change in steps:
-                delta = cast(Tensor, change.step(memory.device))
-                memory[where] = memory[where].sub(delta, alpha=scaling_coef - now)
+            self._move(changes, scaling_coef - now)
             now = scaling_coef
             facts = [unseen.facts[place] for place in places]
             return surprises_of(self.model, facts, unseen.calibrated_on, self._pad)
@@ -241,8 +303,6 @@ class _Run:
         def left(scaling_coef: float) -> list[int]:
             return unseen.standing_out(surprises(scaling_coef, range(len(unseen.facts))))
 
-        if given is not None:
-            return given, left(given)
         # Of all rows some may look unseen from the start, and count for nothing.
         margins = dict.fromkeys(rows if len(rows) < len(unseen.facts) else left(0.0), 0.0)
 
