@@ -41,6 +41,7 @@ _P = TypeVar("_P", bound=Place)
 
 _SAMPLE = 64  # rows of a set whose tokens are counted
 _STRENGTHS = 12  # about how many strengths a search looks at
+_TAUGHT = 8  # epochs to tell what comes back: a third of the rows, at most 24 times
 _FLOAT = 4
 _TUNED = 4  # numbers a parameter that is tuned takes: itself, its gradient and two of AdamW
 _LEARN = float(FORWARD + BACKWARD)
@@ -135,7 +136,8 @@ class Sizes:
         `rank` is that of every task vector, 0 where one is whole.
         """
         shares = 1 + sum(0.5**place for place in range(count - 2))
-        passes = (_LEARN * tune.epochs * shares + _STRENGTHS * count) * self.tokens(forget)
+        learned = tune.epochs * shares + _TAUGHT
+        passes = (_LEARN * learned + _STRENGTHS * count) * self.tokens(forget)
         beside = max(self.weights + self._tuned(tune), self._search(weighting, rank))
         if rank:  # their ranks add up
             return Load(passes, beside, count * self._kept(tune))
