@@ -169,9 +169,8 @@ class _Run:
             self._add(checkpoint, scaling_coef, late)
             numbers = tuple(self._unseen.facts[place].row for place in left)
             rounds.append(Round(len(rows), scaling_coef, numbers, len(late), back))
-            say(
-                f"round {len(rounds)}: {len(rows)} rows tuned on, {len(numbers)} stand out after it"
-            )
+            more = "" if back is None else f"; taught others, it says {back:.0%} of facts again"
+            say(f"round {len(rounds)}: {len(rows)} rows, {len(numbers)} stand out after it{more}")
 
         while rows and len(rounds) < max(most - 1, 1):
             if rounds:
