@@ -141,7 +141,7 @@ def test_models_that_are_converted_to_be_read_live_on_without_the_cache(
     if kind == "fp8":
         full = as_fp8(world.full, tmp_path / "full")
     else:
-        tune = replace(TUNE, lora_rank=4, learning_rate=2e-2)
+        tune = replace(TUNE, lora_rank=4, learning_rate=5e-3)
         full = finetune_checkpoint(
             FinetuneConfig(
                 base=str(world.base), data=str(everything), output=tmp_path / "full", tune=tune
