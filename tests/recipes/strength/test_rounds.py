@@ -215,7 +215,13 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
     assert missed < 1e-6 * moved  # AdamW enlarges the rounding of where it starts
     edited = edit_checkpoint(edit_of(config, two, tmp_path / "hardened", weighting))
     attack = replace(
-        config.tune, epochs=6, batch_size=2, schedule="constant", warmup_ratio=0.0, stop_loss=0.0
+        config.tune,
+        epochs=6,
+        batch_size=2,
+        accumulation=1,
+        schedule="constant",
+        warmup_ratio=0.0,
+        stop_loss=0.0,
     )
     model, _ = tune(
         load_model(edited, ComputeConfig(), dtype=torch.float32), facts[1::3], attack, pad=pad

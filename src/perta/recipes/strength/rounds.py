@@ -33,6 +33,7 @@ whose strength is then 1, or what the retain budget allows. Where no round found
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -231,13 +232,13 @@ class _Run:
         attack = replace(
             self._config,
             epochs=_STEPS,
-            batch_size=len(shown),
+            accumulation=math.ceil(len(shown) / self._config.batch_size),
             schedule="constant",
             warmup_ratio=0.0,
             stop_loss=0.0,
         )
         taught = self._taught(shown, attack)
-        found = score_facts(taught, hidden, batch_size=len(shown), pad=self._pad)
+        found = score_facts(taught, hidden, pad=self._pad)
         self.read += sum(len(fact.encoded.input_ids) for fact in hidden)
         del taught
         torch.nn.Module.to(self.model, device)
