@@ -337,8 +337,9 @@ class _Run:
                 looks=not in_rounds,
             )
         made = read_manifest(Path(str(edit.forget_checkpoint))) if in_rounds else None
-        has_rounds = bool((made or {}).get("rounds"))
-        if is_auto and (strength := self._strength(edit, unseen, in_rounds=has_rounds)):
+        if rounds := (made or {}).get("rounds"):
+            found["rounds"] = rounds
+        if is_auto and (strength := self._strength(edit, unseen, in_rounds=bool(rounds))):
             found["strength"] = asdict(strength)
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         work.timed("edit", lambda: self._edited(edit))
