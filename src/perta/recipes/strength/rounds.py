@@ -18,7 +18,7 @@ until none does. A later τ_k is the step of somebody who teaches the edited mod
 is short, and little else lies on it, where the base has to learn the whole row. The last round is
 of all rows once more. Of a few strengths it takes the smallest at which as few rows as possible
 stand out, and from which little comes back when a copy is taught a third of them: facts of the
-others are then said in 64 samples with .1 in mean.
+others are then said in 64 samples with .05 in mean.
 
 A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
 round widens to all blocks only where half of the rows cannot be had without.
@@ -72,7 +72,7 @@ _LASTS = (0.25, 0.5, 0.75, 1.0)
 """Strengths of the last round, as there."""
 
 _STEPS = 6
-_BACK = 0.1
+_BACK = 0.05
 """Steps in which a third of the rows is taught, and how likely a fact of the others may then be in
 one of `_SAMPLES` samples."""
 _SAMPLES = 64
