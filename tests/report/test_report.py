@@ -462,6 +462,19 @@ def test_output_of_unlearn_with_and_without_its_work_folder(tmp_path: Path) -> N
     assert costs(whole)[0][0].took.total == 3.5  # as this run noted, not as it was made again
 
 
+@pytest.mark.parametrize("back", [None, 0.27])
+def test_what_comes_back_is_said_where_the_rounds_told(tmp_path: Path, back: float | None) -> None:
+    folder, _, _ = unlearned(
+        tmp_path, "cleaned", PRINTS["full"], (FORGET_SET, "f.jsonl"), tmp_path / "w"
+    )
+    record = json.loads((folder / "perta.json").read_text())
+    record["unlearn"]["rounds"] = [{"comes_back": None}, {"comes_back": back}]
+    write(folder / "perta.json", record)
+    text = Text(page_of(folder)).text
+    assert ("brings the removed answers back was not measured" in text) == (back is None)
+    assert ("in 64 samples with a chance of 27% in mean" in text) == (back is not None)
+
+
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no"):
         collect([str(tmp_path / "nothing.json")])

@@ -19,6 +19,7 @@ from torch import Tensor
 from conftest import TUNE, World
 from helpers import weighting as chosen
 from perta.cli import main
+from perta.data.rows import write_jsonl
 from perta.engine.edit.plan import EditInputs
 from perta.engine.edit.write import write_edit
 from perta.errors import (
@@ -699,6 +700,25 @@ def test_saved_retain_moments_are_used(
     monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     with pytest.raises(CheckpointMismatchError, match="another model"):
         unlearn(whole(world, tmp_path / "x", retain_moments=parts.retain, importance_at="full"))
+
+
+def test_moments_that_serve_many_requests_are_of_the_base(
+    world: World, parts: Parts, tmp_path: Path
+) -> None:
+    text = write_jsonl([{"text": f"The lake is {i} km long."} for i in range(8)], tmp_path / "g")
+    cases: dict[str, dict[str, Any]] = {
+        "full": {},
+        "base": {"retain_moments": parts.retain},
+        "base too": {"general": str(text)},
+    }
+    for place, given in cases.items():
+        weighting = chosen(method="perta-project")
+        config = whole(world, tmp_path / place, weighting=weighting, **given)
+        record = unlearn(config).manifest
+        assert record["unlearn"]["settings"]["importance_at"] == place.split()[0]
+        own = config.work_folder / "retain_moments"
+        facts = open_moments(own if own.exists() else parts.retain).facts
+        assert facts["model_fingerprint"] == fingerprint(getattr(world, place.split()[0]))
 
 
 def test_moments_of_all_that_was_learned_would_protect_what_is_to_go(

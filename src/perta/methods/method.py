@@ -252,7 +252,7 @@ class Edit(Method):
 
     def check_place(self, at: str | None) -> None:
         """Stop with a ConfigError at importance at the base where the full checkpoint is meant."""
-        if self.needs.at == "full" and at == "base":
+        if self.needs.importance and self.needs.at == "full" and at == "base":
             raise ConfigError(
                 f"`{self.name}` is defined on importance at the full checkpoint; leave the place "
                 "to the method."

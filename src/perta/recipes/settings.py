@@ -90,7 +90,7 @@ class UnlearnConfig(Sets):
     forget]."""
     importance_at: Annotated[Literal["base", "full"] | None, More] = None
     """Model at which importance and moments are measured [default: the method's own: full for
-    `ssd`, otherwise base]."""
+    `ssd` and, without --retain-moments and --general, `perta-project`, otherwise base]."""
     retain_moments: Annotated[Path | None, More] = None
     """Saved second moments of the retain set for the structured methods, used instead of
     measuring them again."""

@@ -178,6 +178,8 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     seeds = config.forget_seeds or max(1, method.needs.tuned)
     is_even = method.needs.moments and weighting.scaling_coef == "auto" and seeds == 1
     moments = config.moments
+    # Moments that serve many requests are of the base, which every one of them starts from.
+    is_shared = bool(method.needs.moments) and bool(config.retain_moments or config.general)
     if method.needs.moments:
         # Beside general text a sample would not keep the proportion of the sets.
         alone = config.general is None and config.retain_moments is None
@@ -186,7 +188,7 @@ def _for_an_edit(config: UnlearnConfig) -> UnlearnConfig:
     return replace(
         config,
         weighting=with_defaults(weighting),
-        importance_at=config.importance_at or method.needs.at,
+        importance_at=config.importance_at or ("base" if is_shared else method.needs.at),
         forget_seeds=seeds,
         rounds=config.rounds or (_ROUNDS if is_even else 1),
         moments=moments,
@@ -337,8 +339,9 @@ class _Run:
                 looks=not in_rounds,
             )
         made = read_manifest(Path(str(edit.forget_checkpoint))) if in_rounds else None
-        has_rounds = bool((made or {}).get("rounds"))
-        if is_auto and (strength := self._strength(edit, unseen, in_rounds=has_rounds)):
+        if rounds := (made or {}).get("rounds"):
+            found["rounds"] = rounds
+        if is_auto and (strength := self._strength(edit, unseen, in_rounds=bool(rounds))):
             found["strength"] = asdict(strength)
             edit = replace(edit, weighting=at_strength(edit.weighting, strength.scaling_coef))
         work.timed("edit", lambda: self._edited(edit))

@@ -211,17 +211,28 @@ def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
     """What this report does not show, the general before the particular."""
     keys = {key for run in collection.runs for key in run.measures}
     edited = [verdict.run for verdict in verdicts]
+    back = [share for run in edited if (share := _comes_back(run.record)) is not None]
+    told_again = len(back) == len(edited) > 0
     applies = {
         "proof": True,
         "copies": True,
-        "relearning": not any("relearn" in key for key in keys),
+        "relearned": told_again,
+        "relearning": not told_again and not any("relearn" in key for key in keys),
         "membership": not any(key.startswith("mia_") or key == "privleak" for key in keys),
         "ability": not keys & {"model_utility", "ra_rouge", "wf_rouge"},
         "intervals": True,
         "several": len(edited) > 1,
         "seed": len({run.seed for run in edited if run.seed is not None}) <= 1,
     }
-    return [told("limits", name) for name, does in applies.items() if does]
+    found = {"relearned": {"share": max(back, default=0.0)}}
+    return [told("limits", name, **found.get(name, {})) for name, does in applies.items() if does]
+
+
+def _comes_back(record: Mapping[str, Any]) -> float | None:
+    """What the last of the rounds found to come back, where there were any."""
+    rounds = record.get("unlearn", {}).get("rounds") or [{}]
+    share: float | None = rounds[-1].get("comes_back")
+    return share
 
 
 def _file(path: Any) -> str:

@@ -67,6 +67,7 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert rounds[-1]["scaling_coef"] in (0.25, 0.5, 0.75, 1.0)
     record = result.manifest["unlearn"]
     assert record["passes"]["rounds"] == manifest["passes"] > 0
+    assert record["rounds"] == rounds
     assert record["seconds"]["rounds"] > 0
 
 
@@ -212,7 +213,7 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
             step = last["scaling_coef"] * (tensor - before[name]).double()
             missed += (at_two - at_one - step).square().sum().item()
             moved += step.square().sum().item()
-    assert missed < 1e-6 * moved  # AdamW enlarges the rounding of where it starts
+    assert missed < 1e-3 * moved  # AdamW enlarges the rounding of where it starts ten thousandfold
     edited = edit_checkpoint(edit_of(config, two, tmp_path / "hardened", weighting))
     attack = replace(
         config.tune,
@@ -237,7 +238,7 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
 
 
 @pytest.mark.parametrize(
-    ("back", "strength"), [((0.1,), 0.25), ((0.3, 0.2, 0.05), 0.75), ((0.3,) * 4, 1.0)]
+    ("back", "strength"), [((0.05,), 0.25), ((0.3, 0.06, 0.05), 0.75), ((0.3,) * 4, 1.0)]
 )
 def test_the_last_round_goes_on_until_little_comes_back(
     run: tuple[UnlearnConfig, Unlearned],
@@ -251,11 +252,37 @@ def test_the_last_round_goes_on_until_little_comes_back(
         config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
     )
     found = iter(back)
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._left", lambda _: [])
     monkeypatch.setattr("perta.recipes.strength.rounds.fmean", lambda _: next(found))
     place = At(tmp_path / "rounds")
     made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
     last = (read_manifest(made) or {})["rounds"][-1]
     assert (last["scaling_coef"], last["comes_back"]) == (strength, back[-1])
+
+
+@pytest.mark.parametrize(
+    ("left", "strength"),
+    [((3, 3, 3, 3), 0.25), ((3, 1, 0, 0), 0.75), ((2, 1, 2, 3), 0.5), ((3, 2, 1, 1), 0.75)],
+)
+def test_the_last_round_goes_on_while_rows_stand_out_that_it_can_take(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: tuple[int, ...],
+    strength: float,
+) -> None:
+    config, _ = run
+    edit = edit_of(
+        config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
+    )
+    standing = iter(list(range(rows)) for rows in left)
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._left", lambda _: next(standing))
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._comes_back", lambda _: 0.05)
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
+    last = (read_manifest(made) or {})["rounds"][-1]
+    rows = [unseen_of(config).facts[place].row for place in range(min(left))]
+    assert (last["scaling_coef"], last["left"]) == (strength, rows)
 
 
 def test_rounds_of_adapters_are_one_adapter(
