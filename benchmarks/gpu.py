@@ -307,8 +307,12 @@ def solve(run: Run) -> None:
 def finetune(run: Run) -> None:
     """Tokens per second of tuning."""
     lora: dict[str, Any] = {"lora_rank": 16, "gradient_checkpointing": True}
-    for size, batch, more in (("1B", 4, {}), ("1B", 16, {}), ("1B", 32, {}), ("8B", 8, lora)):
-        model = run.llama(size, torch.float32)
+    wide, narrow = torch.float32, torch.bfloat16
+    for size, batch, held, more in (
+        *(("1B", batch, wide, dict[str, Any]()) for batch in (4, 16, 32)),
+        *(("8B", 8, held, lora) for held in (wide, narrow)),
+    ):
+        model = run.llama(size, held)
         rows = rows_of(run.pick(2 * batch, 4), run.pick(80, 12), model.config.vocab_size)
         config = TuneConfig(epochs=2, batch_size=batch, stop_loss=0, **more)
         run.clean()
@@ -317,7 +321,7 @@ def finetune(run: Run) -> None:
         run.wait()
         speed = tuned.tokens / (time.perf_counter() - started)
         used = 6 * sum(p.numel() for p in model.parameters()) * speed / PEAK
-        about = {"size": size, "batch": batch, "lora": bool(more)}
+        about = {"size": size, "batch": batch, "lora": bool(more), "held": str(held)}
         tell("finetune", **about, tokens_per_s=speed, share_of_peak=used, peak=run.peak())
         del model
 

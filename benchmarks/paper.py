@@ -1,4 +1,4 @@
-"""The cost of each stage at 8B, 70B and 405B parameters, computed on paper for one GPU node.
+"""The cost of each stage at 1B to 405B parameters, computed on paper for GPUs of one kind.
 
     python benchmarks/paper.py                        # print the tables
     python benchmarks/paper.py --write docs/scale.md  # put them between the page's markers
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 BEGIN, END = "<!-- tables: benchmarks/paper.py -->", "<!-- end of tables -->"
@@ -24,7 +25,6 @@ class Node:
         gpus: number of H100 80 GB.
         memory: bytes of one GPU.
         tensor: bf16 operations per second of one GPU, dense.
-        single: float32 operations per second of one GPU, without reduced precision.
         double: float64 operations per second of one GPU's tensor units.
         utilisation: share of those that real runs reach.
         bandwidth: bytes per second of one GPU's memory.
@@ -34,7 +34,6 @@ class Node:
     gpus: int = 8
     memory: float = 80e9
     tensor: float = 989e12
-    single: float = 67e12
     double: float = 67e12
     utilisation: float = 0.4
     bandwidth: float = 3.35e12
@@ -51,7 +50,8 @@ class Model:
         width: d.
         inside: f, width of the MLP.
         heads: k, width of keys and of values.
-        vocabulary: V, of an embedding and an untied head.
+        vocabulary: V, of an embedding and a head.
+        tied: whether these two are one.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Model:
     inside: int
     heads: int = 1024
     vocabulary: int = 128_256
+    tied: bool = False
 
     @property
     def layer(self) -> int:
@@ -69,7 +70,7 @@ class Model:
     @property
     def parameters(self) -> int:
         """P."""
-        return self.layers * self.layer + 2 * self.vocabulary * self.width
+        return self.layers * self.layer + (2 - self.tied) * self.vocabulary * self.width
 
     @property
     def moments(self) -> int:
@@ -86,6 +87,7 @@ class Model:
 
 
 MODELS = (
+    Model("1B", 16, 2048, 8192, heads=512, tied=True),
     Model("8B", 32, 4096, 14_336),
     Model("70B", 80, 8192, 28_672),
     Model("405B", 126, 16_384, 53_248),
@@ -145,7 +147,6 @@ class Stage:
         traffic: bytes read and written in GPU memory.
         disk: bytes read and written on disk.
         memory: bytes of GPU memory at the peak, activations apart.
-        single: float32 operations.
         double: float64 operations.
     """
 
@@ -154,7 +155,6 @@ class Stage:
     traffic: float
     disk: float
     memory: float
-    single: float = 0.0
     double: float = 0.0
 
 
@@ -182,11 +182,11 @@ def stages(model: Model, work: Work) -> list[Stage]:
         ),
         Stage(
             "retain moments, once",
-            2 * size * protected,
+            # Products of bfloat16 numbers, summed in float32 by units for bfloat16.
+            2 * (size + model.moments) * protected,
             (2 * size + 16 * model.moments) * protected / work.at_once,
             2 * size + 4 * model.moments,
             2 * size + 8 * model.moments,
-            single=2 * model.moments * protected,
         ),
         Stage(
             "solve of `perta-project`",
@@ -213,9 +213,7 @@ def stages(model: Model, work: Work) -> list[Stage]:
 def times(stage: Stage, node: Node) -> dict[str, float]:
     """Seconds each resource is busy."""
     rate = node.gpus * node.utilisation
-    arithmetic = (
-        stage.operations / node.tensor + stage.single / node.single + stage.double / node.double
-    )
+    arithmetic = stage.operations / node.tensor + stage.double / node.double
     return {
         "arithmetic": arithmetic / rate,
         "GPU memory": stage.traffic / (node.gpus * node.bandwidth),
@@ -237,7 +235,7 @@ def table(model: Model, work: Work, node: Node) -> str:
         nodes = math.ceil(stage.memory / (node.gpus * node.memory)) or 1
         cells = (
             stage.name,
-            f"{stage.operations + stage.single + stage.double:.1e}",
+            f"{stage.operations + stage.double:.1e}",
             amount(stage.traffic),
             amount(stage.disk),
             f"{amount(stage.memory)} ({nodes})" if stage.memory else "bounded",
@@ -255,6 +253,22 @@ def table(model: Model, work: Work, node: Node) -> str:
         lines.append(
             f"\n`{name}` without evaluation: {duration(total)}, {total / whole:.1%} of retraining."
         )
+    return "\n".join(lines)
+
+
+GPUS = (1, 8, 16)
+
+
+def by_gpus(models: Sequence[Model], work: Work, node: Node) -> str:
+    """Time of every stage but retraining on several numbers of GPUs, as Markdown."""
+    columns = [(model, replace(node, gpus=gpus)) for model in models for gpus in GPUS]
+    titles = [f"{model.name}, {node.gpus} GPU{'s' * (node.gpus > 1)}" for model, node in columns]
+    lines = ["### By the number of GPUs\n", f"| stage | {' | '.join(titles)} |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for row in zip(*(stages(model, work)[1:] for model, _ in columns), strict=True):
+        pairs = zip(row, columns, strict=True)
+        cells = [duration(max(times(stage, node).values())) for stage, (_, node) in pairs]
+        lines.append(f"| {row[0].name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -279,7 +293,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", type=Path, help="page with the two markers")
     options = parser.parse_args()
-    text = "\n\n".join(table(model, Work(), Node()) for model in MODELS)
+    tables = [table(model, Work(), Node()) for model in MODELS]
+    text = "\n\n".join([*tables, by_gpus(MODELS[:3], Work(), Node())])
     if options.write is None:
         print(text)
         return

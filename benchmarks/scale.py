@@ -28,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -40,6 +41,7 @@ from perta.data.batch import IGNORE, Encoded
 from perta.engine.gradients import engine, powers
 from perta.engine.moments import plan_moments, sum_moments
 from perta.engine.train.optimizer import Trainer
+from perta.engine.train.shard import Whole, by_layer
 from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
@@ -195,6 +197,9 @@ TUNINGS = {
 }
 
 
+PROCESSES = (2, 8, 16)
+"""Numbers of processes among which the model is divided."""
+
 MEASUREMENTS: dict[str, dict[str, Any]] = {
     "importance, one order": {},
     "… `--gradient-checkpointing`": {"gradient_checkpointing": True},
@@ -207,6 +212,12 @@ MEASUREMENTS: dict[str, dict[str, Any]] = {
 
 
 COUNTING = (torch.int64, torch.int32, torch.bool)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What a process has of a tensor that is divided; else the tensor."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
 
 
 class Peak(TorchDispatchMode):
@@ -226,7 +237,7 @@ class Peak(TorchDispatchMode):
         """Count what an operation makes."""
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        is_fake = any(isinstance(tensor, FakeTensor) for tensor in given)
+        is_fake = any(isinstance(own_part(tensor), FakeTensor) for tensor in given)
         counts = func is torch.ops.aten.arange.default or kwargs.get("dtype") in COUNTING
         if not is_fake and (given or counts):
             with unset_fake_temporarily():
@@ -236,7 +247,7 @@ class Peak(TorchDispatchMode):
         made = func(*args, **kwargs)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(own_part(tensor).untyped_storage())
         return made
 
     def elsewhere(self) -> AbstractContextManager[None]:
@@ -250,6 +261,13 @@ class Peak(TorchDispatchMode):
             self.now += self._sizes[key]
             self.most = max(self.most, self.now)
             weakref.finalize(storage, self._free, key)
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """Take note that a storage has another size now, of which no operation tells."""
+        key = tensor.untyped_storage()._cdata
+        self.now += size - self._sizes[key]
+        self._sizes[key] = size
+        self.most = max(self.most, self.now)
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
@@ -305,11 +323,46 @@ def measuring_peak(name: str, settings: dict[str, Any]) -> int:
         return peak.most
 
 
-def tuning_peak(name: str, settings: TuneConfig, batch: int = 4, length: int = 256) -> int:
+@contextmanager
+def one_of(processes: int, peak: Peak) -> Iterator[Whole | None]:
+    """As one of several processes whose messages nobody sends: how it has its model, if divided."""
+    if processes == 1:
+        yield None
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    put = {
+        "alloc_storage": lambda tensor: peak.resize(tensor, tensor.numel() * tensor.itemsize),
+        "free_storage": lambda tensor: peak.resize(tensor, 0),
+    }
+    divide = patch.object(Whole, "divide", lambda own, m: by_layer(m, own.device, processes))
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        with (
+            divide,
+            patch.dict(_fsdp_param.__dict__, put),
+            patch.dict(_fsdp_param_group.__dict__, {"alloc_storage": put["alloc_storage"]}),
+        ):
+            yield Whole(None, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def tuning_peak(
+    name: str,
+    settings: TuneConfig,
+    processes: int = 1,
+    batch: int = 4,
+    length: int = 256,
+    held: torch.dtype = torch.float32,
+) -> int:
     """Bytes of one tuning step with bfloat16 products; a quarter of the positions has a loss."""
-    with counted_memory() as peak:
-        trainer = Trainer.of(llama(name), settings, 2 * batch, torch.bfloat16)
+    with counted_memory() as peak, one_of(processes, peak) as whole:
+        model = llama(name, held)
+        trainer = Trainer.of(model, settings, 2 * batch, torch.bfloat16, whole)
         trainer.model.train()
+        peak.most = peak.now
         ids = torch.zeros(batch, length, dtype=torch.int64)
         targets = torch.zeros(batch * length // 4, dtype=torch.int64)
         for _ in range(2):
@@ -353,8 +406,18 @@ def print_peaks(names: list[str]) -> None:
     """A row for each way to tune, to measure and to solve, and for each file between them."""
     print("| step | " + " | ".join(names) + " |")
     print("| --- |" + " --- |" * len(names))
-    ways: list[tuple[str, Callable[[str, Any], int], Any]]
-    ways = [(f"tuning, {what}", tuning_peak, given) for what, given in TUNINGS.items()]
+    ways: list[tuple[str, Callable[[str, Any], int], Any]] = []
+    for what, given in TUNINGS.items():
+        ways += [(f"tuning, {what}", tuning_peak, given)]
+    narrow, adapter = partial(tuning_peak, held=torch.bfloat16), [*TUNINGS.values()][-1]
+    ways += [("… `--frozen-dtype bfloat16`", narrow, adapter)]
+    for n in PROCESSES:
+        for what, given in TUNINGS.items():
+            if given.gradient_checkpointing:
+                ways += [(f"tuning, {what}, one of {n}", partial(tuning_peak, processes=n), given)]
+        ways += [
+            (f"… `--frozen-dtype bfloat16`, one of {n}", partial(narrow, processes=n), adapter)
+        ]
     ways += [(what, measuring_peak, given) for what, given in MEASUREMENTS.items()]
     ways += [("solve, all weights", solving_peak, None)]
     ways += [(f"solve, `--lora-rank {RANK}`", solving_peak, RANK)]

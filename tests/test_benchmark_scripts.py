@@ -29,7 +29,8 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_on_paper_have_the_published_sizes() -> None:
     from paper import MODELS
 
-    published = {"8B": 8_030_261_248, "70B": 70_553_706_496, "405B": 405_853_388_800}
+    published = {"1B": 1_235_814_400, "8B": 8_030_261_248}
+    published |= {"70B": 70_553_706_496, "405B": 405_853_388_800}
     # Two norms a layer and one at the end are left out on paper.
     counts = {m.name: m.parameters + (2 * m.layers + 1) * m.width for m in MODELS}
     assert counts == published
@@ -38,8 +39,8 @@ def test_models_on_paper_have_the_published_sizes() -> None:
 def test_the_busiest_resource_is_named() -> None:
     from paper import Node, Stage, times
 
-    node = Node(gpus=2, tensor=100, single=50, utilisation=0.5, bandwidth=10, disk=4)
-    stage = Stage("any", operations=1000, traffic=60, disk=20, memory=0, single=100)
+    node = Node(gpus=2, tensor=100, double=50, utilisation=0.5, bandwidth=10, disk=4)
+    stage = Stage("any", operations=1000, traffic=60, disk=20, memory=0, double=100)
     assert times(stage, node) == {"arithmetic": 12.0, "GPU memory": 3.0, "disk": 5.0}
 
 
@@ -54,11 +55,12 @@ def test_requests_are_averaged_over_seeds() -> None:
 
 
 def test_tables_on_the_page_are_those_of_the_script() -> None:
-    from paper import MODELS, Node, Work, table
+    from paper import MODELS, Node, Work, by_gpus, table
 
     page = (SCRIPTS.parent / "docs" / "scale.md").read_text("utf-8")
     for model in MODELS:
         assert table(model, Work(), Node()) in page
+    assert by_gpus(MODELS[:3], Work(), Node()) in page
 
 
 def test_passes_on_paper_are_as_large_as_the_package_makes_them() -> None:
@@ -97,6 +99,9 @@ def test_memory_is_counted_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sums_there > 2 * count  # bfloat16 weights
     tuned = scale.tuning_peak("small", scale.TUNINGS["all weights"], batch=1, length=8)
     assert tuned > 16 * count  # weights, gradients and AdamW's two moments
+    quarter = scale.tuning_peak("small", scale.TUNINGS["all weights"], 4, batch=1, length=8)
+    whole = 2 * 4 * (count - 128_256 * 64)  # of a layer at a time, weights and gradients
+    assert 16 * count / 4 + whole < quarter < tuned
 
 
 def test_a_record_is_drawn_as_it_was_saved(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from helpers import tiny_llama
 from perta.cli import main
 from perta.data.batch import IGNORE, Encoded
 from perta.engine.moments import Seen, plan_moments, sum_moments
+from perta.engine.train.optimizer import Trainer
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import unlearn_by_training
 from perta.evidence.scoring.cache import Masking
@@ -104,6 +105,7 @@ def tuned(kind: str, **more: Any) -> dict[str, Any]:
     return {"change": change.detach(), "losses": losses}
 
 
+SPARING: dict[str, Any] = {"gradient_checkpointing": True, "shard": True}
 TRAINED = ("npo", "npo-sam", "dpo", "kl", "jensun", "pdu:fixed_epochs=0", "rmu", "retain-finetune")
 
 
@@ -153,7 +155,7 @@ def scored() -> dict[str, Any]:
     return {
         "texts": [list(outcome.generated or ()) for outcome in found],
         "losses": [outcome.scores[0].loss for outcome in found],
-        "facts": [score.loss for score in score_facts(model, facts, pad=0)],
+        "losses of facts": [score.loss for score in score_facts(model, facts, pad=0)],
     }
 
 
@@ -164,6 +166,12 @@ def everything() -> dict[str, Any]:
         "tune untied": tuned("untied", accumulation=2, gradient_checkpointing=True),
         "tune lora": tuned("tied", lora_rank=2),
         "tune mixtral": tuned("mixtral"),
+        "tune tied, sharded": tuned("tied", shard=True),
+        "tune untied, sharded": tuned("untied", accumulation=2, **SPARING),
+        "tune facts, sharded": tuned("tied", loss_on="facts", stop_loss=4.5, shard=True),
+        "tune lora, sharded": tuned("tied", lora_rank=2, **SPARING),
+        "tune gemma3, sharded": tuned("gemma3", shard=True),
+        "tune mixtral, sharded": tuned("mixtral", shard=True),
         "score": scored(),
     }
     found |= {f"unlearn {m}": unlearned(m) for m in TRAINED}
@@ -210,6 +218,28 @@ def test_every_computation_is_that_of_one_process(
     alone: dict[str, Any], together: dict[str, Any]
 ) -> None:
     assert not [*_differences(alone, together)]
+
+
+def test_a_process_steps_with_its_part_of_a_sharded_model(tmp_path: Path) -> None:
+    def program() -> None:
+        step = Trainer.step
+
+        def told(self: Trainer) -> None:
+            step(self)
+            sums = [t for s in self.optimizer.state.values() for t in s.values() if t.ndim]
+            held: list[Any] = [*self.model.parameters(), *sums]
+            sys.stdout.write(f"held: {sum(t.to_local().numel() for t in held)}\n")
+
+        Trainer.step = told  # type: ignore[method-assign]
+        lead(lambda: tuned("tied", shard=True))
+
+    assert finish(start(3, program, tmp_path)) == [0, 0, 0]
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(3)]
+    held = [int(log.partition("held: ")[2].split()[0]) for log in logs]
+    weights = sum(p.numel() for p in model_of("tied").parameters())
+    # The sums of AdamW are of all but the tensor of 2 that no row has a gradient of.
+    assert sum(held) == 3 * weights + 2
+    assert max(held) < 3 * weights * 0.36
 
 
 def repeats() -> None:
@@ -533,6 +563,30 @@ def test_after_a_kill_the_same_command_finishes(
     assert not hidden(tmp_path / "run")
     one, again = (load_file(f / "model.safetensors") for f in (runs[0] / "out", out))
     assert not [*_differences(one, again, least=_ROUNDS)]
+
+
+@pytest.mark.parametrize("act", [kill, fail])
+def test_a_sharded_model_ends_as_others_do(
+    world: World, tmp_path: Path, act: Callable[[], None]
+) -> None:
+    out = tmp_path / "run" / "out"
+    data = ("--base", world.base, "--data", world.retain, "--dtype", "float32")
+    tuning = ("finetune", *data, "--epochs", 40, "--learning-rate", 5e-3, "--stop-loss", 0)
+
+    def program() -> None:
+        broken(STEP, 1, 7, act)
+        command(*tuning, "--shard", "--output", out)()
+
+    began = time.monotonic()
+    assert finish(start(2, program, tmp_path / "log"))[0] == 1
+    assert time.monotonic() - began < 60
+    log = (tmp_path / "log" / "0.log").read_text()
+    assert log.count("error:") == 1
+    said = "A process of this run is gone" if act is kill else "Out of memory. Lower --batch-size"
+    assert said in log
+    assert "Traceback" not in log
+    assert not out.exists()
+    assert not hidden(tmp_path / "run")
 
 
 def test_tuning_goes_on_with_another_number_of_processes(world: World, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ SaveType = Literal["full", "float32", "bfloat16", "float16"]
 FileType = Literal["full", "float32", "bfloat16", "float16", "q8_0"]
 OutputFormat = Literal["checkpoint", "adapter", "gguf"]
 TunedType = Literal["float32", "base"]
+FrozenType = Literal["float32", "bfloat16"]
 Tokens = Literal["all", "answer"]
 LossOn = Literal["answer", "facts"]
 Layers = Literal["mlp", "all"]
@@ -383,6 +384,9 @@ class TuneConfig(TrainingRun):
     save_every: int | None = None
     """Epochs after which the state of training is kept in OUTPUT.resume, so that a killed run
     goes on from there; 0 never [default: 1 when unlearning by training, otherwise 0]."""
+    shard: bool | None = None
+    """Of several processes each holds its part of the weights, gradients and optimizer's state
+    alone [default: where a GPU is too small for all of them]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -434,8 +438,9 @@ class MomentOptions:
 
     tokens: Tokens = "all"
     """Tokens that count: `all`, or `answer` for the positions that predict the answer."""
-    moment_memory: float = 8.0
-    """Memory for the sums in GiB; a model that needs more is measured in several passes."""
+    moment_memory: float | None = None
+    """Memory for the sums in GiB; a model that needs more is measured in several passes [default:
+    8; on a GPU, three quarters of what is free beside the model]."""
     moment_samples: Annotated[str | None, Hidden] = None
     """Rows that are measured, drawn by a fixed seed: `all`, a share, a count, or `enough`: as few
     as give every input of the widest layer 4 tokens [default: all]."""
@@ -443,7 +448,14 @@ class MomentOptions:
     def __post_init__(self) -> None:
         if self.moment_samples not in ("all", "enough"):
             sample_count(self.moment_samples, "moment-samples", 1)
-        require(self.moment_memory > 0, "moment-memory", self.moment_memory, "above 0")
+        memory = self.moment_memory
+        require(memory is None or memory > 0, "moment-memory", memory, "above 0")
+
+    def room(self, free: int | None = None) -> int:
+        """Bytes for the sums, on a GPU with so many free."""
+        if self.moment_memory is None and free is not None:
+            return 3 * free // 4
+        return int((self.moment_memory or 8.0) * 2**30)
 
 
 @_panel("Settings of methods that edit", 2)

@@ -102,6 +102,16 @@ def share(items: Sequence[_T]) -> Sequence[_T]:
     return items[_world.rank :: _world.size]
 
 
+def in_step(items: Sequence[_T]) -> Iterator[tuple[_T, bool]]:
+    """This process's part, and whether an item is of it; one that has less goes along with another.
+
+    So all take as many steps, and may need each other in each, as a divided model's processes do.
+    """
+    for first in range(0, len(items), count()):
+        at = first + place()
+        yield items[min(at, len(items) - 1)], at < len(items)
+
+
 def portion(most: int, items: int) -> int:
     """How many of some items to take at a time, at most `most`, so that each process has some."""
     return min(most, max(1, math.ceil(items / count())))
@@ -115,6 +125,11 @@ def place() -> int:
 def count() -> int:
     """Number of processes in the present call."""
     return _world.size if _world and _world.sharing else 1
+
+
+def helpers() -> int:
+    """Number of the other processes that a call made `everywhere` from here would reach."""
+    return _world.size - 1 if _world and not (_world.rank or _world.sharing or _world.lost) else 0
 
 
 def summed(values: Tensor) -> Tensor:
@@ -231,7 +246,7 @@ class _World:
         try:
             yield
         except BaseException as raised:
-            error = raised
+            error = _LostError(str(raised)) if _is_of_network(raised) else raised
             raise
         finally:
             self.sharing = False
@@ -371,6 +386,14 @@ def _connected() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise _LostError(str(error)) from error
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether PyTorch could not reach another process, in operations of its own."""
+    import torch.distributed as dist
+
+    lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return lost and isinstance(error, RuntimeError)
 
 
 def _portable(error: BaseException | None) -> BaseException | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import World
 from helpers import tiny_llama
@@ -21,7 +22,14 @@ from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.models.loss import answer_logits, example_losses, losses_of
 from perta.models.resolve import resolve_checkpoint
-from perta.options import ComputeConfig, DataConfig, TuneConfig, TunedType, WeightingConfig
+from perta.options import (
+    ComputeConfig,
+    DataConfig,
+    FrozenType,
+    TuneConfig,
+    TunedType,
+    WeightingConfig,
+)
 from perta.recipes.unlearn import unlearn
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig
@@ -158,6 +166,51 @@ def test_lora_is_kept_or_merged_and_leaves_other_weights_alone(
     assert manifest is not None
     assert manifest["final_losses"] == pytest.approx(losses, rel=1e-4)
     assert manifest["final_loss"] < manifest["epoch_losses"][0]
+
+
+def test_weights_beside_an_adapter_may_be_narrow(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def tuned(frozen: FrozenType) -> torch.Tensor:
+        settings = TuneConfig(epochs=4, learning_rate=2e-2, lora_rank=4)
+        more = {"compute": ComputeConfig(dtype="bfloat16"), "frozen_dtype": frozen}
+        folder = finetune_checkpoint(config(world, tmp_path / frozen, settings, **more))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        steps = [
+            tensors[name] @ tensors[name.replace("lora_B", "lora_A")]
+            for name in sorted(tensors)
+            if "lora_B" in name
+        ]
+        return torch.cat([step.flatten() for step in steps])
+
+    def loaded(*given: Any, **more: Any) -> Any:
+        held.append(load_model(*given, **more))
+        return held[-1]
+
+    monkeypatch.setattr("perta.stages.finetune.load_model", loaded)
+    wide, narrow = tuned("float32"), tuned("bfloat16")
+    types = [{p.dtype for n, p in m.named_parameters() if "lora" not in n} for m in held]
+    assert types == [{torch.float32}, {torch.bfloat16}]
+    assert torch.cosine_similarity(wide, narrow, dim=0) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ({"save_dtype": "base"}, "float32 with --save-dtype"),
+        ({"compute": ComputeConfig(dtype="float32")}, "float32 with --dtype float32"),
+        ({"tune": QUICK}, "left out without --lora-rank"),
+    ],
+)
+def test_narrow_weights_beside_an_adapter_alone(
+    world: World, tmp_path: Path, more: dict[str, Any], wrong: str
+) -> None:
+    given = {"tune": TuneConfig(epochs=1, lora_rank=2), **more}
+    with pytest.raises(ConfigError, match=f"--frozen-dtype is bfloat16; it must be {wrong}"):
+        config(world, tmp_path / "f", frozen_dtype="bfloat16", **given)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

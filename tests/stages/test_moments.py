@@ -34,6 +34,7 @@ from perta.errors import (
 )
 from perta.models.load import load_model, load_tokenizer
 from perta.models.loss import example_losses
+from perta.models.precision import free_memory
 from perta.options import ComputeConfig, DataConfig, MomentOptions, Tokens
 from perta.stages.moments import compute_moments, merge_moments
 from perta.stages.settings import MergeMomentsConfig, MomentsConfig
@@ -308,6 +309,34 @@ def test_little_memory_means_more_passes_and_the_same_sums(
     assert len(forwards) == len(plan.units) * passes[0]
     for name, value in once.items():
         torch.testing.assert_close(sums[name], value)
+
+
+@pytest.mark.parametrize(("free", "given", "passes"), [(2**30, None, 1), (8, None, 0), (8, 1.0, 1)])
+def test_sums_take_what_a_gpu_has_free(
+    monkeypatch: pytest.MonkeyPatch, free: int, given: float | None, passes: int
+) -> None:
+    monkeypatch.setattr("perta.engine.moments.free_memory", lambda _: free)
+    model = build(llama)
+    plan = plan_moments(model, examples(), gradients=False, pad=PAD)
+    forwards: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: forwards.append(1))
+    options = MomentOptions(moment_memory=given)
+    dict(sum_moments(model, examples(), plan, options, pad=PAD, batch_size=len(examples())))
+    assert len(forwards) == (passes or len(plan.units))
+
+
+def test_a_gpu_is_free_where_torch_has_nothing_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in {
+        "mem_get_info": lambda _: (100, 1000),
+        "memory_reserved": lambda _: 50,
+        "memory_allocated": lambda _: 30,
+        "device_count": lambda: 2,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    assert free_memory(torch.device("cpu")) is None
+    assert free_memory(torch.device("cuda")) == 120
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cuda")) == 60
 
 
 @pytest.mark.parametrize("uses", [2, 5])

@@ -27,7 +27,7 @@ from perta.models.layers import (
     widths,
 )
 from perta.models.loss import weighted_losses
-from perta.models.precision import wide_product
+from perta.models.precision import free_memory, wide_product
 from perta.options import MomentOptions, Tokens, sample_count
 from perta.parallel import Own, gathered, portion, share, stream, summed
 from perta.progress import track
@@ -181,21 +181,25 @@ def sum_moments(
     d / 2, as its factor (n, d); of an expert (number of its tokens, d). DivergenceError where one
     is NaN or Inf.
     """
-    yield from stream(_sum_moments, model, examples, plan, options, pad, batch_size, Own(seen))
+    # Looked up here, for all processes have to come to the same groups.
+    room = options.room(free_memory(model.device))
+    given = (model, examples, plan, room, options.tokens, pad, batch_size)
+    yield from stream(_sum_moments, *given, Own(seen))
 
 
 def _sum_moments(
     model: PreTrainedModel,
     examples: Sequence[Encoded],
     plan: _Plan,
-    options: MomentOptions,
+    room: int,
+    counted: Tokens,
     pad: int,
     batch_size: int,
     seen: Own[dict[str, Seen]],
 ) -> Iterator[tuple[str, Tensor]]:
     own = share(bucketed(examples, portion(batch_size, len(examples)), pad))
-    tokens = count_tokens(examples, options.tokens)
-    groups = list(_groups(plan.units, int(options.moment_memory * 2**30), tokens))
+    tokens = count_tokens(examples, counted)
+    groups = list(_groups(plan.units, room, tokens))
     rows: dict[tuple[str, Slot], int] = {}
     model.eval()
     with track("Moments", len(groups) * sum(map(len, own))) as advance:
@@ -203,7 +207,7 @@ def _sum_moments(
             collector = _Collector(model, group, tokens)
             with collector.attached():
                 for batch in own:
-                    collector.run(batch.to(model.device), options.tokens)
+                    collector.run(batch.to(model.device), counted)
                     advance(len(batch))
             counts = summed(torch.tensor([*collector.rows.values()])).tolist()
             rows |= zip(collector.rows, counts, strict=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the community's name for it
 from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch, Encoded, bucketed
-from perta.parallel import portion, share, summed
+from perta.parallel import in_step, portion, summed
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ def losses_of(
     """Loss of every example in nats per token, in the order given."""
     device = next(model.parameters()).device
     losses = torch.zeros(len(examples))
-    for batch in share(bucketed(examples, portion(batch_size, len(examples)), pad)):
-        losses[batch.index] = example_losses(model, batch.to(device)).float().cpu()
+    for batch, is_own in in_step(bucketed(examples, portion(batch_size, len(examples)), pad)):
+        found = example_losses(model, batch.to(device)).float().cpu()
+        if is_own:
+            losses[batch.index] = found
     return summed(losses).tolist()

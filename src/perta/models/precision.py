@@ -6,6 +6,8 @@ an optimizer keeps are float32 whatever the products are.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -83,6 +85,16 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
                     return torch.mm(left[0].float(), right[0].float()).unsqueeze(0)
                 return torch.bmm(left.float(), right.float())
     return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that nothing lies in, or a process's share of them; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (free + kept) // math.ceil(processes / torch.cuda.device_count())
 
 
 class _OnCpu(TorchFunctionMode):

@@ -91,7 +91,7 @@ class Sizes:
             tokens = min(tokens, float(ENOUGH * max(max(entry.shape) for entry in layers)))
         elif wanted not in (None, "all"):
             tokens *= sample_count(wanted, "retain-samples", rows) / rows
-        memory = min(self.merged(gradients).disk, options.moment_memory * 2**30)
+        memory = min(self.merged(gradients).disk, options.room())
         passes = (_LEARN if gradients else FORWARD) * tokens
         return Load(passes, memory, self._moment_bytes(gradients, tokens))
 

@@ -57,11 +57,12 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     key = stage_key("finetune", subject.settings, subject.inputs)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        # float32 weights whatever the compute type: steps of 1e-5 vanish in bfloat16 weights.
-        fresh = [load_model(base, config.compute, dtype=torch.float32)]
+        # float32 for what is tuned whatever the compute type: steps of 1e-5 vanish in bfloat16.
+        held: torch.dtype = getattr(torch, config.frozen_dtype)
+        fresh = [load_model(base, config.compute, dtype=held)]
 
         def load() -> PreTrainedModel:
-            return fresh.pop() if fresh else load_model(base, config.compute, dtype=torch.float32)
+            return fresh.pop() if fresh else load_model(base, config.compute, dtype=held)
 
         learned, sources = encoded.encoded, None
         if config.tune.loss_on == "facts":

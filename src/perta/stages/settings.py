@@ -22,6 +22,7 @@ from perta.options import (
     EstimatorConfig,
     FileType,
     Flat,
+    FrozenType,
     MethodText,
     MomentOptions,
     OutputFormat,
@@ -99,10 +100,24 @@ class FinetuneConfig(Sets):
     """Type the tuned weights are stored in. float32 keeps the small differences from the base
     that make up a task vector; `base` takes the base checkpoint's own type [default: float32;
     with --lora-rank the adapter is kept as it is]."""
+    frozen_dtype: FrozenType = "float32"
+    """With --lora-rank, type in which the weights beside the adapter are held; bfloat16 takes half
+    the memory."""
     overwrite: Overwrite = False
     tune: TuneConfig = field(default_factory=TuneConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frozen_dtype == "float32":
+            return
+        for fits, wanted in {
+            self.tune.tunes_adapter: "left out without --lora-rank",
+            self.save_dtype is None: "float32 with --save-dtype, which merges into such weights",
+            self.compute.dtype != "float32": "float32 with --dtype float32: products would not be",
+        }.items():
+            require(fits, "frozen-dtype", self.frozen_dtype, wanted)
 
 
 @Flat

@@ -40,6 +40,8 @@ NOT_IN_KEY = {
     "solve_device",
     "save_every",
     "accumulate_on",
+    "moment_memory",
+    "shard",
 }
 
 

@@ -22,6 +22,7 @@ from perta.engine.gradients._recorder import Recorder, consecutive
 from perta.engine.gradients.powers import Direct, Product, Rows, Segments, segment_sums
 from perta.errors import ConfigError
 from perta.models.experts import expert_names, is_stacked_experts, with_forward
+from perta.models.layers import blocks
 
 # --- replaced operations ----------------------------------------------------------------------
 
@@ -423,9 +424,7 @@ def _expert_groups(expert: Tensor, example: Tensor) -> dict[int, Segments]:
 @contextmanager
 def checkpointed_layers(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Recompute layers in the backward pass; the library's own way would turn dropout on."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = blocks(model)
     if not layers:
         raise ConfigError(
             f"gradient_checkpointing: {type(model).__name__} has no layers that support it. "

@@ -101,16 +101,23 @@ def add_gradient(
     terms of all of them, (B,), come back unweighted.
     """
     device = trainer.model.device
-    own = slice(place(), None, count())
+    own, is_idle = slice(place(), None, count()), place() >= len(batch)
     values = torch.zeros(len(batch), device=device)
-    if place() < len(batch):
+    is_divided = trainer.whole is not None
+    if is_divided:
+        # All take part in each pass, for its weights, and FSDP2 averages what they add.
+        weight *= count()
+        own = slice(0, 1) if is_idle else own
+    if is_divided or not is_idle:
         rows = batch.rows(own).to(device)
         with products_in(trainer.products, device):
             terms = term(rows)
-        values[own], weighted = terms.detach(), terms * rows.weights
-        if above is not None:
+        weighted = terms[:0] if is_idle else terms * rows.weights
+        if not is_idle:
+            values[own] = terms.detach()
+        if above is not None and not is_idle:
             weighted = weighted[values[own] > above]
-        if len(weighted):
+        if is_divided or len(weighted):
             (weight * weighted.sum()).backward()
     return summed(values)
 

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from perta.data.batch import Batch
+from perta.engine.train.shard import Whole
 from perta.errors import ConfigError, DivergenceError
 from perta.models.formats.adapters import refuse_tied
 from perta.models.precision import products_in
@@ -107,18 +108,31 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     generator: torch.Generator
+    whole: Whole | None = None  # where the model is divided
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, config: TrainingRun, examples: int, products: torch.dtype
+        cls,
+        model: PreTrainedModel,
+        config: TrainingRun,
+        examples: int,
+        products: torch.dtype,
+        whole: Whole | None = None,
     ) -> Trainer:
-        """A trainer at its first step over so many examples an epoch; random numbers are seeded."""
+        """A trainer at its first step over so many examples an epoch; random numbers are seeded.
+
+        With a `whole` model `model` is its outline, and is divided.
+        """
         if config.epochs is None or config.learning_rate is None:
             raise ConfigError("Training needs a number of epochs and a learning rate.")
         torch.manual_seed(config.seed)
+        if whole is not None and whole.model is not None and config.tunes_adapter:
+            whole = replace(whole, model=_add_adapter(whole.model, config))
         trained: Any = _add_adapter(model, config) if config.tunes_adapter else model
         if config.gradient_checkpointing:
             _set_checkpointing(trained, True, products)
+        if whole is not None:
+            whole.divide(trained)
         optimizer = torch.optim.AdamW(
             list(_trained_parameters(trained).values()),
             lr=config.learning_rate,
@@ -141,7 +155,8 @@ class Trainer:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         generator = torch.Generator().manual_seed(config.seed)
-        return cls(trained, config, config.epochs, products, optimizer, scheduler, generator)
+        run = (trained, config, config.epochs, products, optimizer, scheduler, generator)
+        return cls(*run, whole)
 
     @property
     def gpus(self) -> list[torch.device]:
@@ -156,9 +171,11 @@ class Trainer:
     def step(self) -> None:
         """Apply the gradients that have gathered on all processes."""
         parameters = [*_trained_parameters(self.model).values()]
-        _add_up_gradients(parameters)
+        if self.whole is None:  # of a divided model each has its part of them
+            _add_up_gradients(parameters)
         if most := self.settings.max_grad_norm:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = norm if self.whole is None else norm.full_tensor()  # type: ignore[attr-defined]
             if not norm + 1e-6 <= most:  # below it PyTorch would multiply all by one
                 nn.utils.clip_grads_with_norm_(parameters, most, norm)
         self.optimizer.step()
@@ -188,11 +205,16 @@ class Trainer:
                 parameter.copy_(value)
 
     def finish(self, merges: bool = True) -> Any:
-        """The trained model in evaluation mode, an adapter merged or left on it."""
+        """The trained model in evaluation mode, an adapter merged or left on it.
+
+        Of a divided one process 0 has it, and the others their part.
+        """
+        model = self.model if self.whole is None else self.whole.gather(self.model)
         if self.settings.gradient_checkpointing:
-            _set_checkpointing(self.model, False, self.products)
-        merges &= self.settings.tunes_adapter
-        return (self.model.merge_and_unload() if merges else self.model).eval()
+            _set_checkpointing(model, False, self.products)
+        is_whole = self.whole is None or self.whole.model is not None
+        merges &= self.settings.tunes_adapter and is_whole
+        return (model.merge_and_unload() if merges else model).eval()
 
     def state(self) -> dict[str, Any]:
         """All that steps have changed, as plain values and tensors."""

@@ -16,11 +16,12 @@ import torch
 from perta.data.batch import Batch, Encoded
 from perta.engine.train._loop import add_gradient, losses_after, train
 from perta.engine.train.optimizer import Resume, Trainer
-from perta.errors import DivergenceError
+from perta.engine.train.shard import Whole, is_sharded
+from perta.errors import ConfigError, DivergenceError
 from perta.models.loss import example_losses
 from perta.models.precision import product_type_of
 from perta.options import LEARNED_LOSS, DType, TuneConfig
-from perta.parallel import Own, everywhere
+from perta.parallel import Own, count, everywhere
 from perta.progress import say
 
 if TYPE_CHECKING:
@@ -146,7 +147,15 @@ def tune(
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _tune(*run, Own(resume), after_epoch)
-    return everywhere(_tune, *run, Own(resume), None)
+    if not is_sharded(config.shard, model, config.tunes_adapter):
+        return everywhere(_tune, *run, Own(resume), None)
+    if resume is not None and resume.every:
+        raise ConfigError(
+            "--save-every keeps the state of a model that each process holds whole. Leave it out "
+            "where the weights are divided, or say --no-shard."
+        )
+    whole = Whole.of(model)
+    return everywhere(_tune, whole.outline(), *run[1:], Own(None), None, whole)
 
 
 def _tune(
@@ -158,12 +167,15 @@ def _tune(
     merges: bool,
     resume: Own[Resume],
     after_epoch: Callable[[int], None] | None,
+    whole: Whole | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
-    trainer = Trainer.of(model, config, len(examples), products)
+    if whole is not None and count() == 1:  # the others could not be sent it
+        model, whole = whole.model.to(whole.device), None
+    trainer = Trainer.of(model, config, len(examples), products, whole)
     learning = _Learning(trainer, config, len(examples), after_epoch)
     train(trainer, learning, examples, title="Tuning", pad=pad, resume=resume.value)
+    final = losses_after(trainer, trainer.model, examples, pad)
     done = trainer.finish(merges)
-    final = losses_after(trainer, done, examples, pad)
     losses = tuple(learning.epoch_losses)
     tokens = len(losses) * sum(len(e.input_ids) for e in examples)
     rate = trainer.settings.learning_rate or 0.0

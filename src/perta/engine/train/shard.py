@@ -1,0 +1,99 @@
+"""A model in training whose weights, gradients and optimizer's state are divided (FSDP2).
+
+    process 0    the whole model ── waits in the computer's memory ── the whole model, trained
+                        │ a tensor at a time                               ↑ a tensor at a time
+    each         its N-th of every tensor ────────── steps ───────── its N-th of every tensor
+
+While it computes, a process has one layer whole at a time, and what is in no layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from perta.models.layers import blocks
+from perta.parallel import count, helpers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TUNED = 4  # times a weight's bytes: itself, its gradient and two means of AdamW
+_ROOM = 0.7  # share of a GPU's memory for these; the rest is for activations
+
+
+def is_sharded(wanted: bool | None, model: PreTrainedModel, tunes_adapter: bool) -> bool:
+    """Whether to divide a model: as asked, or where training takes more than this process's GPU."""
+    if not helpers() or wanted is not None or model.device.type != "cuda":
+        return bool(wanted and helpers())
+    weights = sum(p.nbytes for p in model.parameters())
+    memory = torch.cuda.get_device_properties(model.device).total_memory
+    return weights * (1 if tunes_adapter else _TUNED) > _ROOM * memory
+
+
+def by_layer(model: nn.Module, device: torch.device, processes: int) -> None:
+    """Divide every layer of a model by itself, and the rest of it together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes,))
+    for part in (*blocks(model), model):
+        fully_shard(part, mesh=mesh)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Process 0's model, while copies of it in parts are trained; None on the others."""
+
+    model: Any
+    device: torch.device  # where the parts lie
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Whole, (None, self.device)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Whole:
+        """A model, out of the way of its parts."""
+        device = torch.device(model.device.type)
+        return cls(nn.Module.to(model, "cpu"), device)
+
+    def outline(self) -> PreTrainedModel:
+        """A copy whose parameters have shapes and no memory, to be sent to every process."""
+        empty = {
+            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            for p in self.model.parameters()
+        }
+        outline: PreTrainedModel = copy.deepcopy(self.model, empty)
+        return outline
+
+    def divide(self, outline: nn.Module) -> None:
+        """Give each process its part of every tensor in the outline's place."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        kept = {name: buffer.clone() for name, buffer in outline.named_buffers()}
+        by_layer(outline, self.device, count())
+        outline.to_empty(device=self.device)
+        for name, buffer in outline.named_buffers():
+            buffer.copy_(kept[name])
+        values = self.model.state_dict() if self.model is not None else {}
+        how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(outline, values, options=how)
+
+    @torch.no_grad()
+    def gather(self, divided: nn.Module) -> Any:
+        """Process 0's model with the values of all parts; the others keep their part."""
+        from torch.distributed.fsdp import FSDPModule
+
+        own = dict(self.model.named_parameters()) if self.model is not None else {}
+        for part in divided.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # what is in no layer stays whole after a pass
+        for name, parameter in divided.named_parameters():
+            value = parameter.full_tensor()  # type: ignore[attr-defined]
+            if own:
+                own[name].copy_(value)
+        return divided if self.model is None else nn.Module.to(self.model, self.device)
