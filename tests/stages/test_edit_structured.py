@@ -595,7 +595,8 @@ def test_saved_moments_that_do_not_fit_stop_the_run_at_once(
     plain = measure(world.base, world.retain, tmp_path / "m")
     merged = merge_moments(
         MergeMomentsConfig(
-            folders=(plain, measure(world.base, general, tmp_path / "g.jsonl")), output=tmp_path / "mg"
+            folders=(plain, measure(world.base, general, tmp_path / "g.jsonl")),
+            output=tmp_path / "mg",
         )
     )
     forgotten = measure(world.base, world.forget, tmp_path / "f")
@@ -705,7 +706,9 @@ def test_saved_retain_moments_are_used(
 def test_moments_that_serve_many_requests_are_of_the_base(
     world: World, parts: Parts, tmp_path: Path
 ) -> None:
-    text = write_jsonl([{"text": f"The lake is {i} km long."} for i in range(8)], tmp_path / "g.jsonl")
+    text = write_jsonl(
+        [{"text": f"The lake is {i} km long."} for i in range(8)], tmp_path / "g.jsonl"
+    )
     cases: dict[str, dict[str, Any]] = {
         "full": {},
         "base": {"retain_moments": parts.retain},
