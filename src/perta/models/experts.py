@@ -1,4 +1,4 @@
-"""Stacked experts of a mixture in memory, and a module's forward pass replaced for a while."""
+"""Parts of a model in memory: blocks, stacked experts, and forward passes replaced for a while."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers that a model is a row of, as far as the library marks them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def is_stacked_experts(module: nn.Module) -> bool:

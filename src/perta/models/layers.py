@@ -143,13 +143,6 @@ def stored_weights(model: PreTrainedModel, slots: Sequence[Slot]) -> list[Stored
 # --- the MLPs -----------------------------------------------------------------------------
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that a model is a row of, as far as the library marks them."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
 def _mlp_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the MLP weights in the model's order; none where they cannot be told apart.
 

@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from perta.engine.gradients._recorder import Recorder, consecutive
 from perta.engine.gradients.powers import Direct, Product, Rows, Segments, segment_sums
 from perta.errors import ConfigError
-from perta.models.experts import expert_names, is_stacked_experts, with_forward
-from perta.models.layers import blocks
+from perta.models.experts import blocks, expert_names, is_stacked_experts, with_forward
 
 # --- replaced operations ----------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from perta.models.layers import blocks
+from perta.models.experts import blocks
 from perta.parallel import count, helpers
 
 if TYPE_CHECKING:
