@@ -433,12 +433,22 @@ def test_the_full_model_may_be_that_of_an_earlier_removal(
         TrainConfig(method="ga", full=str(first), forget=str(world.forget), output=tmp_path / "2")
     )
     later = replace(config, checkpoint=str(second), retrained=None, probes=("fact",))
+    shutil.rmtree(first)  # as `perta requests clean` does
     assert audit_checkpoint(later)["probes"]
-    shutil.rmtree(first)
-    other = replace(later, output=tmp_path / "other")
+    third = edit_checkpoint(
+        EditConfig(
+            base=str(config.base),
+            full=str(second),
+            forget_checkpoint=config.full,
+            output=tmp_path / "3",
+            weighting=WeightingConfig(method="tv", scaling_coef=0.1),
+        )
+    )
+    shutil.rmtree(second)
+    last = replace(later, checkpoint=str(third), output=tmp_path / "other")
+    assert audit_checkpoint(last)["probes"]
     with pytest.raises(DataError, match="another full model"):
-        audit_checkpoint(other)
-    assert audit_checkpoint(other, earlier=[fingerprint(Path(config.full))])["probes"]
+        audit_checkpoint(replace(last, full=config.checkpoint, overwrite=True))
 
 
 def test_a_model_without_a_record_is_audited_and_told(

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from itertools import combinations
@@ -63,12 +63,10 @@ _ROUNDING = 1e-6  # how far beyond 0 and 1 a score may lie
 _TIMED_TOKENS = 128  # tokens of a pass that tells how fast a model is here
 
 
-def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dict[str, Any]:
+def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
     """Look through a cleaned checkpoint and write `audit.json` (`perta audit`), which is returned.
 
-    `earlier` are fingerprints of models that removals before the last one began with; each may be
-    the full one. PertaError at input that cannot be used, or a model that is not what it is given
-    as.
+    PertaError at input that cannot be used, or a model that is not what it is given as.
     """
     probes = choose_probes(config.level, config.probes)
     given = _given(config)
@@ -87,7 +85,7 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
 
     inputs = look()
     _refuse_same(folders, inputs)
-    _refuse_other_parts(config, folders, inputs, earlier)
+    _refuse_other_parts(config, folders, inputs)
     _refuse_other_kinds(folders)
     output = config.output / AUDIT
     journal = output.with_name("audit.journal")
@@ -171,10 +169,7 @@ def _refuse_same(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> Non
 
 
 def _refuse_other_parts(
-    config: AuditConfig,
-    folders: Mapping[Role, Path],
-    inputs: Mapping[str, str],
-    earlier: Iterable[str],
+    config: AuditConfig, folders: Mapping[Role, Path], inputs: Mapping[str, str]
 ) -> None:
     """Stop with a DataError where records know a model as something else than it is given as."""
     own = read_manifest(at_home(config.checkpoint))
@@ -189,7 +184,6 @@ def _refuse_other_parts(
     given = _given(config)
     for request in mine:
         known = with_earlier(request, records[request.output])
-        known = replace(known, full=known.full | {*earlier} if known.full else known.full)
         for role in [role for role in given if role in inputs]:
             if not (role == "full" and _is_full(config, inputs[role], known)):
                 claim = next((stated for stated in STATED if stated == role), None)

@@ -62,18 +62,15 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
             say(f"{request.name}: {len(found[request.name])} of {request.rows} rows stand out")
         # Of a model that is its base again there is nothing to compare.
         is_base = fingerprint(current) == fingerprint(base)
-        audits = {} if is_base else _audits(config, state, chosen, fingerprint(full))
+        audits = {} if is_base else _audits(config, state, chosen)
         facts = {"checkpoint": state.current[1], "still_there": found, "audits": audits}
         return state.write("recheck", config, facts)
 
 
 def _audits(
-    config: RequestsRecheckConfig, state: State, requests: Sequence[Request], full: str
+    config: RequestsRecheckConfig, state: State, requests: Sequence[Request]
 ) -> dict[str, Any]:
-    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`.
-
-    `full` is the fingerprint of the full model as it is read.
-    """
+    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`."""
     start = state.start
     number = str(len(state.entries) + 1)
     (state.folder / "audits").mkdir(mode=0o700, exist_ok=True)
@@ -91,8 +88,7 @@ def _audits(
                     overwrite=True,
                     data_config=config.data_config,
                     compute=config.compute,
-                ),
-                earlier=[start["full"]["blake3"], full],
+                )
             )
         )
         for request in requests
