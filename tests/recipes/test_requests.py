@@ -19,7 +19,14 @@ from helpers import pem_keys
 from perta.data.examples import load_examples, rows_fingerprint
 from perta.data.rows import read_rows, write_jsonl
 from perta.data.tokens import row_mark
-from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
+from perta.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    PertaError,
+    VerdictError,
+)
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes._request import hold_back
 from perta.recipes.requests.apply import apply_requests
@@ -434,6 +441,14 @@ def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path
         RequestsAddConfig(folder=ledger, forget="f", name="r", received="yesterday")
     with pytest.raises(LedgerError, match="no ledger"):
         read_state(tmp_path)
+    new = tmp_path / "new"
+    with pytest.raises(CheckpointMismatchError, match="given for each other"):
+        start_ledger(
+            RequestsInitConfig(
+                folder=new, base=str(world.full), full=str(world.base), retain=str(world.retain)
+            )
+        )
+    assert not new.exists()
     with pytest.raises(LedgerError, match="hash"):
         verify_requests(ledger, head="0" * 64)
     data = tmp_path / "all.jsonl"

@@ -388,7 +388,7 @@ def test_what_looks_unseen_before_the_edit_is_refused(
             unlearn(replace(settings, holdout=str(seen)))
     with pytest.raises(ConfigError, match="hold the same rows"):
         unlearn(replace(settings, holdout=str(world.retain)))
-    with pytest.raises(ConfigError, match=r"looks unseen .* Was it tuned on the forget set"):
+    with pytest.raises(ConfigError, match=r"looks unseen .* are --base and --full the right way"):
         unlearn(replace(settings, holdout=None, full=str(world.base)))
     assert not (tmp_path / "out").exists()
 

@@ -213,7 +213,8 @@ def calibrate(
     if not unseen.standing_out(start):
         raise ConfigError(
             f"The forget set looks unseen to {full} already: no row's fact stands out (by {kind}). "
-            "Was it tuned on the forget set? Otherwise give --scaling-coef a number."
+            "Was it tuned on the forget set, and are --base and --full the right way round? If so, "
+            "give --scaling-coef a number."
         )
     return unseen
 
