@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
@@ -31,7 +31,7 @@ from perta.evidence.audit.probe import SHADOW, Effort, Material, Probe, Relearni
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
-from perta.models.facts import Fact, find_facts, is_told, subjects
+from perta.models.facts import find_facts, is_told, require_sayable, subjects, unsayable
 from perta.models.load import (
     batch_of,
     counting_tokens,
@@ -302,11 +302,14 @@ class _Audit:
         if "general" in facts:
             facts["general"] = _drawn(facts["general"], self.config)
         for name, found in facts.items():
-            self.unknown[name] = _unsayable(found, self.tokenizer)
+            named = None if name in self._built_in else name
+            self.unknown[name] = unsayable(found, self.tokenizer, named)
             facts[name] = tuple(f for f in found if f.row not in self.unknown[name])
             kept = [e for e in self.sets[name].examples if e.row not in self.unknown[name]]
             self.sets[name] = replace(self.sets[name], examples=tuple(kept))
-        self._tell_unknown()
+        require_sayable(facts["forget"])
+        for name in [name for name, examples in self.sets.items() if not examples.examples]:
+            del self.sets[name]
         numbers = {}
         for name, examples in self.sets.items():
             fields = {example.row: example.fields for example in examples.examples}
@@ -314,22 +317,6 @@ class _Audit:
             is_there = name == "forget" or any(row.get(str(column)) for row in rows)
             numbers[name] = subjects(rows, column if is_there else None)
         return Material(self.sets, facts, config, numbers)
-
-    def _tell_unknown(self) -> None:
-        """Say which rows are not judged; a ConfigError where none of the forget set is left."""
-        for name, rows in self.unknown.items():
-            if rows and name not in self._built_in:
-                warn(
-                    f"{name}: the tokenizer has no words for the facts of {len(rows)} rows, which "
-                    f"are not judged (rows {', '.join(map(str, rows))})"
-                )
-        if not self.sets["forget"].examples:
-            raise ConfigError(
-                f"--forget {self.config.forget}: the tokenizer has no words for any of the facts, "
-                "so the model cannot say them and nothing can be told. Give rows in its words."
-            )
-        for name in [name for name, examples in self.sets.items() if not examples.examples]:
-            del self.sets[name]
 
     def _possible(self) -> tuple[list[Probe], list[tuple[str, str]]]:
         """Probes that have what they need, and of the others what they lack."""
@@ -476,17 +463,6 @@ def _told(examples: ExampleSet, config: DataConfig) -> DataConfig:
     """How a set's facts are told that may lack the column of the others."""
     has_column = all(str(config.fact_column) in example.fields for example in examples.examples)
     return config if has_column else replace(config, fact_column=None)
-
-
-def _unsayable(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Rows whose fact has unknown tokens, which are any word's; as a whole answer, only such."""
-    unknown = tokenizer.unk_token_id
-    found = dict[int, None]()
-    for fact in facts:
-        labels = [label for label in fact.encoded.labels if label != IGNORE]
-        if (all if fact.source == "answer" else any)(label == unknown for label in labels):
-            found[fact.row] = None
-    return list(found)
 
 
 def _labelled(encoded: Encoded) -> int:
