@@ -27,6 +27,7 @@ from perta.errors import (
     PertaError,
     VerdictError,
 )
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes._request import hold_back
 from perta.recipes.requests.apply import apply_requests
@@ -171,7 +172,9 @@ def test_models_that_are_converted_to_be_read_live_on_without_the_cache(
     (later, *_) = load_examples(world.retain).examples
     _add(ledger, write_jsonl([later.fields], tmp_path / "later.jsonl"), "r2")
     apply_requests(apply)
+    read = fingerprint(resolve_checkpoint(full))
     clean_requests(LedgerConfig(folder=ledger))  # the first checkpoint and its record go
+    assert read not in map(fingerprint, (tmp_path / "cache").glob("*/*"))
     again = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
     assert list(again["audits"]) == ["r1", "r2"]
     verify_requests(ledger)
@@ -315,6 +318,7 @@ def _rewritten(ledger: Path, number: int, **facts: Any) -> None:
         (4, {"names": ["r1", "nobody"]}),
         (5, {"checkpoint": "../elsewhere"}),
         (5, {"signed": {"public_key": "x"}}),
+        (5, {"record": 1}),
         (6, {"still_there": {"r1": ["1"]}}),
     ],
 )
@@ -475,6 +479,21 @@ def test_a_changed_checkpoint_is_found(world: World, ledger: Path) -> None:
         with pytest.raises(PertaError, match="is not what"):
             step()
     assert list((ledger / "rows").iterdir())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    verify_requests(ledger)
+    # What is no part of the model tells how it was made, and recognises the rows.
+    for place, message in (
+        (file.with_name("README.md"), "is not what the ledger says"),
+        (file.with_name("perta.json"), "is not what the ledger says"),
+        (ledger / "key", "the key by which rows are recognised"),
+    ):
+        text = place.read_text()
+        place.write_text(text.replace("e", "f"))
+        with pytest.raises(LedgerError, match=message):
+            verify_requests(ledger)
+        place.write_text(text)
+    verify_requests(ledger)
 
 
 def test_signed_entries_and_checkpoints_are_checked_against_trusted_keys(

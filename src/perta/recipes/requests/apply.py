@@ -32,7 +32,7 @@ from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import content_of, files_of, fingerprint
 from perta.store.ledger import Entry
 from perta.store.measured.moments import key_rows
-from perta.store.record import read_manifest, settings_of, write_manifest
+from perta.store.record import MANIFEST, read_manifest, settings_of, write_manifest
 from perta.store.signing import model_key, sign_checkpoint
 
 
@@ -80,6 +80,7 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             "scaling_coef": asked.get("scaling_coef"),
             "before": state.current[1],
             "after": fingerprint(made.folder),
+            "record": fingerprint(made.folder / MANIFEST),
             "checkpoint": str(made.folder.relative_to(state.folder)),
             "verdict": verdict.line if verdict else None,
             "met": verdict is not None and verdict.forgetting.status == "met",

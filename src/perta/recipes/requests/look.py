@@ -19,6 +19,7 @@ from perta.recipes.requests.settings import RequestsRecheckConfig
 from perta.recipes.requests.state import (
     Request,
     State,
+    check_files,
     check_fingerprint,
     opened,
     read_state,
@@ -119,6 +120,7 @@ def verify_requests(
             for entry in state.entries
         }
         check_signed_by(signers, trusted)
+    state.key()
     for name in ("base", "full"):
         state.model(name)
     for entry in state.of("apply"):
@@ -132,4 +134,6 @@ def verify_requests(
             check_signed_by({str(place): signed and signed["public_key"]}, trusted)
         if signed:
             check_checkpoint(place, signature_file(place), signed)
+        if "record" in entry.facts:
+            check_files(place, entry.facts["record"])
     return state
