@@ -126,6 +126,8 @@ def test_a_second_request_starts_where_the_first_ended(
     assert {"fact", "fact-token"} <= set(looked["audits"]["r1"]["leaks"])
     assert looked["audits"]["r1"]["content"] == audit["perta"]["content"]
     assert audit["model"]["checkpoint"] == looked["checkpoint"]
+    # Retained rows are looked at without those of the request, which are in the ledger's set.
+    assert audit["rows"]["retain"] == len(load_examples(world.retain))
     _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")
     two = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
     assert two.facts["before"] == one.facts["after"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +110,10 @@ def _chosen(state: State, again: Sequence[str]) -> list[Request]:
 
 def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
     """The retain set without the rows of any request so far."""
-    retain = state.examples("retain", data_config)
-    gone = {mark for entry in state.of("add") for mark in entry.facts["rows_hmac_sha256"]}
-    marks = state.fingerprints(retain)
-    kept = [e for e, mark in zip(retain.examples, marks, strict=True) if mark not in gone]
-    if not kept:
-        raise ConfigError(f"{retain.source}: every row is part of a request; none is to be kept.")
-    write_rows(work / "retain.jsonl", replace(retain, examples=tuple(kept)))
+    kept = state.kept(data_config)
+    if not kept.examples:
+        raise ConfigError(f"{kept.source}: every row is part of a request; none is to be kept.")
+    write_rows(work / "retain.jsonl", kept)
     return work / "retain.jsonl"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perta.data.examples import load_examples
+from perta.data.rows import as_source
 from perta.errors import ConfigError, LedgerError
 from perta.evidence.audit.document import summary_of
 from perta.models.load import load_model, load_tokenizer, pad_id
@@ -38,8 +39,8 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
 
     A row stands out by the rule of `recipes.strength.choose`, with the base model as yardstick, or
     the held-out set where the ledger has one. The entry names, of each request that was applied and
-    not cleaned, the rows that do, and its audit in short. PertaError where there is no such
-    request, or the checkpoint is not the ledger's.
+    not cleaned, the rows that do, and its audit in short, beside the rows to keep. PertaError where
+    there is no such request, or the checkpoint is not the ledger's.
     """
     with opened(config) as state:
         current = resolve_checkpoint(state.newest())
@@ -72,7 +73,7 @@ def _audits(
     config: RequestsRecheckConfig, state: State, requests: Sequence[Request]
 ) -> dict[str, Any]:
     """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`."""
-    start = state.start
+    start, kept = state.start, state.kept(config.data_config).examples
     number = str(len(state.entries) + 1)
     (state.folder / "audits").mkdir(mode=0o700, exist_ok=True)
     return {
@@ -83,6 +84,7 @@ def _audits(
                     full=start["full"]["path"],
                     base=start["base"]["path"],
                     forget=str(state.rows_file(request.name)),
+                    retain=as_source([e.fields for e in kept], "retain") if kept else None,
                     holdout=start.get("holdout", {}).get("path"),
                     output=state.folder / "audits" / number / request.name,
                     level=config.level,

@@ -101,6 +101,13 @@ class State:
             )
         return found
 
+    def kept(self, data_config: DataConfig) -> ExampleSet:
+        """The retain set without the rows of any request so far."""
+        retain = self.examples("retain", data_config)
+        gone = {mark for entry in self.of("add") for mark in entry.facts["rows_hmac_sha256"]}
+        pairs = zip(retain.examples, self.fingerprints(retain), strict=True)
+        return replace(retain, examples=tuple(e for e, mark in pairs if mark not in gone))
+
     def holdout(self, data_config: DataConfig) -> str | None:
         """Where the held-out set lies, where there is one."""
         return self.examples("holdout", data_config).source if "holdout" in self.start else None
