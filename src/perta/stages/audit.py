@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
-from perta.engine.train.relearn import SHOWN, general_texts, relearn
+from perta.engine.train.relearn import PUBLISHED, SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import AUDIT, Looked, document_of, document_of_results, entry_of
 from perta.evidence.audit.probe import SHADOW, Effort, Material, Probe, Relearning, Role, Rows, View
@@ -380,12 +381,16 @@ class _Audit:
         dtype = self.config.compute.dtype
 
         def run(
-            model: PreTrainedModel, rows: Sequence[Encoded], after: Callable[[int], None]
+            model: PreTrainedModel,
+            rows: Sequence[Encoded],
+            after: Callable[[int], None] | None = None,
+            **recipe: Any,
         ) -> None:
             # Steps of training vanish in bfloat16 weights.
-            relearn(model.float(), rows, pad=pad, seed=seed, dtype=dtype, after_step=after)
+            model = model.float()
+            relearn(model, rows, pad=pad, seed=seed, dtype=dtype, after_step=after, **recipe)
 
-        return Relearning(run, SHOWN, general_texts())
+        return Relearning(run, SHOWN, general_texts(), partial(run, **PUBLISHED))
 
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
