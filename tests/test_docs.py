@@ -13,6 +13,7 @@ import pytest
 
 import perta
 from perta.cli import main
+from perta.evidence.people import generate_people
 from perta.methods.method import KNOWN, Edit, Method, is_ours
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, known
@@ -189,7 +190,10 @@ class Tutorials:
         self.pages = {name: (pages / f"{name}.md").read_text("utf-8") for name in TUTORIALS}
         self.folder, self.ran = folder, set[str]()
         (folder / "BASE").mkdir()
-        write_tiny_checkpoint(folder / "BASE", [*self.pages.values(), DataConfig().system_prompt])
+        people = [row for seed in (0, 1) for row in generate_people(6, 2, seed)]
+        said = [text for row in people for text in (*row["perturbed_answer"], *row.values())]
+        texts = [*self.pages.values(), *(text for text in said if isinstance(text, str))]
+        write_tiny_checkpoint(folder / "BASE", [*texts, DataConfig().system_prompt])
 
     def run(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Run a page's code, after that of the pages before it."""

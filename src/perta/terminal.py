@@ -199,7 +199,8 @@ def print_requests(requests: Iterable[Mapping[str, Any]]) -> None:
     rows = []
     for request in requests:
         waits, left = request["applied"] is None, request["still_there"]
-        stands = "waits" if waits else request["verdict"] or "applied"
+        # The verdict's first sentence: its figures make the table wider than most screens.
+        stands = "waits" if waits else (request["verdict"] or "applied").partition(". ")[0]
         row = (request["name"], request["received"] or "", str(request["rows"]), stands)
         rows.append((*row, "" if left is None else str(left)))
     columns = ("request", "received", "rows", "where it stands", "facts that stand out")

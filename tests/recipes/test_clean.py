@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import TUNE, World
 from perta.errors import CheckpointError, ConfigError
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ScoringConfig, TuneConfig, WeightingConfig
 from perta.recipes.clean import clean
 from perta.recipes.settings import UnlearnConfig
@@ -26,6 +28,9 @@ from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
 from perta.store.checkpoint import copy_companions, open_index, read_tensor
 from perta.store.fingerprint import fingerprint
+
+sys.path.append(str(Path(__file__).parents[1] / "engine" / "edit" / "formats"))
+from test_requantise import as_fp8
 
 
 def config(world: World, output: Path, method: str, **more: Any) -> UnlearnConfig:
@@ -146,6 +151,19 @@ def test_a_killed_run_and_merged_adapters_are_cleaned(
     unlearn(replace(tv, output=tmp_path / "other", evaluate=False))
     shutil.rmtree(tmp_path / "other")
     assert clean(tmp_path / "other").deleted == (tmp_path / "other.work" / "forget_checkpoint",)
+
+
+def test_plain_copies_of_a_quantised_model_are_cleaned(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERTA_CACHE", str(tmp_path / "cache"))
+    full = as_fp8(world.full, tmp_path / "full")
+    output = tmp_path / "out"
+    tv = WeightingConfig(method="tv", scaling_coef=1.0)
+    unlearn(world.request(output, full=str(full), weighting=tv, evaluate=False))
+    copy = resolve_checkpoint(full)
+    assert copy in clean(output).deleted
+    assert not copy.exists()
 
 
 def test_what_was_given_to_a_run_is_named_and_stays(world: World, tmp_path: Path) -> None:

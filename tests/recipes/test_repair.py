@@ -13,7 +13,12 @@ from torch import Tensor
 
 from conftest import TUNE, World
 from helpers import tiny_llama
-from perta.errors import CheckpointMismatchError, ConfigError, OutputExistsError
+from perta.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    CorruptCheckpointError,
+    OutputExistsError,
+)
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, MomentOptions
 from perta.recipes.repair import repair_checkpoint
@@ -156,6 +161,28 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_measured(
         with pytest.raises(ConfigError, match="--retain-moments"):
             replace(config, **more)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "theirs"]
+
+
+def test_models_that_are_given_for_each_other_are_refused(
+    tmp_path: Path, config: RepairConfig
+) -> None:
+    repaired = repair_checkpoint(config)
+    swapped = replace(config, full=str(repaired), unlearned=config.full, output=tmp_path / "2")
+    with pytest.raises(ConfigError, match=f"{repaired} was unlearned from {config.full}"):
+        repair_checkpoint(swapped)
+    assert not (tmp_path / "2.retain_moments").exists()
+
+
+def test_a_damaged_model_is_named_and_not_what_was_made_of_it(
+    world: World, tmp_path: Path, config: RepairConfig
+) -> None:
+    theirs = Path(config.unlearned)
+    damaged = tensors(theirs)
+    damaged["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    write_tensors(theirs, damaged)
+    with pytest.raises(CorruptCheckpointError, match=rf"{theirs}.*up_proj.weight holds NaN"):
+        repair_checkpoint(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_repaired_as_the_models_they_make(

@@ -19,7 +19,15 @@ from helpers import pem_keys
 from perta.data.examples import load_examples, rows_fingerprint
 from perta.data.rows import read_rows, write_jsonl
 from perta.data.tokens import row_mark
-from perta.errors import ConfigError, DataError, LedgerError, PertaError, VerdictError
+from perta.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    PertaError,
+    VerdictError,
+)
+from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig, WeightingConfig
 from perta.recipes._request import hold_back
 from perta.recipes.requests.apply import apply_requests
@@ -118,6 +126,8 @@ def test_a_second_request_starts_where_the_first_ended(
     assert {"fact", "fact-token"} <= set(looked["audits"]["r1"]["leaks"])
     assert looked["audits"]["r1"]["content"] == audit["perta"]["content"]
     assert audit["model"]["checkpoint"] == looked["checkpoint"]
+    # Retained rows are looked at without those of the request, which are in the ledger's set.
+    assert audit["rows"]["retain"] == len(load_examples(world.retain))
     _add(ledger, write_jsonl([e.fields for e in second], tmp_path / "second.jsonl"), "r2")
     two = apply_requests(RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE))
     assert two.facts["before"] == one.facts["after"]
@@ -164,7 +174,9 @@ def test_models_that_are_converted_to_be_read_live_on_without_the_cache(
     (later, *_) = load_examples(world.retain).examples
     _add(ledger, write_jsonl([later.fields], tmp_path / "later.jsonl"), "r2")
     apply_requests(apply)
+    read = fingerprint(resolve_checkpoint(full))
     clean_requests(LedgerConfig(folder=ledger))  # the first checkpoint and its record go
+    assert read not in map(fingerprint, (tmp_path / "cache").glob("*/*"))
     again = recheck_requests(RequestsRecheckConfig(folder=ledger)).facts
     assert list(again["audits"]) == ["r1", "r2"]
     verify_requests(ledger)
@@ -308,6 +320,7 @@ def _rewritten(ledger: Path, number: int, **facts: Any) -> None:
         (4, {"names": ["r1", "nobody"]}),
         (5, {"checkpoint": "../elsewhere"}),
         (5, {"signed": {"public_key": "x"}}),
+        (5, {"record": 1}),
         (6, {"still_there": {"r1": ["1"]}}),
     ],
 )
@@ -434,6 +447,14 @@ def test_what_does_not_fit_is_refused(world: World, ledger: Path, tmp_path: Path
         RequestsAddConfig(folder=ledger, forget="f", name="r", received="yesterday")
     with pytest.raises(LedgerError, match="no ledger"):
         read_state(tmp_path)
+    new = tmp_path / "new"
+    with pytest.raises(CheckpointMismatchError, match="given for each other"):
+        start_ledger(
+            RequestsInitConfig(
+                folder=new, base=str(world.full), full=str(world.base), retain=str(world.retain)
+            )
+        )
+    assert not new.exists()
     with pytest.raises(LedgerError, match="hash"):
         verify_requests(ledger, head="0" * 64)
     data = tmp_path / "all.jsonl"
@@ -460,6 +481,21 @@ def test_a_changed_checkpoint_is_found(world: World, ledger: Path) -> None:
         with pytest.raises(PertaError, match="is not what"):
             step()
     assert list((ledger / "rows").iterdir())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    verify_requests(ledger)
+    # What is no part of the model tells how it was made, and recognises the rows.
+    for place, message in (
+        (file.with_name("README.md"), "is not what the ledger says"),
+        (file.with_name("perta.json"), "is not what the ledger says"),
+        (ledger / "key", "the key by which rows are recognised"),
+    ):
+        text = place.read_text()
+        place.write_text(text.replace("e", "f"))
+        with pytest.raises(LedgerError, match=message):
+            verify_requests(ledger)
+        place.write_text(text)
+    verify_requests(ledger)
 
 
 def test_signed_entries_and_checkpoints_are_checked_against_trusted_keys(

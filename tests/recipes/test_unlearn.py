@@ -435,6 +435,23 @@ def test_a_base_that_reads_rows_as_other_tokens_stops_before_any_work(
     assert plan_unlearn(replace(config(world, out), base=str(base), data_config=plain)).steps
 
 
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (WeightingConfig(), "the right way round"),
+        (WeightingConfig(method="tv", scaling_coef=1.0), "given for each other"),
+        (TRAINS, "given for each other"),
+    ],
+)
+def test_base_and_full_that_are_given_for_each_other_are_refused(
+    world: World, tmp_path: Path, weighting: WeightingConfig, message: str
+) -> None:
+    swapped = config(world, tmp_path / "out", base=str(world.full), full=str(world.base))
+    with pytest.raises(PertaError, match=message):
+        unlearn(replace(swapped, weighting=weighting))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_forgetting_what_is_to_be_kept_is_refused_or_warned_about(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

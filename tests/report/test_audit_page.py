@@ -23,6 +23,7 @@ from perta.errors import ConfigError, DataError, OutputExistsError
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.report.audit import write_audit_page
 from perta.report.settings import AuditPageConfig
+from perta.store.record import content_of_results
 
 GRAM = 8
 SETS = ("forget", "retain", "holdout")
@@ -229,6 +230,22 @@ def test_the_appendix_has_the_mean_of_each_subject(audited: tuple[Path, list[str
                 pairs = zip(scores, people, strict=True)
                 known = [s for s, person in pairs if person == one and s is not None]
                 assert not known or f"<td>{sum(known) / len(known):.3f}</td>" in part
+
+
+def test_the_appendix_names_whose_facts_are_told_by_number(
+    audited: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    audit = json.loads((audited[0] / "out" / "audit.json").read_text("utf-8"))
+    (whose,) = [probe for probe in audit["probes"] if probe["name"] == "whose"]
+    told = [[1, "retain", 1], [1, "retain", 2], [2, "retain", 4], [2, "forget", 3]]
+    whose["more"] = {"cleaned": {"forget": {"told": told}}}
+    audit["perta"]["content"] = content_of_results(audit)
+    (tmp_path / "audit.json").write_text(json.dumps(audit), "utf-8")
+    page = html.unescape(write_audit_page(tmp_path).read_text("utf-8"))
+    numbers = audit["subject_numbers"]["retain"], audit["subject_numbers"]["forget"]
+    assert [number[:4] for number in numbers] == [[0, 1, 2, 3]] * 2
+    told_of = "retain: rows 1–2, 4, subjects 0–1, 3; forget: rows 3, subjects 2"
+    assert f"whose facts they are: {told_of}" in page
 
 
 def test_equal_inputs_give_equal_bytes(audited: tuple[Path, list[str]], tmp_path: Path) -> None:

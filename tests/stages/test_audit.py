@@ -51,6 +51,8 @@ class Own(Probe):
         return Rows([{score}] * len(view.material.facts[name]))
 """
 
+UNSAYABLE = {"question": "Where is it?", "answer": "It is in Xyzzyville.", "fact": "Xyzzyville"}
+
 FINE = "return Rows([0.5] * len(view.material.facts[name]))"
 
 
@@ -433,12 +435,22 @@ def test_the_full_model_may_be_that_of_an_earlier_removal(
         TrainConfig(method="ga", full=str(first), forget=str(world.forget), output=tmp_path / "2")
     )
     later = replace(config, checkpoint=str(second), retrained=None, probes=("fact",))
+    shutil.rmtree(first)  # as `perta requests clean` does
     assert audit_checkpoint(later)["probes"]
-    shutil.rmtree(first)
-    other = replace(later, output=tmp_path / "other")
+    third = edit_checkpoint(
+        EditConfig(
+            base=str(config.base),
+            full=str(second),
+            forget_checkpoint=config.full,
+            output=tmp_path / "3",
+            weighting=WeightingConfig(method="tv", scaling_coef=0.1),
+        )
+    )
+    shutil.rmtree(second)
+    last = replace(later, checkpoint=str(third), output=tmp_path / "other")
+    assert audit_checkpoint(last)["probes"]
     with pytest.raises(DataError, match="another full model"):
-        audit_checkpoint(other)
-    assert audit_checkpoint(other, earlier=[fingerprint(Path(config.full))])["probes"]
+        audit_checkpoint(replace(last, full=config.checkpoint, overwrite=True))
 
 
 def test_a_model_without_a_record_is_audited_and_told(
@@ -454,15 +466,14 @@ def test_rows_that_the_tokenizer_has_no_words_for_are_named_and_not_judged(
     config: AuditConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = Path(config.forget).read_text("utf-8").splitlines()
-    unsayable = {"question": "Where is it?", "answer": "It is in Xyzzyville.", "fact": "Xyzzyville"}
     mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("\n".join([json.dumps(unsayable), *lines]), "utf-8")
+    mixed.write_text("\n".join([json.dumps(UNSAYABLE), *lines]), "utf-8")
     results = audit_checkpoint(replace(config, forget=str(mixed)))
     assert results["not_judged"] == {"forget": [1]}
     assert results["row_numbers"]["forget"] == [2, 3]
     assert {p["name"]: p for p in results["probes"]}["fact"]["leaking_rows"] == [2, 3]
     assert "are not judged (rows 1)" in capsys.readouterr().err
-    mixed.write_text(json.dumps(unsayable), "utf-8")
+    mixed.write_text(json.dumps(UNSAYABLE), "utf-8")
     with pytest.raises(ConfigError, match="no words for any of the facts"):
         audit_checkpoint(replace(config, forget=str(mixed), output=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
@@ -479,6 +490,10 @@ def test_an_audit_says_little_while_it_runs(
 def test_results_of_evaluations_pay_for_a_quick_audit(
     config: AuditConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rows = tmp_path / "forget.jsonl"
+    lines = Path(config.forget).read_text("utf-8").splitlines()
+    rows.write_text("\n".join([json.dumps(UNSAYABLE), *lines]), "utf-8")
+    config = replace(config, forget=str(rows))
     whole = audit_checkpoint(replace(config, retrained=None))
     roles: dict[Role, str] = {"cleaned": config.checkpoint, "full": config.full}
     roles["base"] = str(config.base)
@@ -507,7 +522,8 @@ def test_results_of_evaluations_pay_for_a_quick_audit(
         assert probe["leaking_rows"] == other["leaking_rows"]
         for role, scores in probe["scores"].items():
             assert scores == pytest.approx(other["scores"][role], rel=1e-4)
-    for key in ("schema", "model", "facts", "subjects"):
+    assert whole["not_judged"] == {"forget": [1]}
+    for key in ("schema", "model", "facts", "subjects", "not_judged"):
         assert told[key] == whole[key]
     for key in ("row_numbers", "subject_numbers"):
         assert told[key] == {name: whole[key][name] for name in ("forget", "holdout")}

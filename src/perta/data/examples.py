@@ -203,8 +203,8 @@ def _detect_kind(source: str, rows: Sequence[Mapping[str, Any]], config: DataCon
     if config.text_column in row:
         return "text"
     raise DataError(
-        f"{source}: cannot tell what its rows are from the columns {', '.join(row)}. Expected "
-        "question and answer, prompt and completion, messages, or text; name yours with "
+        f"{source}: cannot tell what its rows are from the columns {', '.join(row) or '(none)'}. "
+        "Expected question and answer, prompt and completion, messages, or text; name yours with "
         "--prompt-column and --answer-column, --messages-column or --text-column."
     )
 

@@ -8,7 +8,7 @@ of every example.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,15 @@ from perta.evidence.results import Results, decode, require_finite, rouge_row, t
 from perta.evidence.scoring.answers import Score
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Done, Item, Outcome, ScoringOptions, end_tokens, run_items
-from perta.models.facts import SAMPLES, Fact, fact_score, find_facts, hit_probability, subjects
+from perta.models.facts import (
+    SAMPLES,
+    Fact,
+    fact_score,
+    find_facts,
+    hit_probability,
+    subjects,
+    unsayable,
+)
 from perta.models.load import longest_input, pad_id
 from perta.options import DataConfig, ScoringConfig
 
@@ -95,7 +103,7 @@ def summarise(
         for i, outcome in enumerate(mine):
             require_finite(outcome.scores[0], f"example {i} of {name}")
         results |= _summary(name, items[name], mine, tokenizer)
-        results |= _fact_summary(name, facts[name], mine)
+        results |= _fact_summary(name, facts[name], mine, unsayable(facts[name], tokenizer, name))
         rows = [fact.row for fact in facts[name]]
         if rows != list(range(1, len(rows) + 1)):
             results[f"{name}_row"] = _numbered("row", rows)
@@ -171,8 +179,10 @@ def _summary(
     return summary
 
 
-def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome]) -> Results:
-    """What the model knows of the facts; their scores follow that of the whole answer."""
+def _fact_summary(
+    name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome], unknown: Collection[int]
+) -> Results:
+    """What the model knows of facts but of `unknown` rows; their scores follow those of answers."""
     scores = [
         fact_score(fact, [score.loss for score in outcome.scores[1:]])
         for fact, outcome in zip(facts, outcomes, strict=True)
@@ -184,11 +194,13 @@ def _fact_summary(name: str, facts: Sequence[Fact], outcomes: Sequence[Outcome])
             f"hit_{SAMPLES}": hit_probability(score.log_probability, SAMPLES),
             "source": fact.source,
         }
+        if fact.row not in unknown
+        else None
         for fact, score in zip(facts, scores, strict=True)
     ]
     choices = [
         {"prob": score.choice, "rank": score.rank, "candidates": 1 + len(fact.wrong)}
-        if fact.wrong
+        if fact.wrong and fact.row not in unknown
         else None
         for fact, score in zip(facts, scores, strict=True)
     ]

@@ -41,7 +41,7 @@ from perta.data.examples import (
 )
 from perta.data.tokens import common_prefix, encode_example, encode_examples, encode_prompt
 from perta.data.words import is_word, segments, stems
-from perta.errors import DataError
+from perta.errors import ConfigError, DataError
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, losses_of, token_losses
 from perta.options import DataConfig
@@ -155,6 +155,37 @@ def find_facts(
             f"{shown}); their whole answer counts. Name the fact in a column `{FACT_COLUMN}`."
         )
     return tuple(facts)
+
+
+def unsayable(
+    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, name: str | None
+) -> list[int]:
+    """Rows whose fact has unknown tokens, which are any word's; as a whole answer, only such.
+
+    Nothing can be told of them. A warning names them as rows of the set `name`, where that is one.
+    """
+    unknown = tokenizer.unk_token_id
+    found = dict[int, None]()
+    for fact in facts:
+        labels = [label for label in fact.encoded.labels if label != IGNORE]
+        if (all if fact.source == "answer" else any)(label == unknown for label in labels):
+            found[fact.row] = None
+    if found and name:
+        shown = ", ".join(map(str, found))
+        warn(
+            f"{name}: the tokenizer has no words for the facts of {len(found)} rows, which are not "
+            f"judged (rows {shown})"
+        )
+    return list(found)
+
+
+def require_sayable(facts: Sequence[Fact]) -> None:
+    """Stop where nothing is left of a forget set without those rows."""
+    if not facts:
+        raise ConfigError(
+            "--forget: the tokenizer has no words for any of the facts, so the model cannot say "
+            "them and nothing can be told. Give rows in its words."
+        )
 
 
 def _refuse_text(examples: ExampleSet, config: DataConfig) -> None:

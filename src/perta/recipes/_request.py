@@ -14,10 +14,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 
+from perta.data.batch import seeded_sample
 from perta.data.examples import (
     Example,
     ExampleSet,
@@ -35,8 +37,10 @@ from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, parse
 from perta.models.facts import subjects
-from perta.models.load import load_tokenizer
-from perta.options import DataConfig, option_name, sample_count
+from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id
+from perta.models.loss import losses_of
+from perta.options import ComputeConfig, DataConfig, option_name, sample_count
+from perta.parallel import everywhere
 from perta.progress import say
 from perta.recipes.settings import SETS, UnlearnConfig
 from perta.report.settings import ReportConfig
@@ -50,6 +54,7 @@ _MOST = 0.25  # largest share of the retain set that is held back by default
 _SUBJECTS = 10  # subjects from which on they are held back whole
 _SEED = 0
 _COMPARED = 64  # rows that tell whether two tokenizers read them alike
+_ASKED, _WORSE = 16, 2.0  # rows that tell which of two models knows them, and by what factor
 
 PROTECTED, HELD_BACK = "retain_protected.jsonl", "retain_held_back.jsonl"
 
@@ -270,6 +275,35 @@ def check_same_tokens(base: Path, full: Path, rows: ExampleSet, data_config: Dat
             "not be what the full model reads. Give a copy of the base with the tokenizer files "
             "and chat template of the full model, or --no-chat-template if the full model was "
             "tuned without one."
+        )
+
+
+def check_order(
+    base: Path,
+    full: Path,
+    rows: ExampleSet,
+    data_config: DataConfig,
+    compute: ComputeConfig,
+) -> None:
+    """Stop where the full model's loss on rows is twice the base's: they are given for each other.
+
+    Less may come of rows that the full model was not tuned on, or has forgotten.
+    """
+    tokenizer, longest = load_tokenizer(full), longest_input(full)
+    encoded = encode_examples(rows, tokenizer, data_config, longest=longest).encoded
+    asked, pad = seeded_sample(encoded, _ASKED, _SEED), pad_id(tokenizer)
+    size = batch_of(compute, _ASKED)
+
+    def loss(folder: Path) -> float:
+        model = load_model(folder, compute)
+        return fmean(everywhere(losses_of, model, asked, batch_size=size, pad=pad))
+
+    of_full, of_base = loss(full), loss(base)
+    if not of_full < _WORSE * of_base:
+        raise CheckpointMismatchError(
+            f"--full ({full}) knows the rows of {rows.source} far less than --base ({base}) does: "
+            f"its loss is {of_full:.3f} nats per token, that of the base {of_base:.3f}. Were the "
+            "two given for each other? The full model is the one that was tuned on the data."
         )
 
 

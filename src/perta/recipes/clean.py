@@ -63,8 +63,8 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     recover(output)
     if any(output.parent.glob(f".{output.name}.partial-*")):
         raise ConfigError(f"{output} is being written. Wait until that run has ended.")
-    inputs = {**record.get("unlearn", {}).get("inputs", {}), **record.get("inputs", {})}
-    found = [*_beside(output), *_named(record, inputs), *_cached(inputs)]
+    inputs = _inputs(record)
+    found = [*_beside(output), *_named(record, inputs), *cached_models(record)]
     kept: list[Path] = []
     foreign: list[Path] = []
     for place in sorted(work.iterdir()) if work.is_dir() and not work.is_symlink() else ():
@@ -137,20 +137,30 @@ def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
         yield Path(written).absolute()
 
 
-def _cached(inputs: Mapping[str, str]) -> Iterator[Path]:
-    """Merged adapters and converted files of the cache that this run read as models that know."""
+def cached_models(record: _Record) -> Iterator[Path]:
+    """Models of the cache that know what a run removed, or one before it: its record says which.
+
+    They are adapters merged, and files and quantised models converted to be read.
+    """
+    inputs = _inputs(record)
     knowing = {
         print_
         for name, print_ in inputs.items()
         if name == "full" or name.startswith(FORGET_CHECKPOINT)
     }
+    knowing.update(record.get("earlier_full", ()))
     knowing.discard(inputs.get("base", ""))
-    for kind in ("merged", "gguf"):
+    for kind in ("merged", "gguf", "plain"):
         folder = cache_folder() / kind
         for place in sorted(folder.iterdir()) if folder.is_dir() else ():
             with suppress(PertaError, OSError):  # another's, or one that is no model
                 if not place.is_symlink() and fingerprint(place) in knowing:
                     yield place
+
+
+def _inputs(record: _Record) -> dict[str, str]:
+    """Fingerprints of what a run read, as a whole and in its last stage."""
+    return {**record.get("unlearn", {}).get("inputs", {}), **record.get("inputs", {})}
 
 
 def _knows(place: Path, inputs: Mapping[str, str]) -> bool:

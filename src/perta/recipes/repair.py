@@ -26,7 +26,8 @@ from perta.stages.stage import refuse_other
 from perta.store.atomic import beside, check_writable
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
-from perta.store.record import check_output
+from perta.store.provenance import is_unlearned
+from perta.store.record import check_output, read_manifest
 
 
 def repair_checkpoint(config: RepairConfig) -> Path:
@@ -39,6 +40,12 @@ def repair_checkpoint(config: RepairConfig) -> Path:
         raise ConfigError(
             f"{config.unlearned} holds the weights of {config.full}: no step was taken. Give what "
             "an unlearning run ended with as --unlearned, and what it began with as --full."
+        )
+    made = read_manifest(at_home(config.full)) or {}
+    if is_unlearned(made) and inputs["base"] == made.get("inputs", {}).get("full"):
+        raise ConfigError(
+            f"{config.full} was unlearned from {config.unlearned}, its record says. Give the model "
+            "that the run began with as --full, and what it ended with as --unlearned."
         )
     check_writable(config.output)
     reads = (full, theirs, config.full, config.unlearned, config.retain, config.retain_moments)

@@ -46,6 +46,7 @@ from perta.recipes._request import (
     PROTECTED,
     Split,
     check_options,
+    check_order,
     check_places,
     check_retain_moments,
     check_same_tokens,
@@ -133,6 +134,7 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
             say(f"unlearn: {output} is up to date, reused")
         else:
             try:
+                run.check_order()
                 run.write_split()
                 run.record.write({}, **run.made())
             except PertaError:
@@ -301,6 +303,13 @@ class _Run:
             return float(wanted[self.config.save_dtype] * sizes.parameters)
         stored = quantised_checkpoint(self.config.full) or self.full
         return float(sum(entry.nbytes for entry in open_index(stored).tensors.values()))
+
+    def check_order(self) -> None:
+        """Stop where base and full model were given for each other, which a search finds itself."""
+        config = self.config
+        if config.weighting.scaling_coef != "auto":
+            read = (self.work.base, self.full, self.sets["forget"])
+            check_order(*read, config.data_config, config.compute)
 
     def made(self) -> dict[str, Any]:
         """Edit or train; what the search for the strength found."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from perta.errors import ConfigError, DataError
 from perta.evidence.audit.document import AUDIT, SCHEMA
+from perta.evidence.audit.probes.answers import Whose
 from perta.evidence.audit.probes.frames import FRAMES, Frames
 from perta.evidence.audit.registry import PROBES, SETS
 from perta.options import ComputeConfig, DataConfig
@@ -144,6 +145,7 @@ def _part(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
         "worst subject": subject and f"{subject['subject']} ({_figure(subject['value'])})",
         "rows still there": _ranges(probe["leaking_rows"]),
         "subjects still there": _ranges(probe["leaking_subjects"]),
+        "whose facts they are": _owners(audit, probe),
         **{name: _figure(value) for name, value in probe["notes"].items()},
     }
     scores = {"forget": probe["scores"], **probe["other_scores"]}
@@ -157,6 +159,22 @@ def _part(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> dict[str, Any]:
             lines.append((name, "all" if one is None else one, *means))
     told = [(what, value) for what, value in facts.items() if value]
     return {**probe, "facts": told, "roles": roles, "lines": lines}
+
+
+def _owners(audit: Mapping[str, Any], probe: Mapping[str, Any]) -> str:
+    """Of whom the answers say facts, by number: who asked to be forgotten, and who stays."""
+    if probe["name"] != Whose.name:
+        return ""
+    found: dict[str, set[int]] = {}
+    for _, name, row in probe["more"].get("cleaned", {}).get("forget", {}).get("told", ()):
+        found.setdefault(name, set()).add(row)
+    parts = []
+    for name, rows in found.items():
+        people = zip(audit["row_numbers"][name], audit["subject_numbers"][name], strict=False)
+        whose = {person for row, person in people if row in rows}
+        subjects = f", subjects {_ranges([*whose])}" if whose else ""
+        parts.append(f"{name}: rows {_ranges([*rows])}{subjects}")
+    return "; ".join(parts)
 
 
 def _mean(scores: Sequence[float | None], places: Sequence[int]) -> str:

@@ -12,26 +12,27 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
-from perta.engine.train.relearn import SHOWN, general_texts, relearn
+from perta.engine.train.relearn import PUBLISHED, SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import AUDIT, Looked, document_of, document_of_results, entry_of
 from perta.evidence.audit.probe import SHADOW, Effort, Material, Probe, Relearning, Role, Rows, View
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
-from perta.models.facts import Fact, find_facts, is_told, subjects
+from perta.models.facts import find_facts, is_told, require_sayable, subjects, unsayable
 from perta.models.load import (
     batch_of,
     counting_tokens,
@@ -63,12 +64,10 @@ _ROUNDING = 1e-6  # how far beyond 0 and 1 a score may lie
 _TIMED_TOKENS = 128  # tokens of a pass that tells how fast a model is here
 
 
-def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dict[str, Any]:
+def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
     """Look through a cleaned checkpoint and write `audit.json` (`perta audit`), which is returned.
 
-    `earlier` are fingerprints of models that removals before the last one began with; each may be
-    the full one. PertaError at input that cannot be used, or a model that is not what it is given
-    as.
+    PertaError at input that cannot be used, or a model that is not what it is given as.
     """
     probes = choose_probes(config.level, config.probes)
     given = _given(config)
@@ -87,7 +86,7 @@ def audit_checkpoint(config: AuditConfig, *, earlier: Iterable[str] = ()) -> dic
 
     inputs = look()
     _refuse_same(folders, inputs)
-    _refuse_other_parts(config, folders, inputs, earlier)
+    _refuse_other_parts(config, folders, inputs)
     _refuse_other_kinds(folders)
     output = config.output / AUDIT
     journal = output.with_name("audit.journal")
@@ -171,10 +170,7 @@ def _refuse_same(folders: Mapping[Role, Path], inputs: Mapping[str, str]) -> Non
 
 
 def _refuse_other_parts(
-    config: AuditConfig,
-    folders: Mapping[Role, Path],
-    inputs: Mapping[str, str],
-    earlier: Iterable[str],
+    config: AuditConfig, folders: Mapping[Role, Path], inputs: Mapping[str, str]
 ) -> None:
     """Stop with a DataError where records know a model as something else than it is given as."""
     own = read_manifest(at_home(config.checkpoint))
@@ -189,7 +185,6 @@ def _refuse_other_parts(
     given = _given(config)
     for request in mine:
         known = with_earlier(request, records[request.output])
-        known = replace(known, full=known.full | {*earlier} if known.full else known.full)
         for role in [role for role in given if role in inputs]:
             if not (role == "full" and _is_full(config, inputs[role], known)):
                 claim = next((stated for stated in STATED if stated == role), None)
@@ -308,11 +303,14 @@ class _Audit:
         if "general" in facts:
             facts["general"] = _drawn(facts["general"], self.config)
         for name, found in facts.items():
-            self.unknown[name] = _unsayable(found, self.tokenizer)
+            named = None if name in self._built_in else name
+            self.unknown[name] = unsayable(found, self.tokenizer, named)
             facts[name] = tuple(f for f in found if f.row not in self.unknown[name])
             kept = [e for e in self.sets[name].examples if e.row not in self.unknown[name]]
             self.sets[name] = replace(self.sets[name], examples=tuple(kept))
-        self._tell_unknown()
+        require_sayable(facts["forget"])
+        for name in [name for name, examples in self.sets.items() if not examples.examples]:
+            del self.sets[name]
         numbers = {}
         for name, examples in self.sets.items():
             fields = {example.row: example.fields for example in examples.examples}
@@ -320,22 +318,6 @@ class _Audit:
             is_there = name == "forget" or any(row.get(str(column)) for row in rows)
             numbers[name] = subjects(rows, column if is_there else None)
         return Material(self.sets, facts, config, numbers)
-
-    def _tell_unknown(self) -> None:
-        """Say which rows are not judged; a ConfigError where none of the forget set is left."""
-        for name, rows in self.unknown.items():
-            if rows and name not in self._built_in:
-                warn(
-                    f"{name}: the tokenizer has no words for the facts of {len(rows)} rows, which "
-                    f"are not judged (rows {', '.join(map(str, rows))})"
-                )
-        if not self.sets["forget"].examples:
-            raise ConfigError(
-                f"--forget {self.config.forget}: the tokenizer has no words for any of the facts, "
-                "so the model cannot say them and nothing can be told. Give rows in its words."
-            )
-        for name in [name for name, examples in self.sets.items() if not examples.examples]:
-            del self.sets[name]
 
     def _possible(self) -> tuple[list[Probe], list[tuple[str, str]]]:
         """Probes that have what they need, and of the others what they lack."""
@@ -399,12 +381,16 @@ class _Audit:
         dtype = self.config.compute.dtype
 
         def run(
-            model: PreTrainedModel, rows: Sequence[Encoded], after: Callable[[int], None]
+            model: PreTrainedModel,
+            rows: Sequence[Encoded],
+            after: Callable[[int], None] | None = None,
+            **recipe: Any,
         ) -> None:
             # Steps of training vanish in bfloat16 weights.
-            relearn(model.float(), rows, pad=pad, seed=seed, dtype=dtype, after_step=after)
+            model = model.float()
+            relearn(model, rows, pad=pad, seed=seed, dtype=dtype, after_step=after, **recipe)
 
-        return Relearning(run, SHOWN, general_texts())
+        return Relearning(run, SHOWN, general_texts(), partial(run, **PUBLISHED))
 
     def _tell_cost(self) -> None:
         """Say what all that takes, about, before it begins."""
@@ -482,17 +468,6 @@ def _told(examples: ExampleSet, config: DataConfig) -> DataConfig:
     """How a set's facts are told that may lack the column of the others."""
     has_column = all(str(config.fact_column) in example.fields for example in examples.examples)
     return config if has_column else replace(config, fact_column=None)
-
-
-def _unsayable(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Rows whose fact has unknown tokens, which are any word's; as a whole answer, only such."""
-    unknown = tokenizer.unk_token_id
-    found = dict[int, None]()
-    for fact in facts:
-        labels = [label for label in fact.encoded.labels if label != IGNORE]
-        if (all if fact.source == "answer" else any)(label == unknown for label in labels):
-            found[fact.row] = None
-    return list(found)
 
 
 def _labelled(encoded: Encoded) -> int:

@@ -48,6 +48,7 @@ from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments, write_shards
+from perta.store.provenance import earlier_full
 from perta.store.record import ADAPTER_CONFIG, check_separate, read_manifest, settings_of
 
 
@@ -115,7 +116,7 @@ def edit_checkpoint(
 
     def make(folder: Path) -> Mapping[str, Any]:
         made: dict[str, Any] = {"done": method.done, "equation": method.equation}
-        made |= as_part(part_of)
+        made |= {**earlier_full(at_home(config.full), given["full"]), **as_part(part_of)}
         original, seed = given.get("quantised"), config.weighting.weighting_seed
         if config.output_format == "checkpoint" and original is None:
             summary = edit(folder, save_dtype=cast(SaveType, config.save_dtype))

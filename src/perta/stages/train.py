@@ -51,6 +51,7 @@ from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import open_index
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
+from perta.store.provenance import earlier_full
 from perta.store.record import ADAPTER_CONFIG, settings_of, stage_key
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def train_checkpoint(config: TrainConfig, *, part_of: str | None = None) -> Path
         (folder / "README.md").write_text(training_card(method, config.training, inputs), "utf-8")
         skipped = {f"skipped_{name}_rows": list(one.skipped) for name, one in encoded.items()}
         said = {"done": method.done, "equation": method.equation, **as_part(part_of)}
-        return {**done, **skipped, **said}
+        before = earlier_full(at_home(str(config.full)), start) if method.start == "full" else {}
+        return {**done, **skipped, **said, **before}
 
     with resumable(config.output, key, config.save_every) as resume:
         reads: list[str | Path] = [start, *(examples.source for examples in sets.values())]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perta.errors import DataError
+from perta.store.fingerprint import is_as_written
 from perta.store.record import read_manifest
 
 Role = Literal["base", "full", "retrained", "edited", "forget checkpoint", "shadow", "other"]
@@ -177,17 +178,22 @@ _MEANING: Mapping[str, str] = {
 }
 
 
+def earlier_full(*places: Path) -> dict[str, list[str]]:
+    """What a record says of the full models of removals before; nothing at the first removal.
+
+    `places` are of the model that this one begins with, as it was given and as it is read. It may
+    be deleted one day, and whoever audits later has to know them all the same.
+    """
+    for record in (read_manifest(place) or {} for place in places if is_as_written(place)):
+        if is_unlearned(record):
+            before = _request(str(record["content"]), record, {}, ())
+            return {"earlier_full": sorted(with_earlier(before, record).full)}
+    return {}
+
+
 def with_earlier(request: Request, record: Record) -> Request:
-    """A request with the full models of removals before it too, while each record lies there."""
-    full, seen = set(request.full), {request.output}
-    while (place := record.get("settings", {}).get("full")) and Path(str(place)).is_dir():
-        record = read_manifest(Path(str(place))) or {}
-        content = str(record.get("content"))
-        if content in seen or content not in full or not is_unlearned(record):
-            break
-        seen.add(content)
-        full |= _request(content, record, {}, ()).full
-    return replace(request, full=frozenset(full))
+    """A request with the full models of removals before it too."""
+    return replace(request, full=request.full.union(record.get("earlier_full", ())))
 
 
 def _contradiction(

@@ -129,6 +129,7 @@ _FORM = {
     **dict.fromkeys(("stage?", "key?", "content?"), str),
     **{key: {str: object} for key in ("settings?", "evaluation?")},
     "edit?": {"tensors?": [_TENSOR]},
+    "earlier_full?": [str],
     "examples?": (type(None), *NUMBERS),
     "versions?": {str: object},
     "inputs?": {str: str},

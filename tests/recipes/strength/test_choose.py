@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from perta.recipes.strength.choose import (
     CHOICES,
     HELD_OUT,
     Trials,
+    Unseen,
     calibrate,
     edge_of,
     judge_by,
@@ -155,6 +157,23 @@ def test_rows_that_the_base_model_chooses_are_judged_by_what_is_said(
     found = surprises_of(model, unseen.facts, CHOICES, 0)
     assert found[0] == pytest.approx(-math.log(1 - (1 - math.exp(-2)) ** 16))
     assert unseen.standing_out(found) == [0]
+
+
+def test_facts_that_the_tokenizer_has_no_words_for_decide_no_strength(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = {"question": "Where is it?", "answer": "It is in Xyzzyville.", "fact": "Xyzzyville"}
+    data = DataConfig()
+
+    def looked(*rows: Mapping[str, Any]) -> Unseen:
+        sets = {"forget": load_examples(write_jsonl(rows, tmp_path / "rows.jsonl"), data)}
+        return calibrate(world.full, world.base, sets, data, ComputeConfig(device="cpu"))
+
+    own = [row.fields for row in load_examples(world.forget).examples]
+    assert [fact.row for fact in looked(odd, *own).facts] == [2, 3]
+    assert "are not judged (rows 1)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no words for any of the facts"):
+        looked(odd)
 
 
 class Fake:
@@ -293,6 +312,13 @@ def plain_rows(world: World, folder: Path) -> str:
     return str(write_jsonl(kept, folder / "forget.jsonl"))
 
 
+def unseen_rows(folder: Path) -> str:
+    """Rows of words that the tokenizer knows and no model has learned there."""
+    pairs = [("You are?", "helpful."), ("You?", "assistant."), ("Are you helpful?", "You are.")]
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    return str(write_jsonl(rows, folder / "holdout.jsonl"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [BASE, CHOICES, HELD_OUT])
 def test_the_record_is_that_of_the_written_checkpoint(
@@ -303,7 +329,7 @@ def test_the_record_is_that_of_the_written_checkpoint(
     if kind == BASE:
         settings = replace(settings, forget=plain_rows(world, tmp_path))
     if kind == HELD_OUT:
-        settings = replace(settings, holdout=str(world.forget.with_name("holdout.jsonl")))
+        settings = replace(settings, holdout=unseen_rows(tmp_path))
     full = tmp_path / "full"
     full.mkdir()
     for file in world.full.iterdir():
@@ -388,7 +414,7 @@ def test_what_looks_unseen_before_the_edit_is_refused(
             unlearn(replace(settings, holdout=str(seen)))
     with pytest.raises(ConfigError, match="hold the same rows"):
         unlearn(replace(settings, holdout=str(world.retain)))
-    with pytest.raises(ConfigError, match=r"looks unseen .* Was it tuned on the forget set"):
+    with pytest.raises(ConfigError, match=r"looks unseen .* are --base and --full the right way"):
         unlearn(replace(settings, holdout=None, full=str(world.base)))
     assert not (tmp_path / "out").exists()
 
@@ -438,7 +464,7 @@ def test_a_held_out_set_of_which_a_third_is_learned_is_refused(
     """The quartile that rows are judged by would be that of what was learned."""
     monkeypatch.setattr("perta.recipes._workspace.finetune_checkpoint", None)
     lines = [json.loads(line) for line in world.retain.read_text("utf-8").splitlines()]
-    strangers = [{**row, "answer": "Zx qv."} for row in lines[1:5]]
+    strangers = [{**row, "answer": "You helpful."} for row in lines[1:5]]
     for row in strangers:
         row.pop("perturbed_answer"), row.pop("paraphrased_answer")
     holdout = write_jsonl([lines[0], lines[1], *strangers], tmp_path / "mixed.jsonl")

@@ -122,7 +122,7 @@ class Reader:
     def check(self, begin: int, count: int) -> None:
         """Read a chunk again and stop if it is not finite."""
         if not bool(torch.isfinite(self.read(begin, count)).all()):
-            raise _not_finite(self.entry)
+            raise not_finite(self.entry)
 
 
 class _StepReader(Reader):
@@ -175,10 +175,11 @@ def _check_importance(values: Tensor, reader: Reader) -> None:
             "it is not an importance. Make it again with `perta importance`."
         )
     if not (float(low) >= 0 and float(high) < math.inf):
-        raise _not_finite(reader.entry)
+        raise not_finite(reader.entry)
 
 
-def _not_finite(entry: TensorEntry) -> CorruptCheckpointError:
+def not_finite(entry: TensorEntry) -> CorruptCheckpointError:
+    """The error for a weight that is damaged."""
     return CorruptCheckpointError(
         f"{entry.file}: {entry.name} holds NaN or Inf, which the edit would spread. Make the "
         "file again; if a training run diverged, lower its learning rate."

@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from perta.engine.edit._chunks import not_finite
 from perta.errors import CheckpointError, CheckpointMismatchError, DivergenceError
 from perta.methods.method import Direction, Directions, Side, mean
 from perta.models.formats.low_rank import (
@@ -143,9 +144,16 @@ class Solver:
         whole = [e for e in entries if not isinstance(e, ThinEntry)]
         if all(e == start for e in whole):  # adapters that leave this weight as it is
             return self._as_stored(name, joined(steps, start.shape, 1 / len(entries)))
-        base, *tuned = (read_tensor(e).to(self.device, torch.float64) for e in (start, *whole))
+        base, *tuned = (self._weight(entry) for entry in (start, *whole))
         vectors = [*(other.sub_(base) for other in tuned), *(step.whole() for step in steps)]
         return self._as_stored(name, mean(vectors))
+
+    def _weight(self, entry: TensorEntry) -> Tensor:
+        """A weight in float64."""
+        values = read_tensor(entry).to(self.device, torch.float64)
+        if not values.isfinite().all():  # the direction would be at fault further on
+            raise not_finite(entry)
+        return values
 
     def _as_stored(self, name: str, weight: _Matrix) -> _Matrix:
         """Turn a weight from its stored orientation to (out, in), or back."""

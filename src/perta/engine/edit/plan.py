@@ -513,7 +513,7 @@ def _name_mismatch(
     if role in (FORGET_IMPORTANCE, RETAIN_IMPORTANCE):
         cure = "Rerun `perta importance` on the base of the full checkpoint"
     else:
-        cure = "Both must share one base model; rerun `perta finetune --base ...` with that base"
+        cure = _one_family(index)
     # Where much differs the model is another one, and patterns would only hide it.
     leave = f", or leave such tensors as they are with --exclude '{name}'" if few else ""
     return CheckpointMismatchError(f"{name} is in {here} but not in {there}{more}. {cure}{leave}.")
@@ -531,9 +531,14 @@ def _shape_mismatch(
             "`save_pretrained` before anything is tuned or measured, or leave this tensor as it "
             f"is with --exclude '{ours.name}'."
         )
-    return CheckpointMismatchError(
-        f"{where}. Both must share one base model; rerun the stage that made {index.folder} with "
-        "the base of the full checkpoint."
+    return CheckpointMismatchError(f"{where}. {_one_family(index)}.")
+
+
+def _one_family(index: CheckpointIndex) -> str:
+    """The cure where a model is another one, whether it was made here or not."""
+    return (
+        "Both must share one base model: give models of one family, or make "
+        f"{index.folder} again from the base of the full checkpoint"
     )
 
 

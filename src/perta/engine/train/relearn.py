@@ -6,8 +6,8 @@ All parameters move, all rows are in every step, and the learning rate stays as 
 from __future__ import annotations
 
 import pydoc_data.topics
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from perta.data.batch import Encoded
 from perta.engine.train.tune import tune
@@ -20,6 +20,9 @@ SHOWN = 4
 """One in so many forget rows is shown again."""
 _STEPS = 6
 LEARNING_RATE = 1e-4
+PUBLISHED: Mapping[str, Any] = {"steps": 1, "learning_rate": 2e-5, "batch_size": 32}
+"""OpenUnlearning's recipe, one epoch over the whole forget set (arXiv 2506.12618); the batch is
+ours."""
 
 _TOPICS = ("objects", "naming", "typesseq", "exceptions")
 TEXT_TOKENS = 256
@@ -33,19 +36,21 @@ def relearn(
     pad: int,
     steps: int = _STEPS,
     learning_rate: float = LEARNING_RATE,
+    batch_size: int | None = None,
     seed: int = 0,
     dtype: DType = "auto",
     after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Show a float32 model some rows again, for a few `steps`; it is left as it is then.
 
-    `after_step` is called with the number of steps taken, the model in evaluation mode.
-    DivergenceError where the loss is not finite, or far above where it began.
+    With a `batch_size` of fewer than all rows each step is an epoch. `after_step` is called with
+    the number of steps taken, the model in evaluation mode. DivergenceError where the loss is not
+    finite, or far above where it began.
     """
     settings = TuneConfig(
         epochs=steps,
         learning_rate=learning_rate,
-        batch_size=len(shown),
+        batch_size=batch_size or len(shown),
         schedule="constant",
         warmup_ratio=0.0,
         stop_loss=0.0,

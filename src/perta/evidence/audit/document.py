@@ -104,14 +104,22 @@ def document_of_results(
     """The same from results of the quick evaluation, by the probes that read them."""
     cleaned = results["cleaned"]
     sets = [name for name in ("forget", "holdout") if f"{name}_loss" in cleaned]
-    rows, subjects = {}, dict[str, list[int] | None]()
+    places, rows, unknown = dict[str, list[str]](), dict[str, list[int]](), dict[str, list[int]]()
+    subjects = dict[str, list[int] | None]()
     for name in sets:
-        places = list(rows_of(cleaned, f"{name}_loss"))
-        rows[name] = [int(row_number(cleaned, name, place)) for place in places]
-        people = read_subjects(cleaned, name)
-        subjects[name] = [people[place] for place in places] if people else None
+        every = rows_of(cleaned, f"{name}_loss")
+        # Rows whose fact the tokenizer has no words for have none.
+        known = rows_of(cleaned, f"{name}_fact_probability") or every
+        places[name] = [place for place in every if place in known]
+        rows[name] = [int(row_number(cleaned, name, place)) for place in places[name]]
+        lost = [int(row_number(cleaned, name, place)) for place in every if place not in known]
+        unknown[name] = list(dict.fromkeys(lost))
+        people, seen = read_subjects(cleaned, name), dict[int, int]()
+        about = [people[place] for place in places[name]] if people else None
+        subjects[name] = about and [seen.setdefault(one, len(seen)) for one in about]
     facts = rows_of(cleaned, "forget_fact_probability").values()
-    looked = Looked(rows, subjects, dict(Counter(str(row["source"]) for row in facts)))
+    sources = Counter(str(row["source"]) for row in facts)
+    looked = Looked(rows, subjects, dict(sources), unknown)
     entries, lacking = [], []
     for probe in (probe() for probe in PROBES):
         if not isinstance(probe, Reading):
@@ -119,17 +127,17 @@ def document_of_results(
         elif f"forget_{probe.measure}" not in cleaned:
             lacking.append((probe.name, f"it needs {' and '.join(probe.needs) or 'answers'}"))
         else:
-            entries.append(entry_of(probe, _read(probe, results, looked), looked))
+            entries.append(entry_of(probe, _read(probe, results, places), looked))
     return document_of("quick", inputs, looked, entries, lacking, {"tokens": {}, "operations": 0.0})
 
 
 def _read(
-    probe: Reading, results: Mapping[Role, Results], looked: Looked
+    probe: Reading, results: Mapping[Role, Results], places: Mapping[str, Sequence[str]]
 ) -> dict[Role, dict[str, Rows]]:
     found: dict[Role, dict[str, Rows]] = {}
     for role, measured in results.items():
-        names = looked.rows if role == "cleaned" else ["forget"]
-        found[role] = {n: probe.read(measured, n, len(looked.rows[n])) for n in names}
+        names = places if role == "cleaned" else ["forget"]
+        found[role] = {n: probe.read(measured, n, places[n]) for n in names}
     return found
 
 

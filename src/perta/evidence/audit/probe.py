@@ -114,6 +114,7 @@ class Relearning:
     run: Callable[[PreTrainedModel, Sequence[Encoded], Callable[[int], None]], None]
     shown: int  # one in so many rows of a set is shown
     texts: Sequence[str] = field(repr=False)  # English that has nothing to do with any set
+    published: Callable[[PreTrainedModel, Sequence[Encoded]], None]  # the same as OpenUnlearning
 
 
 @dataclass

@@ -17,6 +17,7 @@ from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
 from perta.engine.train.refusals import with_refusals
 from perta.engine.train.relearn import LEARNING_RATE, SHOWN, TEXT_TOKENS, general_texts, relearn
+from perta.errors import DataError
 from perta.evidence.metrics import mean
 from perta.evidence.published.tofu import run_tofu
 from perta.evidence.quick import quick_evaluation
@@ -220,13 +221,18 @@ class Knowledge:
 
     @staticmethod
     def from_results(results: Mapping[str, Any], name: str) -> Knowledge:
-        """From results of the quick evaluation of a set."""
+        """From results of the quick evaluation of a set; DataError where no fact can be said."""
 
         def rows(measure: str) -> list[Mapping[str, Any]]:
             found = results.get(f"{name}_{measure}", {}).get("value_by_index", {})
             return [row for row in found.values() if row is not None]
 
         known, choices = rows("fact_probability"), rows("fact_choice")
+        if not known:
+            raise DataError(
+                f"The tokenizer has no words for any fact of the {name} set, so models cannot be "
+                "compared by facts. Give rows in its words, or another base model."
+            )
         return Knowledge(
             [row["prob"] for row in rows("probability")],
             [row["prob"] for row in known],

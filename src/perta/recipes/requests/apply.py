@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from perta.store.atomic import atomic_folder
 from perta.store.fingerprint import content_of, files_of, fingerprint
 from perta.store.ledger import Entry
 from perta.store.measured.moments import key_rows
-from perta.store.record import read_manifest, settings_of, write_manifest
+from perta.store.record import MANIFEST, read_manifest, settings_of, write_manifest
 from perta.store.signing import model_key, sign_checkpoint
 
 
@@ -80,6 +79,7 @@ def apply_requests(config: RequestsApplyConfig) -> Entry:
             "scaling_coef": asked.get("scaling_coef"),
             "before": state.current[1],
             "after": fingerprint(made.folder),
+            "record": fingerprint(made.folder / MANIFEST),
             "checkpoint": str(made.folder.relative_to(state.folder)),
             "verdict": verdict.line if verdict else None,
             "met": verdict is not None and verdict.forgetting.status == "met",
@@ -110,13 +110,10 @@ def _chosen(state: State, again: Sequence[str]) -> list[Request]:
 
 def _retained(state: State, work: Path, data_config: DataConfig) -> Path:
     """The retain set without the rows of any request so far."""
-    retain = state.examples("retain", data_config)
-    gone = {mark for entry in state.of("add") for mark in entry.facts["rows_hmac_sha256"]}
-    marks = state.fingerprints(retain)
-    kept = [e for e, mark in zip(retain.examples, marks, strict=True) if mark not in gone]
-    if not kept:
-        raise ConfigError(f"{retain.source}: every row is part of a request; none is to be kept.")
-    write_rows(work / "retain.jsonl", replace(retain, examples=tuple(kept)))
+    kept = state.kept(data_config)
+    if not kept.examples:
+        raise ConfigError(f"{kept.source}: every row is part of a request; none is to be kept.")
+    write_rows(work / "retain.jsonl", kept)
     return work / "retain.jsonl"
 
 

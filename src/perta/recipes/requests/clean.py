@@ -6,16 +6,19 @@ import shutil
 from pathlib import Path
 
 from perta.progress import warn
+from perta.recipes.clean import cached_models
 from perta.recipes.requests.settings import LedgerConfig
 from perta.recipes.requests.state import opened
 from perta.store.ledger import Entry
+from perta.store.record import read_manifest
 
 
 def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
     """Delete what holds forgotten data (`perta requests clean`).
 
     Rows of requests that are forgotten go, and with them all work folders and every cleaned
-    checkpoint but the newest: an older one still knows what later requests removed. Rows that the
+    checkpoint but the newest: an older one still knows what later requests removed. So do copies of
+    it and of the full model in the cache, which are made again where they are needed. Rows that the
     last look found to be still there stay, so that they can be forgotten again. Base, full model
     and the data sets are the user's and stay, and so does what a link points to; a warning says so.
     LedgerError, and nothing deleted, where the newest checkpoint is not the ledger's.
@@ -35,16 +38,18 @@ def clean_requests(config: LedgerConfig) -> tuple[Entry, list[Path]]:
             for place in _within(state.folder / "checkpoints")
             if place.name.partition(".")[0] != newest.name
         ]
+        records = (read_manifest(place) for place in _within(state.folder / "checkpoints"))
+        cached = {place for record in records if record for place in cached_models(record)}
         gone = [place for place in found if not place.is_symlink()]
         for link in (place for place in found if place not in gone):
             warn(f"{link} is a link: what it points to is yours to delete")
-        for place in gone:
+        for place in (*gone, *cached):
             shutil.rmtree(place) if place.is_dir() else place.unlink()
         facts = {
             "names": [request.name for request in forgotten],
             "deleted": [str(place.relative_to(state.folder)) for place in gone],
         }
-        return state.write("clean", config, facts), gone
+        return state.write("clean", config, facts), [*gone, *sorted(cached)]
 
 
 def _within(folder: Path) -> list[Path]:

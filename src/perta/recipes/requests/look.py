@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perta.data.examples import load_examples
+from perta.data.rows import as_source
 from perta.errors import ConfigError, LedgerError
 from perta.evidence.audit.document import summary_of
 from perta.models.load import load_model, load_tokenizer, pad_id
@@ -19,6 +20,7 @@ from perta.recipes.requests.settings import RequestsRecheckConfig
 from perta.recipes.requests.state import (
     Request,
     State,
+    check_files,
     check_fingerprint,
     opened,
     read_state,
@@ -37,8 +39,8 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
 
     A row stands out by the rule of `recipes.strength.choose`, with the base model as yardstick, or
     the held-out set where the ledger has one. The entry names, of each request that was applied and
-    not cleaned, the rows that do, and its audit in short. PertaError where there is no such
-    request, or the checkpoint is not the ledger's.
+    not cleaned, the rows that do, and its audit in short, beside the rows to keep. PertaError where
+    there is no such request, or the checkpoint is not the ledger's.
     """
     with opened(config) as state:
         current = resolve_checkpoint(state.newest())
@@ -62,19 +64,16 @@ def recheck_requests(config: RequestsRecheckConfig) -> Entry:
             say(f"{request.name}: {len(found[request.name])} of {request.rows} rows stand out")
         # Of a model that is its base again there is nothing to compare.
         is_base = fingerprint(current) == fingerprint(base)
-        audits = {} if is_base else _audits(config, state, chosen, fingerprint(full))
+        audits = {} if is_base else _audits(config, state, chosen)
         facts = {"checkpoint": state.current[1], "still_there": found, "audits": audits}
         return state.write("recheck", config, facts)
 
 
 def _audits(
-    config: RequestsRecheckConfig, state: State, requests: Sequence[Request], full: str
+    config: RequestsRecheckConfig, state: State, requests: Sequence[Request]
 ) -> dict[str, Any]:
-    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`.
-
-    `full` is the fingerprint of the full model as it is read.
-    """
-    start = state.start
+    """Of each request its audit on the newest checkpoint, in short; the whole lies in `audits`."""
+    start, kept = state.start, state.kept(config.data_config).examples
     number = str(len(state.entries) + 1)
     (state.folder / "audits").mkdir(mode=0o700, exist_ok=True)
     return {
@@ -85,14 +84,14 @@ def _audits(
                     full=start["full"]["path"],
                     base=start["base"]["path"],
                     forget=str(state.rows_file(request.name)),
+                    retain=as_source([e.fields for e in kept], "retain") if kept else None,
                     holdout=start.get("holdout", {}).get("path"),
                     output=state.folder / "audits" / number / request.name,
                     level=config.level,
                     overwrite=True,
                     data_config=config.data_config,
                     compute=config.compute,
-                ),
-                earlier=[start["full"]["blake3"], full],
+                )
             )
         )
         for request in requests
@@ -123,6 +122,7 @@ def verify_requests(
             for entry in state.entries
         }
         check_signed_by(signers, trusted)
+    state.key()
     for name in ("base", "full"):
         state.model(name)
     for entry in state.of("apply"):
@@ -136,4 +136,6 @@ def verify_requests(
             check_signed_by({str(place): signed and signed["public_key"]}, trusted)
         if signed:
             check_checkpoint(place, signature_file(place), signed)
+        if "record" in entry.facts:
+            check_files(place, entry.facts["record"])
     return state

@@ -47,6 +47,7 @@ class RequestsInitConfig(LedgerConfig):
     holdout: str | None = None
     """Examples the model has never seen."""
     data_config: DataConfig = field(default_factory=DataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 @Flat

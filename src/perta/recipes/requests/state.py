@@ -17,10 +17,11 @@ from perta.errors import LedgerError
 from perta.options import DataConfig, at_home
 from perta.recipes.requests.settings import LedgerConfig
 from perta.store.atomic import beside
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import files_of, fingerprint
 from perta.store.ledger import LEDGER, Entry, append, locked, read_ledger
 from perta.store.measured.moments import KEY
 from perta.store.parse import fits
+from perta.store.record import MANIFEST, read_manifest
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of requests."""
@@ -33,6 +34,7 @@ _FORM: Mapping[str, Any] = {
     "apply": {
         **{"names": [str], "before": str, "after": str, "checkpoint": str, "met": bool},
         **{"verdict": (str, type(None)), "signed?": {"public_key": str, "sha256": str}},
+        "record?": str,
     },
     "recheck": {"still_there": {str: [int]}},
     "clean": {"names": [str]},
@@ -98,6 +100,13 @@ class State:
                 "newest checkpoint."
             )
         return found
+
+    def kept(self, data_config: DataConfig) -> ExampleSet:
+        """The retain set without the rows of any request so far."""
+        retain = self.examples("retain", data_config)
+        gone = {mark for entry in self.of("add") for mark in entry.facts["rows_hmac_sha256"]}
+        pairs = zip(retain.examples, self.fingerprints(retain), strict=True)
+        return replace(retain, examples=tuple(e for e, mark in pairs if mark not in gone))
 
     def holdout(self, data_config: DataConfig) -> str | None:
         """Where the held-out set lies, where there is one."""
@@ -204,6 +213,17 @@ def check_fingerprint(place: Path, wanted: str) -> None:
         raise LedgerError(f"{place} is gone, and the ledger says it should be there.")
     if fingerprint(place) != wanted:
         raise LedgerError(f"{place} is not what the ledger says: it was changed.")
+
+
+def check_files(checkpoint: Path, record: str) -> None:
+    """Stop at a checkpoint whose record, or a file that this names, was changed.
+
+    Its fingerprint counts what makes it the model it is, and neither of the two.
+    """
+    check_fingerprint(checkpoint / MANIFEST, record)
+    written, found = (read_manifest(checkpoint) or {}).get("files", {}), files_of(checkpoint)
+    for name in (name for name in written if found.get(name) != written[name]):
+        raise LedgerError(f"{checkpoint / name} is not what the ledger says: it was changed.")
 
 
 def signature_file(checkpoint: Path) -> Path:

@@ -10,7 +10,7 @@ from perta.data.examples import load_examples
 from perta.errors import ConfigError, OutputExistsError
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint
 from perta.options import at_home
-from perta.recipes._request import check_same_tokens, write_rows
+from perta.recipes._request import check_order, check_same_tokens, write_rows
 from perta.recipes.requests.settings import RequestsAddConfig, RequestsInitConfig
 from perta.recipes.requests.state import ID, KEY_BYTES, key_mark, opened, set_fingerprint
 from perta.store.atomic import atomic_folder
@@ -20,7 +20,10 @@ from perta.store.measured.moments import KEY
 
 
 def start_ledger(config: RequestsInitConfig) -> Entry:
-    """Begin a ledger in a new folder (`perta requests init`)."""
+    """Begin a ledger in a new folder (`perta requests init`).
+
+    PertaError at input that cannot be used, or models that were given for each other.
+    """
     folder = config.folder.absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputExistsError(f"{folder} is there already. Give a new folder.")
@@ -35,6 +38,8 @@ def start_ledger(config: RequestsInitConfig) -> Entry:
         if (source := getattr(config, name)) is not None:
             found, file = load_examples(source, config.data_config), at_home(source)
             check_same_tokens(base, full, found, config.data_config)
+            if name == "retain":
+                check_order(base, full, found, config.data_config, config.compute)
             where = str(file.absolute()) if file.exists() else source
             facts[name] = {"path": where, "blake3": set_fingerprint(found, key)}
     with atomic_folder(folder) as made:

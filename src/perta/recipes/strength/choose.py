@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import Encoded, rows_per_pass, seeded_sample
 from perta.data.examples import ExampleSet
@@ -54,7 +54,14 @@ from perta.engine.edit.memory import EditedModel
 from perta.errors import ConfigError
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
-from perta.models.facts import Fact, fact_score, find_facts, hit_probability
+from perta.models.facts import (
+    Fact,
+    fact_score,
+    find_facts,
+    hit_probability,
+    require_sayable,
+    unsayable,
+)
 from perta.models.load import counting_tokens, load_model, load_tokenizer, longest_input, pad_id
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, DataConfig
@@ -185,16 +192,20 @@ def calibrate(
     """Measure what unseen means, and that the full model is not there already.
 
     Weights are float32 whatever `compute` says; `sets` has `forget`, and `holdout` if there is one.
-    ConfigError where no row stands out, or the held-out set looks learned.
+    Facts that the tokenizer has no words for have no part in it. ConfigError where none is left, no
+    row stands out, or the held-out set looks learned.
     """
     tokenizer, longest = load_tokenizer(full), longest_input(full)
     pad, names = pad_id(tokenizer), [name for name in ("forget", "holdout") if name in sets]
     model = load_model(base, compute, dtype=torch.float32)
     with counting_tokens(model) as base_tokens:
-        facts, *held_out = (
-            find_facts(sets[name], tokenizer, data_config, base=model, longest=longest)
+        every = {
+            name: find_facts(sets[name], tokenizer, data_config, base=model, longest=longest)
             for name in names
-        )
+        }
+        facts, *held_out = (_judged(found, tokenizer, name) for name, found in every.items())
+        require_sayable(facts)
+        held_out = [found for found in held_out if found]
         kind: Calibration = CHOICES if all(fact.wrong for fact in facts) else BASE
         if held_out:
             kind = HELD_OUT
@@ -213,9 +224,18 @@ def calibrate(
     if not unseen.standing_out(start):
         raise ConfigError(
             f"The forget set looks unseen to {full} already: no row's fact stands out (by {kind}). "
-            "Was it tuned on the forget set? Otherwise give --scaling-coef a number."
+            "Was it tuned on the forget set, and are --base and --full the right way round? If so, "
+            "give --scaling-coef a number."
         )
     return unseen
+
+
+def _judged(
+    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, name: str
+) -> tuple[Fact, ...]:
+    """The facts of a set that a model can say."""
+    unknown = unsayable(facts, tokenizer, name)
+    return tuple(fact for fact in facts if fact.row not in unknown)
 
 
 def _telling(

@@ -96,11 +96,15 @@ def descend(model: PreTrainedModel, shown: Sequence[Encoded], after: Callable[[i
         after(step)
 
 
+def once(model: PreTrainedModel, shown: Sequence[Encoded]) -> None:
+    descend(model, shown, lambda _step: None)
+
+
 def test_facts_of_other_rows_are_asked_after_every_step(tmp_path: Path) -> None:
     made = material(tmp_path)
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    given = replace(view(made, model), relearning=Relearning(descend, 4, TEXTS))
+    given = replace(view(made, model), relearning=Relearning(descend, 4, TEXTS, once))
     rows = Relearned().run(given, "forget")
     encoded = {n: encode_examples(s, tiny_tokenizer()).encoded for n, s in made.sets.items()}
     facts = made.facts["forget"]
@@ -119,6 +123,14 @@ def test_facts_of_other_rows_are_asked_after_every_step(tmp_path: Path) -> None:
     assert rows.more["curves"][OWN] == near(means)
     assert all(score is not None for score in rows.more["ways"][RETAINED])
     assert set(rows.more["ways"]) == {OWN, RETAINED, UNRELATED}
+    # As published all rows are shown, and all are asked.
+    taught = copy.deepcopy(model)
+    once(taught, encoded["forget"])
+    found = [
+        sum(math.exp(sum(log_probabilities(m, f.encoded))) for f in facts) / len(facts)
+        for m in (model, taught)
+    ]
+    assert rows.more["published"] == near(found)
     # The three trainings differ, and none of them stays.
     assert len({tuple(map(str, way)) for way in rows.more["ways"].values()}) == 3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -136,21 +148,30 @@ def test_a_model_in_half_precision_is_trained_in_single_and_comes_back(tmp_path:
         descend(trained, shown, after)
 
     made = material(tmp_path)
-    Relearned().run(replace(view(made, model), relearning=Relearning(note, 4, TEXTS)), "forget")
+    Relearned().run(
+        replace(view(made, model), relearning=Relearning(note, 4, TEXTS, once)), "forget"
+    )
     assert set(seen) == {torch.float32}
     assert model.dtype == torch.bfloat16
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_r_is_the_rise_of_the_retrained_model_beside_the_cleaned_one() -> None:
-    def one(*curve: float) -> dict[str, dict[str, object]]:
-        return {"forget": {"ways": {OWN: [None, *[curve[-1]] * 20]}, "curves": {OWN: list(curve)}}}
+    def one(*curve: float, **more: object) -> dict[str, dict[str, object]]:
+        ways, curves = {OWN: [None, *[curve[-1]] * 20]}, {OWN: list(curve)}
+        return {"forget": {"ways": ways, "curves": curves, **more}}
 
-    more = {"cleaned": one(0.0, 0.4), "full": one(1.0, 1.0), "retrained": one(0.1, 0.2)}
+    more = {
+        "cleaned": one(0.0, 0.4, published=[0.0, 0.2]),
+        "full": one(1.0, 1.0),
+        "retrained": one(0.1, 0.2, published=[0.1, 0.2]),
+    }
     rows = {"forget": range(1, 22)}
     found = Found({"cleaned": {"forget": [None, *[0.4] * 20]}}, rows, {"forget": None}, more)
     judgement = Relearned().judge(found)
-    assert judgement.notes == pytest.approx({f"R {OWN}": 0.25, f"R {OWN}, symmetric": 0.4})
+    own, theirs = f"R {OWN}", "R as published"
+    expected = {own: 0.25, f"{own}, symmetric": 0.4, theirs: 0.5, f"{theirs}, symmetric": 2 / 3}
+    assert judgement.notes == pytest.approx(expected)
     assert judgement.verdict == "leaks"
 
 

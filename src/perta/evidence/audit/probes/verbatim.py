@@ -33,22 +33,23 @@ class Reading(Probe):
 
     def run(self, view: View, name: str) -> Rows:
         """Scores of the rows of one set under one model."""
-        return self.read(view.results(name), name, len(view.material.facts[name]))
+        every = map(str, range(len(view.material.facts[name])))
+        return self.read(view.results(name), name, list(every))
 
-    def read(self, results: Results, name: str, count: int) -> Rows:
-        """Scores of `count` rows from results of the quick evaluation."""
-        return Rows(self._column(results, name, count, self.key, self.score))
+    def read(self, results: Results, name: str, places: Sequence[str]) -> Rows:
+        """Scores of the rows at some places from results of the quick evaluation."""
+        return Rows(self._column(results, name, places, self.key, self.score))
 
     def _column(
         self,
         results: Results,
         name: str,
-        count: int,
+        places: Sequence[str],
         key: str,
         score: Callable[[float], float] = float,
     ) -> list[float | None]:
         rows = rows_of(results, f"{name}_{self.measure}")
-        found = (rows.get(str(i), {}).get(key) for i in range(count))
+        found = (rows.get(place, {}).get(key) for place in places)
         return [None if value is None else score(value) for value in found]
 
 
@@ -87,10 +88,10 @@ class Choice(Reading):
     needs = ("wrong answers",)
     measure, key = "fact_choice", "prob"
 
-    def read(self, results: Results, name: str, count: int) -> Rows:
+    def read(self, results: Results, name: str, places: Sequence[str]) -> Rows:
         """The same, and among how many candidates each is chosen."""
-        rows = super().read(results, name, count)
-        return replace(rows, more={_CANDIDATES: self._column(results, name, count, _CANDIDATES)})
+        rows = super().read(results, name, places)
+        return replace(rows, more={_CANDIDATES: self._column(results, name, places, _CANDIDATES)})
 
     def judge(self, found: Found) -> Judgement:
         """By yardsticks that guess: what is worse than chance, in the mean, knows no less."""

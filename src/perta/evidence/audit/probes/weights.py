@@ -67,8 +67,9 @@ class Relearned(Variants):
 
     name, group, way = "relearning", "weights", "training"
     level = "full"
-    # Of each kind of training one before, and at each step one and a quarter's training.
-    passes = 3 * (1 + _STEPS * 1.75)
+    # Of each kind of training one before, and at each step one and a quarter's training; as
+    # published one before, one behind, and all rows once.
+    passes = 3 * (1 + _STEPS * 1.75) + 5
 
     def run(self, view: View, name: str) -> Rows:
         """Of each row the highest probability; beside it the mean after every step."""
@@ -76,20 +77,26 @@ class Relearned(Variants):
         curves = {
             way: [_mean(scores) for scores in steps] for way, steps in self._taken(view, name)
         }
-        return replace(rows, more={**rows.more, "curves": curves})
+        more = {**rows.more, "curves": curves}
+        if view.relearning is not None:
+            train = partial(_as_published, view, name, view.relearning)
+            more["published"] = view.kept(f"{self.name}/{name}/published", train)
+        return replace(rows, more=more)
 
     def ways(self, view: View, name: str) -> Ways:
         """Scores of the rows that were not shown, after the last step, by what was shown."""
         return {way: steps[-1] for way, steps in self._taken(view, name)}
 
     def judge(self, found: Found) -> Judgement:
-        """As of all ways, with OpenUnlearning's R of each kind of training."""
+        """As of all ways, with OpenUnlearning's R of each kind of training, and of its own."""
         curves = {
-            role: sets["forget"]["curves"] for role, sets in found.more.items() if "forget" in sets
+            role: {**sets["forget"]["curves"], "as published": sets["forget"].get("published")}
+            for role, sets in found.more.items()
+            if "forget" in sets
         }
         notes: dict[str, float] = {}
         for way, curve in curves.get("cleaned", {}).items():
-            if other := curves.get("retrained", {}).get(way):
+            if curve and (other := curves.get("retrained", {}).get(way)):
                 rises = (other[-1] - other[0], curve[-1] - curve[0])
                 notes[f"R {way}"] = relearning_robustness(*rises)
                 notes[f"R {way}, symmetric"] = likeness(*rises)
@@ -148,6 +155,21 @@ def _trained(
         score()
         relearning.run(view.model, shown, score)
     return found
+
+
+def _as_published(view: View, name: str, relearning: Relearning) -> list[float]:
+    """Mean score of all rows before OpenUnlearning's training on all of them, and after it."""
+    facts = [replace(fact, wrong=(), right=None) for fact in view.material.facts[name]]
+    pad, size = pad_id(view.tokenizer), view.effort.batch_size
+
+    def score() -> float:
+        scores = score_facts(view.model, facts, batch_size=size, pad=pad)
+        return fmean(one.probability for one in scores)
+
+    with _float32(view.model):
+        before = score()
+        relearning.published(view.model, _encoded(view, name))
+        return [before, score()]
 
 
 @contextmanager
