@@ -416,6 +416,23 @@ def test_clean_follows_no_link_and_finds_what_failed_runs_left(
     assert gone == [ledger / "work" / "3"]
 
 
+def test_clean_names_what_it_cannot_find_once(
+    world: World, ledger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apply = RequestsApplyConfig(folder=ledger, weighting=METHOD, tune=TUNE)
+    _add(ledger, world.forget, "r1")
+    first = apply_requests(apply).facts["checkpoint"]
+    (row, *_) = load_examples(world.retain).examples
+    _add(ledger, write_jsonl([row.fields], tmp_path / "second.jsonl"), "r2")
+    apply_requests(apply)
+    shutil.move(ledger / first, tmp_path / "kept")
+    entry, _ = clean_requests(LedgerConfig(folder=ledger))
+    assert f"{ledger / first} is not there" in capsys.readouterr().err
+    assert entry.facts["not_found"] == [first]
+    assert clean_requests(LedgerConfig(folder=ledger))[0].facts["not_found"] == []
+    assert "is not there" not in capsys.readouterr().err
+
+
 def test_a_ledger_that_cannot_be_written_stays_as_it_is(world: World, ledger: Path) -> None:
     before = (ledger / LEDGER).read_bytes()
     (ledger / ".lock").unlink(missing_ok=True)

@@ -43,12 +43,11 @@ from perta.models.resolve import (
 from perta.options import ComputeConfig, SaveType, WeightingConfig, at_home
 from perta.progress import say, warn
 from perta.stages.settings import EditConfig
-from perta.stages.stage import At, as_part, refuse_other, run_stage
+from perta.stages.stage import At, as_part, earlier_full, refuse_other, run_stage
 from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import copy_companions, open_index
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments, write_shards
-from perta.store.provenance import earlier_full
 from perta.store.record import ADAPTER_CONFIG, check_separate, read_manifest, settings_of
 
 

@@ -30,6 +30,7 @@ from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfi
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
 from perta.store.checkpoint import GGUF, matches
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
+from perta.store.provenance import full_models
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
@@ -304,6 +305,18 @@ def _link(source: str, target: str) -> None:
 def as_part(key: str | None) -> dict[str, str]:
     """What the record of a whole run's last stage says until that of the run is written."""
     return {} if key is None else {"part_of": key}
+
+
+def earlier_full(*places: Path) -> dict[str, list[str]]:
+    """What a record says of the full models of removals before; nothing at the first removal.
+
+    `places` are of the model that this one begins with, as it was given and as it is read. It may
+    be deleted one day, and whoever audits later has to know them all the same.
+    """
+    for record in (read_manifest(place) or {} for place in places if is_as_written(place)):
+        if found := full_models(record):
+            return {"earlier_full": found}
+    return {}
 
 
 def refuse_other(

@@ -46,12 +46,11 @@ from perta.models.resolve import (
 from perta.options import at_home
 from perta.progress import warn
 from perta.stages.settings import TrainConfig
-from perta.stages.stage import as_part, run_stage
+from perta.stages.stage import as_part, earlier_full, run_stage
 from perta.store.atomic import beside, scratch_folder
 from perta.store.checkpoint import open_index
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
-from perta.store.provenance import earlier_full
 from perta.store.record import ADAPTER_CONFIG, settings_of, stage_key
 
 if TYPE_CHECKING:

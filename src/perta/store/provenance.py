@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perta.errors import DataError
-from perta.store.fingerprint import is_as_written
 from perta.store.record import read_manifest
 
 Role = Literal["base", "full", "retrained", "edited", "forget checkpoint", "shadow", "other"]
@@ -178,17 +177,11 @@ _MEANING: Mapping[str, str] = {
 }
 
 
-def earlier_full(*places: Path) -> dict[str, list[str]]:
-    """What a record says of the full models of removals before; nothing at the first removal.
-
-    `places` are of the model that this one begins with, as it was given and as it is read. It may
-    be deleted one day, and whoever audits later has to know them all the same.
-    """
-    for record in (read_manifest(place) or {} for place in places if is_as_written(place)):
-        if is_unlearned(record):
-            before = _request(str(record["content"]), record, {}, ())
-            return {"earlier_full": sorted(with_earlier(before, record).full)}
-    return {}
+def full_models(record: Record) -> list[str]:
+    """Full models of a removal and of those before it; none where the record is of none."""
+    if not is_unlearned(record):
+        return []
+    return sorted(with_earlier(_request("", record, {}, ()), record).full)
 
 
 def with_earlier(request: Request, record: Record) -> Request:
