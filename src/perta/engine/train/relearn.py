@@ -20,9 +20,9 @@ SHOWN = 4
 """One in so many forget rows is shown again."""
 _STEPS = 6
 LEARNING_RATE = 1e-4
-PUBLISHED: Mapping[str, Any] = {"steps": 1, "learning_rate": 2e-5, "batch_size": 32}
-"""OpenUnlearning's recipe, one epoch over the whole forget set (arXiv 2506.12618); the batch is
-ours."""
+PUBLISHED: Mapping[str, Any] = {"steps": 1, "learning_rate": 2e-5, "batch_size": 16}
+"""OpenUnlearning's recipe, one epoch over the whole forget set (arXiv 2506.12618); the batches are
+those of the code of arXiv 2605.24614."""
 
 _TOPICS = ("objects", "naming", "typesseq", "exceptions")
 TEXT_TOKENS = 256
