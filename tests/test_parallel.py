@@ -194,7 +194,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return ran(request.param, everything, folder=tmp_path_factory.mktemp("processes"))
 
 
-_ROUNDS = 2e-4
+_ROUNDS = 1e-3
 """Of a whole run: every round tunes on from where rounding has left the one before."""
 
 
