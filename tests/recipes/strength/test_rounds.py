@@ -261,27 +261,34 @@ def test_the_last_round_goes_on_until_little_comes_back(
 
 
 @pytest.mark.parametrize(
-    ("left", "strength"),
-    [((3, 3, 3, 3), 0.25), ((3, 1, 0, 0), 0.75), ((2, 1, 2, 3), 0.5), ((3, 2, 1, 1), 0.75)],
+    ("left", "back", "strength"),
+    [
+        ((3, 3, 3, 3), (0.05,), 0.25),
+        ((3, 1, 0, 0), (0.05,), 0.75),
+        ((2, 1, 2, 3), (0.05,), 0.5),
+        ((2, 1, 2, 3), (0.3, 0.05), 0.75),
+        ((3, 2, 1, 1), (0.05,), 0.75),
+    ],
 )
 def test_the_last_round_goes_on_while_rows_stand_out_that_it_can_take(
     run: tuple[UnlearnConfig, Unlearned],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     left: tuple[int, ...],
+    back: tuple[float, ...],
     strength: float,
 ) -> None:
     config, _ = run
     edit = edit_of(
         config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
     )
-    standing = iter(list(range(rows)) for rows in left)
+    standing, found = iter(list(range(rows)) for rows in left), iter(back)
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._left", lambda _: next(standing))
-    monkeypatch.setattr("perta.recipes.strength.rounds._Run._comes_back", lambda _: 0.05)
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._comes_back", lambda _: next(found))
     place = At(tmp_path / "rounds")
     made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
     last = (read_manifest(made) or {})["rounds"][-1]
-    rows = [unseen_of(config).facts[place].row for place in range(min(left))]
+    rows = [unseen_of(config).facts[place].row for place in range(left[int(4 * strength) - 1])]
     assert (last["scaling_coef"], last["left"]) == (strength, rows)
 
 
