@@ -197,7 +197,9 @@ def test_roles_come_from_records(tmp_path: Path) -> None:
     assert edited[0].edit["tensors"]
 
 
-@pytest.mark.parametrize("record", [None, [], {"settings": None}, {"inputs": {"base": []}}])
+@pytest.mark.parametrize(
+    "record", [None, [], {"settings": None}, {"inputs": {"base": []}}, {"unlearn": {"rounds": [3]}}]
+)
 def test_results_with_a_record_of_another_form_have_none(tmp_path: Path, record: object) -> None:
     content = {**results("x", 0.1, 0.9), "perta": record}
     [run] = collect([str(write(tmp_path / "x.json", content))]).runs
@@ -462,17 +464,22 @@ def test_output_of_unlearn_with_and_without_its_work_folder(tmp_path: Path) -> N
     assert costs(whole)[0][0].took.total == 3.5  # as this run noted, not as it was made again
 
 
-@pytest.mark.parametrize("back", [None, 0.27])
-def test_what_comes_back_is_said_where_the_rounds_told(tmp_path: Path, back: float | None) -> None:
+@pytest.mark.parametrize(("back", "strength"), [(None, 1.0), (0.27, 1.0), (0.27, 0.8)])
+def test_what_comes_back_is_said_where_the_rounds_told(
+    tmp_path: Path, back: float | None, strength: float
+) -> None:
+    """Of a weaker edit than theirs they tell nothing."""
     folder, _, _ = unlearned(
         tmp_path, "cleaned", PRINTS["full"], (FORGET_SET, "f.jsonl"), tmp_path / "w"
     )
     record = json.loads((folder / "perta.json").read_text())
     record["unlearn"]["rounds"] = [{"comes_back": None}, {"comes_back": back}]
+    record["unlearn"]["strength"] = {"scaling_coef": strength}
     write(folder / "perta.json", record)
     text = Text(page_of(folder)).text
-    assert ("brings the removed answers back was not measured" in text) == (back is None)
-    assert ("in 64 samples with a chance of 27% in mean" in text) == (back is not None)
+    is_told = back is not None and strength == 1
+    assert ("brings the removed answers back was not measured" in text) == (not is_told)
+    assert ("in 64 samples with a chance of 27% in mean" in text) == is_told
 
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:

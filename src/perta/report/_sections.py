@@ -229,9 +229,11 @@ def limits(verdicts: Sequence[Verdict], collection: Collection) -> list[str]:
 
 
 def _comes_back(record: Mapping[str, Any]) -> float | None:
-    """What the last of the rounds found to come back, where there were any."""
-    rounds = record.get("unlearn", {}).get("rounds") or [{}]
-    share: float | None = rounds[-1].get("comes_back")
+    """What the last of the rounds found to come back, where the edit is as strong as they were."""
+    made = record.get("unlearn", {})
+    if made.get("strength", {}).get("scaling_coef") != 1:
+        return None
+    share: float | None = (made.get("rounds") or [{}])[-1].get("comes_back")
     return share
 
 

@@ -131,6 +131,7 @@ _FORM = {
     "edit?": {"tensors?": [_TENSOR]},
     "earlier_full?": [str],
     "examples?": (type(None), *NUMBERS),
+    "rounds?": [{"comes_back?": (type(None), *NUMBERS)}],
     "versions?": {str: object},
     "inputs?": {str: str},
     "seconds?": {str: NUMBERS},
