@@ -81,7 +81,7 @@ from perta.store.costs import Plan, size
 from perta.store.provenance import FORGET_CHECKPOINT
 from perta.store.record import read_manifest
 
-_ROUNDS = 8  # each leaves at most half of its rows, so hardly a request needs more
+_ROUNDS = 10  # each leaves at most half of its rows, so hardly a request needs more
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,25 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TUNE, make_world
+from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import load_examples
 from perta.engine.train.tune import tune
-from perta.errors import ConfigError, NotLearnedError
+from perta.errors import ConfigError, DivergenceError, NotLearnedError
 from perta.methods.registry import with_defaults
+from perta.models.facts import Fact
 from perta.models.load import load_model, load_tokenizer, pad_id
 from perta.options import ComputeConfig, WeightingConfig
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.strength.choose import Unseen, calibrate, surprises_of
-from perta.recipes.strength.rounds import write_rounds
+from perta.recipes.strength.choose import (
+    BASE,
+    CHOICES,
+    HELD_OUT,
+    Calibration,
+    Unseen,
+    calibrate,
+    surprises_of,
+)
+from perta.recipes.strength.rounds import _Left, _Run, _said_again, write_rounds
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -44,7 +55,7 @@ def request_of_rounds(tmp_path_factory: pytest.TempPathFactory) -> UnlearnConfig
         weighting=PROJECT,
         tune=replace(TUNE, epochs=60),
         retain_budget=5.0,
-        rounds=4,
+        rounds=6,
         evaluate=False,
     )
 
@@ -60,11 +71,12 @@ def test_each_round_takes_half_of_what_is_left(run: tuple[UnlearnConfig, Unlearn
     assert manifest is not None
     rounds: list[dict[str, Any]] = manifest["rounds"]
     assert rounds[0]["rows"] == 6
-    assert 2 < len(rounds) <= 4
-    for before, after in itertools.pairwise(rounds[:-1]):
-        assert len(before["left"]) == after["rows"]
-    assert rounds[-1]["rows"] == 6
-    assert rounds[-1]["scaling_coef"] in (0.25, 0.5, 0.75, 1.0)
+    assert 2 < len(rounds) <= 6
+    for before, after in itertools.pairwise(rounds):
+        assert len({*before["left"], *(before["returning"] or ())}) == after["rows"]
+    assert rounds[0]["returning"] is None
+    assert rounds[-1]["returning"] is not None
+    assert 0 <= rounds[-1]["comes_back"] < 1
     record = result.manifest["unlearn"]
     assert record["passes"]["rounds"] == manifest["passes"] > 0
     assert record["rounds"] == rounds
@@ -181,16 +193,19 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     found = iter([1.0, None])
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
     place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
-    strengths = [made["scaling_coef"] for made in (read_manifest(made) or {})["rounds"]]
-    assert len(strengths) == 2
-    assert strengths[0] == 0.35
+    looks = iter([_Left([2], [0, 2], 0.5), _Left([], [], 0.0)])
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 6)
+    rounds = (read_manifest(made) or {})["rounds"]
+    assert [made["scaling_coef"] for made in rounds] == [0.35, 0.25]
+    assert [made["rows"] for made in rounds] == [6, 2]
 
 
-def test_the_last_round_teaches_the_edited_model_all_rows_again(
-    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
+def test_a_last_round_teaches_the_edited_model_what_comes_back(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As much of that step is taken as its record says, and that is what comes back."""
+    """As much of that step is taken as its record says."""
+    monkeypatch.setattr("perta.recipes.strength.rounds._STEPS", 2)
     config, _ = run
     weighting = with_defaults(replace(PROJECT, scaling_coef=1.0))
     first = config.work_folder / "forget_checkpoint"
@@ -200,96 +215,156 @@ def test_the_last_round_teaches_the_edited_model_all_rows_again(
         for most in (1, 2)
     )
     edited = edit_checkpoint(edit_of(config, one, tmp_path / "edited", weighting))
-    model = load_model(edited, ComputeConfig(), dtype=torch.float32)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    facts, pad = [fact.encoded for fact in unseen.facts], pad_id(load_tokenizer(edited))
-    taught, _ = tune(model, facts, config.tune, pad=pad)
-    last = (read_manifest(two) or {})["rounds"][-1]
-    stored = [open_index(folder).tensors for folder in (one, two)]
-    missed = moved = 0.0
-    for name, tensor in taught.state_dict().items():
-        if name in stored[0]:
-            at_one, at_two = (read_tensor(tensors[name]).double() for tensors in stored)
-            step = last["scaling_coef"] * (tensor - before[name]).double()
-            missed += (at_two - at_one - step).square().sum().item()
-            moved += step.square().sum().item()
-    assert missed < 1e-3 * moved  # AdamW enlarges the rounding of where it starts ten thousandfold
-    edited = edit_checkpoint(edit_of(config, two, tmp_path / "hardened", weighting))
+    before, last = (read_manifest(two) or {})["rounds"]
+    facts, pad = unseen.facts, pad_id(load_tokenizer(edited))
     attack = replace(
         config.tune,
-        epochs=6,
+        epochs=2,
         batch_size=2,
         accumulation=1,
         schedule="constant",
         warmup_ratio=0.0,
         stop_loss=0.0,
     )
-    model, _ = tune(
-        load_model(edited, ComputeConfig(), dtype=torch.float32), facts[1::3], attack, pad=pad
-    )
-    misses = []
-    for fact in (facts[place] for place in (0, 2, 3, 5)):
-        with torch.no_grad():
-            logits = model(torch.tensor([fact.input_ids])).logits[0, :-1].double()
-        labels = torch.tensor(fact.labels[1:])
-        chances = logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]
-        misses.append((1 - chances.sum().exp().item()) ** 64)
-    assert last["comes_back"] == pytest.approx(1 - sum(misses) / 4, rel=1e-3)
+    returning, hits = set[int](), []
+    for part in range(3):
+        model = load_model(edited, ComputeConfig(), dtype=torch.float32)
+        model, _ = tune(model, [fact.encoded for fact in facts[part::3]], attack, pad=pad)
+        for fact in (fact for place, fact in enumerate(facts) if place % 3 != part):
+            hit = said_in_64(model, fact)
+            (surprise,) = surprises_of(model, [fact], unseen.calibrated_on, pad)
+            if hit > 0.05 or unseen.stands_out(facts.index(fact), surprise):
+                returning.add(fact.row)
+            hits.append(hit)
+    assert {*before["returning"]} == returning
+    assert before["comes_back"] == pytest.approx(sum(hits) / 12, rel=1e-3)
+    assert before["left"] == left_by(config, one, tmp_path / "again")
+    rows = [fact for fact in facts if fact.row in returning | {*before["left"]}]
+    assert len(rows) == last["rows"]
+    model = load_model(edited, ComputeConfig(), dtype=torch.float32)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taught, _ = tune(model, [fact.encoded for fact in rows], config.tune, pad=pad)
+    stored = [open_index(folder).tensors for folder in (one, two)]
+    missed = moved = 0.0
+    for name, tensor in taught.state_dict().items():
+        if name in stored[0]:
+            at_one, at_two = (read_tensor(tensors[name]).double() for tensors in stored)
+            step = last["scaling_coef"] * (tensor - start[name]).double()
+            missed += (at_two - at_one - step).square().sum().item()
+            moved += step.square().sum().item()
+    assert missed < 1e-3 * moved  # AdamW enlarges the rounding of where it starts ten thousandfold
+
+
+@torch.no_grad()
+def said_in_64(model: Any, fact: Fact) -> float:
+    """How likely a fact is in one of 64 samples."""
+    logits = model(torch.tensor([fact.encoded.input_ids])).logits[0, :-1].double()
+    labels = torch.tensor(fact.encoded.labels[1:])
+    chances = logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]
+    return float(1 - (1 - chances.sum().exp()) ** 64)
 
 
 @pytest.mark.parametrize(
-    ("back", "strength"), [((0.05,), 0.25), ((0.3, 0.06, 0.05), 0.75), ((0.3,) * 4, 1.0)]
-)
-def test_the_last_round_goes_on_until_little_comes_back(
-    run: tuple[UnlearnConfig, Unlearned],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    back: tuple[float, ...],
-    strength: float,
-) -> None:
-    config, _ = run
-    edit = edit_of(
-        config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
-    )
-    found = iter(back)
-    monkeypatch.setattr("perta.recipes.strength.rounds._Run._left", lambda _: [])
-    monkeypatch.setattr("perta.recipes.strength.rounds.fmean", lambda _: next(found))
-    place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
-    last = (read_manifest(made) or {})["rounds"][-1]
-    assert (last["scaling_coef"], last["comes_back"]) == (strength, back[-1])
-
-
-@pytest.mark.parametrize(
-    ("left", "back", "strength"),
+    ("looks", "strengths", "left"),
     [
-        ((3, 3, 3, 3), (0.05,), 0.25),
-        ((3, 1, 0, 0), (0.05,), 0.75),
-        ((2, 1, 2, 3), (0.05,), 0.5),
-        ((2, 1, 2, 3), (0.3, 0.05), 0.75),
-        ((3, 2, 1, 1), (0.05,), 0.75),
+        # None comes back, and there is no last round.
+        ([0], [], 0),
+        # It ends at the first strength that leaves none.
+        ([3, 2, 0], [0.5], 0),
+        # The smallest of those that leave fewest; and again, of those.
+        ([3, 2, 1, 1, 2, 1, 0], [0.5, 0.5], 0),
+        # No strength leaves fewer than there were.
+        ([2, 2, 3, 2, 2], [], 2),
+        ([3, 2, 2, 2, 2, 2, 2, 2, 3], [0.25], 2),
+        # Three times at most.
+        ([5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2], [0.25, 0.25, 0.25], 2),
     ],
 )
-def test_the_last_round_goes_on_while_rows_stand_out_that_it_can_take(
+@pytest.mark.parametrize("returns", [False, True])
+def test_last_rounds_go_on_while_fewer_rows_are_left(
     run: tuple[UnlearnConfig, Unlearned],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    left: tuple[int, ...],
-    back: tuple[float, ...],
-    strength: float,
+    looks: list[int],
+    strengths: list[float],
+    left: int,
+    returns: bool,
 ) -> None:
     config, _ = run
-    edit = edit_of(
-        config, config.work_folder / "forget_checkpoint", tmp_path / "none", with_defaults(PROJECT)
-    )
-    standing, found = iter(list(range(rows)) for rows in left), iter(back)
-    monkeypatch.setattr("perta.recipes.strength.rounds._Run._left", lambda _: next(standing))
-    monkeypatch.setattr("perta.recipes.strength.rounds._Run._comes_back", lambda _: next(found))
-    place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 2)
-    last = (read_manifest(made) or {})["rounds"][-1]
-    rows = [unseen_of(config).facts[place].row for place in range(left[int(4 * strength) - 1])]
-    assert (last["scaling_coef"], last["left"]) == (strength, rows)
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    unseen, found = unseen_of(config), iter(looks)
+
+    def look(_: Any) -> _Left:
+        rows = list(range(next(found)))
+        return _Left([], rows, 0.5) if returns else _Left(rows, [], 0.5)
+
+    taught, tune_some = list[list[int]](), _Run._tune
+
+    def tune_them(self: _Run, rows: Sequence[int]) -> Path:
+        taught.append([*rows])
+        return tune_some(self, rows)
+
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", look)
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
+    made = write_rounds(At(tmp_path / "rounds"), edit, unseen, config.tune, config.compute, 4)
+    rounds = (read_manifest(made) or {})["rounds"]
+    last = rounds[len(rounds) - len(strengths) :]
+    assert [entry["scaling_coef"] for entry in last] == strengths
+    assert rounds[len(rounds) - len(strengths) - 1]["returning"] is not None
+    rows = [fact.row for fact in unseen.facts[:left]]
+    assert rounds[-1]["returning" if returns else "left"] == rows
+    assert rounds[-1]["left" if returns else "returning"] == []
+    assert next(found, None) is None
+    # Of the rows alone that were left.
+    assert all(rows == [*range(len(rows))] for rows in taught)
+    assert taught[:1] == ([[*range(looks[0])]] if looks[0] else [])
+    assert [len(rows) for rows in taught[: len(strengths)]] == [e["rows"] for e in last]
+
+
+@pytest.mark.parametrize(
+    ("kind", "judged_by", "least", "hit", "found"),
+    [
+        (CHOICES, "both", 1.0, 0.06, True),
+        (CHOICES, "both", 1.0, 0.04, False),
+        (CHOICES, "hits", 1.0, 0.06, True),
+        (CHOICES, "choice", 1.0, 0.99, False),  # the base model says it too
+        (BASE, "both", 5.0, 0.06, True),
+        (BASE, "both", 5.0, 0.04, False),
+        # An unseen fact of two tokens at one nat each is said with .9999 in 64 samples.
+        (BASE, "both", 1.0, 0.9998, False),
+        (HELD_OUT, "both", 1.0, 0.99999, True),
+    ],
+)
+def test_a_fact_comes_back_where_it_is_said_more_than_an_unseen_one(
+    kind: Calibration, judged_by: Any, least: float, hit: float, found: bool
+) -> None:
+    fact = Fact(3, Encoded((1, 2, 3), (IGNORE, 2, 3), 3), (), "wrong answers", judged_by=judged_by)
+    unseen = Unseen(kind, (least,), (least,), least, None, (fact,))
+    assert _said_again(unseen, [0], [hit]) == ([0] if found else [])
+
+
+def test_what_diverges_is_tuned_at_a_third_of_the_rate(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    rate, rates, lowest = config.tune.learning_rate or 0.0, list[float](), 0.2
+
+    def tuned(model: Any, examples: Any, config: Any, **more: Any) -> Any:
+        rates.append(config.learning_rate)
+        if config.learning_rate > lowest * rate:
+            raise DivergenceError("too fast")
+        return tune(model, examples, config, **more)
+
+    monkeypatch.setattr("perta.recipes.strength.rounds.tune", tuned)
+    given = (edit, unseen_of(config), config.tune, config.compute, 2)
+    write_rounds(At(tmp_path / "rounds"), *given)
+    assert rates[:3] == pytest.approx([rate, rate / 3, rate / 9])
+    lowest = 0.0
+    with pytest.raises(DivergenceError, match="too fast"):
+        write_rounds(At(tmp_path / "never"), *given)
 
 
 def test_rounds_of_adapters_are_one_adapter(

@@ -15,10 +15,13 @@ goes as far as half of them need, the first a third as far:
     S_{k+1} = the rows that stand out at M_{k+1}
 
 until none does. A later τ_k is the step of somebody who teaches the edited model the rows again. It
-is short, and little else lies on it, where the base has to learn the whole row. The last round is
-of all rows once more. Of a few strengths it takes the smallest at which as few rows as possible
-stand out, and from which little comes back when a copy is taught a third of them: facts of the
-others are then said in 64 samples with .05 in mean.
+is short, and little else lies on it, where the base has to learn the whole row.
+
+Then copies of M are each taught a third of all rows. A row comes back where a copy that was taught
+others chooses its fact among wrong answers, as a row does that stands out, or says it in 64 samples
+with more than .05. The last rounds are of these rows alone, and of those that still stand out.
+Of a few strengths each takes the smallest at which as few as possible stand out, and after that as
+few as possible come back. They end where none does, or where no strength makes fewer.
 
 A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
 round widens to all blocks only where half of the rows cannot be had without.
@@ -46,8 +49,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perta.data.batch import IGNORE
 from perta.engine.edit.memory import Changes
 from perta.engine.train.tune import tune
+from perta.errors import DivergenceError
 from perta.methods.registry import get_method
 from perta.models.facts import hit_probability, score_facts
 from perta.models.formats.low_rank import is_adapter, load_tuned, save_tuned, write_sum
@@ -57,7 +62,7 @@ from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, Device, TuneConfig
 from perta.progress import say
 from perta.recipes.strength._search import LARGEST, search_coarsely
-from perta.recipes.strength.choose import HELD_OUT, Unseen, surprises_of
+from perta.recipes.strength.choose import CHOICES, HELD_OUT, Unseen, surprises_of
 from perta.stages.edit import load_changes
 from perta.stages.settings import EditConfig
 from perta.stages.stage import Place, run_stage
@@ -69,13 +74,16 @@ _FIRST = 0.35
 """Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
 
 _LASTS = (0.25, 0.5, 0.75, 1.0)
-"""Strengths of the last round, as there."""
+"""Strengths of a last round, and for how many such rounds others leave room, as there."""
+_AGAIN = 3
 
-_STEPS = 6
-_BACK = 0.05
-"""Steps in which a third of the rows is taught, and how likely a fact of the others may then be in
-one of `_SAMPLES` samples."""
-_SAMPLES = 64
+_PARTS, _STEPS, _SAMPLES, _BACK = 3, 6, 64, 0.05
+"""Copies that are taught a part of the rows each, in how many steps, and how likely a fact of the
+others may then be in one of so many samples."""
+
+
+_SLOWEST = 9
+"""Share of its learning rate below which tuning that diverges is not tried again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,29 @@ class Round:
     scaling_coef: float  # α_k
     left: tuple[int, ...]  # numbers of the rows that stand out after it
     untouched: int  # layers and experts in the last third of the blocks that it left as they were
-    comes_back: float | None = None  # of the last: how likely facts are when others were taught
+    # Of the last ones: rows that come back once others were taught, and how likely a fact is then
+    # said in 64 samples, in mean; None where there are too few rows to teach some.
+    returning: tuple[int, ...] | None = None
+    comes_back: float | None = None
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Places of the rows that an edit leaves."""
+
+    standing: list[int]
+    returning: list[int] | None = None  # that come back once others were taught
+    comes_back: float | None = None  # how likely facts then are
+
+    @property
+    def places(self) -> list[int]:
+        """Of both kinds, each once."""
+        return sorted({*self.standing, *(self.returning or ())})
+
+    @property
+    def badness(self) -> tuple[int, int]:
+        """What there should be as little of; a row that stands out counts more than others."""
+        return len(self.standing), len(self.places)
 
 
 def write_rounds(
@@ -120,7 +150,7 @@ def write_rounds(
     settings |= {
         "first": f"{_FIRST}, without the late blocks",
         "later": "from the edited model",
-        "last": [*_LASTS, _STEPS, _BACK, "fewest"],
+        "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, "of the rows that come back"],
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -160,26 +190,17 @@ class _Run:
         self._pad = pad_id(self.tokenizer)
 
     def all(self, most: int) -> list[Round]:
-        """Rounds until no row stands out, or all but one are done, or none helps; and the last."""
-        every = range(len(self._unseen.facts))
-        rows: Sequence[int] = every
+        """At most so many rounds: until no row stands out or none helps, then the last ones."""
         checkpoint = Path(str(self._edit.forget_checkpoint))
         late: Sequence[Slot] = late_slots(self.model)
+        rows: Sequence[int] = range(len(self._unseen.facts))
         rounds: list[Round] = []
-
-        def take(scaling_coef: float, left: Sequence[int], back: float | None = None) -> None:
-            self._add(checkpoint, scaling_coef, late)
-            numbers = tuple(self._unseen.facts[place].row for place in left)
-            rounds.append(Round(len(rows), scaling_coef, numbers, len(late), back))
-            more = "" if back is None else f"; taught others, it says {back:.0%} of facts again"
-            say(f"round {len(rounds)}: {len(rows)} rows, {len(numbers)} stand out after it{more}")
-
-        while rows and len(rounds) < max(most - 1, 1):
+        while rows and len(rounds) < max(most - _AGAIN, 1):
             if rounds:
                 checkpoint, late = self._tune(rows), ()
             # Without a later one that goes on from there the first goes all the way.
             share = _FIRST if not rounds and most > 2 else 1.0
-            scaling_coef, rows_left = self._forget(checkpoint, rows, late, share)
+            scaling_coef, left = self._forget(checkpoint, rows, late, share)
             if scaling_coef is None and late:
                 late = ()
                 continue
@@ -188,13 +209,39 @@ class _Run:
                 if not rounds:
                     self._add(checkpoint, 1.0, late)  # the search says how far it gets
                 break
-            take(scaling_coef, rows_left)
-            rows = rows_left
+            self._add(checkpoint, scaling_coef, late)
+            numbers = self._numbers(left)
+            rounds.append(Round(len(rows), scaling_coef, numbers, untouched=len(late)))
+            say(f"round {len(rounds)}: {len(rows)} rows, {len(left)} stand out after it")
+            rows = left
         if rounds and most > 1:
-            rows, late = every, ()
-            checkpoint = self._tune(rows)
-            take(*self._harden(checkpoint))
+            self._harden(rounds, most)
         return rounds
+
+    def _harden(self, rounds: list[Round], most: int) -> None:
+        """Add the last rounds, and what comes back to the one that is the last now."""
+        left = self._look()
+        rounds[-1] = self._seen(rounds[-1], left)
+        while (places := left.places) and len(rounds) < most:
+            checkpoint = self._tune(places)
+            scaling_coef, left = self._take(checkpoint, left)
+            if not scaling_coef:
+                break
+            self._add(checkpoint, scaling_coef, ())
+            rounds.append(self._seen(Round(len(places), scaling_coef, (), untouched=0), left))
+            back = len(left.returning or ())
+            say(
+                f"round {len(rounds)}: {len(places)} rows, {len(left.standing)} stand out after "
+                f"it, {back} once others are taught"
+            )
+
+    def _seen(self, made: Round, left: _Left) -> Round:
+        back = None if left.returning is None else self._numbers(left.returning)
+        standing = self._numbers(left.standing)
+        return replace(made, left=standing, returning=back, comes_back=left.comes_back)
+
+    def _numbers(self, places: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self._unseen.facts[place].row for place in places)
 
     def _tune(self, rows: Sequence[int]) -> Path:
         """θ₀ and the step that teaches `model` the facts of some rows again."""
@@ -212,7 +259,21 @@ class _Run:
     def _taught(
         self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True
     ) -> PreTrainedModel:
-        """A copy of `model`, which goes to the CPU, that is taught the facts of some rows."""
+        """A copy of `model`, which goes to the CPU, that is taught the facts of some rows.
+
+        A rate that suits the base may be too high for what an edit leaves: then it is a third.
+        """
+        try:
+            return self._teach(rows, config, merges=merges)
+        except DivergenceError:
+            rate, usual = config.learning_rate, self._config.learning_rate
+            if rate is None or usual is None or rate < usual / _SLOWEST:
+                raise
+        return self._taught(rows, replace(config, learning_rate=rate / 3), merges=merges)
+
+    def _teach(
+        self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True
+    ) -> PreTrainedModel:
         examples = [self._unseen.facts[place].encoded for place in rows]
         torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
         taught = self._load(self._edit.full)
@@ -222,28 +283,41 @@ class _Run:
         self.tuned += done.tokens
         return taught
 
-    def _comes_back(self) -> float | None:
-        """How likely facts are when others, a third of all, were taught; None with too few."""
-        facts = self._unseen.facts
-        shown = range(1, len(facts), 3)
-        hidden = [replace(f, wrong=(), right=None) for i, f in enumerate(facts) if i % 3 != 1]
-        if not shown:
-            return None
-        device = self.model.device
-        attack = replace(
-            self._config,
-            epochs=_STEPS,
-            accumulation=math.ceil(len(shown) / self._config.batch_size),
-            schedule="constant",
-            warmup_ratio=0.0,
-            stop_loss=0.0,
-        )
-        taught = self._taught(shown, attack)
-        found = score_facts(taught, hidden, pad=self._pad)
-        self.read += sum(len(fact.encoded.input_ids) for fact in hidden)
-        del taught
+    def _look(self) -> _Left:
+        """What stands out in `model`, and in copies of it that are taught other rows."""
+        unseen, every = self._unseen, range(len(self._unseen.facts))
+        standing = unseen.standing_out(self._surprises(self.model, every))
+        parts = [shown for place in range(_PARTS) if (shown := every[place::_PARTS])]
+        if len(parts) < 2:
+            return _Left(standing)
+        device, returning, hits = self.model.device, set[int](), list[float]()
+        for shown in parts:
+            attack = replace(
+                self._config,
+                epochs=_STEPS,
+                accumulation=math.ceil(len(shown) / self._config.batch_size),
+                schedule="constant",
+                warmup_ratio=0.0,
+                stop_loss=0.0,
+            )
+            taught = self._taught(shown, attack)
+            hidden = [place for place in every if place not in shown]
+            asked = [replace(unseen.facts[place], wrong=(), right=None) for place in hidden]
+            with counting_tokens(taught) as tokens:
+                scores = score_facts(taught, asked, pad=self._pad)
+                said = [hit_probability(score.log_probability, _SAMPLES) for score in scores]
+                returning.update(_said_again(unseen, hidden, said))
+                if unseen.calibrated_on == CHOICES:
+                    found = self._surprises(taught, hidden)
+                    pairs = zip(hidden, found, strict=True)
+                    returning.update(
+                        place for place, value in pairs if unseen.stands_out(place, value)
+                    )
+            self.read += tokens()
+            hits += said
+            del taught
         torch.nn.Module.to(self.model, device)
-        return fmean(hit_probability(score.log_probability, _SAMPLES) for score in found)
+        return _Left(standing, sorted(returning), fmean(hits))
 
     def _changes(self, checkpoint: Path, late: Sequence[Slot]) -> Changes:
         """What the edit takes with a forget checkpoint, at α = 1, but of the late layers."""
@@ -265,28 +339,22 @@ class _Run:
                 delta = cast(Tensor, change.step(memory.device))
                 memory[where] = memory[where].sub(delta, alpha=strength)
 
-    def _left(self) -> list[int]:
-        """Places of the rows that stand out."""
-        unseen = self._unseen
-        found = surprises_of(self.model, unseen.facts, unseen.calibrated_on, self._pad)
-        return unseen.standing_out(found)
+    def _surprises(self, model: PreTrainedModel, places: Sequence[int]) -> list[float]:
+        """What a model makes of some rows' facts, nats."""
+        facts = [self._unseen.facts[place] for place in places]
+        return surprises_of(model, facts, self._unseen.calibrated_on, self._pad)
 
-    def _harden(self, checkpoint: Path) -> tuple[float, list[int], float | None]:
-        """Take from `model` until as few rows as possible stand out, and little comes back.
-
-        Returns the strength, the rows that stand out at it, and what comes back.
-        """
-        changes, at, left = self._changes(checkpoint, ()), 0.0, dict[float, list[int]]()
+    def _take(self, checkpoint: Path, before: _Left) -> tuple[float, _Left]:
+        """Take from `model` what leaves as few rows as possible; the strength, and what is left."""
+        changes, at, tried = self._changes(checkpoint, ()), 0.0, {0.0: before}
         for strength in _LASTS:
             self._move(changes, strength - at)
-            at, left[strength] = strength, self._left()
-        first, back = min(_LASTS, key=lambda strength: len(left[strength])), None
-        for strength in (strength for strength in _LASTS if strength >= first):
-            self._move(changes, strength - at)
-            at, back = strength, self._comes_back()
-            if back is None or back <= _BACK:
+            at, tried[strength] = strength, self._look()
+            if not tried[strength].places:
                 break
-        return at, left[at], back
+        best = min(tried, key=lambda strength: tried[strength].badness)
+        self._move(changes, best - at)
+        return best, tried[best]
 
     def _forget(
         self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot], share: float
@@ -302,8 +370,7 @@ class _Run:
             nonlocal now
             self._move(changes, scaling_coef - now)
             now = scaling_coef
-            facts = [unseen.facts[place] for place in places]
-            return surprises_of(self.model, facts, unseen.calibrated_on, self._pad)
+            return self._surprises(self.model, places)
 
         def left(scaling_coef: float) -> list[int]:
             return unseen.standing_out(surprises(scaling_coef, range(len(unseen.facts))))
@@ -351,6 +418,21 @@ class _Run:
         model = load_tuned(Path(folder), Path(self._edit.base), compute, dtype=torch.float32)
         merged: PreTrainedModel = model.merge_and_unload() if is_adapter(Path(folder)) else model
         return merged
+
+
+def _said_again(unseen: Unseen, places: Sequence[int], hits: Sequence[float]) -> list[int]:
+    """Places of the facts that are said more often than `_BACK`, and than one that is unseen."""
+    found = []
+    for place, hit in zip(places, hits, strict=True):
+        fact, bound = unseen.facts[place], _BACK
+        if unseen.calibrated_on != CHOICES:
+            tokens = sum(label != IGNORE for label in fact.encoded.labels)
+            bound = max(bound, hit_probability(-unseen.least[place] * tokens, _SAMPLES))
+        elif fact.judged_by == "choice":  # the base model says it
+            continue
+        if hit > bound:
+            found.append(place)
+    return found
 
 
 @torch.no_grad()
