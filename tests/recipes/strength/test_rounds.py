@@ -89,7 +89,7 @@ def test_rows_that_rounds_leave_do_not_decide_the_strength(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The budget would allow more; the strength is that of the rounds, and the rows are named."""
-    monkeypatch.setattr("perta.recipes.strength.rounds._LASTS", (0.0,))
+    monkeypatch.setattr("perta.recipes.strength.rounds._LASTS", ())
     config = replace(run[0], rounds=2, output=run[0].output.with_name("last"))
     record = unlearn(config).manifest["unlearn"]["strength"]
     made = read_manifest(config.work_folder / "forget_rounds") or {}
@@ -197,7 +197,7 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
     made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 6)
     rounds = (read_manifest(made) or {})["rounds"]
-    assert [made["scaling_coef"] for made in rounds] == [0.35, 0.25]
+    assert [made["scaling_coef"] for made in rounds] == [0.35, 1.0]
     assert [made["rows"] for made in rounds] == [6, 2]
 
 
@@ -269,15 +269,15 @@ def said_in_64(model: Any, fact: Fact) -> float:
     [
         # None comes back, and there is no last round.
         ([0], [], 0),
-        # It ends at the first strength that leaves none.
-        ([3, 2, 0], [0.5], 0),
-        # The smallest of those that leave fewest; and again, of those.
-        ([3, 2, 1, 1, 2, 1, 0], [0.5, 0.5], 0),
-        # No strength leaves fewer than there were.
-        ([2, 2, 3, 2, 2], [], 2),
-        ([3, 2, 2, 2, 2, 2, 2, 2, 3], [0.25], 2),
+        # The whole step leaves none.
+        ([3, 0], [1.0], 0),
+        # Half of it, where the whole leaves as many; and again, of those.
+        ([3, 3, 1, 0], [0.5, 1.0], 0),
+        # Neither leaves fewer than there were.
+        ([2, 2, 3], [], 2),
+        ([3, 2, 2, 2], [1.0], 2),
         # Three times at most.
-        ([5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2], [0.25, 0.25, 0.25], 2),
+        ([5, 4, 3, 2], [1.0, 1.0, 1.0], 2),
     ],
 )
 @pytest.mark.parametrize("returns", [False, True])

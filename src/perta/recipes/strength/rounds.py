@@ -20,8 +20,8 @@ is short, and little else lies on it, where the base has to learn the whole row.
 Then copies of M are each taught a third of all rows. A row comes back where a copy that was taught
 others chooses its fact among wrong answers, as a row does that stands out, or says it in 64 samples
 with more than .05. The last rounds are of these rows alone, and of those that still stand out.
-Of a few strengths each takes the smallest at which as few as possible stand out, and after that as
-few as possible come back. They end where none does, or where no strength makes fewer.
+Each takes the whole step, or half of it where after the whole as many are left as before: rows that
+stand out count first, then those that come back. They end where none is left, or neither helps.
 
 A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
 round widens to all blocks only where half of the rows cannot be had without.
@@ -73,7 +73,7 @@ from perta.store.record import settings_of
 _FIRST = 0.35
 """Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
 
-_LASTS = (0.25, 0.5, 0.75, 1.0)
+_LASTS = (1.0, 0.5)
 """Strengths of a last round, and for how many such rounds others leave room, as there."""
 _AGAIN = 3
 
@@ -345,16 +345,15 @@ class _Run:
         return surprises_of(model, facts, self._unseen.calibrated_on, self._pad)
 
     def _take(self, checkpoint: Path, before: _Left) -> tuple[float, _Left]:
-        """Take from `model` what leaves as few rows as possible; the strength, and what is left."""
-        changes, at, tried = self._changes(checkpoint, ()), 0.0, {0.0: before}
+        """Take the first of `_LASTS` from `model` that leaves less; 0 where none does."""
+        changes, at = self._changes(checkpoint, ()), 0.0
         for strength in _LASTS:
             self._move(changes, strength - at)
-            at, tried[strength] = strength, self._look()
-            if not tried[strength].places:
-                break
-        best = min(tried, key=lambda strength: tried[strength].badness)
-        self._move(changes, best - at)
-        return best, tried[best]
+            at, left = strength, self._look()
+            if left.badness < before.badness:
+                return strength, left
+        self._move(changes, -at)
+        return 0.0, before
 
     def _forget(
         self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot], share: float
