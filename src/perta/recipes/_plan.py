@@ -41,7 +41,7 @@ _P = TypeVar("_P", bound=Place)
 
 _SAMPLE = 64  # rows of a set whose tokens are counted
 _STRENGTHS = 12  # about how many strengths a search looks at
-_TAUGHT = 8  # epochs to tell what comes back: a third of the rows, at most 24 times
+_TAUGHT = 24  # epochs to tell what comes back: six of all rows, about four times
 _FLOAT = 4
 _TUNED = 4  # numbers a parameter that is tuned takes: itself, its gradient and two of AdamW
 _LEARN = float(FORWARD + BACKWARD)
@@ -131,7 +131,7 @@ class Sizes:
         weighting: WeightingConfig,
         rank: int,
     ) -> Load:
-        """Rounds of tuning on all rows, half of them and so on, at last on all, each with a search.
+        """Rounds of tuning on all rows, half of them and so on, at last on some, each with a search.
 
         `rank` is that of every task vector, 0 where one is whole.
         """

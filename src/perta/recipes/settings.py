@@ -79,8 +79,8 @@ class UnlearnConfig(Sets):
     rounds: Annotated[int | None, More] = None
     """With a structured method and `--scaling-coef auto`: most rounds of the forget fine-tune. Rows
     whose facts the edit leaves are tuned on again and added, so that no strength of all rows has
-    to reach the last one; each round leaves at most half of its rows, and the last makes all harder
-    to learn again [default: 8, with several forget checkpoints 1]."""
+    to reach the last one; each round leaves at most half of its rows, and the last three take what
+    comes back once others are taught [default: 10, with several forget checkpoints 1]."""
     retain_checkpoint: Annotated[str | None, More] = None
     """Base model tuned on retained examples, for `msa`, used instead of tuning one."""
     retain_samples: Annotated[str | None, More] = None
