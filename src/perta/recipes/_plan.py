@@ -131,7 +131,7 @@ class Sizes:
         weighting: WeightingConfig,
         rank: int,
     ) -> Load:
-        """Rounds of tuning on all rows, half of them and so on, at last on some, each with a search.
+        """Rounds of tuning on all rows, half of them and so on, and on some, each with a search.
 
         `rank` is that of every task vector, 0 where one is whole.
         """

@@ -32,6 +32,7 @@ from perta.data.rows import split_by
 from perta.data.tokens import encode_examples
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import check_records, tuned_on
+from perta.engine.train.shard import check_shard
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training
@@ -61,6 +62,7 @@ PROTECTED, HELD_BACK = "retain_protected.jsonl", "retain_held_back.jsonl"
 
 def check_options(config: UnlearnConfig, sets: Mapping[str, ExampleSet]) -> None:
     """Stop now at what would stop the edit after the first long step."""
+    check_shard(config.tune.shard)
     method, seeds = get_method(config.weighting.method), config.forget_seeds or 1
     needs = method.needs
     if seeds < needs.tuned:

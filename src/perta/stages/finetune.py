@@ -19,6 +19,7 @@ from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet
 from perta.data.tokens import EncodedSet
 from perta.engine.train.optimizer import resumable
+from perta.engine.train.shard import check_shard
 from perta.engine.train.tune import LEARNED_FACT, Tuned, tune_until_learned
 from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 def finetune_checkpoint(config: FinetuneConfig) -> Path:
     """Tune a checkpoint on a data set, write it and return its folder (`perta finetune`)."""
+    check_shard(config.tune.shard)
     loss_on = config.tune.loss_on or "answer"
     keeps = config.save_dtype is None and config.tune.lora_rank > 0
     save_dtype = None if keeps else config.save_dtype or "float32"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from perta.errors import ConfigError
 from perta.models.experts import blocks
 from perta.parallel import count, helpers
 
@@ -26,10 +27,20 @@ _TUNED = 4  # times a weight's bytes: itself, its gradient and two means of Adam
 _ROOM = 0.7  # share of a GPU's memory for these; the rest is for activations
 
 
+def check_shard(wanted: bool | None) -> None:
+    """Stop at `--shard` where there is nobody to share with; ConfigError."""
+    if wanted and not helpers():
+        raise ConfigError(
+            "--shard divides the weights among processes, and there is one. Start several, with "
+            "`torchrun --nproc-per-node N -m perta …`, or leave --shard out."
+        )
+
+
 def is_sharded(wanted: bool | None, model: PreTrainedModel, tunes_adapter: bool) -> bool:
     """Whether to divide a model: as asked, or where training takes more than this process's GPU."""
-    if not helpers() or wanted is not None or model.device.type != "cuda":
-        return bool(wanted and helpers())
+    check_shard(wanted)
+    if wanted is not None or not helpers() or model.device.type != "cuda":
+        return bool(wanted)
     weights = sum(p.nbytes for p in model.parameters())
     memory = torch.cuda.get_device_properties(model.device).total_memory
     return weights * (1 if tunes_adapter else _TUNED) > _ROOM * memory
