@@ -344,6 +344,21 @@ def test_a_fact_comes_back_where_it_is_said_more_than_an_unseen_one(
     assert _said_again(unseen, [0], [hit]) == ([0] if found else [])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_row_alone_has_no_others_to_be_taught(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, count: int
+) -> None:
+    config, _ = run
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(config.forget).read_text("utf-8").splitlines(True)[:count]))
+    config = replace(config, forget=str(few))
+    first = run[0].work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    given = (edit, unseen_of(config), config.tune, config.compute, 4)
+    last = (read_manifest(write_rounds(At(tmp_path / "rounds"), *given)) or {})["rounds"][-1]
+    assert (last["comes_back"] is None) == (last["returning"] is None) == (count == 1)
+
+
 def test_what_diverges_is_tuned_at_a_third_of_the_rate(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
