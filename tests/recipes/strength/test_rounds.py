@@ -34,7 +34,7 @@ from perta.recipes.strength.choose import (
     calibrate,
     surprises_of,
 )
-from perta.recipes.strength.rounds import _Left, _Run, _said_again, write_rounds
+from perta.recipes.strength.rounds import _Left, _parts, _Run, _said_again, write_rounds
 from perta.recipes.unlearn import Unlearned, unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.settings import EditConfig
@@ -342,6 +342,17 @@ def test_a_fact_comes_back_where_it_is_said_more_than_an_unseen_one(
     fact = Fact(3, Encoded((1, 2, 3), (IGNORE, 2, 3), 3), (), "wrong answers", judged_by=judged_by)
     unseen = Unseen(kind, (least,), (least,), least, None, (fact,))
     assert _said_again(unseen, [0], [hit]) == ([0] if found else [])
+
+
+def test_rows_of_one_fact_are_taught_together() -> None:
+    said = (5, 6, 5, 7, 8, 6)
+    facts = [
+        Fact(row, Encoded((1, word), (IGNORE, word), row), (), "wrong answers")
+        for row, word in enumerate(said, 1)
+    ]
+    assert _parts(facts) == [[0, 2, 4], [1, 5], [3]]
+    assert _parts(facts[:1]) == [[0]]
+    assert _parts([facts[0], facts[2]]) == [[0, 1]]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -54,7 +54,7 @@ from perta.engine.edit.memory import Changes
 from perta.engine.train.tune import tune
 from perta.errors import DivergenceError
 from perta.methods.registry import get_method
-from perta.models.facts import hit_probability, score_facts
+from perta.models.facts import Fact, hit_probability, score_facts
 from perta.models.formats.low_rank import is_adapter, load_tuned, save_tuned, write_sum
 from perta.models.layers import Slot, late_slots, stored_weights
 from perta.models.load import counting_tokens, load_tokenizer, pad_id, picked, save_model
@@ -80,7 +80,6 @@ _AGAIN = 3
 _PARTS, _STEPS, _SAMPLES, _BACK = 3, 6, 64, 0.05
 """Copies that are taught a part of the rows each, in how many steps, and how likely a fact of the
 others may then be in one of so many samples."""
-
 
 _SLOWEST = 9
 """Share of its learning rate below which tuning that diverges is not tried again."""
@@ -150,7 +149,7 @@ def write_rounds(
     settings |= {
         "first": f"{_FIRST}, without the late blocks",
         "later": "from the edited model",
-        "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, "of the rows that come back"],
+        "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, _BACK, "of the rows that come back"],
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -222,6 +221,7 @@ class _Run:
         """Add the last rounds, and what comes back to the one that is the last now."""
         left = self._look()
         rounds[-1] = self._seen(rounds[-1], left)
+        say(f"{len(left.returning or ())} rows come back once others are taught")
         while (places := left.places) and len(rounds) < most:
             checkpoint = self._tune(places)
             scaling_coef, left = self._take(checkpoint, left)
@@ -232,7 +232,7 @@ class _Run:
             back = len(left.returning or ())
             say(
                 f"round {len(rounds)}: {len(places)} rows, {len(left.standing)} stand out after "
-                f"it, {back} once others are taught"
+                f"it, {back} come back once others are taught"
             )
 
     def _seen(self, made: Round, left: _Left) -> Round:
@@ -287,7 +287,7 @@ class _Run:
         """What stands out in `model`, and in copies of it that are taught other rows."""
         unseen, every = self._unseen, range(len(self._unseen.facts))
         standing = unseen.standing_out(self._surprises(self.model, every))
-        parts = [shown for place in range(_PARTS) if (shown := every[place::_PARTS])]
+        parts = _parts(unseen.facts)
         if len(parts) < 2:
             return _Left(standing)
         device, returning, hits = self.model.device, set[int](), list[float]()
@@ -417,6 +417,16 @@ class _Run:
         model = load_tuned(Path(folder), Path(self._edit.base), compute, dtype=torch.float32)
         merged: PreTrainedModel = model.merge_and_unload() if is_adapter(Path(folder)) else model
         return merged
+
+
+def _parts(facts: Sequence[Fact]) -> list[list[int]]:
+    """Places of all rows in up to three parts in turn; rows of one fact lie in one of them."""
+    numbers: dict[tuple[int, ...], int] = {}
+    parts: list[list[int]] = [[] for _ in range(_PARTS)]
+    for place, fact in enumerate(facts):
+        said = tuple(label for label in fact.encoded.labels if label != IGNORE)
+        parts[numbers.setdefault(said, len(numbers)) % _PARTS].append(place)
+    return [part for part in parts if part]
 
 
 def _said_again(unseen: Unseen, places: Sequence[int], hits: Sequence[float]) -> list[int]:
