@@ -184,21 +184,64 @@ def test_a_first_round_before_others_goes_a_share_of_the_way(
     assert share == pytest.approx(0.35 * all_the_way)
 
 
+@pytest.mark.parametrize(
+    ("found", "first", "later"),
+    [
+        ([1.0, None, None], 1.0, []),  # the first goes all the way, and the second is tried again
+        ([1.0, None, 0.5, None], 1.0, [0.5]),
+        ([1.0, 0.5, None], 0.35, [0.5]),
+    ],
+)
 def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    found: list[float | None],
+    first: float,
+    later: list[float],
+) -> None:
+    config, _ = run
+    checkpoint = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, checkpoint, tmp_path / "none", with_defaults(PROJECT))
+    strengths, looks = iter(found), iter([_Left([2], [0, 2], 0.5), _Left([], [], 0.0)])
+    monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(strengths))
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
+    place, unseen = At(tmp_path / "rounds"), unseen_of(config)
+    made = write_rounds(place, edit, unseen, config.tune, config.compute, 7)
+    rounds = (read_manifest(made) or {})["rounds"]
+    assert [made["scaling_coef"] for made in rounds] == [pytest.approx(first), *later, 0.25]
+    assert rounds[-1]["rows"] == 2
+    assert next(strengths, None) is None
+
+
+def test_a_first_round_that_goes_on_is_one_that_went_all_the_way(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = run
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
-    found = iter([1.0, None])
+    checkpoint = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, checkpoint, tmp_path / "none", with_defaults(PROJECT))
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: _Left([], [], 0.0))
+    given = (edit, unseen_of(config), config.tune, config.compute)
+    whole = write_rounds(At(tmp_path / "whole"), *given, 2)  # no round goes on from there
+    (at,) = (read_manifest(whole) or {})["rounds"]
+    found = iter([at["scaling_coef"], None, None])
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
-    place = At(tmp_path / "rounds")
-    looks = iter([_Left([2], [0, 2], 0.5), _Left([], [], 0.0)])
-    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 6)
-    rounds = (read_manifest(made) or {})["rounds"]
-    assert [made["scaling_coef"] for made in rounds] == [0.35, 1.0]
-    assert [made["rows"] for made in rounds] == [6, 2]
+    seen = list[list[int]]()
+    tune_some = _Run._tune
+
+    def tune_them(self: _Run, rows: Sequence[int]) -> Path:
+        seen.append([self._unseen.facts[place].row for place in rows])
+        return tune_some(self, rows)
+
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
+    twice = write_rounds(At(tmp_path / "twice"), *given, 6)
+    (gone_on,) = (read_manifest(twice) or {})["rounds"]
+    assert gone_on["scaling_coef"] == pytest.approx(at["scaling_coef"])
+    assert gone_on["untouched"] == at["untouched"] == 7
+    assert seen[-1] == left_by(config, whole, tmp_path / "edited")
+    one, other = (open_index(place).tensors for place in (whole, twice))
+    for name in one:
+        torch.testing.assert_close(read_tensor(one[name]), read_tensor(other[name]))
 
 
 def test_a_last_round_teaches_the_edited_model_what_comes_back(
@@ -267,17 +310,17 @@ def said_in_64(model: Any, fact: Fact) -> float:
 @pytest.mark.parametrize(
     ("looks", "strengths", "left"),
     [
-        # None comes back, and there is no last round.
+        # None is left, and there is no last round.
         ([0], [], 0),
-        # The whole step leaves none.
-        ([3, 0], [1.0], 0),
-        # Half of it, where the whole leaves as many; and again, of those.
-        ([3, 3, 1, 0], [0.5, 1.0], 0),
-        # Neither leaves fewer than there were.
-        ([2, 2, 3], [], 2),
-        ([3, 2, 2, 2], [1.0], 2),
+        # The smallest strength that leaves none.
+        ([3, 2, 0], [0.5], 0),
+        # Where none does, the smallest that leaves fewest; and again, of those.
+        ([5, 4, 3, 3, 4, 0], [0.5, 0.5], 0),
+        # No strength leaves fewer than there were.
+        ([2, 2, 3, 2], [], 2),
+        ([5, 4, 3, 2, 2, 2, 4], [1.0], 2),
         # Three times at most.
-        ([5, 4, 3, 2], [1.0, 1.0, 1.0], 2),
+        ([6, 5, 5, 5, 4, 4, 4, 3, 3, 3], [0.25, 0.25, 0.25], 3),
     ],
 )
 @pytest.mark.parametrize("returns", [False, True])
@@ -320,6 +363,24 @@ def test_last_rounds_go_on_while_fewer_rows_are_left(
     assert all(rows == [*range(len(rows))] for rows in taught)
     assert taught[:1] == ([[*range(looks[0])]] if looks[0] else [])
     assert [len(rows) for rows in taught[: len(strengths)]] == [e["rows"] for e in last]
+
+
+def test_a_few_rows_may_come_back_but_none_stand_out(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of six is less than a quarter."""
+    config, _ = run
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    looks = iter([_Left([4], [1], 0.5), _Left([], [1, 2], 0.4), _Left([], [1], 0.3)])
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
+    first_one, last = (read_manifest(made) or {})["rounds"]
+    numbers = [fact.row for fact in unseen_of(config).facts]
+    assert (first_one["left"], first_one["returning"]) == ([numbers[4]], [numbers[1]])
+    assert (last["rows"], last["scaling_coef"]) == (2, 0.5)
+    assert (last["left"], last["returning"], last["comes_back"]) == ([], [numbers[1]], 0.3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ goes as far as half of them need, the first a third as far:
     τ_k = (M_k tuned on the facts of S_k) − M_k
     Δ_k = the direction of τ_k
     α_k = the smallest α at which at most half of S_k stands out,   M_{k+1} = M_k − α_k Δ_k
-    α_0 = 0.35 times that, for others go on from there
+    α_0 = 0.35 times that, for others go on from there, or all of it where the second finds none
     S_{k+1} = the rows that stand out at M_{k+1}
 
 until none does. A later τ_k is the step of somebody who teaches the edited model the rows again. It
@@ -19,9 +19,10 @@ is short, and little else lies on it, where the base has to learn the whole row.
 
 Then copies of M are each taught a third of all rows. A row comes back where a copy that was taught
 others chooses its fact among wrong answers, as a row does that stands out, or says it in 64 samples
-with more than .05. The last rounds are of these rows alone, and of those that still stand out.
-Each takes the whole step, or half of it where after the whole as many are left as before: rows that
-stand out count first, then those that come back. They end where none is left, or neither helps.
+with more than .05. Some do whatever is forgotten, for a model that never saw them guesses too. The
+last rounds are of what comes back alone, and of rows that still stand out, until none stands out
+and at most a quarter comes back. Of a few strengths each takes the smallest that is enough, else
+the one that leaves least, and they end where none leaves less: rows that stand out count first.
 
 A late block sees what earlier ones have looked up, and takes it from whoever has it, so the first
 round widens to all blocks only where half of the rows cannot be had without.
@@ -73,13 +74,16 @@ from perta.store.record import settings_of
 _FIRST = 0.35
 """Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
 
-_LASTS = (1.0, 0.5)
+_LASTS = (0.25, 0.5, 1.0)
 """Strengths of a last round, and for how many such rounds others leave room, as there."""
 _AGAIN = 3
 
 _PARTS, _STEPS, _SAMPLES, _BACK = 3, 6, 64, 0.05
 """Copies that are taught a part of the rows each, in how many steps, and how likely a fact of the
 others may then be in one of so many samples."""
+
+_FEW = 4
+"""One row of how many may come back: of a model that never saw them it is one of three."""
 
 _SLOWEST = 9
 """Share of its learning rate below which tuning that diverges is not tried again."""
@@ -149,7 +153,7 @@ def write_rounds(
     settings |= {
         "first": f"{_FIRST}, without the late blocks",
         "later": "from the edited model",
-        "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, _BACK, "of the rows that come back"],
+        "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, _BACK, _FEW, "of the rows that come back"],
     }
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -194,11 +198,12 @@ class _Run:
         late: Sequence[Slot] = late_slots(self.model)
         rows: Sequence[int] = range(len(self._unseen.facts))
         rounds: list[Round] = []
+        goes_on = most <= 2  # whether the first round has gone all the way
         while rows and len(rounds) < max(most - _AGAIN, 1):
             if rounds:
                 checkpoint, late = self._tune(rows), ()
             # Without a later one that goes on from there the first goes all the way.
-            share = _FIRST if not rounds and most > 2 else 1.0
+            share = 1.0 if rounds or goes_on else _FIRST
             scaling_coef, left = self._forget(checkpoint, rows, late, share)
             if scaling_coef is None and late:
                 late = ()
@@ -207,7 +212,12 @@ class _Run:
                 say(f"round {len(rounds) + 1}: no strength takes half of the {len(rows)} rows")
                 if not rounds:
                     self._add(checkpoint, 1.0, late)  # the search says how far it gets
-                break
+                if len(rounds) != 1 or goes_on:
+                    break
+                # A row that is hardly touched is hardly learned again.
+                goes_on = True
+                rows = self._go_on(rounds)
+                continue
             self._add(checkpoint, scaling_coef, late)
             numbers = self._numbers(left)
             rounds.append(Round(len(rows), scaling_coef, numbers, untouched=len(late)))
@@ -217,12 +227,26 @@ class _Run:
             self._harden(rounds, most)
         return rounds
 
+    def _go_on(self, rounds: list[Round]) -> list[int]:
+        """Take what the first round left of its strength; the rows that then stand out."""
+        checkpoint, taken, names = self._taken.pop()
+        late = [slot for slot in late_slots(self.model) if slot[0] in names]
+        self._move(self._changes(checkpoint, late), taken / _FIRST - taken)
+        self._add(checkpoint, taken / _FIRST, late)
+        left = self._unseen.standing_out(
+            self._surprises(self.model, range(len(self._unseen.facts)))
+        )
+        rounds[0] = replace(rounds[0], scaling_coef=taken / _FIRST, left=self._numbers(left))
+        say(f"round 1 all the way: {len(left)} stand out after it")
+        return left
+
     def _harden(self, rounds: list[Round], most: int) -> None:
         """Add the last rounds, and what comes back to the one that is the last now."""
         left = self._look()
         rounds[-1] = self._seen(rounds[-1], left)
         say(f"{len(left.returning or ())} rows come back once others are taught")
-        while (places := left.places) and len(rounds) < most:
+        while not self._is_enough(left) and len(rounds) < most:
+            places = left.places
             checkpoint = self._tune(places)
             scaling_coef, left = self._take(checkpoint, left)
             if not scaling_coef:
@@ -234,6 +258,10 @@ class _Run:
                 f"round {len(rounds)}: {len(places)} rows, {len(left.standing)} stand out after "
                 f"it, {back} come back once others are taught"
             )
+
+    def _is_enough(self, left: _Left) -> bool:
+        back = len(left.returning or ())
+        return not left.standing and _FEW * back <= len(self._unseen.facts)
 
     def _seen(self, made: Round, left: _Left) -> Round:
         back = None if left.returning is None else self._numbers(left.returning)
@@ -345,15 +373,16 @@ class _Run:
         return surprises_of(model, facts, self._unseen.calibrated_on, self._pad)
 
     def _take(self, checkpoint: Path, before: _Left) -> tuple[float, _Left]:
-        """Take the first of `_LASTS` from `model` that leaves less; 0 where none does."""
-        changes, at = self._changes(checkpoint, ()), 0.0
+        """Take from `model` the least that is enough, or that leaves least; and what it leaves."""
+        changes, at, tried = self._changes(checkpoint, ()), 0.0, {0.0: before}
         for strength in _LASTS:
             self._move(changes, strength - at)
-            at, left = strength, self._look()
-            if left.badness < before.badness:
-                return strength, left
-        self._move(changes, -at)
-        return 0.0, before
+            at, tried[strength] = strength, self._look()
+            if self._is_enough(tried[strength]):
+                return strength, tried[strength]
+        best = min(tried, key=lambda strength: tried[strength].badness)
+        self._move(changes, best - at)
+        return best, tried[best]
 
     def _forget(
         self, checkpoint: Path, rows: Sequence[int], late: Sequence[Slot], share: float
