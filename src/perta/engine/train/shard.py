@@ -31,16 +31,15 @@ def check_shard(wanted: bool | None) -> None:
     """Stop at `--shard` where there is nobody to share with; ConfigError."""
     if wanted and not helpers():
         raise ConfigError(
-            "--shard divides the weights among processes, and there is one. Start several, with "
-            "`torchrun --nproc-per-node N -m perta …`, or leave --shard out."
+            "--shard divides the weights among processes, and there is one. Start several with "
+            "torchrun, or leave --shard out."
         )
 
 
 def is_sharded(wanted: bool | None, model: PreTrainedModel, tunes_adapter: bool) -> bool:
     """Whether to divide a model: as asked, or where training takes more than this process's GPU."""
-    check_shard(wanted)
-    if wanted is not None or not helpers() or model.device.type != "cuda":
-        return bool(wanted)
+    if not helpers() or wanted is not None or model.device.type != "cuda":
+        return bool(wanted and helpers())
     weights = sum(p.nbytes for p in model.parameters())
     memory = torch.cuda.get_device_properties(model.device).total_memory
     return weights * (1 if tunes_adapter else _TUNED) > _ROOM * memory
