@@ -383,6 +383,22 @@ def test_a_few_rows_may_come_back_but_none_stand_out(
     assert (last["left"], last["returning"], last["comes_back"]) == ([], [numbers[1]], 0.3)
 
 
+def test_a_row_that_stands_out_counts_more_than_any_that_come_back(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run
+    first = config.work_folder / "forget_checkpoint"
+    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
+    every = [0, 1, 2, 3, 4]
+    found = [_Left([], every), _Left([1], []), _Left([], every[:3]), _Left([2], [2])]
+    looks = iter([*found, *[_Left([], every)] * 3])
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
+    place = At(tmp_path / "rounds")
+    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
+    _, last = (read_manifest(made) or {})["rounds"]
+    assert (last["scaling_coef"], len(last["returning"])) == (0.5, 3)
+
+
 @pytest.mark.parametrize(
     ("kind", "judged_by", "least", "hit", "found"),
     [
