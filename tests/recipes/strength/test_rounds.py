@@ -118,6 +118,18 @@ def left_by(config: UnlearnConfig, made: Path, output: Path, **settings: Any) ->
     return [unseen.facts[place].row for place in unseen.standing_out(surprises)]
 
 
+def written(
+    config: UnlearnConfig, folder: Path, most: int, **weighting: Any
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Rounds from the forget checkpoint that a request has, and what they did."""
+    checkpoint = config.work_folder / "forget_checkpoint"
+    chosen = with_defaults(replace(PROJECT, **weighting))
+    edit = edit_of(config, checkpoint, folder.with_name("none"), chosen)
+    unseen = unseen_of(config)
+    made = write_rounds(At(folder), edit, unseen, config.tune, config.compute, most)
+    return made, (read_manifest(made) or {})["rounds"]
+
+
 def edit_of(
     config: UnlearnConfig, made: Path, output: Path, weighting: WeightingConfig
 ) -> EditConfig:
@@ -152,15 +164,13 @@ def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, included: tuple[str, ...], late: bool
 ) -> None:
     config, _ = run
-    weighting = with_defaults(replace(PROJECT, include=included))
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "round", weighting)
-    place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 1)
-    (only,) = (read_manifest(made) or {})["rounds"]
+    made, (only,) = written(config, tmp_path / "rounds", 1, include=included)
     assert only["left"] == left_by(config, made, tmp_path / "edited", include=included)
     assert only["untouched"] == (0 if late else 7)  # q, k, v and o; gate, up and down
-    stored = [open_index(Path(folder)).tensors for folder in (config.base, first, made)]
+    stored = [
+        open_index(Path(folder)).tensors
+        for folder in (config.base, config.work_folder / "forget_checkpoint", made)
+    ]
     for name in stored[0]:
         base, tuned, total = (read_tensor(tensors[name]).double() for tensors in stored)
         is_left = not late and ".2." in name and "norm" not in name
@@ -172,16 +182,9 @@ def test_the_first_round_leaves_the_last_third_of_the_blocks_unless_that_is_all(
 def test_a_first_round_before_others_goes_a_share_of_the_way(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path
 ) -> None:
-    config, _ = run
-    first, weighting = config.work_folder / "forget_checkpoint", with_defaults(PROJECT)
-    edit = edit_of(config, first, tmp_path / "none", weighting)
-    place = At(tmp_path / "alone")
-    alone = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 1)
-    folders = (alone, config.work_folder / "forget_rounds")
-    all_the_way, share = (
-        (read_manifest(folder) or {})["rounds"][0]["scaling_coef"] for folder in folders
-    )
-    assert share == pytest.approx(0.35 * all_the_way)
+    _, (alone,) = written(run[0], tmp_path / "alone", 1)
+    first, *_ = (read_manifest(run[0].work_folder / "forget_rounds") or {})["rounds"]
+    assert first["scaling_coef"] == pytest.approx(0.35 * alone["scaling_coef"])
 
 
 @pytest.mark.parametrize(
@@ -200,15 +203,10 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     first: float,
     later: list[float],
 ) -> None:
-    config, _ = run
-    checkpoint = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, checkpoint, tmp_path / "none", with_defaults(PROJECT))
     strengths, looks = iter(found), iter([_Left([2], [0, 2], 0.5), _Left([], [], 0.0)])
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(strengths))
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
-    place, unseen = At(tmp_path / "rounds"), unseen_of(config)
-    made = write_rounds(place, edit, unseen, config.tune, config.compute, 7)
-    rounds = (read_manifest(made) or {})["rounds"]
+    _, rounds = written(run[0], tmp_path / "rounds", 7)
     assert [made["scaling_coef"] for made in rounds] == [pytest.approx(first), *later, 0.25]
     assert rounds[-1]["rows"] == 2
     assert next(strengths, None) is None
@@ -218,12 +216,8 @@ def test_a_first_round_that_goes_on_is_one_that_went_all_the_way(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = run
-    checkpoint = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, checkpoint, tmp_path / "none", with_defaults(PROJECT))
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: _Left([], [], 0.0))
-    given = (edit, unseen_of(config), config.tune, config.compute)
-    whole = write_rounds(At(tmp_path / "whole"), *given, 2)  # no round goes on from there
-    (at,) = (read_manifest(whole) or {})["rounds"]
+    whole, (at,) = written(config, tmp_path / "whole", 2)  # no round goes on from there
     found = iter([at["scaling_coef"], None, None])
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
     seen = list[list[int]]()
@@ -234,8 +228,7 @@ def test_a_first_round_that_goes_on_is_one_that_went_all_the_way(
         return tune_some(self, rows)
 
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
-    twice = write_rounds(At(tmp_path / "twice"), *given, 6)
-    (gone_on,) = (read_manifest(twice) or {})["rounds"]
+    twice, (gone_on,) = written(config, tmp_path / "twice", 6)
     assert gone_on["scaling_coef"] == pytest.approx(at["scaling_coef"])
     assert gone_on["untouched"] == at["untouched"] == 7
     assert seen[-1] == left_by(config, whole, tmp_path / "edited")
@@ -333,10 +326,7 @@ def test_last_rounds_go_on_while_fewer_rows_are_left(
     left: int,
     returns: bool,
 ) -> None:
-    config, _ = run
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
-    unseen, found = unseen_of(config), iter(looks)
+    unseen, found = unseen_of(run[0]), iter(looks)
 
     def look(_: Any) -> _Left:
         rows = list(range(next(found)))
@@ -350,8 +340,7 @@ def test_last_rounds_go_on_while_fewer_rows_are_left(
 
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", look)
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
-    made = write_rounds(At(tmp_path / "rounds"), edit, unseen, config.tune, config.compute, 4)
-    rounds = (read_manifest(made) or {})["rounds"]
+    _, rounds = written(run[0], tmp_path / "rounds", 4)
     last = rounds[len(rounds) - len(strengths) :]
     assert [entry["scaling_coef"] for entry in last] == strengths
     assert rounds[len(rounds) - len(strengths) - 1]["returning"] is not None
@@ -369,16 +358,11 @@ def test_a_few_rows_may_come_back_but_none_stand_out(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of six is less than a quarter."""
-    config, _ = run
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
     looks = iter([_Left([4], [1], 0.5), _Left([], [1, 2], 0.4), _Left([], [1], 0.3)])
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
-    place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
-    first_one, last = (read_manifest(made) or {})["rounds"]
-    numbers = [fact.row for fact in unseen_of(config).facts]
-    assert (first_one["left"], first_one["returning"]) == ([numbers[4]], [numbers[1]])
+    _, (first, last) = written(run[0], tmp_path / "rounds", 4)
+    numbers = [fact.row for fact in unseen_of(run[0]).facts]
+    assert (first["left"], first["returning"]) == ([numbers[4]], [numbers[1]])
     assert (last["rows"], last["scaling_coef"]) == (2, 0.5)
     assert (last["left"], last["returning"], last["comes_back"]) == ([], [numbers[1]], 0.3)
 
@@ -386,16 +370,11 @@ def test_a_few_rows_may_come_back_but_none_stand_out(
 def test_a_row_that_stands_out_counts_more_than_any_that_come_back(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, _ = run
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
     every = [0, 1, 2, 3, 4]
     found = [_Left([], every), _Left([1], []), _Left([], every[:3]), _Left([2], [2])]
     looks = iter([*found, *[_Left([], every)] * 3])
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
-    place = At(tmp_path / "rounds")
-    made = write_rounds(place, edit, unseen_of(config), config.tune, config.compute, 4)
-    _, last = (read_manifest(made) or {})["rounds"]
+    _, (_, last) = written(run[0], tmp_path / "rounds", 4)
     assert (last["scaling_coef"], len(last["returning"])) == (0.5, 3)
 
 
@@ -434,26 +413,25 @@ def test_rows_of_one_fact_are_taught_together() -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_row_alone_has_no_others_to_be_taught(
-    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, count: int
+    run: tuple[UnlearnConfig, Unlearned],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    count: int,
 ) -> None:
-    config, _ = run
+    """And nobody says that it does not come back."""
     few = tmp_path / "few.jsonl"
-    few.write_text("".join(Path(config.forget).read_text("utf-8").splitlines(True)[:count]))
-    config = replace(config, forget=str(few))
-    first = run[0].work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
-    given = (edit, unseen_of(config), config.tune, config.compute, 4)
-    last = (read_manifest(write_rounds(At(tmp_path / "rounds"), *given)) or {})["rounds"][-1]
+    few.write_text("".join(Path(run[0].forget).read_text("utf-8").splitlines(True)[:count]))
+    _, (*_, last) = written(replace(run[0], forget=str(few)), tmp_path / "rounds", 4)
     assert (last["comes_back"] is None) == (last["returning"] is None) == (count == 1)
+    said = capsys.readouterr().err
+    assert ("come back once others are taught" in said) == (count == 2)
+    assert ("what comes back nobody can tell from one fact" in said) == (count == 1)
 
 
 def test_what_diverges_is_tuned_at_a_third_of_the_rate(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, _ = run
-    first = config.work_folder / "forget_checkpoint"
-    edit = edit_of(config, first, tmp_path / "none", with_defaults(PROJECT))
-    rate, rates, lowest = config.tune.learning_rate or 0.0, list[float](), 0.2
+    rate, rates, lowest = run[0].tune.learning_rate or 0.0, list[float](), 0.2
 
     def tuned(model: Any, examples: Any, config: Any, **more: Any) -> Any:
         rates.append(config.learning_rate)
@@ -462,12 +440,11 @@ def test_what_diverges_is_tuned_at_a_third_of_the_rate(
         return tune(model, examples, config, **more)
 
     monkeypatch.setattr("perta.recipes.strength.rounds.tune", tuned)
-    given = (edit, unseen_of(config), config.tune, config.compute, 2)
-    write_rounds(At(tmp_path / "rounds"), *given)
+    written(run[0], tmp_path / "rounds", 2)
     assert rates[:3] == pytest.approx([rate, rate / 3, rate / 9])
     lowest = 0.0
     with pytest.raises(DivergenceError, match="too fast"):
-        write_rounds(At(tmp_path / "never"), *given)
+        written(run[0], tmp_path / "never", 2)
 
 
 def test_rounds_of_adapters_are_one_adapter(

@@ -83,7 +83,7 @@ _PARTS, _STEPS, _SAMPLES, _BACK = 3, 6, 64, 0.05
 others may then be in one of so many samples."""
 
 _FEW = 4
-"""One row of how many may come back: of a model that never saw them it is one of three."""
+"""One row of how many may come back; of models that never saw them one of three does, as there."""
 
 _SLOWEST = 9
 """Share of its learning rate below which tuning that diverges is not tried again."""
@@ -115,6 +115,12 @@ class _Left:
     def places(self) -> list[int]:
         """Of both kinds, each once."""
         return sorted({*self.standing, *(self.returning or ())})
+
+    def __str__(self) -> str:
+        if self.returning is None:
+            return f"{len(self.standing)} stand out; what comes back nobody can tell from one fact"
+        back = len(self.returning)
+        return f"{len(self.standing)} stand out, {back} come back once others are taught"
 
     @property
     def badness(self) -> tuple[int, int]:
@@ -244,7 +250,7 @@ class _Run:
         """Add the last rounds, and what comes back to the one that is the last now."""
         left = self._look()
         rounds[-1] = self._seen(rounds[-1], left)
-        say(f"{len(left.returning or ())} rows come back once others are taught")
+        say(f"before the last rounds: {left}")
         while not self._is_enough(left) and len(rounds) < most:
             places = left.places
             checkpoint = self._tune(places)
@@ -253,11 +259,7 @@ class _Run:
                 break
             self._add(checkpoint, scaling_coef, ())
             rounds.append(self._seen(Round(len(places), scaling_coef, (), untouched=0), left))
-            back = len(left.returning or ())
-            say(
-                f"round {len(rounds)}: {len(places)} rows, {len(left.standing)} stand out after "
-                f"it, {back} come back once others are taught"
-            )
+            say(f"round {len(rounds)}: {len(places)} rows, and after it {left}")
 
     def _is_enough(self, left: _Left) -> bool:
         back = len(left.returning or ())
