@@ -316,6 +316,14 @@ def test_alpha_is_the_strength(perta: Run, world: World, tmp_path: Path) -> None
     assert settings["scaling_coef"] == 0.25
 
 
+@pytest.mark.parametrize("given", [("--steering-coef", 2), ("--steering-coef=2",)])
+def test_a_setting_of_a_method_is_no_option(perta: Run, given: tuple[object, ...]) -> None:
+    there = ("--base", "b", "--full", "f", "--forget", "r", "--output", "o")
+    ran = perta("unlearn", *there, *given)
+    assert ran.status == 2
+    assert "It is a setting: --method NAME:steering_coef=VALUE, of `rmu`" in ran.err
+
+
 def test_the_package_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "perta", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

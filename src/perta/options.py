@@ -135,8 +135,13 @@ def _unlearn_name(field: str) -> str:
 _ALIASES = {"alpha": "scaling_coef"}
 
 
-def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
-    """A configuration, or one of a class, with options as the command line names them."""
+def with_options(
+    config: _C | type[_C], given: Mapping[str, Any], elsewhere: Callable[[str], str]
+) -> _C:
+    """A configuration, or one of a class, with options as the command line names them.
+
+    Of a name that is none `elsewhere` says where what it means can be given, or nothing.
+    """
     own = get_type_hints(config if isinstance(config, type) else type(config))
     mine = {name: value for name, value in given.items() if name in own}
     made = config(**mine) if isinstance(config, type) else replace(config, **mine)
@@ -150,7 +155,7 @@ def with_options(config: _C | type[_C], given: Mapping[str, Any]) -> _C:
     for option in given.keys() - own:
         place = places.get(_ALIASES.get(option, option))
         if place is None:
-            hint = nearest(option, [*own, *places], listed=False)
+            hint = elsewhere(option) or nearest(option, [*own, *places], listed=False)
             raise ConfigError(f"There is no option `{option}`.{hint}")
         group, name = place
         kind = get_type_hints(type(groups[group]))[name]

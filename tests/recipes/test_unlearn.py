@@ -585,6 +585,7 @@ def test_a_file_and_a_condition_are_two_files(
     ("wrong", "message"),
     [
         ({"metod": "tv"}, "no option `metod`. Did you mean `method`"),
+        ({"steering_coef": 2}, "It is a setting: --method NAME:steering_coef=VALUE, of `rmu`"),
         ({"epoch": 1}, "Did you mean `epochs`"),
         ({"learning_rate": -1.0}, "--learning-rate is -1.0"),
         ({"loss_on": "fact"}, "--loss-on is 'fact'; it must be answer or facts or None"),

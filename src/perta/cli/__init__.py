@@ -57,12 +57,16 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 def _usage(error: CycloptsError) -> str:
     """What is wrong with the options that were given."""
+    from perta.methods.registry import where_set
+
     unknown = [error.token.keyword] if isinstance(error, UnknownOptionError) else []
     unknown += (token.partition("=")[0] for token in error.unused_tokens or ())
     if "--show-samples" in unknown:
         return "--show-samples is an option of `perta evaluate` alone: give it there."
     text = " ".join(str(error).split())
-    if isinstance(error, UnusedCliTokensError):
+    if unknown and (elsewhere := where_set(unknown[0] or "")):
+        text = f"There is no option {unknown[0]}.{elsewhere}"
+    elif isinstance(error, UnusedCliTokensError):
         text = (
             f"Not understood: {' '.join(error.unused_tokens or ())}. Of several values each has "
             "the option before it, and one with spaces stands in quotes."

@@ -108,7 +108,7 @@ def find(name: str, kind: type[_Kind]) -> type[_Kind]:
 
 def unknown_setting(text: str, key: str, names: Collection[str]) -> ConfigError:
     """The error for a setting that a method does not have."""
-    having = [name for name, cls in KNOWN.items() if key in (o.name for o in cls.options())]
+    having = _having(key)
     others = (
         f" `{'`, `'.join(having)}` {'has' if len(having) == 1 else 'have'} it." if having else ""
     )
@@ -116,6 +116,20 @@ def unknown_setting(text: str, key: str, names: Collection[str]) -> ConfigError:
         f"`{text}`: unknown setting `{key}`.{others}"
         + (nearest(key, sorted(names)) if names else " The method has none.")
     )
+
+
+def where_set(option: str) -> str:
+    """Where to give what was taken for an option and is a setting of methods; else nothing."""
+    key = option.lstrip("-").replace("-", "_")
+    having = _having(key)
+    if not having:
+        return ""
+    return f" It is a setting: --method NAME:{key}=VALUE, of `{'`, `'.join(sorted(having))}`."
+
+
+def _having(key: str) -> list[str]:
+    """Methods with a setting of this name."""
+    return [name for name, cls in KNOWN.items() if key in (o.name for o in cls.options())]
 
 
 def _value(text: str) -> Any:

@@ -34,7 +34,14 @@ from perta.evidence.audit.document import AUDIT, told_in_short
 from perta.evidence.audit.probe import Role
 from perta.methods.method import Method
 from perta.methods.objectives import Training
-from perta.methods.registry import at_strength, get_method, parse, refuse_unused, with_defaults
+from perta.methods.registry import (
+    at_strength,
+    get_method,
+    parse,
+    refuse_unused,
+    where_set,
+    with_defaults,
+)
 from perta.models.formats.gguf_write import gguf_plan
 from perta.models.formats.low_rank import is_adapter, open_tuned
 from perta.models.resolve import quantised_checkpoint, resolve_checkpoint, resolve_tuned
@@ -125,7 +132,7 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
     paths; sets of examples may be rows as well. PertaError at input that cannot be used, before the
     first long step; nothing is left half-written.
     """
-    run = _request(with_options(UnlearnConfig if config is None else config, options))
+    run = _request(_configured(config, options))
     output, plan = run.config.output, run.plan(looks=False)
     say(f"{plan.output_folder}: about {size(plan.output)}; {plan.work_folder}: {size(plan.work)}")
     work = {step.name: step.operations for step in plan.steps}
@@ -146,9 +153,13 @@ def unlearn(config: UnlearnConfig | None = None, **options: Any) -> Unlearned:
 
 def plan_unlearn(config: UnlearnConfig | None = None, **options: Any) -> Plan:
     """What `unlearn` would do, after all of its checks; nothing is written but to the cache."""
-    run = _request(with_options(UnlearnConfig if config is None else config, options))
+    run = _request(_configured(config, options))
     with taking_over(other_work_folders(run.config)):
         return run.plan(looks=True)
+
+
+def _configured(config: UnlearnConfig | None, options: Mapping[str, Any]) -> UnlearnConfig:
+    return with_options(UnlearnConfig if config is None else config, options, where_set)
 
 
 def _request(config: UnlearnConfig) -> _Run:
