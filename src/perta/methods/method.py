@@ -78,6 +78,7 @@ class Needs:
     importance: tuple[Side, ...] = ()  # sets whose importance is used
     moments: tuple[Side, ...] = ()  # sets whose second moments are used
     gradients: bool = False  # whether moments of output gradients are used as well
+    facts: bool = False  # whether the forget set's facts, repeated, are among what is retained
     order: float = 1.0  # order p of the importance, where the method has no setting `order`
     # How the importance must have been reduced; either way without it.
     reduction: Literal["mean_of_power", "abs_of_mean"] | None = None

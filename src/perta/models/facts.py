@@ -157,6 +157,18 @@ def find_facts(
     return tuple(facts)
 
 
+def fact_text(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a fact says, its parts in turn; empty where the tokenizer gives no text for it."""
+    labels, parts = fact.encoded.labels, list[list[int]]()
+    for place, label in enumerate(labels):
+        if label != IGNORE:
+            if not place or labels[place - 1] == IGNORE:
+                parts.append([])
+            parts[-1].append(label)
+    said = (str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in parts)
+    return " ".join(filter(None, said))
+
+
 def unsayable(
     facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, name: str | None
 ) -> list[int]:

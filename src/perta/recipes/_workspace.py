@@ -45,6 +45,7 @@ from perta.stages.settings import (
 )
 from perta.stages.stage import Place
 from perta.store.costs import passes_of, seconds_of, title_of
+from perta.store.measured.moments import open_moments
 from perta.store.record import check_separate, read_manifest
 
 _T = TypeVar("_T")
@@ -93,7 +94,8 @@ class Workspace:
         """Everything that an edit by a method reads, as fields of `EditConfig`.
 
         `orders` of importance are made in one pass. `protected` are sets whose moments, added to
-        `saved` ones without `unwanted` rows, stand for what is to be kept. A `forget_checkpoint`
+        `saved` ones without `unwanted` rows, stand for what is to be kept, and with them the forget
+        set's facts, repeated, where the method wants these. A `forget_checkpoint`
         stands in place of one tuned with the first seed, a `retain_checkpoint` in place of one
         tuned on `samples`.
         """
@@ -122,6 +124,8 @@ class Workspace:
             folders = [self._moments(part, wanted.gradients) for part in parts]
             if saved and side == "retain":
                 folders.insert(0, self._less(saved, unwanted))
+            if side == "retain" and wanted.facts and self._has_facts():
+                folders.append(self._fact_moments(saved))
             given[f"{side}_moments"] = self._merged(folders, wanted.gradients)
         return given
 
@@ -188,6 +192,25 @@ class Workspace:
         return self.once(
             *(f"{part}_moments", compute_moments, config),
             lambda sizes: sizes.moments(self._examples(part), gradients, options),
+        )
+
+    def _has_facts(self) -> bool:
+        return all(example.kind != "text" for example in self._examples("forget").examples)
+
+    def _fact_moments(self, saved: Path | None) -> Path:
+        options = replace(self.moments, moment_samples=None)
+        if saved:  # which count the same tokens
+            options = replace(options, tokens=open_moments(saved).facts["token_choice"])
+        config = MomentsConfig(
+            checkpoint=str(self.measured),
+            data=self.sets["forget"],
+            facts_by=str(self.base),
+            options=options,
+            **self._common(self.place("forget_fact_moments")),
+        )
+        return self.once(
+            *("forget_fact_moments", compute_moments, config),
+            lambda sizes: sizes.moments(self._examples("forget"), False, options),
         )
 
     def _less(self, saved: Path, unwanted: Sequence[Example]) -> Path:

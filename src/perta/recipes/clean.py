@@ -180,7 +180,7 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
         return not name.startswith("retain") or data == inputs.get("forget")
     if stage in _MEASURED:
         return data == inputs.get("forget") or name.startswith("forget")
-    return stage == "direction"
+    return stage in ("direction", "merge-moments")  # these add up facts of the forget set
 
 
 def _several(written: object) -> list[str]:

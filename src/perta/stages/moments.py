@@ -30,36 +30,45 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from perta.data.batch import Encoded
-from perta.data.examples import Example, ExampleSet, rows_fingerprint
+from perta.data.examples import Example, ExampleSet, load_examples, rows_fingerprint
+from perta.data.rows import as_source
 from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
+from perta.models.facts import fact_text, find_facts, is_told
 from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
+from perta.options import require
 from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
 from perta.stages.stage import Subject, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
-from perta.store.measured.second_moment import added, without
+from perta.store.measured.second_moment import added, divided, without
 from perta.store.record import settings_of, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = ("examples", "examples_available")
+_REPEATED = 0.25
+"""Share of all tokens, at least, that repeated facts count for: docs/experiments/facts.md."""
 
 
 def compute_moments(config: MomentsConfig) -> Path:
     """Measure moments on a data set, write them and return the folder (`perta moments`)."""
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
-        given, pad = subject.encoded.encoded, subject.pad
+        examples, given = subject.examples, subject.encoded.encoded
+        if config.facts_by:
+            examples, given = _repeated(model, subject, config, config.facts_by)
+        pad = subject.pad
         plan = plan_moments(model, given, gradients=config.gradients, pad=pad)
         encoded = sample_for_moments(plan, given, config.options)
         seen: dict[str, Seen] = {}
@@ -85,8 +94,9 @@ def compute_moments(config: MomentsConfig) -> Path:
             "seen": {name: asdict(count) for name, count in seen.items()},
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
-            "data_fingerprints": [subject.inputs["data"]],
-            "rows": marks_of(subject.examples.examples, encoded),
+            "data_fingerprints": [examples.fingerprint],
+            "rows": marks_of(examples.examples, encoded),
+            **({"repeated": True} if config.facts_by else {}),
             "dtype": subject.settings["dtype"],
             "versions": versions(),
         }
@@ -101,11 +111,35 @@ def compute_moments(config: MomentsConfig) -> Path:
     return run_measurement("moments", config, measure)
 
 
+def _repeated(
+    model: PreTrainedModel, subject: Subject, config: MomentsConfig, base: str
+) -> tuple[ExampleSet, tuple[Encoded, ...]]:
+    """Each fact of a set as the answer to itself, told once and twice; its end tokens as always."""
+    data, of_text = config.data_config, [e for e in subject.examples.examples if e.kind == "text"]
+    require(not of_text, "facts-by", base, "left out for plain text, which has no facts")
+    folder, device, asked = resolve_checkpoint(base), model.device, None
+    longest = longest_input(subject.checkpoint)
+    if not is_told(subject.examples, data):
+        torch.nn.Module.to(model, "cpu")  # a GPU may hold no other model beside it
+        asked = load_model(folder, config.compute)
+    facts = find_facts(subject.examples, subject.tokenizer, data, base=asked, longest=longest)
+    del asked
+    torch.nn.Module.to(model, device)
+    said = [fact_text(fact, subject.tokenizer) for fact in facts]
+    asking = [(prompt, text) for text in said if text for prompt in (text, f"{text} {text}")]
+    examples = load_examples(as_source([{"question": q, "answer": a} for q, a in asking], "facts"))
+    # One of a whole long answer may be longer than what is read of rows.
+    usual = replace(data.with_usual_columns(), skip_bad_rows=True)
+    encoded = encode_examples(examples, subject.tokenizer, usual, longest=longest).encoded
+    return examples, encoded
+
+
 def merge_moments(config: MergeMomentsConfig) -> Path:
     """Add moment folders: the moments of the union of their sets (`perta merge-moments`).
 
     CheckpointMismatchError where they are of different models, layers or settings; ConfigError
     where a set is counted twice, or rows are recognised by two keys, or by one that is not there.
+    Moments of facts (`facts_by`) beside those of rows count as `_REPEATED` of all tokens at least.
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
@@ -121,12 +155,15 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     def make(folder: Path) -> Mapping[str, Any]:
         names = list(folders[0].index.tensors)
-        write_shards(folder, ((name, _sum(folders, name)) for name in names))
+        weights = _weights(folders)
+        write_shards(folder, ((name, _sum(folders, weights, name)) for name in names))
+        counted = zip(folders, weights, strict=True)
         facts = {
             **keyed.facts,
             "seen": _seen(folders),
-            "tokens": sum(f.facts["tokens"] for f in folders),
+            "tokens": round(sum(weight * f.facts["tokens"] for f, weight in counted)),
             **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},
+            "repeated": all(f.facts.get("repeated") for f in folders),
             "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
             "rows": rows,
             "taken_out": sum(f.facts.get("taken_out", 0) for f in folders),
@@ -260,7 +297,16 @@ def _refused(config: LessMomentsConfig, why: str) -> ConfigError:
     )
 
 
-def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
+def _weights(folders: Sequence[MomentFolder]) -> list[float]:
+    """How often each set counts."""
+    tokens = {True: 0, False: 0}
+    for folder in folders:
+        tokens[bool(folder.facts.get("repeated"))] += folder.facts["tokens"]
+    more = _REPEATED / (1 - _REPEATED) * tokens[False] / (tokens[True] or 1)
+    return [max(1.0, more) if folder.facts.get("repeated") else 1.0 for folder in folders]
+
+
+def _sum(folders: Sequence[MomentFolder], weights: Sequence[float], name: str) -> Tensor:
     moments = [folder.read(name) for folder in folders]
     for folder, moment in zip(folders, moments, strict=True):
         if moment.shape[1] != moments[0].shape[1]:
@@ -268,7 +314,7 @@ def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
                 f"{name} is {moments[0].shape[1]} wide in {folders[0].folder} and "
                 f"{moment.shape[1]} in {folder.folder}. They are moments of different models."
             )
-    return added(moments).float()
+    return added([divided(m, 1 / w) for m, w in zip(moments, weights, strict=True)]).float()
 
 
 def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:

@@ -166,10 +166,18 @@ class MomentsConfig(Sets):
     """Folder for the moments."""
     gradients: bool = False
     """Measure output gradients as well, which `perta-kron` needs."""
+    facts_by: str | None = None
+    """Measure on the facts of the rows alone, each told and then repeated, in place of the rows.
+    This base model, which has not seen them, tells the facts where no column does."""
     overwrite: Overwrite = False
     options: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = not (self.facts_by and self.gradients)
+        require(alone, "facts-by", self.facts_by, "left out with --gradients")
 
 
 @Flat

@@ -403,8 +403,12 @@ def read_subject(name: str, config: ImportanceConfig | MomentsConfig | FinetuneC
     tokenizer, longest = load_tokenizer(checkpoint), longest_input(checkpoint)
     encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
 
+    read = {name: checkpoint}
+    if isinstance(config, MomentsConfig) and config.facts_by:
+        read["facts_by"] = resolve_checkpoint(config.facts_by)
+
     def look() -> dict[str, str]:
-        return {name: fingerprint(checkpoint), "data": examples.fingerprint}
+        return {n: fingerprint(place) for n, place in read.items()} | {"data": examples.fingerprint}
 
     settings = {**settings_of(config), **picked(config.compute, checkpoint)}
     return Subject(checkpoint, examples, tokenizer, encoded, settings, look(), look)
