@@ -363,7 +363,7 @@ def test_a_few_rows_may_come_back_but_none_stand_out(
     _, (first, last) = written(run[0], tmp_path / "rounds", 4)
     numbers = [fact.row for fact in unseen_of(run[0]).facts]
     assert (first["left"], first["returning"]) == ([numbers[4]], [numbers[1]])
-    assert (last["rows"], last["scaling_coef"]) == (2, 0.5)
+    assert (last["rows"], last["scaling_coef"]) == (2, 1.0)
     assert (last["left"], last["returning"], last["comes_back"]) == ([], [numbers[1]], 0.3)
 
 
@@ -371,11 +371,11 @@ def test_a_row_that_stands_out_counts_more_than_any_that_come_back(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = [0, 1, 2, 3, 4]
-    found = [_Left([], every), _Left([1], []), _Left([], every[:3]), _Left([2], [2])]
-    looks = iter([*found, *[_Left([], every)] * 3])
+    found = [_Left([], every), _Left([1], []), _Left([], every[:3])]
+    looks = iter([*found, *[_Left([], every)] * 2])
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
     _, (_, last) = written(run[0], tmp_path / "rounds", 4)
-    assert (last["scaling_coef"], len(last["returning"])) == (0.5, 3)
+    assert (last["scaling_coef"], len(last["returning"])) == (1.0, 3)
 
 
 @pytest.mark.parametrize(
