@@ -23,7 +23,7 @@ from perta.methods import (  # noqa: F401 - they define methods
 from perta.methods.method import KNOWN, Edit, Method
 from perta.options import MethodText, WeightingConfig
 from perta.progress import warn
-from perta.store.fingerprint import run_file
+from perta.store.own_code import run_file
 
 _Kind = TypeVar("_Kind", bound=Method)
 

@@ -52,6 +52,7 @@ from perta.stages.stage import At, evaluated, run_file_stage
 from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
+from perta.store.own_code import code_of, is_ours
 from perta.store.provenance import STATED, Request, refuse_claim, requests_of, with_earlier
 from perta.store.record import check_output, check_separate, read_manifest, settings_of
 
@@ -81,8 +82,8 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
         found = {r: fingerprint(folder) for r, folder in folders.items() if r != "cleaned"}
         found |= evaluated(config.checkpoint, folders["cleaned"])
         found |= {name: examples.fingerprint for name, examples in sets.items()}
-        own = {p.name: p.source_hash() for p in probes}
-        return found | {f"probe_{name}": value for name, value in own.items() if value}
+        own = {f"probe_{p.name}": code_of(type(p)) for p in probes if not is_ours(type(p))}
+        return found | {name: value for name, value in own.items() if value}
 
     inputs = look()
     _refuse_same(folders, inputs)

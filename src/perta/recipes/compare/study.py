@@ -51,6 +51,7 @@ from perta.store.costs import BACKWARD, FORWARD, Plan, passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.parse import read_json
 from perta.store.record import (
+    aggregates,
     check_output,
     check_separate,
     content_of_results,
@@ -403,7 +404,7 @@ class _Seed:
         reference = self._results_file("suite", "retrained")
         results = bench.suite(read_results(reference) if name != "retrained" else None)
         write_text(self._results_file("suite", name), results_json(results))
-        return {key: value["agg_value"] for key, value in results.items()}
+        return aggregates(results)
 
     def _prepare(self, spec: EditSpec | TrainingSpec) -> _Contender:
         """What a method needs to be at any strength; kept until another method's turn."""
