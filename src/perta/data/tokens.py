@@ -206,7 +206,8 @@ def _layout(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataCo
     messages = example.messages
     if not uses_chat_template(example, tokenizer, config):
         return lay_out_plainly(messages, as_is=example.kind in ("text", "completion"))
-    given = (tokenizer.get_chat_template(), tokenizer.special_tokens_map, config.template_date)
+    variables = json.dumps(dict(tokenizer.special_tokens_map))
+    given = (tokenizer.get_chat_template(), variables, config.template_date)
     usual = config.system_prompt == DataConfig().system_prompt
     try:
         if not config.system_prompt or messages[0].role == "system":

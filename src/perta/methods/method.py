@@ -210,21 +210,13 @@ class Edit(Method):
     # Whether the largest of something over all weights are kept: see `scores`.
     ranks: ClassVar[bool] = False
     draws: ClassVar[bool] = False  # whether random numbers decide
+    keep = 1.0  # share of the weights to keep, of a method that ranks
+    retain_coef = 0.0  # β at the method's own strength or the one configured
 
     @property
     def order(self) -> float:
         """Order p of the importance."""
         return self.needs.order
-
-    @property
-    def keep(self) -> float:
-        """Share of the weights to keep, of a method that ranks."""
-        return 1.0
-
-    @property
-    def retain_coef(self) -> float:
-        """β at the method's own strength or the one configured."""
-        return 0.0
 
     @property
     def weighs_retain(self) -> bool:

@@ -537,6 +537,7 @@ def _cost(run: Run, took: Costs, retrained: Sequence[Run]) -> Cost:
     """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
     fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
     whole = fitting[0].spent if fitting else {}
-    passes = passes_of(whole)
+    seconds, passes = seconds_of(whole), passes_of(whole)
+    share = took.total / seconds if seconds else None
     operations = took.operations / passes if passes and took.operations else None
-    return Cost(run, took, took.share(seconds_of(whole)), operations)
+    return Cost(run, took, share, operations)
