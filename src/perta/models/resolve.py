@@ -56,13 +56,9 @@ def resolve_checkpoint(
     where nothing is there, CheckpointError where it cannot be read or is of another model than it
     says.
     """
-    if base is not None and _place(base) == _place(reference):
+    if base is not None and at_home(base).resolve() == at_home(reference).resolve():
         base = None  # an adapter that is the base model is not its own base
     return _resolve(reference, base=base, exact=exact)
-
-
-def _place(reference: str | Path) -> Path:
-    return at_home(reference).resolve()
 
 
 def resolve_tuned(reference: str | Path, base: Path) -> Path:

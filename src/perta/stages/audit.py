@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from perta.data.batch import IGNORE, Encoded
+from perta.data.batch import Encoded
 from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
 from perta.engine.train.relearn import PUBLISHED, SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
@@ -409,7 +409,7 @@ class _Audit:
         for name in {name for _, name in wanted}:
             facts = self.material.facts[name]
             total += sum(len(fact.encoded.input_ids) for fact in facts)
-            total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
+            total += sum(s.labelled + 1 for fact in facts for s in fact.sequences)
         for probe, name in wanted:
             more = probe.tokens([fact.encoded for fact in self.material.facts[name]], self.effort)
             if not isinstance(more, int | float) or not 0 <= more < math.inf:
@@ -469,10 +469,6 @@ def _told(examples: ExampleSet, config: DataConfig) -> DataConfig:
     """How a set's facts are told that may lack the column of the others."""
     has_column = all(str(config.fact_column) in example.fields for example in examples.examples)
     return config if has_column else replace(config, fact_column=None)
-
-
-def _labelled(encoded: Encoded) -> int:
-    return sum(label != IGNORE for label in encoded.labels)
 
 
 def _checked(probe: Probe, view: View, name: str) -> Rows:

@@ -171,15 +171,13 @@ def _aggregates(results: dict[str, Any]) -> Results:
     return table
 
 
-def divide_people(
-    config: PeopleConfig,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Forget rows, retain rows, as many people's as the first whom no model sees, and full rows."""
+def divide_people(config: PeopleConfig) -> dict[str, list[dict[str, Any]]]:
+    """Forget, retain and full rows, and of as many people as are to be forgotten held-out ones."""
     everybody = config.people + config.forget_people
     everything = generate_people(everybody, config.questions, config.people_seed)
     rows = everything[: config.people * config.questions]
     forget, retain = split_people(rows, forget_people=config.forget_people, seed=config.people_seed)
-    return forget, retain, everything[len(rows) :], rows
+    return {"forget": forget, "retain": retain, "full": rows, "holdout": everything[len(rows) :]}
 
 
 def write_people(config: PeopleConfig) -> list[Path]:
@@ -188,8 +186,7 @@ def write_people(config: PeopleConfig) -> list[Path]:
     Returns `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many other
     people as are to be forgotten, whom no model is tuned on.
     """
-    forget, retain, holdout, rows = divide_people(config)
-    parts = {"forget": forget, "retain": retain, "full": rows, "holdout": holdout}
+    parts = divide_people(config)
     files = [config.output / f"{name}.jsonl" for name in parts]
     texts = dict(zip(files, map(jsonl, parts.values()), strict=True))
     recover(config.output)

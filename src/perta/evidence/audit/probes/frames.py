@@ -75,11 +75,6 @@ class _Row:
         """The answer up to its fact."""
         return self.example.answer[: self.start]
 
-    @property
-    def behind(self) -> str:
-        """The answer behind its fact."""
-        return self.example.answer[self.start + len(self.fact) :]
-
 
 @dataclass(frozen=True)
 class _Framed:
@@ -133,22 +128,19 @@ def _other_system(row: _Row) -> _Framed:
 
 
 def _untemplated(row: _Row) -> _Framed | None:
-    if not row.has_template:
-        return None
-    return _Framed(row.example, row.fact, replace(row.config, chat_template=False))
+    plain = replace(row.config, chat_template=False)
+    return _Framed(row.example, row.fact, plain) if row.has_template else None
 
 
 def _begun(row: _Row) -> _Framed | None:
     """The fact's first word is given, the others count."""
-    rest = row.fact.partition(" ")[2]
-    if not rest.strip():
-        return None
-    return _asked(row, row.example.prompt, target=rest.strip())
+    rest = row.fact.partition(" ")[2].strip()
+    return _asked(row, row.example.prompt, target=rest) if rest else None
 
 
 def _cloze(row: _Row) -> _Framed:
-    gap = f"{row.before}{_GAP}{row.behind}"
-    return _asked(row, f"Fill in the gap: {gap}", row.fact)
+    behind = row.example.answer[row.start + len(row.fact) :]
+    return _asked(row, f"Fill in the gap: {row.before}{_GAP}{behind}", row.fact)
 
 
 def _reversed(row: _Row) -> _Framed | None:
