@@ -175,11 +175,3 @@ def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingCon
         configured = method.strength
     scaled = method.scaled(scaling_coef / configured)
     return replace(weighting, scaling_coef=scaling_coef, method=str(scaled))
-
-
-def refuse_auto(weighting: WeightingConfig) -> None:
-    """Stop at `--scaling-coef auto`, which an edit alone cannot resolve."""
-    if weighting.scaling_coef == "auto":
-        raise ConfigError(
-            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
-        )

@@ -86,8 +86,7 @@ from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.costs import Plan, size
 from perta.store.provenance import FORGET_CHECKPOINT
-from perta.store.record import aggregates as aggregates
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 _ROUNDS = 10  # each leaves at most half of its rows, so hardly a request needs more
 

@@ -28,7 +28,7 @@ from perta.engine.edit.stored import WELL_STORED, Stored, check_stored, stored_o
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
-from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
+from perta.methods.registry import get_method, refuse_unused, with_defaults
 from perta.models.formats.adapters import adapter_settings, lasting_name
 from perta.models.formats.gguf_write import gguf_plan
 from perta.models.formats.quantised import quantised_tensors
@@ -86,7 +86,10 @@ def edit_checkpoint(
     """
     refuse_unused(config.weighting)
     config = replace(config, weighting=with_defaults(config.weighting))
-    refuse_auto(config.weighting)
+    if config.weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
+        )
     method = get_method(config.weighting.method)
     given = _find_inputs(config)
 

@@ -50,6 +50,7 @@ from perta.store.atomic import write_text
 from perta.store.costs import BACKWARD, FORWARD, Plan, passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.parse import read_json
+from perta.store.provenance import Record
 from perta.store.record import (
     aggregates,
     check_output,
@@ -80,7 +81,6 @@ _FACTOR = 1.2  # factor by which the strength grows until a method resists
 _SUITE = 5
 """About how often the TOFU evaluation reads a row: with paraphrases, wrong answers and its own."""
 
-Record = Mapping[str, Any]
 _AnySpec = EditSpec | TrainingSpec | GivenSpec
 _Contender = WeightEdit | TrainingPath
 

@@ -21,7 +21,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import SUBJECT_COLUMNS, Example, ExampleSet, Message
@@ -35,9 +36,6 @@ from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, find_facts
 from perta.models.load import longest_input
 from perta.options import DataConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SHOTS = 2
 _ROLE = (
