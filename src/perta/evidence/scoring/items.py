@@ -335,8 +335,7 @@ class _Run:
 
     def _step(self) -> None:
         """One token for every growing answer."""
-        if self.state is None:
-            raise RuntimeError("answers are growing without a cache")
+        assert self.state is not None
         tokens = [[answer.tokens[-1]] for answer in self.growing]
         everywhere = [(row, 0) for row in range(len(tokens))]
         # Published code sees every token it has generated; only prompts hide some.
