@@ -39,8 +39,8 @@ from perta.data.examples import (
     Example,
     ExampleSet,
 )
-from perta.data.tokens import common_prefix, encode_example, encode_examples, encode_prompt
-from perta.data.words import is_word, segments, stems
+from perta.data.tokens import encode_example, encode_examples, encode_prompt
+from perta.data.words import common_prefix, is_word, segments, stems
 from perta.errors import ConfigError, DataError
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, losses_of, token_losses
@@ -424,10 +424,9 @@ def _apart(right: str, wrong: Sequence[str]) -> list[Span]:
 
 def _shared(right: Sequence[str], wrong: Sequence[Sequence[str]]) -> tuple[int, int]:
     """Number of words that all begin with, and that all end in behind those."""
-    before = min(common_prefix(right, words) for words in wrong)
+    before = common_prefix(right, *wrong)
     rest = min(map(len, (right, *wrong))) - before
-    ends = [common_prefix(right[::-1], words[::-1]) for words in wrong]
-    return before, min(rest, *ends)
+    return before, min(rest, common_prefix(*(words[::-1] for words in (right, *wrong))))
 
 
 def _said(fact: str, example: Example) -> Span | None:

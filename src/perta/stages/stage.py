@@ -34,6 +34,7 @@ from perta.store.provenance import full_models
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
+    aggregates,
     check_output,
     check_separate,
     content_of_results,
@@ -54,17 +55,12 @@ class _FileResults(dict[str, Any]):
 
     def __repr__(self) -> str:
         """Metric -> aggregate."""
-        means = {row["metric"]: row["value"] for row in self.rows}
-        return f"{type(self).__name__}({means})"
+        return f"{type(self).__name__}({aggregates(self)})"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Every metric as a row of a table: `pandas.DataFrame(results.rows)`."""
-        return [
-            {"metric": name, "value": value["agg_value"]}
-            for name, value in self.items()
-            if isinstance(value, Mapping) and "agg_value" in value
-        ]
+        return [{"metric": name, "value": value} for name, value in aggregates(self).items()]
 
 
 _PRIVATE = {"direction"}

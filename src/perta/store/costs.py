@@ -65,10 +65,6 @@ class Costs:
         """Forward passes over one token of all stages together."""
         return sum(self.passes.values())
 
-    def share(self, retraining: float | None) -> float | None:
-        """The total as a share of the seconds that retraining takes."""
-        return self.total / retraining if retraining else None
-
 
 @dataclass(frozen=True)
 class Step:

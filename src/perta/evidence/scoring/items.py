@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded, collate
+from perta.data.words import common_prefix
 from perta.errors import ConfigError
 from perta.evidence import metrics
-from perta.evidence.scoring._tree import Segment, common_length, grow_tree, path_of
+from perta.evidence.scoring._tree import Segment, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.load import generate
@@ -334,8 +335,7 @@ class _Run:
 
     def _step(self) -> None:
         """One token for every growing answer."""
-        if self.state is None:
-            raise RuntimeError("answers are growing without a cache")
+        assert self.state is not None
         tokens = [[answer.tokens[-1]] for answer in self.growing]
         everywhere = [(row, 0) for row in range(len(tokens))]
         # Published code sees every token it has generated; only prompts hide some.
@@ -501,7 +501,7 @@ def _root_length(items: Sequence[Item]) -> int:
     prompts = [item.prompt for item in items if item.prompt is not None]
     first = [next(i for i, n in enumerate(e.labels) if i and n != IGNORE) for e in answers]
     limits = [length - 1 for length in (*first, *map(len, prompts))]
-    return min(*limits, common_length([*(e.input_ids for e in answers), *prompts]))
+    return min(*limits, common_prefix(*(e.input_ids for e in answers), *prompts))
 
 
 def _draft(encoded: Encoded, prompt: tuple[int, ...]) -> tuple[int, ...]:
