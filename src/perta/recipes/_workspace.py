@@ -165,6 +165,7 @@ class Workspace:
             data=self.sets[side],
             orders=orders,
             estimator=self.estimator,
+            shard=self.tune.shard if self.estimator.reduction == "mean_of_power" else None,
             **self._common(self.place(f"{side}_importance")),
         )
         return self.once(
@@ -182,6 +183,7 @@ class Workspace:
             checkpoint=str(self.measured),
             data=self.sets[part],
             gradients=gradients,
+            shard=self.tune.shard,
             options=options,
             **common,
         )
@@ -205,6 +207,7 @@ class Workspace:
         return LessMomentsConfig(
             moments=saved,
             checkpoint=str(self.measured),
+            shard=self.tune.shard,
             options=self.moments,
             **self._common(output),
         )
@@ -233,7 +236,7 @@ class Workspace:
         self, name: str, checkpoint: Path, output: Path, scoring: ScoringConfig, **sets: str | None
     ) -> Results:
         """Evaluate a model on some sets, with a base model where `sets` has one."""
-        given = {**self._common(output), **sets}
+        given = {**self._common(output), "shard": self.tune.shard, **sets}
         config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
         stage = f"evaluate_{name}"
         if self.asked is None:

@@ -38,11 +38,11 @@ from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
-from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.load import batch_of, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
-from perta.stages.stage import Subject, run_measurement, run_stage
+from perta.stages.stage import Subject, loaded, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
@@ -172,15 +172,15 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
         }
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = load_model(checkpoint, config.compute)
-        plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
-        if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
-            raise _refused(config, "the rows reach other layers than those that stay")
         options = replace(config.options, tokens=facts["token_choice"])
         less: dict[str, Seen] = {}
-        size = batch_of(config.compute, 8)
-        sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
-        write_shards(folder, _left(config, opened, sums))
+        with loaded(checkpoint, config.compute, config.shard) as model:
+            plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
+            if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
+                raise _refused(config, "the rows reach other layers than those that stay")
+            how: dict[str, Any] = {"pad": pad, "batch_size": batch_of(config.compute, 8)}
+            sums = sum_moments(model, encoded, plan, options, **how, seen=less)
+            write_shards(folder, _left(config, opened, sums))
         tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}
         left = {
             **facts,
