@@ -45,7 +45,7 @@ from perta.errors import ConfigError, DataError
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, losses_of, token_losses
 from perta.options import DataConfig
-from perta.parallel import everywhere
+from perta.parallel import everywhere, gathered, portion, turns, wherever
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -485,7 +485,8 @@ def _surprising(
 ) -> list[Fact]:
     """Facts of whole answers, cut down to the tokens that surprise."""
     whole = [fact for fact in facts if fact.source == "answer"]
-    losses = _losses_by_token(base, [fact.encoded for fact in whole], pad_id(tokenizer))
+    sequences = [fact.encoded for fact in whole]
+    losses = wherever(_losses_by_token, base, sequences, pad_id(tokenizer))
     found = {}
     for fact, own in zip(whole, losses, strict=True):
         places = [t for t, label in enumerate(fact.encoded.labels) if t and label != IGNORE]
@@ -505,12 +506,13 @@ def _losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad: int) ->
     """Loss of every labelled token of every example, nats."""
     device = next(model.parameters()).device
     losses: list[list[float]] = [[] for _ in examples]
-    for batch in bucketed(examples, rows_per_pass(_BATCH, device), pad):
+    size = portion(rows_per_pass(_BATCH, device), len(examples))
+    for batch, counts in turns(model, bucketed(examples, size, pad)):
         answers = answer_logits(model, batch.to(device))
-        values = token_losses(answers).tolist()
-        for example, value in zip(answers.example.tolist(), values, strict=True):
+        values = token_losses(answers).tolist() if counts else []
+        for example, value in zip(answers.example.tolist(), values, strict=counts):
             losses[int(batch.index[example])].append(value)
-    return losses
+    return [max(own, key=len) for own in zip(*gathered(losses), strict=True)]
 
 
 # --- scoring --------------------------------------------------------------------------------

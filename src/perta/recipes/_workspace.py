@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from perta.data.examples import Example, ExampleSet, general_config, load_examples
-from perta.errors import NotLearnedError
+from perta.errors import EmptyDatasetError, NotLearnedError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
 from perta.options import (
@@ -125,7 +126,7 @@ class Workspace:
             if saved and side == "retain":
                 folders.insert(0, self._less(saved, unwanted))
             if side == "retain" and wanted.facts and self._has_facts():
-                folders.append(self._fact_moments(saved))
+                folders += self._fact_moments(saved)
             given[f"{side}_moments"] = self._merged(folders, wanted.gradients)
         return given
 
@@ -169,6 +170,7 @@ class Workspace:
             data=self.sets[side],
             orders=orders,
             estimator=self.estimator,
+            shard=self.tune.shard if self.estimator.reduction == "mean_of_power" else None,
             **self._common(self.place(f"{side}_importance")),
         )
         return self.once(
@@ -186,6 +188,7 @@ class Workspace:
             checkpoint=str(self.measured),
             data=self.sets[part],
             gradients=gradients,
+            shard=self.tune.shard,
             options=options,
             **common,
         )
@@ -197,7 +200,8 @@ class Workspace:
     def _has_facts(self) -> bool:
         return all(example.kind != "text" for example in self._examples("forget").examples)
 
-    def _fact_moments(self, saved: Path | None) -> Path:
+    def _fact_moments(self, saved: Path | None) -> list[Path]:
+        """Moments of the facts, unless the tokenizer has no words for any."""
         options = replace(self.moments, moment_samples=None)
         if saved:  # which count the same tokens
             options = replace(options, tokens=open_moments(saved).facts["token_choice"])
@@ -205,13 +209,17 @@ class Workspace:
             checkpoint=str(self.measured),
             data=self.sets["forget"],
             facts_by=str(self.base),
+            shard=self.tune.shard,
             options=options,
             **self._common(self.place("forget_fact_moments")),
         )
-        return self.once(
-            *("forget_fact_moments", compute_moments, config),
-            lambda sizes: sizes.moments(self._examples("forget"), False, options),
-        )
+        with suppress(EmptyDatasetError):
+            made = self.once(
+                *("forget_fact_moments", compute_moments, config),
+                lambda sizes: sizes.moments(self._examples("forget"), False, options),
+            )
+            return [made]
+        return []
 
     def _less(self, saved: Path, unwanted: Sequence[Example]) -> Path:
         if not holds(saved, unwanted):
@@ -228,6 +236,7 @@ class Workspace:
         return LessMomentsConfig(
             moments=saved,
             checkpoint=str(self.measured),
+            shard=self.tune.shard,
             options=self.moments,
             **self._common(output),
         )
@@ -256,7 +265,7 @@ class Workspace:
         self, name: str, checkpoint: Path, output: Path, scoring: ScoringConfig, **sets: str | None
     ) -> Results:
         """Evaluate a model on some sets, with a base model where `sets` has one."""
-        given = {**self._common(output), **sets}
+        given = {**self._common(output), "shard": self.tune.shard, **sets}
         config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
         stage = f"evaluate_{name}"
         if self.asked is None:

@@ -419,7 +419,7 @@ class _Audit:
         return total
 
     def _operations(self, tokens: float) -> float:
-        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
+        parameters = open_index(self.folders["cleaned"]).numel
         return 2.0 * parameters * tokens
 
     @property

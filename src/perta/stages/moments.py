@@ -30,7 +30,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from perta.data.batch import Encoded
@@ -41,12 +40,12 @@ from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.models.facts import fact_text, find_facts, is_told
-from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.load import batch_of, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.options import require
 from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
-from perta.stages.stage import Subject, run_measurement, run_stage
+from perta.stages.stage import Subject, loaded, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
@@ -65,10 +64,7 @@ def compute_moments(config: MomentsConfig) -> Path:
     """Measure moments on a data set, write them and return the folder (`perta moments`)."""
 
     def measure(model: PreTrainedModel, subject: Subject, folder: Path) -> Mapping[str, Any]:
-        examples, given = subject.examples, subject.encoded.encoded
-        if config.facts_by:
-            examples, given = _repeated(model, subject, config, config.facts_by)
-        pad = subject.pad
+        given, pad = subject.encoded.encoded, subject.pad
         plan = plan_moments(model, given, gradients=config.gradients, pad=pad)
         encoded = sample_for_moments(plan, given, config.options)
         seen: dict[str, Seen] = {}
@@ -94,8 +90,8 @@ def compute_moments(config: MomentsConfig) -> Path:
             "seen": {name: asdict(count) for name, count in seen.items()},
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
-            "data_fingerprints": [examples.fingerprint],
-            "rows": marks_of(examples.examples, encoded),
+            "data_fingerprints": [subject.examples.fingerprint],
+            "rows": marks_of(subject.examples.examples, encoded),
             **({"repeated": True} if config.facts_by else {}),
             "dtype": subject.settings["dtype"],
             "versions": versions(),
@@ -108,30 +104,33 @@ def compute_moments(config: MomentsConfig) -> Path:
             "passes": (FORWARD + BACKWARD * config.gradients) * count_tokens(encoded, "all"),
         }
 
-    return run_measurement("moments", config, measure)
+    def repeated(subject: Subject) -> Subject:
+        return _repeated(subject, config, str(config.facts_by))
+
+    prepare = repeated if config.facts_by else None
+    return run_measurement("moments", config, measure, prepare=prepare)
 
 
-def _repeated(
-    model: PreTrainedModel, subject: Subject, config: MomentsConfig, base: str
-) -> tuple[ExampleSet, tuple[Encoded, ...]]:
-    """Each fact of a set as the answer to itself, told once and twice; its end tokens as always."""
-    data, of_text = config.data_config, [e for e in subject.examples.examples if e.kind == "text"]
+def _repeated(subject: Subject, config: MomentsConfig, base: str) -> Subject:
+    """In place of rows each one's fact, the answer to itself, told once and twice."""
+    data, tokenizer = config.data_config, subject.tokenizer
+    of_text = any(example.kind == "text" for example in subject.examples.examples)
     require(not of_text, "facts-by", base, "left out for plain text, which has no facts")
-    folder, device, asked = resolve_checkpoint(base), model.device, None
-    longest = longest_input(subject.checkpoint)
-    if not is_told(subject.examples, data):
-        torch.nn.Module.to(model, "cpu")  # a GPU may hold no other model beside it
-        asked = load_model(folder, config.compute)
-    facts = find_facts(subject.examples, subject.tokenizer, data, base=asked, longest=longest)
-    del asked
-    torch.nn.Module.to(model, device)
-    said = [fact_text(fact, subject.tokenizer) for fact in facts]
-    asking = [(prompt, text) for text in said if text for prompt in (text, f"{text} {text}")]
-    examples = load_examples(as_source([{"question": q, "answer": a} for q, a in asking], "facts"))
+    how: dict[str, Any] = {"longest": longest_input(subject.checkpoint)}
+    read = (subject.examples, tokenizer, data)
+    if is_told(subject.examples, data):
+        facts = find_facts(*read, **how)
+    else:
+        with loaded(resolve_checkpoint(base), config.compute, config.shard) as model:
+            facts = find_facts(*read, base=model, **how)
+    said = filter(None, (fact_text(fact, tokenizer) for fact in facts))
+    asking = [(prompt, text) for text in said for prompt in (text, f"{text} {text}")]
+    rows = as_source([{"question": prompt, "answer": text} for prompt, text in asking], "facts")
     # One of a whole long answer may be longer than what is read of rows.
     usual = replace(data.with_usual_columns(), skip_bad_rows=True)
-    encoded = encode_examples(examples, subject.tokenizer, usual, longest=longest).encoded
-    return examples, encoded
+    examples = load_examples(rows, usual)
+    encoded = encode_examples(examples, tokenizer, usual, **how)
+    return replace(subject, examples=examples, encoded=encoded)
 
 
 def merge_moments(config: MergeMomentsConfig) -> Path:
@@ -209,15 +208,15 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
         }
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = load_model(checkpoint, config.compute)
-        plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
-        if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
-            raise _refused(config, "the rows reach other layers than those that stay")
         options = replace(config.options, tokens=facts["token_choice"])
         less: dict[str, Seen] = {}
-        size = batch_of(config.compute, 8)
-        sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
-        write_shards(folder, _left(config, opened, sums))
+        with loaded(checkpoint, config.compute, config.shard) as model:
+            plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
+            if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
+                raise _refused(config, "the rows reach other layers than those that stay")
+            how: dict[str, Any] = {"pad": pad, "batch_size": batch_of(config.compute, 8)}
+            sums = sum_moments(model, encoded, plan, options, **how, seen=less)
+            write_shards(folder, _left(config, opened, sums))
         tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}
         left = {
             **facts,

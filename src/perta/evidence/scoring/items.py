@@ -32,7 +32,7 @@ from perta.evidence.scoring.answers import Score, score_logits, score_tokens, to
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.load import generate
 from perta.models.loss import answer_logits, token_losses
-from perta.parallel import Own, alone, everywhere, gathered, share
+from perta.parallel import Own, everywhere, gathered, in_company, is_part, share
 from perta.temporary import temporarily
 
 _COMPAT_BATCHES = 8  # batches after which compatible runs report what is done
@@ -118,7 +118,10 @@ def _run_share(
         if done.value:
             done.value(place, outcome)
 
-    with alone(), _evaluating(model):
+    def go_along() -> None:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+
+    with _evaluating(model), in_company(model, go_along):
         own = [items[i] for i in places]
         todo = (model, own, options, lambda k, outcome: finish(places[k], outcome))
         if supports_prefixes(model):
@@ -484,7 +487,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout and gradients; the model's mode is restored."""
     put = partial(nn.Module.train, model)
-    with temporarily(put, False, model.training), torch.inference_mode():
+    # What a model in parts gathers its weights in is used again by passes of other kinds.
+    without = torch.no_grad() if is_part(model) else torch.inference_mode()
+    with temporarily(put, False, model.training), without:
         yield
 
 
