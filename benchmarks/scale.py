@@ -39,16 +39,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from perta.data.batch import IGNORE, Encoded
 from perta.engine.gradients import engine, powers
+from perta.engine.gradients._parts import MeansInParts
 from perta.engine.moments import plan_moments, sum_moments
+from perta.engine.shard import Whole, by_layer
 from perta.engine.train.optimizer import Trainer
-from perta.engine.train.shard import Whole, by_layer
 from perta.engine.train.tune import tune
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.methods.directions import projected_direction
+from perta.models.loss import losses_of
 from perta.models.precision import products_in
 from perta.options import EstimatorConfig, MomentOptions, TuneConfig
-from perta.parallel import everywhere, gathered, lead
+from perta.parallel import everywhere, gathered, keep_part, lead
 from perta.progress import set_quiet
 from perta.stages.importance import estimate
 from perta.temporary import temporarily
@@ -308,19 +310,42 @@ def llama(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model
 
 
-def measuring_peak(name: str, settings: dict[str, Any]) -> int:
+def measuring_peak(name: str, settings: dict[str, Any], processes: int = 1) -> int:
     """Bytes of importance of a batch of 8 rows in bfloat16."""
-    with counted_memory() as peak, as_on_gpus():
-        model, examples = llama(name, torch.bfloat16), rows(8, 256)
+    with counted_memory() as peak, as_on_gpus(), held_in_parts(name, processes, peak) as model:
 
         def zeros(count: int, dtype: torch.dtype, _: torch.device) -> Tensor:
             with peak.elsewhere() if "accumulate_on" in settings else nullcontext():
                 return torch.zeros(count, dtype=dtype)
 
+        def total(own: MeansInParts, _: float) -> Tensor:
+            with peak.elsewhere():
+                return torch.empty(own.parameter.shape)
+
         given = {"orders": (2.0,), **settings}
-        with patch.dict(engine.__dict__, _zeros=zeros):
-            estimate(model, examples, config=EstimatorConfig(), pad=0, batch_size=8, **given)
+        with patch.dict(engine.__dict__, _zeros=zeros), patch.object(MeansInParts, "total", total):
+            estimate(model, rows(8, 256), config=EstimatorConfig(), pad=0, batch_size=8, **given)
         return peak.most
+
+
+def passing_peak(name: str, processes: int) -> int:
+    """Bytes of a pass of 8 rows in bfloat16 in which nothing is measured."""
+    with counted_memory() as peak, held_in_parts(name, processes, peak) as model:
+        losses_of(model, rows(8, 256), batch_size=8, pad=0)
+        return peak.most
+
+
+@contextmanager
+def held_in_parts(name: str, processes: int, peak: Peak) -> Iterator[PreTrainedModel]:
+    """A model in bfloat16 as one of so many processes has it between two passes."""
+    with one_of(processes, peak) as whole:
+        model = llama(name, torch.bfloat16)
+        if whole is not None:
+            whole.divide(model)
+            keep_part(model)
+        peak.most = peak.now
+        yield model
+        keep_part(None)
 
 
 @contextmanager
@@ -344,7 +369,7 @@ def one_of(processes: int, peak: Peak) -> Iterator[Whole | None]:
             patch.dict(_fsdp_param.__dict__, put),
             patch.dict(_fsdp_param_group.__dict__, {"alloc_storage": put["alloc_storage"]}),
         ):
-            yield Whole(None, torch.device("cpu"))
+            yield Whole(None, torch.device("cpu"), torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -418,6 +443,11 @@ def print_peaks(names: list[str]) -> None:
         ways += [
             (f"… `--frozen-dtype bfloat16`, one of {n}", partial(narrow, processes=n), adapter)
         ]
+        sparing = {"gradient_checkpointing": True}
+        for what, orders in (("one order", (2.0,)), ("two orders", (1.0, 2.0))):
+            part = partial(measuring_peak, processes=n)
+            ways += [(f"importance, {what}, one of {n}", part, {**sparing, "orders": orders})]
+        ways += [(f"a pass, one of {n}", passing_peak, n)]
     ways += [(what, measuring_peak, given) for what, given in MEASUREMENTS.items()]
     ways += [("solve, all weights", solving_peak, None)]
     ways += [(f"solve, `--lora-rank {RANK}`", solving_peak, RANK)]

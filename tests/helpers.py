@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perta.methods.method import Edit, Method
-from perta.methods.registry import find, make
+from perta.methods.registry import find, parse
 from perta.options import WeightingConfig
 
 # Tiny models lose more to handing work between threads than they gain.
@@ -84,8 +84,8 @@ def weighting(method: str = "perta-project", **settings: Any) -> WeightingConfig
     if not issubclass(find(method, Method), Edit):
         return WeightingConfig(method=method, **settings)
     every = {item.name for item in fields(WeightingConfig)}
-    own = {name: settings.pop(name) for name in [*settings] if name not in every}
-    return WeightingConfig(method=str(make(method, own, method, Edit)), **settings)
+    own = [f"{name}={settings.pop(name)!r}" for name in [*settings] if name not in every]
+    return WeightingConfig(method=str(parse(f"{method}:{','.join(own)}", Edit)), **settings)
 
 
 def shared(method: str = "perta-project", **settings: Any) -> WeightingConfig:

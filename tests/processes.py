@@ -83,7 +83,7 @@ def ran(size: int, function: Callable[..., Any], *args: Any, folder: Path) -> An
     """What a function returns on process 0 of so many; it may return tensors and plain values."""
     file = folder / "found.pt"
     children = start(size, lambda: lead(lambda: torch.save(function(*args), file)), folder)
-    statuses = finish(children)
+    statuses = finish(children, 180)
     logs = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
     assert statuses == [0] * size, logs
     assert "works alone" not in logs

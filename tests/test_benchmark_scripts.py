@@ -96,6 +96,9 @@ def test_memory_is_counted_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     sums_here = scale.measuring_peak("small", {})
     sums_there = scale.measuring_peak("small", {"accumulate_on": "cpu"})
     assert sums_here - sums_there == 4 * count  # float32 sums
+    sums_here = scale.measuring_peak("small", {}, 4)
+    part_there = scale.measuring_peak("small", {"accumulate_on": "cpu"}, 4)
+    assert sums_here - part_there == 4 * count / 4  # of each sum a quarter of the rows
     assert sums_there > 2 * count  # bfloat16 weights
     tuned = scale.tuning_peak("small", scale.TUNINGS["all weights"], batch=1, length=8)
     assert tuned > 16 * count  # weights, gradients and AdamW's two moments

@@ -14,11 +14,12 @@ import pytest
 import perta
 from perta.cli import main
 from perta.evidence.people import generate_people
-from perta.methods.method import KNOWN, Edit, Method, is_ours
+from perta.methods.method import KNOWN, Edit, Method
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, known
 from perta.models.demo.tiny import write_tiny_checkpoint
 from perta.options import DataConfig
+from perta.store.own_code import is_ours
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +27,19 @@ from conftest import World
 from helpers import tiny_llama
 from perta.cli import main
 from perta.data.batch import IGNORE, Encoded
+from perta.engine.gradients import engine
 from perta.engine.moments import Seen, plan_moments, sum_moments
+from perta.engine.shard import in_parts
 from perta.engine.train.optimizer import Trainer
 from perta.engine.train.tune import tune
 from perta.engine.train.unlearn import unlearn_by_training
+from perta.errors import EngineMismatchError
 from perta.evidence.scoring.cache import Masking
 from perta.evidence.scoring.items import Item, ScoringOptions, run_items
 from perta.models.facts import Fact, score_facts
 from perta.models.load import load_model, pick_device
 from perta.options import ComputeConfig, EstimatorConfig, MomentOptions, TrainSettings, TuneConfig
-from perta.parallel import everywhere, lead
+from perta.parallel import everywhere, helpers, lead
 from perta.stages.importance import estimate
 from perta.store.atomic import beside
 from processes import finish, free_port, ran, start
@@ -64,13 +70,38 @@ SMALL: dict[str, Any] = {
 }
 
 
+class ByTurns(nn.Linear):
+    """Multiplies in a way that is known for rows of odd length, and in another for the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[1] % 2 else x @ self.weight.t()
+
+
+def by_turns() -> nn.Module:
+    model = tiny_llama(vocab=VOCABULARY)
+    model.model.layers[1].mlp.up_proj.__class__ = ByTurns
+    return model
+
+
 def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     makes: dict[str, Callable[[], nn.Module]] = {
         "tied": lambda: tiny_llama(vocab=VOCABULARY),
         "untied": lambda: tiny_llama(vocab=VOCABULARY, tied=False, attention_bias=True),
+        "by turns": by_turns,
         "gpt2": lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=4, n_positions=64)
+        ),
+        "mamba": lambda: hf.MambaForCausalLM(
+            hf.MambaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                state_size=4,
+                num_hidden_layers=2,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
         ),
         "gemma3": lambda: hf.Gemma3ForCausalLM(
             hf.Gemma3TextConfig(**SMALL, head_dim=4, sliding_window=8)
@@ -126,26 +157,46 @@ def unlearned(method: str) -> dict[str, Any]:
     return {"change": change.detach(), "losses": terms, "steps": facts.steps}
 
 
-def importance(kind: str, **more: Any) -> dict[str, Any]:
-    found = estimate(model_of(kind), ROWS, (1.0, 2.0), EstimatorConfig(**more), pad=0, batch_size=3)
-    assert found.examples == 11
+@contextmanager
+def loaded(kind: str, shard: bool) -> Iterator[Any]:
+    """A model, divided where there are processes to divide it among."""
+    if not (shard and helpers()):
+        yield model_of(kind)
+        return
+    with in_parts(lambda: model_of(kind), torch.device("cpu")) as model:
+        yield model
+
+
+def importance(
+    kind: str, shard: bool = False, rows: int = 11, orders: Sequence[float] = (1, 2), **more: Any
+) -> dict[str, Any]:
+    settings = EstimatorConfig(
+        **({"reduction": more.pop("reduction")} if "reduction" in more else {})
+    )
+    with loaded(kind, shard) as model:
+        found = estimate(model, ROWS[:rows], orders, settings, pad=0, batch_size=3, **more)
+    assert found.examples == rows
     tensors = {f"{o:g} {n}": t for o, named in found.by_order.items() for n, t in named.items()}
     return {**tensors, "slow": list(found.fallback)}
 
 
-def moments(kind: str, rows: int, batch_size: int) -> dict[str, Any]:
-    model = model_of(kind)
+def moments(kind: str, rows: int, batch_size: int, shard: bool = False) -> dict[str, Any]:
     options, seen = MomentOptions(tokens="all"), dict[str, Seen]()
-    plan = plan_moments(model, ROWS, gradients=True, pad=0)
-    given = ROWS[:rows]
-    found = dict(sum_moments(model, given, plan, options, pad=0, batch_size=batch_size, seen=seen))
+    with loaded(kind, shard) as model:
+        plan = plan_moments(model, ROWS, gradients=True, pad=0)
+        how: dict[str, Any] = {"pad": 0, "batch_size": batch_size, "seen": seen}
+        found = dict(sum_moments(model, ROWS[:rows], plan, options, **how))
     # A factor's rows may come in any order and sign; what they stand for may not.
     whole = {n: t if t.shape[0] == t.shape[1] else t.t() @ t for n, t in found.items()}
     return {**whole, "seen": {name: (s.tokens, s.average) for name, s in seen.items()}}
 
 
-def scored() -> dict[str, Any]:
-    model = model_of("tied")
+def scored(kind: str = "tied", shard: bool = False) -> dict[str, Any]:
+    with loaded(kind, shard) as model:
+        return _scored(model)
+
+
+def _scored(model: Any) -> dict[str, Any]:
     items = [Item((e,), e.input_ids[:-4], moments=True) for e in ROWS]
     done: list[int] = []
     options = ScoringOptions(Masking(0), frozenset({2}), 2, 12)
@@ -177,10 +228,20 @@ def everything() -> dict[str, Any]:
     found |= {f"unlearn {m}": unlearned(m) for m in TRAINED}
     for kind in ("tied", "untied", "gpt2", "gemma3", "mixtral", "gpt-oss"):
         found[f"importance {kind}"] = importance(kind)
+        found[f"importance {kind}, sharded"] = importance(kind, True)
+    found["importance sparing, sharded"] = importance(
+        "untied", True, gradient_checkpointing=True, accumulate_on="cpu"
+    )
+    found["score mamba, sharded"] = scored("mamba", True)
+    found["importance by turns, sharded"] = importance("by turns", True)
+    found["importance wide of one row, sharded"] = importance("gpt-oss", True, 1, (8.0,))
     found["importance of the mean"] = importance("untied", reduction="abs_of_mean")
     for kind in ("untied", "mixtral"):
         found[f"moments {kind}"] = moments(kind, 11, 2)
+        found[f"moments {kind}, sharded"] = moments(kind, 11, 2, shard=True)
+        found[f"score {kind}, sharded"] = scored(kind, True)
     found["moments few"] = moments("untied", 2, 1)
+    found["moments few, sharded"] = moments("untied", 1, 1, shard=True)
     return found
 
 
@@ -240,6 +301,62 @@ def test_a_process_steps_with_its_part_of_a_sharded_model(tmp_path: Path) -> Non
     # The sums of AdamW are of all but the tensor of 2 that no row has a gradient of.
     assert sum(held) == 3 * weights + 2
     assert max(held) < 3 * weights * 0.36
+
+
+class Elsewhere(nn.Linear):
+    """Reads a copy of its weight, whose gradient is put in place by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy = self.weight.detach().requires_grad_()
+        copy.register_hook(lambda gradient: setattr(self.weight, "grad", gradient.clone()))
+        return x @ copy.t()
+
+
+def unseen(place: str) -> str:
+    """What is said of a model in parts where one layer's gradient does not come by."""
+    model = model_of("untied")
+    layer = model.get_submodule(place)
+    model.set_submodule(place, Elsewhere(layer.in_features, layer.out_features, False))
+    try:
+        with in_parts(lambda: model, torch.device("cpu")) as divided:
+            estimate(divided, ROWS, (1.0,), EstimatorConfig(), pad=0, batch_size=3)
+    except EngineMismatchError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj", "lm_head"])
+def test_a_gradient_of_a_model_in_parts_that_nobody_sees_is_not_taken_for_zero(
+    tmp_path: Path, place: str
+) -> None:
+    assert f"{place}.weight was recorded" in ran(2, unseen, place, folder=tmp_path)
+
+
+def living() -> int:
+    """Bytes of all tensors that there are."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    parts = [getattr(t, "_local_tensor", t).untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in parts if s.device.type == "cpu"}.values())
+
+
+def test_a_process_measures_with_its_part_of_a_model(tmp_path: Path) -> None:
+    def program() -> None:
+        total = engine._moments
+
+        def told(means: Any, *more: Any) -> Any:
+            sys.stdout.write(f"held: {living() - before}\n")
+            return total(means, *more)
+
+        engine.__dict__["_moments"], before = told, living()
+        lead(lambda: importance("tied", True, orders=(2,)))
+
+    assert finish(start(3, program, tmp_path)) == [0, 0, 0]
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in range(3)]
+    held = [int(log.partition("held: ")[2].split()[0]) for log in logs]
+    both = 2 * 4 * sum(p.numel() for p in model_of("tied").parameters())  # weights, and their means
+    assert both <= sum(held) < 1.2 * both
+    assert max(held) < 0.4 * both
 
 
 def repeats() -> None:
@@ -409,6 +526,51 @@ def test_shards_are_written_in_place_by_all_processes(
     assert written[0] == written[1] == written[2]
 
 
+FEW = ("--epochs", 2, "--learning-rate", 5e-3)
+
+
+def measuring(world: World, stage: str, output: Path, *more: object) -> Callable[[], None]:
+    rows = [json.loads(line) for line in world.forget.read_text().splitlines()]
+    # Without what tells the facts, so that the base model is asked.
+    told = [json.dumps({k: row[k] for k in ("question", "answer")}) for row in rows]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (rows_to_forget := output.with_suffix(".jsonl")).write_text("\n".join(told))
+    given: dict[str, tuple[object, ...]] = {
+        "moments": ("--checkpoint", world.base, "--data", world.retain, "--gradients"),
+        "importance": ("--checkpoint", world.base, "--data", world.retain, "--order", 1),
+        "finetune": ("--base", world.base, "--data", rows_to_forget, "--loss-on", "facts", *FEW),
+        "evaluate": ("--checkpoint", world.full, "--forget", rows_to_forget, "--base", world.base),
+    }
+    return command(stage, *given[stage], "--dtype", "float32", "--output", output, *more)
+
+
+def measured(output: Path) -> dict[str, Any]:
+    """What a stage wrote: tensors, or means of what was evaluated."""
+    if output.is_file():
+        values = {
+            n: v["agg_value"] for n, v in json.loads(output.read_text()).items() if n != "perta"
+        }
+        return {"losses": [*values.values()], "names": [*values]}
+    files = sorted(output.rglob("*.safetensors"))
+    return {str(file.relative_to(output)): load_file(file) for file in files}
+
+
+@pytest.mark.parametrize("stage", ["moments", "importance", "evaluate", "finetune"])
+def test_what_was_made_with_a_model_in_parts_is_known_to_one_process(
+    world: World, tmp_path: Path, stage: str
+) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert finish(start(1, measuring(world, stage, one), tmp_path / "log")) == [0]
+    assert finish(start(2, measuring(world, stage, two, "--shard"), tmp_path / "log")) == [0, 0]
+    assert (tmp_path / "log" / "1.log").read_text() == ""
+    assert "works alone" not in (tmp_path / "log" / "0.log").read_text()
+    found = measured(one)
+    assert found
+    assert not [*_differences(found, measured(two))]
+    assert finish(start(1, measuring(world, stage, two), tmp_path / "log")) == [0]
+    assert "is up to date, reused" in (tmp_path / "log" / "0.log").read_text()
+
+
 # --- two machines ---------------------------------------------------------------------------------
 
 
@@ -510,6 +672,14 @@ PLACES = {
 }
 
 
+IN_PARTS = {
+    "finetune": (STEP, 7),
+    "moments": PLACES["moments"],
+    "importance": ("perta.engine.gradients._recorder:Recorder.finish", 1),
+    "evaluate": ("perta.evidence.scoring.items:_Run._begin", 1),
+}
+
+
 def hidden(folder: Path) -> list[str]:
     return [str(p) for p in folder.rglob("*") if p.name.startswith(".") or "partial" in p.name]
 
@@ -566,16 +736,20 @@ def test_after_a_kill_the_same_command_finishes(
 
 
 @pytest.mark.parametrize("act", [kill, fail])
+@pytest.mark.parametrize("stage", ["finetune", "moments", "importance", "evaluate"])
 def test_a_sharded_model_ends_as_others_do(
-    world: World, tmp_path: Path, act: Callable[[], None]
+    world: World, tmp_path: Path, stage: str, act: Callable[[], None]
 ) -> None:
     out = tmp_path / "run" / "out"
     data = ("--base", world.base, "--data", world.retain, "--dtype", "float32")
     tuning = ("finetune", *data, "--epochs", 40, "--learning-rate", 5e-3, "--stop-loss", 0)
+    place, times = IN_PARTS[stage]
 
     def program() -> None:
-        broken(STEP, 1, 7, act)
-        command(*tuning, "--shard", "--output", out)()
+        broken(place, 1, times, act)
+        if stage == "finetune":
+            command(*tuning, "--shard", "--output", out)()
+        measuring(world, stage, out, "--shard")()
 
     began = time.monotonic()
     assert finish(start(2, program, tmp_path / "log"))[0] == 1

@@ -31,14 +31,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import format_exception
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from perta.errors import PertaError
 from perta.progress import console, warn
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -95,6 +95,36 @@ def stream(
         yield from function(*args, **named)
 
 
+def wherever(
+    function: Callable[Concatenate[nn.Module, _P], _T],
+    model: nn.Module,
+    *args: _P.args,
+    **named: _P.kwargs,
+) -> _T:
+    """Call a function of a model: `everywhere` where each process has its part of it, else here."""
+    call = everywhere if is_part(model) else _here
+    return call(function, model, *args, **named)
+
+
+def _here(function: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+    return function(*args, **named)
+
+
+def keep_part(model: nn.Module | None) -> None:
+    """Keep this process's part of a model, for calls `everywhere` with it; None lets it go."""
+    global _part
+    _part = model
+
+
+def is_part(model: nn.Module) -> bool:
+    """Whether of a model each process has its part alone, so that all make a pass together."""
+    return model is _part
+
+
+def _own_part() -> nn.Module | None:
+    return _part
+
+
 def share(items: Sequence[_T]) -> Sequence[_T]:
     """This process's part of some work: every N-th item."""
     if _world is None or not _world.sharing:
@@ -110,6 +140,34 @@ def in_step(items: Sequence[_T]) -> Iterator[tuple[_T, bool]]:
     for first in range(0, len(items), count()):
         at = first + place()
         yield items[min(at, len(items) - 1)], at < len(items)
+
+
+def turns(model: nn.Module, items: Sequence[_T]) -> Iterator[tuple[_T, bool]]:
+    """This process's part of some passes through a model, and True; of one in parts `in_step`."""
+    return in_step(items) if is_part(model) else ((item, True) for item in share(items))
+
+
+@contextmanager
+def in_company(model: nn.Module, go_along: Callable[[], object]) -> Iterator[None]:
+    """Let each process make as many passes as it needs, of a model in parts too.
+
+    Before each the processes ask whether any is to come; one that is done goes along with it.
+    """
+    if not is_part(model):
+        yield
+        return
+    import torch
+
+    def announced(passes: int) -> bool:
+        return bool(summed(torch.tensor(passes)))
+
+    def announce(*_: object) -> None:
+        announced(1)
+
+    with model.register_forward_pre_hook(announce, prepend=True):  # before what gathers weights
+        yield
+    while announced(0):
+        go_along()
 
 
 def portion(most: int, items: int) -> int:
@@ -326,6 +384,7 @@ class _World:
 
 
 _world: _World | None = None
+_part: nn.Module | None = None
 
 
 def _join() -> _World:
@@ -428,7 +487,7 @@ class _Packer(pickle.Pickler):
     """Pickles without the values of large tensors, and modules without their hooks.
 
     A hook looks at what one process does, and is often a function that has no name elsewhere. So is
-    what recomputes activations.
+    what recomputes activations. In place of a module in parts each process finds its own.
     """
 
     def __init__(self, buffer: io.BytesIO) -> None:
@@ -456,6 +515,8 @@ class _Packer(pickle.Pickler):
 
         if not isinstance(obj, nn.Module):
             return NotImplemented
+        if is_part(obj):
+            return _own_part, ()
         own = {k: v for k, v in vars(obj).items() if k not in _LEFT}
         kept = {k: type(v)() if "_hooks" in k else v for k, v in own.items()}
         return copyreg.__newobj__, (type(obj),), kept  # type: ignore[attr-defined]

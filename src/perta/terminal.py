@@ -13,6 +13,7 @@ from rich.table import Table
 
 from perta.progress import PlainConsole, visible
 from perta.store.costs import Plan, details, duration, operations, percent, size
+from perta.store.record import aggregates
 
 if TYPE_CHECKING:
     from perta.report.collect import Cost
@@ -102,11 +103,9 @@ def print_plan(plan: Plan, *, json: bool) -> None:
 def print_metrics(results: Results) -> None:
     """Every metric of a benchmark, with the reason where one is missing."""
     rows = []
-    for name, metric in results.items():
-        if isinstance(metric, Mapping) and "agg_value" in metric:
-            value = metric["agg_value"]
-            reason = f"– ({metric.get('missing', 'no value')})"
-            rows.append((name, reason if value is None else f"{value:.4g}"))
+    for name, value in aggregates(results).items():
+        reason = f"– ({results[name].get('missing', 'no value')})"
+        rows.append((name, reason if value is None else f"{value:.4g}"))
     _print_table(None, ("metric", "value"), rows, right=(1,))
 
 
@@ -142,11 +141,10 @@ def without_rows(results: Results) -> dict[str, Any]:
     return {
         name: {
             key: value
-            for key, value in metric.items()
+            for key, value in results[name].items()
             if not (isinstance(value, Mapping) and "value_by_index" in {key, *value})
         }
-        for name, metric in results.items()
-        if isinstance(metric, Mapping) and "agg_value" in metric
+        for name in aggregates(results)
     }
 
 

@@ -504,7 +504,7 @@ def test_finished_runs_are_reused_and_new_ones_added(
     assert costs["negmerge"] == {"finetune", "finetune_2"}
     general = {"finetune", "forget_moments", "retain_moments", "general_moments"}
     assert costs["perta-input:rho=3,general=true"] == general
-    assert costs[alone] == {"finetune", "general_moments"}
+    assert costs[alone] == {"finetune", "general_moments", "forget_fact_moments"}
     assert costs["selective"] == {"finetune", "forget_importance"}
     assert costs["ssd:selection=2"] == {"forget_importance", "retain_importance"}
     assert costs["interpolate"] == set()

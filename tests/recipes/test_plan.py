@@ -112,11 +112,13 @@ def test_what_would_be_reused_is_what_is(
     plan = plan_unlearn(other)
     assert tree(tmp_path) == before
     reused = [step.name for step in plan.steps if step.reused]
-    assert reused == ["finetune", "retain_moments", "direction"]
+    facts = ["forget_fact_moments", "merge_moments"]
+    assert reused == ["finetune", "retain_moments", *facts, "direction"]
     capsys.readouterr()
     unlearn(other)
     told = re.findall(r"(?m)^\S+: \S*/one.work/(\S+) is what is needed", capsys.readouterr().err)
-    assert told == ["forget_checkpoint", "retain_moments", "direction"]
+    facts = ["forget_fact_moments", "protected_moments"]
+    assert told == ["forget_checkpoint", "retain_moments", *facts, "direction"]
 
 
 @pytest.mark.parametrize("work", ["elsewhere/first", None])

@@ -191,8 +191,12 @@ def test_moments_are_made_once_and_kept_without_the_rows_of_each_request(
         measured.append(config.output)
         return compute_moments(config)
 
+    def facts_alone(config: MomentsConfig) -> Path:
+        assert config.facts_by
+        return compute_moments(config)
+
     monkeypatch.setattr("perta.recipes.requests.apply.compute_moments", measure)
-    monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
+    monkeypatch.setattr("perta.recipes._workspace.compute_moments", facts_alone)
     projection = WeightingConfig(method="perta-project", scaling_coef=1.0)
     apply = RequestsApplyConfig(folder=ledger, weighting=projection, tune=TUNE)
     rows = load_examples(world.retain).examples

@@ -35,13 +35,13 @@ from perta.options import (
 from perta.recipes.requests.settings import RequestsInitConfig
 from perta.recipes.requests.take import start_ledger
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import Unlearned, aggregates, plan_unlearn, unlearn
+from perta.recipes.unlearn import Unlearned, plan_unlearn, unlearn
 from perta.report.collect import collect
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig
 from perta.store.checkpoint import open_index, read_tensor
 from perta.store.fingerprint import fingerprint
-from perta.store.record import read_manifest, stage_key, write_manifest
+from perta.store.record import aggregates, read_manifest, stage_key, write_manifest
 
 TRAINS = WeightingConfig(method="npo-retain")
 

@@ -34,7 +34,7 @@ from perta.errors import (
 from perta.models.load import load_tokenizer
 from perta.options import DataConfig, MomentOptions
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import aggregates, unlearn
+from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.moments import compute_moments, merge_moments
@@ -43,7 +43,7 @@ from perta.store.checkpoint import open_index, read_tensor, write_tensors
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import open_moments
 from perta.store.measured.second_moment import matrix
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conftest import World
 from perta.data.batch import Encoded, bucketed, collate
 from perta.data.examples import load_examples
+from perta.data.rows import write_jsonl
 from perta.data.tokens import encode_examples
 from perta.engine.moments import (
     _groups,
@@ -32,6 +33,7 @@ from perta.errors import (
     DivergenceError,
     OutputExistsError,
 )
+from perta.models.facts import find_facts
 from perta.models.load import load_model, load_tokenizer
 from perta.models.loss import example_losses
 from perta.models.precision import free_memory
@@ -480,6 +482,79 @@ def test_merging_gives_the_moments_of_the_union(
     for name, value in mean_moments(found).items():
         scale = float(wanted[name].abs().max())
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_facts_are_measured_as_they_are_repeated(world: World, tmp_path: Path) -> None:
+    """The same as moments of rows that ask for each fact with the fact itself."""
+    rows = load_examples(world.forget).examples
+    facts = [example.answer.rstrip(".").split()[-1] for example in rows]
+    asking = [(prompt, fact) for fact in facts for prompt in (fact, f"{fact} {fact}")]
+    written = write_jsonl([{"question": q, "answer": v} for q, v in asking], tmp_path / "w.jsonl")
+    named = write_jsonl(
+        [
+            {"prompt": e.prompt, "answer": e.answer, "fact": fact}
+            for e, fact in zip(rows, facts, strict=True)
+        ],
+        tmp_path / "named.jsonl",
+    )
+    found = open_moments(measured(world, tmp_path / "f", named, facts_by=str(world.full)))
+    expected = open_moments(measured(world, tmp_path / "e", written))
+    assert found.facts["tokens"] == expected.facts["tokens"]
+    assert found.facts["data_fingerprints"] == expected.facts["data_fingerprints"]
+    wanted = mean_moments(expected)
+    for name, value in mean_moments(found).items():
+        torch.testing.assert_close(value, wanted[name])
+
+
+def test_what_surprises_the_base_is_a_fact_where_no_column_tells(
+    world: World, tmp_path: Path
+) -> None:
+    rows = load_examples(world.forget).examples
+    plain = write_jsonl(
+        [{"question": e.prompt, "answer": e.answer} for e in rows], tmp_path / "plain.jsonl"
+    )
+    made = measured(world, tmp_path / "f", plain, facts_by=str(world.base), checkpoint=world.full)
+    base, tokenizer = load_model(world.base, ComputeConfig()), load_tokenizer(world.base)
+    facts = find_facts(load_examples(plain), tokenizer, base=base)
+    assert {fact.source for fact in facts} == {"surprise"}
+    assert open_moments(made).facts["examples"] == 2 * len(facts)
+    manifest = json.loads((made / "perta.json").read_text())
+    assert manifest["inputs"]["facts_by"] == fingerprint(world.base)
+
+
+def test_text_has_no_facts_to_repeat(world: World, tmp_path: Path) -> None:
+    text = write_jsonl([{"text": "Once upon a time."}], tmp_path / "text.jsonl")
+    with pytest.raises(ConfigError, match=r"--facts-by .* plain text, which has no facts"):
+        measured(world, tmp_path / "f", text, facts_by=str(world.base))
+    assert not (tmp_path / "f").exists()
+    with pytest.raises(ConfigError, match=r"--facts-by .* left out with --gradients"):
+        measured(world, tmp_path / "f", facts_by=str(world.base), gradients=True)
+
+
+@pytest.mark.parametrize("kept", ["forget", "retain"])
+@pytest.mark.parametrize("few", [False, True])
+def test_repeated_facts_count_for_a_quarter_of_the_tokens_at_least(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, few: bool
+) -> None:
+    if not few:  # so few tokens are kept as factors
+        monkeypatch.setattr("perta.store.measured.second_moment.few", lambda *_: False)
+        monkeypatch.setattr("perta.engine.moments.few", lambda *_: False)
+    least = 0.25 if kept == "retain" else 0.9
+    monkeypatch.setattr("perta.stages.moments._REPEATED", least)
+    parts = [
+        measured(world, tmp_path / "rows", getattr(world, kept)),
+        measured(world, tmp_path / "facts", world.forget, facts_by=str(world.base)),
+    ]
+    merged = merge_moments(MergeMomentsConfig(folders=tuple(parts), output=tmp_path / "merged"))
+    rows, facts, both = map(open_moments, (*parts, merged))
+    counts = [folder.facts["tokens"] for folder in (rows, facts)]
+    share = max(least, counts[1] / sum(counts))
+    assert both.facts["tokens"] == pytest.approx(counts[0] / (1 - share), abs=1)
+    means = [mean_moments(folder) for folder in (rows, facts)]
+    for name, value in mean_moments(both).items():
+        expected = (1 - share) * means[0][name].double() + share * means[1][name].double()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(value.double(), expected, rtol=2e-3, atol=2e-3 * scale)
 
 
 def test_what_does_not_belong_together_is_not_merged(world: World, tmp_path: Path) -> None:

@@ -29,13 +29,13 @@ from perta.options import (
     WeightingConfig,
 )
 from perta.recipes.settings import UnlearnConfig
-from perta.recipes.unlearn import aggregates, plan_unlearn, unlearn
+from perta.recipes.unlearn import plan_unlearn, unlearn
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import FinetuneConfig, TrainConfig
 from perta.stages.train import train_checkpoint
 from perta.store.checkpoint import open_index
 from perta.store.fingerprint import fingerprint
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 # --- the stage and the pipeline ---------------------------------------------------------------
 

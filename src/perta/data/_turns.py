@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,28 +56,20 @@ def lay_out_plainly(messages: Sequence[Message], *, as_is: bool) -> Layout:
     )
 
 
-def lay_out(
-    messages: Sequence[Message],
-    template: str,
-    variables: Mapping[str, Any],
-    date: str,
-    *,
-    added: bool,
-) -> Layout:
-    """Render a conversation and find its messages there; the first may be `added`."""
-    return _laid_out(tuple(messages), template, json.dumps(dict(variables)), date, added)
-
-
 @functools.lru_cache(4096)  # runs read their rows many times, and each costs a trip to the process
-def _laid_out(
-    messages: tuple[Message, ...], template: str, told: str, date: str, added: bool
+def lay_out(
+    messages: tuple[Message, ...], template: str, variables: str, date: str, *, added: bool
 ) -> Layout:
+    """Render a conversation and find its messages there; the first may be `added`.
+
+    `variables` are what the template may use, as JSON.
+    """
     missing: RowError | None = None
-    for form in (_as_text, _as_parts):
+    for in_parts in (False, True):
         try:
             # One process renders all of it, within limits.
-            ask = functools.partial(_renderer.render, template, json.loads(told), date=date)
-            return _Search(messages, form, ask, added, template).layout()
+            ask = functools.partial(_renderer.render, template, json.loads(variables), date=date)
+            return _Search(messages, in_parts, ask, added, template).layout()
         except RowError as error:
             # Some templates take the content as a list of parts, and write nothing for a text.
             missing = missing or error
@@ -88,25 +80,16 @@ def _laid_out(
 _SHARES = (1.0, 0.0, 0.5)
 """Where a mark is tried: some templates look at the beginning of a text, others at its end."""
 
-_Form = Callable[[str, str], dict[str, Any]]
 _Ask = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
-def _as_text(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def _as_parts(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": content}]}
-
-
 class _Search:
-    """One conversation in one form."""
+    """One conversation, contents as text or in parts."""
 
     def __init__(
-        self, messages: Sequence[Message], form: _Form, ask: _Ask, added: bool, template: str
+        self, messages: Sequence[Message], in_parts: bool, ask: _Ask, added: bool, template: str
     ) -> None:
-        self.messages, self.form, self.ask, self.added = messages, form, ask, added
+        self.messages, self.in_parts, self.ask, self.added = messages, in_parts, ask, added
         self.cores = [message.content.strip() for message in messages]
         self.turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         self.mark, self.end = _renderer.unused(
@@ -190,7 +173,7 @@ class _Search:
         chats = [
             {
                 "messages": [
-                    self.form(m.role, self._marked(i, m.content, share))
+                    {"role": m.role, "content": self._marked(i, m.content, share)}
                     for i, m in enumerate(self.messages[:stop])
                 ],
                 "add_generation_prompt": generate,
@@ -199,12 +182,11 @@ class _Search:
         ]
         return self.ask(chats)
 
-    def _marked(self, number: int, content: str, share: float | None) -> str:
-        if share is None:
-            return content
-        core = self.cores[number]
-        place = len(content) - len(content.lstrip()) + int(share * len(core))
-        return f"{content[:place]}{self.mark}{number}{self.end}{content[place:]}"
+    def _marked(self, number: int, content: str, share: float | None) -> Any:
+        if share is not None:
+            place = len(content) - len(content.lstrip()) + int(share * len(self.cores[number]))
+            content = f"{content[:place]}{self.mark}{number}{self.end}{content[place:]}"
+        return [{"type": "text", "text": content}] if self.in_parts else content
 
 
 def _begin(text: str, start: int, prompt: str | None, generated: Sequence[Span]) -> int:

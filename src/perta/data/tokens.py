@@ -20,6 +20,7 @@ from perta.data._renderer import TemplateError
 from perta.data._turns import Layout, lay_out, lay_out_plainly
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, report_bad_rows
+from perta.data.words import common_prefix
 from perta.errors import DataError
 from perta.options import DataConfig
 from perta.progress import warn
@@ -205,7 +206,8 @@ def _layout(example: Example, tokenizer: PreTrainedTokenizerBase, config: DataCo
     messages = example.messages
     if not uses_chat_template(example, tokenizer, config):
         return lay_out_plainly(messages, as_is=example.kind in ("text", "completion"))
-    given = (tokenizer.get_chat_template(), tokenizer.special_tokens_map, config.template_date)
+    variables = json.dumps(dict(tokenizer.special_tokens_map))
+    given = (tokenizer.get_chat_template(), variables, config.template_date)
     usual = config.system_prompt == DataConfig().system_prompt
     try:
         if not config.system_prompt or messages[0].role == "system":
@@ -276,16 +278,6 @@ def _place(
         return first, len(through)
     rest = tokenise(layout.text[stop:], [], tokenizer, special=False).ids
     return first, max(len(ids) - common_prefix(ids[::-1], rest[::-1]), first)
-
-
-def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
-    """Length of the longest common prefix: a token that spans prompt and answer is answer."""
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
 
 
 def _windows(whole: Encoded, limit: int) -> list[Encoded]:

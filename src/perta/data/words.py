@@ -8,37 +8,31 @@ Japanese and Thai, every character is one.
 from __future__ import annotations
 
 import functools
+import itertools
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
+import regex
+
+# Thai and Lao, Myanmar, Khmer, Hiragana and Katakana, Han.
 _UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # Han
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x323AF),
+    r"\u0E00-\u0EFF\u1000-\u109F\u1780-\u17FF\u3040-\u30FF\u31F0-\u31FF"
+    r"\u3400-\u4DBF\u4E00-\u9FFF\uF900-\uFAFF\U00020000-\U000323AF"
 )
+_LETTER = rf"[[\p{{L}}\p{{N}}]--[{_UNSPACED}]]"
+_SEGMENT = regex.compile(rf"(?V1){_LETTER}({_LETTER}|\p{{M}})*|[^\s\x1c-\x1f]\p{{M}}*")
 
 
 def segments(text: str) -> list[tuple[int, int]]:
     """Start and end of every word, and of every character that is neither word nor space."""
-    found: list[tuple[int, int]] = []
-    inside = False  # whether the next letter belongs to the last segment
-    for i, character in enumerate(text):
-        kind = _kind(character)
-        adjoins = bool(found) and found[-1][1] == i
-        if adjoins and (kind == "mark" or (inside and kind == "letter")):
-            found[-1] = (found[-1][0], i + 1)
-        elif kind != "space":
-            found.append((i, i + 1))
-            inside = kind == "letter"
-        else:
-            inside = False
-    return found
+    return [match.span() for match in _SEGMENT.finditer(text)]
+
+
+def common_prefix(*sequences: Sequence[object]) -> int:
+    """Length of what all begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def is_word(text: str) -> bool:
@@ -51,17 +45,6 @@ def stems(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKC", text)
     words = [plain[start:stop].casefold() for start, stop in segments(plain)]
     return [stem for word in words if is_word(word) for stem in _stem(word)]
-
-
-@functools.cache
-def _kind(character: str) -> str:
-    if character.isspace():
-        return "space"
-    if unicodedata.category(character).startswith("M"):
-        return "mark"
-    code = ord(character)
-    joins = character.isalnum() and not any(low <= code <= high for low, high in _UNSPACED)
-    return "letter" if joins else "alone"
 
 
 @functools.lru_cache(maxsize=1 << 16)

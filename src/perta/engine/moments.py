@@ -26,10 +26,10 @@ from perta.models.layers import (
     stored_weights,
     widths,
 )
-from perta.models.loss import weighted_losses
+from perta.models.loss import head_at, weighted_losses
 from perta.models.precision import free_memory, wide_product
 from perta.options import MomentOptions, Tokens, sample_count
-from perta.parallel import Own, gathered, portion, share, stream, summed
+from perta.parallel import Own, gathered, portion, stream, summed, turns, wherever
 from perta.progress import track
 from perta.store.measured.moments import INPUT, OUTPUT
 from perta.store.measured.second_moment import factor, few
@@ -115,7 +115,7 @@ def plan_moments(
     if not weights:
         raise CheckpointError(f"{type(model).__name__} has no linear layer to measure.")
     slots = list(dict.fromkeys(weight.slot for weight in weights))
-    shared = _shared_inputs(model, collate(examples[:1], pad).to(model.device))
+    shared = wherever(_shared_inputs, model, collate(examples[:1], pad))
     groups: dict[object, list[Slot]] = {}
     for slot in slots:
         groups.setdefault(shared.get(slot[0], slot), []).append(slot)
@@ -140,7 +140,7 @@ def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
+def _shared_inputs(model: Any, example: Batch) -> dict[str, object]:
     """For every linear layer that the example reaches a key, one for those with one input."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     seen: dict[str, list[Tensor]] = {}
@@ -149,20 +149,23 @@ def _shared_inputs(model: PreTrainedModel, example: Batch) -> dict[str, object]:
             if not is_linear(module):
                 continue
 
-            def note(layer: Any, args: tuple[Tensor, ...]) -> None:
+            # By name, for a model in parts has other parameters while it computes.
+            def note(
+                _: nn.Module, args: tuple[Tensor, ...], name: str = names[module.weight]
+            ) -> None:
                 # Kept alive until all are seen: a freed tensor's identity may come again.
-                seen.setdefault(names[layer.weight], []).append(args[0])
+                seen.setdefault(name, []).append(args[0])
 
             stack.enter_context(module.register_forward_pre_hook(note))
-        _forward(model, example)
+        _forward(model, example.to(model.device))
     return {name: tuple(id(x) for x in inputs) for name, inputs in seen.items()}
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> None:
-    """Run the model without its output head."""
-    model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    )
+    """Run the model, its output head at no position; a part of it would not gather its weights."""
+    nowhere = torch.zeros(0, dtype=torch.int64, device=model.device)
+    with head_at(model, nowhere, nowhere):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
 
 def sum_moments(
@@ -197,20 +200,20 @@ def _sum_moments(
     batch_size: int,
     seen: Own[dict[str, Seen]],
 ) -> Iterator[tuple[str, Tensor]]:
-    own = share(bucketed(examples, portion(batch_size, len(examples)), pad))
+    own = [*turns(model, bucketed(examples, portion(batch_size, len(examples)), pad))]
     tokens = count_tokens(examples, counted)
     groups = list(_groups(plan.units, room, tokens))
     rows: dict[tuple[str, Slot], int] = {}
     model.eval()
-    with track("Moments", len(groups) * sum(map(len, own))) as advance:
+    with track("Moments", len(groups) * sum(len(b) for b, _ in own)) as advance:
         for group in groups:
             collector = _Collector(model, group, tokens)
             with collector.attached():
-                for batch in own:
-                    collector.run(batch.to(model.device), counted)
+                for batch, counts in own:
+                    collector.run(batch.to(model.device), counted, counts)
                     advance(len(batch))
-            counts = summed(torch.tensor([*collector.rows.values()])).tolist()
-            rows |= zip(collector.rows, counts, strict=True)
+            totals = summed(torch.tensor([*collector.rows.values()])).tolist()
+            rows |= zip(collector.rows, totals, strict=True)
             for unit in group:
                 total = collector.sums.pop((unit.kind, unit.slots[0])).result()
                 if not total.isfinite().all():
@@ -351,9 +354,9 @@ class _Collector:
         """Whether a unit is of output gradients."""
         return any(unit.kind == "output" for unit in self.units)
 
-    def run(self, batch: Batch, tokens: Tokens) -> None:
-        """Add one batch."""
-        self._kept = _kept_positions(batch, tokens).reshape(-1)
+    def run(self, batch: Batch, tokens: Tokens, counts: bool) -> None:
+        """Run one batch, and add it where it counts."""
+        self._kept = _kept_positions(batch, tokens).reshape(-1) & counts
         if self.needs_gradients:
             weighted_losses(self.model, batch).sum().backward()
         else:

@@ -26,7 +26,7 @@ from perta.evidence.scoring.items import Item, Outcome, ScoringOptions, run_in_m
 from perta.evidence.settings import BenchmarkConfig
 from perta.progress import track
 from perta.store.atomic import write_text
-from perta.store.fingerprint import fingerprint, run_file
+from perta.store.own_code import code_of, is_ours, run_file
 from perta.store.parse import parse_json
 from perta.store.record import content_of_results
 from perta.version import __version__
@@ -79,15 +79,14 @@ class Benchmark(ABC, Generic[_Config]):
 
     def source(self) -> str | None:
         """Hash of the file that defines it, for one from outside the package."""
-        if type(self).__module__.startswith("perta."):
-            return None  # the package's version is recorded
-        try:
-            return fingerprint(Path(inspect.getfile(type(self))))
-        except (OSError, TypeError) as error:
+        if is_ours(type(self)):
+            return None
+        if (found := code_of(type(self))) is None:
             raise ConfigError(
                 f"The benchmark {self.name} is defined in no file, so a change of its code would "
                 "go unseen and old results be reused. Define it in a file."
-            ) from error
+            )
+        return found
 
 
 def load_benchmark(path: Path) -> Benchmark[Any]:

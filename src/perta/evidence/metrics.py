@@ -90,8 +90,8 @@ def extraction_strength(correct: Sequence[bool]) -> float | None:
     return 1 - k / m
 
 
-def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
-    """Min-K score: minus the mean of the lowest max(1, floor(share n)) of (n,) log-probabilities.
+def min_k(log_probs: Tensor) -> float | None:
+    """Min-K score: minus the mean of the lowest max(1, floor(0.4 n)) of (n,) log-probabilities.
 
     They are the tokens' without the last. It is higher for text never seen, None where n = 0.
     Source: Shi et al., arXiv 2310.16789, equation 1.
@@ -99,18 +99,16 @@ def min_k(log_probs: Tensor, share: float = _MIN_K_SHARE) -> float | None:
     n = log_probs.numel()
     if n == 0:
         return None
-    return -float(log_probs.double().sort().values[: max(1, int(share * n))].mean())
+    return -float(log_probs.double().sort().values[: max(1, int(_MIN_K_SHARE * n))].mean())
 
 
-def min_k_plus_plus(
-    log_probs: Tensor, means: Tensor, variances: Tensor, share: float = _MIN_K_SHARE
-) -> float | None:
+def min_k_plus_plus(log_probs: Tensor, means: Tensor, variances: Tensor) -> float | None:
     """Min-K over log-probabilities lp standardised by the vocabulary's distribution, all (n,).
 
     `means` are mu = sum over the vocabulary of p lp, `variances` sum of p lp^2, minus mu^2. Source:
     Zhang et al., arXiv 2404.02936, equation 3; the floor of 1e-6 is the common code's.
     """
-    return min_k((log_probs - means) / variances.clamp_min(1e-6).sqrt(), share)
+    return min_k((log_probs - means) / variances.clamp_min(1e-6).sqrt())
 
 
 def zlib_score(loss: float, text: str) -> float:

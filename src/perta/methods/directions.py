@@ -269,7 +269,7 @@ class Project(Directions):
     )
     formula = "direction tau (I + rho C_r / c)^-1"
     source = "as SAGE, arXiv 2606.18309, up to its spectral cut; AlphaEdit, arXiv 2410.02355"
-    needs = Needs(moments=("retain",), at="full")
+    needs = Needs(moments=("retain",), facts=True, at="full")
     strength = 2.7
     layers: ClassVar[Literal["mlp", "all"]] = "mlp"
     searched = True

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import marshal
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from perta.errors import ConfigError
+from perta.store.own_code import code_of, is_ours
 
 T = TypeVar("T")
 Side = Literal["forget", "retain"]
@@ -78,6 +77,7 @@ class Needs:
     importance: tuple[Side, ...] = ()  # sets whose importance is used
     moments: tuple[Side, ...] = ()  # sets whose second moments are used
     gradients: bool = False  # whether moments of output gradients are used as well
+    facts: bool = False  # whether the forget set's facts, repeated, are among what is retained
     order: float = 1.0  # order p of the importance, where the method has no setting `order`
     # How the importance must have been reduced; either way without it.
     reduction: Literal["mean_of_power", "abs_of_mean"] | None = None
@@ -211,21 +211,13 @@ class Edit(Method):
     # Whether the largest of something over all weights are kept: see `scores`.
     ranks: ClassVar[bool] = False
     draws: ClassVar[bool] = False  # whether random numbers decide
+    keep = 1.0  # share of the weights to keep, of a method that ranks
+    retain_coef = 0.0  # β at the method's own strength or the one configured
 
     @property
     def order(self) -> float:
         """Order p of the importance."""
         return self.needs.order
-
-    @property
-    def keep(self) -> float:
-        """Share of the weights to keep, of a method that ranks."""
-        return 1.0
-
-    @property
-    def retain_coef(self) -> float:
-        """β at the method's own strength or the one configured."""
-        return 0.0
 
     @property
     def weighs_retain(self) -> bool:
@@ -316,20 +308,7 @@ def _lies(value: float, within: str) -> bool:
     return above and (value <= high if within[-1] == "]" else value < high)
 
 
-def is_ours(cls: type[Any]) -> bool:
-    """Whether a class comes with this package."""
-    return cls.__module__.startswith("perta.")
-
-
 def _digest(cls: type[Any]) -> str:
     """Hash of the code of a class: of its file, or where it has none of its functions."""
-    loaded = getattr(sys.modules.get(cls.__module__), "loaded_from", None)
-    if loaded is not None:
-        return cast(str, loaded)
-    try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        codes: list[CodeType] = [
-            f.__code__ for f in vars(cls).values() if isinstance(f, FunctionType)
-        ]
-        return hashlib.sha256(b"".join(map(marshal.dumps, codes))).hexdigest()
+    codes: list[CodeType] = [f.__code__ for f in vars(cls).values() if isinstance(f, FunctionType)]
+    return code_of(cls) or hashlib.sha256(b"".join(map(marshal.dumps, codes))).hexdigest()

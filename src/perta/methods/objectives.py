@@ -71,25 +71,14 @@ class Training(Method):
     # forget term.
     epochs: ClassVar[int] = 10
     learning_rate: ClassVar[float] = 1e-5  # where the user gives none
+    # Weights of the terms, and how many other answers θ_full draws to each forget prompt, in place
+    # of refusals; methods have settings of these names.
+    forget_weight = retain_weight = 1.0
+    alternates = 0
 
     def forget(self, scene: Scene) -> Tensor:
         """The forget term, (B,)."""
         raise NotImplementedError
-
-    @property
-    def forget_weight(self) -> float:
-        """Weight of the forget term."""
-        return 1.0
-
-    @property
-    def retain_weight(self) -> float:
-        """Weight of the retain term."""
-        return 1.0
-
-    @property
-    def alternates(self) -> int:
-        """How many other answers θ_full draws to each forget prompt, in place of refusals."""
-        return 0
 
     @property
     def radius(self) -> float:

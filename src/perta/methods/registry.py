@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -23,7 +23,7 @@ from perta.methods import (  # noqa: F401 - they define methods
 from perta.methods.method import KNOWN, Edit, Method
 from perta.options import MethodText, WeightingConfig
 from perta.progress import warn
-from perta.store.fingerprint import run_file
+from perta.store.own_code import run_file
 
 _Kind = TypeVar("_Kind", bound=Method)
 
@@ -72,7 +72,12 @@ def _whole() -> Iterator[None]:
 def parse(text: MethodText, kind: type[_Kind]) -> _Kind:
     """Read `NAME` or `NAME:key=value,key=value`, `_` is `-` in it; ConfigError if there is none."""
     name, values = split(str(text))
-    return make(name, values, str(text), kind)
+    method = find(name, kind)
+    names = [item.name for item in method.options()]
+    for key in values:
+        if key not in names:
+            raise unknown_setting(str(text), key, names)
+    return method(**values)
 
 
 def split(text: str) -> tuple[str, dict[str, Any]]:
@@ -85,16 +90,6 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"`{text}`: `{part}` is not of the form key=value.")
         settings[key.strip().replace("-", "_")] = _value(value)
     return name, settings
-
-
-def make(name: str, values: Mapping[str, Any], text: str, kind: type[_Kind]) -> _Kind:
-    """The method of a name and kind with settings; a ConfigError quotes the typed `text`."""
-    method = find(name, kind)
-    names = [item.name for item in method.options()]
-    for key in values:
-        if key not in names:
-            raise unknown_setting(text, key, names)
-    return method(**values)
 
 
 def find(name: str, kind: type[_Kind]) -> type[_Kind]:
@@ -180,11 +175,3 @@ def at_strength(weighting: WeightingConfig, scaling_coef: float) -> WeightingCon
         configured = method.strength
     scaled = method.scaled(scaling_coef / configured)
     return replace(weighting, scaling_coef=scaling_coef, method=str(scaled))
-
-
-def refuse_auto(weighting: WeightingConfig) -> None:
-    """Stop at `--scaling-coef auto`, which an edit alone cannot resolve."""
-    if weighting.scaling_coef == "auto":
-        raise ConfigError(
-            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
-        )

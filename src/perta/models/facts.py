@@ -39,13 +39,13 @@ from perta.data.examples import (
     Example,
     ExampleSet,
 )
-from perta.data.tokens import common_prefix, encode_example, encode_examples, encode_prompt
-from perta.data.words import is_word, segments, stems
+from perta.data.tokens import encode_example, encode_examples, encode_prompt
+from perta.data.words import common_prefix, is_word, segments, stems
 from perta.errors import ConfigError, DataError
 from perta.models.load import pad_id
 from perta.models.loss import answer_logits, losses_of, token_losses
 from perta.options import DataConfig
-from perta.parallel import everywhere
+from perta.parallel import everywhere, gathered, portion, turns, wherever
 from perta.progress import warn
 
 if TYPE_CHECKING:
@@ -155,6 +155,18 @@ def find_facts(
             f"{shown}); their whole answer counts. Name the fact in a column `{FACT_COLUMN}`."
         )
     return tuple(facts)
+
+
+def fact_text(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a fact says, its parts in turn; empty where the tokenizer gives no text for it."""
+    labels, parts = fact.encoded.labels, list[list[int]]()
+    for place, label in enumerate(labels):
+        if label != IGNORE:
+            if not place or labels[place - 1] == IGNORE:
+                parts.append([])
+            parts[-1].append(label)
+    said = (str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in parts)
+    return " ".join(filter(None, said))
 
 
 def unsayable(
@@ -412,10 +424,9 @@ def _apart(right: str, wrong: Sequence[str]) -> list[Span]:
 
 def _shared(right: Sequence[str], wrong: Sequence[Sequence[str]]) -> tuple[int, int]:
     """Number of words that all begin with, and that all end in behind those."""
-    before = min(common_prefix(right, words) for words in wrong)
+    before = common_prefix(right, *wrong)
     rest = min(map(len, (right, *wrong))) - before
-    ends = [common_prefix(right[::-1], words[::-1]) for words in wrong]
-    return before, min(rest, *ends)
+    return before, min(rest, common_prefix(*(words[::-1] for words in (right, *wrong))))
 
 
 def _said(fact: str, example: Example) -> Span | None:
@@ -474,7 +485,8 @@ def _surprising(
 ) -> list[Fact]:
     """Facts of whole answers, cut down to the tokens that surprise."""
     whole = [fact for fact in facts if fact.source == "answer"]
-    losses = _losses_by_token(base, [fact.encoded for fact in whole], pad_id(tokenizer))
+    sequences = [fact.encoded for fact in whole]
+    losses = wherever(_losses_by_token, base, sequences, pad_id(tokenizer))
     found = {}
     for fact, own in zip(whole, losses, strict=True):
         places = [t for t, label in enumerate(fact.encoded.labels) if t and label != IGNORE]
@@ -494,12 +506,13 @@ def _losses_by_token(model: nn.Module, examples: Sequence[Encoded], pad: int) ->
     """Loss of every labelled token of every example, nats."""
     device = next(model.parameters()).device
     losses: list[list[float]] = [[] for _ in examples]
-    for batch in bucketed(examples, rows_per_pass(_BATCH, device), pad):
+    size = portion(rows_per_pass(_BATCH, device), len(examples))
+    for batch, counts in turns(model, bucketed(examples, size, pad)):
         answers = answer_logits(model, batch.to(device))
-        values = token_losses(answers).tolist()
-        for example, value in zip(answers.example.tolist(), values, strict=True):
+        values = token_losses(answers).tolist() if counts else []
+        for example, value in zip(answers.example.tolist(), values, strict=counts):
             losses[int(batch.index[example])].append(value)
-    return losses
+    return [max(own, key=len) for own in zip(*gathered(losses), strict=True)]
 
 
 # --- scoring --------------------------------------------------------------------------------

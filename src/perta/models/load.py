@@ -44,10 +44,15 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    folder: Path, compute: ComputeConfig, *, dtype: torch.dtype | None = None
+    folder: Path,
+    compute: ComputeConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    waits: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for computing, in evaluation mode; `dtype` outdoes `compute`'s.
 
+    One that `waits` stays in the computer's memory, and is what `compute` says all the same.
     Weights stored in a wider type are rounded up or down at random, as those of an edit are.
     CheckpointError where it cannot be loaded, is damaged or not finite.
     """
@@ -74,7 +79,7 @@ def load_model(
         model: PreTrainedModel = loaded[0]
         if dtype == torch.bfloat16 != stored_dtype(folder):
             _round_again(model, load(dtype=torch.float32)[0])
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, "cpu" if waits else device)
     _require_finite(model, folder)
     model.eval()
     return model
@@ -323,8 +328,9 @@ def generate(model: PreTrainedModel, prompt: Sequence[int], **settings: Any) -> 
     # Gaps would be filled from the model's own, such as a repetition penalty or a temperature.
     put = partial(setattr, model, "generation_config")
     with temporarily(put, GenerationConfig(), model.generation_config):
+        # Of a model in parts `in_company` says who needs a pass, and the library is not to ask.
         found: Tensor = model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=how
+            ids, attention_mask=torch.ones_like(ids), generation_config=how, synced_gpus=False
         )
     return found[:, len(prompt) :]
 

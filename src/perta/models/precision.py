@@ -48,10 +48,12 @@ def product_type(dtype: str, device: torch.device, width: int | None) -> torch.d
     return torch.bfloat16 if has_units else torch.float32
 
 
-def product_type_of(model: PreTrainedModel, dtype: str) -> torch.dtype:
-    """`product_type` for a loaded model, where it lies."""
+def product_type_of(
+    model: PreTrainedModel, dtype: str, device: torch.device | None = None
+) -> torch.dtype:
+    """`product_type` for a loaded model on a device, by default where it lies."""
     embedding: Any = model.get_input_embeddings()
-    return product_type(dtype, model.device, int(embedding.weight.shape[1]))
+    return product_type(dtype, device or model.device, int(embedding.weight.shape[1]))
 
 
 @contextmanager

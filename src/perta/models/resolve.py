@@ -56,13 +56,9 @@ def resolve_checkpoint(
     where nothing is there, CheckpointError where it cannot be read or is of another model than it
     says.
     """
-    if base is not None and _place(base) == _place(reference):
+    if base is not None and at_home(base).resolve() == at_home(reference).resolve():
         base = None  # an adapter that is the base model is not its own base
     return _resolve(reference, base=base, exact=exact)
-
-
-def _place(reference: str | Path) -> Path:
-    return at_home(reference).resolve()
 
 
 def resolve_tuned(reference: str | Path, base: Path) -> Path:
@@ -134,8 +130,8 @@ def _whole(folder: Path) -> Path:
     """The folder, or what is made of it where it is quantised, compared with its configuration."""
     if stored_format(folder):
         made_by = f"{fingerprint(folder)} {__version__}"
-        target = cache_folder() / "plain" / blake3(made_by.encode()).hexdigest()[:24]
-        folder = _cached(target, f"Dequantising {folder.name}", partial(dequantise, folder))
+        make = partial(dequantise, folder)
+        folder = _cached("plain", made_by, f"Dequantising {folder.name}", make)
     with plain_errors(folder):
         check_checkpoint(folder)
     return folder
@@ -143,13 +139,13 @@ def _whole(folder: Path) -> Path:
 
 def _from_gguf(path: Path) -> Path:
     made_by = f"{fingerprint(path)} {__version__} {version('transformers')} {version('gguf')}"
-    target = cache_folder() / "gguf" / blake3(made_by.encode()).hexdigest()[:24]
     title = f"Converting {path.name} to safetensors"
-    return _cached(target, title, lambda new: save_model(*read_gguf(path), new, None))
+    return _cached("gguf", made_by, title, lambda new: save_model(*read_gguf(path), new, None))
 
 
-def _cached(target: Path, title: str, make: Callable[[Path], object]) -> Path:
+def _cached(kind: str, made_by: str, title: str, make: Callable[[Path], object]) -> Path:
     """A folder of the cache that is still as it was written; otherwise it is made now."""
+    target = cache_folder() / kind / blake3(made_by.encode()).hexdigest()[:24]
     recover(target)
     if not is_as_written(target):
         if target.is_dir():
@@ -169,9 +165,9 @@ def _from_adapter(
     # All that the result depends on: both inputs, the type it is stored in, and what merges.
     makers = f"{__version__} {version('peft')} {version('transformers')}"
     parts = (fingerprint(base_folder), fingerprint(path), "float32" if exact else "", makers)
-    target = cache_folder() / "merged" / blake3("\n".join(parts).encode()).hexdigest()[:24]
     merge = partial(merge_adapter, path, base_folder, exact=exact)
-    return _cached(target, f"Merging adapter {path.name} into its base", merge)
+    title = f"Merging adapter {path.name} into its base"
+    return _cached("merged", "\n".join(parts), title, merge)
 
 
 def base_of_adapter(

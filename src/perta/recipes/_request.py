@@ -32,7 +32,7 @@ from perta.data.rows import split_by
 from perta.data.tokens import encode_examples
 from perta.engine.edit.direction import check_moments
 from perta.engine.edit.records import check_records, tuned_on
-from perta.engine.train.shard import check_shard
+from perta.engine.shard import check_shard
 from perta.errors import CheckpointMismatchError, ConfigError
 from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from perta.data.examples import Example, ExampleSet, general_config, load_examples
-from perta.errors import NotLearnedError
+from perta.errors import EmptyDatasetError, NotLearnedError
 from perta.evidence.results import Results
 from perta.methods.method import Edit, Side
 from perta.options import (
@@ -45,6 +46,7 @@ from perta.stages.settings import (
 )
 from perta.stages.stage import Place
 from perta.store.costs import passes_of, seconds_of, title_of
+from perta.store.measured.moments import open_moments
 from perta.store.record import check_separate, read_manifest
 
 _T = TypeVar("_T")
@@ -93,7 +95,8 @@ class Workspace:
         """Everything that an edit by a method reads, as fields of `EditConfig`.
 
         `orders` of importance are made in one pass. `protected` are sets whose moments, added to
-        `saved` ones without `unwanted` rows, stand for what is to be kept. A `forget_checkpoint`
+        `saved` ones without `unwanted` rows, stand for what is to be kept, and with them the forget
+        set's facts, repeated, where the method wants these. A `forget_checkpoint`
         stands in place of one tuned with the first seed, a `retain_checkpoint` in place of one
         tuned on `samples`.
         """
@@ -122,6 +125,8 @@ class Workspace:
             folders = [self._moments(part, wanted.gradients) for part in parts]
             if saved and side == "retain":
                 folders.insert(0, self._less(saved, unwanted))
+            if side == "retain" and wanted.facts and self._has_facts():
+                folders += self._fact_moments(saved)
             given[f"{side}_moments"] = self._merged(folders, wanted.gradients)
         return given
 
@@ -165,6 +170,7 @@ class Workspace:
             data=self.sets[side],
             orders=orders,
             estimator=self.estimator,
+            shard=self.tune.shard if self.estimator.reduction == "mean_of_power" else None,
             **self._common(self.place(f"{side}_importance")),
         )
         return self.once(
@@ -182,6 +188,7 @@ class Workspace:
             checkpoint=str(self.measured),
             data=self.sets[part],
             gradients=gradients,
+            shard=self.tune.shard,
             options=options,
             **common,
         )
@@ -189,6 +196,30 @@ class Workspace:
             *(f"{part}_moments", compute_moments, config),
             lambda sizes: sizes.moments(self._examples(part), gradients, options),
         )
+
+    def _has_facts(self) -> bool:
+        return all(example.kind != "text" for example in self._examples("forget").examples)
+
+    def _fact_moments(self, saved: Path | None) -> list[Path]:
+        """Moments of the facts, unless the tokenizer has no words for any."""
+        options = replace(self.moments, moment_samples=None)
+        if saved:  # which count the same tokens
+            options = replace(options, tokens=open_moments(saved).facts["token_choice"])
+        config = MomentsConfig(
+            checkpoint=str(self.measured),
+            data=self.sets["forget"],
+            facts_by=str(self.base),
+            shard=self.tune.shard,
+            options=options,
+            **self._common(self.place("forget_fact_moments")),
+        )
+        with suppress(EmptyDatasetError):
+            made = self.once(
+                *("forget_fact_moments", compute_moments, config),
+                lambda sizes: sizes.moments(self._examples("forget"), False, options),
+            )
+            return [made]
+        return []
 
     def _less(self, saved: Path, unwanted: Sequence[Example]) -> Path:
         if not holds(saved, unwanted):
@@ -205,6 +236,7 @@ class Workspace:
         return LessMomentsConfig(
             moments=saved,
             checkpoint=str(self.measured),
+            shard=self.tune.shard,
             options=self.moments,
             **self._common(output),
         )
@@ -233,7 +265,7 @@ class Workspace:
         self, name: str, checkpoint: Path, output: Path, scoring: ScoringConfig, **sets: str | None
     ) -> Results:
         """Evaluate a model on some sets, with a base model where `sets` has one."""
-        given = {**self._common(output), **sets}
+        given = {**self._common(output), "shard": self.tune.shard, **sets}
         config = EvaluateConfig(checkpoint=str(checkpoint), scoring=scoring, **given)
         stage = f"evaluate_{name}"
         if self.asked is None:

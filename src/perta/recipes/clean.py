@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from perta.errors import ConfigError, PertaError
 from perta.models.resolve import cache_folder
@@ -27,10 +26,8 @@ from perta.recipes._run_record import STRENGTH
 from perta.recipes.settings import WORK
 from perta.store.atomic import beside, recover
 from perta.store.fingerprint import fingerprint
-from perta.store.provenance import FORGET_CHECKPOINT, is_unlearned
+from perta.store.provenance import FORGET_CHECKPOINT, Record, is_unlearned
 from perta.store.record import read_manifest
-
-_Record = Mapping[str, Any]
 
 _TUNED = {"finetune", "rounds"}
 _MEASURED = {"importance", "moments"}
@@ -91,7 +88,7 @@ def clean(run: Path, *, dry_run: bool = False) -> Cleaned:
     return Cleaned(deleted, tuple(kept), left)
 
 
-def _work(output: Path, record: _Record) -> Path:
+def _work(output: Path, record: Record) -> Path:
     settings = record.get("unlearn", {}).get("settings", {})
     places = [settings.get(name) for name in ("work_dir", "output")]
     if all(isinstance(place, str) for place in places):
@@ -104,13 +101,13 @@ def _work(output: Path, record: _Record) -> Path:
     return beside(output, WORK)
 
 
-def _records(folder: Path) -> list[_Record]:
+def _records(folder: Path) -> list[Record]:
     """Records of what lies in a folder."""
     places = sorted(folder.iterdir()) if folder.is_dir() else []
     return [found for place in places if (found := _record_of(place)) is not None]
 
 
-def _record_of(place: Path) -> _Record | None:
+def _record_of(place: Path) -> Record | None:
     is_own = not place.is_symlink() and (place.is_dir() or place.suffix == ".json")
     return read_manifest(place) if is_own else None
 
@@ -127,7 +124,7 @@ def _beside(output: Path) -> Iterator[Path]:
         yield direction
 
 
-def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
+def _named(record: Record, inputs: Mapping[str, str]) -> Iterator[Path]:
     """The direction of an edit, if it is still the one that was subtracted."""
     written = record.get("settings", {}).get("direction")
     if record.get("stage") != "edit" or not isinstance(written, str):
@@ -137,7 +134,7 @@ def _named(record: _Record, inputs: Mapping[str, str]) -> Iterator[Path]:
         yield Path(written).absolute()
 
 
-def cached_models(record: _Record) -> Iterator[Path]:
+def cached_models(record: Record) -> Iterator[Path]:
     """Models of the cache that know what a run removed, or one before it: its record says which.
 
     They are adapters merged, and files and quantised models converted to be read.
@@ -158,7 +155,7 @@ def cached_models(record: _Record) -> Iterator[Path]:
                     yield place
 
 
-def _inputs(record: _Record) -> dict[str, str]:
+def _inputs(record: Record) -> dict[str, str]:
     """Fingerprints of what a run read, as a whole and in its last stage."""
     return {**record.get("unlearn", {}).get("inputs", {}), **record.get("inputs", {})}
 
@@ -180,7 +177,7 @@ def _knows(place: Path, inputs: Mapping[str, str]) -> bool:
         return not name.startswith("retain") or data == inputs.get("forget")
     if stage in _MEASURED:
         return data == inputs.get("forget") or name.startswith("forget")
-    return stage == "direction"
+    return stage in ("direction", "merge-moments")  # these add up facts of the forget set
 
 
 def _several(written: object) -> list[str]:
@@ -189,7 +186,7 @@ def _several(written: object) -> list[str]:
 
 
 def _left(
-    output: Path, record: _Record, work: Path, inputs: Mapping[str, str], deleted: Collection[Path]
+    output: Path, record: Record, work: Path, inputs: Mapping[str, str], deleted: Collection[Path]
 ) -> Iterator[str]:
     """What clean cannot delete, or cannot know."""
     whole = record.get("unlearn", {})

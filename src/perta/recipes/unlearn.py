@@ -86,7 +86,7 @@ from perta.store.atomic import write_text
 from perta.store.checkpoint import open_index
 from perta.store.costs import Plan, size
 from perta.store.provenance import FORGET_CHECKPOINT
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 _ROUNDS = 10  # each leaves at most half of its rows, so hardly a request needs more
 
@@ -549,12 +549,3 @@ class _Run:
                 ("base", self.work.base, replace(scoring, generate=False), alone),
             )
         }
-
-
-def aggregates(results: Mapping[str, Any]) -> dict[str, float]:
-    """Metric -> aggregate value of a results file."""
-    return {
-        name: value["agg_value"]
-        for name, value in results.items()
-        if isinstance(value, Mapping) and "agg_value" in value
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +36,11 @@ _LONG = 12  # rows from which a table is long
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell: what is read, what it is sorted by, and a smaller second line."""
+    """One cell: what is read, what it stands for and is sorted by, and a smaller second line."""
 
     text: str
-    sort: float | str = ""
+    raw: Reading | float | str | None
     small: str = ""
-    raw: Any = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,11 @@ def seed_table(runs: Sequence[Run]) -> Table | None:
     rows = []
     for (method, alpha), group in several.items():
         name = method if alpha is None else f"{method}, α {alpha:g}"
-        entries = [Entry(name, name, f"{len(group)} seeds", name)]
+        entries = [Entry(name, name, f"{len(group)} seeds")]
         for key in keys:
             values = [run.measures[key].value for run in group]
-            spread = statistics.stdev(values)
-            mean = statistics.fmean(values)
-            entries.append(
-                Entry(_value_text(key, mean), mean, f"± {_value_text(key, spread)}", mean)
-            )
+            mean, spread = statistics.fmean(values), statistics.stdev(values)
+            entries.append(Entry(_value_text(key, mean), mean, f"± {_value_text(key, spread)}"))
         rows.append(Row(tuple(entries), group[0]))
     return Table(
         "seeds",
@@ -146,7 +141,6 @@ def _metric_table(
                     run.label,
                     run.label,
                     "as stated by the user" if run.stated else _ROLES.get(run.role, ""),
-                    run.label,
                 ),
                 *(_entry(measure.key, run.measures.get(measure.key)) for measure in measures),
             ),
@@ -172,12 +166,12 @@ def _metric_table(
 
 def _entry(key: str, reading: Reading | None) -> Entry:
     if reading is None:
-        return Entry("–", -math.inf, "", None)
+        return Entry("–", None)
     small = ""
     if reading.interval:
         low, high = reading.interval.low, reading.interval.high
         small = f"{_value_text(key, low)} to {_value_text(key, high)}"
-    return Entry(_value_text(key, reading.value), reading.value, small, reading)
+    return Entry(_value_text(key, reading.value), reading, small)
 
 
 def _value_text(key: str, value: float) -> str:
@@ -229,11 +223,11 @@ def table_lines(table: Table) -> list[list[Any]]:
 
 
 def _cells(entry: Entry, is_reading: bool) -> list[Any]:
-    if not is_reading:
-        return [entry.raw]
-    value = entry.raw.value if entry.raw else None
-    interval = entry.raw.interval if entry.raw else None
-    return [value, *((interval.low, interval.high, interval.n) if interval else [None] * 3)]
+    if not isinstance(entry.raw, Reading):
+        return [entry.raw, *[None] * (3 * is_reading)]
+    interval = entry.raw.interval
+    ends = (interval.low, interval.high, interval.n) if interval else [None] * 3
+    return [entry.raw.value, *ends]
 
 
 def file_name(label: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from perta.data.words import common_prefix
 from perta.evidence.measures import row_number, rows_of
 from perta.report.collect import Run
 
@@ -147,20 +148,14 @@ def _shared_ends(texts: Sequence[str]) -> tuple[str, str]:
     """What all prompts begin and end with: the system message and the chat's own words."""
     if len(texts) < 2:
         return "", ""
-    prefix = _common_start(texts)
+    prefix = texts[0][: common_prefix(*texts)]
     prefix = prefix[: max(prefix.rfind(c) for c in "\n ") + 1]
     # Questions that all begin alike ("Who is …") keep their beginning.
     sentence = max(prefix.rfind(c) for c in "\n.:")
     prefix = prefix[: sentence + 1]
-    suffix = _common_start([text[::-1] for text in texts])[::-1]
+    suffix = texts[0][len(texts[0]) - common_prefix(*(text[::-1] for text in texts)) :]
     turn = re.search(r"(assistant|model|answer)\W*$", suffix, re.IGNORECASE)
     return prefix, turn[0] if turn else suffix[len(suffix.rstrip()) :]
-
-
-def _common_start(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)
-    same = next((i for i, c in enumerate(first) if c != last[i : i + 1]), len(first))
-    return first[:same]
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

@@ -29,7 +29,7 @@ from perta.store.provenance import (
     requests_of,
     role_of,
 )
-from perta.store.record import MANIFEST, is_record, read_manifest, refuse_changed
+from perta.store.record import MANIFEST, aggregates, is_record, read_manifest, refuse_changed
 
 _REFERENCES: Mapping[Role, str] = {
     "base": "base model",
@@ -280,7 +280,7 @@ class _Found:
         else:
             results = folder / "results"
             files = sorted((results if results.is_dir() else folder).glob("*.json"))
-            files = [file for file in files if _is_results(_load(file))]
+            files = [file for file in files if aggregates(_load(file) or {})]
             for file in files:
                 self._add_file(file, label if len(files) == 1 else None)
             if not self._remember_children(folder, named=True) and not files:
@@ -347,7 +347,7 @@ class _Found:
 
     def _add_file(self, path: Path, label: str | None) -> None:
         results = _load(path)
-        if results is None or not _is_results(results):
+        if results is None or not aggregates(results):
             raise DataError(
                 f"{path} holds no evaluation results: expected a JSON object of measures, each "
                 'as {"agg_value": …, "value_by_index": {…}}.'
@@ -372,11 +372,6 @@ def _load(path: Path) -> Record | None:
         return {**content, "perta": {}}
     refuse_changed(content, path)
     return content
-
-
-def _is_results(content: Record | None) -> bool:
-    values = (content or {}).values()
-    return any(isinstance(value, Mapping) and "agg_value" in value for value in values)
 
 
 _WHEN = {"base": "the base model", "before": "before the edit", "after": "after the edit"}
@@ -542,6 +537,7 @@ def _cost(run: Run, took: Costs, retrained: Sequence[Run]) -> Cost:
     """One cost beside that of the retrained model that belongs to it, of its seed if there is."""
     fitting = sorted((r for r in retrained if run.fits(r)), key=lambda r: r.seed != run.seed)
     whole = fitting[0].spent if fitting else {}
-    passes = passes_of(whole)
+    seconds, passes = seconds_of(whole), passes_of(whole)
+    share = took.total / seconds if seconds else None
     operations = took.operations / passes if passes and took.operations else None
-    return Cost(run, took, took.share(seconds_of(whole)), operations)
+    return Cost(run, took, share, operations)

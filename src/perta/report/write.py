@@ -30,12 +30,12 @@ from perta.report.settings import ReportConfig
 from perta.report.verdict.judge import Verdict, as_record, judge
 from perta.report.verdict.words import WORDS, number
 from perta.store.atomic import (
-    atomic_file,
     atomic_folder,
     beside,
     check_place,
     check_writable,
     recover,
+    write_text,
 )
 from perta.store.costs import duration, percent
 from perta.store.record import check_output, check_separate
@@ -60,10 +60,8 @@ def write_report(config: ReportConfig) -> Path:
     refuse_foreign_page(config)
     page = _page_for(config)
     text = render(page)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
     _write_companions(companion_folder(config.output), page)
-    with atomic_file(config.output, overwrite=True) as partial:
-        partial.write_text(text, "utf-8")
+    write_text(config.output, text)
     return config.output
 
 

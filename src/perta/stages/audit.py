@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from perta.data.batch import IGNORE, Encoded
+from perta.data.batch import Encoded
 from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
 from perta.engine.train.relearn import PUBLISHED, SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
@@ -52,6 +52,7 @@ from perta.stages.stage import At, evaluated, run_file_stage
 from perta.store.checkpoint import open_index
 from perta.store.costs import duration, operations
 from perta.store.fingerprint import fingerprint
+from perta.store.own_code import code_of, is_ours
 from perta.store.provenance import STATED, Request, refuse_claim, requests_of, with_earlier
 from perta.store.record import check_output, check_separate, read_manifest, settings_of
 
@@ -81,8 +82,8 @@ def audit_checkpoint(config: AuditConfig) -> dict[str, Any]:
         found = {r: fingerprint(folder) for r, folder in folders.items() if r != "cleaned"}
         found |= evaluated(config.checkpoint, folders["cleaned"])
         found |= {name: examples.fingerprint for name, examples in sets.items()}
-        own = {p.name: p.source_hash() for p in probes}
-        return found | {f"probe_{name}": value for name, value in own.items() if value}
+        own = {f"probe_{p.name}": code_of(type(p)) for p in probes if not is_ours(type(p))}
+        return found | {name: value for name, value in own.items() if value}
 
     inputs = look()
     _refuse_same(folders, inputs)
@@ -408,7 +409,7 @@ class _Audit:
         for name in {name for _, name in wanted}:
             facts = self.material.facts[name]
             total += sum(len(fact.encoded.input_ids) for fact in facts)
-            total += sum(_labelled(s) + 1 for fact in facts for s in fact.sequences)
+            total += sum(s.labelled + 1 for fact in facts for s in fact.sequences)
         for probe, name in wanted:
             more = probe.tokens([fact.encoded for fact in self.material.facts[name]], self.effort)
             if not isinstance(more, int | float) or not 0 <= more < math.inf:
@@ -418,7 +419,7 @@ class _Audit:
         return total
 
     def _operations(self, tokens: float) -> float:
-        parameters = sum(e.numel for e in open_index(self.folders["cleaned"]).tensors.values())
+        parameters = open_index(self.folders["cleaned"]).numel
         return 2.0 * parameters * tokens
 
     @property
@@ -468,10 +469,6 @@ def _told(examples: ExampleSet, config: DataConfig) -> DataConfig:
     """How a set's facts are told that may lack the column of the others."""
     has_column = all(str(config.fact_column) in example.fields for example in examples.examples)
     return config if has_column else replace(config, fact_column=None)
-
-
-def _labelled(encoded: Encoded) -> int:
-    return sum(label != IGNORE for label in encoded.labels)
 
 
 def _checked(probe: Probe, view: View, name: str) -> Rows:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from perta.data.examples import rows_fingerprint
 from perta.data.rows import jsonl, write_jsonl
 from perta.errors import ConfigError, DataError, first_line
@@ -34,7 +32,7 @@ from perta.progress import say
 from perta.stages.settings import PeopleConfig
 from perta.stages.stage import evaluated, run_file_stage
 from perta.store.atomic import atomic_folder, beside, recover
-from perta.store.fingerprint import fingerprint
+from perta.store.fingerprint import files_of, fingerprint
 from perta.store.provenance import check_reference
 from perta.store.record import check_output, make_manifest, settings_of, write_manifest
 
@@ -137,7 +135,7 @@ def bench_ability(config: AbilityConfig) -> Results:
     def look() -> dict[str, str]:
         found = evaluated(config.checkpoint, checkpoint)
         path = config.include_path
-        return {**found, "include_path": _folder_hash(path)} if path else found
+        return {**found, "include_path": rows_fingerprint([files_of(path)])} if path else found
 
     return run_file_stage(
         "bench ability", config, settings, look(), make, look=look, reads=[checkpoint]
@@ -173,21 +171,13 @@ def _aggregates(results: dict[str, Any]) -> Results:
     return table
 
 
-def _folder_hash(folder: Path) -> str:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(folder)} {fingerprint(file)}\n" for file in files]
-    return blake3("".join(lines).encode()).hexdigest()
-
-
-def divide_people(
-    config: PeopleConfig,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Forget rows, retain rows, as many people's as the first whom no model sees, and full rows."""
+def divide_people(config: PeopleConfig) -> dict[str, list[dict[str, Any]]]:
+    """Forget, retain and full rows, and of as many people as are to be forgotten held-out ones."""
     everybody = config.people + config.forget_people
     everything = generate_people(everybody, config.questions, config.people_seed)
     rows = everything[: config.people * config.questions]
     forget, retain = split_people(rows, forget_people=config.forget_people, seed=config.people_seed)
-    return forget, retain, everything[len(rows) :], rows
+    return {"forget": forget, "retain": retain, "full": rows, "holdout": everything[len(rows) :]}
 
 
 def write_people(config: PeopleConfig) -> list[Path]:
@@ -196,8 +186,7 @@ def write_people(config: PeopleConfig) -> list[Path]:
     Returns `forget.jsonl`, `retain.jsonl`, `full.jsonl`, and `holdout.jsonl` with as many other
     people as are to be forgotten, whom no model is tuned on.
     """
-    forget, retain, holdout, rows = divide_people(config)
-    parts = {"forget": forget, "retain": retain, "full": rows, "holdout": holdout}
+    parts = divide_people(config)
     files = [config.output / f"{name}.jsonl" for name in parts]
     texts = dict(zip(files, map(jsonl, parts.values()), strict=True))
     recover(config.output)

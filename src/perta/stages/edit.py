@@ -28,7 +28,7 @@ from perta.engine.edit.stored import WELL_STORED, Stored, check_stored, stored_o
 from perta.engine.edit.write import EditSummary, write_edit
 from perta.errors import CheckpointError, ConfigError
 from perta.methods.method import Directions
-from perta.methods.registry import get_method, refuse_auto, refuse_unused, with_defaults
+from perta.methods.registry import get_method, refuse_unused, with_defaults
 from perta.models.formats.adapters import adapter_settings, lasting_name
 from perta.models.formats.gguf_write import gguf_plan
 from perta.models.formats.quantised import quantised_tensors
@@ -86,7 +86,10 @@ def edit_checkpoint(
     """
     refuse_unused(config.weighting)
     config = replace(config, weighting=with_defaults(config.weighting))
-    refuse_auto(config.weighting)
+    if config.weighting.scaling_coef == "auto":
+        raise ConfigError(
+            "--scaling-coef auto needs the examples: use `perta unlearn`, or give a number."
+        )
     method = get_method(config.weighting.method)
     given = _find_inputs(config)
 
@@ -227,7 +230,7 @@ def _with_direction(config: EditConfig, given: Mapping[str, Path]) -> dict[str, 
     """The inputs of an edit with a structured method's direction, which is made or reused now."""
     if not get_method(config.weighting.method).needs.moments:
         return dict(given)
-    return {**given, "direction": _make_direction(config, given)}
+    return {**given, "direction": make_direction(config, given)}
 
 
 def _as_inputs(given: Mapping[str, Path]) -> EditInputs:
@@ -246,11 +249,6 @@ def _as_inputs(given: Mapping[str, Path]) -> EditInputs:
 
 def _forget_checkpoints(given: Mapping[str, Path]) -> tuple[Path, ...]:
     return tuple(folder for name, folder in given.items() if name.startswith("forget_checkpoint"))
-
-
-def make_direction(config: EditConfig) -> Path:
-    """The folder of a structured method's direction, which is made or reused."""
-    return _make_direction(config, _find_inputs(config))
 
 
 def load_changes(config: EditConfig, compute: ComputeConfig) -> Changes:
@@ -280,8 +278,9 @@ def direction_folder(config: EditConfig) -> Path | None:
     return config.direction or beside(config.output, ".direction")
 
 
-def _make_direction(config: EditConfig, folders: Mapping[str, Path]) -> Path:
+def make_direction(config: EditConfig, folders: Mapping[str, Path] | None = None) -> Path:
     """Compute a structured method's direction from the edit's inputs, or reuse it."""
+    folders = folders or _find_inputs(config)
     method, weighting = get_method(config.weighting.method), config.weighting
     needs, tuned = method.needs, _forget_checkpoints(folders)
     measured = folders["base"], folders["full"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,9 @@ import torch
 from perta.data.batch import Encoded, seeded_sample
 from perta.data.examples import ExampleSet
 from perta.data.tokens import EncodedSet
+from perta.engine.shard import check_shard, in_parts, is_sharded
 from perta.engine.train.optimizer import resumable
-from perta.engine.train.shard import check_shard
-from perta.engine.train.tune import LEARNED_FACT, Tuned, tune_until_learned
+from perta.engine.train.tune import LEARNED_FACT, Tuned, taken_by, tune_until_learned
 from perta.errors import NotLearnedError
 from perta.models.facts import find_facts
 from perta.models.formats.low_rank import load_tuned, save_tuned
@@ -31,6 +33,7 @@ from perta.models.load import (
     load_tokenizer,
     longest_input,
     pad_id,
+    pick_device,
     round_weights,
     stored_dtype,
 )
@@ -40,6 +43,7 @@ from perta.parallel import everywhere
 from perta.progress import say, warn
 from perta.stages.settings import FinetuneConfig
 from perta.stages.stage import read_subject
+from perta.store.checkpoint import open_index
 from perta.store.record import stage_key
 
 if TYPE_CHECKING:
@@ -61,22 +65,29 @@ def finetune_checkpoint(config: FinetuneConfig) -> Path:
     def make(folder: Path) -> Mapping[str, Any]:
         # float32 for what is tuned whatever the compute type: steps of 1e-5 vanish in bfloat16.
         held: torch.dtype = getattr(torch, config.frozen_dtype)
-        fresh = [load_model(base, config.compute, dtype=held)]
+        device, weights = pick_device(config.compute), open_index(base).numel * held.itemsize
+        shard = is_sharded(config.tune.shard, device, taken_by(config.tune, weights))
+
+        read_base = partial(load_model, base, config.compute, dtype=held, waits=shard)
+        fresh = [read_base()]
 
         def load() -> PreTrainedModel:
-            return fresh.pop() if fresh else load_model(base, config.compute, dtype=held)
+            return fresh.pop() if fresh else read_base()
 
         learned, sources = encoded.encoded, None
         if config.tune.loss_on == "facts":
             read = (subject.examples, subject.tokenizer, config.data_config)
-            facts = find_facts(*read, base=fresh[0], longest=longest_input(base))
+            asked = in_parts(lambda: fresh[0], device) if shard else nullcontext(fresh[0])
+            with asked as model:
+                facts = find_facts(*read, base=model, longest=longest_input(base))
             learned = tuple(fact.encoded for fact in facts)
             sources = Counter(fact.source for fact in facts)
         chosen = replace(encoded, encoded=tuple(seeded_sample(learned, count, config.tune.seed)))
         model, tuned = tune_until_learned(
             load,
             chosen.encoded,
-            config.tune,
+            replace(config.tune, shard=shard),
+            device=device,
             pad=subject.pad,
             dtype=config.compute.dtype,
             resume=resume,

@@ -73,7 +73,10 @@ def compute_importance(config: ImportanceConfig) -> Path:
             "slow_parameters": list(moments.fallback),
         }
 
-    return run_measurement("importance", config, measure)
+    if config.estimator.reduction == "abs_of_mean":
+        config = replace(config, shard=False)  # sums of gradients, whole as these are
+    beside = 4 * len(config.orders) if config.accumulate_on == "device" else 0
+    return run_measurement("importance", config, measure, beside)
 
 
 def sample(examples: Sequence[Encoded], config: EstimatorConfig) -> list[Encoded]:

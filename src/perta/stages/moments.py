@@ -33,26 +33,31 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from perta.data.batch import Encoded
-from perta.data.examples import Example, ExampleSet, rows_fingerprint
+from perta.data.examples import Example, ExampleSet, load_examples, rows_fingerprint
+from perta.data.rows import as_source
 from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError
-from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.facts import fact_text, find_facts, is_told
+from perta.models.load import batch_of, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
+from perta.options import require
 from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
-from perta.stages.stage import Subject, run_measurement, run_stage
+from perta.stages.stage import Subject, loaded, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
 from perta.store.fingerprint import fingerprint
 from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
-from perta.store.measured.second_moment import added, without
+from perta.store.measured.second_moment import added, divided, without
 from perta.store.record import settings_of, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = ("examples", "examples_available")
+_REPEATED = 0.25
+"""Share of all tokens, at least, that repeated facts count for: docs/experiments/facts.md."""
 
 
 def compute_moments(config: MomentsConfig) -> Path:
@@ -85,8 +90,9 @@ def compute_moments(config: MomentsConfig) -> Path:
             "seen": {name: asdict(count) for name, count in seen.items()},
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
-            "data_fingerprints": [subject.inputs["data"]],
+            "data_fingerprints": [subject.examples.fingerprint],
             "rows": marks_of(subject.examples.examples, encoded),
+            **({"repeated": True} if config.facts_by else {}),
             "dtype": subject.settings["dtype"],
             "versions": versions(),
         }
@@ -98,7 +104,33 @@ def compute_moments(config: MomentsConfig) -> Path:
             "passes": (FORWARD + BACKWARD * config.gradients) * count_tokens(encoded, "all"),
         }
 
-    return run_measurement("moments", config, measure)
+    def repeated(subject: Subject) -> Subject:
+        return _repeated(subject, config, str(config.facts_by))
+
+    prepare = repeated if config.facts_by else None
+    return run_measurement("moments", config, measure, prepare=prepare)
+
+
+def _repeated(subject: Subject, config: MomentsConfig, base: str) -> Subject:
+    """In place of rows each one's fact, the answer to itself, told once and twice."""
+    data, tokenizer = config.data_config, subject.tokenizer
+    of_text = any(example.kind == "text" for example in subject.examples.examples)
+    require(not of_text, "facts-by", base, "left out for plain text, which has no facts")
+    how: dict[str, Any] = {"longest": longest_input(subject.checkpoint)}
+    read = (subject.examples, tokenizer, data)
+    if is_told(subject.examples, data):
+        facts = find_facts(*read, **how)
+    else:
+        with loaded(resolve_checkpoint(base), config.compute, config.shard) as model:
+            facts = find_facts(*read, base=model, **how)
+    said = filter(None, (fact_text(fact, tokenizer) for fact in facts))
+    asking = [(prompt, text) for text in said for prompt in (text, f"{text} {text}")]
+    rows = as_source([{"question": prompt, "answer": text} for prompt, text in asking], "facts")
+    # One of a whole long answer may be longer than what is read of rows.
+    usual = replace(data.with_usual_columns(), skip_bad_rows=True)
+    examples = load_examples(rows, usual)
+    encoded = encode_examples(examples, tokenizer, usual, **how)
+    return replace(subject, examples=examples, encoded=encoded)
 
 
 def merge_moments(config: MergeMomentsConfig) -> Path:
@@ -106,6 +138,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     CheckpointMismatchError where they are of different models, layers or settings; ConfigError
     where a set is counted twice, or rows are recognised by two keys, or by one that is not there.
+    Moments of facts (`facts_by`) beside those of rows count as `_REPEATED` of all tokens at least.
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
@@ -121,12 +154,15 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     def make(folder: Path) -> Mapping[str, Any]:
         names = list(folders[0].index.tensors)
-        write_shards(folder, ((name, _sum(folders, name)) for name in names))
+        weights = _weights(folders)
+        write_shards(folder, ((name, _sum(folders, weights, name)) for name in names))
+        counted = zip(folders, weights, strict=True)
         facts = {
             **keyed.facts,
             "seen": _seen(folders),
-            "tokens": sum(f.facts["tokens"] for f in folders),
+            "tokens": round(sum(weight * f.facts["tokens"] for f, weight in counted)),
             **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},
+            "repeated": all(f.facts.get("repeated") for f in folders),
             "data_fingerprints": [d for f in folders for d in f.facts["data_fingerprints"]],
             "rows": rows,
             "taken_out": sum(f.facts.get("taken_out", 0) for f in folders),
@@ -172,15 +208,15 @@ def moments_without(config: LessMomentsConfig, rows: Sequence[Example]) -> Path:
         }
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = load_model(checkpoint, config.compute)
-        plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
-        if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
-            raise _refused(config, "the rows reach other layers than those that stay")
         options = replace(config.options, tokens=facts["token_choice"])
         less: dict[str, Seen] = {}
-        size = batch_of(config.compute, 8)
-        sums = sum_moments(model, encoded, plan, options, pad=pad, batch_size=size, seen=less)
-        write_shards(folder, _left(config, opened, sums))
+        with loaded(checkpoint, config.compute, config.shard) as model:
+            plan = plan_moments(model, encoded, gradients=bool(facts["outputs"]), pad=pad)
+            if (plan.inputs, plan.outputs) != (facts["inputs"], facts["outputs"]):
+                raise _refused(config, "the rows reach other layers than those that stay")
+            how: dict[str, Any] = {"pad": pad, "batch_size": batch_of(config.compute, 8)}
+            sums = sum_moments(model, encoded, plan, options, **how, seen=less)
+            write_shards(folder, _left(config, opened, sums))
         tokens, gone = count_tokens(encoded, facts["token_choice"]), {mark for mark, _ in marks}
         left = {
             **facts,
@@ -260,7 +296,16 @@ def _refused(config: LessMomentsConfig, why: str) -> ConfigError:
     )
 
 
-def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
+def _weights(folders: Sequence[MomentFolder]) -> list[float]:
+    """How often each set counts."""
+    tokens = {True: 0, False: 0}
+    for folder in folders:
+        tokens[bool(folder.facts.get("repeated"))] += folder.facts["tokens"]
+    more = _REPEATED / (1 - _REPEATED) * tokens[False] / (tokens[True] or 1)
+    return [max(1.0, more) if folder.facts.get("repeated") else 1.0 for folder in folders]
+
+
+def _sum(folders: Sequence[MomentFolder], weights: Sequence[float], name: str) -> Tensor:
     moments = [folder.read(name) for folder in folders]
     for folder, moment in zip(folders, moments, strict=True):
         if moment.shape[1] != moments[0].shape[1]:
@@ -268,7 +313,7 @@ def _sum(folders: Sequence[MomentFolder], name: str) -> Tensor:
                 f"{name} is {moments[0].shape[1]} wide in {folders[0].folder} and "
                 f"{moment.shape[1]} in {folder.folder}. They are moments of different models."
             )
-    return added(moments).float()
+    return added([divided(m, 1 / w) for m, w in zip(moments, weights, strict=True)]).float()
 
 
 def _seen(folders: Sequence[MomentFolder]) -> dict[str, dict[str, float]]:

@@ -138,6 +138,9 @@ class ImportanceConfig(Sets):
     """Recompute activations in the backward pass to save memory."""
     accumulate_on: SumsOn = "device"
     """Where the sums are kept; `cpu` spares a GPU one float32 copy of the model for each order."""
+    shard: bool | None = None
+    """Of several processes each holds its part of the weights and sums alone [default: where a GPU
+    is too small for all of them]."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -149,6 +152,8 @@ class ImportanceConfig(Sets):
             spares = self.gradient_checkpointing or self.accumulate_on == "cpu"
             wanted = "mean_of_power with --gradient-checkpointing or --accumulate-on cpu"
             require(not spares, "reduction", self.estimator.reduction, wanted)
+            wanted = "mean_of_power with --shard"
+            require(not self.shard, "reduction", self.estimator.reduction, wanted)
         for order in self.orders:
             require(0 < order <= MOST_ORDER, "order", order, f"above 0 and at most {MOST_ORDER}")
 
@@ -166,10 +171,21 @@ class MomentsConfig(Sets):
     """Folder for the moments."""
     gradients: bool = False
     """Measure output gradients as well, which `perta-kron` needs."""
+    facts_by: str | None = None
+    """Measure on the facts of the rows alone, each told and then repeated, in place of the rows.
+    This base model, which has not seen them, tells the facts where no column does."""
     overwrite: Overwrite = False
+    shard: bool | None = None
+    """Of several processes each holds its part of the weights alone [default: where a GPU is too
+    small for all of them]."""
     options: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = not (self.facts_by and self.gradients)
+        require(alone, "facts-by", self.facts_by, "left out with --gradients")
 
 
 @Flat
@@ -201,6 +217,8 @@ class LessMomentsConfig(Paths):
     """Folder for the moments that are left."""
     overwrite: bool = False
     """Replace an output that is there already."""
+    shard: bool | None = None
+    """As of `MomentsConfig`."""
     options: MomentOptions = field(default_factory=MomentOptions)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -278,6 +296,9 @@ class EvaluateConfig(Evaluated, Sets):
     show_samples: int = 0
     """Print this many answers side by side with the reference."""
     overwrite: Overwrite = False
+    shard: bool | None = None
+    """Of several processes each holds its part of the weights alone [default: where a GPU is too
+    small for all of them]."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -19,21 +19,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
+
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.tokens import EncodedSet, encode_examples
+from perta.engine.shard import check_shard, in_parts, is_sharded
 from perta.errors import CheckpointError, OutputExistsError
-from perta.models.load import load_model, load_tokenizer, longest_input, pad_id, picked
+from perta.models.load import (
+    load_model,
+    load_tokenizer,
+    longest_input,
+    pad_id,
+    pick_device,
+    picked,
+)
 from perta.models.resolve import resolve_checkpoint
-from perta.options import at_home
+from perta.options import ComputeConfig, at_home
 from perta.progress import reused, say
 from perta.stages.settings import FinetuneConfig, ImportanceConfig, MomentsConfig
 from perta.store.atomic import atomic_file, atomic_folder, check_writable, recover
-from perta.store.checkpoint import GGUF, matches
+from perta.store.checkpoint import GGUF, matches, open_index
 from perta.store.fingerprint import COUNTED, content_of, files_of, fingerprint, is_as_written
 from perta.store.provenance import full_models
 from perta.store.record import (
     MANIFEST,
     NOT_IN_KEY,
+    aggregates,
     check_output,
     check_separate,
     content_of_results,
@@ -54,17 +65,12 @@ class _FileResults(dict[str, Any]):
 
     def __repr__(self) -> str:
         """Metric -> aggregate."""
-        means = {row["metric"]: row["value"] for row in self.rows}
-        return f"{type(self).__name__}({means})"
+        return f"{type(self).__name__}({aggregates(self)})"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Every metric as a row of a table: `pandas.DataFrame(results.rows)`."""
-        return [
-            {"metric": name, "value": value["agg_value"]}
-            for name, value in self.items()
-            if isinstance(value, Mapping) and "agg_value" in value
-        ]
+        return [{"metric": name, "value": value} for name, value in aggregates(self).items()]
 
 
 _PRIVATE = {"direction"}
@@ -403,24 +409,58 @@ def read_subject(name: str, config: ImportanceConfig | MomentsConfig | FinetuneC
     tokenizer, longest = load_tokenizer(checkpoint), longest_input(checkpoint)
     encoded = encode_examples(examples, tokenizer, config.data_config, longest=longest)
 
+    read = {name: checkpoint}
+    if isinstance(config, MomentsConfig) and config.facts_by:
+        read["facts_by"] = resolve_checkpoint(config.facts_by)
+
     def look() -> dict[str, str]:
-        return {name: fingerprint(checkpoint), "data": examples.fingerprint}
+        return {n: fingerprint(place) for n, place in read.items()} | {"data": examples.fingerprint}
 
     settings = {**settings_of(config), **picked(config.compute, checkpoint)}
     return Subject(checkpoint, examples, tokenizer, encoded, settings, look(), look)
+
+
+@contextmanager
+def loaded(
+    folder: Path, compute: ComputeConfig, shard: bool | None, beside: int | None = None
+) -> Iterator[PreTrainedModel]:
+    """A model for passes, divided where that is asked or one GPU is too small (`is_sharded`).
+
+    `beside` are bytes for each of its weights that are held too; without, gradients of weights
+    are not taken.
+    """
+    device, dtype = pick_device(compute), picked(compute, folder)["dtype"]
+    each = getattr(torch, dtype).itemsize + (beside or 0)
+    if not is_sharded(shard, device, open_index(folder).numel * each):
+        yield load_model(folder, compute)
+        return
+
+    def load() -> PreTrainedModel:
+        return load_model(folder, compute, waits=True).requires_grad_(beside is not None)
+
+    with in_parts(load, device) as model:
+        yield model
 
 
 def run_measurement(
     stage: str,
     config: ImportanceConfig | MomentsConfig,
     measure: Callable[[PreTrainedModel, Subject, Path], Mapping[str, Any]],
+    beside: int | None = None,
+    prepare: Callable[[Subject], Subject] | None = None,
 ) -> Path:
-    """Measure into a new folder, with a model loaded for that, or reuse the finished one."""
+    """Measure into a new folder, with a model `loaded` for that, or reuse the finished one.
+
+    `prepare` says before what else is measured on.
+    """
+    check_shard(config.shard)
     subject = read_subject("checkpoint", config)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        results = measure(load_model(subject.checkpoint, config.compute), subject, folder)
-        return {**results, "skipped_rows": list(subject.encoded.skipped)}
+        ready = prepare(subject) if prepare else subject
+        with loaded(subject.checkpoint, config.compute, config.shard, beside) as model:
+            results = measure(model, ready, folder)
+        return {**results, "skipped_rows": list(ready.encoded.skipped)}
 
     subject.run(stage, config, make)
     return config.output

@@ -124,6 +124,11 @@ class CheckpointIndex:
     shards: dict[str, tuple[str, ...]]
     metadata: dict[str, str]  # the header's free text of the first file, such as {"format": "pt"}
 
+    @property
+    def numel(self) -> int:
+        """Number of values in all tensors."""
+        return sum(entry.numel for entry in self.tensors.values())
+
     @cached_property
     def _without_first(self) -> dict[str, str]:
         """What follows the first part of a name -> the name, the first by the alphabet."""

@@ -21,6 +21,7 @@ STAGES: Mapping[str, str] = {
     "forget_moments": "moments, forget set",
     "retain_moments": "moments, retain set",
     "general_moments": "moments, general text",
+    "forget_fact_moments": "moments, facts of the forget set as they are repeated",
     "merge_moments": "merging moments",
     "rounds": "further rounds of tuning",
     "direction": "direction",
@@ -30,6 +31,7 @@ STAGES: Mapping[str, str] = {
     "edit": "edit",
 }
 """Stage, as records name it -> what it is, in the order in which stages run."""
+_FACTS, _BY = "forget_fact_moments", "facts_by"  # stage, and its input that other moments lack
 _OTHERS = {
     "base": "tuning of a tiny base model",
     "full": "tuning on all rows",
@@ -62,10 +64,6 @@ class Costs:
     def operations(self) -> float:
         """Forward passes over one token of all stages together."""
         return sum(self.passes.values())
-
-    def share(self, retraining: float | None) -> float | None:
-        """The total as a share of the seconds that retraining takes."""
-        return self.total / retraining if retraining else None
 
 
 @dataclass(frozen=True)
@@ -204,9 +202,10 @@ def _of_moments(
     """Moments of one set; merged ones were made of others."""
     parts = [fp for part, fp in made.get("inputs", {}).items() if part.startswith("moments_")]
     if not parts:
-        is_general = general is not None and made.get("inputs", {}).get("data") == general
+        inputs = made.get("inputs", {})
+        is_general = general is not None and inputs.get("data") == general
         if made:
-            yield "general_moments" if is_general else name, of(made)
+            yield "general_moments" if is_general else _FACTS if _BY in inputs else name, of(made)
         return
     yield "merge_moments", of(made)
     sums: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Fingerprints: what a file or folder holds, as one hash, wherever it lies; code that is run too.
+"""Fingerprints: what a file or folder holds, as one hash, wherever it lies.
 
 Those of rows are under a key of the user's: whoever guesses a row could check a plain hash of it.
 
@@ -9,21 +9,17 @@ package wrote is compared with its record whenever it is hashed to be used.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 from blake3 import blake3
 
-from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, first_line
-from perta.parallel import everywhere
+from perta.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError
 from perta.store.checkpoint import (
     COMPANIONS,
     IMPORTANCE_SIDECAR,
@@ -34,8 +30,6 @@ from perta.store.checkpoint import (
     matching,
 )
 from perta.store.record import ADAPTER_CONFIG, MANIFEST, read_manifest
-
-# --- fingerprints --------------------------------------------------------------------------
 
 COUNTED = (*WEIGHTS, *COMPANIONS, ADAPTER_CONFIG, IMPORTANCE_SIDECAR, MOMENTS_SIDECAR)
 """Files of a folder that are hashed."""
@@ -170,26 +164,3 @@ def _hash_file(file: Path) -> str:
             return digest.hexdigest()  # a change might not show
         _hashes[state] = digest.hexdigest()
     return _hashes[state]
-
-
-def run_file(path: Path) -> ModuleType:
-    """Run a user's own Python file as a module; `loaded_from` in it is the SHA-256 of the code."""
-    return everywhere(_run_file, path)  # what is sent to other processes may be of its classes
-
-
-def _run_file(path: Path) -> ModuleType:
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"There is no Python file {path} to run: {error.strerror}.") from error
-    digest = hashlib.sha256(code).hexdigest()
-    module = ModuleType(f"own_{digest[:16]}")
-    vars(module).update(__file__=str(path), loaded_from=digest)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        exec(compile(code, str(path), "exec"), vars(module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[module.__name__]
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"{path} cannot be run: {what}") from error
-    return module

@@ -77,7 +77,7 @@ def _request(
         found = set(named(name))
         if not found:
             for part in measured[name]:
-                found |= _data_of(records.get(str(_inputs(record).get(part)), {}), records)
+                found |= data_of(records.get(str(_inputs(record).get(part)), {}), records)
         if not found:
             mine = [e for e in evaluated if _inputs(e).get("checkpoint") == content]
             found = {str(_inputs(e)[name]) for e in mine if _inputs(e).get(name)}
@@ -93,13 +93,13 @@ def _request(
     )
 
 
-def _data_of(record: Record, records: Records) -> set[str]:
-    """Sets that a measurement was made on; merged ones have several."""
+def data_of(record: Record, records: Records) -> set[str]:
+    """Sets whose rows were measured; merged measurements have several."""
     inputs = _inputs(record)
-    found = {str(inputs["data"])} if inputs.get("data") else set()
+    found = {str(inputs["data"])} if inputs.get("data") and "facts_by" not in inputs else set()
     for name, fingerprint in inputs.items():
         if name.startswith("moments_"):
-            found |= _data_of(records.get(str(fingerprint), {}), records)
+            found |= data_of(records.get(str(fingerprint), {}), records)
     return found
 
 

@@ -151,6 +151,15 @@ def content_of_results(results: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
+def aggregates(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric -> aggregate value of a results file, which holds its record and other values too."""
+    return {
+        name: value["agg_value"]
+        for name, value in results.items()
+        if isinstance(value, Mapping) and "agg_value" in value
+    }
+
+
 def refuse_changed(results: Mapping[str, Any], where: str | Path) -> None:
     """Stop with a DataError at results that are not those that their own record, if any, is of."""
     record = results.get("perta")

@@ -655,7 +655,7 @@ def test_example_without_loss(route: Callable[..., object]) -> None:
 def test_progress_counts_examples(route: Callable[..., object]) -> None:
     seen: list[int] = []
     route(build(llama_tied), bucketed(examples(), 2, PAD), [1], progress=seen.append)
-    assert seen == [2, 2, 1]
+    assert seen == ([1] * 5 if route is example_loop_moments else [2, 2, 1])
 
 
 def test_means_start_at_zero_in_the_order_and_precision_of_the_parameters() -> None:

@@ -182,10 +182,10 @@ def test_published_log_serves_as_reference() -> None:
         pytest.skip(f"published logs and data are not at {SHARED}")
     reference = read_results(log)
     answers = [row["answer"] for row in rows_of(data.parent, data.name)]
-    theirs = _shared.reference_scores(reference, "forget_truth_ratio", answers, cut=False)
+    theirs = _shared.reference_ratios(reference, answers, cut=False)
     assert theirs == scores(reference["forget_truth_ratio"])
     with pytest.raises(DataError, match="another split or benchmark"):
-        _shared.reference_scores(reference, "forget_truth_ratio", ["no"] * 40, cut=False)
+        _shared.reference_ratios(reference, ["no"] * 40, cut=False)
 
 
 def test_forget_quality_and_privleak_against_a_reference(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from perta.models.formats.gguf_write import GgufPlan, round_for
 from perta.models.load import load_model, load_tokenizer
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig
-from perta.recipes.unlearn import aggregates, unlearn
+from perta.recipes.unlearn import unlearn
 from perta.report.collect import collect
 from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.evaluate import evaluate_checkpoint
@@ -38,7 +38,7 @@ from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, EvaluateConfig, FinetuneConfig
 from perta.store.arithmetic import Place
 from perta.store.checkpoint import open_index, read_tensor
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 CPU = ComputeConfig(device="cpu")
 SIZES: dict[str, Any] = {

@@ -137,7 +137,7 @@ def edit_of(
         base=config.base,
         full=config.full,
         forget_checkpoint=str(made),
-        retain_moments=config.work_folder / "retain_moments",
+        retain_moments=config.work_folder / "protected_moments",
         output=output,
         weighting=weighting,
     )
@@ -207,7 +207,7 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(strengths))
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
     _, rounds = written(run[0], tmp_path / "rounds", 7)
-    assert [made["scaling_coef"] for made in rounds] == [pytest.approx(first), *later, 0.25]
+    assert [made["scaling_coef"] for made in rounds] == [pytest.approx(first), *later, 0.5]
     assert rounds[-1]["rows"] == 2
     assert next(strengths, None) is None
 
@@ -306,14 +306,14 @@ def said_in_64(model: Any, fact: Fact) -> float:
         # None is left, and there is no last round.
         ([0], [], 0),
         # The smallest strength that leaves none.
-        ([3, 2, 0], [0.5], 0),
+        ([3, 2, 0], [1.0], 0),
         # Where none does, the smallest that leaves fewest; and again, of those.
-        ([5, 4, 3, 3, 4, 0], [0.5, 0.5], 0),
+        ([5, 3, 3, 0], [0.5, 0.5], 0),
         # No strength leaves fewer than there were.
-        ([2, 2, 3, 2], [], 2),
-        ([5, 4, 3, 2, 2, 2, 4], [1.0], 2),
+        ([2, 2, 3], [], 2),
+        ([5, 4, 2, 2, 4], [1.0], 2),
         # Three times at most.
-        ([6, 5, 5, 5, 4, 4, 4, 3, 3, 3], [0.25, 0.25, 0.25], 3),
+        ([6, 5, 5, 4, 4, 3, 3], [0.5, 0.5, 0.5], 3),
     ],
 )
 @pytest.mark.parametrize("returns", [False, True])
@@ -363,7 +363,7 @@ def test_a_few_rows_may_come_back_but_none_stand_out(
     _, (first, last) = written(run[0], tmp_path / "rounds", 4)
     numbers = [fact.row for fact in unseen_of(run[0]).facts]
     assert (first["left"], first["returning"]) == ([numbers[4]], [numbers[1]])
-    assert (last["rows"], last["scaling_coef"]) == (2, 0.5)
+    assert (last["rows"], last["scaling_coef"]) == (2, 1.0)
     assert (last["left"], last["returning"], last["comes_back"]) == ([], [numbers[1]], 0.3)
 
 
@@ -371,11 +371,11 @@ def test_a_row_that_stands_out_counts_more_than_any_that_come_back(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = [0, 1, 2, 3, 4]
-    found = [_Left([], every), _Left([1], []), _Left([], every[:3]), _Left([2], [2])]
-    looks = iter([*found, *[_Left([], every)] * 3])
+    found = [_Left([], every), _Left([1], []), _Left([], every[:3])]
+    looks = iter([*found, *[_Left([], every)] * 2])
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: next(looks))
     _, (_, last) = written(run[0], tmp_path / "rounds", 4)
-    assert (last["scaling_coef"], len(last["returning"])) == (0.5, 3)
+    assert (last["scaling_coef"], len(last["returning"])) == (1.0, 3)
 
 
 @pytest.mark.parametrize(

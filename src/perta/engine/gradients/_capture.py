@@ -159,10 +159,12 @@ class _Experts(torch.autograd.Function):
             rows = slice(segments[0][0], segments[-1][1])
             matrix = weight[expert].t() if ctx.transposed else weight[expert]
             back[rows] = gradient[rows] @ matrix
-            if recorder.handles(weight):
-                recorder.record_expert(weight, expert, Product(left, right, segments))
-            if recorder.handles(bias):
-                recorder.record_expert(bias, expert, Direct(segment_sums(gradient, segments)))
+        groups = ctx.groups.items()
+        if recorder.handles(weight):
+            recorder.record_experts(weight, ((e, Product(left, right, s)) for e, s in groups))
+        if recorder.handles(bias):
+            sums = ((e, Direct(segment_sums(gradient, s))) for e, s in groups)
+            recorder.record_experts(bias, sums)
         return back, None, None, None, None, None
 
 
@@ -295,12 +297,12 @@ def replaced_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             direct = dict(module.named_parameters(recurse=False))
-            if not any(recorder.handles(p) for p in direct.values()):
+            if not any(p.requires_grad for p in direct.values()):
                 continue
             if is_stacked_experts(module):
                 forward = _experts_forward(module, recorder)
             elif _may_be_elementwise(module, direct):
-                forward = _elementwise_forward(module, direct, recorder)
+                forward = _elementwise_forward(module, recorder)
             else:
                 continue
             stack.enter_context(with_forward(module, forward))
@@ -329,9 +331,7 @@ def _may_be_elementwise(module: nn.Module, parameters: Mapping[str, nn.Parameter
     )
 
 
-def _elementwise_forward(
-    module: nn.Module, parameters: Mapping[str, nn.Parameter], recorder: Recorder
-) -> Callable[..., Any]:
+def _elementwise_forward(module: nn.Module, recorder: Recorder) -> Callable[..., Any]:
     """Run a module with its parameters repeated for each example, if that means the same."""
     original = module.forward
     verdicts: list[bool] = []
@@ -339,6 +339,8 @@ def _elementwise_forward(
     def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not isinstance(x, Tensor) or not torch.is_grad_enabled():
             return original(x, *args, **kwargs)
+        # Of a model in parts they are whole only now.
+        parameters = dict(module.named_parameters(recurse=False))
         if not verdicts:
             verdicts.append(_is_elementwise(module, original, parameters, x))
         recorded = {n: p for n, p in parameters.items() if recorder.handles(p)}

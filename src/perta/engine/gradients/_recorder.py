@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch
 from perta.engine.gradients.powers import Means, Piece, Segments, add_pieces
+from perta.parallel import count, summed
 
 
 class Recorder:
@@ -26,7 +27,13 @@ class Recorder:
     `counting` says that the forward pass runs for the first time and is no recomputation.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], means: Mapping[str, Means]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        means: Mapping[str, Means],
+        head: nn.Parameter | None,
+    ) -> None:
+        self._parameters, self._head = tuple(parameters.values()), head
         self.names = {parameter: name for name, parameter in parameters.items()}
         self.means = means
         self.counting = False
@@ -36,25 +43,38 @@ class Recorder:
         self.shape = (0, 0)
         self._lengths: tuple[int, ...] = ()
         self._labelled: tuple[int, ...] = ()
-        self._head: object = None
+        self._counts = True
 
-    def start(self, batch: Batch, model: nn.Module) -> None:
-        """Forget the last batch and take note of the layout of this one."""
+    def start(self, batch: Batch, counts: bool) -> None:
+        """Forget the last batch and take note of the layout of this one, and whether it counts."""
+        self._counts = counts
         self._uses.clear()
         self._waiting.clear()
         self.shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         self._lengths = batch.lengths()
         self._labelled = tuple((batch.labels[:, 1:] != IGNORE).sum(1).tolist())
-        self._head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
         self.counting = True
 
     @torch.no_grad()
     def finish(self) -> None:
         """Add the parameters with several uses."""
         for parameter, pieces in self._waiting.items():
-            if not add_pieces(self.means[self.names[parameter]], pieces):
+            if parameter in self.names and not self._add(parameter, pieces):
                 self.drop(parameter)
         self._waiting.clear()
+
+    def agree(self) -> None:
+        """Drop what processes do not use alike: to means in parts all of them add together."""
+        uses = torch.tensor([self._uses[parameter] for parameter in self._parameters])
+        sums, squares = summed(torch.stack((uses, uses.square())))
+        same = (count() * squares == sums.square()).tolist()
+        for parameter, is_same in zip(self._parameters, same, strict=True):
+            if not is_same:
+                self.drop(parameter)
+
+    def _add(self, parameter: nn.Parameter, pieces: Sequence[Piece]) -> bool:
+        with self.means[self.names[parameter]].adding(self._counts) as means:
+            return add_pieces(means, pieces)
 
     @property
     def silent(self) -> set[str]:
@@ -77,21 +97,26 @@ class Recorder:
     def record(self, parameter: nn.Parameter, piece: Piece) -> None:
         """Take a piece of a gradient; those of a shared parameter wait: the power is of the sum."""
         self._seen.add(parameter)
+        if not self.handles(parameter):
+            return
         if self._uses[parameter] == 1:
-            add_pieces(self.means[self.names[parameter]], [piece])
+            self._add(parameter, [piece])
         else:
             self._waiting[parameter].append(piece)
 
-    def record_expert(self, parameter: nn.Parameter, expert: int, piece: Piece) -> None:
-        """Take a piece of the gradient of one expert of a stacked parameter (E, …)."""
+    def record_experts(self, parameter: nn.Parameter, pieces: Iterable[tuple[int, Piece]]) -> None:
+        """Take pieces of the gradients of experts, each of one, of a stacked parameter (E, …)."""
         self._seen.add(parameter)
+        if not self.handles(parameter):
+            return
         if self._uses[parameter] != 1:
             # Pieces of different calls would have to meet before the power.
             self._waiting[parameter] = []
             return
-        means = self.means[self.names[parameter]]
-        own = {order: mean[expert] for order, mean in means.by_order.items()}
-        add_pieces(Means(own, means.weight), [piece])
+        with self.means[self.names[parameter]].adding(self._counts) as means:
+            for expert, piece in pieces:
+                own = {order: mean[expert] for order, mean in means.by_order.items()}
+                add_pieces(Means(own, means.weight), [piece])
 
     def rows_are_tokens(self, leading: Sequence[int]) -> bool:
         """Whether an activation of this leading shape has one row per token of the batch."""

@@ -35,11 +35,12 @@ from torch import Tensor, nn
 
 from perta.data.batch import IGNORE, Batch
 from perta.engine.gradients._capture import Capture, checkpointed_layers, replaced_modules
+from perta.engine.gradients._parts import MeansInParts, own_rows, whole_parameters
 from perta.engine.gradients._recorder import Recorder
 from perta.engine.gradients.powers import Means, add_powers, power
 from perta.errors import ConfigError, DataError, EmptyDatasetError, EngineMismatchError, some
 from perta.models.loss import weighted_losses
-from perta.parallel import count, share, summed
+from perta.parallel import count, is_part, summed, turns
 
 _FLOAT32_ORDERS = 4.0  # largest order whose powers float32 holds: those of gradients down to 1e-11
 
@@ -106,7 +107,7 @@ def abs_of_mean(
     sums = _zeros_like(parameters, wide=_is_wide(orders))
     silent = set(parameters)
     with _inference_behaviour(model):
-        for batch in _shared(listed, progress):
+        for batch, _ in _turns(model, listed, progress):
             loss = weighted_losses(model, batch.to(_device(model))).sum()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for (name, accumulated), gradient in zip(sums.items(), gradients, strict=True):
@@ -146,15 +147,16 @@ def batched_moments(
     """
     orders = _checked_orders(orders)
     listed = _checked_batches(batches)
+    whole = whole_parameters(model)
     parameters = _trained(model)
     means = _zero_means(parameters, orders, listed, accumulate_on)
-    recorder = Recorder(parameters, means)
+    recorder = Recorder({name: whole[name] for name in parameters}, means, whole.get(_head(model)))
     with _inference_behaviour(model), ExitStack() as stack:
         stack.enter_context(replaced_modules(model, recorder))
         if gradient_checkpointing:
             stack.enter_context(checkpointed_layers(model, recorder))
-        for batch in _shared(listed, progress):
-            _run_batch(model, batch, recorder)
+        for batch, counts in _turns(model, listed, progress):
+            _run_batch(model, batch, recorder, counts)
     _require_unused(model, listed, recorder.silent)
     dropped = _counted(parameters, parameters.keys() - recorder.names.values())
     slow = tuple(name for name, processes in dropped.items() if processes)
@@ -162,15 +164,17 @@ def batched_moments(
     return _moments(means, listed, slow)
 
 
-def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder) -> None:
-    """Add one batch to the means; drop parameters that autograd still had to differentiate."""
+def _run_batch(model: nn.Module, batch: Batch, recorder: Recorder, counts: bool) -> None:
+    """Add a batch that counts; drop parameters that autograd still had to differentiate."""
     handled = list(recorder.names)
     if not handled:
         return
-    recorder.start(batch, model)
+    recorder.start(batch, counts)
     with Capture(recorder):
         loss = weighted_losses(model, batch.to(_device(model))).sum()
     recorder.counting = False
+    if is_part(model):
+        recorder.agree()
     gradients = torch.autograd.grad(loss, handled, allow_unused=True)
     recorder.finish()
     for parameter, gradient in zip(handled, gradients, strict=True):
@@ -204,15 +208,16 @@ def _add_example_loop(
 ) -> None:
     """Add |gradient|^p of every example to the means of the named parameters."""
     batches = list(batches)
-    parameters = [p for name, p in model.named_parameters() if name in means]
+    examples = [example for batch in batches for example in _single_examples(batch)]
+    parameters = [p for name, p in whole_parameters(model).items() if name in means]
     silent = set(means)
-    for batch in _shared(batches, progress):
-        for example in _single_examples(batch.to(_device(model))):
-            loss = weighted_losses(model, example).sum()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for (name, own), gradient in zip(means.items(), gradients, strict=True):
+    for example, counts in _turns(model, examples, progress):
+        loss = weighted_losses(model, example.to(_device(model))).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for (name, own), gradient in zip(means.items(), gradients, strict=True):
+            with own.adding(counts) as sums:
                 if gradient is not None:
-                    add_powers(own, gradient.unsqueeze(0))
+                    add_powers(sums, gradient.unsqueeze(0))
                     silent.discard(name)
     _require_unused(model, batches, silent)
 
@@ -242,10 +247,12 @@ def _require_unused(model: nn.Module, batches: Sequence[Batch], silent: Collecti
         )
 
 
-def _shared(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Batch]:
-    """This process's batches; after each, the others have done about as many."""
-    for k, batch in enumerate(share(batches)):
-        yield batch
+def _turns(
+    model: nn.Module, batches: Sequence[Batch], progress: Progress | None
+) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, and whether they count; the others then have done about as many."""
+    for k, turn in enumerate(turns(model, batches)):
+        yield turn
         if progress is not None:
             progress(sum(map(len, batches[k * count() : (k + 1) * count()])))
 
@@ -277,10 +284,13 @@ def _zero_means(
 ) -> dict[str, Means]:
     zeros = {order: _zeros_like(parameters, device, wide=_is_wide(orders)) for order in orders}
     weight = 1 / sum(len(batch) for batch in batches)
-    return {
-        name: Means({order: tensors[name] for order, tensors in zeros.items()}, weight)
-        for name in parameters
-    }
+
+    means: dict[str, Means] = {}
+    for name, parameter in parameters.items():
+        own = {order: tensors[name] for order, tensors in zeros.items()}
+        is_whole = own_rows(parameter) is parameter
+        means[name] = Means(own, weight) if is_whole else MeansInParts(own, weight, parameter)
+    return means
 
 
 def _zeros_like(
@@ -292,14 +302,15 @@ def _zeros_like(
     """Zeros to accumulate in: float64 where wanted or for float64 parameters, else float32."""
     zeros: dict[str, Tensor] = {}
     groups: defaultdict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
-    for name, parameter in parameters.items():
+    own = {name: own_rows(parameter) for name, parameter in parameters.items()}
+    for name, parameter in own.items():
         place = torch.device(device) if device is not None else parameter.device
         is_wide = wide or parameter.dtype == torch.float64
         groups[place, torch.float64 if is_wide else torch.float32].append(name)
     for (place, dtype), names in groups.items():
-        sizes = [parameters[name].numel() for name in names]
+        sizes = [own[name].numel() for name in names]
         for name, flat in zip(names, _zeros(sum(sizes), dtype, place).split(sizes), strict=True):
-            zeros[name] = flat.view(parameters[name].shape)
+            zeros[name] = flat.view(own[name].shape)
     return {name: zeros[name] for name in parameters}
 
 
@@ -325,8 +336,8 @@ def _moments(
 ) -> Moments:
     by_order: dict[float, dict[str, Tensor]] = {}
     for name, own in means.items():
-        for order, mean in own.by_order.items():
-            by_order.setdefault(order, {})[name] = _kept(summed(mean), order)
+        for order in own.by_order:
+            by_order.setdefault(order, {})[name] = _kept(own.total(order), order)
     return Moments(by_order, sum(len(batch) for batch in batches), _count_tokens(batches), fallback)
 
 
@@ -367,6 +378,12 @@ def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         # The grouped matrix product that experts use by default has no float64 form.
         model.set_experts_implementation("eager")  # type: ignore[operator]
     return model
+
+
+def _head(model: nn.Module) -> str:
+    """Name of the output head's weight, as `named_parameters` has it; none without one."""
+    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    return next((name for name, p in model.named_parameters() if p is head), "")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from perta.models.precision import wide_product
+from perta.parallel import summed
 from perta.progress import warn
 
 try:
@@ -51,6 +53,15 @@ class Means:
     def any(self) -> Tensor:
         """One of them, for what they share: shape, type and device."""
         return next(iter(self.by_order.values()))
+
+    @contextmanager
+    def adding(self, counts: bool = True) -> Iterator[Means]:  # noqa: ARG002 - to those in parts
+        """Where to add the powers of some examples, of the parameter's shape."""
+        yield self
+
+    def total(self, order: float) -> Tensor:
+        """What all processes have added up."""
+        return summed(self.by_order[order])
 
 
 # --- what one parameter's gradient is made of -------------------------------------------------

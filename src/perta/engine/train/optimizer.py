@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from perta.data.batch import Batch
-from perta.engine.train.shard import Whole
+from perta.engine.shard import Whole
 from perta.errors import ConfigError, DivergenceError
 from perta.models.formats.adapters import refuse_tied
 from perta.models.precision import products_in

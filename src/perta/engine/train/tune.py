@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from perta.data.batch import Batch, Encoded
+from perta.engine.shard import Whole, is_sharded
 from perta.engine.train._loop import add_gradient, losses_after, train
 from perta.engine.train.optimizer import Resume, Trainer
-from perta.engine.train.shard import Whole, is_sharded
 from perta.errors import ConfigError, DivergenceError
 from perta.models.loss import example_losses
 from perta.models.precision import product_type_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 LEARNED_FACT = 0.05  # loss in nats per token at which a fact counts as learned, each row by itself
+_TUNED = 4  # times a weight's bytes: itself, its gradient and two means of AdamW
 _RATES = (1.0, 4.0, 16.0)
 """Multiples of the usual learning rate that are tried, in order, until the set is learned."""
 _LONGER = 4  # how many times the epochs the best rate gets where none learns the set
@@ -65,6 +67,11 @@ class Tuned:
         return sum(loss <= limit for loss in self.final_losses) / len(self.final_losses)
 
 
+def taken_by(config: TuneConfig, weights: int) -> int:
+    """Bytes that are known before tuning, by those of the weights."""
+    return weights * (1 if config.tunes_adapter else _TUNED)
+
+
 def _usual_rate(model: PreTrainedModel, config: TuneConfig) -> float:
     """Learning rate of AdamW where the user gives none.
 
@@ -86,20 +93,22 @@ def tune_until_learned(
     dtype: DType = "auto",
     resume: Resume | None = None,
     merges: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a model; without a learning rate of the user's, at the first that learns the set.
 
     `load` gives the model as it was before, for each rate tried; `resume` keeps the state of a run
     at the first. The tokens of the outcome are those of all tries. Errors as of `tune`.
     """
+    how: dict[str, Any] = {"pad": pad, "dtype": dtype, "merges": merges, "device": device}
     if not config.finds_rate:
-        return tune(load(), examples, config, pad=pad, dtype=dtype, resume=resume, merges=merges)
+        return tune(load(), examples, config, resume=resume, **how)
 
     def tried(factor: float, epochs: int) -> tuple[PreTrainedModel, Tuned]:
         model = load()
         settings = replace(config, learning_rate=factor * _usual_rate(model, config), epochs=epochs)
         kept = resume if (factor, epochs) == (_RATES[0], config.epochs) else None
-        return tune(model, examples, settings, pad=pad, dtype=dtype, resume=kept, merges=merges)
+        return tune(model, examples, settings, resume=kept, **how)
 
     tokens, best, share = 0, _RATES[0], -1.0
     for factor in _RATES:
@@ -133,28 +142,33 @@ def tune(
     resume: Resume | None = None,
     after_epoch: Callable[[int], None] | None = None,
     merges: bool = True,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, Tuned]:
     """Tune a float32 model in memory with AdamW, in place; `merges` an adapter, or leaves it on.
 
     The loss of a step is the mean over its examples of the mean negative log-likelihood of their
     answer tokens, the same per-example loss importance is taken of. `dtype` is the type of the
     products; `resume` is where the state of an unfinished run is kept; `after_epoch` is called with
-    each epoch from 1, the model in evaluation mode. DivergenceError where the loss is not finite,
+    each epoch from 1, the model in evaluation mode; `device` is where it is tuned, by default where
+    it lies. DivergenceError where the loss is not finite,
     or far above where it began.
     """
     config = replace(config, learning_rate=config.learning_rate or _usual_rate(model, config))
-    run = (model, examples, config, pad, product_type_of(model, dtype), merges)
+    device = device or model.device
+    run = (model, examples, config, pad, product_type_of(model, dtype, device), merges)
     # What the caller does after an epoch is its own, and may ask the other processes for help.
     if after_epoch is not None:
         return _tune(*run, Own(resume), after_epoch)
-    if not is_sharded(config.shard, model, config.tunes_adapter):
+    weights = sum(p.nbytes for p in model.parameters())
+    if not is_sharded(config.shard, device, taken_by(config, weights)):
+        nn.Module.to(model, device)
         return everywhere(_tune, *run, Own(resume), None)
     if resume is not None and resume.every:
         raise ConfigError(
             "--save-every keeps the state of a model that each process holds whole. Leave it out "
             "where the weights are divided, or say --no-shard."
         )
-    whole = Whole.of(model)
+    whole = Whole.of(model, device)
     return everywhere(_tune, whole.outline(), *run[1:], Own(None), None, whole)
 
 

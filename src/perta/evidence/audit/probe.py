@@ -19,7 +19,6 @@ and of its fact's sequences, and the greedy answer.
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -246,10 +245,6 @@ class Probe(ABC):
             guessable=self.guessable or guessable,
             ways=ways,
         )
-
-    def source_hash(self) -> str | None:
-        """Hash of the file of a user's own that defines it; of ours the version is recorded."""
-        return getattr(sys.modules[type(self).__module__], "loaded_from", None)
 
     def tokens(self, sequences: Sequence[Encoded], effort: Effort) -> float:
         """About how many tokens go through each model beyond the pass that all probes share."""

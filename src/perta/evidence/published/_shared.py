@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.examples import ExampleSet, load_examples
 from perta.data.rows import write_jsonl
-from perta.data.tokens import text_ids
 from perta.errors import DataError, first_line
 from perta.evidence import metrics
 from perta.evidence.benchmark import Reference
@@ -84,10 +83,12 @@ def load_file(
     return examples if limit is None else replace(examples, examples=examples.examples[:limit])
 
 
-def reference_scores(
-    reference: Reference, key: str, answers: Sequence[str], *, cut: bool
-) -> list[float]:
-    """Scores of the retrained model on this run's rows; if this is `cut`, the log may have more."""
+def reference_ratios(reference: Reference, answers: Sequence[str], *, cut: bool) -> list[float]:
+    """Truth ratios of the retrained model on these rows; if they are `cut`, its log may have more.
+
+    DataError where it has none, or those of another split or benchmark.
+    """
+    key = "forget_truth_ratio"
     values = (reference.get(key) or {}).get("value_by_index")
     if not values:
         raise DataError(f"The reference results hold no {key}. Give those of a retrained model.")
@@ -143,8 +144,3 @@ def privleak_entry(min_k: Results, reference: Mapping[str, Any] | None) -> Resul
     if retain_auc is None:
         return missing("the reference results hold no mia_min_k")
     return {"agg_value": metrics.privleak(min_k["agg_value"], retain_auc)}
-
-
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens of a text, with the special ones that the tokenizer puts around it."""
-    return tuple(text_ids(text, tokenizer))

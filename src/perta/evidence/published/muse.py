@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet
+from perta.data.tokens import text_ids
 from perta.errors import DataError
 from perta.evidence.benchmark import (
     Benchmark,
@@ -38,7 +39,6 @@ from perta.evidence.published._shared import (
     load_file,
     privleak_entry,
     published_options,
-    token_ids,
 )
 from perta.evidence.results import Results, decode, missing, rouge_row, table
 from perta.evidence.scoring.items import Item, Outcome, ScoringOptions
@@ -75,7 +75,6 @@ class Muse(Benchmark[MuseConfig]):
     """`perta bench muse`."""
 
     name = "muse"
-    summary = "The MUSE metrics."
     config = MuseConfig
 
     def folder(self, config: MuseConfig) -> Path:
@@ -184,7 +183,7 @@ class _Files:
         items = []
         for example in questions.examples:
             text = "".join(pairs) + f"Question: {example.prompt}\nAnswer: "
-            prompt = token_ids(text, self.tokenizer)
+            prompt = tuple(text_ids(text, self.tokenizer))
             if len(prompt) > _PROMPT_LENGTH and not self.config.compat:
                 return _Subset(
                     name,
@@ -204,7 +203,7 @@ class _Files:
             return _Subset("verbmem", reason=f"{file} is not there")
         items = []
         for example in rows.examples:
-            prompt = token_ids(example.prompt, self.tokenizer)
+            prompt = tuple(text_ids(example.prompt, self.tokenizer))
             if longest is not None and len(prompt) + _VERBMEM_TOKENS > longest:
                 reason = (
                     f"{file}, row {example.row}: a prompt of {len(prompt)} tokens and "
@@ -225,7 +224,7 @@ class _Files:
         length = min(_TEXT_LENGTH, self.longest or _TEXT_LENGTH)
         items = []
         for example in rows.examples:
-            if len(token_ids(example.answer, self.tokenizer)) < 2:
+            if len(text_ids(example.answer, self.tokenizer)) < 2:
                 raise DataError(f"{rows.source}, row {example.row}: a text of a single token.")
             items.append(_text_item(example, self.tokenizer, length, self.config.compat))
         return _Subset(f"privleak_{split}", tuple(items))
@@ -234,7 +233,7 @@ class _Files:
 def _text_item(
     example: Example, tokenizer: PreTrainedTokenizerBase, length: int, compat: bool
 ) -> Item:
-    ids = token_ids(example.answer, tokenizer)[:length]
+    ids = tuple(text_ids(example.answer, tokenizer)[:length])
     eos = tokenizer.eos_token_id
     # The last label is left out of Min-K, so that without eos a token of the text goes missing.
     if not compat and eos is not None and len(ids) < length and ids[-1] != eos:
@@ -246,7 +245,7 @@ def _continued(
     prompt: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase, most: int | None = None
 ) -> Encoded:
     """The reference behind the prompt, for generation to follow as far as the model does."""
-    ids = token_ids(text, tokenizer)
+    ids = tuple(text_ids(text, tokenizer))
     if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
         # Another split into tokens where they meet: the first token of the text will do.
         ids = (*prompt, ids[-1])

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet
-from perta.data.tokens import encode_example, encode_prompt, uses_chat_template
+from perta.data.tokens import encode_example, encode_prompt, text_ids, uses_chat_template
 from perta.errors import ConfigError, DataError
 from perta.evidence import metrics
 from perta.evidence.benchmark import (
@@ -43,8 +43,7 @@ from perta.evidence.published._shared import (
     load_file,
     privleak_entry,
     published_options,
-    reference_scores,
-    token_ids,
+    reference_ratios,
 )
 from perta.evidence.results import Results, decode, labelled_text, missing, rouge_row, table
 from perta.evidence.scoring.answers import Score
@@ -187,7 +186,6 @@ class Tofu(_TofuMetrics[TofuConfig]):
     """`perta bench tofu`."""
 
     name = "tofu"
-    summary = "All TOFU metrics."
     config = TofuConfig
 
     def folder(self, config: TofuConfig) -> Path:
@@ -202,7 +200,6 @@ class People(_TofuMetrics[PeopleBenchConfig]):
     """`perta bench people`."""
 
     name = "people"
-    summary = "The TOFU metrics on fictitious people."
     config = PeopleBenchConfig
 
     def folder(self, config: PeopleBenchConfig) -> Path:
@@ -286,7 +283,7 @@ def _reference_ratios(parts: Sequence[Part], reference: Reference | None) -> lis
     if reference is None or forget.examples is None:
         return None
     answers = [row.answer for row in forget.rows]
-    return reference_scores(reference, "forget_truth_ratio", answers, cut=forget.cut)
+    return reference_ratios(reference, answers, cut=forget.cut)
 
 
 def _tofu_files(folder: Path, forget_split: str) -> tuple[tuple[str, str, bool], ...]:
@@ -414,7 +411,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, compat: bool) -
         encoded = encode_example(example, tokenizer, QA, as_published=True)
     else:
         text = f"Question: {example.prompt}\nAnswer: {example.answer}"
-        encoded = _with_eos(token_ids(text, tokenizer), (), tokenizer, example.row)
+        encoded = _with_eos(tuple(text_ids(text, tokenizer)), (), tokenizer, example.row)
     if not chat and len(encoded.input_ids) > _PLAIN_LENGTH:
         cut = encoded.input_ids[:_PLAIN_LENGTH]
         encoded = _with_eos(cut, encoded.labels[:_PLAIN_LENGTH], tokenizer, example.row)
@@ -432,7 +429,7 @@ def _prompt_tokens(
     if uses_chat_template(example, tokenizer, QA):
         return encode_prompt(example, tokenizer, QA)
     if compat:
-        return token_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:_PLAIN_LENGTH]
+        return text_ids(f"Question: {example.prompt}\nAnswer: ", tokenizer)[:_PLAIN_LENGTH]
     return encode_prompt(example, tokenizer, QA)[:_PLAIN_LENGTH]
 
 

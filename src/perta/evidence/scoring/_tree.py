@@ -6,10 +6,10 @@ tree is a run of tokens between two places where sequences part.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from perta.data.words import common_prefix
 from perta.evidence.scoring.cache import Extended
 
 _WORTH_A_NODE = 4  # tokens that sharing must save; below it, another row costs more than it saves
@@ -56,7 +56,7 @@ def grow_tree(
     """Segments that begin some (answer, tokens from `start` on), with everything that follows."""
     segments = []
     for group in _groups(sequences):
-        shared = common_length([tokens for _, tokens in group])
+        shared = common_prefix(*(tokens for _, tokens in group))
         segment = Segment(item, start, group[0][1][:shared], tuple(k for k, _ in group), parent)
         rest = [(k, tokens[shared:]) for k, tokens in group if len(tokens) > shared]
         segment.children = grow_tree(item, rest, start + shared, segment)
@@ -83,12 +83,6 @@ def _groups(
         alike.setdefault(tokens[0], []).append((answer, tokens))
     groups = []
     for group in alike.values():
-        saved = common_length([tokens for _, tokens in group]) * (len(group) - 1)
+        saved = common_prefix(*(tokens for _, tokens in group)) * (len(group) - 1)
         groups += [group] if saved >= _WORTH_A_NODE else [[entry] for entry in group]
     return groups
-
-
-def common_length(sequences: Sequence[Sequence[int]]) -> int:
-    """Leading tokens that all sequences share."""
-    columns = zip(*sequences, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))

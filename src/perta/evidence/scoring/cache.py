@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the community's name for it
@@ -203,13 +204,8 @@ def _map_cache(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> Dynam
 
 def _pairs(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer, each (B, heads, W, size)."""
-    pairs = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
-            raise RuntimeError("a layer of the cache holds no keys and values")
-        pairs.append((keys, values))
-    return pairs
+    layers: Any = cache.layers  # filled, each by a pass of a model that `supports_prefixes`
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _cache_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:

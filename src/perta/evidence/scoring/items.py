@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded, collate
+from perta.data.words import common_prefix
 from perta.errors import ConfigError
 from perta.evidence import metrics
-from perta.evidence.scoring._tree import Segment, common_length, grow_tree, path_of
+from perta.evidence.scoring._tree import Segment, grow_tree, path_of
 from perta.evidence.scoring.answers import Score, score_logits, score_tokens, token_statistics
 from perta.evidence.scoring.cache import Extended, Masking, Prefixes, extend, supports_prefixes
 from perta.models.load import generate
 from perta.models.loss import answer_logits, token_losses
-from perta.parallel import Own, alone, everywhere, gathered, share
+from perta.parallel import Own, everywhere, gathered, in_company, is_part, share
 from perta.temporary import temporarily
 
 _COMPAT_BATCHES = 8  # batches after which compatible runs report what is done
@@ -117,7 +118,10 @@ def _run_share(
         if done.value:
             done.value(place, outcome)
 
-    with alone(), _evaluating(model):
+    def go_along() -> None:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+
+    with _evaluating(model), in_company(model, go_along):
         own = [items[i] for i in places]
         todo = (model, own, options, lambda k, outcome: finish(places[k], outcome))
         if supports_prefixes(model):
@@ -334,8 +338,7 @@ class _Run:
 
     def _step(self) -> None:
         """One token for every growing answer."""
-        if self.state is None:
-            raise RuntimeError("answers are growing without a cache")
+        assert self.state is not None
         tokens = [[answer.tokens[-1]] for answer in self.growing]
         everywhere = [(row, 0) for row in range(len(tokens))]
         # Published code sees every token it has generated; only prompts hide some.
@@ -484,7 +487,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout and gradients; the model's mode is restored."""
     put = partial(nn.Module.train, model)
-    with temporarily(put, False, model.training), torch.inference_mode():
+    # What a model in parts gathers its weights in is used again by passes of other kinds.
+    without = torch.no_grad() if is_part(model) else torch.inference_mode()
+    with temporarily(put, False, model.training), without:
         yield
 
 
@@ -501,7 +506,7 @@ def _root_length(items: Sequence[Item]) -> int:
     prompts = [item.prompt for item in items if item.prompt is not None]
     first = [next(i for i, n in enumerate(e.labels) if i and n != IGNORE) for e in answers]
     limits = [length - 1 for length in (*first, *map(len, prompts))]
-    return min(*limits, common_length([*(e.input_ids for e in answers), *prompts]))
+    return min(*limits, common_prefix(*(e.input_ids for e in answers), *prompts))
 
 
 def _draft(encoded: Encoded, prompt: tuple[int, ...]) -> tuple[int, ...]:

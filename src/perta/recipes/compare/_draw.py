@@ -165,9 +165,10 @@ def _people(config: CompareConfig, seed: int) -> Sets:
         forget_people=config.forget_people,
         people_seed=seed,
     )
-    forget, retain, holdout, _ = divide_people(made)
-    suite = {"forget.jsonl": forget, "retain.jsonl": _unseen(retain), "holdout.jsonl": holdout}
-    return Sets(forget, retain, suite, PEOPLE)
+    rows = divide_people(made)
+    shown = {**rows, "retain": _unseen(rows["retain"])}
+    suite = {f"{name}.jsonl": shown[name] for name in ("forget", "retain", "holdout")}
+    return Sets(rows["forget"], rows["retain"], suite, PEOPLE)
 
 
 def _slices(folder: Path, config: CompareConfig, seed: int, elsewhere: Mapping[str, Rows]) -> Sets:

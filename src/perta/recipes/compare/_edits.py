@@ -128,7 +128,9 @@ def _workspace(config: CompareConfig, draw: Draw, spec: EditSpec) -> Workspace:
         names[f"{part}_importance"] = f"{part}_importance_{at}_{spec.share:g}_{orders}{reduced}"
         names[f"{part}_moments"] = f"{part}_moments_{at}_{spec.share:g}_{counted}"
     names["general_moments"] = f"general_moments_{at}_{counted}"
-    names["protected_moments"] = f"{names['retain_moments']}_and_general"
+    names["forget_fact_moments"] = f"forget_fact_moments_{at}_{counted}"
+    more = "_and_facts" * theirs.facts + "_and_general" * spec.general
+    names["protected_moments"] = names["retain_moments"] + more
     # All protected rows are there to tune on.
     retain = draw.share_of_protected(1.0 if theirs.retain_checkpoint else spec.share or 1.0)
     sets = {"forget": str(draw.files["forget"]), "retain": str(retain)}

@@ -40,6 +40,7 @@ from perta.recipes.compare.settings import CompareConfig
 from perta.stages.bench import bench_ability
 from perta.stages.evaluate import find_in_sets
 from perta.store.atomic import scratch_folder
+from perta.store.record import aggregates
 
 SETS = ("forget", "retain", "protected")
 MEASURES = ("probability", "extraction_strength")
@@ -133,12 +134,8 @@ class Bench:
     def elsewhere(self) -> dict[str, float]:
         """What the model knows that is in neither set: world facts, and general text."""
         found = means(self.measure(("facts",))) if "facts" in self.sets else {}
-        return {**found, "general_loss": self.general_loss()}
-
-    def general_loss(self) -> float:
-        """Mean loss on general text that has nothing to do with either set, nats per token."""
         losses = losses_of(self.model, self._general, batch_size=self._batch, pad=self.pad)
-        return math.fsum(losses) / len(losses)
+        return {**found, "general_loss": math.fsum(losses) / len(losses)}
 
     def relearned(self) -> Knowledge:
         """What is known of forget rows after others were shown again; these weights stay."""
@@ -185,7 +182,7 @@ class Bench:
                     compute=config.compute,
                 )
             )
-        return {k: v["agg_value"] for k, v in results.items() if "agg_value" in v}
+        return aggregates(results)
 
     @property
     def _batch(self) -> int:
@@ -202,11 +199,8 @@ def relearning_rate(config: CompareConfig) -> float:
 
 def means(results: Mapping[str, Any]) -> dict[str, float]:
     """SET_MEASURE -> mean, for the measures that the comparison reports."""
-    return {
-        name: value["agg_value"]
-        for name, value in results.items()
-        if name.partition("_")[2] in MEASURES
-    }
+    found = aggregates(results)
+    return {name: value for name, value in found.items() if name.partition("_")[2] in MEASURES}
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from rich.table import Table
 from perta.data.rows import csv_text
 from perta.store.atomic import write_text
 from perta.store.costs import costs_of
+from perta.store.provenance import Record
 from perta.terminal import console
-
-Record = Mapping[str, Any]
 
 _VIEWS = {
     "equal": "at equal forgetting",

@@ -50,7 +50,9 @@ from perta.store.atomic import write_text
 from perta.store.costs import BACKWARD, FORWARD, Plan, passes_of, seconds_of
 from perta.store.fingerprint import fingerprint
 from perta.store.parse import read_json
+from perta.store.provenance import Record
 from perta.store.record import (
+    aggregates,
     check_output,
     check_separate,
     content_of_results,
@@ -79,7 +81,6 @@ _FACTOR = 1.2  # factor by which the strength grows until a method resists
 _SUITE = 5
 """About how often the TOFU evaluation reads a row: with paraphrases, wrong answers and its own."""
 
-Record = Mapping[str, Any]
 _AnySpec = EditSpec | TrainingSpec | GivenSpec
 _Contender = WeightEdit | TrainingPath
 
@@ -403,7 +404,7 @@ class _Seed:
         reference = self._results_file("suite", "retrained")
         results = bench.suite(read_results(reference) if name != "retrained" else None)
         write_text(self._results_file("suite", name), results_json(results))
-        return {key: value["agg_value"] for key, value in results.items()}
+        return aggregates(results)
 
     def _prepare(self, spec: EditSpec | TrainingSpec) -> _Contender:
         """What a method needs to be at any strength; kept until another method's turn."""

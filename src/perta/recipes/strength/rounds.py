@@ -74,7 +74,7 @@ from perta.store.record import settings_of
 _FIRST = 0.35
 """Share that the first round takes of the strength it finds: docs/experiments/facts.md."""
 
-_LASTS = (0.25, 0.5, 1.0)
+_LASTS = (0.5, 1.0)
 """Strengths of a last round, and for how many such rounds others leave room, as there."""
 _AGAIN = 3
 
@@ -338,8 +338,8 @@ class _Run:
                 said = [hit_probability(score.log_probability, _SAMPLES) for score in scores]
                 returning.update(_said_again(unseen, hidden, said))
                 if unseen.calibrated_on == CHOICES:
-                    found = self._surprises(taught, hidden)
-                    pairs = zip(hidden, found, strict=True)
+                    others = [place for place in hidden if place not in returning]
+                    pairs = zip(others, self._surprises(taught, others), strict=True)
                     returning.update(
                         place for place, value in pairs if unseen.stands_out(place, value)
                     )

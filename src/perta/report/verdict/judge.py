@@ -40,7 +40,7 @@ from perta.report.verdict._sentences import (
     trace_text,
 )
 from perta.report.verdict.words import RANK, Calibration, Check, Status, number, told
-from perta.store.provenance import Record, Role
+from perta.store.provenance import Record, Role, data_of
 
 _SCHEMA = 1  # version of `verdict.json`; it rises when a key changes its meaning
 
@@ -263,9 +263,7 @@ def _protected(record: Record, collection: Collection) -> set[str]:
     """Fingerprints of the retain rows that an edit or a training used."""
     used = {str(record.get("inputs", {}).get("retain"))}
     for name in ("retain_importance", "retain_moments", "retain_checkpoint"):
-        made = collection.input_record(record, name)
-        used.add(str(made.get("inputs", {}).get("data")))
-        used.update(map(str, made.get("data_fingerprints", ())))
+        used |= data_of(collection.input_record(record, name), collection.records)
     return used - {"None"}
 
 

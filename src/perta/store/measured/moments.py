@@ -51,6 +51,7 @@ _FORM = {
     "data_fingerprints": [str],
     "rows": [[str]],
     "rows_key?": str,
+    "repeated?": bool,
     "dtype": str,
     "seen": {str: {"tokens": NUMBERS, "average": NUMBERS}},
 }
@@ -66,8 +67,8 @@ class MomentFolder:
     `facts` is the sidecar: `inputs` and `outputs` (weight -> name of its moment), `transposed`
     (weights stored as in x out), `tokens`, `examples`, `token_choice`, `model_fingerprint`,
     `data_fingerprints`, `rows` (of each sequence a hash of its row's messages and of its tokens, as
-    `stored` has them), `rows_key` where these are keyed, and `seen` (moment -> the tokens it rests
-    on, see `is_measured`).
+    `stored` has them), `rows_key` where these are keyed, `repeated` (whether it is of facts) and
+    `seen` (moment -> the tokens it rests on, see `is_measured`).
     """
 
     folder: Path

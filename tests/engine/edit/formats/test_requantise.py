@@ -29,14 +29,14 @@ from perta.models.formats.quantised import (
 from perta.models.load import load_model
 from perta.models.resolve import resolve_checkpoint
 from perta.options import ComputeConfig, ScoringConfig, TrainSettings
-from perta.recipes.unlearn import aggregates, unlearn
+from perta.recipes.unlearn import unlearn
 from perta.stages.edit import edit_checkpoint, load_changes
 from perta.stages.finetune import finetune_checkpoint
 from perta.stages.settings import EditConfig, FinetuneConfig, TrainConfig
 from perta.stages.train import train_checkpoint
 from perta.store.arithmetic import Place
 from perta.store.checkpoint import open_index, read_tensor, write_tensors
-from perta.store.record import read_manifest
+from perta.store.record import aggregates, read_manifest
 
 CPU = ComputeConfig(device="cpu")
 PLACE = Place(0, "w")

@@ -58,12 +58,10 @@ def fact_words(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 def says(words: Words, fact: Sequence[Words]) -> bool:
     """Whether a text of these words says every part of a fact; none says one without words."""
-    return bool(fact) and all(_holds(words, part) for part in fact)
-
-
-def _holds(words: Words, part: Words) -> bool:
-    n = len(part)
-    return any(words[i : i + n] == part for i in range(len(words) - n + 1))
+    return bool(fact) and all(
+        any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
+        for part in fact
+    )
 
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

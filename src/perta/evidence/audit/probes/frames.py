@@ -21,7 +21,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import SUBJECT_COLUMNS, Example, ExampleSet, Message
@@ -35,9 +36,6 @@ from perta.evidence.scoring.items import Item
 from perta.models.facts import Fact, find_facts
 from perta.models.load import longest_input
 from perta.options import DataConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SHOTS = 2
 _ROLE = (
@@ -74,11 +72,6 @@ class _Row:
     def before(self) -> str:
         """The answer up to its fact."""
         return self.example.answer[: self.start]
-
-    @property
-    def behind(self) -> str:
-        """The answer behind its fact."""
-        return self.example.answer[self.start + len(self.fact) :]
 
 
 @dataclass(frozen=True)
@@ -133,22 +126,19 @@ def _other_system(row: _Row) -> _Framed:
 
 
 def _untemplated(row: _Row) -> _Framed | None:
-    if not row.has_template:
-        return None
-    return _Framed(row.example, row.fact, replace(row.config, chat_template=False))
+    plain = replace(row.config, chat_template=False)
+    return _Framed(row.example, row.fact, plain) if row.has_template else None
 
 
 def _begun(row: _Row) -> _Framed | None:
     """The fact's first word is given, the others count."""
-    rest = row.fact.partition(" ")[2]
-    if not rest.strip():
-        return None
-    return _asked(row, row.example.prompt, target=rest.strip())
+    rest = row.fact.partition(" ")[2].strip()
+    return _asked(row, row.example.prompt, target=rest) if rest else None
 
 
 def _cloze(row: _Row) -> _Framed:
-    gap = f"{row.before}{_GAP}{row.behind}"
-    return _asked(row, f"Fill in the gap: {gap}", row.fact)
+    behind = row.example.answer[row.start + len(row.fact) :]
+    return _asked(row, f"Fill in the gap: {row.before}{_GAP}{behind}", row.fact)
 
 
 def _reversed(row: _Row) -> _Framed | None:

@@ -1,15 +1,18 @@
-"""A model in training whose weights, gradients and optimizer's state are divided (FSDP2).
+"""A model of which each process has its part of every weight alone (FSDP2).
 
-    process 0    the whole model ── waits in the computer's memory ── the whole model, trained
+    process 0    the whole model, in the computer's memory ──────── the whole model, trained
                         │ a tensor at a time                               ↑ a tensor at a time
-    each         its N-th of every tensor ────────── steps ───────── its N-th of every tensor
+    each         its N-th of every tensor ──── passes or steps ───── its N-th of every tensor
 
-While it computes, a process has one layer whole at a time, and what is in no layer.
+While it computes, a process has one layer whole at a time, and what is in no layer. In training
+each has its part of the gradients and of the optimizer's state too.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +21,12 @@ from torch import nn
 
 from perta.errors import ConfigError
 from perta.models.experts import blocks
-from perta.parallel import count, helpers
+from perta.parallel import count, everywhere, helpers, keep_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TUNED = 4  # times a weight's bytes: itself, its gradient and two means of AdamW
-_ROOM = 0.7  # share of a GPU's memory for these; the rest is for activations
+_ROOM = 0.7  # share of a GPU's memory for what is known before; the rest is for activations
 
 
 def check_shard(wanted: bool | None) -> None:
@@ -36,13 +38,36 @@ def check_shard(wanted: bool | None) -> None:
         )
 
 
-def is_sharded(wanted: bool | None, model: PreTrainedModel, tunes_adapter: bool) -> bool:
-    """Whether to divide a model: as asked, or where training takes more than this process's GPU."""
-    if not helpers() or wanted is not None or model.device.type != "cuda":
+def is_sharded(wanted: bool | None, device: torch.device, taken: int) -> bool:
+    """Whether to divide a model: as asked, or where it takes more bytes than a GPU has room for."""
+    if not helpers() or wanted is not None or device.type != "cuda":
         return bool(wanted and helpers())
-    weights = sum(p.nbytes for p in model.parameters())
-    memory = torch.cuda.get_device_properties(model.device).total_memory
-    return weights * (1 if tunes_adapter else _TUNED) > _ROOM * memory
+    return taken > _ROOM * torch.cuda.get_device_properties(device).total_memory
+
+
+@contextmanager
+def in_parts(load: Callable[[], PreTrainedModel], device: torch.device) -> Iterator[Any]:
+    """What `load` loads, into the computer's memory, divided among the devices of all processes.
+
+    Calls made `everywhere` with it find each process's part. All must make a pass together.
+    """
+    try:
+        yield everywhere(_keep, *_apart(Whole.of(load(), device)))
+    finally:
+        everywhere(keep_part, None)
+
+
+def _apart(whole: Whole) -> tuple[nn.Module, Whole]:
+    return whole.outline(), whole
+
+
+def _keep(outline: nn.Module, whole: Whole) -> nn.Module:
+    if count() == 1:  # the others could not be sent it
+        model: nn.Module = nn.Module.to(whole.model, whole.device)
+        return model
+    whole.divide(outline)
+    keep_part(outline)
+    return outline
 
 
 def by_layer(model: nn.Module, device: torch.device, processes: int) -> None:
@@ -57,19 +82,20 @@ def by_layer(model: nn.Module, device: torch.device, processes: int) -> None:
 
 @dataclass(frozen=True)
 class Whole:
-    """Process 0's model, while copies of it in parts are trained; None on the others."""
+    """Process 0's model, while it is used in parts; None on the others."""
 
     model: Any
     device: torch.device  # where the parts lie
+    home: torch.device  # where the model lies before and after
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Whole, (None, self.device)
+        return Whole, (None, self.device, self.home)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Whole:
+    def of(cls, model: PreTrainedModel, device: torch.device) -> Whole:
         """A model, out of the way of its parts."""
-        device = torch.device(model.device.type)
-        return cls(nn.Module.to(model, "cpu"), device)
+        home = model.device
+        return cls(nn.Module.to(model, "cpu"), torch.device(device.type), home)
 
     def outline(self) -> PreTrainedModel:
         """A copy whose parameters have shapes and no memory, to be sent to every process."""
@@ -106,4 +132,4 @@ class Whole:
             value = parameter.full_tensor()  # type: ignore[attr-defined]
             if own:
                 own[name].copy_(value)
-        return divided if self.model is None else nn.Module.to(self.model, self.device)
+        return divided if self.model is None else nn.Module.to(self.model, self.home)
