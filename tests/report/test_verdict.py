@@ -424,10 +424,12 @@ def test_a_mean_alone_is_not_sure(tmp_path: Path, utility: float) -> None:
     assert verdict.retention.status == "unclear"
 
 
-def retained(folder: Path, held_back: Json | None, evaluated: str) -> Verdict:
+def retained(
+    folder: Path, held_back: Json | None, evaluated: str, measured: str = "importance"
+) -> Verdict:
     """A verdict with records of an edit that used the retain set `a0…`."""
     record = edit_record()
-    record["inputs"]["retain_importance"] = "importance"
+    record["inputs"]["retain_importance"] = measured
     record["unlearn"] = {"inputs": {"retain": "a0" * 32}, "settings": {}}
     if held_back is not None:
         record["unlearn"]["held_back"] = held_back
@@ -447,8 +449,13 @@ def retained(folder: Path, held_back: Json | None, evaluated: str) -> Verdict:
     return verdict
 
 
-def test_retention_on_rows_that_took_part_is_not_sure(tmp_path: Path) -> None:
-    verdict = retained(tmp_path, None, "a0" * 32)
+@pytest.mark.parametrize("merged", [False, True])
+def test_retention_on_rows_that_took_part_is_not_sure(tmp_path: Path, merged: bool) -> None:
+    if merged:
+        both = {"inputs": {"moments_1": "importance", "moments_2": "gone"}, "content": "both"}
+        write(tmp_path / "merged" / "perta.json", {**both, "seconds": {}})
+    part = "both" if merged else "importance"
+    verdict = retained(tmp_path, None, "a0" * 32, measured=part)
     assert verdict.retention.status == "unclear"
     assert any("flattering" in note for note in verdict.notes)
 
