@@ -47,8 +47,14 @@ from perta.progress import say
 from perta.stages.settings import LessMomentsConfig, MergeMomentsConfig, MomentsConfig
 from perta.stages.stage import Subject, loaded, run_measurement, run_stage
 from perta.store.costs import BACKWARD, FORWARD
-from perta.store.fingerprint import fingerprint
-from perta.store.measured.moments import MomentFolder, open_moments, write_shards, write_sidecar
+from perta.store.fingerprint import fingerprint, own_key
+from perta.store.measured.moments import (
+    MomentFolder,
+    keyed,
+    open_moments,
+    write_shards,
+    write_sidecar,
+)
 from perta.store.measured.second_moment import added, divided, without
 from perta.store.record import settings_of, versions
 
@@ -79,6 +85,9 @@ def compute_moments(config: MomentsConfig) -> Path:
                 f"moments: measured on {len(encoded)} of {len(given)} rows, {tokens} tokens; "
                 "in `perta unlearn` --retain-samples all takes every row"
             )
+        marks = marks_of(subject.examples.examples, encoded)
+        if config.facts_by:  # a fact is short and soon guessed, and none is ever taken out again
+            marks = [[keyed(mark, own_key()) for mark in row] for row in marks]
         facts = {
             "tokens": tokens,
             "examples": len(encoded),
@@ -91,7 +100,7 @@ def compute_moments(config: MomentsConfig) -> Path:
             "transposed": [weight.name for weight in plan.weights if weight.transposed],
             "model_fingerprint": subject.inputs["checkpoint"],
             "data_fingerprints": [subject.examples.fingerprint],
-            "rows": marks_of(subject.examples.examples, encoded),
+            "rows": marks,
             **({"repeated": True} if config.facts_by else {}),
             "dtype": subject.settings["dtype"],
             "versions": versions(),
@@ -142,9 +151,9 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
     """
     folders = [open_moments(folder) for folder in config.folders]
     _check_mergeable(folders)
-    keyed = next((f for f in folders if "rows_key" in f.facts), folders[0])
+    owner = next((f for f in folders if "rows_key" in f.facts), folders[0])
     rows = [
-        marks if "rows_key" in f.facts else keyed.stored(marks)
+        marks if "rows_key" in f.facts else owner.stored(marks)
         for f in folders
         for marks in f.facts["rows"]
     ]
@@ -158,7 +167,7 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
         write_shards(folder, ((name, _sum(folders, weights, name)) for name in names))
         counted = zip(folders, weights, strict=True)
         facts = {
-            **keyed.facts,
+            **owner.facts,
             "seen": _seen(folders),
             "tokens": round(sum(weight * f.facts["tokens"] for f, weight in counted)),
             **{key: sum(f.facts.get(key, f.facts["examples"]) for f in folders) for key in _ROWS},

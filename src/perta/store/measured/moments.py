@@ -93,7 +93,7 @@ class MomentFolder:
                 f"{self.folder}: rows are recognised by a key alone, and {file} is not there, or "
                 "another. Use the moments in the ledger's folder, or measure with `perta moments`."
             )
-        return [_keyed(one, key) for one in hashes]
+        return [keyed(one, key) for one in hashes]
 
     def is_measured(self, weight: str) -> bool:
         """Whether the moments of a weight say how the set uses it.
@@ -154,16 +154,17 @@ def key_rows(folder: Path, key: bytes) -> None:
     """Put keyed hashes in the place of plain ones, so that nobody can confirm a guessed row."""
     facts = open_moments(folder).facts
     if "rows_key" not in facts:
-        rows = [[_keyed(one, key) for one in hashes] for hashes in facts["rows"]]
+        rows = [[keyed(one, key) for one in hashes] for hashes in facts["rows"]]
         write_sidecar(folder, {**facts, "rows": rows, "rows_key": _name_of(key)})
 
 
-def _keyed(text: str, key: bytes) -> str:
+def keyed(text: str, key: bytes) -> str:
+    """A hash that says nothing to whoever lacks the key, 32 hexadecimal digits."""
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def _name_of(key: bytes) -> str:
-    return _keyed("moments", key)
+    return keyed("moments", key)
 
 
 def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
