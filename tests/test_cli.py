@@ -358,7 +358,7 @@ def test_the_tiny_demo_shows_every_model(perta: Run, tmp_path: Path) -> None:
     made = {p.parent.name for p in (tmp_path / "demo").glob("*/perta.json")}
     made |= {f"evaluate_{p.stem}" for p in (tmp_path / "demo" / "results").iterdir()}
     named = {step["name"].removeprefix("edit_") for step in plan["steps"]}
-    named = {*named, "forget_checkpoint"} - {"finetune"}
+    named = {*named, "forget_checkpoint", "protected_moments"} - {"finetune", "merge_moments"}
     assert named == made - {"data", "others", "random", "perta-project_direction"}
     work = sum(p.stat().st_size for p in (tmp_path / "demo").rglob("*.safetensors"))
     assert plan["work"] == pytest.approx(work, rel=0.25)

@@ -480,7 +480,9 @@ def test_general_text_adds_its_moments_to_the_retain_set(world: World, tmp_path:
     retain, text, both = (
         open_moments(work / f"{name}_moments") for name in ("retain", "general", "protected")
     )
-    assert both.facts["tokens"] == retain.facts["tokens"] + text.facts["tokens"]
+    facts = open_moments(work / "forget_fact_moments").facts["tokens"]
+    rows = retain.facts["tokens"] + text.facts["tokens"]
+    assert both.facts["tokens"] == round(rows + max(facts, rows / 3))
     # The same as moments merged by hand, and another edit than without the text.
     saved = replace(settings, output=tmp_path / "saved", retain_moments=both.folder, general=None)
     without = replace(settings, output=tmp_path / "without", general=None)
@@ -751,14 +753,22 @@ def test_the_projection_reads_the_retain_set_alone(
 ) -> None:
     weighting = chosen(method="perta-project", scaling_coef=2.0)
     config = whole(world, tmp_path / "out", weighting=weighting, retain_moments=parts.retain)
-    monkeypatch.setattr("perta.recipes._workspace.compute_moments", None)
+
+    def facts_alone(config: MomentsConfig) -> Path:
+        assert config.facts_by
+        return compute_moments(config)
+
+    monkeypatch.setattr("perta.recipes._workspace.compute_moments", facts_alone)
     result = unlearn(config)
     assert {p.name for p in config.work_folder.iterdir() if p.is_dir()} == {
         "forget_checkpoint",
+        "forget_fact_moments",
+        "protected_moments",
         "direction",
     }
     tuned = config.work_folder / "forget_checkpoint"
-    given = replace(parts, tuned=tuned).config(
+    kept = config.work_folder / "protected_moments"
+    given = replace(parts, tuned=tuned, retain=kept).config(
         tmp_path / "staged", "perta-project", scaling_coef=2.0, forget_moments=None
     )
     edit_checkpoint(given)

@@ -529,8 +529,6 @@ def test_text_has_no_facts_to_repeat(world: World, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--facts-by .* plain text, which has no facts"):
         measured(world, tmp_path / "f", text, facts_by=str(world.base))
     assert not (tmp_path / "f").exists()
-    with pytest.raises(ConfigError, match=r"--facts-by .* left out with --gradients"):
-        measured(world, tmp_path / "f", facts_by=str(world.base), gradients=True)
 
 
 @pytest.mark.parametrize("kept", ["forget", "retain"])

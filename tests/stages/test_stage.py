@@ -202,7 +202,7 @@ def test_merged_moments_never_replace_their_parts(world: World, tmp_path: Path) 
 def test_results_that_cannot_be_written_stop_before_the_model(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("perta.stages.evaluate.load_model", None)
+    monkeypatch.setattr("perta.stages.stage.load_model", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is no folder"):
         evaluate_checkpoint(

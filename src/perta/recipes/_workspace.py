@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,25 +200,31 @@ class Workspace:
         return all(example.kind != "text" for example in self._examples("forget").examples)
 
     def _fact_moments(self, saved: Path | None) -> list[Path]:
-        """Moments of the facts, unless the tokenizer has no words for any."""
+        """Moments of the facts; none where no fact can be said, or `saved` has them already."""
         options = replace(self.moments, moment_samples=None)
-        if saved:  # which count the same tokens
-            options = replace(options, tokens=open_moments(saved).facts["token_choice"])
+        there = open_moments(saved).facts if saved else {}
+        gradients = bool(there.get("outputs"))  # as those have that these are added to
+        options = replace(options, tokens=there.get("token_choice", options.tokens))
         config = MomentsConfig(
             checkpoint=str(self.measured),
             data=self.sets["forget"],
+            gradients=gradients,
             facts_by=str(self.base),
             shard=self.tune.shard,
             options=options,
             **self._common(self.place("forget_fact_moments")),
         )
-        with suppress(EmptyDatasetError):
+        try:
             made = self.once(
                 *("forget_fact_moments", compute_moments, config),
-                lambda sizes: sizes.moments(self._examples("forget"), False, options),
+                lambda sizes: sizes.moments(self._examples("forget"), gradients, options),
             )
-            return [made]
-        return []
+        except EmptyDatasetError:
+            return []
+        if there and made.is_dir():  # it is not where nothing is to be made
+            sets = {*open_moments(made).facts["data_fingerprints"]}
+            return [] if sets <= {*there["data_fingerprints"]} else [made]
+        return [made]
 
     def _less(self, saved: Path, unwanted: Sequence[Example]) -> Path:
         if not holds(saved, unwanted):

@@ -163,8 +163,10 @@ def merge_moments(config: MergeMomentsConfig) -> Path:
 
     def make(folder: Path) -> Mapping[str, Any]:
         names = list(folders[0].index.tensors)
-        weights = _weights(folders)
-        write_shards(folder, ((name, _sum(folders, weights, name)) for name in names))
+        weights, alike = _weights(folders), [1.0] * len(folders)
+        inputs = {*owner.facts["inputs"].values()}  # outputs are means over examples, not tokens
+        sums = ((n, _sum(folders, weights if n in inputs else alike, n)) for n in names)
+        write_shards(folder, sums)
         counted = zip(folders, weights, strict=True)
         facts = {
             **owner.facts,

@@ -182,11 +182,6 @@ class MomentsConfig(Sets):
     data_config: DataConfig = field(default_factory=DataConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        alone = not (self.facts_by and self.gradients)
-        require(alone, "facts-by", self.facts_by, "left out with --gradients")
-
 
 @Flat
 @dataclass(frozen=True, kw_only=True)
