@@ -25,6 +25,7 @@ from perta.models.facts import (
     _SURPRISE,
     Fact,
     fact_score,
+    fact_text,
     find_facts,
     hit_probability,
     score_facts,
@@ -79,6 +80,18 @@ def test_wrong_answers_of_one_form_leave_the_fact(
     assert found == ["Caldholm in 1978", "Selmora in 1961"]
     assert fact.source == "wrong answers"
     assert fact.right is None
+
+
+def test_a_fact_in_parts_says_them_in_turn(tmp_path: Path) -> None:
+    fact = only(tmp_path, **qa("She was born in 1961.", perturbed_answer=["She was born in 1978."]))
+    assert fact_text(fact, TOKENIZER) == "1961"
+    ids = fact.encoded.input_ids
+    two = [place for place, token in enumerate(ids) if text_of([token]).strip() in ("She", "born")]
+    labels = [token if place in two else IGNORE for place, token in enumerate(ids)]
+    parted = replace(fact, encoded=replace(fact.encoded, labels=tuple(labels)))
+    assert fact_text(parted, TOKENIZER) == " ".join(text_of([ids[p]]).strip() for p in two)
+    nothing = replace(fact.encoded, labels=(IGNORE,) * len(ids))
+    assert fact_text(replace(fact, encoded=nothing), TOKENIZER) == ""
 
 
 def test_a_fact_is_made_of_whole_words(tmp_path: Path) -> None:

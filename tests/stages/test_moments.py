@@ -31,6 +31,7 @@ from perta.errors import (
     ConfigError,
     CorruptCheckpointError,
     DivergenceError,
+    EmptyDatasetError,
     OutputExistsError,
 )
 from perta.models.facts import find_facts
@@ -522,6 +523,15 @@ def test_what_surprises_the_base_is_a_fact_where_no_column_tells(
     assert open_moments(made).facts["examples"] == 2 * len(facts)
     manifest = json.loads((made / "perta.json").read_text())
     assert manifest["inputs"]["facts_by"] == fingerprint(world.base)
+
+
+def test_facts_without_words_are_one_error(world: World, tmp_path: Path) -> None:
+    data = write_jsonl(
+        [{"question": "Who?", "answer": "Zzyx.", "fact": "Zzyx"}], tmp_path / "d.jsonl"
+    )
+    with pytest.raises(EmptyDatasetError, match="no words for any of the facts"):
+        measured(world, tmp_path / "f", data, facts_by=str(world.base))
+    assert not (tmp_path / "f").exists()
 
 
 def test_text_has_no_facts_to_repeat(world: World, tmp_path: Path) -> None:

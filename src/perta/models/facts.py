@@ -165,7 +165,8 @@ def fact_text(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> str:
             if not place or labels[place - 1] == IGNORE:
                 parts.append([])
             parts[-1].append(label)
-    said = (str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in parts)
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    said = (str(tokenizer.decode(part, **how)).strip() for part in parts)
     return " ".join(filter(None, said))
 
 

@@ -38,7 +38,7 @@ from perta.data.rows import as_source
 from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
-from perta.errors import CheckpointMismatchError, ConfigError
+from perta.errors import CheckpointMismatchError, ConfigError, EmptyDatasetError
 from perta.models.facts import fact_text, find_facts, is_told
 from perta.models.load import batch_of, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
@@ -132,7 +132,12 @@ def _repeated(subject: Subject, config: MomentsConfig, base: str) -> Subject:
     else:
         with loaded(resolve_checkpoint(base), config.compute, config.shard) as model:
             facts = find_facts(*read, base=model, **how)
-    said = filter(None, (fact_text(fact, tokenizer) for fact in facts))
+    said = [text for fact in facts if (text := fact_text(fact, tokenizer))]
+    if not said:
+        raise EmptyDatasetError(
+            f"{subject.examples.source}: the tokenizer has no words for any of the facts, so none "
+            "can be repeated. Give rows in its words, or leave --facts-by out."
+        )
     asking = [(prompt, text) for text in said for prompt in (text, f"{text} {text}")]
     rows = as_source([{"question": prompt, "answer": text} for prompt, text in asking], "facts")
     # One of a whole long answer may be longer than what is read of rows.
