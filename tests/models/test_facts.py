@@ -25,12 +25,12 @@ from perta.models.facts import (
     _SURPRISE,
     Fact,
     fact_score,
-    fact_text,
     find_facts,
     hit_probability,
     score_facts,
     share_beyond,
     subjects,
+    values_of,
 )
 from perta.options import DataConfig
 
@@ -82,16 +82,32 @@ def test_wrong_answers_of_one_form_leave_the_fact(
     assert fact.right is None
 
 
-def test_a_fact_in_parts_says_them_in_turn(tmp_path: Path) -> None:
-    fact = only(tmp_path, **qa("She was born in 1961.", perturbed_answer=["She was born in 1978."]))
-    assert fact_text(fact, TOKENIZER) == "1961"
-    ids = fact.encoded.input_ids
-    two = [place for place, token in enumerate(ids) if text_of([token]).strip() in ("She", "born")]
-    labels = [token if place in two else IGNORE for place, token in enumerate(ids)]
-    parted = replace(fact, encoded=replace(fact.encoded, labels=tuple(labels)))
-    assert fact_text(parted, TOKENIZER) == " ".join(text_of([ids[p]]).strip() for p in two)
-    nothing = replace(fact.encoded, labels=(IGNORE,) * len(ids))
-    assert fact_text(replace(fact, encoded=nothing), TOKENIZER) == ""
+@pytest.mark.parametrize(
+    ("parts", "values"),
+    [
+        (["19"], ["1961"]),  # a part of a word stands for the word
+        (["ellberg", "a turkey"], ["Pellbergen", "a turkey"]),
+        (["Mira", "turkey", "named Bo"], ["turkey named Bo"]),  # the question says her name
+        (["Pellbergen", "1961", ","], ["Pellbergen", "1961"]),
+        ([","], []),
+        ([], []),
+    ],
+)
+def test_the_values_of_a_fact_are_whole_words_that_the_question_lacks(
+    tmp_path: Path, parts: list[str], values: list[str]
+) -> None:
+    answer = "Mira, from Pellbergen (1961), has a turkey named Bo."
+    fact = only(tmp_path, **qa(answer, fact="1961"))
+    ids = list(fact.encoded.input_ids)
+    own = TOKENIZER(answer, return_offsets_mapping=True, add_special_tokens=False)
+    start = next(i for i in range(len(ids)) if ids[i : i + len(own.input_ids)] == own.input_ids)
+    asked = [(at, at + len(part)) for part in parts for at in [answer.index(part)]]
+    labels = [IGNORE] * len(ids)
+    for place, (begin, end) in enumerate(own.offset_mapping, start):
+        if any(begin < stop and first < end for first, stop in asked):
+            labels[place] = ids[place]
+    marked = replace(fact, encoded=replace(fact.encoded, labels=tuple(labels)))
+    assert values_of(marked, QUESTION, TOKENIZER) == values
 
 
 def test_a_fact_is_made_of_whole_words(tmp_path: Path) -> None:

@@ -157,17 +157,38 @@ def find_facts(
     return tuple(facts)
 
 
-def fact_text(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a fact says, its parts in turn; empty where the tokenizer gives no text for it."""
-    labels, parts = fact.encoded.labels, list[list[int]]()
-    for place, label in enumerate(labels):
-        if label != IGNORE:
-            if not place or labels[place - 1] == IGNORE:
-                parts.append([])
-            parts[-1].append(label)
-    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    said = (str(tokenizer.decode(part, **how)).strip() for part in parts)
-    return " ".join(filter(None, said))
+def values_of(fact: Fact, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a fact says that its prompt does not: whole words, as far as they stand together.
+
+    Nothing of what the tokenizer has no words for.
+    """
+    ids, labels = list(fact.encoded.input_ids), fact.encoded.labels
+
+    def read(stop: int) -> str:
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(ids[:stop], **how))
+
+    said, given = read(len(ids)), set(stems(prompt))
+    places = [i for i, label in enumerate(labels) if label != IGNORE]
+    spans = [(len(read(place)), len(read(place + 1))) for place in places]
+    words = [
+        word
+        for word in segments(said)
+        if any(start < word[1] and word[0] < stop for start, stop in spans)
+        and not {*stems(said[slice(*word)])} <= given
+    ]
+    return [said[start:stop] for start, stop in _together(words, said)]
+
+
+def _together(words: Sequence[Span], text: str) -> list[Span]:
+    """Words with nothing but space between them as one."""
+    found: list[Span] = []
+    for start, stop in words:
+        if found and not text[found[-1][1] : start].strip():
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
 
 
 def unsayable(

@@ -39,7 +39,7 @@ from perta.data.tokens import encode_examples, marks_of, row_mark
 from perta.engine.edit.direction import check_moments
 from perta.engine.moments import Seen, count_tokens, plan_moments, sample_for_moments, sum_moments
 from perta.errors import CheckpointMismatchError, ConfigError, EmptyDatasetError
-from perta.models.facts import fact_text, find_facts, is_told
+from perta.models.facts import find_facts, is_told, values_of
 from perta.models.load import batch_of, load_tokenizer, longest_input, pad_id, picked
 from perta.models.resolve import resolve_checkpoint
 from perta.options import require
@@ -121,7 +121,7 @@ def compute_moments(config: MomentsConfig) -> Path:
 
 
 def _repeated(subject: Subject, config: MomentsConfig, base: str) -> Subject:
-    """In place of rows each one's fact, the answer to itself, told once and twice."""
+    """In place of rows what their facts say, each the answer to itself, told once and twice."""
     data, tokenizer = config.data_config, subject.tokenizer
     of_text = any(example.kind == "text" for example in subject.examples.examples)
     require(not of_text, "facts-by", base, "left out for plain text, which has no facts")
@@ -132,7 +132,8 @@ def _repeated(subject: Subject, config: MomentsConfig, base: str) -> Subject:
     else:
         with loaded(resolve_checkpoint(base), config.compute, config.shard) as model:
             facts = find_facts(*read, base=model, **how)
-    said = [text for fact in facts if (text := fact_text(fact, tokenizer))]
+    prompts = {example.row: example.prompt for example in subject.examples.examples}
+    said = [text for fact in facts for text in values_of(fact, prompts[fact.row], tokenizer)]
     if not said:
         raise EmptyDatasetError(
             f"{subject.examples.source}: the tokenizer has no words for any of the facts, so none "
