@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -465,7 +466,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 def _cases() -> list[Any]:
     names = [*FAMILIES, *MULTIMODAL]
-    return [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return [
+        n if n in ALWAYS else pytest.param(n, marks=[pytest.mark.slow, *_fails(n)]) for n in names
+    ]
+
+
+def _fails(family: str) -> list[pytest.MarkDecorator]:
+    fails = family == "Llama 4" and transformers.__version__ == "5.24.0"
+    return [pytest.mark.skip("transformers 5.24.0 cannot compute Llama 4 on text alone")] * fails
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries, about kernels that are not installed
