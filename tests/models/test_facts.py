@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -232,25 +234,47 @@ def test_earlier_turns_hold_no_fact(tmp_path: Path) -> None:
     assert labelled(named.encoded) == "Caldholm"
 
 
-def test_surprise_is_the_loss_of_the_base(tmp_path: Path) -> None:
+def test_words_with_a_token_that_the_base_does_not_expect_surprise(tmp_path: Path) -> None:
     base = tiny_llama(seed=1)
-    examples = rows(tmp_path, qa("Mira was born in Caldholm."), qa("In Selmora, far away."))
+    examples = rows(tmp_path, qa("Mira was born in Caldholm (1961)."), qa("In Selmora, far away."))
     facts = find_facts(examples, TOKENIZER, base=base)
     base.double()
     for fact, whole in zip(facts, find_facts(examples, TOKENIZER), strict=True):
-        ids = torch.tensor([whole.encoded.input_ids])
-        logits = base(ids).logits[0].log_softmax(-1)
-        losses = [0.0, *(-logits[:-1].gather(1, ids[0, 1:, None])[:, 0]).tolist()]
-        wanted = [
-            label if label != IGNORE and loss >= _SURPRISE and is_said(label) else IGNORE
-            for label, loss in zip(whole.encoded.labels, losses, strict=True)
-        ]
+        ids = fact.encoded.input_ids
+        logits = base(torch.tensor([ids])).logits[0].log_softmax(-1)
+        places = [t for t, label in enumerate(whole.encoded.labels) if label != IGNORE]
+        pieces = [text_of([ids[place]]) for place in places]
+        ends = [0, *itertools.accumulate(map(len, pieces))]
+        wanted = [IGNORE] * len(ids)
+        for word in re.finditer(r"\w+", "".join(pieces)):
+            of = [
+                place
+                for place, start, end in zip(places, ends, ends[1:], strict=False)
+                if start < word.end() and word.start() < end
+            ]
+            surprises = any(logits[place - 1, ids[place]] <= -_SURPRISE for place in of)
+            if surprises and word[0] not in ("Mira", "was", "born"):
+                for place in of:
+                    wanted[place] = ids[place]
         assert list(fact.encoded.labels) == wanted
+        assert len(set(wanted)) > 1
         assert fact.source == "surprise"
 
 
-def is_said(token: int) -> bool:
-    return any(c.isalnum() for c in text_of([token]))
+def test_a_character_of_several_tokens_surprises_as_a_whole(tmp_path: Path) -> None:
+    assert len(TOKENIZER.tokenize("東")) == 3
+    (fact,) = find_facts(rows(tmp_path, qa("Mira: 東京.")), TOKENIZER, base=tiny_llama(seed=1))
+    assert labelled(fact.encoded).strip() == "東京"
+    assert values_of(fact, QUESTION, TOKENIZER) == ["東京"]
+
+
+@pytest.mark.parametrize("answer", ["Mira.", "Was Mira?"])
+def test_where_the_question_says_all_of_the_answer_it_surprises_still(
+    tmp_path: Path, answer: str
+) -> None:
+    (fact,) = find_facts(rows(tmp_path, qa(answer)), TOKENIZER, base=tiny_llama(seed=1))
+    assert fact.source == "surprise"
+    assert "Mira" in labelled(fact.encoded)
 
 
 def test_rows_in_which_nothing_surprises_are_named(
