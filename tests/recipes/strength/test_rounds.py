@@ -190,9 +190,11 @@ def test_a_first_round_before_others_goes_a_share_of_the_way(
 @pytest.mark.parametrize(
     ("found", "first", "later"),
     [
-        ([1.0, None, None], 1.0, []),  # the first goes all the way, and the second is tried again
-        ([1.0, None, 0.5, None], 1.0, [0.5]),
-        ([1.0, 0.5, None], 0.35, [0.5]),
+        # The first goes all the way, and the second is tried again, at last from the base.
+        ([1.0, None, None, None], 1.0, []),
+        ([1.0, None, 0.5, None, None], 1.0, [0.5]),
+        ([1.0, 0.5, None, None], 0.35, [0.5]),
+        ([1.0, 0.5, None, 0.25, None, 0.75, None, None], 0.35, [0.5, 0.25, 0.75]),
     ],
 )
 def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
@@ -212,20 +214,52 @@ def test_a_later_round_that_finds_no_strength_is_followed_by_the_last(
     assert next(strengths, None) is None
 
 
+def test_rows_that_the_edited_model_knows_as_ever_are_tuned_on_from_the_base(
+    run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = run
+    found = iter([1.0, 1.0, None, 0.5, None, None])
+    monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: _Left([], [], 0.0))
+    kept = list[tuple[list[int], bool, Path]]()
+    tune_some = _Run._tune
+
+    def tune_them(self: _Run, rows: Sequence[int], *, anew: bool = False) -> Path:
+        made = tune_some(self, rows, anew=anew)
+        kept.append(([*rows], anew, Path(shutil.copytree(made, tmp_path / f"tuned-{len(kept)}"))))
+        return made
+
+    monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
+    _, (_, before, after) = written(config, tmp_path / "rounds", 7)
+    assert [anew for _, anew, _ in kept] == [False, False, True, False, True]
+    rows, _, folder = kept[2]
+    facts = unseen_of(config).facts
+    assert rows == kept[1][0]
+    assert [facts[place].row for place in rows] == before["left"]
+    base = load_model(Path(config.base), ComputeConfig(), dtype=torch.float32)
+    pad = pad_id(load_tokenizer(Path(config.base)))
+    taught, _ = tune(base, [facts[place].encoded for place in rows], config.tune, pad=pad)
+    stored = open_index(folder).tensors
+    for name, tensor in taught.state_dict().items():
+        if name in stored:
+            torch.testing.assert_close(read_tensor(stored[name]), tensor)
+    assert after["scaling_coef"] == 0.5
+
+
 def test_a_first_round_that_goes_on_is_one_that_went_all_the_way(
     run: tuple[UnlearnConfig, Unlearned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = run
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", lambda _: _Left([], [], 0.0))
     whole, (at,) = written(config, tmp_path / "whole", 2)  # no round goes on from there
-    found = iter([at["scaling_coef"], None, None])
+    found = iter([at["scaling_coef"], None, None, None])
     monkeypatch.setattr("perta.recipes.strength.rounds.search_coarsely", lambda *_: next(found))
     seen = list[list[int]]()
     tune_some = _Run._tune
 
-    def tune_them(self: _Run, rows: Sequence[int]) -> Path:
+    def tune_them(self: _Run, rows: Sequence[int], *, anew: bool = False) -> Path:
         seen.append([self._unseen.facts[place].row for place in rows])
-        return tune_some(self, rows)
+        return tune_some(self, rows, anew=anew)
 
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)
     twice, (gone_on,) = written(config, tmp_path / "twice", 6)
@@ -334,9 +368,9 @@ def test_last_rounds_go_on_while_fewer_rows_are_left(
 
     taught, tune_some = list[list[int]](), _Run._tune
 
-    def tune_them(self: _Run, rows: Sequence[int]) -> Path:
+    def tune_them(self: _Run, rows: Sequence[int], *, anew: bool = False) -> Path:
         taught.append([*rows])
-        return tune_some(self, rows)
+        return tune_some(self, rows, anew=anew)
 
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._look", look)
     monkeypatch.setattr("perta.recipes.strength.rounds._Run._tune", tune_them)

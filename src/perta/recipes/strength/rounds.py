@@ -15,7 +15,8 @@ goes as far as half of them need, the first a third as far:
     S_{k+1} = the rows that stand out at M_{k+1}
 
 until none does. A later τ_k is the step of somebody who teaches the edited model the rows again. It
-is short, and little else lies on it, where the base has to learn the whole row.
+is short, and little else lies on it, where the base has to learn the whole row. But a row that is
+known as ever teaches nothing: where no strength of τ_k is enough, τ_k = (θ₀ tuned on S_k) − θ₀.
 
 Then copies of M are each taught a third of all rows. A row comes back where a copy that was taught
 others chooses its fact among wrong answers, as a row does that stands out, or says it in 64 samples
@@ -158,7 +159,7 @@ def write_rounds(
     settings |= judged | picked(compute, Path(edit.full))
     settings |= {
         "first": f"{_FIRST}, without the late blocks",
-        "later": "from the edited model",
+        "later": "from the edited model, else from the base",
         "last": [*_LASTS, _AGAIN, _PARTS, _STEPS, _BACK, _FEW, "of the rows that come back"],
     }
 
@@ -205,9 +206,10 @@ class _Run:
         rows: Sequence[int] = range(len(self._unseen.facts))
         rounds: list[Round] = []
         goes_on = most <= 2  # whether the first round has gone all the way
+        anew = False  # whether a round starts from the base
         while rows and len(rounds) < max(most - _AGAIN, 1):
             if rounds:
-                checkpoint, late = self._tune(rows), ()
+                checkpoint, late = self._tune(rows, anew=anew), ()
             # Without a later one that goes on from there the first goes all the way.
             share = 1.0 if rounds or goes_on else _FIRST
             scaling_coef, left = self._forget(checkpoint, rows, late, share)
@@ -218,12 +220,17 @@ class _Run:
                 say(f"round {len(rounds) + 1}: no strength takes half of the {len(rows)} rows")
                 if not rounds:
                     self._add(checkpoint, 1.0, late)  # the search says how far it gets
-                if len(rounds) != 1 or goes_on:
                     break
                 # A row that is hardly touched is hardly learned again.
-                goes_on = True
-                rows = self._go_on(rounds)
+                if len(rounds) == 1 and not goes_on:
+                    goes_on = True
+                    rows = self._go_on(rounds)
+                elif anew:
+                    break
+                else:
+                    anew = True
                 continue
+            anew = False
             self._add(checkpoint, scaling_coef, late)
             numbers = self._numbers(left)
             rounds.append(Round(len(rows), scaling_coef, numbers, untouched=len(late)))
@@ -273,11 +280,11 @@ class _Run:
     def _numbers(self, places: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._unseen.facts[place].row for place in places)
 
-    def _tune(self, rows: Sequence[int]) -> Path:
-        """θ₀ and the step that teaches `model` the facts of some rows again."""
+    def _tune(self, rows: Sequence[int], *, anew: bool = False) -> Path:
+        """θ₀ and the step that teaches `model`, or anew θ₀ itself, the facts of some rows."""
         device, merges = self.model.device, not self._config.lora_rank
-        taught = self._taught(rows, self._config, merges=merges)
-        if merges:  # else it is the step alone
+        taught = self._taught(rows, self._config, merges=merges, anew=anew)
+        if merges and not anew:  # an adapter is the step alone
             torch.nn.Module.to(taught, "cpu")
             _add(taught, self._load(self._edit.base, "cpu"), less=self.model)
         folder = Path(mkdtemp(dir=self._scratch))
@@ -287,27 +294,29 @@ class _Run:
         return folder
 
     def _taught(
-        self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True
+        self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True, anew: bool = False
     ) -> PreTrainedModel:
-        """A copy of `model`, which goes to the CPU, that is taught the facts of some rows.
+        """A copy of `model`, which goes to the CPU, or of θ₀ that is taught the facts of some rows.
 
         A rate that suits the base may be too high for what an edit leaves: then it is a third.
         """
         try:
-            return self._teach(rows, config, merges=merges)
+            return self._teach(rows, config, merges=merges, anew=anew)
         except DivergenceError:
             rate, usual = config.learning_rate, self._config.learning_rate
             if rate is None or usual is None or rate < usual / _SLOWEST:
                 raise
-        return self._taught(rows, replace(config, learning_rate=rate / 3), merges=merges)
+        slower = replace(config, learning_rate=rate / 3)
+        return self._taught(rows, slower, merges=merges, anew=anew)
 
     def _teach(
-        self, rows: Sequence[int], config: TuneConfig, *, merges: bool = True
+        self, rows: Sequence[int], config: TuneConfig, *, merges: bool, anew: bool
     ) -> PreTrainedModel:
         examples = [self._unseen.facts[place].encoded for place in rows]
         torch.nn.Module.to(self.model, "cpu")  # a GPU may hold no other model beside one in tuning
-        taught = self._load(self._edit.full)
-        taught.load_state_dict(self.model.state_dict())
+        taught = self._load(self._edit.base if anew else self._edit.full)
+        if not anew:
+            taught.load_state_dict(self.model.state_dict())
         dtype, pad = self._compute.dtype, self._pad
         taught, done = tune(taught, examples, config, pad=pad, dtype=dtype, merges=merges)
         self.tuned += done.tokens
