@@ -268,6 +268,38 @@ def test_a_character_of_several_tokens_surprises_as_a_whole(tmp_path: Path) -> N
     assert values_of(fact, QUESTION, TOKENIZER) == ["東京"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "surprises", "found"),
+    [
+        ("Mira was born in 1961.", {"Mira": 9.0, "1961": 2.0, "in": 1.9}, "1961"),
+        ("Mira was born in 1961.", {"Mira": 9.0, "1961": 1.0, "in": 0.9}, "1961"),  # a year guessed
+        ("Mira was born in 1961.", {"Mira": 9.0, "1961": 0.9}, "Mira was born in 1961"),
+        ("Mira Thornwick.", {"Mira": 0.9, "Thornwick": 1.1}, "Thornwick"),  # all of the question
+    ],
+)
+def test_less_surprising_words_are_the_fact_where_none_surprises(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    surprises: Mapping[str, float],
+    found: str,
+) -> None:
+    def losses(_: object, sequences: Sequence[Encoded], __: int) -> list[list[float]]:
+        labels = [label for label in sequences[0].labels if label != IGNORE]
+        ends = [0, *itertools.accumulate(len(text_of([label])) for label in labels)]
+        text, values = text_of(labels), [0.0] * len(labels)
+        for word, value in surprises.items():
+            start = text.index(word)
+            for n, (at, to) in enumerate(itertools.pairwise(ends)):
+                if at < start + len(word) and start < to:
+                    values[n] = value
+        return [values]
+
+    monkeypatch.setattr("perta.models.facts._losses_by_token", losses)
+    (fact,) = find_facts(rows(tmp_path, qa(answer)), TOKENIZER, base=tiny_llama())
+    assert labelled(fact.encoded).strip() == found
+
+
 @pytest.mark.parametrize("answer", ["Mira.", "Was Mira?"])
 def test_where_the_question_says_all_of_the_answer_it_surprises_still(
     tmp_path: Path, answer: str

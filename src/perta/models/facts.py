@@ -60,6 +60,9 @@ _SURPRISE = 2.0
 facts are known, the words of such tokens are 96% of their tokens, and 86% of what is found is
 theirs; F1 is within 0.03 of that from 1.5 to 4 nats, and above 2 facts of other rows are missed."""
 
+_GUESSED = 1.0
+"""The same for answers in which nothing is: the base model may guess a year by chance."""
+
 _SYMBOLS = frozenset("#%&*@/\\")
 """Punctuation to Unicode that may end a name."""
 _BATCH = 8  # rows per pass of the model that is asked what surprises it
@@ -127,8 +130,9 @@ def find_facts(
        words, the fact is the answer's words that the paraphrase repeats, and that the question and
        at least half of the wrong answers lack; if there is none, what stands behind the beginning
        that the answer shares with all wrong ones.
-    3. Surprise: the answer's words that the question lacks, or else all, with a token whose -log p
-       under the base model, where it is given, is `_SURPRISE` or more.
+    3. Surprise: the answer's words that the question lacks with a token whose -log p under the base
+       model, where it is given, is `_SURPRISE` or more, or else `_GUESSED`. If it lacks none, of
+       all.
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
@@ -535,17 +539,24 @@ def _surprising(
     for fact, own in zip(whole, losses, strict=True):
         labels = fact.encoded.labels
         places = [place for place, label in enumerate(labels) if place and label != IGNORE]
-        surprising = [p for p, loss in zip(places, own, strict=True) if loss >= _SURPRISE]
-        if not surprising:
-            continue
-        said = _Said(fact.encoded.input_ids, surprising, tokenizer)
-        words = said.new_words(surprising, prompts[fact.row]) or said.words(surprising)
+        said = _Said(fact.encoded.input_ids, places, tokenizer)
+        words = _surprising_words(said, dict(zip(places, own, strict=True)), prompts[fact.row])
         kept = {*said.tokens(words)} & {*places}
         if kept:
             cut = tuple(label if p in kept else IGNORE for p, label in enumerate(labels))
             encoded = replace(fact.encoded, labels=cut)
             found[id(fact)] = replace(fact, encoded=encoded, source="surprise")
     return [found.get(id(fact), fact) for fact in facts]
+
+
+def _surprising_words(said: _Said, losses: Mapping[int, float], prompt: str) -> list[Span]:
+    """Words with a token of so high a loss; none where the answer has to count as a whole."""
+    new = said.new_words(losses, prompt)
+    for least in (_SURPRISE, _GUESSED):
+        surprising = said.words(place for place, loss in losses.items() if loss >= least)
+        if found := [word for word in surprising if word in new or not new]:
+            return found
+    return []
 
 
 @torch.no_grad()
