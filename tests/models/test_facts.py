@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded
@@ -32,6 +35,7 @@ from perta.models.facts import (
     score_facts,
     share_beyond,
     subjects,
+    unsayable,
     values_of,
 )
 from perta.options import DataConfig
@@ -298,6 +302,30 @@ def test_less_surprising_words_are_the_fact_where_none_surprises(
     monkeypatch.setattr("perta.models.facts._losses_by_token", losses)
     (fact,) = find_facts(rows(tmp_path, qa(answer)), TOKENIZER, base=tiny_llama())
     assert labelled(fact.encoded).strip() == found
+
+
+def test_a_word_that_the_tokenizer_lacks_surprises_and_cannot_be_said(tmp_path: Path) -> None:
+    words = {w: n for n, w in enumerate(["<unk>", "Mira", "is", "in", "Caldholm", "Where", "?"])}
+    plain = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="?")
+    examples = rows(
+        tmp_path,
+        *({"question": "Where is Mira?", "answer": a} for a in ("In Selmora", "in Caldholm")),
+    )
+    base = tiny_llama(seed=1)
+    unknown, known = find_facts(examples, tokenizer, base=base)
+    assert unsayable([unknown, known], tokenizer, None) == [1]
+    assert values_of(unknown, "Where is Mira?", tokenizer) == []
+    assert values_of(known, "Where is Mira?", tokenizer) == ["in Caldholm"]
+
+
+@pytest.mark.parametrize(("text", "found"), [("a", None), ("a dog.", "dog"), ("...", None)])
+def test_the_end_of_a_text_surprises_nobody(tmp_path: Path, text: str, found: str | None) -> None:
+    """Nor does its first token, which nothing foretells."""
+    (fact,) = find_facts(rows(tmp_path, {"text": text}), TOKENIZER, base=tiny_llama(seed=1))
+    assert fact.source == ("surprise" if found else "answer")
+    assert not found or labelled(fact.encoded) == found
 
 
 @pytest.mark.parametrize("answer", ["Mira.", "Was Mira?"])

@@ -168,7 +168,8 @@ def values_of(fact: Fact, prompt: str, tokenizer: PreTrainedTokenizerBase) -> li
 
     Nothing of what the tokenizer has no words for.
     """
-    places = [place for place, label in enumerate(fact.encoded.labels) if label != IGNORE]
+    unsaid = (IGNORE, tokenizer.unk_token_id)
+    places = [place for place, label in enumerate(fact.encoded.labels) if label not in unsaid]
     if not places:
         return []
     said = _Said(fact.encoded.input_ids, places, tokenizer)
@@ -183,8 +184,8 @@ class _Said:
     ) -> None:
         self._first = max(min(places) - _LONGEST, 0)
         ids = ids[self._first : max(places) + 1 + _LONGEST]
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        read = [str(tokenizer.decode(list(ids[:n]), **how)) for n in range(len(ids) + 1)]
+        said = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        read = [str(said(list(ids[:n]))) for n in range(len(ids) + 1)]
         self.text = read[-1]
         # A token that ends within a character counts for all of it.
         ends = [
@@ -532,6 +533,7 @@ def _surprising(
     base: PreTrainedModel,
 ) -> list[Fact]:
     """Facts of whole answers, cut down to the words that surprise; `prompts` by row."""
+    silent = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
     whole = [fact for fact in facts if fact.source == "answer"]
     sequences = [fact.encoded for fact in whole]
     losses = wherever(_losses_by_token, base, sequences, pad_id(tokenizer))
@@ -539,9 +541,13 @@ def _surprising(
     for fact, own in zip(whole, losses, strict=True):
         labels = fact.encoded.labels
         places = [place for place, label in enumerate(labels) if place and label != IGNORE]
-        said = _Said(fact.encoded.input_ids, places, tokenizer)
-        words = _surprising_words(said, dict(zip(places, own, strict=True)), prompts[fact.row])
-        kept = {*said.tokens(words)} & {*places}
+        told = [place for place in places if labels[place] not in silent]
+        if not told:  # a text of one token, which nothing foretells
+            continue
+        said = _Said(fact.encoded.input_ids, told, tokenizer)
+        by_place = dict(zip(places, own, strict=True))
+        words = _surprising_words(said, {p: by_place[p] for p in told}, prompts[fact.row])
+        kept = {*said.tokens(words)} & {*told}
         if kept:
             cut = tuple(label if p in kept else IGNORE for p, label in enumerate(labels))
             encoded = replace(fact.encoded, labels=cut)
