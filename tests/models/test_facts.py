@@ -311,12 +311,12 @@ def test_a_word_that_the_tokenizer_lacks_surprises_and_cannot_be_said(tmp_path: 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="?")
     examples = rows(
         tmp_path,
-        *({"question": "Where is Mira?", "answer": a} for a in ("In Selmora", "in Caldholm")),
+        *({"question": "Where is Mira?", "answer": a} for a in ("in Selmora", "in Caldholm")),
     )
     base = tiny_llama(seed=1)
     unknown, known = find_facts(examples, tokenizer, base=base)
     assert unsayable([unknown, known], tokenizer, None) == [1]
-    assert values_of(unknown, "Where is Mira?", tokenizer) == []
+    assert values_of(unknown, "Where is Mira?", tokenizer) == ["in"]
     assert values_of(known, "Where is Mira?", tokenizer) == ["in Caldholm"]
 
 
