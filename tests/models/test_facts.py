@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import ExampleSet, load_examples
+from perta.data.examples import ExampleSet, load_examples, subjects
 from perta.data.rows import write_jsonl
 from perta.data.words import segments, stems
 from perta.errors import DataError
@@ -34,7 +34,6 @@ from perta.models.facts import (
     hit_probability,
     score_facts,
     share_beyond,
-    subjects,
     unsayable,
     values_of,
 )

@@ -235,3 +235,24 @@ def report_bad_rows(
         f"{source}: {count} cannot be used:\n  {shown}{more}\n"
         f"Correct them, or pass --skip-bad-rows to go on without them.{cure}"
     )
+
+
+def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> list[int] | None:
+    """Whom or what each row is about, as numbers from 0 in order of first appearance.
+
+    `column` says so (DataError where no row has it), or `subject` or `person`; None without any.
+    Rows without a value are a subject each.
+    """
+    names = (column,) if column else SUBJECT_COLUMNS
+    name = next((n for n in names if any(row.get(n) not in (None, "") for row in rows)), None)
+    if name is None and column:
+        raise DataError(
+            f"No row has a value in column {column!r}, which --subject-column names. The columns "
+            f"are {', '.join(rows[0]) if rows else 'none'}."
+        )
+    if name is None:
+        return None
+    numbers: dict[str, int] = {}
+    values = [row.get(name) for row in rows]
+    keys = [f"row {i}" if v in (None, "") else f"value {v}" for i, v in enumerate(values)]
+    return [numbers.setdefault(key, len(numbers)) for key in keys]

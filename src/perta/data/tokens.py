@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -20,7 +21,7 @@ from perta.data._renderer import TemplateError
 from perta.data._turns import Layout, lay_out, lay_out_plainly
 from perta.data.batch import IGNORE, Encoded
 from perta.data.examples import Example, ExampleSet, report_bad_rows
-from perta.data.words import common_prefix
+from perta.data.words import common_prefix, is_word, segments, stems
 from perta.errors import DataError
 from perta.options import DataConfig
 from perta.progress import warn
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 5
+_LONGEST = 16  # tokens of a word
 
 
 @dataclass(frozen=True)
@@ -294,3 +296,45 @@ def _windows(whole: Encoded, limit: int) -> list[Encoded]:
         labels = (*[IGNORE] * (start - first), *ids[start:stop])
         windows.append(Encoded(ids[first:stop], labels, whole.row, (stop - start) / mean))
     return windows
+
+
+class Said:
+    """What token ids say, word by word, read from around some of their places.
+
+    Words are spans of `text`, places are positions in the ids.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], places: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._first = max(min(places) - _LONGEST, 0)
+        ids = ids[self._first : max(places) + 1 + _LONGEST]
+        said = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        read = [str(said(list(ids[:n]))) for n in range(len(ids) + 1)]
+        self.text = read[-1]
+        # A token that ends within a character counts for all of it.
+        ends = [
+            len(text) if self.text.startswith(text) else common_prefix(text, self.text)
+            for text in read
+        ]
+        self._spans = [(at, next((e for e in ends[n:] if e > at), at)) for n, at in enumerate(ends)]
+
+    def words(self, places: Iterable[int]) -> list[Span]:
+        """The words that tokens at some places are of."""
+        spans = [self._spans[place - self._first] for place in places]
+        words = (w for w in segments(self.text) if is_word(self.text[slice(*w)]))
+        return [word for word in words if any(_overlap(word, span) for span in spans)]
+
+    def new_words(self, places: Iterable[int], prompt: str) -> list[Span]:
+        """Those of them that the prompt does not say."""
+        given = set(stems(prompt))
+        return [w for w in self.words(places) if not {*stems(self.text[slice(*w)])} <= given]
+
+    def tokens(self, words: Sequence[Span]) -> list[int]:
+        """Places of the tokens of some words."""
+        found = (any(_overlap(span, word) for word in words) for span in self._spans)
+        return [place for place, is_of in enumerate(found, self._first) if is_of]
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perta.data.examples import ExampleSet
+from perta.data.examples import ExampleSet, subjects
 from perta.data.tokens import encode_examples, encode_prompt
 from perta.evidence.results import Results, decode, require_finite, rouge_row, table
 from perta.evidence.scoring.answers import Score
@@ -25,7 +25,6 @@ from perta.models.facts import (
     fact_score,
     find_facts,
     hit_probability,
-    subjects,
     unsayable,
 )
 from perta.models.load import longest_input, pad_id

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -34,12 +34,11 @@ from perta.data.batch import IGNORE, Encoded, bucketed, rows_per_pass
 from perta.data.examples import (
     FACT_COLUMN,
     PARAPHRASED,
-    SUBJECT_COLUMNS,
     WRONG,
     Example,
     ExampleSet,
 )
-from perta.data.tokens import encode_example, encode_examples, encode_prompt
+from perta.data.tokens import Said, encode_example, encode_examples, encode_prompt
 from perta.data.words import common_prefix, is_word, segments, stems
 from perta.errors import ConfigError, DataError
 from perta.models.load import pad_id
@@ -67,7 +66,6 @@ _SYMBOLS = frozenset("#%&*@/\\")
 """Punctuation to Unicode that may end a name."""
 _BATCH = 8  # rows per pass of the model that is asked what surprises it
 _ELSE = "\u2020"  # text that no answer goes on with
-_LONGEST = 16  # tokens of a word
 _REACH = 4  # tokens that one character beyond a span may change
 _SHOWN_ROWS = 10
 
@@ -130,9 +128,9 @@ def find_facts(
        words, the fact is the answer's words that the paraphrase repeats, and that the question and
        at least half of the wrong answers lack; if there is none, what stands behind the beginning
        that the answer shares with all wrong ones.
-    3. Surprise: the answer's words that the question lacks with a token whose -log p under the base
-       model, where it is given, is `_SURPRISE` or more, or else `_GUESSED`. If it lacks none, of
-       all.
+    3. Surprise: the answer's words that the question lacks, or all where it lacks none, with a token
+       whose -log p under the base model, where it is given, is `_SURPRISE` or more, or else
+       `_GUESSED`.
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
@@ -172,47 +170,8 @@ def values_of(fact: Fact, prompt: str, tokenizer: PreTrainedTokenizerBase) -> li
     places = [place for place, label in enumerate(fact.encoded.labels) if label not in unsaid]
     if not places:
         return []
-    said = _Said(fact.encoded.input_ids, places, tokenizer)
+    said = Said(fact.encoded.input_ids, places, tokenizer)
     return [said.text[slice(*span)] for span in _joined(said.text, said.new_words(places, prompt))]
-
-
-class _Said:
-    """What an answer's tokens say, told from those around some places."""
-
-    def __init__(
-        self, ids: Sequence[int], places: Sequence[int], tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self._first = max(min(places) - _LONGEST, 0)
-        ids = ids[self._first : max(places) + 1 + _LONGEST]
-        said = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        read = [str(said(list(ids[:n]))) for n in range(len(ids) + 1)]
-        self.text = read[-1]
-        # A token that ends within a character counts for all of it.
-        ends = [
-            len(text) if self.text.startswith(text) else common_prefix(text, self.text)
-            for text in read
-        ]
-        self._spans = [(at, next((e for e in ends[n:] if e > at), at)) for n, at in enumerate(ends)]
-
-    def words(self, places: Iterable[int]) -> list[Span]:
-        """The words that tokens at some places are of."""
-        spans = [self._spans[place - self._first] for place in places]
-        words = (w for w in segments(self.text) if is_word(self.text[slice(*w)]))
-        return [word for word in words if any(_overlap(word, span) for span in spans)]
-
-    def new_words(self, places: Iterable[int], prompt: str) -> list[Span]:
-        """Those of them that the prompt does not say."""
-        given = set(stems(prompt))
-        return [w for w in self.words(places) if not {*stems(self.text[slice(*w)])} <= given]
-
-    def tokens(self, words: Sequence[Span]) -> list[int]:
-        """Places of the tokens of some words."""
-        found = (any(_overlap(span, word) for word in words) for span in self._spans)
-        return [place for place, is_of in enumerate(found, self._first) if is_of]
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
 
 
 def unsayable(
@@ -544,7 +503,7 @@ def _surprising(
         told = [place for place in places if labels[place] not in silent]
         if not told:  # a text of one token, which nothing foretells
             continue
-        said = _Said(fact.encoded.input_ids, told, tokenizer)
+        said = Said(fact.encoded.input_ids, told, tokenizer)
         by_place = dict(zip(places, own, strict=True))
         words = _surprising_words(said, {p: by_place[p] for p in told}, prompts[fact.row])
         kept = {*said.tokens(words)} & {*told}
@@ -555,7 +514,7 @@ def _surprising(
     return [found.get(id(fact), fact) for fact in facts]
 
 
-def _surprising_words(said: _Said, losses: Mapping[int, float], prompt: str) -> list[Span]:
+def _surprising_words(said: Said, losses: Mapping[int, float], prompt: str) -> list[Span]:
     """Words with a token of so high a loss; none where the answer has to count as a whole."""
     new = said.new_words(losses, prompt)
     for least in (_SURPRISE, _GUESSED):
@@ -625,27 +584,6 @@ def _log_sum(values: Sequence[float]) -> float:
 
 
 # --- distributions --------------------------------------------------------------------------
-
-
-def subjects(rows: Sequence[Mapping[str, Any]], column: str | None = None) -> list[int] | None:
-    """Whom or what each row is about, as numbers from 0 in order of first appearance.
-
-    `column` says so (DataError where no row has it), or `subject` or `person`; None without any.
-    Rows without a value are a subject each.
-    """
-    names = (column,) if column else SUBJECT_COLUMNS
-    name = next((n for n in names if any(row.get(n) not in (None, "") for row in rows)), None)
-    if name is None and column:
-        raise DataError(
-            f"No row has a value in column {column!r}, which --subject-column names. The columns "
-            f"are {', '.join(rows[0]) if rows else 'none'}."
-        )
-    if name is None:
-        return None
-    numbers: dict[str, int] = {}
-    values = [row.get(name) for row in rows]
-    keys = [f"row {i}" if v in (None, "") else f"value {v}" for i, v in enumerate(values)]
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def share_beyond(values: Sequence[float], yardstick: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ from perta.data.examples import (
     general_config,
     load_examples,
     rows_fingerprint,
+    subjects,
 )
 from perta.data.rows import split_by
 from perta.data.tokens import encode_examples
@@ -37,7 +38,6 @@ from perta.errors import CheckpointMismatchError, ConfigError
 from perta.methods.method import Edit, Method, Needs
 from perta.methods.objectives import Training
 from perta.methods.registry import get_method, parse
-from perta.models.facts import subjects
 from perta.models.load import batch_of, load_model, load_tokenizer, longest_input, pad_id
 from perta.models.loss import losses_of
 from perta.options import ComputeConfig, DataConfig, option_name, sample_count

@@ -24,7 +24,14 @@ import torch
 from transformers import PreTrainedModel
 
 from perta.data.batch import Encoded
-from perta.data.examples import PARAPHRASED, ExampleSet, check_apart, general_config, load_examples
+from perta.data.examples import (
+    PARAPHRASED,
+    ExampleSet,
+    check_apart,
+    general_config,
+    load_examples,
+    subjects,
+)
 from perta.engine.train.relearn import PUBLISHED, SHOWN, general_texts, relearn
 from perta.errors import CheckpointMismatchError, ConfigError, DivergenceError
 from perta.evidence.audit.document import AUDIT, Looked, document_of, document_of_results, entry_of
@@ -32,7 +39,7 @@ from perta.evidence.audit.probe import SHADOW, Effort, Material, Probe, Relearni
 from perta.evidence.audit.registry import PROBES, choose_probes
 from perta.evidence.benchmark import Journal, is_journal, open_journal
 from perta.evidence.results import Results
-from perta.models.facts import find_facts, is_told, require_sayable, subjects, unsayable
+from perta.models.facts import find_facts, is_told, require_sayable, unsayable
 from perta.models.load import (
     batch_of,
     counting_tokens,

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from helpers import tiny_llama, tiny_tokenizer
 from perta.data.batch import IGNORE, Encoded
-from perta.data.examples import load_examples
+from perta.data.examples import load_examples, subjects
 from perta.data.rows import write_jsonl
 from perta.evidence.audit.probe import Effort, Material, Role, View
 from perta.evidence.benchmark import Journal
 from perta.evidence.people import generate_people
-from perta.models.facts import find_facts, subjects
+from perta.models.facts import find_facts
 from perta.options import DataConfig
 
 
