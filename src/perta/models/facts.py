@@ -128,9 +128,9 @@ def find_facts(
        words, the fact is the answer's words that the paraphrase repeats, and that the question and
        at least half of the wrong answers lack; if there is none, what stands behind the beginning
        that the answer shares with all wrong ones.
-    3. Surprise: the answer's words that the question lacks, or all where it lacks none, with a token
-       whose -log p under the base model, where it is given, is `_SURPRISE` or more, or else
-       `_GUESSED`.
+    3. Surprise: of the answer's words that the question lacks, or of all where it lacks none, those
+       with a token whose -log p under the base model, where it is given, is `_SURPRISE` or more, or
+       else `_GUESSED`.
     4. The whole answer.
 
     A fact is made of whole words: what wrong answers share by chance within one, such as the 19 of
